@@ -1,0 +1,1 @@
+"""Two-tower diffusion language models: a frozen autoregressive context tower and a denoiser that fills blocks."""

@@ -1,0 +1,53 @@
+"""One residual layer: a norm and a mixer. Letters: b batch, s tokens, d width."""
+
+import torch
+from torch import Tensor, nn
+
+from twotower.config import TwoTowerConfig
+from twotower.model.attention import Attention
+from twotower.model.mamba2 import Mamba2
+from twotower.model.mlp import MLP
+from twotower.model.moe import MixtureOfExperts
+from twotower.model.time_conditioning import Modulation
+from twotower.ops.norm import rms_norm
+
+
+class Layer(nn.Module):
+    """y = x + mixer(norm(x)), with the denoiser's modulation where one is given."""
+
+    def __init__(self, config: TwoTowerConfig, kind: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kind = kind
+        self.eps = config.layer_norm_epsilon
+        self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
+        self.mixer: Attention | Mamba2 | MLP | MixtureOfExperts
+        if kind == "M":
+            self.mixer = Mamba2(config, dtype)
+        elif kind == "*":
+            self.mixer = Attention(config, dtype)
+        elif kind == "-":
+            self.mixer = MLP(
+                config.hidden_size, config.intermediate_size, gated=config.gated_mlp, bias=config.mlp_bias, dtype=dtype
+            )
+        else:
+            self.mixer = MixtureOfExperts(config, dtype)
+
+    def enter(self, x: Tensor, modulation: Modulation | None, dtype: torch.dtype) -> Tensor:
+        """The mixer's input (b, s, d) in `dtype`. `M` and `*` modulate before the norm, `E` and `-` after it."""
+        if modulation is None:
+            return rms_norm(x, self.norm, self.eps, dtype)
+        if self.kind in "M*":
+            return rms_norm(torch.addcmul(x + modulation.shift, x, modulation.scale), self.norm, self.eps, dtype)
+        normed = rms_norm(x, self.norm, self.eps, dtype)
+        return torch.addcmul(normed + modulation.shift, normed, modulation.scale)
+
+    def leave(self, x: Tensor, mixed: Tensor, modulation: Modulation | None) -> Tensor:
+        """The residual sum."""
+        return x + mixed if modulation is None else torch.addcmul(x, mixed, modulation.gate)
+
+    def pack_(self, dtype: torch.dtype) -> None:
+        self.mixer.pack_(dtype)
+        self.norm.data = self.norm.data.to(torch.promote_types(dtype, torch.float32))
+
+    def released_tensors(self) -> dict[str, Tensor]:
+        return {"norm.weight": self.norm.data} | {f"mixer.{k}": v for k, v in self.mixer.released_tensors().items()}

@@ -1,0 +1,121 @@
+"""The `M` mixer. Letters: b batch, s tokens, d width, h heads, p head width, g groups, n state width, c = h·p + 2·g·n,
+w conv kernel."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twotower.config import TwoTowerConfig
+from twotower.model.linear import Linear
+from twotower.model.state import MambaState
+from twotower.ops.conv import causal_conv, next_past
+from twotower.ops.norm import gated_group_rms_norm
+from twotower.ops.ssd import ScanInputs, ScanOutput, ssd_output, ssd_scan, ssd_state
+
+
+class Prepared(NamedTuple):
+    """One layer's inputs for s tokens: gate z (b, s, h·p), raw xBC (b, s, c), and what the scan reads."""
+
+    z: Tensor
+    xbc: Tensor
+    scan: ScanInputs
+
+
+class Mamba2(nn.Module):
+    def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        heads = config.mamba_num_heads
+        self.in_proj = Linear(
+            config.hidden_size, config.mamba_width + config.conv_width + heads, bias=config.use_bias, dtype=dtype
+        )
+        self.conv_weight = nn.Parameter(torch.empty(config.conv_width, config.conv_kernel, dtype=dtype))
+        self.conv_bias = nn.Parameter(torch.empty(config.conv_width, dtype=dtype)) if config.use_conv_bias else None
+        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=dtype))
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=dtype))
+        self.D = nn.Parameter(torch.empty(heads, dtype=dtype))
+        self.norm = nn.Parameter(torch.empty(config.mamba_width, dtype=dtype))
+        self.out_proj = Linear(config.mamba_width, config.hidden_size, bias=config.use_bias, dtype=dtype)
+
+    def initial_state(self, batch_size: int) -> MambaState:
+        """Zeros, in the dtypes that `prepare` gives."""
+        c = self.config
+        device, dtype = self.conv_weight.device, self.conv_weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        return MambaState(
+            torch.zeros(batch_size, c.conv_kernel - 1, c.conv_width, device=device, dtype=dtype),
+            torch.zeros(batch_size, c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_size, device=device, dtype=wide),
+        )
+
+    def prepare(self, x: Tensor, past: Tensor, valid: Tensor | None = None) -> Prepared:
+        """x (b, s, d) after the conv rows `past` (b, w-1, c); rows where `valid` (b, s) is False get dt = 0."""
+        c = self.config
+        z, xbc, dt = self.in_proj(x).split((c.mamba_width, c.conv_width, c.mamba_num_heads), dim=-1)
+        active = F.silu(causal_conv(xbc, past, self.conv_weight, self.conv_bias))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        states, B, C = active.to(wide).split((c.mamba_width, *(c.mamba_num_groups * c.mamba_state_size,) * 2), dim=-1)
+        dt = F.softplus(dt.to(wide) + self.dt_bias)
+        low, high = c.time_step_limit
+        if low > 0 or high != float("inf"):
+            dt = dt.clamp(low, high)
+        if valid is not None:
+            dt = dt * valid.unsqueeze(-1)
+        groups = (c.mamba_num_groups, c.mamba_state_size)
+        scan = ScanInputs(
+            states.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim)),
+            dt,
+            B.unflatten(-1, groups),
+            C.unflatten(-1, groups),
+        )
+        return Prepared(z, xbc, scan)
+
+    def outputs(self, prepared: Prepared, state: MambaState, dtype: torch.dtype) -> Tensor:
+        """The mixer's output (b, s, d) for all tokens of a block, from the state before it."""
+        y = ssd_output(prepared.scan, self._A(), self.D.to(state.ssm.dtype), state.ssm)
+        return self._project(y, prepared.z, dtype)
+
+    def scan(self, prepared: Prepared, state: MambaState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The mixer's output (b, s, d) and the SSM state after the last token."""
+        out: ScanOutput = ssd_scan(prepared.scan, self._A(), self.D.to(state.ssm.dtype), state.ssm)
+        return self._project(out.y, prepared.z, dtype), out.state
+
+    def advance(self, prepared: Prepared, state: MambaState, counts: Tensor | None, end: Tensor | None) -> MambaState:
+        """The state after the first counts[b] (b,) tokens of a prepared block, all of them when counts is None.
+
+        This is the replay of an accepted prefix; `end` is the SSM state after all tokens, if already known.
+        """
+        conv = next_past(prepared.xbc, state.conv, counts)
+        scan = prepared.scan
+        if counts is not None:
+            taken = torch.arange(scan.dt.shape[1], device=counts.device) < counts[:, None]  # (b, s)
+            scan, end = scan._replace(dt=scan.dt * taken.unsqueeze(-1)), None
+        return MambaState(conv, ssd_state(scan, self._A(), state.ssm) if end is None else end)
+
+    def _A(self) -> Tensor:
+        return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+
+    def _project(self, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+        c = self.config
+        normed = gated_group_rms_norm(y.flatten(2), z, self.norm, c.mamba_num_groups, c.layer_norm_epsilon)
+        return self.out_proj(normed.to(dtype))
+
+    def pack_(self, dtype: torch.dtype) -> None:
+        self.in_proj.pack_(dtype)
+        self.out_proj.pack_(dtype)
+        for parameter in (self.conv_weight, self.conv_bias):
+            if parameter is not None:
+                parameter.data = parameter.data.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        for parameter in (self.dt_bias, self.A_log, self.D, self.norm):
+            parameter.data = parameter.data.to(wide)
+
+    def released_tensors(self) -> dict[str, Tensor]:
+        found = {"dt_bias": self.dt_bias.data, "A_log": self.A_log.data, "D": self.D.data}
+        found["conv1d.weight"] = self.conv_weight.data.unsqueeze(1)
+        if self.conv_bias is not None:
+            found["conv1d.bias"] = self.conv_bias.data
+        found |= self.in_proj.released_tensors(("in_proj",), (self.in_proj.weight.shape[0],))
+        found["norm.weight"] = self.norm.data
+        return found | self.out_proj.released_tensors(("out_proj",), (self.out_proj.weight.shape[0],))

@@ -1,0 +1,57 @@
+"""How the denoiser learns the noise level. Letters: b batch, d width, i layer."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twotower.config import TwoTowerConfig
+
+NUM_FREQUENCIES = 128
+
+
+class Modulation(NamedTuple):
+    """One layer's shift, scale and gate, each (b, 1, d)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class TimeConditioning(nn.Module):
+    """t̂ -> sinusoidal embedding -> two MLPs -> (3, d), to which every layer adds its own table."""
+
+    def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.embed_in = nn.Linear(2 * NUM_FREQUENCIES, d, device="meta", dtype=dtype)
+        self.embed_out = nn.Linear(d, d, device="meta", dtype=dtype)
+        self.block = nn.Linear(d, 3 * d, device="meta", dtype=dtype)
+        self.to_empty(device=torch.get_default_device(), recurse=True)
+        self.tables = nn.Parameter(torch.empty(config.num_layers, 3, d, dtype=dtype))
+        self.released_dtype = dtype
+
+    def forward(self, t: Tensor) -> list[Modulation]:
+        """Masked fractions t (b,) in [0, 1] to each layer's modulation."""
+        dtype = self.embed_in.weight.dtype
+        # The released model casts t̂ before multiplying; in bf16 that rounds 812.5 to 812, and training saw the same.
+        scaled = (t.to(self.released_dtype) * 1000).to(torch.promote_types(dtype, torch.float32))
+        j = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=t.device)
+        angles = scaled[:, None] * torch.exp(-torch.log(torch.tensor(10000.0)) * j / NUM_FREQUENCIES)  # (b, 128)
+        embedding = torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
+        hidden = self.embed_out(F.silu(self.embed_in(embedding)))
+        shared = self.block(F.silu(hidden)).unflatten(-1, (3, -1))  # (b, 3, d)
+        every = self.tables[:, None, :, None] + shared[None, :, :, None]  # (i, b, 3, 1, d)
+        return [Modulation(*layer.unbind(1)) for layer in every.unbind(0)]
+
+    def pack_(self, dtype: torch.dtype) -> None:
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+    def released_tensors(self) -> dict[str, Tensor]:
+        found = {}
+        for name, layer in (("t_embedder.mlp.0", self.embed_in), ("t_embedder.mlp.2", self.embed_out)):
+            found |= {f"{name}.weight": layer.weight.data, f"{name}.bias": layer.bias.data}
+        found |= {"t_block.1.weight": self.block.weight.data, "t_block.1.bias": self.block.bias.data}
+        return found | {f"scale_shift_tables.{i}": table for i, table in enumerate(self.tables.data)}

@@ -1,0 +1,191 @@
+"""A stack of layers, run causally (context tower) or over one block (denoiser tower).
+
+Letters: b batch, s tokens, t cached tokens rounded up, d width, h heads, k KV heads, p head width.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twotower.config import TwoTowerConfig
+from twotower.model.attention import Attention, Rotation, rotation
+from twotower.model.layer import Layer
+from twotower.model.mamba2 import Mamba2, Prepared
+from twotower.model.state import ContextState, KeyBuffer, MambaState
+from twotower.model.time_conditioning import Modulation
+from twotower.ops.attention import cached_attention, seeded_attention
+from twotower.ops.norm import rms_norm
+from twotower.ops.ssd import CHUNK
+
+
+class Replay(NamedTuple):
+    """What one `M` layer needs to advance its state over part of a block: inputs, start, and the end if known."""
+
+    prepared: Prepared
+    start: MambaState
+    end: Tensor | None  # (b, h, p, n)
+
+
+class Scored(NamedTuple):
+    """The context tower over s tokens, before it is decided how many of them stay.
+
+    hidden (b, s, d) after the last norm; `state` is the one before the tokens, whose key buffer already holds them.
+    """
+
+    hidden: Tensor
+    state: ContextState
+    replays: tuple[Replay, ...]
+
+
+class Tower(nn.Module):
+    """Embedding, layers and last norm; the head belongs to `TwoTower`."""
+
+    def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
+        self.layers = nn.ModuleList(Layer(config, kind, dtype) for kind in config.pattern)
+        self.norm_f = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
+        self.activation_dtype = dtype
+
+    def initial_state(self, batch_size: int, capacity: int = 0) -> ContextState:
+        """The state before any token, with room for `capacity` tokens per row."""
+        c = self.config
+        num_attention = c.pattern.count("*")
+        empty = self.embeddings.new_zeros(batch_size, c.num_key_value_heads, 0, c.head_dim, dtype=self.activation_dtype)
+        buffer = KeyBuffer([empty] * num_attention, [empty] * num_attention, (0,) * batch_size)
+        mamba = tuple(layer.mixer.initial_state(batch_size) for layer in self.layers if layer.kind == "M")
+        return ContextState((0,) * batch_size, mamba, buffer, None).reserve(capacity)
+
+    def causal(self, ids: Tensor, state: ContextState, valid: Tensor | None = None) -> Scored:
+        """Runs ids (b, s) after `state`; rows where `valid` (b, s) is False (right padding) leave no trace."""
+        b, s = ids.shape
+        state = state.reserve(s)
+        starts = torch.tensor(state.lengths, device=ids.device)
+        rope = self._rotation(starts, s)
+        bias = self._causal_bias(starts, s, state.padded_length(s)) if state.buffer.keys else None
+        x = self.embed(ids)
+        replays: list[Replay] = []
+        num_attention = 0
+        for layer in self.layers:
+            entered = layer.enter(x, None, self.activation_dtype)
+            if layer.kind == "M":
+                mixed, replay = self._causal_mamba(layer.mixer, entered, state.mamba[len(replays)], valid)
+                replays.append(replay)
+            elif layer.kind == "*":
+                mixed = self._causal_attention(layer.mixer, entered, state, num_attention, rope, bias)
+                num_attention += 1
+            else:
+                mixed = layer.mixer(entered)
+            x = layer.leave(x, mixed, None)
+        return Scored(self.finish(x), state, tuple(replays))
+
+    def commit(self, scored: Scored, counts: tuple[int, ...], next_logits: Tensor | None) -> ContextState:
+        """The state after the first counts[b] of the scored tokens of each row.
+
+        Keys are truncated; a recurrent state can't be, so it is replayed from the block's start. Mutates nothing that
+        another state still reads.
+        """
+        state = scored.state
+        lengths = tuple(n + c for n, c in zip(state.lengths, counts, strict=True))
+        index = torch.tensor(counts, device=scored.hidden.device)
+        mamba = []
+        layers = [layer.mixer for layer in self.layers if layer.kind == "M"]
+        whole = all(c == scored.hidden.shape[1] for c in counts)
+        for mixer, replay in zip(layers, scored.replays, strict=True):
+            advanced = mixer.advance(replay.prepared, replay.start, None if whole else index, replay.end)
+            mamba.append(advanced)
+        state.buffer.tip = lengths
+        return ContextState(lengths, tuple(mamba), state.buffer, next_logits)
+
+    def block(self, ids: Tensor, seed: ContextState, modulations: list[Modulation] | None) -> Tensor:
+        """The denoiser over one block ids (b, s), seeded by the context state, to hidden (b, s, d); only reads."""
+        b, s = ids.shape
+        starts = torch.tensor(seed.lengths, device=ids.device)
+        rope = self._rotation(starts, s)
+        used = min(seed.padded_length(), seed.buffer.capacity)
+        hidden_places = torch.arange(used, device=ids.device) >= starts[:, None]  # (b, t)
+        bias = torch.zeros(b, 1, 1, used, dtype=self.activation_dtype, device=ids.device)
+        bias = bias.masked_fill_(hidden_places[:, None, None], -torch.inf)
+        x = self.embed(ids)
+        num_mamba = num_attention = 0
+        for i, layer in enumerate(self.layers):
+            modulation = None if modulations is None else modulations[i]
+            entered = layer.enter(x, modulation, self.activation_dtype)
+            if layer.kind == "M":
+                start = seed.mamba[num_mamba]
+                mixed = layer.mixer.outputs(layer.mixer.prepare(entered, start.conv), start, self.activation_dtype)
+                num_mamba += 1
+            elif layer.kind == "*":
+                q, key, value = layer.mixer.project(entered, rope)
+                past_key = seed.buffer.keys[num_attention][:, :, :used]
+                past_value = seed.buffer.values[num_attention][:, :, :used]
+                mixed = layer.mixer.output(seeded_attention(q, key, value, past_key, past_value, bias))
+                num_attention += 1
+            else:
+                mixed = layer.mixer(entered)
+            x = layer.leave(x, mixed, modulation)
+        return self.finish(x)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(b, s) to the residual stream (b, s, d)."""
+        wide = self.config.residual_in_fp32 and self.activation_dtype != torch.float64
+        return F.embedding(ids, self.embeddings).to(torch.float32 if wide else self.activation_dtype)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.norm_f, self.config.layer_norm_epsilon, self.activation_dtype)
+
+    def _rotation(self, starts: Tensor, s: int) -> Rotation | None:
+        c = self.config
+        if not c.use_rope:
+            return None
+        positions = starts[:, None] + torch.arange(s, device=starts.device)
+        return rotation(positions, c.head_dim, c.rope_theta, self.activation_dtype)
+
+    def _causal_bias(self, starts: Tensor, s: int, t: int) -> Tensor:
+        last = starts[:, None] + torch.arange(s, device=starts.device)  # (b, s): the newest key each query sees
+        later = torch.arange(t, device=starts.device) > last.unsqueeze(-1)  # (b, s, t)
+        bias = torch.zeros(later.shape, dtype=self.activation_dtype, device=starts.device)
+        return bias.masked_fill_(later, -torch.inf).unsqueeze(1)
+
+    def _causal_mamba(
+        self, mixer: Mamba2, x: Tensor, start: MambaState, valid: Tensor | None
+    ) -> tuple[Tensor, Replay]:
+        prepared = mixer.prepare(x, start.conv, valid)
+        if 1 < x.shape[1] <= CHUNK:
+            # A block: its end state waits until it is known how much of the block stays.
+            return mixer.outputs(prepared, start, self.activation_dtype), Replay(prepared, start, None)
+        mixed, end = mixer.scan(prepared, start, self.activation_dtype)
+        return mixed, Replay(prepared, start, end)
+
+    def _causal_attention(
+        self, mixer: Attention, x: Tensor, state: ContextState, i: int, rope: Rotation | None, bias: Tensor | None
+    ) -> Tensor:
+        q, key, value = mixer.project(x, rope)
+        keys, values = state.buffer.keys[i], state.buffer.values[i]
+        s = x.shape[1]
+        if len(set(state.lengths)) == 1:
+            start = state.lengths[0]
+            keys[:, :, start : start + s] = key
+            values[:, :, start : start + s] = value
+        else:
+            for row, start in enumerate(state.lengths):
+                keys[row, :, start : start + s] = key[row]
+                values[row, :, start : start + s] = value[row]
+        t = state.padded_length(s)
+        return mixer.output(cached_attention(q, keys[:, :, :t], values[:, :, :t], bias))
+
+    def pack_(self, activation_dtype: torch.dtype) -> None:
+        """Packs every constant weight for inference with activations of the given dtype."""
+        self.activation_dtype = activation_dtype
+        for layer in self.layers:
+            layer.pack_(activation_dtype)
+        self.norm_f.data = self.norm_f.data.to(torch.promote_types(activation_dtype, torch.float32))
+
+    def released_tensors(self) -> dict[str, Tensor]:
+        found = {"embeddings.weight": self.embeddings.data}
+        for i, layer in enumerate(self.layers):
+            found |= {f"layers.{i}.{k}": v for k, v in layer.released_tensors().items()}
+        return found | {"norm_f.weight": self.norm_f.data}

@@ -1,0 +1,195 @@
+"""Both towers and the four calls that decoding is made of. Letters: b batch, t context tokens, s block, d width,
+v vocabulary."""
+
+from collections.abc import Sequence
+
+import tokenizers
+import torch
+from torch import Tensor, nn
+
+from twotower.config import TwoTowerConfig
+from twotower.model.linear import Linear
+from twotower.model.state import ContextState
+from twotower.model.time_conditioning import TimeConditioning
+from twotower.model.tower import Scored, Tower
+from twotower.ops.backend import activation_dtype
+
+# Tokens of a prompt absorbed at a time: bounds the (s, t) attention scores.
+PREFILL_CHUNK = 256
+
+
+class TwoTower(nn.Module):
+    """A frozen causal context tower and a denoiser tower with the same shapes.
+
+    Parameters are allocated, not initialised: `checkpoints` fills them through `released_tensors`.
+    """
+
+    def __init__(
+        self,
+        config: TwoTowerConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        context_device: torch.device | str = "cpu",
+        denoiser_device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer: tokenizers.Tokenizer | None = None
+        # A meta default device (shapes only) wins over the arguments' default.
+        meta = torch.get_default_device().type == "meta"
+        with torch.device("meta" if meta else context_device):
+            self.context_tower = Tower(config, dtype)
+            self.context_lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        with torch.device("meta" if meta else denoiser_device):
+            self.denoiser_tower = Tower(config, dtype)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+            self.time_conditioning = TimeConditioning(config, dtype)
+        if config.tie_word_embeddings:
+            self.context_lm_head.weight = self.context_tower.embeddings
+            self.lm_head.weight = self.denoiser_tower.embeddings
+
+    @property
+    def context_device(self) -> torch.device:
+        return self.context_tower.embeddings.device
+
+    @property
+    def denoiser_device(self) -> torch.device:
+        return self.denoiser_tower.embeddings.device
+
+    @torch.no_grad()
+    def context_logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """The context tower's causal logits for ids (b, t) int64: (b, t, v) float32."""
+        ids = self._checked(ids, self.context_device)
+        state = self.context_tower.initial_state(ids.shape[0], ids.shape[1])
+        logits = []
+        for chunk in ids.split(PREFILL_CHUNK, dim=1):
+            scored = self.context_tower.causal(chunk, state)
+            logits.append(self.scored_logits(scored))
+            state = self.context_tower.commit(scored, (chunk.shape[1],) * ids.shape[0], None)
+        return torch.cat(logits, dim=1)
+
+    @torch.no_grad()
+    def prefill(
+        self, ids: Tensor | Sequence[Sequence[int]], lengths: Sequence[int] | None = None, *, capacity: int = 0
+    ) -> ContextState:
+        """The state after prompts ids (b, t) int64, right-padded to t where `lengths` gives shorter rows.
+
+        `capacity` tokens per row are allocated at once. `next_logits` is (b, v) float32, or None if all rows are
+        empty.
+        """
+        ids = self._checked(ids, self.context_device)
+        b, t = ids.shape
+        lengths = (t,) * b if lengths is None else tuple(lengths)
+        if len(lengths) != b or not all(0 <= n <= t for n in lengths):
+            raise ValueError(f"lengths are {lengths}, must be {b} values in [0, {t}]")
+        state = self.context_tower.initial_state(b, max(capacity, t))
+        for start in range(0, t, PREFILL_CHUNK):
+            chunk = ids[:, start : start + PREFILL_CHUNK]
+            counts = tuple(min(max(n - start, 0), chunk.shape[1]) for n in lengths)
+            state = self._absorb(chunk, state, counts, with_logits=True)
+        return state
+
+    @torch.no_grad()
+    def denoise(
+        self, block_ids: Tensor | Sequence[Sequence[int]], state: ContextState, t: Tensor | float | None = None
+    ) -> Tensor:
+        """One NFE: the denoiser's logits for block_ids (b, s), (b, s, v) float32. Only reads `state`.
+
+        `t` in [0, 1], a number or (b,), is the noise level; by default each row's fraction of masked positions.
+        """
+        ids = self._checked(block_ids, self.denoiser_device)
+        self._check_batch(ids, state)
+        if t is None:
+            level = (ids == self.config.mask_token_id).float().mean(-1)
+        else:
+            level = torch.as_tensor(t, dtype=torch.float32, device=ids.device).expand(ids.shape[0])
+            if not bool(((level >= 0) & (level <= 1)).all()):
+                raise ValueError(f"t is {t}, must be in [0, 1]")
+        return self.denoiser_logits(ids, state.to(self.denoiser_device), level)
+
+    @torch.no_grad()
+    def extend(self, block_ids: Tensor | Sequence[Sequence[int]], state: ContextState) -> ContextState:
+        """The state after the context tower absorbed block_ids (b, s); `state` stays usable."""
+        ids = self._checked(block_ids, self.context_device)
+        self._check_batch(ids, state)
+        return self._absorb(ids, state, (ids.shape[1],) * ids.shape[0], with_logits=True)
+
+    def denoiser_logits(self, ids: Tensor, seed: ContextState, t: Tensor | None) -> Tensor:
+        """Unchecked `denoise`; t None leaves time modulation out (what mock-AR does). `seed` on the denoiser's device."""
+        modulations = None if t is None else self.time_conditioning(t)
+        return self.lm_head(self.denoiser_tower.block(ids, seed, modulations)).float()
+
+    def score(self, ids: Tensor, state: ContextState) -> Scored:
+        """The context tower over ids (b, s) without deciding how many of them stay; see `accept`."""
+        return self.context_tower.causal(ids, state)
+
+    def scored_logits(self, scored: Scored) -> Tensor:
+        """(b, s, v) float32: position i predicts the token after it."""
+        return self.context_lm_head(scored.hidden).float()
+
+    def accept(self, scored: Scored, counts: tuple[int, ...], next_logits: Tensor | None = None) -> ContextState:
+        """The state after the first counts[b] scored tokens of each row."""
+        return self.context_tower.commit(scored, counts, next_logits)
+
+    def absorb(self, ids: Tensor, state: ContextState, *, with_logits: bool) -> ContextState:
+        """Unchecked `extend`; `with_logits` False saves the head where nobody reads next_logits."""
+        return self._absorb(ids, state, (ids.shape[1],) * ids.shape[0], with_logits=with_logits)
+
+    def _absorb(self, ids: Tensor, state: ContextState, counts: tuple[int, ...], *, with_logits: bool) -> ContextState:
+        b, s = ids.shape
+        if s == 0:
+            return state
+        index = torch.tensor(counts, device=ids.device)
+        ragged = min(counts) < s
+        valid = torch.arange(s, device=ids.device) < index[:, None] if ragged else None
+        scored = self.context_tower.causal(ids, state, valid)
+        logits = None
+        if with_logits:
+            last = scored.hidden[torch.arange(b, device=ids.device), (index - 1).clamp_(min=0)]  # (b, d)
+            logits = self.context_lm_head(last).float()
+            if min(counts) == 0:  # rows that ended in an earlier chunk keep their logits
+                before = torch.zeros_like(logits) if state.next_logits is None else state.next_logits
+                logits = torch.where(index[:, None] > 0, logits, before)
+        return self.context_tower.commit(scored, counts, logits)
+
+    def _checked(self, ids: Tensor | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+        ids = torch.as_tensor(ids, device=device)
+        if ids.ndim != 2:
+            raise ValueError(f"ids have shape {tuple(ids.shape)}, must be (batch, tokens); add a batch dimension")
+        if ids.numel() == 0:
+            return ids.long()
+        if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+            raise ValueError(f"ids are {ids.dtype}, must be integers")
+        low, high = ids.min().item(), ids.max().item()
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(f"ids span [{low}, {high}], must be in [0, {self.config.vocab_size - 1}]")
+        return ids.long()
+
+    def _check_batch(self, ids: Tensor, state: ContextState) -> None:
+        if ids.shape[0] != state.batch_size:
+            raise ValueError(f"ids have {ids.shape[0]} rows, the state has {state.batch_size}; they must agree")
+        if ids.shape[1] == 0:
+            raise ValueError("the block has 0 tokens, must have at least 1")
+
+    def pack_(self) -> None:
+        """Gives every constant weight the layout that is fastest on its device; afterwards inference only."""
+        dtype = self.context_tower.embeddings.dtype
+        context = activation_dtype(self.context_device.type, dtype)
+        denoiser = activation_dtype(self.denoiser_device.type, dtype)
+        if self.config.tie_word_embeddings:  # packing frees a head's weight; the embedding must stay
+            self.context_lm_head.weight = nn.Parameter(self.context_lm_head.weight.detach())
+            self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach())
+        self.context_tower.pack_(context)
+        self.context_lm_head.pack_(context)
+        self.denoiser_tower.pack_(denoiser)
+        self.lm_head.pack_(denoiser)
+        self.time_conditioning.pack_(denoiser)
+
+    def released_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the released layout, by its released name, as a view of this model's parameters."""
+        found = {f"context_tower.{k}": v for k, v in self.context_tower.released_tensors().items()}
+        found |= {f"denoiser_tower.{k}": v for k, v in self.denoiser_tower.released_tensors().items()}
+        if not self.config.tie_word_embeddings:
+            found["context_lm_head.weight"] = self.context_lm_head.weight.data
+            found["lm_head.weight"] = self.lm_head.weight.data
+        return found | self.time_conditioning.released_tensors()

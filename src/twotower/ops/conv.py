@@ -1,0 +1,32 @@
+"""Depthwise causal convolution. Letters: b batch, s tokens, c channels, w kernel width."""
+
+import torch
+from torch import Tensor
+
+
+def causal_conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y_t = bias + Σ_j weight[:, j] · x_{t-w+1+j} over the rows of x (b, s, c) preceded by `past` (b, w-1, c).
+
+    weight (c, w), bias (c,) or None; returns (b, s, c). Written as w fused multiply-adds: a convolution primitive is
+    compiled anew for each s and is slower at block lengths.
+    """
+    s, width = x.shape[1], weight.shape[1]
+    rows = torch.cat((past, x), dim=1)  # (b, w-1+s, c)
+    taps = weight.t()  # (w, c)
+    y = rows[:, :s] * taps[0] if bias is None else torch.addcmul(bias, rows[:, :s], taps[0])
+    for j in range(1, width):
+        y = torch.addcmul(y, rows[:, j : j + s], taps[j])
+    return y
+
+
+def next_past(x: Tensor, past: Tensor, counts: Tensor | None) -> Tensor:
+    """The last w-1 rows of [past | first counts[b] rows of x] for each batch row: (b, w-1, c).
+
+    counts (b,) int64, or None when all rows of x count.
+    """
+    rows = torch.cat((past, x), dim=1)
+    width = past.shape[1]
+    if counts is None:
+        return rows[:, rows.shape[1] - width :].contiguous()
+    index = counts[:, None] + torch.arange(width, device=x.device)  # (b, w-1)
+    return rows.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

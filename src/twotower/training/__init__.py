@@ -1,0 +1,1 @@
+"""Training a denoiser for a frozen context tower."""
