@@ -100,15 +100,22 @@ class Tower(nn.Module):
         state.buffer.tip = lengths
         return ContextState(lengths, tuple(mamba), state.buffer, next_logits)
 
-    def block(self, ids: Tensor, seed: ContextState, modulations: list[Modulation] | None) -> Tensor:
-        """The denoiser over one block ids (b, s), seeded by the context state, to hidden (b, s, d); only reads."""
+    def block(
+        self,
+        ids: Tensor,
+        seed: ContextState,
+        modulations: list[Modulation] | None,
+        widths: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """The denoiser over one block ids (b, s), seeded by the context state, to hidden (b, s, d); only reads.
+
+        `widths` are the rows' own block lengths where they differ; places beyond are padding that nobody sees.
+        """
         b, s = ids.shape
         starts = torch.tensor(seed.lengths, device=ids.device)
         rope = self._rotation(starts, s)
         used = min(seed.padded_length(), seed.buffer.capacity)
-        hidden_places = torch.arange(used, device=ids.device) >= starts[:, None]  # (b, t)
-        bias = torch.zeros(b, 1, 1, used, dtype=self.activation_dtype, device=ids.device)
-        bias = bias.masked_fill_(hidden_places[:, None, None], -torch.inf)
+        bias = self._block_bias(seed, used, s, widths) if seed.buffer.keys else None
         x = self.embed(ids)
         num_mamba = num_attention = 0
         for i, layer in enumerate(self.layers):
@@ -143,6 +150,18 @@ class Tower(nn.Module):
             return None
         positions = starts[:, None] + torch.arange(s, device=starts.device)
         return rotation(positions, c.head_dim, c.rope_theta, self.activation_dtype)
+
+    def _block_bias(self, seed: ContextState, t: int, s: int, widths: tuple[int, ...] | None) -> Tensor | None:
+        """(b, 1, 1, t+s): -inf at cache places without a token and at a row's padding; None if there are neither."""
+        if widths is None and all(n == t for n in seed.lengths):
+            return None
+        device = seed.buffer.keys[0].device
+        starts = torch.tensor(seed.lengths, device=device)
+        ends = torch.tensor(widths or (s,) * len(seed.lengths), device=device)
+        past = torch.arange(t, device=device) >= starts[:, None]
+        own = torch.arange(s, device=device) >= ends[:, None]
+        hidden = torch.cat((past, own), dim=1)[:, None, None]
+        return torch.zeros(hidden.shape, dtype=self.activation_dtype, device=device).masked_fill_(hidden, -torch.inf)
 
     def _causal_bias(self, starts: Tensor, s: int, t: int) -> Tensor:
         last = starts[:, None] + torch.arange(s, device=starts.device)  # (b, s): the newest key each query sees

@@ -86,7 +86,7 @@ class TwoTower(nn.Module):
         for start in range(0, t, PREFILL_CHUNK):
             chunk = ids[:, start : start + PREFILL_CHUNK]
             counts = tuple(min(max(n - start, 0), chunk.shape[1]) for n in lengths)
-            state = self._absorb(chunk, state, counts, with_logits=True)
+            state = self.absorb(chunk, state, counts, with_logits=True)
         return state
 
     @torch.no_grad()
@@ -112,12 +112,17 @@ class TwoTower(nn.Module):
         """The state after the context tower absorbed block_ids (b, s); `state` stays usable."""
         ids = self._checked(block_ids, self.context_device)
         self._check_batch(ids, state)
-        return self._absorb(ids, state, (ids.shape[1],) * ids.shape[0], with_logits=True)
+        return self.absorb(ids, state, with_logits=True)
 
-    def denoiser_logits(self, ids: Tensor, seed: ContextState, t: Tensor | None) -> Tensor:
-        """Unchecked `denoise`; t None leaves time modulation out (what mock-AR does). `seed` on the denoiser's device."""
+    def denoiser_logits(
+        self, ids: Tensor, seed: ContextState, t: Tensor | None, widths: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Unchecked `denoise` with `seed` on the denoiser's device; t None leaves time modulation out (mock-AR's way).
+
+        `widths` are the rows' block lengths where they are not all s.
+        """
         modulations = None if t is None else self.time_conditioning(t)
-        return self.lm_head(self.denoiser_tower.block(ids, seed, modulations)).float()
+        return self.lm_head(self.denoiser_tower.block(ids, seed, modulations, widths)).float()
 
     def score(self, ids: Tensor, state: ContextState) -> Scored:
         """The context tower over ids (b, s) without deciding how many of them stay; see `accept`."""
@@ -131,17 +136,19 @@ class TwoTower(nn.Module):
         """The state after the first counts[b] scored tokens of each row."""
         return self.context_tower.commit(scored, counts, next_logits)
 
-    def absorb(self, ids: Tensor, state: ContextState, *, with_logits: bool) -> ContextState:
-        """Unchecked `extend`; `with_logits` False saves the head where nobody reads next_logits."""
-        return self._absorb(ids, state, (ids.shape[1],) * ids.shape[0], with_logits=with_logits)
+    def absorb(
+        self, ids: Tensor, state: ContextState, counts: tuple[int, ...] | None = None, *, with_logits: bool
+    ) -> ContextState:
+        """Unchecked `extend` by the first counts[b] of ids (b, s); the rest of a row is padding.
 
-    def _absorb(self, ids: Tensor, state: ContextState, counts: tuple[int, ...], *, with_logits: bool) -> ContextState:
+        `with_logits` False saves the head where nobody reads next_logits.
+        """
         b, s = ids.shape
         if s == 0:
             return state
+        counts = (s,) * b if counts is None else counts
         index = torch.tensor(counts, device=ids.device)
-        ragged = min(counts) < s
-        valid = torch.arange(s, device=ids.device) < index[:, None] if ragged else None
+        valid = torch.arange(s, device=ids.device) < index[:, None] if min(counts) < s else None
         scored = self.context_tower.causal(ids, state, valid)
         logits = None
         if with_logits:

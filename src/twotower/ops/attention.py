@@ -19,19 +19,25 @@ def cached_attention(q: Tensor, key: Tensor, value: Tensor, bias: Tensor | None)
     return F.scaled_dot_product_attention(q, key, value, attn_mask=bias, enable_gqa=q.shape[1] != key.shape[1])
 
 
-def seeded_attention(q: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, bias: Tensor) -> Tensor:
+def seeded_attention(
+    q: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, bias: Tensor | None
+) -> Tensor:
     """A block's queries over [past keys | the block's own keys], one softmax, no copy of the past.
 
-    q (b, h, s, p); key, value (b, k, s, p); past (b, k, t, p), t may be 0; bias (b or 1, 1, 1, t) hides unused past
+    q (b, h, s, p); key, value (b, k, s, p); past (b, k, t, p), t may be 0; bias (b or 1, 1, 1, t+s) is -inf at unused
     places. Returns (b, h, s, p).
     """
     b, h, s, p = q.shape
     k = key.shape[1]
     t = past_key.shape[2]
     rows = (q * p**-0.5).reshape(b, k, h // k * s, p)  # grouped queries: heads of one KV head side by side
-    own = rows @ key.transpose(-1, -2)  # (b, k, h/k·s, s)
-    if t == 0:
-        return (own.float().softmax(-1).to(q.dtype) @ value).view(b, h, s, p)
-    past = rows @ past_key.transpose(-1, -2) + bias  # (b, k, h/k·s, t)
-    weights = torch.cat((past, own), dim=-1).softmax(-1)
-    return (weights[..., :t] @ past_value + weights[..., t:] @ value).view(b, h, s, p)
+    scores = rows @ key.transpose(-1, -2)  # (b, k, h/k·s, s)
+    if t:
+        scores = torch.cat((rows @ past_key.transpose(-1, -2), scores), dim=-1)  # (b, k, h/k·s, t+s)
+    if bias is not None:
+        scores = scores + bias
+    weights = scores.softmax(-1)
+    attended = weights[..., t:] @ value
+    if t:
+        attended = attended + weights[..., :t] @ past_value
+    return attended.view(b, h, s, p)

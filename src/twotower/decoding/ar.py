@@ -1,0 +1,62 @@
+"""Mode `ar`: the context tower alone, one token at a time. Letters: b rows, v vocabulary."""
+
+import dataclasses
+from typing import Self
+
+import torch
+
+from twotower.decoding.sampling import Temper, propose, temper, uniforms
+from twotower.decoding.step import BlockView, Request, Stepped, Token
+from twotower.model.state import ContextState
+from twotower.model.two_tower import TwoTower
+
+
+@dataclasses.dataclass(frozen=True)
+class ArRows:
+    """Rows after some tokens; `newest` (b) are those the context tower has not absorbed yet, empty at the start."""
+
+    requests: tuple[Request, ...]
+    context: ContextState
+    settings: Temper
+    newest: tuple[int, ...] = ()
+
+    def select(self, rows: list[int]) -> Self:
+        return dataclasses.replace(
+            self,
+            requests=tuple(self.requests[r] for r in rows),
+            context=self.context.select(rows),
+            settings=self.settings.select(rows),
+            newest=tuple(self.newest[r] for r in rows) if self.newest else (),
+        )
+
+    def view(self, row: int) -> BlockView | None:
+        return None
+
+
+def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> ArRows:
+    """Rows whose prompts are absorbed."""
+    settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.context_device)
+    return ArRows(requests, context, settings)
+
+
+def step(model: TwoTower, rows: ArRows) -> Stepped:
+    """Absorbs the newest token of each row, then samples the next from the context tower's logits."""
+    context = rows.context
+    if rows.newest:
+        ids = torch.tensor(rows.newest, device=model.context_device).unsqueeze(1)
+        context = model.absorb(ids, context, with_logits=True)
+    assert context.next_logits is not None
+    draws = None
+    if not rows.settings.all_greedy:
+        # the token's position in the sequence names its draw: a resumed row uses the same
+        pairs = zip(rows.requests, context.lengths, strict=True)
+        draws = torch.stack([uniforms(r.seed, n, 0, 1) for r, n in pairs]).to(model.context_device)
+    proposal = propose(context.next_logits.unsqueeze(1), rows.settings, draws)
+    ids, confidences = proposal.tokens[:, 0].tolist(), proposal.confidence[:, 0].tolist()
+    absorbed = (1 if rows.newest else 0,) * len(rows.requests)
+    return Stepped(
+        dataclasses.replace(rows, context=context, newest=tuple(ids)),
+        tuple((Token(i, 0, c),) for i, c in zip(ids, confidences, strict=True)),
+        (0,) * len(rows.requests),
+        absorbed,
+    )

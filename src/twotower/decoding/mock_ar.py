@@ -1,0 +1,62 @@
+"""Mode `mock_ar`: the released code's two-tower AR. The denoiser reads the last token, without time modulation, from
+the context state before that token; then the context tower absorbs the token. Letters: b rows."""
+
+import dataclasses
+from typing import Self
+
+import torch
+
+from twotower.decoding.sampling import Temper, propose, temper, uniforms
+from twotower.decoding.step import BlockView, Request, Stepped, Token
+from twotower.model.state import ContextState
+from twotower.model.two_tower import TwoTower
+
+
+@dataclasses.dataclass(frozen=True)
+class MockArRows:
+    """Rows whose context holds all tokens but the `newest` (b) of each."""
+
+    requests: tuple[Request, ...]
+    context: ContextState
+    settings: Temper
+    newest: tuple[int, ...]
+
+    def select(self, rows: list[int]) -> Self:
+        requests = tuple(self.requests[r] for r in rows)
+        return dataclasses.replace(
+            self,
+            requests=requests,
+            context=self.context.select(rows),
+            settings=self.settings.select(rows),
+            newest=tuple(self.newest[r] for r in rows),
+        )
+
+    def view(self, row: int) -> BlockView | None:
+        return None
+
+
+def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> MockArRows:
+    """Rows whose prompts but for the last token are absorbed."""
+    settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.denoiser_device)
+    return MockArRows(requests, context, settings, tuple(r.prompt_ids[-1] for r in requests))
+
+
+def step(model: TwoTower, rows: MockArRows) -> Stepped:
+    """One token per row."""
+    newest = torch.tensor(rows.newest).unsqueeze(1)  # (b, 1)
+    seed = rows.context.to(model.denoiser_device)
+    logits = model.denoiser_logits(newest.to(model.denoiser_device), seed, None)
+    draws = None
+    if not rows.settings.all_greedy:
+        pairs = zip(rows.requests, rows.context.lengths, strict=True)
+        draws = torch.stack([uniforms(r.seed, n + 1, 0, 1) for r, n in pairs]).to(model.denoiser_device)
+    proposal = propose(logits, rows.settings, draws)
+    context = model.absorb(newest.to(model.context_device), rows.context, with_logits=False)
+    ids, confidences = proposal.tokens[:, 0].tolist(), proposal.confidence[:, 0].tolist()
+    ones = (1,) * len(rows.requests)
+    return Stepped(
+        dataclasses.replace(rows, context=context, newest=tuple(ids)),
+        tuple((Token(i, 0, c),) for i, c in zip(ids, confidences, strict=True)),
+        ones,
+        ones,
+    )

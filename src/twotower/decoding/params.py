@@ -1,0 +1,107 @@
+"""What a request asks for and what it gets back."""
+
+import dataclasses
+from typing import Literal, get_args
+
+Mode = Literal["ar", "mock_ar", "simulated_ar", "diffusion", "verified"]
+CommitRule = Literal["confidence", "margin", "entropy", "fixed", "leftmost", "posterior", "remask"]
+FinishReason = Literal["stop", "length"]
+MODES: tuple[str, ...] = get_args(Mode)
+COMMIT_RULES: tuple[str, ...] = get_args(CommitRule)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """One request's settings. `mode` and `commit_rule` name the algorithm; the rest are its numbers.
+
+    `block_size` is S, tokens filled together (for `verified`: the draft's length); `steps_per_block` is T, the most
+    denoising steps a block may take; `confidence_threshold` is γ. `temperature` 0 is greedy. `seed` None draws one.
+    `stop` strings end the text before them; an end token ends it unless `ignore_eos`.
+    """
+
+    mode: Mode = "diffusion"
+    max_new_tokens: int = 128
+    block_size: int = 16
+    steps_per_block: int = 16
+    confidence_threshold: float = 0.8
+    commit_rule: CommitRule = "confidence"
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise ValueError(f"stop is {self.stop!r}, must be a sequence of non-empty strings; write stop=('…',)")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        _one_of("mode", self.mode, MODES)
+        _one_of("commit_rule", self.commit_rule, COMMIT_RULES)
+        _integer("max_new_tokens", self.max_new_tokens, 0)
+        _integer("block_size", self.block_size, 1)
+        _integer("steps_per_block", self.steps_per_block, 1)
+        _number("confidence_threshold", self.confidence_threshold, 0.0, 1.0, "[0, 1]")
+        _number("temperature", self.temperature, 0.0, 100.0, "[0, 100]; 0 is greedy")
+        if self.top_k is not None:
+            _integer("top_k", self.top_k, 1, fix="; leave it None to keep every token")
+        if self.top_p is not None:
+            _number("top_p", self.top_p, 0.0, 1.0, "(0, 1]; leave it None to keep every token")
+            if self.top_p == 0:
+                raise ValueError("top_p is 0, must be in (0, 1]; temperature=0 is the greedy setting")
+        if self.seed is not None:
+            _integer("seed", self.seed, 0)
+            if self.seed >= 2**63:
+                raise ValueError(f"seed is {self.seed}, must be in [0, 2**63); take it modulo 2**63")
+        if self.commit_rule != "confidence" and self.mode != "diffusion":
+            raise ValueError(f"commit_rule is {self.commit_rule!r}, which only mode 'diffusion' reads; drop it")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos is {self.ignore_eos!r}, must be True or False")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, must be one of {', '.join(allowed)}")
+
+
+def _integer(name: str, value: object, low: int, fix: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} is {value!r}, must be an integer of at least {low}{fix}")
+
+
+def _number(name: str, value: object, low: float, high: float, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}, must be a number in {allowed}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationStats:
+    """What a generation cost: forward passes and seconds. Prefill counts as one context call."""
+
+    denoiser_calls: int
+    context_calls: int
+    seconds_to_first_token: float
+    seconds_total: float
+    num_tokens: int
+
+    @property
+    def tokens_per_denoiser_call(self) -> float:
+        """New tokens per NFE; 0.0 in mode `ar`, which has none."""
+        return self.num_tokens / self.denoiser_calls if self.denoiser_calls else 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One request's result.
+
+    `token_ids` are the new tokens, the end token included; `text` is their text up to a stop string, None without a
+    tokenizer. `commit_steps` and `confidences` go with `token_ids`: the denoising step of its block at which each
+    token was fixed (0 in the modes that have none) and the probability it then had.
+    """
+
+    token_ids: list[int]
+    text: str | None
+    finish_reason: FinishReason
+    stats: GenerationStats
+    commit_steps: list[int]
+    confidences: list[float]

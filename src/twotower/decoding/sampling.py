@@ -1,0 +1,113 @@
+"""Logits to proposals. Letters: b rows, s positions, v vocabulary."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from twotower.decoding.params import SamplingParams
+
+
+class Proposal(NamedTuple):
+    """tokens (b, s) int64 and the unscaled probability of each (b, s) float32."""
+
+    tokens: Tensor
+    confidence: Tensor
+
+
+class Temper(NamedTuple):
+    """The rows' sampling settings as tensors (b,), and whether all rows are greedy or unfiltered.
+
+    temperature float32 (1 where greedy), greedy bool, top_k int64 (v for none), top_p float32 (1 for none).
+    """
+
+    temperature: Tensor
+    greedy: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    all_greedy: bool
+    filtered: bool
+
+    def select(self, rows: list[int]) -> "Temper":
+        """The settings of some rows; the two flags stay true of more than them, which changes no result."""
+        return Temper(*(v[rows] if isinstance(v, Tensor) else v for v in self))
+
+
+def temper(params: tuple[SamplingParams, ...], vocab_size: int, device: torch.device) -> Temper:
+    """Collects the sampling settings of a batch."""
+    return Temper(
+        torch.tensor([p.temperature or 1.0 for p in params], device=device),
+        torch.tensor([p.temperature == 0 for p in params], device=device),
+        torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=device),
+        torch.tensor([1.0 if p.top_p is None else p.top_p for p in params], device=device),
+        all(p.temperature == 0 for p in params),
+        any(p.top_k is not None or p.top_p is not None for p in params),
+    )
+
+
+def propose(logits: Tensor, settings: Temper, uniforms: Tensor | None) -> Proposal:
+    """Argmax in greedy rows, else a sample of softmax(logits/temperature) after top-k and top-p.
+
+    logits (b, s, v) float32; uniforms (b, s) in [0, 1), unread if all rows are greedy. The confidence is the
+    probability without temperature and filters.
+    """
+    log_total = logits.logsumexp(-1)
+    best = logits.max(-1)
+    if settings.all_greedy:
+        return Proposal(best.indices, (best.values - log_total).exp())
+    assert uniforms is not None
+    tokens = inverse_sample(distribution(logits, settings), uniforms)
+    tokens = torch.where(settings.greedy[:, None], best.indices, tokens)
+    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return Proposal(tokens, (chosen - log_total).exp())
+
+
+def distribution(logits: Tensor, settings: Temper) -> Tensor:
+    """The distribution that is sampled from: (b, s, v) float32, one-hot in greedy rows.
+
+    top-k keeps the k largest logits; top-p then keeps the smallest set whose probability reaches p (the first token
+    that reaches it included).
+    """
+    scaled = logits / settings.temperature[:, None, None]
+    if settings.filtered:
+        ordered = scaled.sort(dim=-1, descending=True)
+        ranks = torch.arange(logits.shape[-1], device=logits.device)
+        values = ordered.values.masked_fill(ranks >= settings.top_k[:, None, None], -torch.inf)
+        probabilities = values.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        values = values.masked_fill((before >= settings.top_p[:, None, None]) & (ranks > 0), -torch.inf)
+        scaled = torch.full_like(scaled, -torch.inf).scatter_(-1, ordered.indices, values)
+    probabilities = scaled.softmax(-1)
+    if bool(settings.greedy.any()):
+        one_hot = torch.zeros_like(probabilities).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        probabilities = torch.where(settings.greedy[:, None, None], one_hot, probabilities)
+    return probabilities
+
+
+def inverse_sample(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The token at which the cumulative probability passes each uniform: (b, s, v), (b, s) to (b, s) int64.
+
+    Weights need not add up to 1. One uniform per position makes a row's draws independent of its batch.
+    """
+    cumulative = probabilities.double().cumsum(-1)  # fp64: a float32 sum over 131k tokens loses the tail
+    target = uniforms.double().unsqueeze(-1) * cumulative[..., -1:]
+    index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return index.clamp_(max=probabilities.shape[-1] - 1)
+
+
+_MASK64 = (1 << 64) - 1
+
+
+def uniforms(seed: int, position: int, step: int, count: int) -> Tensor:
+    """`count` float32 uniforms in [0, 1) that depend on the arguments alone: (count,) on the CPU.
+
+    Counter-based, so a draw is a function of where it is used, not of what ran before: any batch, schedule or restart
+    gives a row the same ones.
+    """
+    key = seed & _MASK64
+    for value in (position, step):
+        key = (key + 0x9E3779B97F4A7C15 * (value + 1)) & _MASK64  # splitmix64
+        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK64
+        key ^= key >> 31
+    return torch.rand(count, generator=torch.Generator().manual_seed(key >> 1))

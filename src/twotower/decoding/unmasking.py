@@ -1,0 +1,84 @@
+"""Which positions of a block commit after a denoising step. Letters: b rows, s positions.
+
+A rule sees each row's proposals and says which positions are fixed after this step. All but `remask` only ever add
+positions; `remask` (mask-predict, Ghazvininejad et al. 2019) may take some back.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from twotower.decoding.params import SamplingParams
+from twotower.decoding.sampling import Proposal
+
+
+class Schedule(NamedTuple):
+    """Where the rows stand: 0-based step j of T (b,), and γ (b,)."""
+
+    step: int
+    num_steps: Tensor
+    threshold: Tensor
+
+
+def schedule(params: tuple[SamplingParams, ...], step: int, device: torch.device) -> Schedule:
+    """Collects T and γ of a batch. `simulated_ar` takes one step per position."""
+    steps = [p.block_size if p.mode == "simulated_ar" else p.steps_per_block for p in params]
+    thresholds = torch.tensor([p.confidence_threshold for p in params], device=device)
+    return Schedule(step, torch.tensor(steps, device=device), thresholds)
+
+
+def certainty(rule: str, logits: Tensor, proposal: Proposal) -> Tensor:
+    """How sure the denoiser is of each proposal, (b, s) in [0, 1]: what the rule ranks and holds against γ.
+
+    `margin`: p of the best minus p of the second best; `entropy`: 1 − H/log v; the others: p of the proposal.
+    """
+    if rule == "margin":
+        best = logits.softmax(-1).topk(2, dim=-1).values
+        return best[..., 0] - best[..., 1]
+    if rule == "entropy":
+        log_p = logits.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)  # 0·log 0 = 0 for the mask token
+        return (1 - entropy / math.log(logits.shape[-1])).clamp_(0, 1)
+    return proposal.confidence
+
+
+def commit(rule: str, sure: Tensor, masked: Tensor, at: Schedule, coins: Tensor | None) -> Tensor:
+    """The masked positions (b, s) bool that commit now, for every rule but `remask`.
+
+    sure (b, s) from `certainty`; masked (b, s) bool; coins (b, s) uniforms for `posterior`.
+    """
+    left = at.num_steps - at.step  # (b,) steps left, this one included
+    if rule == "posterior":
+        # q(x_s | x_t, x0) of absorbing diffusion from t = left/T to s = (left−1)/T: unmask with (t − s)/t = 1/left
+        assert coins is not None
+        return masked & (coins < 1.0 / left.clamp(min=1)[:, None])
+    remaining = masked.sum(-1)  # (b,)
+    wanted = torch.ceil(remaining / left.clamp(min=1)).long()
+    if rule in ("confidence", "margin", "entropy"):
+        sure_enough = (masked & (sure > at.threshold[:, None])).sum(-1)
+        wanted = torch.maximum(wanted, sure_enough)
+    wanted = torch.where(left <= 1, remaining, wanted.clamp(min=1))
+    if rule == "leftmost":
+        order = masked.cumsum(-1) - 1
+    else:
+        order = ranks(sure.masked_fill(~masked, -torch.inf))
+    return masked & (order < wanted[:, None])
+
+
+def remask(sure: Tensor, valid: Tensor, at: Schedule) -> Tensor:
+    """Mask-predict: the positions (b, s) bool that stay fixed when the least sure are masked again.
+
+    sure (b, s) of every position's present token; valid (b, s) bool. After step j, ceil(s·(T−j−1)/T) stay masked.
+    """
+    width = valid.sum(-1)  # (b,)
+    left = (at.num_steps - at.step - 1).clamp(min=0)
+    keep = width - torch.ceil(width * left / at.num_steps).long()
+    keep = keep.clamp(min=1)
+    return valid & (ranks(sure.masked_fill(~valid, -torch.inf)) < keep[:, None])
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Each value's place in its row's descending order, (b, s) int64; equal values keep their order."""
+    return values.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

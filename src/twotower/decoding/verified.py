@@ -1,0 +1,188 @@
+"""Mode `verified`: the denoiser drafts, the context tower's own pass over the draft decides. Letters: b rows,
+s positions of the draft block, v vocabulary.
+
+The output is distributed exactly as `ar` (speculative sampling, Leviathan et al. 2023; Chen et al. 2023).
+"""
+
+import dataclasses
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from twotower.decoding.sampling import Temper, distribution, inverse_sample, temper, uniforms
+from twotower.decoding.step import BlockView, Request, Stepped, Token
+from twotower.model.state import ContextState
+from twotower.model.two_tower import TwoTower
+
+# Draws of one round are kept apart in the counter-based generator: draft tokens, acceptances, corrections.
+_DRAFT, _ACCEPT, _CORRECT = 1 << 21, 1 << 22, 1 << 23
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifiedRows:
+    """Rows whose context holds all tokens but the `newest` (b) of each, empty before the first."""
+
+    requests: tuple[Request, ...]
+    context: ContextState
+    settings: Temper
+    produced: tuple[int, ...]
+    newest: tuple[int, ...] = ()
+
+    def select(self, rows: list[int]) -> Self:
+        return dataclasses.replace(
+            self,
+            requests=tuple(self.requests[r] for r in rows),
+            context=self.context.select(rows),
+            settings=self.settings.select(rows),
+            produced=tuple(self.produced[r] for r in rows),
+            newest=tuple(self.newest[r] for r in rows) if self.newest else (),
+        )
+
+    def view(self, row: int) -> BlockView | None:
+        return None
+
+
+class Draft(NamedTuple):
+    """ids (b, s) to verify and, unless all rows are greedy, the distribution each drafted one came from (b, s, v)."""
+
+    ids: Tensor
+    probabilities: Tensor | None
+
+
+class Verdict(NamedTuple):
+    """How many leading draft ids each row keeps (b), the token after them (b), probabilities of both (b, s+1)."""
+
+    accepted: tuple[int, ...]
+    bonus: tuple[int, ...]
+    confidence: Tensor
+
+
+def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> VerifiedRows:
+    """Rows whose prompts are absorbed."""
+    settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.context_device)
+    return VerifiedRows(requests, context, settings, (0,) * len(requests))
+
+
+def step(model: TwoTower, rows: VerifiedRows) -> Stepped:
+    """One round: a draft (one NFE), one context pass over it, and the accepted tokens with their bonus.
+
+    The first place of a block is the newest token, already decided and not yet absorbed, so that one context pass
+    both absorbs it and verifies what follows; the very first round has none and drafts every place.
+    """
+    num_known = 1 if rows.newest else 0
+    draft = propose_draft(model, rows)
+    verdict, context = verify(model, rows, draft)
+    table = draft.ids.tolist()
+    confidence = verdict.confidence.tolist()
+    emitted = []
+    for row, (count, bonus) in enumerate(zip(verdict.accepted, verdict.bonus, strict=True)):
+        ids = [*table[row][num_known:count], bonus]
+        emitted.append(tuple(Token(i, 0, c) for i, c in zip(ids, confidence[row][num_known:], strict=False)))
+    ones = (1,) * len(table)
+    after = dataclasses.replace(
+        rows,
+        context=context,
+        produced=tuple(n + len(t) for n, t in zip(rows.produced, emitted, strict=True)),
+        newest=verdict.bonus,
+    )
+    return Stepped(after, tuple(emitted), ones, ones)
+
+
+def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
+    """One denoising step over [newest | masks]: each place's draft depends on the context and the newest token only."""
+    device = model.denoiser_device
+    widths = tuple(_width(r, n) for r, n in zip(rows.requests, rows.produced, strict=True))
+    size = max(widths)
+    block = torch.full((len(widths), size), model.config.mask_token_id, device=device)
+    num_known = 1 if rows.newest else 0
+    if rows.newest:
+        block[:, 0] = torch.tensor(rows.newest, device=device)
+    level = torch.tensor([(w - num_known) / w for w in widths], device=device)
+    ragged = widths if min(widths) < size else None
+    seed = rows.context.to(device)
+    logits = model.denoiser_logits(block, seed, level, ragged)
+    logits[..., model.config.mask_token_id] = -torch.inf
+    logits = logits.to(model.context_device)
+    if rows.settings.all_greedy:
+        ids, probabilities = logits.argmax(-1), None
+    else:
+        probabilities = distribution(logits, rows.settings)
+        ids = inverse_sample(probabilities, _table(rows, _DRAFT, widths, size))
+    ids = ids.to(model.context_device)
+    ids[:, :num_known] = block[:, :num_known].to(model.context_device)
+    return Draft(ids, probabilities)
+
+
+class VerifiedContext(NamedTuple):
+    """A verdict and the context state that holds what it accepted."""
+
+    verdict: Verdict
+    context: ContextState
+
+
+def verify(model: TwoTower, rows: VerifiedRows, draft: Draft) -> VerifiedContext:
+    """The context tower's pass over the draft: greedy rows keep the prefix that equals its argmax, the others accept
+    x with probability min(1, p/q) and else sample the normalised positive part of p − q."""
+    num_known = 1 if rows.newest else 0
+    scored = model.score(draft.ids, rows.context)
+    logits = model.scored_logits(scored)  # (b, s, v): position i predicts place i + 1
+    if num_known:
+        first = logits[:, :1]  # the known token needs no verdict; the slot keeps places aligned
+    else:
+        assert rows.context.next_logits is not None
+        first = rows.context.next_logits.unsqueeze(1)
+    target = torch.cat((first, logits), dim=1)  # (b, s+1, v): row i is the context tower's view of place i
+    widths = tuple(_width(r, n) for r, n in zip(rows.requests, rows.produced, strict=True))
+    b, s = draft.ids.shape
+    places = torch.arange(s, device=draft.ids.device)
+    inside = places < torch.tensor(widths, device=places.device)[:, None]  # (b, s)
+    if draft.probabilities is None:
+        best = target.argmax(-1)  # (b, s+1)
+        agrees = draft.ids == best[:, :s]
+    else:
+        p = distribution(target, rows.settings)
+        drafted = draft.ids.unsqueeze(-1)
+        ratio = p[:, :s].gather(-1, drafted) / draft.probabilities.gather(-1, drafted).clamp(min=1e-38)
+        agrees = _table(rows, _ACCEPT, widths, s) < ratio.squeeze(-1)
+    agrees = (agrees & inside) | (places < num_known)
+    accepted = agrees.long().cumprod(-1).sum(-1)  # (b,)
+    if draft.probabilities is None:
+        after = best.gather(1, accepted[:, None])[:, 0]
+    else:
+        after = _correction(rows, draft.probabilities, p, accepted, widths)
+    counts = tuple(accepted.tolist())
+    emitted = torch.cat((draft.ids, draft.ids[:, :1]), dim=1).scatter(1, accepted[:, None], after[:, None])
+    chosen = target.gather(-1, emitted.unsqueeze(-1)).squeeze(-1)
+    confidence = (chosen - target.logsumexp(-1)).exp()  # (b, s+1)
+    return VerifiedContext(Verdict(counts, tuple(after.tolist()), confidence), model.accept(scored, counts))
+
+
+def _correction(
+    rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widths: tuple[int, ...]
+) -> Tensor:
+    """The token after the accepted prefix: from (p − q)⁺ at a rejection, from p after a whole draft; (b,)."""
+    row = torch.arange(len(widths), device=p.device)
+    there = p[row, accepted]  # (b, v)
+    rejected = accepted < torch.tensor(widths, device=p.device)
+    drafted = q[row, accepted.clamp(max=q.shape[1] - 1)]
+    residual = (there - drafted).clamp(min=0)
+    # p = q up to rounding leaves nothing; a rejection there has probability ~0 and p is its right limit
+    usable = rejected & (residual.sum(-1) > 0)
+    weights = torch.where(usable[:, None], residual, there)
+    draws = _table(rows, _CORRECT, (1,) * len(widths), 1)
+    return inverse_sample(weights.unsqueeze(1), draws)[:, 0]
+
+
+def _width(request: Request, produced: int) -> int:
+    """The block's length: S, or less where fewer tokens are wanted (the newest one fills a place of its own)."""
+    known = 1 if produced else 0
+    return max(1, min(request.params.block_size, request.params.max_new_tokens - produced - 1 + known))
+
+
+def _table(rows: VerifiedRows, purpose: int, widths: tuple[int, ...], size: int) -> Tensor:
+    """(b, size) uniforms named by each row's context length and the purpose of the draw."""
+    table = torch.zeros(len(widths), size)
+    for row, (request, start) in enumerate(zip(rows.requests, rows.context.lengths, strict=True)):
+        table[row, : widths[row]] = uniforms(request.seed, start, purpose, widths[row])
+    return table.to(rows.settings.top_k.device)
