@@ -31,18 +31,21 @@ class Mamba2(nn.Module):
         self.in_proj = Linear(
             config.hidden_size, config.mamba_width + config.conv_width + heads, bias=config.use_bias, dtype=dtype
         )
-        self.conv_weight = nn.Parameter(torch.empty(config.conv_width, config.conv_kernel, dtype=dtype))
+        # One row per tap: the released (c, 1, w) is a view of it.
+        self.conv_taps = nn.Parameter(torch.empty(config.conv_kernel, config.conv_width, dtype=dtype))
         self.conv_bias = nn.Parameter(torch.empty(config.conv_width, dtype=dtype)) if config.use_conv_bias else None
-        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=dtype))
-        self.A_log = nn.Parameter(torch.empty(heads, dtype=dtype))
-        self.D = nn.Parameter(torch.empty(heads, dtype=dtype))
+        # At least float32 in every model, as the scan is
+        wide = torch.promote_types(dtype, torch.float32)
+        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=wide))
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=wide))
+        self.D = nn.Parameter(torch.empty(heads, dtype=wide))
         self.norm = nn.Parameter(torch.empty(config.mamba_width, dtype=dtype))
         self.out_proj = Linear(config.mamba_width, config.hidden_size, bias=config.use_bias, dtype=dtype)
 
     def initial_state(self, batch_size: int) -> MambaState:
         """Zeros, in the dtypes that `prepare` gives."""
         c = self.config
-        device, dtype = self.conv_weight.device, self.conv_weight.dtype
+        device, dtype = self.conv_taps.device, self.conv_taps.dtype
         wide = torch.promote_types(dtype, torch.float32)
         return MambaState(
             torch.zeros(batch_size, c.conv_kernel - 1, c.conv_width, device=device, dtype=dtype),
@@ -53,7 +56,7 @@ class Mamba2(nn.Module):
         """x (b, s, d) after the conv rows `past` (b, w-1, c); rows where `valid` (b, s) is False get dt = 0."""
         c = self.config
         z, xbc, dt = self.in_proj(x).split((c.mamba_width, c.conv_width, c.mamba_num_heads), dim=-1)
-        active = F.silu(causal_conv(xbc, past, self.conv_weight, self.conv_bias))
+        active = F.silu(causal_conv(xbc, past, self.conv_taps, self.conv_bias))
         wide = torch.promote_types(x.dtype, torch.float32)
         states, B, C = active.to(wide).split((c.mamba_width, *(c.mamba_num_groups * c.mamba_state_size,) * 2), dim=-1)
         dt = F.softplus(dt.to(wide) + self.dt_bias)
@@ -73,12 +76,12 @@ class Mamba2(nn.Module):
 
     def outputs(self, prepared: Prepared, state: MambaState, dtype: torch.dtype) -> Tensor:
         """The mixer's output (b, s, d) for all tokens of a block, from the state before it."""
-        y = ssd_output(prepared.scan, self._A(), self.D.to(state.ssm.dtype), state.ssm)
+        y = ssd_output(prepared.scan, self._A(), self.D, state.ssm)
         return self._project(y, prepared.z, dtype)
 
     def scan(self, prepared: Prepared, state: MambaState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The mixer's output (b, s, d) and the SSM state after the last token."""
-        out: ScanOutput = ssd_scan(prepared.scan, self._A(), self.D.to(state.ssm.dtype), state.ssm)
+        out: ScanOutput = ssd_scan(prepared.scan, self._A(), self.D, state.ssm)
         return self._project(out.y, prepared.z, dtype), out.state
 
     def advance(self, prepared: Prepared, state: MambaState, counts: Tensor | None, end: Tensor | None) -> MambaState:
@@ -94,7 +97,7 @@ class Mamba2(nn.Module):
         return MambaState(conv, ssd_state(scan, self._A(), state.ssm) if end is None else end)
 
     def _A(self) -> Tensor:
-        return -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
+        return -self.A_log.exp()
 
     def _project(self, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
         c = self.config
@@ -104,16 +107,14 @@ class Mamba2(nn.Module):
     def pack_(self, dtype: torch.dtype) -> None:
         self.in_proj.pack_(dtype)
         self.out_proj.pack_(dtype)
-        for parameter in (self.conv_weight, self.conv_bias):
+        for parameter in (self.conv_taps, self.conv_bias):
             if parameter is not None:
                 parameter.data = parameter.data.to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        for parameter in (self.dt_bias, self.A_log, self.D, self.norm):
-            parameter.data = parameter.data.to(wide)
+        self.norm.data = self.norm.data.to(self.D.dtype)
 
     def released_tensors(self) -> dict[str, Tensor]:
         found = {"dt_bias": self.dt_bias.data, "A_log": self.A_log.data, "D": self.D.data}
-        found["conv1d.weight"] = self.conv_weight.data.unsqueeze(1)
+        found["conv1d.weight"] = self.conv_taps.data.t().unsqueeze(1)
         if self.conv_bias is not None:
             found["conv1d.bias"] = self.conv_bias.data
         found |= self.in_proj.released_tensors(("in_proj",), (self.in_proj.weight.shape[0],))

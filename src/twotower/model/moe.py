@@ -45,10 +45,12 @@ class MixtureOfExperts(nn.Module):
 
     def pack_(self, dtype: torch.dtype) -> None:
         self.shared.pack_(dtype)
+        for parameter in (self.gate, self.correction_bias):  # what the router would convert at every call
+            parameter.data = parameter.data.double()
         for bias in (self.up_bias, self.down_bias):
             if bias is not None:
                 bias.data = bias.data.to(dtype)
-        if self.up.dtype == dtype == torch.bfloat16:
+        if dtype == torch.bfloat16:
             return  # bf16 matrix units multiply the stacked experts at once, see ops.moe
         ups, downs = [pack(w) for w in self.up], [pack(w.t().contiguous()) for w in self.down]
         if all(w is not None for w in (*ups, *downs)):

@@ -1,5 +1,6 @@
 """How the denoiser learns the noise level. Letters: b batch, d width, i layer."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
+from twotower.model.linear import Linear
 
 NUM_FREQUENCIES = 128
 
@@ -24,21 +26,20 @@ class TimeConditioning(nn.Module):
 
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        d = config.hidden_size
-        self.embed_in = nn.Linear(2 * NUM_FREQUENCIES, d, device="meta", dtype=dtype)
-        self.embed_out = nn.Linear(d, d, device="meta", dtype=dtype)
-        self.block = nn.Linear(d, 3 * d, device="meta", dtype=dtype)
-        self.to_empty(device=torch.get_default_device(), recurse=True)
+        d = self.hidden_size = config.hidden_size
+        self.embed_in = Linear(2 * NUM_FREQUENCIES, d, bias=True, dtype=dtype)
+        self.embed_out = Linear(d, d, bias=True, dtype=dtype)
+        self.block = Linear(d, 3 * d, bias=True, dtype=dtype)
         self.tables = nn.Parameter(torch.empty(config.num_layers, 3, d, dtype=dtype))
         self.released_dtype = dtype
 
     def forward(self, t: Tensor) -> list[Modulation]:
         """Masked fractions t (b,) in [0, 1] to each layer's modulation."""
-        dtype = self.embed_in.weight.dtype
+        dtype = self.tables.dtype
         # The released model casts t̂ before multiplying; in bf16 that rounds 812.5 to 812, and training saw the same.
         scaled = (t.to(self.released_dtype) * 1000).to(torch.promote_types(dtype, torch.float32))
         j = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=t.device)
-        angles = scaled[:, None] * torch.exp(-torch.log(torch.tensor(10000.0)) * j / NUM_FREQUENCIES)  # (b, 128)
+        angles = scaled[:, None] * torch.exp(j * (-math.log(10000.0) / NUM_FREQUENCIES))  # (b, 128)
         embedding = torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
         hidden = self.embed_out(F.silu(self.embed_in(embedding)))
         shared = self.block(F.silu(hidden)).unflatten(-1, (3, -1))  # (b, 3, d)
@@ -46,12 +47,13 @@ class TimeConditioning(nn.Module):
         return [Modulation(*layer.unbind(1)) for layer in every.unbind(0)]
 
     def pack_(self, dtype: torch.dtype) -> None:
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype)
+        for layer in (self.embed_in, self.embed_out, self.block):
+            layer.pack_(dtype)
+        self.tables.data = self.tables.data.to(dtype)
 
     def released_tensors(self) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, layer in (("t_embedder.mlp.0", self.embed_in), ("t_embedder.mlp.2", self.embed_out)):
-            found |= {f"{name}.weight": layer.weight.data, f"{name}.bias": layer.bias.data}
-        found |= {"t_block.1.weight": self.block.weight.data, "t_block.1.bias": self.block.bias.data}
+            found |= layer.released_tensors((name,), (self.hidden_size,))
+        found |= self.block.released_tensors(("t_block.1",), (3 * self.hidden_size,))
         return found | {f"scale_shift_tables.{i}": table for i, table in enumerate(self.tables.data)}

@@ -4,15 +4,14 @@ import torch
 from torch import Tensor
 
 
-def causal_conv(x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y_t = bias + Σ_j weight[:, j] · x_{t-w+1+j} over the rows of x (b, s, c) preceded by `past` (b, w-1, c).
+def causal_conv(x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+    """y_t = bias + Σ_j taps[j] · x_{t-w+1+j} over the rows of x (b, s, c) preceded by `past` (b, w-1, c).
 
-    weight (c, w), bias (c,) or None; returns (b, s, c). Written as w fused multiply-adds: a convolution primitive is
+    taps (w, c), bias (c,) or None; returns (b, s, c). Written as w fused multiply-adds: a convolution primitive is
     compiled anew for each s and is slower at block lengths.
     """
-    s, width = x.shape[1], weight.shape[1]
+    s, width = x.shape[1], taps.shape[0]
     rows = torch.cat((past, x), dim=1)  # (b, w-1+s, c)
-    taps = weight.t()  # (w, c)
     y = rows[:, :s] * taps[0] if bias is None else torch.addcmul(bias, rows[:, :s], taps[0])
     for j in range(1, width):
         y = torch.addcmul(y, rows[:, j : j + s], taps[j])

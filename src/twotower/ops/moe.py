@@ -89,21 +89,23 @@ def _all_experts(x: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
 def _grouped_experts(x: Tensor, routing: Routing, experts: ExpertWeights, num_experts: int) -> Tensor:
     """Rows sorted by expert, then two products for each expert that has rows."""
     rows, active = routing.experts.shape
+    weights = routing.weights.to(x.dtype)
+    if rows == 1:
+        chosen = routing.experts[0].tolist()
+        hidden = [_up(x, experts, e).relu().square() for e in chosen]
+        return weights @ torch.cat([_down(piece, experts, e) for piece, e in zip(hidden, chosen, strict=True)])
     flat = routing.experts.flatten()  # (r·a,)
     order = flat.argsort(stable=True)
     counts = flat.bincount(minlength=num_experts).tolist()
-    sizes = [(expert, count) for expert, count in enumerate(counts) if count]
-    source = order // active  # the row each sorted place came from
-    pieces = x[source].split([count for _, count in sizes])
-    hidden = torch.cat([_up(piece, experts, e) for piece, (e, _) in zip(pieces, sizes, strict=True)])
-    hidden = hidden.relu().square()
-    pieces = hidden.split([count for _, count in sizes])
-    y = torch.cat([_down(piece, experts, e) for piece, (e, _) in zip(pieces, sizes, strict=True)])
-    y = y * routing.weights.flatten()[order].to(y.dtype).unsqueeze(-1)
+    chosen = [e for e, count in enumerate(counts) if count]
+    sizes = [counts[e] for e in chosen]
+    pieces = x[order // active].split(sizes)
+    hidden = [_up(piece, experts, e) for piece, e in zip(pieces, chosen, strict=True)]
+    pieces = torch.cat(hidden).relu().square().split(sizes)
+    y = torch.cat([_down(piece, experts, e) for piece, e in zip(pieces, chosen, strict=True)])
     # Back to the rows' own order, then add each row's experts: no atomics, so the same bits every run.
-    back = torch.empty_like(order)
-    back[order] = torch.arange(rows * active, device=x.device)
-    return y[back].view(rows, active, -1).sum(1)
+    y = y[order.argsort()].view(rows, active, -1)
+    return (weights.unsqueeze(1) @ y).squeeze(1)
 
 
 def _up(x: Tensor, experts: ExpertWeights, e: int) -> Tensor:

@@ -53,18 +53,17 @@ def ssd_output(inputs: ScanInputs, A: Tensor, D: Tensor, state: Tensor) -> Tenso
     g, n = B.shape[2:]
     per_group = h // g
     u = (dt * A).cumsum(1).transpose(1, 2)  # (b, h, s)
-    causal = torch.ones(s, s, dtype=torch.bool, device=x.device).tril_()
-    decay = (u.unsqueeze(-1) - u.unsqueeze(-2)).masked_fill(~causal, -torch.inf).exp()  # (b, h, i, j)
-    C_rows, B_rows = C.transpose(1, 2), B.transpose(1, 2)  # (b, g, s, n)
-    products = C_rows @ B_rows.transpose(-1, -2)  # (b, g, i, j)
-    weights = (decay * dt.transpose(1, 2).unsqueeze(-2)).unflatten(1, (g, per_group)) * products.unsqueeze(2)
-    x_rows = x.transpose(1, 2)  # (b, h, s, p)
-    own = weights.view(b, h, s, s) @ x_rows
-    grouped = state.reshape(b, g, per_group * p, n)
-    seeded = (C_rows @ grouped.transpose(-1, -2)).view(b, g, s, per_group, p)  # H·C_i for every head of the group
-    seeded = seeded.permute(0, 1, 3, 2, 4).reshape(b, h, s, p)
-    y = torch.addcmul(own, seeded, u.exp().unsqueeze(-1))
-    return torch.addcmul(y, x_rows, D[:, None, None]).transpose(1, 2)
+    # tril before exp: above the diagonal u_i − u_j is positive and may overflow; after it: exp(0) there must go
+    decay = (u.unsqueeze(-1) - u.unsqueeze(-2)).tril().exp().tril()  # (b, h, i, j)
+    C_rows = C.transpose(1, 2)  # (b, g, s, n)
+    products = C_rows @ B.permute(0, 2, 3, 1)  # (b, g, i, j)
+    weights = decay.view(b, g, per_group, s, s) * products.unsqueeze(2)
+    own = weights.view(b, h, s, s) @ (x * dt.unsqueeze(-1)).transpose(1, 2)  # (b, h, s, p)
+    # H·C_i for all heads of a group in one product
+    seeded = C_rows @ state.reshape(b, g, per_group * p, n).transpose(-1, -2)  # (b, g, s, h/g·p)
+    seeded = seeded.view(b, g, s, per_group, p).transpose(2, 3).reshape(b, h, s, p)
+    y = torch.addcmul(own, seeded, u.exp().unsqueeze(-1)).transpose(1, 2)  # (b, s, h, p)
+    return torch.addcmul(y, x, D[:, None])
 
 
 def ssd_state(inputs: ScanInputs, A: Tensor, state: Tensor) -> Tensor:
