@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Corpus(NamedTuple):
-    """ids (r, t) int16 and the number of leading positions of each row that are never masked (r,)."""
+    """ids (r, t) integers and the number of leading positions of each row that are never masked (r,)."""
 
     ids: np.ndarray
     prefix: np.ndarray
@@ -17,7 +17,7 @@ class Corpus(NamedTuple):
     @classmethod
     def load(cls, folder: str | Path, *, vocab_size: int) -> "Corpus":
         """Reads every shard of `folder`: arrays `ids` (r, t) and `prefix` (r,). Raises ValueError naming a bad file."""
-        files = sorted(Path(folder).glob("*.npz"))
+        files = sorted(f for f in Path(folder).glob("*.npz") if ".partial" not in f.name)
         if not files:
             raise ValueError(f"{folder} holds no .npz shard; make some with `twotower sample`")
         ids, prefix = [], []

@@ -1,0 +1,91 @@
+"""Speed and quality of `ar`, `diffusion` and `verified` on the shipped stories checkpoint.
+
+    python benchmarks/stories_modes.py [--model PATH] [--threshold 0.8] [--draft 16]
+
+Prints one JSON line. 50 held-out prompts of 32 tokens (stories_prompts.json: sampled from the context tower with seeds
+that training never used), 192 new tokens each, greedy, batch 1, end tokens ignored so that every mode makes the same
+number. The modes alternate prompt by prompt; ratios are medians over prompts. NLL is the context tower's own, in nats per
+token, of each mode's text: `ar`'s is what greedy text costs, the difference is what a mode loses.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import twotower
+from hybrid_decode import commit, cpu_model
+
+PROMPTS = Path(__file__).with_name("stories_prompts.json")
+
+
+def context_nll(judge: twotower.TwoTower, prompt: list[int], new: list[int]) -> float:
+    """Mean negative log-likelihood of the new tokens under the context tower, nats per token."""
+    ids = torch.tensor([prompt + new])
+    logits = judge.context_logits(ids)[0, len(prompt) - 1 : -1]
+    return F.cross_entropy(logits, ids[0, len(prompt) :]).item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--threshold", type=float, default=0.8)
+    parser.add_argument("--draft", type=int, default=16, help="block size of `verified`")
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--new-tokens", type=int, default=192)
+    arguments = parser.parse_args()
+    model = twotower.load(arguments.model)
+    common = {"max_new_tokens": arguments.new_tokens, "ignore_eos": True}
+    modes = {
+        "ar": twotower.SamplingParams(mode="ar", **common),
+        "diffusion": twotower.SamplingParams(
+            mode="diffusion", confidence_threshold=arguments.threshold, **common
+        ),
+        "verified": twotower.SamplingParams(mode="verified", block_size=arguments.draft, **common),
+    }
+    prompts = json.loads(PROMPTS.read_text())[: arguments.prompts]
+    runs: dict[str, list[twotower.Generation]] = {name: [] for name in modes}
+    for params in modes.values():
+        twotower.generate(model, [prompts[0]], params)  # warm-up
+    for prompt in prompts:
+        for name, params in modes.items():
+            runs[name] += twotower.generate(model, [prompt], params)
+    seconds = {name: [g.stats.seconds_total for g in done] for name, done in runs.items()}
+    out: dict[str, object] = {"benchmark": "stories_modes", "prompts": len(prompts)}
+    ar_nll = None
+    for name, done in runs.items():
+        nll = statistics.mean(context_nll(model, p, g.token_ids) for p, g in zip(prompts, done, strict=True))
+        ar_nll = nll if ar_nll is None else ar_nll
+        tokens = sum(len(g.token_ids) for g in done)
+        denoiser = sum(g.stats.denoiser_calls for g in done)
+        context = sum(g.stats.context_calls - 1 for g in done)  # without prefill
+        speeds = [len(g.token_ids) / s for g, s in zip(done, seconds[name], strict=True)]
+        ratios = [a / s for a, s in zip(seconds["ar"], seconds[name], strict=True)]
+        out[name] = {
+            "tokens_per_second": round(statistics.median(speeds), 1),
+            "tokens_per_second_quartiles": [round(q, 1) for q in statistics.quantiles(speeds, n=4)[::2]],
+            "ratio_to_ar": round(statistics.median(ratios), 3),
+            "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
+            "tokens_per_nfe": round(tokens / denoiser, 3) if denoiser else None,
+            "tokens_per_context_call": round(tokens / context, 3),
+            "nll": round(nll, 4),
+            "nll_minus_ar": round(nll - ar_nll, 4),
+            "equal_to_ar": sum(a.token_ids == g.token_ids for a, g in zip(runs["ar"], done, strict=True)),
+        }
+    out |= {
+        "threshold": arguments.threshold,
+        "draft": arguments.draft,
+        "dtype": str(next(iter(model.parameters())).dtype),
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_model(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()
