@@ -40,8 +40,11 @@ def vocabulary(source: Path) -> None:
             for chunk in rows.split(4):
                 counts += model.context_logits(chunk).softmax(-1).sum((0, 1), dtype=torch.float64)
     pieces = read_pieces(source)
+    control_and_bytes = range(3 + 256)
+    letters = [i for i, piece in enumerate(pieces.pieces) if piece is not None and len(piece) == 1 and piece.isascii()]
     common = counts[: len(pieces.pieces)].argsort(descending=True).tolist()
-    TOKENS.write_text(json.dumps(merge_closure(pieces.pieces, pieces.scores, common, VOCABULARY)))
+    wanted = [*control_and_bytes, *letters, *common]
+    TOKENS.write_text(json.dumps(merge_closure(pieces.pieces, pieces.scores, wanted, VOCABULARY)))
 
 
 def corpus(model_path: Path, folder: Path, shards: int, seed: int) -> None:

@@ -19,7 +19,7 @@ class Corpus(NamedTuple):
         """Reads every shard of `folder`: arrays `ids` (r, t) and `prefix` (r,). Raises ValueError naming a bad file."""
         files = sorted(f for f in Path(folder).glob("*.npz") if ".partial" not in f.name)
         if not files:
-            raise ValueError(f"{folder} holds no .npz shard; make some with `twotower sample`")
+            raise ValueError(f"{folder} holds no .npz shard; make some with twotower.training.sampling.write_shard")
         ids, prefix = [], []
         for file in files:
             with np.load(file, allow_pickle=False) as shard:

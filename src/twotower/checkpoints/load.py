@@ -1,0 +1,43 @@
+"""Opening a checkpoint for inference."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from twotower.checkpoints.hf import load_model, load_tokenizer, resolve
+from twotower.model.two_tower import TwoTower
+
+# The stories checkpoint that ships with the package.
+DEFAULT_CHECKPOINT = Path(__file__).parents[1] / "data" / "stories"
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    context_device: str | torch.device | None = None,
+    denoiser_device: str | torch.device | None = None,
+    pack: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> TwoTower:
+    """Opens a two-tower checkpoint: a local directory, a hub id, or the shipped stories checkpoint by default.
+
+    `dtype` None keeps the checkpoint's. The towers go to `context_device` and `denoiser_device`, each `device` unless
+    given. `pack` gives constant weights the layout that is fastest for inference; pack=False keeps plain tensors, to
+    change, train or save them. `progress(done, total)` is called per tensor. Raises FileNotFoundError or ValueError
+    naming the file or tensor at fault.
+    """
+    folder = DEFAULT_CHECKPOINT if path is None else resolve(path)
+    model = load_model(
+        folder,
+        dtype=dtype,
+        context_device=device if context_device is None else context_device,
+        denoiser_device=device if denoiser_device is None else denoiser_device,
+        progress=progress,
+    )
+    model.tokenizer = load_tokenizer(folder)
+    if pack:
+        model.pack_()
+    return model.eval()

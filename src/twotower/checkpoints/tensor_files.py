@@ -1,0 +1,152 @@
+"""The tensors of a checkpoint directory: which there are, in which file, and reading them one at a time."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# The names that safetensors headers use, widest first: files store their tensors in this order.
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SHOWN = 5
+
+
+class TensorSpec(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFiles:
+    """What the headers of a directory's safetensors files say; no tensor has been read."""
+
+    directory: Path
+    specs: Mapping[str, TensorSpec]
+    files: Mapping[str, Path]
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Reads the named tensors file by file, one at a time, onto the CPU in their stored dtype.
+
+        The tensors are mapped from the file: they cost memory only while someone holds them.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name], []).append(name)
+        for file, in_file in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for name in in_file:
+                    yield name, opened.get_tensor(name)
+
+
+def scan(directory: Path) -> TensorFiles:
+    """Reads the headers of `model.safetensors`, or of the shards its index names.
+
+    Raises FileNotFoundError for a missing file and ValueError for one that is broken, holds a tensor twice, disagrees
+    with the index, or stores a dtype that is not a float. Pickled weights are never opened.
+    """
+    index = _read_index(directory)
+    names = {SINGLE_FILE} if index is None else set(index.values())
+    missing = sorted(n for n in names if not (directory / n).is_file())
+    if missing and index is None:
+        raise FileNotFoundError(_no_weights(directory))
+    if missing:
+        raise FileNotFoundError(
+            f"{directory} lacks {_some(missing)}, named by {INDEX_FILE}; download the missing files"
+        )
+    specs: dict[str, TensorSpec] = {}
+    files: dict[str, Path] = {}
+    for file in sorted(directory / n for n in names):
+        for name, spec in _read_header(file).items():
+            if name in files:
+                raise ValueError(f"tensor {name} is in both {files[name]} and {file}; delete the file that is stale")
+            specs[name], files[name] = spec, file
+    if index is not None:
+        astray = [n for n in index if n not in files or files[n].name != index[n]]
+        extra = [n for n in files if n not in index]
+        if astray or extra:
+            found = [f"{_some(astray)} not in the file it names"] if astray else []
+            found += [f"{_some(extra)} in the files but not in the index"] if extra else []
+            raise ValueError(
+                f"{directory / INDEX_FILE} disagrees with the files: {'; '.join(found)}; download the index and the "
+                "files again, together"
+            )
+    return TensorFiles(directory, specs, files)
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorSpec], where: str) -> None:
+    """Raises one ValueError naming every kind of difference between the tensors a config asks for and those found."""
+    wrong = [
+        f"{name} is {tuple(found[name].shape)}, must be {shape}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name].shape) != shape
+    ]
+    problems = {
+        "missing": [n for n in expected if n not in found],
+        "unexpected": [n for n in found if n not in expected],
+        "of the wrong shape": wrong,
+    }
+    text = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
+    if text:
+        raise ValueError(f"the tensors of {where} do not fit its config ({text}); both must come from one checkpoint")
+
+
+def _read_index(directory: Path) -> dict[str, str] | None:
+    """tensor name -> file name, or None without an index."""
+    path = directory / INDEX_FILE
+    if not path.exists():
+        return None
+    if (directory / SINGLE_FILE).exists():
+        raise ValueError(f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}; delete the one that is stale")
+    try:
+        raw = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; download it again") from error
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} has no weight_map from tensor names to files; download it again")
+    # A name such as ../../x would read outside the checkpoint.
+    strange = [str(n) for n in weight_map.values() if not isinstance(n, str) or Path(n).name != n]
+    if strange:
+        raise ValueError(f"{path} names {_some(strange)}, must be plain file names; download it again")
+    return weight_map
+
+
+def _read_header(file: Path) -> dict[str, TensorSpec]:
+    specs = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = opened.keys()
+            for name in names:
+                part = opened.get_slice(name)
+                if part.get_dtype() not in STORED_DTYPES:
+                    raise ValueError(
+                        f"tensor {name} of {file} is stored as {part.get_dtype()}, must be one of "
+                        f"{list(STORED_DTYPES)}; use a checkpoint that is not quantised"
+                    )
+                specs[name] = TensorSpec(STORED_DTYPES[part.get_dtype()], tuple(part.get_shape()))
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a complete safetensors file ({error}); download it again") from error
+    return specs
+
+
+def _no_weights(directory: Path) -> str:
+    pickled = sorted(p.name for pattern in _PICKLED for p in directory.glob(pattern))
+    if pickled:
+        return (
+            f"{directory} holds its weights only as pickles ({_some(pickled)}), which can run code and are not opened; "
+            f"use a safetensors release, or convert them to {SINGLE_FILE} with a tool you trust"
+        )
+    return f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; download the weights into it"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

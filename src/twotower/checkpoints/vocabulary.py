@@ -1,0 +1,220 @@
+"""Tokenizers made from scored pieces, the mask token, and vocabularies cut down to the tokens a corpus uses.
+
+A tokenizer travels as the text of a tokenizer.json, so that what cannot be said exactly in one is refused, not lost.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import tokenizers
+
+MASK_TOKEN = "<mask>"
+
+_BYTE_TOKENS = tuple(f"<0x{value:02X}>" for value in range(256))
+
+
+class Trimmed(NamedTuple):
+    """A smaller vocabulary: new row i takes old row `rows[i]`; the mask's is a copy of the unknown token's."""
+
+    rows: tuple[int, ...]
+    mask_token_id: int
+    tokenizer: str
+
+    def new_id(self, old_id: int) -> int:
+        """Raises ValueError if the token was not kept."""
+        kept = [i for i, row in enumerate(self.rows) if row == old_id and i != self.mask_token_id]
+        if not kept:
+            raise ValueError(f"token {old_id} is used by the config and not kept; add it to keep_tokens")
+        return kept[0]
+
+
+def byte_token(value: int) -> str:
+    """The name of the token that stands for one byte of text that no piece covers."""
+    return _BYTE_TOKENS[value]
+
+
+def scored_merges(pieces: Sequence[str | None], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """The byte-pair merges that rank like scored pieces: best first, every split into two pieces that exist.
+
+    None marks ids that text is never merged into (control and byte tokens). SentencePiece's BPE and llama2.c choose
+    the best-scored neighbours, leftmost on a tie; ranks can only break ties by piece, here by id, then by the ids of
+    the parts. Llama's one tie, runs of spaces, comes out the same.
+    """
+    ids = {piece: i for i, piece in enumerate(pieces) if piece is not None}
+    ranked = []
+    for piece, i in ids.items():
+        for cut in range(1, len(piece)):
+            left, right = ids.get(piece[:cut]), ids.get(piece[cut:])
+            if left is not None and right is not None:
+                ranked.append((-scores[i], i, left, right, (piece[:cut], piece[cut:])))
+    return [merge for *_, merge in sorted(ranked)]
+
+
+def merge_closure(pieces: Sequence[str | None], scores: Sequence[float], wanted: Sequence[int], size: int) -> list[int]:
+    """The first of the `wanted` ids that fit in `size`, with the pieces their spelling passes through, sorted.
+
+    A piece can only be produced if every intermediate piece of its merges is there, so it is taken with all of them or
+    not at all; one that does not fit is passed over and later, cheaper ones are still tried. Pieces that merging their
+    characters does not give are left out. None in `pieces` marks control and byte tokens, which need nothing else.
+    """
+    ranks = {merge: rank for rank, merge in enumerate(scored_merges(pieces, scores))}
+    ids = {piece: i for i, piece in enumerate(pieces) if piece is not None}
+    kept: set[int] = set()
+    for i in wanted:
+        if len(kept) >= size:
+            break
+        if i in kept:
+            continue
+        piece = pieces[i]
+        needed = {i} if piece is None else _spelling(piece, ranks, ids)
+        if needed is not None and len(kept | needed) <= size:
+            kept |= needed
+    return sorted(kept)
+
+
+def _spelling(piece: str, ranks: Mapping[tuple[str, str], int], ids: Mapping[str, int]) -> set[int] | None:
+    """Every id that byte-pair encoding the piece's characters passes through to the piece; None if it misses it."""
+    parts = list(piece)
+    used = {ids[part] for part in parts if part in ids}
+    while len(parts) > 1:
+        candidates = [(ranks[pair], j) for j, pair in enumerate(pairwise(parts)) if pair in ranks]
+        if not candidates:
+            return None
+        _, j = min(candidates)
+        parts[j : j + 2] = [parts[j] + parts[j + 1]]
+        used.add(ids[parts[j]])
+    return used
+
+
+def scored_bpe(
+    pieces: Sequence[str],
+    scores: Sequence[float],
+    *,
+    control: Collection[int],
+    unknown: int,
+    first_token: int | None,
+    space_prefix: bool = True,
+    user_defined: Collection[int] = (),
+) -> str:
+    """The tokenizer.json of a SentencePiece-style BPE vocabulary; ids are places in `pieces`.
+
+    Pieces hold plain spaces, not U+2581: a U+2581 in a text then falls back to bytes like any character without a
+    piece, and decode(encode(text)) is the text, whatever it holds. The exceptions are texts that spell a control
+    token, which are read as that token. `first_token` is put before every text, and with `space_prefix` a space before
+    every text that is not empty; decoding drops both, so decoding the continuation of a text drops its first space.
+    """
+    double = [piece for piece, count in Counter(pieces).items() if count > 1][:5]
+    if double:
+        raise ValueError(f"the vocabulary holds the pieces {double} more than once; each id needs its own piece")
+    places = {piece: i for i, piece in enumerate(pieces)}
+    missing = [token for token in _BYTE_TOKENS if token not in places]
+    if missing:
+        raise ValueError(
+            f"the vocabulary lacks {len(missing)} of 256 byte tokens, first {missing[0]}; use one with all"
+        )
+    reserved = {*control, *user_defined, *(places[token] for token in _BYTE_TOKENS)}
+    merges = scored_merges([None if i in reserved else piece for i, piece in enumerate(pieces)], scores)
+    decoders: list[dict[str, Any]] = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    if space_prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    added = [(i, i in control) for i in sorted({*control, *user_defined})]
+    raw = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [added_token(i, pieces[i], special=special) for i, special in added],
+        "normalizer": {"type": "Prepend", "prepend": " "} if space_prefix else None,
+        "pre_tokenizer": None,
+        "post_processor": None if first_token is None else first_token_processor(first_token, pieces[first_token]),
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "unk_token": pieces[unknown],
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": places,
+            "merges": merges,
+        },
+    }
+    return normal_form(raw)
+
+
+def added_token(token_id: int, content: str, *, special: bool) -> dict[str, Any]:
+    """An entry of tokenizer.json's `added_tokens`: matched in the text as it stands."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+    return {"id": token_id, "content": content} | flags
+
+
+def first_token_processor(token_id: int, content: str) -> dict[str, Any]:
+    """A tokenizer.json post-processor that puts one token before every text."""
+    first = {"SpecialToken": {"id": content, "type_id": 0}}
+    text, other = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    tokens = {content: {"id": content, "ids": [token_id], "tokens": [content]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, other],
+        "special_tokens": tokens,
+    }
+
+
+def normal_form(raw: Mapping[str, Any]) -> str:
+    """The text that the tokenizers library saves, so that reading and saving again changes no byte."""
+    return tokenizers.Tokenizer.from_str(json.dumps(raw)).to_str(pretty=True)
+
+
+def append_mask(tokenizer: str, mask_token_id: int) -> str:
+    """Adds the special token `<mask>` with the given id, which may lie beyond the tokenizer's own ids."""
+    raw = json.loads(tokenizers.Tokenizer.from_str(tokenizer).to_str())
+    if raw["model"]["type"] != "BPE":
+        raise ValueError(
+            f"the tokenizer is a {raw['model']['type']}, must be a BPE; pass mask_token_id of a free token"
+        )
+    vocab, added = raw["model"]["vocab"], raw["added_tokens"]
+    if MASK_TOKEN in vocab or any(token["content"] == MASK_TOKEN for token in added):
+        raise ValueError(f"the tokenizer already has a token {MASK_TOKEN}; pass its id as mask_token_id")
+    added.append(added_token(mask_token_id, MASK_TOKEN, special=True))
+    # The library numbers added tokens by the vocabulary's size unless the vocabulary itself gives their ids.
+    vocab |= {token["content"]: token["id"] for token in added}
+    return normal_form(raw)
+
+
+def trim(tokenizer: str, keep: Collection[int]) -> Trimmed:
+    """Cuts a byte-fallback BPE vocabulary down to `keep`, its special tokens and its 256 byte tokens, plus a mask.
+
+    The new order is: special tokens, mask, byte tokens, the rest of `keep`, each by old id. Merges stay where both
+    parts and the result are kept: a text that encoded to kept tokens encodes to the same ones if `keep` holds their
+    intermediate pieces (see `merge_closure`).
+    """
+    raw = json.loads(tokenizers.Tokenizer.from_str(tokenizer).to_str())
+    model = raw["model"]
+    vocab: dict[str, int] = model.get("vocab", {})
+    if model["type"] != "BPE" or not model["byte_fallback"] or any(token not in vocab for token in _BYTE_TOKENS):
+        raise ValueError("the tokenizer is not a BPE with 256 byte tokens; only such vocabularies can be trimmed")
+    pieces = {i: piece for piece, i in vocab.items()} | {token["id"]: token["content"] for token in raw["added_tokens"]}
+    strange = sorted(set(keep) - set(pieces))
+    if strange:
+        raise ValueError(f"keep_tokens has {strange[:5]}, which are no tokens; ids are in [0, {max(pieces)}]")
+    if MASK_TOKEN in vocab:
+        raise ValueError(f"the tokenizer already has a token {MASK_TOKEN}; leave keep_tokens out, or rename the token")
+    special = sorted(token["id"] for token in raw["added_tokens"] if token["special"])
+    first = [*special, *(vocab[token] for token in _BYTE_TOKENS)]
+    rest = sorted(set(keep) - set(first))
+    mask_token_id = len(special)
+    rows = (*special, vocab[model["unk_token"]], *first[len(special) :], *rest)
+    names = [MASK_TOKEN if i == mask_token_id else pieces[row] for i, row in enumerate(rows)]
+    ids = {name: i for i, name in enumerate(names)}
+    model["vocab"] = ids
+    model["merges"] = [m for m in model["merges"] if m[0] in ids and m[1] in ids and m[0] + m[1] in ids]
+    added = [token | {"id": ids[token["content"]]} for token in raw["added_tokens"] if token["content"] in ids]
+    raw["added_tokens"] = sorted([*added, added_token(mask_token_id, MASK_TOKEN, special=True)], key=lambda t: t["id"])
+    processor = raw["post_processor"]
+    if processor is not None:
+        if processor["type"] != "TemplateProcessing":
+            raise ValueError(f"the tokenizer's post-processor is a {processor['type']}, must be TemplateProcessing")
+        for name, token in processor["special_tokens"].items():
+            processor["special_tokens"][name] = token | {"ids": [ids[t] for t in token["tokens"]]}
+    return Trimmed(rows, mask_token_id, normal_form(raw))

@@ -1,0 +1,59 @@
+"""The shipped checkpoint: what it promises to whoever calls `twotower.load()`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import twotower
+from twotower.checkpoints.load import DEFAULT_CHECKPOINT
+
+PROMPTS = Path(__file__).parents[1] / "benchmarks" / "stories_prompts.json"
+
+
+@pytest.fixture(scope="module")
+def stories() -> twotower.TwoTower:
+    return twotower.load()
+
+
+def test_both_towers_fit_in_35_mb() -> None:
+    assert sum(f.stat().st_size for f in DEFAULT_CHECKPOINT.glob("*.safetensors")) < 35e6
+
+
+@pytest.mark.parametrize("text", ["Once upon a time", "  two spaces", "naïve 🎉\n\ttabs", "", " ", "\x00\x7f", "𝔘𝔫𝔦"])
+def test_tokenizer_is_lossless(stories: twotower.TwoTower, text: str) -> None:
+    assert stories.tokenizer is not None
+    assert stories.tokenizer.decode(stories.tokenizer.encode(text).ids) == text
+
+
+def test_ar_writes_a_story(stories: twotower.TwoTower) -> None:
+    params = twotower.SamplingParams(mode="ar", max_new_tokens=40)
+    text = twotower.generate(stories, ["Once upon a time"], params)[0].text
+    # stories15M's well-known greedy beginning
+    assert text is not None
+    assert text.startswith(", there was a little girl named Lily. She loved to play outside in the")
+
+
+def test_verified_equals_ar_on_200_prompts(stories: twotower.TwoTower) -> None:
+    rows = [p[:n] for p in json.loads(PROMPTS.read_text()) for n in (1, 8, 20, 32)]
+    rows = [row if len(row) > 1 else [*row, 300 + i] for i, row in enumerate(rows)]  # 200 different prompts
+    assert len({tuple(r) for r in rows}) == len(rows) == 200
+    ar = twotower.generate(stories, rows, twotower.SamplingParams(mode="ar", max_new_tokens=24))
+    verified = twotower.generate(stories, rows, twotower.SamplingParams(mode="verified", max_new_tokens=24))
+    assert [g.token_ids for g in verified] == [g.token_ids for g in ar]
+    assert [g.finish_reason for g in verified] == [g.finish_reason for g in ar]
+    # the drafts are worth something: more than one token a round
+    assert sum(len(g.token_ids) for g in verified) > 1.5 * sum(g.stats.denoiser_calls for g in verified)
+
+
+def test_denoiser_has_learnt_to_fill(stories: twotower.TwoTower) -> None:
+    """Masked-token loss on text the context tower wrote greedily: an untrained copy has about 8 nats."""
+    prompts = json.loads(PROMPTS.read_text())[:8]
+    outs = twotower.generate(stories, prompts, twotower.SamplingParams(mode="ar", max_new_tokens=16, ignore_eos=True))
+    truth = torch.tensor([g.token_ids for g in outs])
+    block = truth.clone()
+    block[:, ::2] = stories.config.mask_token_id
+    logits = stories.denoise(block, stories.prefill(prompts))
+    loss = torch.nn.functional.cross_entropy(logits[:, ::2].flatten(0, 1), truth[:, ::2].flatten())
+    assert loss < 3.0
