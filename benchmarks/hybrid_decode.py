@@ -2,8 +2,9 @@
 
     python benchmarks/hybrid_decode.py [--dtype bfloat16|float32]
 
-Prints one JSON line. Hybrid: MEMEM*EMEM*E, d 512, 8/2 heads x 64, Mamba 16 x 64 with state 64 in 4 groups, 32 experts of
-width 256 with 4 active, shared 512, v 8192; context 128, batch 1, block 16. Steps alternate; medians are printed. The
+Prints one JSON line. Hybrid: MEMEM*EMEM*E, d 512, 8/2 heads x 64, Mamba 16 x 64 with state 64 in 4 groups, 32 experts
+of width 256 with 4 active, shared 512, v 8192; context 128, batch 1, block 16. Steps alternate; medians are printed.
+The
 floor is the bytes of weights that a pass touches divided by the read bandwidth measured between the same steps. `plain`
 is the same model with plain tensors (load's pack=False): what PyTorch's own linear layers make of it.
 """
@@ -165,8 +166,8 @@ def main() -> None:
 def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
-        lines = (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name"))
-        return next(lines, platform.processor())
+        named = (line for line in info.read_text().splitlines() if line.startswith("model name"))
+        return next(named, f": {platform.processor()}").split(":", 1)[1].strip()
     return platform.processor()
 
 

@@ -4,8 +4,8 @@
 
 Prints one JSON line. 50 held-out prompts of 32 tokens (stories_prompts.json: sampled from the context tower with seeds
 that training never used), 192 new tokens each, greedy, batch 1, end tokens ignored so that every mode makes the same
-number. The modes alternate prompt by prompt; ratios are medians over prompts. NLL is the context tower's own, in nats per
-token, of each mode's text: `ar`'s is what greedy text costs, the difference is what a mode loses.
+number. The modes alternate prompt by prompt; ratios are medians over prompts. NLL is the context tower's own, in nats
+per token, of each mode's text: `ar`'s is what greedy text costs, the difference is what a mode loses.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from hybrid_decode import commit, cpu_model
 
 import twotower
-from hybrid_decode import commit, cpu_model
 
 PROMPTS = Path(__file__).with_name("stories_prompts.json")
 
@@ -41,9 +41,7 @@ def main() -> None:
     common = {"max_new_tokens": arguments.new_tokens, "ignore_eos": True}
     modes = {
         "ar": twotower.SamplingParams(mode="ar", **common),
-        "diffusion": twotower.SamplingParams(
-            mode="diffusion", confidence_threshold=arguments.threshold, **common
-        ),
+        "diffusion": twotower.SamplingParams(mode="diffusion", confidence_threshold=arguments.threshold, **common),
         "verified": twotower.SamplingParams(mode="verified", block_size=arguments.draft, **common),
     }
     prompts = json.loads(PROMPTS.read_text())[: arguments.prompts]

@@ -1,11 +1,15 @@
 """Two-tower diffusion language models: a frozen autoregressive tower and a denoiser that fills blocks in parallel."""
 
-from twotower.checkpoints.load import load
-from twotower.config import TwoTowerConfig
-from twotower.decoding.generate import Piece, generate, stream
-from twotower.decoding.params import Generation, GenerationStats, SamplingParams
-from twotower.model.state import ContextState
-from twotower.model.two_tower import TwoTower
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from twotower.checkpoints.load import load
+    from twotower.config import TwoTowerConfig
+    from twotower.decoding.generate import Piece, generate, stream
+    from twotower.decoding.params import Generation, GenerationStats, SamplingParams
+    from twotower.model.state import ContextState
+    from twotower.model.two_tower import TwoTower
 
 __all__ = [
     "ContextState",
@@ -19,3 +23,27 @@ __all__ = [
     "load",
     "stream",
 ]
+
+# Imported when first used: `twotower --help` imports this package too, and torch takes seconds.
+_HOMES = {
+    "ContextState": "twotower.model.state",
+    "Generation": "twotower.decoding.params",
+    "GenerationStats": "twotower.decoding.params",
+    "Piece": "twotower.decoding.generate",
+    "SamplingParams": "twotower.decoding.params",
+    "TwoTower": "twotower.model.two_tower",
+    "TwoTowerConfig": "twotower.config",
+    "generate": "twotower.decoding.generate",
+    "load": "twotower.checkpoints.load",
+    "stream": "twotower.decoding.generate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,14 +12,41 @@ LAYER_KINDS = "M*-E"
 # that a config read and written again is byte for byte the same. Anything in neither list raises: a misspelt key
 # would otherwise be a silently wrong model.
 CARRIED_KEYS = frozenset(
-    """
-    _name_or_path architectures attention_dropout auto_map chunk_size dtype expand hidden_dropout initializer_range
-    layers_block_type mamba_ssm_cache_dtype max_position_embeddings model_type n_shared_experts norm_eps
-    num_hidden_layers num_logits_to_keep num_query_groups pad_token_id partial_rotary_factor
-    rescale_prenorm_residual sliding_window time_step_floor time_step_max time_step_min torch_dtype
-    transformers_version use_cache use_mamba_kernels mamba_proj_bias mamba_hidden_act attention_head_dim
-    conversion_source
-    """.split()
+    (
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "chunk_size",
+        "dtype",
+        "expand",
+        "hidden_dropout",
+        "initializer_range",
+        "layers_block_type",
+        "mamba_ssm_cache_dtype",
+        "max_position_embeddings",
+        "model_type",
+        "n_shared_experts",
+        "norm_eps",
+        "num_hidden_layers",
+        "num_logits_to_keep",
+        "num_query_groups",
+        "pad_token_id",
+        "partial_rotary_factor",
+        "rescale_prenorm_residual",
+        "sliding_window",
+        "time_step_floor",
+        "time_step_max",
+        "time_step_min",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "use_mamba_kernels",
+        "mamba_proj_bias",
+        "mamba_hidden_act",
+        "attention_head_dim",
+        "conversion_source",
+    )
 )
 
 # Our field -> the released file's key, where they differ.
@@ -145,9 +172,7 @@ class TwoTowerConfig:
                 ours[_FILE_KEYS.get(f.name, f.name)] = list(value) if isinstance(value, tuple) else value
         if not self.carried:
             return {"architectures": ["NemotronHTwoTowerForCausalLM"], "model_type": "nemotron_h"} | ours
-        defaults = {
-            _FILE_KEYS.get(f.name, f.name): f.default for f in dataclasses.fields(self) if f.name != "carried"
-        }
+        defaults = {_FILE_KEYS.get(f.name, f.name): f.default for f in dataclasses.fields(self) if f.name != "carried"}
         out = {key: ours.get(key, value) for key, value in self.carried.items()}
         if "num_hidden_layers" in out:
             out["num_hidden_layers"] = self.num_layers

@@ -43,8 +43,8 @@ def step(model: TwoTower, rows: ArRows) -> Stepped:
     """Absorbs the newest token of each row, then samples the next from the context tower's logits."""
     context = rows.context
     if rows.newest:
-        ids = torch.tensor(rows.newest, device=model.context_device).unsqueeze(1)
-        context = model.absorb(ids, context, with_logits=True)
+        newest = torch.tensor(rows.newest, device=model.context_device).unsqueeze(1)
+        context = model.absorb(newest, context, with_logits=True)
     assert context.next_logits is not None
     draws = None
     if not rows.settings.all_greedy:

@@ -113,8 +113,8 @@ def _request(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Request
 
 def _warn_about_block_size(model: TwoTower, params: Sequence[SamplingParams]) -> None:
     trained = model.config.block_size
-    largest = max((p.block_size for p in params if p.mode == "diffusion"), default=0)
-    if largest > trained and any(p.temperature > 0 for p in params):
+    largest = max((p.block_size for p in params if p.mode == "diffusion" and p.temperature > 0), default=0)
+    if largest > trained:
         text = f"block_size {largest} is larger than the {trained} this checkpoint was trained with: sampling collapses"
         warnings.warn(text, UserWarning, stacklevel=3)
 
@@ -216,6 +216,7 @@ class _Record:
         if reason is not None and self.stream is not None and text_end is None:
             self.stream.flush()
             text_end = self._stop_at()
+            reason = "stop" if text_end is not None else reason
         text = self._new_text(text_end, final=reason is not None)
         ids = [t.id for t in self.tokens[before:]]
         return _Event(row, text, ids, None, None if reason is None else self.result(reason, text_end))

@@ -33,7 +33,7 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+        if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop is {self.stop!r}, must be a sequence of non-empty strings; write stop=('…',)")
         object.__setattr__(self, "stop", tuple(self.stop))
         _one_of("mode", self.mode, MODES)
@@ -43,6 +43,8 @@ class SamplingParams:
         _integer("steps_per_block", self.steps_per_block, 1)
         _number("confidence_threshold", self.confidence_threshold, 0.0, 1.0, "[0, 1]")
         _number("temperature", self.temperature, 0.0, 100.0, "[0, 100]; 0 is greedy")
+        if 0 < self.temperature < 1e-6:  # logits divided by it must stay finite in float32
+            raise ValueError(f"temperature is {self.temperature}, must be 0 or in [1e-06, 100]; 0 is greedy")
         if self.top_k is not None:
             _integer("top_k", self.top_k, 1, fix="; leave it None to keep every token")
         if self.top_p is not None:

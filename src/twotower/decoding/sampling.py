@@ -18,7 +18,8 @@ class Proposal(NamedTuple):
 class Temper(NamedTuple):
     """The rows' sampling settings as tensors (b,), and whether all rows are greedy or unfiltered.
 
-    temperature float32 (1 where greedy), greedy bool, top_k int64 (v for none), top_p float32 (1 for none).
+    temperature float32 (1 where greedy), greedy bool, top_k int64 (v for none), top_p float32 (inf for none: sums of
+    rounded probabilities reach 1 before the last token).
     """
 
     temperature: Tensor
@@ -30,7 +31,8 @@ class Temper(NamedTuple):
 
     def select(self, rows: list[int]) -> "Temper":
         """The settings of some rows; the two flags stay true of more than them, which changes no result."""
-        return Temper(*(v[rows] if isinstance(v, Tensor) else v for v in self))
+        temperature, greedy, top_k, top_p = (v[rows] for v in self[:4])
+        return Temper(temperature, greedy, top_k, top_p, self.all_greedy, self.filtered)
 
 
 def temper(params: tuple[SamplingParams, ...], vocab_size: int, device: torch.device) -> Temper:
@@ -39,7 +41,7 @@ def temper(params: tuple[SamplingParams, ...], vocab_size: int, device: torch.de
         torch.tensor([p.temperature or 1.0 for p in params], device=device),
         torch.tensor([p.temperature == 0 for p in params], device=device),
         torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=device),
-        torch.tensor([1.0 if p.top_p is None else p.top_p for p in params], device=device),
+        torch.tensor([torch.inf if p.top_p in (None, 1) else p.top_p for p in params], device=device),
         all(p.temperature == 0 for p in params),
         any(p.top_k is not None or p.top_p is not None for p in params),
     )

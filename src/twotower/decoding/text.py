@@ -12,9 +12,12 @@ class TextStream:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, prompt_ids: tuple[int, ...]) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(prompt_ids[-8:])
-        self._shown = len(self._decode(self._ids))
-        self._start = 0  # ids before this one are settled and no longer decoded
+        self._ids = list(prompt_ids)
+        self._start = self._window()  # ids before this one are settled and no longer decoded
+        # The prompt may end inside a character: if its bytes are completed it belongs to the new text.
+        ends = (self._decode(self._ids[self._start : len(self._ids) - n]) for n in range(4))
+        self._shown = max(len(text.rstrip("\ufffd")) for text in ends)
+        self._dangling = self._decode(self._ids[self._start :])[self._shown :]
         self.text = ""
 
     def push(self, ids: list[int]) -> str:
@@ -23,19 +26,30 @@ class TextStream:
         whole = self._decode(self._ids[self._start :])
         # an incomplete byte sequence decodes to U+FFFD at the end
         certain = whole.rstrip("\ufffd")
-        piece = certain[self._shown :]
-        if piece:
-            self._shown += len(piece)
-            self.text += piece
+        piece = self._give(certain)
         if len(certain) == len(whole) and len(self._ids) - self._start > 64:
-            self._start = len(self._ids) - 8
+            self._start = self._window()
             self._shown = len(self._decode(self._ids[self._start :]))
         return piece
 
     def flush(self) -> str:
         """What was held back: a byte sequence that never became a character."""
-        piece = self._decode(self._ids[self._start :])[self._shown :]
+        return self._give(self._decode(self._ids[self._start :]))
+
+    def _window(self) -> int:
+        """About 8 tokens before the end, at a character's first byte: byte-fallback decoders give up on a whole run of
+        bytes that starts inside a character."""
+        last = max(len(self._ids) - 8, 0)
+        return next((n for n in range(last, max(last - 4, -1), -1) if self._begins_character(n)), last)
+
+    def _begins_character(self, n: int) -> bool:
+        return any(not self._decode(self._ids[n : n + size]).startswith("\ufffd") for size in range(1, 5))
+
+    def _give(self, whole: str) -> str:
+        piece = whole[self._shown :]
         self._shown += len(piece)
+        if not self.text:
+            piece = piece.removeprefix(self._dangling)
         self.text += piece
         return piece
 

@@ -60,10 +60,7 @@ def commit(rule: str, sure: Tensor, masked: Tensor, at: Schedule, coins: Tensor 
         sure_enough = (masked & (sure > at.threshold[:, None])).sum(-1)
         wanted = torch.maximum(wanted, sure_enough)
     wanted = torch.where(left <= 1, remaining, wanted.clamp(min=1))
-    if rule == "leftmost":
-        order = masked.cumsum(-1) - 1
-    else:
-        order = ranks(sure.masked_fill(~masked, -torch.inf))
+    order = masked.cumsum(-1) - 1 if rule == "leftmost" else ranks(sure.masked_fill(~masked, -torch.inf))
     return masked & (order < wanted[:, None])
 
 

@@ -134,7 +134,7 @@ def verify(model: TwoTower, rows: VerifiedRows, draft: Draft) -> VerifiedContext
         first = rows.context.next_logits.unsqueeze(1)
     target = torch.cat((first, logits), dim=1)  # (b, s+1, v): row i is the context tower's view of place i
     widths = tuple(_width(r, n) for r, n in zip(rows.requests, rows.produced, strict=True))
-    b, s = draft.ids.shape
+    s = draft.ids.shape[1]
     places = torch.arange(s, device=draft.ids.device)
     inside = places < torch.tensor(widths, device=places.device)[:, None]  # (b, s)
     if draft.probabilities is None:
@@ -158,9 +158,7 @@ def verify(model: TwoTower, rows: VerifiedRows, draft: Draft) -> VerifiedContext
     return VerifiedContext(Verdict(counts, tuple(after.tolist()), confidence), model.accept(scored, counts))
 
 
-def _correction(
-    rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widths: tuple[int, ...]
-) -> Tensor:
+def _correction(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widths: tuple[int, ...]) -> Tensor:
     """The token after the accepted prefix: from (p − q)⁺ at a rejection, from p after a whole draft; (b,)."""
     row = torch.arange(len(widths), device=p.device)
     there = p[row, accepted]  # (b, v)
@@ -170,8 +168,10 @@ def _correction(
     # p = q up to rounding leaves nothing; a rejection there has probability ~0 and p is its right limit
     usable = rejected & (residual.sum(-1) > 0)
     weights = torch.where(usable[:, None], residual, there)
-    draws = _table(rows, _CORRECT, (1,) * len(widths), 1)
-    return inverse_sample(weights.unsqueeze(1), draws)[:, 0]
+    # named by the token's own position: a first round that accepts nothing starts where the next one does
+    places = (n + count for n, count in zip(rows.context.lengths, accepted.tolist(), strict=True))
+    draws = [uniforms(r.seed, place, _CORRECT, 1) for r, place in zip(rows.requests, places, strict=True)]
+    return inverse_sample(weights.unsqueeze(1), torch.stack(draws).to(p.device))[:, 0]
 
 
 def _width(request: Request, produced: int) -> int:

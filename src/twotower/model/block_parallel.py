@@ -6,7 +6,9 @@ Letters: b batch, t tokens, d width, h heads, k KV heads, p head width, m masked
 import torch
 from torch import Tensor
 
-from twotower.model.attention import rotation
+from twotower.model.attention import Attention, rotation
+from twotower.model.mlp import MLP
+from twotower.model.moe import MixtureOfExperts
 from twotower.model.time_conditioning import Modulation
 from twotower.model.two_tower import TwoTower
 from twotower.ops.attention import cached_attention
@@ -32,11 +34,11 @@ def block_parallel_hidden(model: TwoTower, x0: Tensor, xt: Tensor, t: Tensor, bl
     seeded = _bias(torch.cat((block[:, None] > block, block[:, None] == block), dim=1), dtype)  # (t, 2t)
     modulations = _per_position(model, t)
     clean, noisy = context.embed(x0), denoiser.embed(xt)
-    for below, layer, modulation in zip(context.layers, denoiser.layers, modulations, strict=True):
+    for below, layer, modulation in zip(context.stack, denoiser.stack, modulations, strict=True):
         entered = layer.enter(noisy, modulation, dtype)
         with torch.no_grad():
             clean_entered = below.enter(clean, None, dtype)
-        if layer.kind == "*":
+        if isinstance(layer.mixer, Attention) and isinstance(below.mixer, Attention):
             with torch.no_grad():
                 q, past_key, past_value = below.mixer.project(clean_entered, rope)
                 clean_mixed = below.mixer.output(cached_attention(q, past_key, past_value, causal))
@@ -44,6 +46,8 @@ def block_parallel_hidden(model: TwoTower, x0: Tensor, xt: Tensor, t: Tensor, bl
             keys, values = torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2)
             mixed = layer.mixer.output(cached_attention(q, keys, values, seeded))
         else:
+            assert isinstance(layer.mixer, MLP | MixtureOfExperts)
+            assert isinstance(below.mixer, MLP | MixtureOfExperts)
             with torch.no_grad():
                 clean_mixed = below.mixer(clean_entered)
             mixed = layer.mixer(entered)

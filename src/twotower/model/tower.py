@@ -3,7 +3,7 @@
 Letters: b batch, s tokens, t cached tokens rounded up, d width, h heads, k KV heads, p head width.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,12 +56,18 @@ class Tower(nn.Module):
         num_attention = c.pattern.count("*")
         empty = self.embeddings.new_zeros(batch_size, c.num_key_value_heads, 0, c.head_dim, dtype=self.activation_dtype)
         buffer = KeyBuffer([empty] * num_attention, [empty] * num_attention, (0,) * batch_size)
-        mamba = tuple(layer.mixer.initial_state(batch_size) for layer in self.layers if layer.kind == "M")
+        mixers = [layer.mixer for layer in self.stack if isinstance(layer.mixer, Mamba2)]
+        mamba = tuple(mixer.initial_state(batch_size) for mixer in mixers)
         return ContextState((0,) * batch_size, mamba, buffer, None).reserve(capacity)
+
+    @property
+    def stack(self) -> list[Layer]:
+        """The layers in order."""
+        return cast("list[Layer]", list(self.layers))
 
     def causal(self, ids: Tensor, state: ContextState, valid: Tensor | None = None) -> Scored:
         """Runs ids (b, s) after `state`; rows where `valid` (b, s) is False (right padding) leave no trace."""
-        b, s = ids.shape
+        s = ids.shape[1]
         state = state.reserve(s)
         starts = torch.tensor(state.lengths, device=ids.device)
         rope = self._rotation(starts, s)
@@ -69,12 +75,12 @@ class Tower(nn.Module):
         x = self.embed(ids)
         replays: list[Replay] = []
         num_attention = 0
-        for layer in self.layers:
+        for layer in self.stack:
             entered = layer.enter(x, None, self.activation_dtype)
-            if layer.kind == "M":
+            if isinstance(layer.mixer, Mamba2):
                 mixed, replay = self._causal_mamba(layer.mixer, entered, state.mamba[len(replays)], valid)
                 replays.append(replay)
-            elif layer.kind == "*":
+            elif isinstance(layer.mixer, Attention):
                 mixed = self._causal_attention(layer.mixer, entered, state, num_attention, rope, bias)
                 num_attention += 1
             else:
@@ -92,9 +98,9 @@ class Tower(nn.Module):
         lengths = tuple(n + c for n, c in zip(state.lengths, counts, strict=True))
         index = torch.tensor(counts, device=scored.hidden.device)
         mamba = []
-        layers = [layer.mixer for layer in self.layers if layer.kind == "M"]
+        mixers = [layer.mixer for layer in self.stack if isinstance(layer.mixer, Mamba2)]
         whole = all(c == scored.hidden.shape[1] for c in counts)
-        for mixer, replay in zip(layers, scored.replays, strict=True):
+        for mixer, replay in zip(mixers, scored.replays, strict=True):
             advanced = mixer.advance(replay.prepared, replay.start, None if whole else index, replay.end)
             mamba.append(advanced)
         state.buffer.tip = lengths
@@ -111,21 +117,21 @@ class Tower(nn.Module):
 
         `widths` are the rows' own block lengths where they differ; places beyond are padding that nobody sees.
         """
-        b, s = ids.shape
+        s = ids.shape[1]
         starts = torch.tensor(seed.lengths, device=ids.device)
         rope = self._rotation(starts, s)
         used = min(seed.padded_length(), seed.buffer.capacity)
         bias = self._block_bias(seed, used, s, widths) if seed.buffer.keys else None
         x = self.embed(ids)
         num_mamba = num_attention = 0
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.stack):
             modulation = None if modulations is None else modulations[i]
             entered = layer.enter(x, modulation, self.activation_dtype)
-            if layer.kind == "M":
+            if isinstance(layer.mixer, Mamba2):
                 start = seed.mamba[num_mamba]
                 mixed = layer.mixer.outputs(layer.mixer.prepare(entered, start.conv), start, self.activation_dtype)
                 num_mamba += 1
-            elif layer.kind == "*":
+            elif isinstance(layer.mixer, Attention):
                 q, key, value = layer.mixer.project(entered, rope)
                 past_key = seed.buffer.keys[num_attention][:, :, :used]
                 past_value = seed.buffer.values[num_attention][:, :, :used]
@@ -169,9 +175,7 @@ class Tower(nn.Module):
         bias = torch.zeros(later.shape, dtype=self.activation_dtype, device=starts.device)
         return bias.masked_fill_(later, -torch.inf).unsqueeze(1)
 
-    def _causal_mamba(
-        self, mixer: Mamba2, x: Tensor, start: MambaState, valid: Tensor | None
-    ) -> tuple[Tensor, Replay]:
+    def _causal_mamba(self, mixer: Mamba2, x: Tensor, start: MambaState, valid: Tensor | None) -> tuple[Tensor, Replay]:
         prepared = mixer.prepare(x, start.conv, valid)
         if 1 < x.shape[1] <= CHUNK:
             # A block: its end state waits until it is known how much of the block stays.
@@ -199,12 +203,12 @@ class Tower(nn.Module):
     def pack_(self, activation_dtype: torch.dtype) -> None:
         """Packs every constant weight for inference with activations of the given dtype."""
         self.activation_dtype = activation_dtype
-        for layer in self.layers:
+        for layer in self.stack:
             layer.pack_(activation_dtype)
         self.norm_f.data = self.norm_f.data.to(torch.promote_types(activation_dtype, torch.float32))
 
     def released_tensors(self) -> dict[str, Tensor]:
         found = {"embeddings.weight": self.embeddings.data}
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.stack):
             found |= {f"layers.{i}.{k}": v for k, v in layer.released_tensors().items()}
         return found | {"norm_f.weight": self.norm_f.data}

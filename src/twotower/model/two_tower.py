@@ -60,6 +60,8 @@ class TwoTower(nn.Module):
     def context_logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """The context tower's causal logits for ids (b, t) int64: (b, t, v) float32."""
         ids = self._checked(ids, self.context_device)
+        if ids.shape[1] == 0:
+            raise ValueError("ids have 0 tokens, must have at least 1")
         state = self.context_tower.initial_state(ids.shape[0], ids.shape[1])
         logits = []
         for chunk in ids.split(PREFILL_CHUNK, dim=1):
@@ -102,9 +104,13 @@ class TwoTower(nn.Module):
         if t is None:
             level = (ids == self.config.mask_token_id).float().mean(-1)
         else:
-            level = torch.as_tensor(t, dtype=torch.float32, device=ids.device).expand(ids.shape[0])
+            level = torch.as_tensor(t, dtype=torch.float32, device=ids.device)
+            if level.shape not in ((), ids.shape[:1]):
+                shape = tuple(level.shape)
+                raise ValueError(f"t has shape {shape}, must be one number or ({ids.shape[0]},), one per row")
             if not bool(((level >= 0) & (level <= 1)).all()):
                 raise ValueError(f"t is {t}, must be in [0, 1]")
+            level = level.expand(ids.shape[0])
         return self.denoiser_logits(ids, state.to(self.denoiser_device), level)
 
     @torch.no_grad()

@@ -67,10 +67,9 @@ def apply_experts(x: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor
     rows, active = routing.experts.shape
     # Bandwidth against arithmetic: with bf16 matrix units 64 rows through all experts cost less than reading them, so
     # two large products beat many small ones once half of the experts are touched anyway.
-    many = 2 * rows * active >= num_experts
-    if many and rows <= 64 and not experts.packed_up and x.dtype == torch.bfloat16:
-        if x.device.type == "cpu" and cpu_has_bf16_matmul():
-            return _all_experts(x, routing, experts)
+    plain_bf16 = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not experts.packed_up
+    if plain_bf16 and rows <= 64 and 2 * rows * active >= num_experts and cpu_has_bf16_matmul():
+        return _all_experts(x, routing, experts)
     return _grouped_experts(x, routing, experts, num_experts)
 
 

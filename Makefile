@@ -1,0 +1,48 @@
+# Each target sets up what it needs: a virtual environment in $(VENV), the package, and for the checks its dev tools.
+#
+#   make demo     watch a story being written
+#   make test     run the tests
+#   make check    lint, types and tests, as CI does
+#
+# TORCH is what pip installs PyTorch from, and PyTorch is installed first so that nothing replaces it:
+#   make demo TORCH=torch==2.13.0
+#   make demo TORCH="torch --index-url URL"      a build for other hardware, such as the much smaller CPU-only one
+
+TORCH ?= torch
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types check clean
+
+demo: $(VENV)/.installed
+	$(BIN)/twotower demo
+
+check: lint types test
+
+lint: $(VENV)/.dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.dev-installed
+	$(BIN)/mypy
+
+test: $(VENV)/.dev-installed
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps make a second run skip pip; a change of the dependencies brings it back.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "twotower needs Python 3.11 or newer, and $(PYTHON) is older; run make with PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@

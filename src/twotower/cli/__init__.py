@@ -1,0 +1,1 @@
+"""The `twotower` command: one file per sub-command, imported only when called."""

@@ -1,0 +1,97 @@
+"""What a config implies without any weights: parameters, bytes of weights, of context state and of one pass."""
+
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from twotower.config import TwoTowerConfig
+from twotower.model.two_tower import TwoTower
+
+TowerName = Literal["context", "denoiser"]
+
+# What the characters of a config's pattern stand for, in the order of the tables.
+LAYER_NAMES = {"M": "Mamba-2 layers", "*": "attention layers", "-": "MLP layers", "E": "expert layers"}
+PARTS = ("embeddings", *LAYER_NAMES.values(), "final norm", "head", "time conditioning")
+
+
+class Place(NamedTuple):
+    """Which tower a tensor belongs to, and which of PARTS."""
+
+    tower: TowerName
+    part: str
+
+
+class StateBytes(NamedTuple):
+    """One sequence's context state: what grows with the context, and what does not."""
+
+    keys_and_values: int
+    recurrent: int
+
+
+def released_tensors(config: TwoTowerConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor of the released layout with the shape and type it has in memory, on the meta device."""
+    with torch.device("meta"):
+        return TwoTower(config, dtype=dtype).released_tensors()
+
+
+def place(name: str, config: TwoTowerConfig) -> Place:
+    """Sorts a released tensor name."""
+    head, _, rest = name.partition(".")
+    if head == "context_lm_head":
+        return Place("context", "head")
+    if head == "lm_head":
+        return Place("denoiser", "head")
+    if head in ("context_tower", "denoiser_tower"):
+        tower: TowerName = "context" if head == "context_tower" else "denoiser"
+        if rest.startswith("layers."):
+            return Place(tower, LAYER_NAMES[config.pattern[int(rest.split(".")[1])]])
+        return Place(tower, "embeddings" if rest.startswith("embeddings.") else "final norm")
+    return Place("denoiser", "time conditioning")
+
+
+def parameters(config: TwoTowerConfig) -> dict[Place, int]:
+    """Parameters of every part of each tower; a tied head has none of its own."""
+    counts: dict[Place, int] = {}
+    for name, tensor in released_tensors(config, torch.float32).items():
+        where = place(name, config)
+        counts[where] = counts.get(where, 0) + tensor.numel()
+    return counts
+
+
+def state_bytes(config: TwoTowerConfig, length: int, dtype: torch.dtype) -> StateBytes:
+    """Bytes of one sequence's state after `length` tokens with weights of `dtype`.
+
+    Keys and values: 2 · attention layers · k · p · t. Recurrent, per Mamba-2 layer: the last w-1 rows of the
+    convolution's input, and the (h, p, n) SSM state, which is float32 at any dtype.
+    """
+    c = config
+    per_token = 2 * c.pattern.count("*") * c.num_key_value_heads * c.head_dim
+    conv = (c.conv_kernel - 1) * c.conv_width * dtype.itemsize
+    ssm = c.mamba_width * c.mamba_state_size * torch.float32.itemsize
+    return StateBytes(per_token * length * dtype.itemsize, c.pattern.count("M") * (conv + ssm))
+
+
+def pass_bytes(
+    config: TwoTowerConfig, tensors: Mapping[str, Tensor], tower: TowerName, tokens: int, *, head: bool
+) -> float:
+    """Bytes of weights that one forward pass of a tower over `tokens` tokens reads.
+
+    Of the embedding only the tokens' rows, of e experts no more than the min(e, a·s) that s tokens with a active
+    experts each can choose. `head` says whether logits are computed. `tensors` are `released_tensors`.
+    """
+    used = min(1.0, config.num_experts_per_tok * tokens / config.num_experts) if config.num_experts else 1.0
+    total = 0.0
+    for name, tensor in _of_tower(config, tensors, tower):
+        part = place(name, config).part
+        if part == "embeddings":
+            total += tokens * config.hidden_size * tensor.element_size()
+            total += tensor.nbytes if head and config.tie_word_embeddings else 0
+        elif part != "head" or head:
+            total += tensor.nbytes * (used if ".experts." in name else 1.0)
+    return total
+
+
+def _of_tower(config: TwoTowerConfig, tensors: Mapping[str, Tensor], tower: TowerName) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor) for name, tensor in tensors.items() if place(name, config).tower == tower)

@@ -1,0 +1,185 @@
+"""`twotower generate`: continue prompts from the command line, a JSON-lines file or stdin."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.console import Console
+
+from twotower.cli.live import show
+from twotower.cli.options import DeviceOption, DtypeOption, MaxNewTokensOption, ModelOption, open_model
+from twotower.decoding.generate import Prompt, generate, stream
+from twotower.decoding.params import CommitRule, Generation, Mode, SamplingParams
+from twotower.model.two_tower import TwoTower
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+_DEFAULTS = SamplingParams()
+_MODE_HELP = (
+    "ar: the context tower alone, one token at a time. diffusion: whole blocks, most certain positions first. "
+    "verified: whole blocks that the context tower checks, the text of ar. simulated_ar: blocks from left to right. "
+    "mock_ar: the denoiser as a second autoregressive model."
+)
+_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+class Job(NamedTuple):
+    prompt: Prompt
+    params: SamplingParams
+
+
+@app.command("generate")
+def command(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help='Text to continue; "" starts from nothing.', show_default="--file, else stdin"),
+    ] = None,
+    model: ModelOption = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help='Continue every line of a JSON-lines file: {"prompt": text or token ids}, and for that line alone any '
+            'setting under its name with underscores, such as "max_new_tokens".',
+        ),
+    ] = None,
+    mode: Annotated[Mode, typer.Option(help=_MODE_HELP)] = _DEFAULTS.mode,
+    max_new_tokens: MaxNewTokensOption = _DEFAULTS.max_new_tokens,
+    block_size: Annotated[
+        int, typer.Option(help="Tokens filled together, 1 or more; verified: the draft's length.")
+    ] = _DEFAULTS.block_size,
+    steps_per_block: Annotated[
+        int, typer.Option(help="Most denoising steps for one block, 1 or more.")
+    ] = _DEFAULTS.steps_per_block,
+    confidence_threshold: Annotated[
+        float, typer.Option(help="A token above this probability is fixed at once, 0 to 1.")
+    ] = _DEFAULTS.confidence_threshold,
+    commit_rule: Annotated[
+        CommitRule, typer.Option(help="Which positions a diffusion step fixes.")
+    ] = _DEFAULTS.commit_rule,
+    temperature: Annotated[float, typer.Option(help="0 to 100; 0 is greedy.")] = _DEFAULTS.temperature,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample among this many best tokens, 1 or more.", show_default="all")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample among the best tokens of this total probability, 0 to 1.", show_default="1"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="0 or more; repeats a sample.", show_default="a new one")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given several times.", show_default="none")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Write on after an end token.")] = False,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    context_device: Annotated[
+        str | None, typer.Option(help="Where the context tower runs.", show_default="--device")
+    ] = None,
+    denoiser_device: Annotated[
+        str | None, typer.Option(help="Where the denoiser tower runs.", show_default="--device")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per prompt, and nothing else on stdout.")
+    ] = False,
+    live: Annotated[
+        bool | None,
+        typer.Option("--live/--no-live", help="Draw each step, or only print the text.", show_default="in a terminal"),
+    ] = None,
+) -> None:
+    """Continue a prompt, every prompt of a file, or what stdin holds."""
+    if as_json and live:
+        raise ValueError("--json and --live exclude each other; drop one of them")
+    params = SamplingParams(
+        mode=mode,
+        max_new_tokens=max_new_tokens,
+        block_size=block_size,
+        steps_per_block=steps_per_block,
+        confidence_threshold=confidence_threshold,
+        commit_rule=commit_rule,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+    jobs = _jobs(prompt, file, params)
+    opened = open_model(
+        model, device=device, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
+    )
+    watched = not as_json and (sys.stdout.isatty() if live is None else live)
+    for i, job in enumerate(jobs):
+        if as_json:
+            result = generate(opened, [job.prompt], job.params)[0]
+            print(json.dumps(record(job, result), ensure_ascii=False), flush=True)
+            continue
+        if i > 0:
+            print()
+        if watched:
+            show(opened, job.prompt, job.params, Console())
+        else:
+            _print_text(opened, job)
+
+
+def record(job: Job, result: Generation) -> dict[str, Any]:
+    """The object that `--json` prints."""
+    stats = result.stats
+    return {
+        "prompt": job.prompt,
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "mode": job.params.mode,
+        **dataclasses.asdict(stats),
+        "tokens_per_denoiser_call": stats.tokens_per_denoiser_call,
+        "tokens_per_second": stats.num_tokens / stats.seconds_total if stats.seconds_total else 0.0,
+        "commit_steps": result.commit_steps,
+        "confidences": result.confidences,
+    }
+
+
+def _print_text(model: TwoTower, job: Job) -> None:
+    for piece in stream(model, job.prompt, job.params):
+        # without a tokenizer there is no text
+        shown = str(piece) if model.tokenizer is not None else "".join(f"{i} " for i in piece.token_ids)
+        print(shown, end="", flush=True)
+    print()
+
+
+def _jobs(prompt: str | None, file: Path | None, params: SamplingParams) -> list[Job]:
+    if prompt is not None and file is not None:
+        raise ValueError("both a prompt and --file were given; drop one of them")
+    if file is not None:
+        lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        return [_job(line, f"{file} line {number}", params) for number, line in lines if line.strip()]
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise ValueError(
+                'there is no prompt; write it after the command, as in twotower generate "Once upon a time"'
+            )
+        prompt = sys.stdin.read().removesuffix("\n")
+    return [Job(prompt, params)]
+
+
+def _job(line: str, where: str, params: SamplingParams) -> Job:
+    try:
+        raw = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(raw, dict) or "prompt" not in raw:
+        raise ValueError(f'{where} must be an object with a prompt; write {{"prompt": "…"}}')
+    prompt = raw.pop("prompt")
+    is_ids = isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
+    if not is_ids and not isinstance(prompt, str):
+        raise ValueError(f"{where} has a prompt that is neither a text nor a list of token ids")
+    unknown = sorted(set(raw) - _FIELDS)
+    if unknown:
+        raise ValueError(f"{where} has unknown keys {unknown}; besides prompt there are {sorted(_FIELDS)}")
+    try:
+        return Job(prompt, dataclasses.replace(params, **raw))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -1,0 +1,68 @@
+"""`twotower init`: a two-tower checkpoint from a single-tower model."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from twotower.checkpoints.backbone import init_two_tower
+from twotower.cli.options import Dtype, torch_dtype
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command("init")
+def command(
+    backbone: Annotated[
+        str,
+        typer.Argument(
+            help="Directory or Hugging Face id of a Nemotron-H, Llama, Mistral or Qwen2 model; a GGUF or llama2.c file."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Directory to write; weights already there are replaced.")],
+    block_size: Annotated[int, typer.Option(help="Block length the denoiser is to be trained at, 1 or more.")] = 16,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Type of the written weights.", show_default="each tensor's own")
+    ] = None,
+    mask_token_id: Annotated[
+        int | None,
+        typer.Option(
+            help="Token that stands for a mask, 0 to the vocabulary's last.",
+            show_default="the one the family keeps free, else a new one",
+        ),
+    ] = None,
+    keep_tokens: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="JSON file with a list of token ids: the vocabulary is cut down to them, its control and byte tokens.",
+            show_default="all",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seeds the time embedder, the only random part.")] = 0,
+) -> None:
+    """Make a two-tower checkpoint whose towers both start as the given single-tower model."""
+    with Console(stderr=True).status(f"Writing {out}"):
+        init_two_tower(
+            backbone,
+            out,
+            dtype=None if dtype is None else torch_dtype(dtype),
+            mask_token_id=mask_token_id,
+            block_size=block_size,
+            keep_tokens=None if keep_tokens is None else _token_ids(keep_tokens),
+            seed=seed,
+        )
+    print(f"wrote {out}; see it with: twotower inspect {out}")
+
+
+def _token_ids(file: Path) -> list[int]:
+    try:
+        ids = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ValueError(f"{file} must hold a JSON list of token ids, such as [0, 1, 2]")
+    return ids

@@ -1,0 +1,84 @@
+"""The `twotower` command: its list of sub-commands, and what the user sees of an error."""
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+# Sub-command -> the line that `twotower --help` shows for it; its file has the same name.
+_COMMANDS = {
+    "demo": "Watch one story written by diffusion and by autoregression.",
+    "generate": "Continue prompts in any decoding mode, with a live view.",
+    "init": "Make a two-tower checkpoint from a single-tower model.",
+    "inspect": "Show a checkpoint's parameters, memory and errors.",
+    "train": "Train the denoiser tower on a corpus of tokens.",
+    "bench": "Measure the speed of the decoding modes.",
+}
+
+# What the library raises at a user's mistake. Anything else is our defect and shows its traceback.
+_MISTAKES = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+class _LazyGroup(TyperGroup):
+    """Imports a sub-command's file when it is called, so that `twotower --help` need not wait for torch."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        module = importlib.import_module(f"twotower.cli.{name}")
+        return name, typer.main.get_command(module.app), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with _short_warnings():
+                return super().invoke(ctx)
+        except _MISTAKES as error:
+            _complain("Error", str(error), "bold red")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Shows warnings as one line without the source line they come from."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        _complain("Warning", str(message), "yellow")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _complain(kind: str, message: str, style: str) -> None:
+    line = Text.assemble((f"{kind}: ", style), " ".join(message.split()))
+    Console(stderr=True).print(line, soft_wrap=True, highlight=False)
+
+
+app = typer.Typer(
+    cls=_LazyGroup,
+    help="Two-tower diffusion language models: decode, convert, inspect, train and measure them.",
+    no_args_is_help=True,
+    add_completion=False,
+    # The rich form squeezes long options into columns a few letters wide.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _declare(name: str, line: str) -> None:
+    """Registers a command that only has its help; `_LazyGroup` puts the real one in its place."""
+
+    @app.command(name, help=line)
+    def declared() -> None:
+        raise AssertionError(f"{name} was called without being loaded")
+
+
+for _name, _line in _COMMANDS.items():
+    _declare(_name, _line)

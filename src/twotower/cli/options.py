@@ -1,0 +1,70 @@
+"""Options that several sub-commands share, and opening a model as they ask."""
+
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from twotower.checkpoints.load import load
+from twotower.model.two_tower import TwoTower
+
+Dtype = Literal["float32", "bfloat16"]
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PATH",
+        help="Checkpoint directory, or the id of a Hugging Face repository.",
+        show_default="the stories checkpoint that comes with the package",
+    ),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where both towers run: cpu, cuda, cuda:N or mps.")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Type of the weights in memory.", show_default="the checkpoint's")
+]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to write, 0 or more.")]
+
+
+def open_model(
+    path: str | None,
+    *,
+    device: str = "cpu",
+    dtype: Dtype | None = None,
+    context_device: str | None = None,
+    denoiser_device: str | None = None,
+    pack: bool = True,
+) -> TwoTower:
+    """`load` with option values, and a progress bar on stderr where that is a terminal. Raises ValueError for a device
+    that isn't there."""
+    console = Console(stderr=True)
+    columns = (TextColumn("Loading"), BarColumn(), MofNCompleteColumn(), TextColumn("tensors"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        return load(
+            path,
+            device=_device(device),
+            dtype=None if dtype is None else torch_dtype(dtype),
+            context_device=None if context_device is None else _device(context_device),
+            denoiser_device=None if denoiser_device is None else _device(denoiser_device),
+            pack=pack,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def torch_dtype(name: Dtype) -> torch.dtype:
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}, must be cpu, cuda, cuda:N or mps") from error
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= there.get(device.type, 0):
+        found = ", ".join(f"{count} {kind}" for kind, count in there.items())
+        raise ValueError(f"device is {name!r}, but this machine and this build of torch have {found}; choose one there")
+    return device

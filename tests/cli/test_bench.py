@@ -1,0 +1,118 @@
+"""`twotower bench decode`: one line per mode, and what its numbers are made of."""
+
+import json
+
+import pytest
+import torch
+
+import twotower
+from twotower.cli import bench
+from twotower.cli.accounting import pass_bytes, released_tensors
+from twotower.decoding.params import MODES, SamplingParams
+
+NEW = 12
+
+
+@pytest.fixture(autouse=True)
+def _small_probe(monkeypatch):
+    monkeypatch.setattr(bench, "_PROBE_BYTES", 1 << 20)
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    return twotower.load(checkpoint)
+
+
+def measured(run, checkpoint, *options):
+    sizes = ("--prompts", 2, "--prompt-tokens", 5, "--new-tokens", NEW, "--repeats", 2, "--block-size", 4)
+    result = run("bench", "decode", "--model", checkpoint, *sizes, *options)
+    assert result.exit_code == 0, result.output
+    return {line["mode"]: line for line in map(json.loads, result.stdout.splitlines())}
+
+
+def test_one_line_for_each_mode(run, checkpoint):
+    lines = measured(run, checkpoint)
+    assert list(lines) == list(MODES)
+    keys = lines["ar"].keys()
+    for mode, line in lines.items():
+        assert line.keys() == keys
+        low, high = line["spread"]
+        assert 0 < low <= line["tokens_per_second"] <= high
+        assert line["ratio_to_ar"] > 0
+        assert line["ms_per_context_call"] > 0
+        assert line["floor_seconds"] > 0
+        assert line["ratio_to_floor"] > 0
+        assert line["bandwidth_gb_s"] > 0
+        assert line["torch"] == torch.__version__
+        assert line["dtype"] == "float32"
+        assert line["machine"]["threads"] == torch.get_num_threads()
+        if mode == "ar":
+            assert (line["nfe"], line["tokens_per_nfe"], line["ms_per_nfe"]) == (0, None, None)
+        else:
+            assert line["tokens_per_nfe"] == pytest.approx(NEW / line["nfe"])
+            assert line["ms_per_nfe"] > 0
+    assert lines["ar"]["ratio_to_ar"] == 1
+    assert lines["ar"]["context_calls"] == NEW
+    assert lines["simulated_ar"]["nfe"] == lines["mock_ar"]["nfe"] == NEW
+
+
+def test_ar_runs_beside_the_modes_asked_for(run, checkpoint):
+    assert list(measured(run, checkpoint, "--modes", "verified")) == ["ar", "verified"]
+
+
+def test_the_threshold_and_dtype_reach_the_decoder(run, checkpoint):
+    eager = measured(run, checkpoint, "--modes", "diffusion", "--threshold", 0, "--dtype", "bfloat16")["diffusion"]
+    careful = measured(run, checkpoint, "--modes", "diffusion", "--threshold", 1)["diffusion"]
+    assert eager["nfe"] == NEW / 4
+    assert careful["nfe"] > eager["nfe"]
+    assert eager["dtype"] == "bfloat16"
+
+
+def test_bad_modes_and_sizes_are_mistakes(run, checkpoint):
+    wrong = run("bench", "decode", "--model", checkpoint, "--modes", "ar,fast")
+    assert wrong.exit_code == 2
+    assert "'fast'" in wrong.stderr
+    assert run("bench", "decode", "--model", checkpoint, "--prompts", 0).exit_code == 2
+
+
+def test_prompts_are_sampled_repeatably_and_start_with_bos(loaded):
+    prompts = bench.sample_prompts(loaded, 3, 6)
+    assert prompts == bench.sample_prompts(loaded, 3, 6)
+    assert [len(prompt) for prompt in prompts] == [6, 6, 6]
+    assert {prompt[0] for prompt in prompts} == {loaded.config.bos_token_id}
+    assert len({tuple(prompt) for prompt in prompts}) == 3
+    assert bench.sample_prompts(loaded, 1, 1) == [[loaded.config.bos_token_id]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_clock_changes_nothing_and_sees_every_call(loaded, mode):
+    prompt = [[1, 50, 60]]
+    params = SamplingParams(mode=mode, max_new_tokens=NEW, block_size=4, ignore_eos=True)
+    calls = bench.count_calls(loaded, prompt, params)
+    stats = twotower.generate(loaded, prompt, params)[0].stats
+    assert (calls.denoiser, calls.context) == (stats.denoiser_calls, stats.context_calls)
+    timed = bench.Timed(loaded)
+    assert (
+        twotower.generate(timed, prompt, params)[0].token_ids == twotower.generate(loaded, prompt, params)[0].token_ids
+    )
+    assert timed.seconds["prefill"] > 0
+    assert timed.seconds["context"] > 0
+    assert (timed.seconds["denoiser"] > 0) == (mode != "ar")
+
+
+def test_the_floor_is_the_bytes_of_all_passes_over_the_bandwidth(loaded):
+    calls = bench.Calls(denoiser=3, context=2, ms_per_denoiser_call=None, ms_per_context_call=None)
+    tensors = released_tensors(loaded.config, torch.float32)
+
+    def bytes_of(tower, tokens, head):
+        return pass_bytes(loaded.config, tensors, tower, tokens, head=head)
+
+    expected = {
+        "ar": 3 * bytes_of("denoiser", 4, True) + 2 * bytes_of("context", 1, True),
+        "mock_ar": 3 * bytes_of("denoiser", 1, True) + 2 * bytes_of("context", 1, False),
+        "diffusion": 3 * bytes_of("denoiser", 4, True) + 2 * bytes_of("context", 4, False),
+        "verified": 3 * bytes_of("denoiser", 4, True) + 2 * bytes_of("context", 4, True),
+    }
+    for mode, total in expected.items():
+        params = SamplingParams(mode=mode, block_size=4)
+        assert bench.floor_seconds(loaded, params, calls, 1e6) == pytest.approx(total / 1e6)

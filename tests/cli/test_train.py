@@ -1,0 +1,127 @@
+"""`twotower train`: two steps, resuming, and the exported checkpoint."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import twotower
+from twotower.checkpoints import save
+from twotower.cli import train
+from twotower.model.two_tower import TwoTower
+from twotower.training.trainer import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny, byte_tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("backbone")
+    save(tiny("llama", vocab_size=260, block_size=4), path, tokenizer=byte_tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, 260, (8, 12), dtype=np.int16)
+    np.savez(path / "0.npz", ids=ids, prefix=np.ones(8, dtype=np.int16))
+    return path
+
+
+def train_to(run, backbone, corpus, out, steps, *options):
+    result = run("train", backbone, corpus, out, "--steps", steps, "--batch-size", 2, "--warmup-steps", 0, *options)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def tensors(path):
+    return twotower.load(path, pack=False).released_tensors()
+
+
+def test_two_steps_train_the_denoiser_and_export_what_loads(run, backbone, corpus, tmp_path):
+    result = train_to(run, backbone, corpus, tmp_path, 2, "--dtype", "float32")
+    assert "step 2 of 2: loss" in result.stderr
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    before, after = tensors(backbone), tensors(tmp_path / "checkpoint")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not any(name.startswith("context_") for name in changed)
+    printed = run("generate", "ab", "--model", tmp_path / "checkpoint", "--json", "--max-new-tokens", 5)
+    assert len(json.loads(printed.stdout)["token_ids"]) == 5
+
+
+def test_a_second_call_resumes_and_ends_where_one_call_ends(run, backbone, corpus, tmp_path):
+    train_to(run, backbone, corpus, tmp_path / "once", 2, "--dtype", "float32")
+    train_to(run, backbone, corpus, tmp_path / "twice", 1, "--dtype", "float32")
+    train_to(run, backbone, corpus, tmp_path / "twice", 2, "--dtype", "float32")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "twice" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+    once, twice = (tensors(tmp_path / name / "checkpoint") for name in ("once", "twice"))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_export_only_writes_the_saved_state_again_in_the_dtype_asked_for(run, backbone, corpus, tmp_path):
+    train_to(run, backbone, corpus, tmp_path, 2, "--dtype", "float32")
+    exact = {name: tensor.clone() for name, tensor in tensors(tmp_path / "checkpoint").items()}
+    result = train_to(run, backbone, corpus, tmp_path, 9, "--export-only")
+    assert "step 2:" in result.stdout
+    rounded = tensors(tmp_path / "checkpoint")
+    assert {tensor.dtype for tensor in rounded.values()} == {torch.bfloat16}
+    assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
+
+
+def test_export_rounds_what_a_rounded_model_rounds(model, tmp_path):
+    train.export(model, tmp_path, torch.bfloat16)
+    exact, written = model.released_tensors(), tensors(tmp_path)
+    expected = {name: t.dtype for name, t in TwoTower(model.config, dtype=torch.bfloat16).released_tensors().items()}
+    assert {name: tensor.dtype for name, tensor in written.items()} == expected
+    kept = {name for name, dtype in expected.items() if dtype == torch.float32}
+    assert {name for name in expected if ".gate." in name} <= kept  # routers choose the same experts
+    assert all(torch.equal(written[name], exact[name].to(expected[name])) for name in expected)
+
+
+def test_export_only_needs_a_state(run, backbone, corpus, tmp_path):
+    result = run("train", backbone, corpus, tmp_path / "empty", "--export-only")
+    assert result.exit_code == 2
+    assert "state.pt" in result.stderr
+
+
+def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, corpus, tmp_path, monkeypatch):
+    seen = []
+
+    def stop(model, corpus, config, folder):
+        seen.append(config)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(train, "Trainer", stop)
+    run("train", backbone, corpus, tmp_path)
+    assert seen.pop() == TrainConfig(steps=1000)
+    other = TrainConfig(
+        steps=7,
+        batch_size=3,
+        learning_rate=0.5,
+        warmup_steps=4,
+        decay_steps=2,
+        weight_decay=0.25,
+        max_grad_norm=2.0,
+        full_mask_fraction=0.5,
+        seed=9,
+        checkpoint_every=5,
+        compile=True,
+    )
+    flags = [
+        part
+        for name, value in dataclasses.asdict(other).items()
+        for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [value]))
+    ]
+    run("train", backbone, corpus, tmp_path, *flags)
+    assert seen.pop() == other
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--steps", 0), ("--decay-steps", 99), ("--learning-rate", 0)])
+def test_a_bad_setting_is_a_mistake(run, backbone, corpus, tmp_path, flag, value):
+    result = run("train", backbone, corpus, tmp_path, "--steps", 5, flag, value)
+    assert result.exit_code == 2
+    assert flag.removeprefix("--").replace("-", "_") in result.stderr

@@ -1,0 +1,74 @@
+from typing import Any
+
+import pytest
+
+from twotower.decoding.params import COMMIT_RULES, MODES, GenerationStats, SamplingParams
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "allowed"),
+    [
+        ("mode", ["diffuse", "", None, 3], "must be one of ar, mock_ar, simulated_ar, diffusion, verified"),
+        (
+            "commit_rule",
+            ["top", None],
+            "must be one of confidence, margin, entropy, fixed, leftmost, posterior, remask",
+        ),
+        ("max_new_tokens", [-1, 1.5, True, None, "8"], "must be an integer of at least 0"),
+        ("block_size", [0, -4, 2.0, True], "must be an integer of at least 1"),
+        ("steps_per_block", [0, -1, "1"], "must be an integer of at least 1"),
+        ("confidence_threshold", [-0.1, 1.1, NAN, INF, "0.5", True], r"must be a number in \[0, 1\]"),
+        ("temperature", [-1, 101, NAN, INF, None], r"must be a number in \[0, 100\]; 0 is greedy"),
+        ("temperature", [1e-7, 1e-40], r"must be 0 or in \[1e-06, 100\]; 0 is greedy"),
+        ("top_k", [0, -1, 2.5, True], "must be an integer of at least 1; leave it None to keep every token"),
+        ("top_p", [-0.5, 1.5, NAN, "1"], r"must be a number in \(0, 1\]; leave it None to keep every token"),
+        ("top_p", [0], r"must be in \(0, 1\]; temperature=0 is the greedy setting"),
+        ("seed", [-1, 0.5, True, "a"], "must be an integer of at least 0"),
+        ("seed", [2**63], r"must be in \[0, 2\*\*63\); take it modulo 2\*\*63"),
+        ("stop", ["end", ("a", ""), (3,), None, 7], r"must be a sequence of non-empty strings; write stop=\('…',\)"),
+        ("ignore_eos", [1, None, "yes"], "must be True or False"),
+    ],
+)
+def test_bad_values_raise_with_value_and_range(name: str, bad: list[Any], allowed: str) -> None:
+    for value in bad:
+        with pytest.raises(ValueError, match=allowed) as raised:
+            SamplingParams(**{name: value})
+        assert str(raised.value).startswith(name)
+        assert str(value) in str(raised.value)
+
+
+@pytest.mark.parametrize("mode", sorted(set(MODES) - {"diffusion"}))
+@pytest.mark.parametrize("rule", sorted(set(COMMIT_RULES) - {"confidence"}))
+def test_a_commit_rule_that_the_mode_would_not_read_raises(mode: Any, rule: Any) -> None:
+    with pytest.raises(ValueError, match=f"'{rule}'.*'diffusion'.*drop it"):
+        SamplingParams(mode=mode, commit_rule=rule)
+
+
+def test_edges_of_the_ranges_are_allowed() -> None:
+    SamplingParams(max_new_tokens=0, block_size=1, steps_per_block=1, confidence_threshold=0, temperature=0)
+    SamplingParams(confidence_threshold=1.0, temperature=1e-6, top_k=1, top_p=1.0, seed=0)
+    SamplingParams(temperature=100, top_p=1e-9, seed=2**63 - 1)
+
+
+def test_defaults_are_the_papers() -> None:
+    p = SamplingParams()
+    assert (p.mode, p.block_size, p.steps_per_block, p.confidence_threshold) == ("diffusion", 16, 16, 0.8)
+    assert (p.temperature, p.commit_rule) == (0.0, "confidence")
+
+
+def test_stop_may_be_a_list_and_params_stay_hashable() -> None:
+    p = SamplingParams(stop=["a", "b"])
+    assert p.stop == ("a", "b")
+    assert hash(p) == hash(SamplingParams(stop=("a", "b")))
+
+
+def test_tokens_per_denoiser_call() -> None:
+    def stats(calls: int) -> GenerationStats:
+        return GenerationStats(
+            denoiser_calls=calls, context_calls=1, seconds_to_first_token=0.0, seconds_total=0.0, num_tokens=12
+        )
+
+    assert stats(4).tokens_per_denoiser_call == 3.0
+    assert stats(0).tokens_per_denoiser_call == 0.0

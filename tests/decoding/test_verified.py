@@ -1,0 +1,212 @@
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from twotower.decoding import verified
+from twotower.decoding.generate import generate
+from twotower.decoding.params import SamplingParams
+from twotower.decoding.sampling import distribution, temper
+from twotower.decoding.step import Request
+from twotower.decoding.verified import Draft, VerifiedRows
+from twotower.model.state import ContextState
+from twotower.model.two_tower import TwoTower
+
+CPU = torch.device("cpu")
+# float32 sums in another order
+CLOSE = 1e-5
+PROMPT = [9, 8, 7, 4, 6]
+
+
+def rows(
+    model: TwoTower, prompts: Sequence[Sequence[int]], params: SamplingParams, newest: Sequence[int]
+) -> VerifiedRows:
+    """Rows whose prompts are absorbed; `newest` holds each row's one token after the prompt, or nothing."""
+    table = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        table[row, : len(prompt)] = torch.tensor(prompt)
+    context = model.prefill(table, [len(p) for p in prompts])
+    requests = tuple(Request(tuple(p), params, seed) for seed, p in enumerate(prompts))
+    settings = temper((params,) * len(prompts), model.config.vocab_size, CPU)
+    return VerifiedRows(requests, context, settings, (len(newest) and 1,) * len(prompts), tuple(newest))
+
+
+def same_state(model: TwoTower, ours: ContextState, tokens: list[int], close: Callable) -> None:
+    fresh = model.prefill([tokens])
+    assert ours.lengths == fresh.lengths
+    for a, b in zip(ours.mamba, fresh.mamba, strict=True):
+        close(a.conv, b.conv, CLOSE)
+        close(a.ssm, b.ssm, CLOSE)
+    for a, b in zip(ours.buffer.keys + ours.buffer.values, fresh.buffer.keys + fresh.buffer.values, strict=True):
+        close(a[:, :, : len(tokens)], b[:, :, : len(tokens)], CLOSE)
+
+
+@pytest.mark.parametrize("pattern", ["M", "*", "M*-E", "MEM*MEM*E", "llama"])
+def test_greedy_is_ar_token_for_token(pattern: str, tiny: Callable) -> None:
+    """Six words, so that drafts are often right; ragged rows, so that they are right at different places."""
+    accepted = 0
+    for seed in range(2):
+        model = tiny(pattern, vocab_size=6, seed=seed)
+        prompts = [[4], [5, 0, 1], [2] * 9, [4, 1, 5, 2, 0] * 4]
+        ar = generate(model, prompts, SamplingParams(mode="ar", max_new_tokens=24))
+        for block_size in (1, 2, 5, 16):
+            params = SamplingParams(mode="verified", max_new_tokens=24, block_size=block_size)
+            for ours, theirs in zip(generate(model, prompts, params), ar, strict=True):
+                assert ours.token_ids == theirs.token_ids
+                assert ours.confidences == pytest.approx(theirs.confidences, rel=1e-4)
+                accepted += 24 - ours.stats.denoiser_calls
+    assert accepted > 0
+
+
+@pytest.mark.parametrize("pattern", ["M*-E", "llama"])
+@pytest.mark.parametrize("known", [False, True])
+def test_rejection_at_every_offset(pattern: str, known: bool, tiny: Callable, close: Callable) -> None:
+    model, params = tiny(pattern), SamplingParams(mode="verified", max_new_tokens=100)
+    ar = generate(model, [PROMPT], dataclasses.replace(params, mode="ar", max_new_tokens=40))[0].token_ids
+    newest = ar[:1] if known else []
+    for offset in range(len(newest), 17):
+        batch = rows(model, [PROMPT], params, newest)
+        draft = torch.tensor([ar[:16]])
+        if offset < 16:
+            draft[0, offset] = (draft[0, offset] + 1) % 40
+        verdict, context = verified.verify(model, batch, Draft(draft, None))
+        assert verdict.accepted == (offset,)
+        assert verdict.bonus == (ar[offset],)
+        same_state(model, context, PROMPT + ar[:offset], close)
+        after = dataclasses.replace(batch, context=context, produced=(offset + 1,), newest=verdict.bonus)
+        tokens = ar[: offset + 1]
+        for _ in range(3):
+            stepped = verified.step(model, after)
+            tokens, after = tokens + [t.id for t in stepped.tokens[0]], stepped.rows
+        assert tokens == ar[: len(tokens)]
+        same_state(model, after.context, PROMPT + tokens[:-1], close)
+
+
+def test_rows_reject_at_their_own_offsets(tiny: Callable, close: Callable) -> None:
+    model, params = tiny("M*-E"), SamplingParams(mode="verified", max_new_tokens=100, block_size=8)
+    prompts = [[9, 8], [7] * 70, [4, 5, 6]]
+    continuations = [
+        g.token_ids for g in generate(model, prompts, dataclasses.replace(params, mode="ar", max_new_tokens=9))
+    ]
+    draft = torch.tensor([c[:8] for c in continuations])
+    for row, offset in ((0, 0), (1, 5)):
+        draft[row, offset] = (draft[row, offset] + 1) % 40
+    verdict, context = verified.verify(model, rows(model, prompts, params, []), Draft(draft, None))
+    assert verdict.accepted == (0, 5, 8)
+    assert verdict.bonus == tuple(c[n] for c, n in zip(continuations, (0, 5, 8), strict=True))
+    for row, offset in enumerate((0, 5, 8)):
+        same_state(model, context.select([row]), prompts[row] + continuations[row][:offset], close)
+
+
+def test_a_draft_never_looks_to_the_right_or_at_other_drafts(tiny: Callable) -> None:
+    """Speculative sampling is exact only if q is fixed before anything to the right is drawn: one step over masks."""
+    model = tiny("M*-E", vocab_size=8)
+    params = SamplingParams(mode="verified", max_new_tokens=50, block_size=6, temperature=1.0)
+    batch = rows(model, [[4, 5]] * 2, params, [])  # two seeds, so two different drafts
+    draft = verified.propose_draft(model, batch)
+    assert not torch.equal(draft.ids[0], draft.ids[1])
+    torch.testing.assert_close(draft.probabilities[0], draft.probabilities[1])
+    assert not draft.probabilities[..., model.config.mask_token_id].any()
+
+
+def test_probabilities_of_one_draft_decide_between_accept_and_residual(tiny: Callable) -> None:
+    """With q = p everything is accepted; with q on one impossible token nothing is, and p itself is sampled."""
+    model = tiny("M*-E", vocab_size=8)
+    params = SamplingParams(mode="verified", max_new_tokens=50, block_size=4, temperature=1.0)
+    batch = rows(model, [[4, 5]], params, [])
+    ids = torch.tensor([[1, 2, 0, 5]])
+    logits = torch.cat((batch.context.next_logits[:, None], model.context_logits([[4, 5, 1, 2, 0, 5]])[:, 2:]), 1)
+    p = logits.softmax(-1)
+    verdict, _ = verified.verify(model, batch, Draft(ids, p[:, :4]))
+    assert verdict.accepted == (4,)
+    torch.testing.assert_close(verdict.confidence[0, :4], p[0, range(4), ids[0]], rtol=1e-4, atol=1e-6)
+    narrow = SamplingParams(mode="verified", max_new_tokens=50, block_size=4, temperature=1.0, top_k=1)
+    batch = rows(model, [[4, 5]], narrow, [])
+    worst = p[0, 0].argmin()
+    one_hot = torch.nn.functional.one_hot(worst.expand(1, 4), 8).float()
+    verdict, _ = verified.verify(model, batch, Draft(worst.expand(1, 4), one_hot))
+    assert verdict.accepted == (0,)
+    assert verdict.bonus == (int(p[0, 0].argmax()),)
+
+
+class Fit(NamedTuple):
+    """A chi-square test's p-value and degrees of freedom."""
+
+    p_value: float
+    degrees: int
+
+
+def chi_square(counts: collections.Counter, expected: dict[Any, float], num: int) -> Fit:
+    """Cells that expect fewer than 5 are one cell."""
+    large = {k: e * num for k, e in expected.items() if e * num >= 5}
+    cells = [(counts[k], e) for k, e in large.items()]
+    rest = num - sum(large.values())
+    if rest > 1e-6 * num:
+        cells.append((num - sum(c for c, _ in cells), rest))
+    statistic = sum((c - e) ** 2 / e for c, e in cells)
+    half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
+    return Fit(torch.special.gammaincc(half[0], half[1]).item(), len(cells) - 1)
+
+
+def exact(model: TwoTower, prompt: list[int], params: SamplingParams) -> dict[tuple[int, ...], float]:
+    """The probability of every continuation under `ar`, by enumeration."""
+    sequences = list(itertools.product(range(model.config.vocab_size), repeat=params.max_new_tokens))
+    logits = model.context_logits([prompt + list(s) for s in sequences])[:, len(prompt) - 1 :]
+    p = distribution(logits, temper((params,) * len(sequences), model.config.vocab_size, CPU)).double()
+    tokens = torch.tensor(sequences)
+    product = p[:, : tokens.shape[1]].gather(-1, tokens.unsqueeze(-1)).squeeze(-1).prod(-1)
+    return dict(zip(sequences, product.tolist(), strict=True))
+
+
+def sampled(model: TwoTower, prompt: list[int], params: SamplingParams, num: int) -> collections.Counter:
+    seeded = [dataclasses.replace(params, seed=seed) for seed in range(num)]
+    return collections.Counter(tuple(g.token_ids) for g in generate(model, [prompt] * num, seeded))
+
+
+NUM = 2000
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7},
+        {"temperature": 1.5, "top_k": 4},
+        {"temperature": 1.0, "top_p": 0.85},
+        {"temperature": 1.0, "block_size": 2},
+        {"temperature": 2.0, "block_size": 1},
+    ],
+)
+@pytest.mark.parametrize("pattern", ["M*-", "llama"])
+def test_sampling_is_distributed_as_ar(pattern: str, changed: dict[str, Any], tiny: Callable) -> None:
+    """Chi-square against the exact distribution of three tokens over six words, seeds fixed.
+
+    A first round that accepts nothing starts where the next one does: their corrections must not share a draw.
+    """
+    model, prompt = tiny(pattern, vocab_size=6), [4, 5]
+    params = SamplingParams(**{"mode": "verified", "max_new_tokens": 3, "block_size": 4} | changed)
+    found = chi_square(sampled(model, prompt, params, NUM), exact(model, prompt, params), NUM)
+    assert found.degrees >= 5
+    assert found.p_value > 1e-3
+
+
+def test_the_chi_square_test_finds_wrong_acceptance(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of the drafter's distribution, or a correction from p instead of (p − q)⁺, are found."""
+    model, prompt = tiny("M*-", vocab_size=6), [4, 5]
+    params = SamplingParams(mode="verified", max_new_tokens=3, block_size=4, temperature=1.0)
+    right = exact(model, prompt, params)
+    drafter = verified.propose_draft(model, rows(model, [prompt], params, [])).probabilities[0, 0].double()
+    firsts = collections.Counter(s[0] for s in sampled(model, prompt, params, NUM).elements())
+    assert chi_square(firsts, dict(enumerate(drafter.tolist())), NUM).p_value < 1e-6
+
+    def uncorrected(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widths: tuple[int, ...]) -> Tensor:
+        return correction(rows, torch.zeros_like(q), p, accepted, widths)
+
+    correction = verified._correction
+    monkeypatch.setattr(verified, "_correction", uncorrected)
+    assert chi_square(sampled(model, prompt, params, NUM), right, NUM).p_value < 1e-6

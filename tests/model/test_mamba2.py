@@ -1,0 +1,77 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from twotower.model.mamba2 import Mamba2
+from twotower.model.state import MambaState
+
+
+def mixer(tiny: Callable, **config: object) -> Mamba2:
+    return tiny("M", dtype=torch.float64, **config).context_tower.layers[0].mixer
+
+
+def seeded(layer: Mamba2, batch: int) -> MambaState:
+    torch.manual_seed(1)
+    return MambaState(*(torch.randn_like(part) for part in layer.initial_state(batch)))
+
+
+def test_dt_is_clamped_to_the_limit_and_not_below(tiny: Callable) -> None:
+    x = torch.randn(2, 40, 32, dtype=torch.float64) * 5
+    free = mixer(tiny)
+    dt = free.prepare(x, free.initial_state(2).conv).scan.dt
+    assert dt.min() < 0.02
+    assert dt.max() > 0.2
+    limited = mixer(tiny, time_step_limit=(0.02, 0.2))
+    clamped = limited.prepare(x, limited.initial_state(2).conv).scan.dt
+    assert torch.equal(clamped, dt.clamp(0.02, 0.2))
+
+
+def test_dt_ignores_time_step_min_of_the_file(tiny: Callable) -> None:
+    """One library clamps at `time_step_min`; the released model does not."""
+    plain, carrying = mixer(tiny), mixer(tiny, carried={"time_step_min": 0.5})
+    x, past = torch.randn(1, 40, 32, dtype=torch.float64), plain.initial_state(1).conv
+    assert torch.equal(carrying.prepare(x, past).scan.dt, plain.prepare(x, past).scan.dt)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 17])
+def test_outputs_and_scan_agree(tokens: int, tiny: Callable, close: Callable) -> None:
+    layer = mixer(tiny)
+    state, x = seeded(layer, 2), torch.randn(2, tokens, 32, dtype=torch.float64)
+    prepared = layer.prepare(x, state.conv)
+    scanned, end = layer.scan(prepared, state, torch.float64)
+    close(layer.outputs(prepared, state, torch.float64), scanned, 1e-12)
+    advanced = layer.advance(prepared, state, None, None)
+    close(advanced.ssm, end, 1e-12)
+    assert torch.equal(layer.advance(prepared, state, None, end).ssm, end)
+
+
+def test_advance_replays_each_rows_prefix(tiny: Callable, close: Callable) -> None:
+    layer = mixer(tiny)
+    state, x = seeded(layer, 4), torch.randn(4, 9, 32, dtype=torch.float64)
+    prepared = layer.prepare(x, state.conv)
+    counts = [0, 1, 4, 9]
+    # the end state given is that of all 9 tokens: it must not be used
+    advanced = layer.advance(prepared, state, torch.tensor(counts), torch.full_like(state.ssm, torch.nan))
+    for row, count in enumerate(counts):
+        alone = MambaState(*(part[row : row + 1] for part in state))
+        if count:
+            prefix = layer.prepare(x[row : row + 1, :count], alone.conv)
+            alone = layer.advance(prefix, alone, None, None)
+        close(advanced.ssm[row], alone.ssm[0], 1e-12)
+        close(advanced.conv[row], alone.conv[0], 1e-12)
+
+
+def test_invalid_tokens_leave_no_trace_in_the_state(tiny: Callable, close: Callable) -> None:
+    layer = mixer(tiny)
+    state, x = seeded(layer, 1), torch.randn(1, 9, 32, dtype=torch.float64)
+    valid = (torch.arange(9) < 4)[None]
+    padded = layer.prepare(x, state.conv, valid)
+    _, end = layer.scan(padded, state, torch.float64)
+    close(end, layer.advance(layer.prepare(x[:, :4], state.conv), state, None, None).ssm, 1e-12)
+
+
+def test_states_are_float32_beside_bf16_weights(tiny: Callable, ids: Callable) -> None:
+    state = tiny("M", dtype=torch.bfloat16).prefill(ids(1, 5))
+    assert state.mamba[0].ssm.dtype == torch.float32
+    assert state.mamba[0].conv.dtype == torch.bfloat16

@@ -1,0 +1,201 @@
+"""Both towers against a second reading of the architecture: float64, one token at a time, no cache, no fused weights.
+
+Letters: t tokens, d width, h heads, p head width, n state width.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower.model.two_tower import TwoTower
+
+# (pattern, config): every switch that changes the computation
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("M*-E", {}),
+    ("E-*M", {"mlp_bias": True, "attention_bias": True, "use_bias": True}),
+    ("MM", {"time_step_limit": (0.05, 0.15), "use_conv_bias": False, "conv_kernel": 2}),
+    ("MM", {"time_step_limit": (0.1, float("inf")), "mamba_num_groups": 4}),
+    ("EE", {"expert_num_groups": 4, "expert_topk_groups": 2, "num_experts_per_tok": 3, "norm_topk_prob": False}),
+    ("M*E", {"residual_in_fp32": True, "layer_norm_epsilon": 1e-2}),
+    ("**", {"num_key_value_heads": 4}),
+    ("**", {"num_key_value_heads": 1, "use_rope": True, "rope_theta": 100.0}),
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": False, "mlp_bias": True}),
+]
+
+
+class Reference:
+    def __init__(self, model: TwoTower) -> None:
+        self.c = model.config
+        self.w = {name: tensor.double() for name, tensor in model.released_tensors().items()}
+
+    def head(self, tower: str, head: str, hidden: Tensor) -> Tensor:
+        weight = self.w[f"{tower}.embeddings.weight" if self.c.tie_word_embeddings else f"{head}.weight"]
+        return hidden @ weight.t()
+
+    def norm(self, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+        parts = x.unflatten(-1, (groups, -1))
+        mean = (parts**2).mean(-1, keepdim=True)
+        return (parts / (mean + self.c.layer_norm_epsilon).sqrt()).flatten(-2) * weight
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        y = x @ self.w[f"{name}.weight"].t()
+        return y + self.w[f"{name}.bias"] if f"{name}.bias" in self.w else y
+
+    def mamba(self, name: str, x: Tensor, seed: tuple | None) -> tuple[Tensor, tuple]:
+        c, w = self.c, self.w
+        h, p, g, n = c.mamba_num_heads, c.mamba_head_dim, c.mamba_num_groups, c.mamba_state_size
+        window, H = seed or ([torch.zeros(c.conv_width, dtype=torch.float64)] * (c.conv_kernel - 1), None)
+        H = torch.zeros(h, p, n, dtype=torch.float64) if H is None else H
+        out = []
+        for row in self.project(f"{name}.in_proj", x):
+            z, xbc, dt = row.split((h * p, c.conv_width, h))
+            window = [*window, xbc][-c.conv_kernel :]
+            conv = sum(tap * r for tap, r in zip(w[f"{name}.conv1d.weight"][:, 0].t(), window, strict=True))
+            window = window[1:]
+            active = F.silu(conv + w.get(f"{name}.conv1d.bias", torch.zeros(())))
+            xs, B, C = active.split((h * p, g * n, g * n))
+            xs, B, C = xs.view(h, p), B.view(g, n), C.view(g, n)
+            dt = F.softplus(dt + w[f"{name}.dt_bias"]).clamp(*c.time_step_limit)
+            A = -w[f"{name}.A_log"].exp()
+            H = torch.stack(
+                [(dt[i] * A[i]).exp() * H[i] + dt[i] * torch.outer(xs[i], B[i // (h // g)]) for i in range(h)]
+            )
+            y = torch.stack([H[i] @ C[i // (h // g)] + w[f"{name}.D"][i] * xs[i] for i in range(h)])
+            out.append(self.norm(y.flatten() * F.silu(z), w[f"{name}.norm.weight"], g))
+        return self.project(f"{name}.out_proj", torch.stack(out)), (window, H)
+
+    def rope(self, x: Tensor, start: int) -> Tensor:
+        out = x.clone()  # (t, h, p)
+        half = x.shape[-1] // 2
+        for i in range(x.shape[0]):
+            for j in range(half):
+                angle = (start + i) * self.c.rope_theta ** (-2 * j / x.shape[-1])
+                a, b = x[i, :, j], x[i, :, j + half]
+                out[i, :, j] = a * math.cos(angle) - b * math.sin(angle)
+                out[i, :, j + half] = b * math.cos(angle) + a * math.sin(angle)
+        return out
+
+    def attention(self, name: str, x: Tensor, seed: tuple | None, causal: bool) -> tuple[Tensor, tuple]:
+        c = self.c
+        q, k, v = (self.project(f"{name}.{part}_proj", x).unflatten(-1, (-1, c.head_dim)) for part in "qkv")
+        start = seed[0].shape[0] if seed else 0
+        if c.use_rope:
+            q, k = self.rope(q, start), self.rope(k, start)
+        if seed:
+            k, v = torch.cat((seed[0], k)), torch.cat((seed[1], v))
+        out = torch.empty_like(q)
+        for i in range(q.shape[0]):
+            end = start + i + 1 if causal else k.shape[0]
+            for head in range(q.shape[1]):
+                kv = head // (c.num_attention_heads // c.num_key_value_heads)
+                weights = (k[:end, kv] @ q[i, head] / math.sqrt(c.head_dim)).softmax(0)
+                out[i, head] = weights @ v[:end, kv]
+        return self.project(f"{name}.o_proj", out.flatten(1)), (k, v)
+
+    def mlp(self, name: str, x: Tensor) -> Tensor:
+        up = self.project(f"{name}.up_proj", x)
+        gated = self.c.gated_mlp
+        return self.project(
+            f"{name}.down_proj", F.silu(self.project(f"{name}.gate_proj", x)) * up if gated else up.relu() ** 2
+        )
+
+    def experts(self, name: str, x: Tensor) -> Tensor:
+        c, out = self.c, []
+        size = c.num_experts // c.expert_num_groups
+        for row in x:
+            scores = (self.w[f"{name}.gate.weight"] @ row).sigmoid()
+            choice = scores + self.w[f"{name}.gate.e_score_correction_bias"]
+            if c.expert_num_groups > 1:
+                best = choice.view(-1, size).topk(2).values.sum(-1).topk(c.expert_topk_groups).indices.tolist()
+                choice = torch.stack([v if e // size in best else v * 0 for e, v in enumerate(choice)])
+            chosen = choice.topk(c.num_experts_per_tok).indices.tolist()
+            total = scores[chosen].sum() if c.norm_topk_prob else 1.0
+            y = self.mlp(f"{name}.shared_experts", row)
+            for e in chosen:
+                y = y + scores[e] / total * c.routed_scaling_factor * self.mlp(f"{name}.experts.{e}", row)
+            out.append(y)
+        return torch.stack(out)
+
+    def modulations(self, t: float) -> list[Tensor]:
+        w = self.w
+        angles = torch.tensor([1000 * t * 10000 ** (-j / 128) for j in range(128)], dtype=torch.float64)
+        x = torch.cat((angles.cos(), angles.sin()))
+        hidden = self.project("t_embedder.mlp.2", F.silu(self.project("t_embedder.mlp.0", x)))
+        shared = self.project("t_block.1", F.silu(hidden)).view(3, -1)
+        return [shared + w[f"scale_shift_tables.{i}"] for i in range(self.c.num_layers)]
+
+    def tower(self, tower: str, ids: list[int], seeds: list | None, t: float | None) -> tuple[Tensor, list]:
+        """Hidden (t, d) and each layer's state; a block seeded by the context's states where `seeds` is given."""
+        x, states = self.w[f"{tower}.embeddings.weight"][ids], []
+        modulations = [None] * self.c.num_layers if t is None else self.modulations(t)
+        for i, kind in enumerate(self.c.pattern):
+            name, m = f"{tower}.layers.{i}", modulations[i]
+            weight = self.w[f"{name}.norm.weight"]
+            shift, scale, gate = (0, 0, 1) if m is None else m
+            entered = (
+                self.norm(x * (1 + scale) + shift, weight)
+                if kind in "M*"
+                else self.norm(x, weight) * (1 + scale) + shift
+            )
+            state = None
+            if kind == "M":
+                mixed, state = self.mamba(f"{name}.mixer", entered, seeds and seeds[i])
+            elif kind == "*":
+                mixed, state = self.attention(f"{name}.mixer", entered, seeds and seeds[i], causal=seeds is None)
+            else:
+                mixed = (self.mlp if kind == "-" else self.experts)(f"{name}.mixer", entered)
+            x = x + gate * mixed
+            states.append(state)
+        return self.norm(x, self.w[f"{tower}.norm_f.weight"]), states
+
+
+@pytest.mark.parametrize(("pattern", "config"), CASES)
+def test_context_logits(pattern: str, config: dict[str, Any], tiny: Callable, ids: Callable, close: Callable) -> None:
+    model = tiny(pattern, dtype=torch.float64, **config)
+    reference, tokens = Reference(model), ids(1, 12)
+    hidden, _ = reference.tower("context_tower", tokens[0].tolist(), None, None)
+    # float32 where the model is: logits, RoPE's angles
+    close(model.context_logits(tokens)[0], reference.head("context_tower", "context_lm_head", hidden), 1e-5)
+
+
+@pytest.mark.parametrize(("pattern", "config"), CASES)
+@pytest.mark.parametrize("t", [0.25, 1.0])
+def test_denoise(
+    pattern: str, config: dict[str, Any], t: float, tiny: Callable, ids: Callable, close: Callable
+) -> None:
+    model = tiny(pattern, dtype=torch.float64, **config)
+    reference, tokens, block = Reference(model), ids(1, 9), [3, 7, 3, 9, 3]
+    _, seeds = reference.tower("context_tower", tokens[0].tolist(), None, None)
+    hidden, _ = reference.tower("denoiser_tower", block, seeds, t)
+    logits = model.denoise([block], model.prefill(tokens), t)
+    # float32 where the model is: logits, RoPE's and the time embedding's angles (up to 1000 radians: 3e-5)
+    close(logits[0], reference.head("denoiser_tower", "lm_head", hidden), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changed"),
+    [
+        ("M", {"time_step_limit": (0.05, float("inf"))}),
+        ("M", {"time_step_limit": (0.0, 0.15)}),
+        ("M*", {"layer_norm_epsilon": 1e-2}),
+        ("*", {"use_rope": True}),
+        ("llama", {"rope_theta": 100.0}),
+        ("E", {"expert_num_groups": 4}),
+        ("E", {"expert_num_groups": 4, "expert_topk_groups": 2}),
+        ("E", {"num_experts_per_tok": 3}),
+        ("E", {"norm_topk_prob": False}),
+        ("E", {"routed_scaling_factor": 1.0}),
+    ],
+)
+def test_each_switch_matters(pattern: str, changed: dict[str, Any], tiny: Callable, ids: Callable) -> None:
+    """The same weights under another config: else the cases above would prove less than they seem to."""
+    default, other = tiny(pattern, dtype=torch.float64), tiny(pattern, dtype=torch.float64, **changed)
+    pairs = zip(default.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert (default.context_logits(ids(1, 12)) - other.context_logits(ids(1, 12))).abs().max() > 1e-3

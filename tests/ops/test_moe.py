@@ -1,0 +1,176 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from twotower.ops.linear import pack
+from twotower.ops.moe import ExpertWeights, Routing, _all_experts, _grouped_experts, apply_experts, route
+
+ROWS = (1, 2, 5, 16, 17, 63, 64, 65, 130)
+SETTINGS: dict[str, Any] = {
+    "num_active": 3,
+    "num_groups": 1,
+    "topk_groups": 1,
+    "normalise": True,
+    "scaling_factor": 2.5,
+}
+
+
+def naive_route(x: Tensor, weight: Tensor, bias: Tensor, **settings: Any) -> list[dict[int, float]]:
+    """Each row's chosen experts and their weights, by a float64 loop."""
+    rows = []
+    for row in x.double():
+        scores = [1 / (1 + float((-row @ w).exp())) for w in weight.double()]
+        choice = [s + float(b) for s, b in zip(scores, bias.double(), strict=True)]
+        size = len(choice) // settings["num_groups"]
+        groups = [choice[g : g + size] for g in range(0, len(choice), size)]
+        values = [sum(sorted(group)[-2:]) for group in groups]
+        kept = sorted(range(len(groups)), key=lambda g: -values[g])[: settings["topk_groups"]]
+        choice = [c if e // size in kept else 0.0 for e, c in enumerate(choice)]
+        chosen = sorted(range(len(choice)), key=lambda e: -choice[e])[: settings["num_active"]]
+        total = sum(scores[e] for e in chosen) + 1e-20 if settings["normalise"] else 1.0
+        rows.append({e: scores[e] / total * settings["scaling_factor"] for e in chosen})
+    return rows
+
+
+def as_dicts(routing: Routing) -> list[dict[int, float]]:
+    pairs = zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)
+    return [dict(zip(experts, weights, strict=True)) for experts, weights in pairs]
+
+
+def naive_experts(x: Tensor, routing: Routing, w: ExpertWeights) -> Tensor:
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for r, chosen in enumerate(as_dicts(routing)):
+        for e, weight in chosen.items():
+            hidden = w.up[e].double() @ x[r].double()
+            hidden = (hidden if w.up_bias is None else hidden + w.up_bias[e].double()).clamp(min=0) ** 2
+            y = hidden @ w.down[e].double()
+            out[r] += weight * (y if w.down_bias is None else y + w.down_bias[e].double())
+    return out
+
+
+def router(rows: int, num_experts: int = 12, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    sizes = ((rows, 6), (num_experts, 6), (num_experts,))
+    x, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes)
+    return x.to(dtype), weight.to(dtype), bias * 0.3
+
+
+def weights(num_experts: int = 12, *, biased: bool, dtype: torch.dtype = torch.float64) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(7)
+    e, f, d = num_experts, 5, 6
+    sizes = ((e, f, d), (e, f, d), (e, f), (e, d))
+    up, down, up_bias, down_bias = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes)
+    return ExpertWeights(up, down, (), (), up_bias if biased else None, down_bias if biased else None)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"normalise": False},
+        {"num_active": 1},
+        {"num_active": 12},
+        {"num_groups": 4, "topk_groups": 2},
+        {"num_groups": 6, "topk_groups": 2},
+        {"num_groups": 12, "topk_groups": 5},  # groups of one
+    ],
+)
+def test_route_is_the_loop(rows: int, changed: dict[str, Any]) -> None:
+    x, weight, bias = router(rows)
+    routing = route(x, weight, bias, **SETTINGS | changed)
+    assert routing.weights.dtype == torch.float64
+    assert as_dicts(routing) == [
+        pytest.approx(row, rel=1e-12) for row in naive_route(x, weight, bias, **SETTINGS | changed)
+    ]
+
+
+def test_masked_groups_count_as_zero_not_as_never() -> None:
+    """With negative corrected scores in the kept group, an expert of a masked group (0.0) wins, as released."""
+    x, weight = torch.zeros(1, 2), torch.zeros(4, 2)  # every score is 0.5
+    bias = torch.tensor([-0.6, -0.7, -2.0, -2.0])  # corrected: -0.1, -0.2 | -1.5, -1.5
+    routing = route(x, weight, bias, **SETTINGS | {"num_active": 1, "num_groups": 2, "topk_groups": 1})
+    assert routing.experts.item() in (2, 3)
+
+
+def test_weights_are_the_unbiased_scores() -> None:
+    x, weight, bias = router(3)
+    settings = SETTINGS | {"num_active": 12, "normalise": False, "scaling_factor": 1.0}
+    plain, shifted = (as_dicts(route(x, weight, b, **settings)) for b in (bias, bias + 100))
+    assert plain == [pytest.approx(row, rel=1e-12) for row in shifted]
+
+
+def test_scores_are_float64_even_for_bf16_tokens() -> None:
+    """Two experts closer than float32 can tell apart are still told apart."""
+    x = torch.ones(1, 2, dtype=torch.bfloat16)
+    weight = torch.tensor([[4.0, 0.0], [4.0, 1e-9]], dtype=torch.float64)
+    routing = route(x, weight, torch.zeros(2), **SETTINGS | {"num_active": 1})
+    assert routing.experts.item() == 1
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_both_ways_through_the_experts_are_the_loop(rows: int, biased: bool) -> None:
+    x, gate, correction = router(rows)
+    routing = route(x, gate, correction, **SETTINGS)
+    stacked = weights(biased=biased)
+    expected = naive_experts(x, routing, stacked)
+    torch.testing.assert_close(_all_experts(x, routing, stacked), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(_grouped_experts(x, routing, stacked, 12), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(apply_experts(x, routing, stacked), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64, 130])
+def test_bf16_experts_are_close_to_the_loop(rows: int) -> None:
+    x, gate, correction = router(rows, dtype=torch.bfloat16)
+    routing = route(x, gate, correction, **SETTINGS)
+    stacked = weights(biased=True, dtype=torch.bfloat16)
+    expected = naive_experts(x, routing, stacked)
+    for out in (_all_experts(x, routing, stacked), _grouped_experts(x, routing, stacked, 12)):
+        assert out.dtype == torch.bfloat16
+        # a handful of bf16 roundings, 2^-9 each, of hidden values, gates and outputs
+        assert (out.double() - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("biased", [False, True])
+def test_packed_experts_are_the_loop(rows: int, biased: bool) -> None:
+    x, gate, correction = router(rows, dtype=torch.float32)
+    routing = route(x, gate, correction, **SETTINGS)
+    stacked = weights(biased=biased, dtype=torch.float32)
+    ups, downs = [pack(w) for w in stacked.up], [pack(w.t().contiguous()) for w in stacked.down]
+    if ups[0] is None:
+        pytest.skip("this torch packs nothing")
+    none = torch.empty(0)
+    packed = ExpertWeights(none, none, tuple(ups), tuple(downs), stacked.up_bias, stacked.down_bias)
+    expected = naive_experts(x, routing, stacked)
+    # float32 products of width 5 and 6, squared in between
+    assert (apply_experts(x, routing, packed).double() - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("everything", [False, True])
+def test_experts_that_were_not_chosen_add_exactly_nothing(rows: int, everything: bool) -> None:
+    x, gate, correction = router(rows)
+    routing = route(x, gate, correction, **SETTINGS | {"num_active": 1})
+    stacked = weights(biased=True)
+    loud = ExpertWeights(*(v.clone() if isinstance(v, Tensor) else v for v in stacked))
+    others = sorted(set(range(12)) - set(routing.experts.flatten().tolist()))
+    assert others
+    for tensor in (loud.up, loud.down, loud.up_bias, loud.down_bias):
+        tensor[others] = 1e6
+    run = _all_experts if everything else lambda *a: _grouped_experts(*a, 12)
+    assert torch.equal(run(x, routing, loud), run(x, routing, stacked))
+
+
+def test_gradients_reach_experts_and_router() -> None:
+    x, gate, correction = router(4)
+    stacked = weights(biased=False)
+    leaves = tuple(v.requires_grad_() for v in (x, gate, stacked.up, stacked.down))
+
+    def run(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return apply_experts(x, route(x, gate, correction, **SETTINGS), ExpertWeights(up, down))
+
+    assert torch.autograd.gradcheck(run, leaves)
