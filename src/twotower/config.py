@@ -237,8 +237,11 @@ def _problems(c: TwoTowerConfig) -> list[str]:
                 c.mamba_num_heads % c.mamba_num_groups == 0,
                 f"mamba_num_heads {c.mamba_num_heads} must be a multiple of n_groups {c.mamba_num_groups}",
             )
-        low, high = c.time_step_limit
-        need(0 <= low < high, f"time_step_limit is {c.time_step_limit}, must be 0 <= low < high")
+        limit = c.time_step_limit
+        need(
+            len(limit) == 2 and 0 <= limit[0] < limit[1],
+            f"time_step_limit is {limit}, must be [low, high], 0 <= low < high",
+        )
         act = c.carried.get("mamba_hidden_act", "silu")
         need(act == "silu", f"mamba_hidden_act is {act!r}, must be 'silu'")
     if "E" in c.pattern:
@@ -256,5 +259,11 @@ def _problems(c: TwoTowerConfig) -> list[str]:
             1 <= c.expert_topk_groups <= c.expert_num_groups,
             f"topk_group is {c.expert_topk_groups}, must be in [1, {c.expert_num_groups}]",
         )
+        if c.expert_num_groups >= 1:
+            kept = c.num_experts // c.expert_num_groups * c.expert_topk_groups
+            need(
+                c.num_experts_per_tok <= kept,
+                f"num_experts_per_tok is {c.num_experts_per_tok}, must be at most the {kept} of topk_group groups",
+            )
         need(not c.gated_mlp, "gated_mlp with experts is not a released layout; use '-' layers for gated MLPs")
     return found

@@ -82,12 +82,11 @@ def test_a_batch_is_each_request_alone(pattern: str, seed: int, model: Callable)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("block_size", [1, 5])
 def test_max_new_tokens_is_exact(mode: Any, block_size: int, model: Callable) -> None:
     params = [
         SamplingParams(mode=mode, max_new_tokens=count, block_size=block_size, temperature=temperature, seed=count)
-        for count in (0, 1, 2, 4, 5, 16, 17, 33)
-        for temperature in (0.0, 1.0)
+        for count, temperature in ((0, 0.0), (1, 0.0), (1, 1.0), (2, 1.0), (5, 0.0), (6, 1.0), (16, 0.0), (17, 1.0))
     ]
     for p, result in zip(params, generate(model(), [[9, 8]] * len(params), params), strict=True):
         assert len(result.token_ids) == result.stats.num_tokens == p.max_new_tokens
@@ -135,8 +134,7 @@ def test_an_end_token_is_in_the_ids_and_not_in_the_text(model: Callable) -> None
     assert result.text == m.tokenizer.decode(kept)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("mode", "temperature"), [("diffusion", 0.0), *((mode, 1.0) for mode in MODES)])
 def test_a_stream_is_generate_piece_by_piece(mode: Any, temperature: float, model: Callable) -> None:
     m = model()
     p = SamplingParams(mode=mode, max_new_tokens=21, block_size=8, temperature=temperature, seed=5)
@@ -167,7 +165,7 @@ def test_a_stop_string_ends_the_text_before_it_wherever_blocks_end(mode: Any, bl
     m = model()
     p = SamplingParams(mode=mode, max_new_tokens=20, block_size=block_size)
     free = generate(m, [[9, 8]], p)[0]
-    for start, size in ((0, 1), (3, 2), (7, 3), (14, 4)):
+    for start, size in ((0, 1), (7, 3)):
         stop = free.text[start : start + size]
         at = free.text.find(stop)
         stopping = dataclasses.replace(p, stop=("never seen", stop, stop + "more"))

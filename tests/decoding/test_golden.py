@@ -7,28 +7,28 @@ import pytest
 from twotower.decoding.generate import generate, stream
 from twotower.decoding.params import SamplingParams
 
-pytestmark = [pytest.mark.parametrize("case", ["hybrid", "dense"]), pytest.mark.parametrize("pack", [False, True])]
+pytestmark = pytest.mark.parametrize("case", ["hybrid", "dense"])
 
 
 @pytest.mark.parametrize("mode", ["ar", "mock_ar"])
-def test_one_token_at_a_time(case: str, pack: bool, mode: str, golden: Callable) -> None:
-    model, tensors, _ = golden(case, pack=pack)
+def test_one_token_at_a_time(case: str, mode: str, golden: Callable) -> None:
+    model, tensors, _ = golden(case, pack=True)
     params = SamplingParams(mode=mode, max_new_tokens=48, ignore_eos=True)
     result = generate(model, tensors["prompt_ids"].tolist(), params)[0]
     assert result.token_ids == tensors[f"{mode}.tokens"][0].tolist()
     assert result.stats.denoiser_calls == (48 if mode == "mock_ar" else 0)
 
 
-def test_verified_is_ar(case: str, pack: bool, golden: Callable) -> None:
-    model, tensors, _ = golden(case, pack=pack)
+def test_verified_is_ar(case: str, golden: Callable) -> None:
+    model, tensors, _ = golden(case, pack=True)
     params = SamplingParams(mode="verified", max_new_tokens=48, ignore_eos=True)
     result = generate(model, tensors["prompt_ids"].tolist(), params)[0]
     assert result.token_ids == tensors["ar.tokens"][0].tolist()
 
 
 @pytest.mark.parametrize("k", range(7))
-def test_diffusion(case: str, pack: bool, k: int, golden: Callable) -> None:
-    model, tensors, settings = golden(case, pack=pack)
+def test_diffusion(case: str, k: int, golden: Callable) -> None:
+    model, tensors, settings = golden(case, pack=True)
     settings = dict(settings["diffusion"][k])
     nfe = settings.pop("nfe")
     params = SamplingParams(mode="diffusion", ignore_eos=True, **settings)

@@ -66,6 +66,16 @@ def test_a_real_replacement_character_at_the_prompts_end_is_not_repeated(tokeniz
     assert stream.push(tokens("b")) + stream.flush() == "b"
 
 
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_character_cut_off_by_the_end_spares_those_before_it(cut: int, tokenizer: tokenizers.Tokenizer) -> None:
+    stream = TextStream(tokenizer, (1,))
+    for token in tokens("漢字🦉".encode()[:-cut]):
+        stream.push([token])
+    assert set(stream.flush()) == {"\ufffd"}
+    assert stream.text.rstrip("\ufffd") == "漢字"
+    assert len(stream.text) <= 2 + 4 - cut
+
+
 def test_special_tokens_have_no_text(tokenizer: tokenizers.Tokenizer) -> None:
     stream = TextStream(tokenizer, (1, *tokens("a")))
     assert stream.push([*tokens("b"), 2, 3, *tokens("c")]) == "bc"

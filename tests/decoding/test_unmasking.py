@@ -51,7 +51,7 @@ def wanted(rule: str, r: Rows, row: int) -> int:
 
 
 @pytest.mark.parametrize("rule", COUNTED_RULES)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows())
 def test_the_right_number_of_the_right_positions_commit(rule: str, r: Rows) -> None:
     now = commit(rule, r.sure, r.masked, r.at, None)
@@ -64,7 +64,7 @@ def test_the_right_number_of_the_right_positions_commit(rule: str, r: Rows) -> N
 
 
 @pytest.mark.parametrize("rule", COUNTED_RULES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(rows())
 def test_progress_never_stops_and_the_last_step_commits_all(rule: str, r: Rows) -> None:
     masked = r.masked
@@ -85,7 +85,7 @@ def test_gamma_itself_is_not_enough() -> None:
     assert commit("confidence", sure, torch.ones(1, 4, dtype=torch.bool), above, None).sum() == 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows(), st.integers(0, 10**6))
 def test_posterior_commits_by_coins_alone(r: Rows, seed: int) -> None:
     torch.manual_seed(seed)
@@ -109,7 +109,7 @@ def test_posterior_rate_is_that_of_absorbing_diffusion() -> None:
         assert abs(rate - (t - s) / t) < 0.015  # 4 standard deviations of 0.0035
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows(), st.data())
 def test_remask_keeps_the_surest_and_masks_the_rest_again(r: Rows, data: st.DataObject) -> None:
     widths = [data.draw(st.integers(1, r.masked.shape[1])) for _ in r.masked]
@@ -146,7 +146,7 @@ def test_certainty_is_within_its_range(rule: str) -> None:
     assert certainty(rule, peaked, proposal).item() == pytest.approx(1.0, abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.5, 0.5, 1.0, -1.0]), min_size=1, max_size=17))
 def test_ranks_are_a_stable_descending_order(values: list[float]) -> None:
     order = sorted(range(len(values)), key=lambda place: -values[place])

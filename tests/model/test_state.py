@@ -132,3 +132,18 @@ def test_prefill_reserves_what_is_asked_for(tiny: Callable, ids: Callable) -> No
     assert state.buffer.capacity == 2 * KEY_TILE
     assert state.reserve(2 * KEY_TILE - 5) is state
     assert state.reserve(2 * KEY_TILE - 4) is not state
+
+
+def test_scored_tokens_do_not_disturb_what_else_extends_their_state(
+    model: TwoTower, ids: Callable, close: Callable
+) -> None:
+    prompt, first, second, more = ids(1, 10), ids(1, 16, seed=1), ids(1, 16, seed=2), ids(1, 3, seed=3)
+    old = model.prefill(prompt, capacity=200)
+    with torch.no_grad():
+        scored, other = model.score(first, old), model.score(second, old)
+        extended = model.extend(more, old)
+        accepted, others = model.accept(scored, (8,)), model.accept(other, (5,))
+    for state, tail in ((accepted, first[:, :8]), (others, second[:, :5]), (extended, more)):
+        close(answer(model, state), answer(model, model.prefill(torch.cat((prompt, tail), 1))), EXACT)
+    with pytest.raises(AssertionError, match="committed before"):
+        model.accept(scored, (3,))

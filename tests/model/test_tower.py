@@ -13,8 +13,10 @@ EXACT, CLOSE = 1e-10, 1e-5
 BLOCK = [[3, 7, 3, 3, 8]]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, CLOSE), (torch.float64, EXACT)])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "tolerance"),
+    [*((pattern, torch.float64, EXACT) for pattern in PATTERNS), ("M*-E", torch.float32, CLOSE)],
+)
 def test_accepting_any_prefix_is_a_fresh_prefill(
     pattern: str, dtype: torch.dtype, tolerance: float, tiny: Callable, ids: Callable, close: Callable
 ) -> None:
@@ -30,8 +32,9 @@ def test_accepting_any_prefix_is_a_fresh_prefill(
                 close(ours.conv, theirs.conv, tolerance)
                 close(ours.ssm, theirs.ssm, tolerance)
             close(model.denoise(BLOCK, accepted), model.denoise(BLOCK, fresh), tolerance)
-            after = tokens[:, :4]
-            close(model.extend(after, accepted).next_logits, model.extend(after, fresh).next_logits, tolerance)
+            if count in (0, 1, 7, 16):
+                logits = model.extend(tokens[:, :4], accepted).next_logits
+                close(logits, model.extend(tokens[:, :4], fresh).next_logits, tolerance)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -65,7 +65,7 @@ def weights(num_experts: int = 12, *, biased: bool, dtype: torch.dtype = torch.f
     return ExpertWeights(up, down, (), (), up_bias if biased else None, down_bias if biased else None)
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [1, 5, 65])
 @pytest.mark.parametrize(
     "changed",
     [

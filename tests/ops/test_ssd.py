@@ -101,13 +101,16 @@ def test_large_seed_with_bf16_inputs_stays_finite_and_close(magnitude: float) ->
         assert (ours.double() - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
-def test_a_token_far_above_the_diagonal_does_not_overflow() -> None:
-    """Above the diagonal the exponents are positive; computed and then hidden they would be inf · 0."""
+def test_strong_decay_does_not_overflow_forward_or_backward() -> None:
+    """Above the diagonal the exponents are positive: computed and then hidden they give inf · 0 in the gradient."""
     c = case(64, dtype=torch.float32)
-    c = c._replace(inputs=c.inputs._replace(dt=torch.full_like(c.inputs.dt, 50.0)))
+    dt = torch.full_like(c.inputs.dt, 50.0).requires_grad_()
+    c = c._replace(inputs=c.inputs._replace(dt=dt), A=c.A.requires_grad_())
     out, expected = ssd_scan(*c), naive(c)
-    assert out.y.isfinite().all()
     torch.testing.assert_close(out.y.double(), expected.y, rtol=1e-4, atol=1e-3)
+    out.y.sum().backward()
+    assert dt.grad.isfinite().all()
+    assert c.A.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 65])

@@ -35,8 +35,7 @@ def state(model: TwoTower) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.released_tensors().items()}
 
 
-@pytest.mark.parametrize("stop", [3, 4, 7])
-@pytest.mark.parametrize("pattern", ["llama", "*E"])
+@pytest.mark.parametrize(("pattern", "stop"), [("llama", 3), ("llama", 7), ("*E", 4)])
 def test_resuming_is_never_having_stopped(
     pattern: str, stop: int, tiny: Callable, corpus: Corpus, tmp_path: Path
 ) -> None:
@@ -67,6 +66,7 @@ def test_the_context_tower_stays_bit_identical_and_all_else_trains(
     model = tiny(pattern, block_size=8)
     before = state(model)
     train(model, corpus, tmp_path, weight_decay=0.1)
+    assert not any(p.requires_grad for p in model.context_tower.parameters())
     for name, after in state(model).items():
         same = torch.equal(after, before[name])
         if name.startswith("context"):
@@ -78,7 +78,7 @@ def test_the_context_tower_stays_bit_identical_and_all_else_trains(
 def test_the_loss_goes_down_and_the_text_is_learnt(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
     model = tiny("llama", block_size=8)
     reports = train(
-        model, corpus, tmp_path, steps=250, batch_size=12, learning_rate=1e-2, decay_steps=100, checkpoint_every=250
+        model, corpus, tmp_path, steps=150, batch_size=12, learning_rate=1e-2, decay_steps=75, checkpoint_every=150
     )
     first, last = (sum(r.loss for r in part) / 10 for part in (reports[:10], reports[-10:]))
     assert last < 0.2 * first

@@ -34,6 +34,12 @@ class TextStream:
 
     def flush(self) -> str:
         """What was held back: a byte sequence that never became a character."""
+        # Decoded by itself: a byte-fallback decoder would give up on the whole characters before it as well.
+        for held in range(4):
+            end = len(self._ids) - held
+            whole = self._decode(self._ids[self._start : end])
+            if not whole.endswith("\ufffd"):
+                return self._give(whole + self._decode(self._ids[end:]))
         return self._give(self._decode(self._ids[self._start :]))
 
     def _window(self) -> int:

@@ -66,4 +66,4 @@ class Attention(nn.Module):
 
     def released_tensors(self) -> dict[str, Tensor]:
         qkv = self.qkv_proj.released_tensors(("q_proj", "k_proj", "v_proj"), self.sizes)
-        return qkv | self.o_proj.released_tensors(("o_proj",), (self.o_proj.weight.shape[0],))
+        return qkv | self.o_proj.released_tensors(("o_proj",), (self.o_proj.outputs,))

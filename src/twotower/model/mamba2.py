@@ -117,6 +117,6 @@ class Mamba2(nn.Module):
         found["conv1d.weight"] = self.conv_taps.data.t().unsqueeze(1)
         if self.conv_bias is not None:
             found["conv1d.bias"] = self.conv_bias.data
-        found |= self.in_proj.released_tensors(("in_proj",), (self.in_proj.weight.shape[0],))
+        found |= self.in_proj.released_tensors(("in_proj",), (self.in_proj.outputs,))
         found["norm.weight"] = self.norm.data
-        return found | self.out_proj.released_tensors(("out_proj",), (self.out_proj.weight.shape[0],))
+        return found | self.out_proj.released_tensors(("out_proj",), (self.out_proj.outputs,))

@@ -30,4 +30,4 @@ class MLP(nn.Module):
 
     def released_tensors(self) -> dict[str, Tensor]:
         up = self.up_proj.released_tensors(self.names, (self.inner,) * len(self.names))
-        return up | self.down_proj.released_tensors(("down_proj",), (self.down_proj.weight.shape[0],))
+        return up | self.down_proj.released_tensors(("down_proj",), (self.down_proj.outputs,))

@@ -22,13 +22,13 @@ class MambaState(NamedTuple):
 class KeyBuffer:
     """Preallocated keys and values (b, k, capacity, p) of every attention layer, shared by successive states.
 
-    `tip` is each row's number of places in use by the newest state; a state that is behind the tip may not append
-    in place.
+    `tip` is each row's number of places in use by the newest state, None while scored tokens beyond it wait to be
+    committed; only a state that ends at the tip may append in place.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    tip: tuple[int, ...]
+    tip: tuple[int, ...] | None
 
     @property
     def capacity(self) -> int:
@@ -78,8 +78,8 @@ class ContextState:
 
     def reserve(self, extra: int) -> Self:
         """A state whose buffer has room for `extra` more tokens and belongs to it alone or ends at its tip."""
-        if not self.buffer.keys:
-            return self
+        if not self.buffer.keys:  # nothing to append to, but the next commit looks at the tip
+            return dataclasses.replace(self, buffer=KeyBuffer([], [], self.lengths))
         wanted = self.padded_length(extra)
         if self.buffer.tip == self.lengths and self.buffer.capacity >= wanted:
             return self
@@ -95,7 +95,7 @@ class ContextState:
         buffer = KeyBuffer(
             [k[index] for k in self.buffer.keys],
             [v[index] for v in self.buffer.values],
-            tuple(self.buffer.tip[r] for r in rows),
+            tuple(self.lengths[r] for r in rows),
         )
         return dataclasses.replace(
             self,

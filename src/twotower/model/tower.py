@@ -86,13 +86,14 @@ class Tower(nn.Module):
             else:
                 mixed = layer.mixer(entered)
             x = layer.leave(x, mixed, None)
+        state.buffer.tip = None
         return Scored(self.finish(x), state, tuple(replays))
 
     def commit(self, scored: Scored, counts: tuple[int, ...], next_logits: Tensor | None) -> ContextState:
         """The state after the first counts[b] of the scored tokens of each row.
 
         Keys are truncated; a recurrent state can't be, so it is replayed from the block's start. Mutates nothing that
-        another state still reads.
+        another state still reads. Scored tokens can be committed once.
         """
         state = scored.state
         lengths = tuple(n + c for n, c in zip(state.lengths, counts, strict=True))
@@ -103,6 +104,7 @@ class Tower(nn.Module):
         for mixer, replay in zip(mixers, scored.replays, strict=True):
             advanced = mixer.advance(replay.prepared, replay.start, None if whole else index, replay.end)
             mamba.append(advanced)
+        assert state.buffer.tip is None, "these scored tokens were committed before"
         state.buffer.tip = lengths
         return ContextState(lengths, tuple(mamba), state.buffer, next_logits)
 

@@ -15,7 +15,7 @@ def sample_rows(model: TwoTower, *, rows: int, length: int, prefix: int, seed: i
     """(b, t) int64 rows that start with BOS: temperature 1 up to position `prefix`, greedy after it.
 
     The greedy part is a function of its prefix, so a denoiser can learn it; the sampled part gives it variety. The
-    mask token and token 0 (unknown) are never sampled.
+    mask token and token 0 (unknown) never occur.
     """
     bos = model.config.bos_token_id
     if bos is None:
@@ -30,8 +30,8 @@ def sample_rows(model: TwoTower, *, rows: int, length: int, prefix: int, seed: i
     for position in range(1, length):
         assert state.next_logits is not None
         logits = state.next_logits
+        logits[:, [0, model.config.mask_token_id]] = -torch.inf
         if position < prefix:
-            logits[:, [0, model.config.mask_token_id]] = -torch.inf
             draws = torch.rand(rows, 1, generator=generator).to(device)
             ids = inverse_sample(logits.softmax(-1).unsqueeze(1), draws)
         else:

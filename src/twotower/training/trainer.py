@@ -66,7 +66,8 @@ def denoising_loss(model: TwoTower, x0: Tensor, noisy: Corrupted) -> Tensor:
     """Mean cross-entropy over the masked positions (`masked_mean`); same-position targets, head on masked rows only."""
     hidden = block_parallel_hidden(model, x0, noisy.xt, noisy.level, noisy.block)
     rows = hidden[noisy.masked]  # (m, d)
-    return F.cross_entropy(model.lm_head(rows).float(), x0[noisy.masked])
+    total = F.cross_entropy(model.lm_head(rows).float(), x0[noisy.masked], reduction="sum")
+    return total / max(rows.shape[0], 1)  # 0, not nan, where a small batch has nothing masked
 
 
 def denoiser_parameters(model: TwoTower) -> list[torch.nn.Parameter]:
@@ -95,6 +96,7 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / "state.pt").exists():
             self._load()
+            self._drop_later_metrics()
         with (self.folder / "metrics.jsonl").open("a") as metrics:
             while self.step < self.config.steps:
                 done = self.train_step()
@@ -141,9 +143,19 @@ class Trainer:
 
     def _load(self) -> None:
         state = torch.load(self.folder / "state.pt", weights_only=True)
-        if len(state["parameters"]) != len(self.parameters):
+        if [p.shape for p in state["parameters"]] != [p.shape for p in self.parameters]:
             raise ValueError(f"{self.folder}/state.pt belongs to another model; choose an empty output folder")
         for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
             parameter.data.copy_(saved)
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]
+
+    def _drop_later_metrics(self) -> None:
+        """Steps after the saved state are run again: their lines would stand twice."""
+        file = self.folder / "metrics.jsonl"
+        if file.exists():
+            lines = file.read_text().splitlines(keepends=True)
+            file.write_text("".join(line for line in lines if line.endswith("\n") and self._is_done(line)))
+
+    def _is_done(self, line: str) -> bool:
+        return json.loads(line)["step"] <= self.step

@@ -1,0 +1,64 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from twotower.decoding.generate import generate
+from twotower.decoding.params import SamplingParams
+from twotower.training.data import Corpus
+from twotower.training.sampling import sample_rows, write_shard
+
+
+@pytest.mark.parametrize("pattern", ["M*-E", "llama"])
+def test_rows_are_sampled_up_to_the_prefix_and_greedy_after_it(pattern: str, tiny: Callable) -> None:
+    model = tiny(pattern)
+    rows = sample_rows(model, rows=5, length=20, prefix=8, seed=1)
+    assert rows.shape == (5, 20)
+    assert bool((rows[:, 0] == 1).all())
+    assert len({tuple(row) for row in rows[:, :8].tolist()}) == 5
+    greedy = [g.token_ids for g in generate(model, rows[:, :8].tolist(), SamplingParams(mode="ar", max_new_tokens=12))]
+    for row, expected in zip(rows[:, 8:].tolist(), greedy, strict=True):
+        usable = next((i for i, t in enumerate(expected) if t in (0, 3)), len(expected))
+        assert row[:usable] == expected[:usable]
+
+
+@pytest.mark.parametrize("prefix", [1, 20])
+def test_the_mask_and_the_unknown_token_never_occur(prefix: int, tiny: Callable) -> None:
+    model = tiny("*", vocab_size=6)  # a third of six words
+    rows = sample_rows(model, rows=40, length=20, prefix=prefix, seed=1)
+    assert not bool(((rows == 0) | (rows == 3)).any())
+
+
+def test_sampling_follows_the_context_tower(tiny: Callable) -> None:
+    model = tiny("*", vocab_size=6)
+    rows = sample_rows(model, rows=4000, length=2, prefix=2, seed=0)
+    logits = model.context_logits([[1]])[0, 0]
+    logits[[0, 3]] = -torch.inf
+    frequencies = rows[:, 1].bincount(minlength=6) / 4000
+    assert (frequencies - logits.softmax(-1)).abs().max() < 0.032  # 4 standard deviations of 0.008
+
+
+def test_a_shard_depends_on_seed_and_index_alone_and_is_written_once(tiny: Callable, tmp_path: Path) -> None:
+    model, settings = tiny("*"), {"rows": 3, "length": 30, "greedy_fraction": 0.5}
+    files = [write_shard(model, tmp_path / "a", index, seed=1, **settings) for index in range(4)]
+    assert [file.name for file in files] == ["00000.npz", "00001.npz", "00002.npz", "00003.npz"]
+    again = write_shard(model, tmp_path / "b", 2, seed=1, **settings)
+    with np.load(files[2]) as a, np.load(again) as b:
+        assert all(np.array_equal(a[name], b[name]) for name in ("ids", "prefix"))
+    before = files[0].stat().st_mtime_ns
+    write_shard(model, tmp_path / "a", 0, seed=2, **settings)
+    assert files[0].stat().st_mtime_ns == before
+    corpus = Corpus.load(tmp_path / "a", vocab_size=40)
+    assert corpus.ids.shape == (12, 30)
+    assert set(corpus.prefix) > {1}  # both kinds: scored throughout, and after a prefix
+    assert corpus.prefix.max() < 30
+
+
+def test_bad_prefixes_raise(tiny: Callable) -> None:
+    for prefix in (0, 6):
+        with pytest.raises(ValueError, match=rf"prefix is {prefix}, must be in \[1, length=5\]"):
+            sample_rows(tiny("*"), rows=1, length=5, prefix=prefix, seed=0)
+    with pytest.raises(ValueError, match="no bos_token_id"):
+        sample_rows(tiny("*", bos_token_id=None), rows=1, length=5, prefix=1, seed=0)
