@@ -240,7 +240,7 @@ def _problems(c: TwoTowerConfig) -> list[str]:
         limit = c.time_step_limit
         need(
             len(limit) == 2 and 0 <= limit[0] < limit[1],
-            f"time_step_limit is {limit}, must be [low, high], 0 <= low < high",
+            f"time_step_limit is {limit}, must be 0 <= low < high, two numbers",
         )
         act = c.carried.get("mamba_hidden_act", "silu")
         need(act == "silu", f"mamba_hidden_act is {act!r}, must be 'silu'")
