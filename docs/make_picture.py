@@ -1,6 +1,7 @@
-"""Draws docs/demo.svg, the picture at the top of the README: both stories of `twotower demo` half-way through.
+"""Draws docs/demo.svg, the picture at the top of the README: both stories of `twotower demo` at one moment, the first
+after `--at` at which about half of a block is masked.
 
-python docs/make_picture.py [--at 0.5]
+python docs/make_picture.py [--at 0.3]
 """
 
 import argparse
@@ -13,12 +14,12 @@ import twotower
 from twotower.cli.demo import _SHOWN, Run, _stage, _timeline
 from twotower.cli.live import StoryView, steps
 
-PROMPT = "Once upon a time"
+PROMPT = "Tom and his dog went to the park"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--at", type=float, default=0.5, help="share of the slower story's time, 0 to 1")
+    parser.add_argument("--at", type=float, default=0.3, help="share of the slower story's time, 0 to 1")
     arguments = parser.parse_args()
     model = twotower.load()
     assert model.tokenizer is not None
@@ -29,13 +30,15 @@ def main() -> None:
         list(steps(model, PROMPT, params))  # warm-up
         runs[mode] = Run(list(steps(model, PROMPT, params)))
     views = {m: StoryView(PROMPT, model.tokenizer, model.config.mask_token_id, console) for m in _SHOWN}
-    end = arguments.at * max(run.seconds for run in runs.values())
+    earliest = arguments.at * max(run.seconds for run in runs.values())
+    due = 0.0
     for due, mode, piece in _timeline(runs):
-        if due <= end:
-            views[mode].take(piece)
-    captions = {mode: f"{views[mode].num_tokens} tokens after {end:.2f} s" for mode in _SHOWN}
+        views[mode].take(piece)
+        if due > earliest and piece.block is not None and 0.3 < piece.block.t < 0.7:
+            break
+    captions = {mode: f"{views[mode].num_tokens} tokens after {due:.2f} s" for mode in _SHOWN}
     console.print(_stage(views, captions, console, 12))
-    console.save_svg(str(Path(__file__).with_name("demo.svg")), title='twotower demo "Once upon a time"')
+    console.save_svg(str(Path(__file__).with_name("demo.svg")), title=f'twotower demo "{PROMPT}"')
 
 
 if __name__ == "__main__":
