@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from twotower import ContextState, TwoTower, TwoTowerConfig
-from twotower.model import moe
+from twotower.model.moe import MixtureOfExperts
 from twotower.ops.backend import activation_dtype, linear_backend
 
 CONFIG = TwoTowerConfig(
@@ -74,20 +74,18 @@ def touched_bytes(tokens: int, experts: float) -> float:
     return sum(layers[kind] for kind in c.pattern) + c.vocab_size * d + tokens * d
 
 
-def experts_touched(run: Callable[[], object]) -> float:
+def experts_touched(model: TwoTower, run: Callable[[], object]) -> float:
     """Mean number of distinct experts per `E` layer that a pass uses."""
     seen: list[int] = []
-    original = moe.apply_experts
 
-    def counting(x, routing, weights):  # type: ignore[no-untyped-def]
-        seen.append(routing.experts.unique().numel())
-        return original(x, routing, weights)
+    def count(layer: MixtureOfExperts, inputs: tuple[Tensor]) -> None:
+        seen.append(layer.route(inputs[0].flatten(0, 1)).experts.unique().numel())
 
-    moe.apply_experts = counting
-    try:
-        run()
-    finally:
-        moe.apply_experts = original
+    layers = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    hooks = [layer.register_forward_pre_hook(count) for layer in layers]
+    run()
+    for hook in hooks:
+        hook.remove()
     return statistics.mean(seen)
 
 
@@ -126,7 +124,7 @@ def main() -> None:
             "plain_nfe": lambda: plain.denoiser_logits(block, plain_state, level),
             "read": lambda: probe.sum(),
         }
-        active = {name: experts_touched(runs[name]) for name in ("ar", "nfe")}
+        active = {name: experts_touched(model, runs[name]) for name in ("ar", "nfe")}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for repeat in range(arguments.repeats + 3):
             for name, run in runs.items():

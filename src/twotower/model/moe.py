@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from twotower.config import TwoTowerConfig
 from twotower.model.mlp import MLP
 from twotower.ops.linear import pack
-from twotower.ops.moe import ExpertWeights, apply_experts, route
+from twotower.ops.moe import ExpertWeights, Routing, apply_experts, route
 
 
 class MixtureOfExperts(nn.Module):
@@ -28,9 +28,14 @@ class MixtureOfExperts(nn.Module):
         self.packed: ExpertWeights | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        c = self.config
         rows = x.flatten(0, 1)  # (b·s, d)
-        routing = route(
+        weights = self.packed or ExpertWeights(self.up, self.down, (), (), self.up_bias, self.down_bias)
+        return apply_experts(rows, self.route(rows), weights).view_as(x) + self.shared(x)
+
+    def route(self, rows: Tensor) -> Routing:
+        """The experts that rows (r, d) go to."""
+        c = self.config
+        return route(
             rows,
             self.gate,
             self.correction_bias,
@@ -40,8 +45,6 @@ class MixtureOfExperts(nn.Module):
             normalise=c.norm_topk_prob,
             scaling_factor=c.routed_scaling_factor,
         )
-        weights = self.packed or ExpertWeights(self.up, self.down, (), (), self.up_bias, self.down_bias)
-        return apply_experts(rows, routing, weights).view_as(x) + self.shared(x)
 
     def pack_(self, dtype: torch.dtype) -> None:
         self.shared.pack_(dtype)
