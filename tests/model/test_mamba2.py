@@ -62,15 +62,6 @@ def test_advance_replays_each_rows_prefix(tiny: Callable, close: Callable) -> No
         close(advanced.conv[row], alone.conv[0], 1e-12)
 
 
-def test_invalid_tokens_leave_no_trace_in_the_state(tiny: Callable, close: Callable) -> None:
-    layer = mixer(tiny)
-    state, x = seeded(layer, 1), torch.randn(1, 9, 32, dtype=torch.float64)
-    valid = (torch.arange(9) < 4)[None]
-    padded = layer.prepare(x, state.conv, valid)
-    _, end = layer.scan(padded, state, torch.float64)
-    close(end, layer.advance(layer.prepare(x[:, :4], state.conv), state, None, None).ssm, 1e-12)
-
-
 def test_states_are_float32_beside_bf16_weights(tiny: Callable, ids: Callable) -> None:
     state = tiny("M", dtype=torch.bfloat16).prefill(ids(1, 5))
     assert state.mamba[0].ssm.dtype == torch.float32

@@ -52,8 +52,8 @@ class Mamba2(nn.Module):
             torch.zeros(batch_size, c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_size, device=device, dtype=wide),
         )
 
-    def prepare(self, x: Tensor, past: Tensor, valid: Tensor | None = None) -> Prepared:
-        """x (b, s, d) after the conv rows `past` (b, w-1, c); rows where `valid` (b, s) is False get dt = 0."""
+    def prepare(self, x: Tensor, past: Tensor) -> Prepared:
+        """x (b, s, d) after the conv rows `past` (b, w-1, c)."""
         c = self.config
         z, xbc, dt = self.in_proj(x).split((c.mamba_width, c.conv_width, c.mamba_num_heads), dim=-1)
         active = F.silu(causal_conv(xbc, past, self.conv_taps, self.conv_bias))
@@ -63,8 +63,6 @@ class Mamba2(nn.Module):
         low, high = c.time_step_limit
         if low > 0 or high != float("inf"):
             dt = dt.clamp(low, high)
-        if valid is not None:
-            dt = dt * valid.unsqueeze(-1)
         groups = (c.mamba_num_groups, c.mamba_state_size)
         scan = ScanInputs(
             states.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim)),

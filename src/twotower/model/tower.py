@@ -65,8 +65,8 @@ class Tower(nn.Module):
         """The layers in order."""
         return cast("list[Layer]", list(self.layers))
 
-    def causal(self, ids: Tensor, state: ContextState, valid: Tensor | None = None) -> Scored:
-        """Runs ids (b, s) after `state`; rows where `valid` (b, s) is False (right padding) leave no trace."""
+    def causal(self, ids: Tensor, state: ContextState) -> Scored:
+        """Runs ids (b, s) after `state`; `commit` decides how many tokens of each row stay; padding is the rest."""
         s = ids.shape[1]
         state = state.reserve(s)
         starts = torch.tensor(state.lengths, device=ids.device)
@@ -78,7 +78,7 @@ class Tower(nn.Module):
         for layer in self.stack:
             entered = layer.enter(x, None, self.activation_dtype)
             if isinstance(layer.mixer, Mamba2):
-                mixed, replay = self._causal_mamba(layer.mixer, entered, state.mamba[len(replays)], valid)
+                mixed, replay = self._causal_mamba(layer.mixer, entered, state.mamba[len(replays)])
                 replays.append(replay)
             elif isinstance(layer.mixer, Attention):
                 mixed = self._causal_attention(layer.mixer, entered, state, num_attention, rope, bias)
@@ -177,8 +177,8 @@ class Tower(nn.Module):
         bias = torch.zeros(later.shape, dtype=self.activation_dtype, device=starts.device)
         return bias.masked_fill_(later, -torch.inf).unsqueeze(1)
 
-    def _causal_mamba(self, mixer: Mamba2, x: Tensor, start: MambaState, valid: Tensor | None) -> tuple[Tensor, Replay]:
-        prepared = mixer.prepare(x, start.conv, valid)
+    def _causal_mamba(self, mixer: Mamba2, x: Tensor, start: MambaState) -> tuple[Tensor, Replay]:
+        prepared = mixer.prepare(x, start.conv)
         if 1 < x.shape[1] <= CHUNK:
             # A block: its end state waits until it is known how much of the block stays.
             return mixer.outputs(prepared, start, self.activation_dtype), Replay(prepared, start, None)

@@ -154,8 +154,7 @@ class TwoTower(nn.Module):
             return state
         counts = (s,) * b if counts is None else counts
         index = torch.tensor(counts, device=ids.device)
-        valid = torch.arange(s, device=ids.device) < index[:, None] if min(counts) < s else None
-        scored = self.context_tower.causal(ids, state, valid)
+        scored = self.context_tower.causal(ids, state)
         logits = None
         if with_logits:
             last = scored.hidden[torch.arange(b, device=ids.device), (index - 1).clamp_(min=0)]  # (b, d)
