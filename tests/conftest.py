@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import tokenizers
@@ -107,16 +107,16 @@ class Golden(NamedTuple):
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[..., Golden]:
-    """golden("hybrid" or "dense", pack=…)"""
-    cases: dict[tuple[str, bool], Golden] = {}
+    """golden("hybrid" or "dense", None for an unpacked model or a packed one's backend)"""
+    cases: dict[tuple[str, str | None], Golden] = {}
 
-    def load(case: str, *, pack: bool = False) -> Golden:
-        if (case, pack) not in cases:
+    def load(case: str, backend: Literal["reference", "native"] | None = None) -> Golden:
+        if (case, backend) not in cases:
             folder = GOLDEN / case
             settings = json.loads((folder / "golden.json").read_text())
-            model = twotower.load(folder, pack=pack)
-            cases[case, pack] = Golden(model, load_file(folder / "golden.safetensors"), settings)
-        return cases[case, pack]
+            model = twotower.load(folder, pack=backend is not None, backend=backend)
+            cases[case, backend] = Golden(model, load_file(folder / "golden.safetensors"), settings)
+        return cases[case, backend]
 
     return load
 

@@ -249,3 +249,10 @@ def test_loading_holds_the_model_and_at_most_one_shard(tmp_path: Path) -> None:
     # Slack of 20 MB for the allocator and a second mapped shard; a state dict of everything would cost another `size`.
     assert size > 190_000
     assert size * 0.9 < int(result.stdout) < size + 20_000 + 20_000
+
+
+def test_backends_that_cannot_run_are_named() -> None:
+    with pytest.raises(ValueError, match="backend is 'fast', must be one of reference, native"):
+        twotower.load(backend="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backend is 'reference' with pack=False"):
+        twotower.load(backend="reference", pack=False)

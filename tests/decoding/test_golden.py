@@ -6,29 +6,32 @@ import pytest
 
 from twotower.decoding.generate import generate, stream
 from twotower.decoding.params import SamplingParams
+from twotower.ops.native.build import library
 
-pytestmark = pytest.mark.parametrize("case", ["hybrid", "dense"])
+# A machine without a C compiler has one backend less.
+BACKENDS = ["reference", *(["native"] if library() is not None else [])]
+pytestmark = [pytest.mark.parametrize("case", ["hybrid", "dense"]), pytest.mark.parametrize("backend", BACKENDS)]
 
 
 @pytest.mark.parametrize("mode", ["ar", "mock_ar"])
-def test_one_token_at_a_time(case: str, mode: str, golden: Callable) -> None:
-    model, tensors, _ = golden(case, pack=True)
+def test_one_token_at_a_time(case: str, backend: str, mode: str, golden: Callable) -> None:
+    model, tensors, _ = golden(case, backend)
     params = SamplingParams(mode=mode, max_new_tokens=48, ignore_eos=True)
     result = generate(model, tensors["prompt_ids"].tolist(), params)[0]
     assert result.token_ids == tensors[f"{mode}.tokens"][0].tolist()
     assert result.stats.denoiser_calls == (48 if mode == "mock_ar" else 0)
 
 
-def test_verified_is_ar(case: str, golden: Callable) -> None:
-    model, tensors, _ = golden(case, pack=True)
+def test_verified_is_ar(case: str, backend: str, golden: Callable) -> None:
+    model, tensors, _ = golden(case, backend)
     params = SamplingParams(mode="verified", max_new_tokens=48, ignore_eos=True)
     result = generate(model, tensors["prompt_ids"].tolist(), params)[0]
     assert result.token_ids == tensors["ar.tokens"][0].tolist()
 
 
 @pytest.mark.parametrize("k", range(7))
-def test_diffusion(case: str, k: int, golden: Callable) -> None:
-    model, tensors, settings = golden(case, pack=True)
+def test_diffusion(case: str, backend: str, k: int, golden: Callable) -> None:
+    model, tensors, settings = golden(case, backend)
     settings = dict(settings["diffusion"][k])
     nfe = settings.pop("nfe")
     params = SamplingParams(mode="diffusion", ignore_eos=True, **settings)

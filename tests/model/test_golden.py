@@ -7,41 +7,44 @@ import torch
 
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
+from twotower.ops.native.build import library
 
 # float32 on another machine, other kernels and another order of sums: 1e-4 of the tensor's largest magnitude
 TOLERANCE = 1e-4
 
-pytestmark = [pytest.mark.parametrize("case", ["hybrid", "dense"]), pytest.mark.parametrize("pack", [False, True])]
+# None is unpacked; a machine without a C compiler has one backend less
+BACKENDS = [None, "reference", *(["native"] if library() is not None else [])]
+pytestmark = [pytest.mark.parametrize("case", ["hybrid", "dense"]), pytest.mark.parametrize("backend", BACKENDS)]
 
 
-def test_context_logits(case: str, pack: bool, golden: Callable, close: Callable) -> None:
-    model, tensors, _ = golden(case, pack=pack)
+def test_context_logits(case: str, backend: str | None, golden: Callable, close: Callable) -> None:
+    model, tensors, _ = golden(case, backend)
     close(model.context_logits(tensors["long_ids"]), tensors["context_logits"], TOLERANCE)
 
 
-def test_prefill(case: str, pack: bool, golden: Callable, close: Callable) -> None:
-    model, tensors, _ = golden(case, pack=pack)
+def test_prefill(case: str, backend: str | None, golden: Callable, close: Callable) -> None:
+    model, tensors, _ = golden(case, backend)
     state = model.prefill(tensors["prompt_ids"])
     close(state.next_logits, tensors["prefill.last_logits"], TOLERANCE)
     assert_state(model, state, tensors, "prefill", close)
 
 
-def test_extend(case: str, pack: bool, golden: Callable, close: Callable) -> None:
-    model, tensors, _ = golden(case, pack=pack)
+def test_extend(case: str, backend: str | None, golden: Callable, close: Callable) -> None:
+    model, tensors, _ = golden(case, backend)
     state = model.extend(tensors["extend.block_ids"], model.prefill(tensors["prompt_ids"]))
     assert_state(model, state, tensors, "extend", close)
 
 
 @pytest.mark.parametrize("k", range(4))
-def test_denoise(case: str, pack: bool, k: int, golden: Callable, close: Callable) -> None:
-    model, tensors, _ = golden(case, pack=pack)
+def test_denoise(case: str, backend: str | None, k: int, golden: Callable, close: Callable) -> None:
+    model, tensors, _ = golden(case, backend)
     state = model.prefill(tensors["prompt_ids"])
     block, expected = tensors[f"denoise.{k}.block_ids"], tensors[f"denoise.{k}.logits"]
     close(model.denoise(block, state, tensors[f"denoise.{k}.t"]), expected, TOLERANCE)
 
 
-def test_mock_ar_logits(case: str, pack: bool, golden: Callable, close: Callable) -> None:
-    model, tensors, _ = golden(case, pack=pack)
+def test_mock_ar_logits(case: str, backend: str | None, golden: Callable, close: Callable) -> None:
+    model, tensors, _ = golden(case, backend)
     prompt = tensors["prompt_ids"]
     state = model.prefill(prompt[:, :-1])
     with torch.no_grad():

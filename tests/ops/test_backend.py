@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from twotower.ops import backend
-from twotower.ops.backend import LinearBackend, activation_dtype, linear_backend
+from twotower.ops.backend import Backend, LinearBackend, activation_dtype, choose_backend, linear_backend
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +51,29 @@ def test_without_onednn_everything_is_plain(monkeypatch: pytest.MonkeyPatch) -> 
         assert linear_backend("cpu", dtype) is LinearBackend.TORCH
     backend.cpu_has_bf16_matmul.cache_clear()
     linear_backend.cache_clear()
+
+
+def test_a_backend_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_backend("cuda", torch.bfloat16, Backend.REFERENCE) is Backend.REFERENCE
+    with pytest.raises(ValueError, match=r"'native' with torch\.bfloat16 on cuda, must be bfloat16 or float32 on cpu"):
+        choose_backend("cuda", torch.bfloat16, Backend.NATIVE)
+    with pytest.raises(ValueError, match=r"'native' with torch\.float64 on cpu"):
+        choose_backend("cpu", torch.float64, Backend.NATIVE)
+    monkeypatch.setattr(backend, "library", lambda: None)
+    with pytest.raises(ValueError, match="needs a C compiler"):
+        choose_backend("cpu", torch.float32, Backend.NATIVE)
+
+
+def test_native_is_chosen_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "library", lambda: object())
+    assert choose_backend("cpu", torch.float32) is Backend.NATIVE
+    assert choose_backend("cpu", torch.bfloat16) is Backend.NATIVE
+    assert choose_backend("cpu", torch.float64) is Backend.REFERENCE
+    assert choose_backend("cuda", torch.float32) is Backend.REFERENCE
+    monkeypatch.setattr(backend, "library", lambda: None)
+    assert choose_backend("cpu", torch.float32) is Backend.REFERENCE
+
+
+def test_native_weights_go_with_float32_activations() -> None:
+    assert linear_backend("cpu", torch.bfloat16, Backend.NATIVE) is LinearBackend.NATIVE
+    assert activation_dtype("cpu", torch.bfloat16, Backend.NATIVE) == torch.float32

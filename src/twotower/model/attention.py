@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.linear import Linear
-from twotower.ops.attention import rotate
+from twotower.ops.backend import Backend
+from twotower.ops.kernels import REFERENCE, kernels
 
 
 class Projected(NamedTuple):
@@ -43,6 +44,7 @@ class Attention(nn.Module):
         self.sizes = (query, kv, kv)
         self.qkv_proj = Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias, dtype=dtype)
         self.o_proj = Linear(query, config.hidden_size, bias=config.attention_bias, dtype=dtype)
+        self.kernels = REFERENCE
 
     def project(self, x: Tensor, rope: Rotation | None) -> Projected:
         """x (b, s, d) to queries, keys and values."""
@@ -51,7 +53,7 @@ class Attention(nn.Module):
         num_kv = (heads.shape[2] - self.num_heads) // 2
         rotated = heads[:, :, : self.num_heads + num_kv]
         if rope is not None:
-            rotated = rotate(rotated, rope.cos, rope.sin)
+            rotated = self.kernels.rotate(rotated, rope.cos, rope.sin)
         rotated = rotated.transpose(1, 2)
         value = heads[:, :, self.num_heads + num_kv :].transpose(1, 2)
         return Projected(rotated[:, : self.num_heads], rotated[:, self.num_heads :], value)
@@ -60,9 +62,10 @@ class Attention(nn.Module):
         """(b, h, s, p) to (b, s, d)."""
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
-    def pack_(self, dtype: torch.dtype) -> None:
-        self.qkv_proj.pack_(dtype)
-        self.o_proj.pack_(dtype)
+    def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
+        self.kernels = kernels(backend)
+        self.qkv_proj.pack_(dtype, backend)
+        self.o_proj.pack_(dtype, backend)
 
     def released_tensors(self) -> dict[str, Tensor]:
         qkv = self.qkv_proj.released_tensors(("q_proj", "k_proj", "v_proj"), self.sizes)

@@ -9,7 +9,8 @@ from twotower.model.mamba2 import Mamba2
 from twotower.model.mlp import MLP
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.time_conditioning import Modulation
-from twotower.ops.norm import rms_norm
+from twotower.ops.backend import Backend
+from twotower.ops.kernels import REFERENCE, kernels
 
 
 class Layer(nn.Module):
@@ -18,6 +19,7 @@ class Layer(nn.Module):
     def __init__(self, config: TwoTowerConfig, kind: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.kind = kind
+        self.kernels = REFERENCE
         self.eps = config.layer_norm_epsilon
         self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
         self.mixer: Attention | Mamba2 | MLP | MixtureOfExperts
@@ -35,18 +37,19 @@ class Layer(nn.Module):
     def enter(self, x: Tensor, modulation: Modulation | None, dtype: torch.dtype) -> Tensor:
         """The mixer's input (b, s, d) in `dtype`. `M` and `*` modulate before the norm, `E` and `-` after it."""
         if modulation is None:
-            return rms_norm(x, self.norm, self.eps, dtype)
-        if self.kind in "M*":
-            return rms_norm(torch.addcmul(x + modulation.shift, x, modulation.scale), self.norm, self.eps, dtype)
-        normed = rms_norm(x, self.norm, self.eps, dtype)
-        return torch.addcmul(normed + modulation.shift, normed, modulation.scale)
+            return self.kernels.rms_norm(x, self.norm, self.eps, dtype)
+        shift, scale = modulation.shift, modulation.scale
+        return self.kernels.modulated_rms_norm(
+            x, self.norm, self.eps, shift, scale, norm_first=self.kind in "E-", dtype=dtype
+        )
 
     def leave(self, x: Tensor, mixed: Tensor, modulation: Modulation | None) -> Tensor:
         """The residual sum."""
         return x + mixed if modulation is None else torch.addcmul(x, mixed, modulation.gate)
 
-    def pack_(self, dtype: torch.dtype) -> None:
-        self.mixer.pack_(dtype)
+    def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
+        self.kernels = kernels(backend)
+        self.mixer.pack_(dtype, backend)
         self.norm.data = self.norm.data.to(torch.promote_types(dtype, torch.float32))
 
     def released_tensors(self) -> dict[str, Tensor]:

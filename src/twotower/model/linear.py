@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from twotower.ops.backend import Backend
 from twotower.ops.linear import PackedWeight, linear, pack
 
 
@@ -18,12 +19,17 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
         self.packed: PackedWeight | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
+    @property
+    def operand(self) -> Tensor | PackedWeight:
+        """What `ops.linear.linear` multiplies by."""
+        return self.weight if self.packed is None else self.packed
 
-    def pack_(self, dtype: torch.dtype) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.operand, self.bias)
+
+    def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
         """Replaces the weight by its packed form for activations of `dtype`; it can't be trained or saved any more."""
-        self.packed = pack(self.weight)
+        self.packed = pack(self.weight, backend)
         if self.packed is not None:
             del self.weight
         if self.bias is not None:

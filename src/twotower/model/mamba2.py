@@ -4,15 +4,15 @@ w conv kernel."""
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.linear import Linear
 from twotower.model.state import MambaState
-from twotower.ops.conv import causal_conv, next_past
-from twotower.ops.norm import gated_group_rms_norm
-from twotower.ops.ssd import ScanInputs, ScanOutput, ssd_output, ssd_scan, ssd_state
+from twotower.ops.backend import Backend
+from twotower.ops.conv import next_past
+from twotower.ops.kernels import REFERENCE, kernels
+from twotower.ops.ssd import ScanInputs
 
 
 class Prepared(NamedTuple):
@@ -27,6 +27,7 @@ class Mamba2(nn.Module):
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
+        self.kernels = REFERENCE
         heads = config.mamba_num_heads
         self.in_proj = Linear(
             config.hidden_size, config.mamba_width + config.conv_width + heads, bias=config.use_bias, dtype=dtype
@@ -56,13 +57,10 @@ class Mamba2(nn.Module):
         """x (b, s, d) after the conv rows `past` (b, w-1, c)."""
         c = self.config
         z, xbc, dt = self.in_proj(x).split((c.mamba_width, c.conv_width, c.mamba_num_heads), dim=-1)
-        active = F.silu(causal_conv(xbc, past, self.conv_taps, self.conv_bias))
+        active = self.kernels.conv_silu(xbc, past, self.conv_taps, self.conv_bias)
         wide = torch.promote_types(x.dtype, torch.float32)
         states, B, C = active.to(wide).split((c.mamba_width, *(c.mamba_num_groups * c.mamba_state_size,) * 2), dim=-1)
-        dt = F.softplus(dt.to(wide) + self.dt_bias)
-        low, high = c.time_step_limit
-        if low > 0 or high != float("inf"):
-            dt = dt.clamp(low, high)
+        dt = self.kernels.time_steps(dt, self.dt_bias, c.time_step_limit)
         groups = (c.mamba_num_groups, c.mamba_state_size)
         scan = ScanInputs(
             states.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim)),
@@ -74,12 +72,12 @@ class Mamba2(nn.Module):
 
     def outputs(self, prepared: Prepared, state: MambaState, dtype: torch.dtype) -> Tensor:
         """The mixer's output (b, s, d) for all tokens of a block, from the state before it."""
-        y = ssd_output(prepared.scan, self._A(), self.D, state.ssm)
+        y = self.kernels.ssd_output(prepared.scan, self._A(), self.D, state.ssm)
         return self._project(y, prepared.z, dtype)
 
     def scan(self, prepared: Prepared, state: MambaState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The mixer's output (b, s, d) and the SSM state after the last token."""
-        out: ScanOutput = ssd_scan(prepared.scan, self._A(), self.D, state.ssm)
+        out = self.kernels.ssd_scan(prepared.scan, self._A(), self.D, state.ssm)
         return self._project(out.y, prepared.z, dtype), out.state
 
     def advance(self, prepared: Prepared, state: MambaState, counts: Tensor | None, end: Tensor | None) -> MambaState:
@@ -92,19 +90,20 @@ class Mamba2(nn.Module):
         if counts is not None:
             taken = torch.arange(scan.dt.shape[1], device=counts.device) < counts[:, None]  # (b, s)
             scan, end = scan._replace(dt=scan.dt * taken.unsqueeze(-1)), None
-        return MambaState(conv, ssd_state(scan, self._A(), state.ssm) if end is None else end)
+        return MambaState(conv, self.kernels.ssd_state(scan, self._A(), state.ssm) if end is None else end)
 
     def _A(self) -> Tensor:
         return -self.A_log.exp()
 
     def _project(self, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
         c = self.config
-        normed = gated_group_rms_norm(y.flatten(2), z, self.norm, c.mamba_num_groups, c.layer_norm_epsilon)
+        normed = self.kernels.gated_group_rms_norm(y.flatten(2), z, self.norm, c.mamba_num_groups, c.layer_norm_epsilon)
         return self.out_proj(normed.to(dtype))
 
-    def pack_(self, dtype: torch.dtype) -> None:
-        self.in_proj.pack_(dtype)
-        self.out_proj.pack_(dtype)
+    def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
+        self.kernels = kernels(backend)
+        self.in_proj.pack_(dtype, backend)
+        self.out_proj.pack_(dtype, backend)
         for parameter in (self.conv_taps, self.conv_bias):
             if parameter is not None:
                 parameter.data = parameter.data.to(dtype)

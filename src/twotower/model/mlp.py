@@ -1,10 +1,11 @@
 """The `-` mixer. Letters: d width, f inner width."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.model.linear import Linear
+from twotower.ops.backend import Backend
+from twotower.ops.kernels import REFERENCE, kernels
 
 
 class MLP(nn.Module):
@@ -16,17 +17,16 @@ class MLP(nn.Module):
         self.inner = inner
         self.up_proj = Linear(width, inner * len(self.names), bias=bias, dtype=dtype)
         self.down_proj = Linear(inner, width, bias=bias, dtype=dtype)
+        self.kernels = REFERENCE
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up_proj(x)
-        if len(self.names) == 2:
-            gate, up = hidden.chunk(2, dim=-1)
-            return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(hidden.relu().square())
+        up, down = self.up_proj, self.down_proj
+        return self.kernels.mlp(x, up.operand, down.operand, up.bias, down.bias, gated=len(self.names) == 2)
 
-    def pack_(self, dtype: torch.dtype) -> None:
-        self.up_proj.pack_(dtype)
-        self.down_proj.pack_(dtype)
+    def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
+        self.kernels = kernels(backend)
+        self.up_proj.pack_(dtype, backend)
+        self.down_proj.pack_(dtype, backend)
 
     def released_tensors(self) -> dict[str, Tensor]:
         up = self.up_proj.released_tensors(self.names, (self.inner,) * len(self.names))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.linear import Linear
+from twotower.ops.backend import Backend
 
 NUM_FREQUENCIES = 128
 
@@ -46,9 +47,9 @@ class TimeConditioning(nn.Module):
         every = self.tables[:, None, :, None] + shared[None, :, :, None]  # (i, b, 3, 1, d)
         return [Modulation(*layer.unbind(1)) for layer in every.unbind(0)]
 
-    def pack_(self, dtype: torch.dtype) -> None:
+    def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
         for layer in (self.embed_in, self.embed_out, self.block):
-            layer.pack_(dtype)
+            layer.pack_(dtype, backend)
         self.tables.data = self.tables.data.to(dtype)
 
     def released_tensors(self) -> dict[str, Tensor]:

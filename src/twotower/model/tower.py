@@ -15,8 +15,8 @@ from twotower.model.layer import Layer
 from twotower.model.mamba2 import Mamba2, Prepared
 from twotower.model.state import ContextState, KeyBuffer, MambaState
 from twotower.model.time_conditioning import Modulation
-from twotower.ops.attention import cached_attention, seeded_attention
-from twotower.ops.norm import rms_norm
+from twotower.ops.backend import Backend
+from twotower.ops.kernels import REFERENCE, kernels
 from twotower.ops.ssd import CHUNK
 
 
@@ -49,6 +49,7 @@ class Tower(nn.Module):
         self.layers = nn.ModuleList(Layer(config, kind, dtype) for kind in config.pattern)
         self.norm_f = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
         self.activation_dtype = dtype
+        self.kernels = REFERENCE
 
     def initial_state(self, batch_size: int, capacity: int = 0) -> ContextState:
         """The state before any token, with room for `capacity` tokens per row."""
@@ -69,9 +70,11 @@ class Tower(nn.Module):
         """Runs ids (b, s) after `state`; `commit` decides how many tokens of each row stay; padding is the rest."""
         s = ids.shape[1]
         state = state.reserve(s)
-        starts = torch.tensor(state.lengths, device=ids.device)
-        rope = self._rotation(starts, s)
-        bias = self._causal_bias(starts, s, state.padded_length(s)) if state.buffer.keys else None
+        rope = self._rotation(state.lengths, s, ids.device)
+        mask = None
+        if state.buffer.keys:
+            t = state.padded_length(s)
+            mask = self.kernels.causal_mask(state.lengths, s, t, self.activation_dtype, ids.device)
         x = self.embed(ids)
         replays: list[Replay] = []
         num_attention = 0
@@ -81,7 +84,7 @@ class Tower(nn.Module):
                 mixed, replay = self._causal_mamba(layer.mixer, entered, state.mamba[len(replays)])
                 replays.append(replay)
             elif isinstance(layer.mixer, Attention):
-                mixed = self._causal_attention(layer.mixer, entered, state, num_attention, rope, bias)
+                mixed = self._causal_attention(layer.mixer, entered, state, num_attention, rope, mask)
                 num_attention += 1
             else:
                 mixed = layer.mixer(entered)
@@ -120,10 +123,12 @@ class Tower(nn.Module):
         `widths` are the rows' own block lengths where they differ; places beyond are padding that nobody sees.
         """
         s = ids.shape[1]
-        starts = torch.tensor(seed.lengths, device=ids.device)
-        rope = self._rotation(starts, s)
+        rope = self._rotation(seed.lengths, s, ids.device)
         used = min(seed.padded_length(), seed.buffer.capacity)
-        bias = self._block_bias(seed, used, s, widths) if seed.buffer.keys else None
+        mask = None
+        if seed.buffer.keys:
+            widths = widths or (s,) * len(seed.lengths)
+            mask = self.kernels.block_mask(seed.lengths, widths, s, used, self.activation_dtype, ids.device)
         x = self.embed(ids)
         num_mamba = num_attention = 0
         for i, layer in enumerate(self.stack):
@@ -137,7 +142,8 @@ class Tower(nn.Module):
                 q, key, value = layer.mixer.project(entered, rope)
                 past_key = seed.buffer.keys[num_attention][:, :, :used]
                 past_value = seed.buffer.values[num_attention][:, :, :used]
-                mixed = layer.mixer.output(seeded_attention(q, key, value, past_key, past_value, bias))
+                attended = self.kernels.seeded_attention(q, key, value, past_key, past_value, mask)
+                mixed = layer.mixer.output(attended)
                 num_attention += 1
             else:
                 mixed = layer.mixer(entered)
@@ -150,32 +156,14 @@ class Tower(nn.Module):
         return F.embedding(ids, self.embeddings).to(torch.float32 if wide else self.activation_dtype)
 
     def finish(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.norm_f, self.config.layer_norm_epsilon, self.activation_dtype)
+        return self.kernels.rms_norm(x, self.norm_f, self.config.layer_norm_epsilon, self.activation_dtype)
 
-    def _rotation(self, starts: Tensor, s: int) -> Rotation | None:
+    def _rotation(self, starts: tuple[int, ...], s: int, device: torch.device) -> Rotation | None:
         c = self.config
         if not c.use_rope:
             return None
-        positions = starts[:, None] + torch.arange(s, device=starts.device)
+        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(s, device=device)
         return rotation(positions, c.head_dim, c.rope_theta, self.activation_dtype)
-
-    def _block_bias(self, seed: ContextState, t: int, s: int, widths: tuple[int, ...] | None) -> Tensor | None:
-        """(b, 1, 1, t+s): -inf at cache places without a token and at a row's padding; None if there are neither."""
-        if widths is None and all(n == t for n in seed.lengths):
-            return None
-        device = seed.buffer.keys[0].device
-        starts = torch.tensor(seed.lengths, device=device)
-        ends = torch.tensor(widths or (s,) * len(seed.lengths), device=device)
-        past = torch.arange(t, device=device) >= starts[:, None]
-        own = torch.arange(s, device=device) >= ends[:, None]
-        hidden = torch.cat((past, own), dim=1)[:, None, None]
-        return torch.zeros(hidden.shape, dtype=self.activation_dtype, device=device).masked_fill_(hidden, -torch.inf)
-
-    def _causal_bias(self, starts: Tensor, s: int, t: int) -> Tensor:
-        last = starts[:, None] + torch.arange(s, device=starts.device)  # (b, s): the newest key each query sees
-        later = torch.arange(t, device=starts.device) > last.unsqueeze(-1)  # (b, s, t)
-        bias = torch.zeros(later.shape, dtype=self.activation_dtype, device=starts.device)
-        return bias.masked_fill_(later, -torch.inf).unsqueeze(1)
 
     def _causal_mamba(self, mixer: Mamba2, x: Tensor, start: MambaState) -> tuple[Tensor, Replay]:
         prepared = mixer.prepare(x, start.conv)
@@ -186,7 +174,7 @@ class Tower(nn.Module):
         return mixed, Replay(prepared, start, end)
 
     def _causal_attention(
-        self, mixer: Attention, x: Tensor, state: ContextState, i: int, rope: Rotation | None, bias: Tensor | None
+        self, mixer: Attention, x: Tensor, state: ContextState, i: int, rope: Rotation | None, mask: Tensor | None
     ) -> Tensor:
         q, key, value = mixer.project(x, rope)
         keys, values = state.buffer.keys[i], state.buffer.values[i]
@@ -200,13 +188,14 @@ class Tower(nn.Module):
                 keys[row, :, start : start + s] = key[row]
                 values[row, :, start : start + s] = value[row]
         t = state.padded_length(s)
-        return mixer.output(cached_attention(q, keys[:, :, :t], values[:, :, :t], bias))
+        return mixer.output(self.kernels.cached_attention(q, keys[:, :, :t], values[:, :, :t], mask))
 
-    def pack_(self, activation_dtype: torch.dtype) -> None:
-        """Packs every constant weight for inference with activations of the given dtype."""
+    def pack_(self, activation_dtype: torch.dtype, backend: Backend) -> None:
+        """Packs every constant weight for inference by `backend` with activations of the given dtype."""
         self.activation_dtype = activation_dtype
+        self.kernels = kernels(backend)
         for layer in self.stack:
-            layer.pack_(activation_dtype)
+            layer.pack_(activation_dtype, backend)
         self.norm_f.data = self.norm_f.data.to(torch.promote_types(activation_dtype, torch.float32))
 
     def released_tensors(self) -> dict[str, Tensor]:

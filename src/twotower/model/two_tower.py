@@ -12,7 +12,7 @@ from twotower.model.linear import Linear
 from twotower.model.state import ContextState
 from twotower.model.time_conditioning import TimeConditioning
 from twotower.model.tower import Scored, Tower
-from twotower.ops.backend import activation_dtype
+from twotower.ops.backend import Backend, activation_dtype, choose_backend
 
 # Tokens of a prompt absorbed at a time: bounds the (s, t) attention scores.
 PREFILL_CHUNK = 256
@@ -183,19 +183,24 @@ class TwoTower(nn.Module):
         if ids.shape[1] == 0:
             raise ValueError("the block has 0 tokens, must have at least 1")
 
-    def pack_(self) -> None:
-        """Gives every constant weight the layout that is fastest on its device; afterwards inference only."""
+    def pack_(self, backend: Backend | None = None) -> None:
+        """Gives every constant weight the layout that is fastest on its device; afterwards inference only.
+
+        `backend` None takes the fastest ops that each tower's device has. Raises ValueError where `backend` can't run.
+        """
         dtype = self.context_tower.embeddings.dtype
-        context = activation_dtype(self.context_device.type, dtype)
-        denoiser = activation_dtype(self.denoiser_device.type, dtype)
+        context_backend = choose_backend(self.context_device.type, dtype, backend)
+        denoiser_backend = choose_backend(self.denoiser_device.type, dtype, backend)
+        context = activation_dtype(self.context_device.type, dtype, context_backend)
+        denoiser = activation_dtype(self.denoiser_device.type, dtype, denoiser_backend)
         if self.config.tie_word_embeddings:  # packing frees a head's weight; the embedding must stay
             self.context_lm_head.weight = nn.Parameter(self.context_lm_head.weight.detach())
             self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach())
-        self.context_tower.pack_(context)
-        self.context_lm_head.pack_(context)
-        self.denoiser_tower.pack_(denoiser)
-        self.lm_head.pack_(denoiser)
-        self.time_conditioning.pack_(denoiser)
+        self.context_tower.pack_(context, context_backend)
+        self.context_lm_head.pack_(context, context_backend)
+        self.denoiser_tower.pack_(denoiser, denoiser_backend)
+        self.lm_head.pack_(denoiser, denoiser_backend)
+        self.time_conditioning.pack_(denoiser, denoiser_backend)
 
     def released_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the released layout, by its released name, as a view of this model's parameters."""

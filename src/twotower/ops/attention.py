@@ -11,21 +11,41 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def cached_attention(q: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """Queries (b, h, s, p) over keys and values (b, k, t, p); bias (b or 1, 1, s or 1, t) is added to the scores.
+def causal_mask(starts: tuple[int, ...], s: int, t: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For `cached_attention` of s new tokens after `starts` (b) earlier ones: (b, 1, s, t), -inf at later keys."""
+    last = torch.tensor(starts, device=device)[:, None] + torch.arange(s, device=device)  # (b, s): newest key seen
+    later = torch.arange(t, device=device) > last.unsqueeze(-1)  # (b, s, t)
+    return torch.zeros(later.shape, dtype=dtype, device=device).masked_fill_(later, -torch.inf).unsqueeze(1)
+
+
+def block_mask(
+    starts: tuple[int, ...], widths: tuple[int, ...], s: int, t: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """For `seeded_attention`: (b, 1, 1, t+s), -inf at cache places from `starts` (b) on and at block places from
+    `widths` (b) on; None if there are neither."""
+    if all(n == t for n in starts) and all(n == s for n in widths):
+        return None
+    past = torch.arange(t, device=device) >= torch.tensor(starts, device=device)[:, None]
+    own = torch.arange(s, device=device) >= torch.tensor(widths, device=device)[:, None]
+    hidden = torch.cat((past, own), dim=1)[:, None, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+
+
+def cached_attention(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Queries (b, h, s, p) over keys and values (b, k, t, p); mask (b or 1, 1, s or 1, t) is added to the scores.
 
     Returns (b, h, s, p). Scale p^-0.5; grouped queries without repeating the keys.
     """
-    return F.scaled_dot_product_attention(q, key, value, attn_mask=bias, enable_gqa=q.shape[1] != key.shape[1])
+    return F.scaled_dot_product_attention(q, key, value, attn_mask=mask, enable_gqa=q.shape[1] != key.shape[1])
 
 
 def seeded_attention(
-    q: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, bias: Tensor | None
+    q: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor | None
 ) -> Tensor:
     """A block's queries over [past keys | the block's own keys], one softmax, no copy of the past.
 
-    q (b, h, s, p); key, value (b, k, s, p); past (b, k, t, p), t may be 0; bias (b or 1, 1, 1, t+s) is -inf at unused
-    places. Returns (b, h, s, p).
+    q (b, h, s, p); key, value (b, k, s, p); past (b, k, t, p), t may be 0; mask from `block_mask`.
+    Returns (b, h, s, p).
     """
     b, h, s, p = q.shape
     k = key.shape[1]
@@ -34,8 +54,8 @@ def seeded_attention(
     scores = rows @ key.transpose(-1, -2)  # (b, k, h/k·s, s)
     if t:
         scores = torch.cat((rows @ past_key.transpose(-1, -2), scores), dim=-1)  # (b, k, h/k·s, t+s)
-    if bias is not None:
-        scores = scores + bias
+    if mask is not None:
+        scores = scores + mask
     weights = scores.softmax(-1)
     attended = weights[..., t:] @ value
     if t:

@@ -1,7 +1,13 @@
 """Depthwise causal convolution. Letters: b batch, s tokens, c channels, w kernel width."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def conv_silu(x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
+    """SiLU of `causal_conv`, as every Mamba-2 layer has it: (b, s, c)."""
+    return F.silu(causal_conv(x, past, taps, bias))
 
 
 def causal_conv(x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:

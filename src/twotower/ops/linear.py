@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.ops.backend import LinearBackend, linear_backend
+from twotower.ops.backend import Backend, LinearBackend, linear_backend
+from twotower.ops.native import linear as native
 
 FP16_MAX = 65504.0
 
@@ -20,6 +21,7 @@ class PackedWeight(NamedTuple):
 
     backend: LinearBackend
     data: Any
+    outputs: int
     threaded: bool = False
 
 
@@ -29,24 +31,28 @@ _ROWS_HINT = 16
 _THREADED_SIZE = 400_000
 
 
-def pack(weight: Tensor) -> PackedWeight | None:
-    """Packs a constant weight (o, i) for `linear`; None where the plain tensor is the fastest form."""
-    backend = linear_backend(weight.device.type, weight.dtype)
+def pack(weight: Tensor, ops: Backend = Backend.REFERENCE) -> PackedWeight | None:
+    """Packs a constant weight (o, i) for `linear` beside the other ops of backend `ops`; None where the plain tensor is
+    the fastest form."""
+    backend = linear_backend(weight.device.type, weight.dtype, ops)
+    outputs = weight.shape[0]
+    if backend is LinearBackend.NATIVE:
+        return PackedWeight(backend, native.pack_panels(weight), outputs)
     if backend is LinearBackend.ONEDNN:
-        return PackedWeight(backend, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS_HINT))
+        return PackedWeight(backend, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS_HINT), outputs)
     if backend is LinearBackend.FBGEMM_FP16:
         wide = weight.detach().float().contiguous()
         largest = wide.abs().max().item()
         if largest > FP16_MAX:
             raise ValueError(f"a weight is {largest:.3g}, beyond fp16's {FP16_MAX}; load with dtype=torch.float32")
         if wide.numel() >= _THREADED_SIZE:
-            return PackedWeight(backend, torch.ops.quantized.linear_prepack_fp16(wide, None), threaded=True)
+            return PackedWeight(backend, torch.ops.quantized.linear_prepack_fp16(wide, None), outputs, threaded=True)
         with warnings.catch_warnings():
             # Deprecated in name only: its successors need AVX512 or have the threaded entry point's overhead.
             warnings.simplefilter("ignore", UserWarning)
             packed = torch.fbgemm_pack_gemm_matrix_fp16(wide)
             torch.fbgemm_linear_fp16_weight_fp32_activation(wide[:1], packed, None)  # warns once a process: here
-        return PackedWeight(backend, packed)
+        return PackedWeight(backend, packed, outputs)
     return None
 
 
@@ -54,6 +60,8 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
     """x (…, i) times weight (o, i) transposed plus bias (o,), in x's dtype: (…, o)."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
+    if weight.backend is LinearBackend.NATIVE:
+        return native.linear(x, weight.data, weight.outputs, bias)
     if weight.backend is LinearBackend.ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(x, weight.data, bias, "none", [], "")
     if weight.threaded:

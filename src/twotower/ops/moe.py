@@ -19,7 +19,8 @@ class Routing(NamedTuple):
 class ExpertWeights(NamedTuple):
     """up and down (e, f, d), both with the model width last, and optional biases (e, f) and (e, d).
 
-    `packed_up` and `packed_down` hold one packed weight per expert, or nothing; then `up` and `down` are empty.
+    `packed_up` and `packed_down` hold one packed weight per expert, or nothing; with them `up` and `down` are empty.
+    The native backend keeps panels of all experts in `up` and `down` instead.
     """
 
     up: Tensor

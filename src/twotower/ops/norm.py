@@ -11,6 +11,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     return F.rms_norm(wide, wide.shape[-1:], weight.to(wide.dtype), eps).to(dtype)
 
 
+def modulated_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, shift: Tensor, scale: Tensor, *, norm_first: bool, dtype: torch.dtype
+) -> Tensor:
+    """`rms_norm` of x (b, s, d) and the modulation x·(1 + scale) + shift, before it or (`norm_first`) after it.
+
+    shift, scale (b, 1 or s, d). Returns (b, s, d) as `dtype`.
+    """
+    if norm_first:
+        normed = rms_norm(x, weight, eps, dtype)
+        return torch.addcmul(normed + shift, normed, scale)
+    return rms_norm(torch.addcmul(x + shift, x, scale), weight, eps, dtype)
+
+
 def gated_group_rms_norm(y: Tensor, z: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
     """Mamba-2's output norm: y · silu(z), then an RMS norm over each of g groups of channels; all (…, d).
 

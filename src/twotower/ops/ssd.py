@@ -8,6 +8,7 @@ padding and rejected tokens are skipped.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Tokens per quadratic piece: the (s, s) products stay small and a piece holds any block length in use.
@@ -28,6 +29,16 @@ class ScanOutput(NamedTuple):
 
     y: Tensor
     state: Tensor
+
+
+def time_steps(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float]) -> Tensor:
+    """softplus(dt + dt_bias) clamped to `limit`, from dt (b, s, h) and dt_bias (h,) to (b, s, h).
+
+    Computed in dt_bias's dtype, float32 or wider.
+    """
+    steps = F.softplus(dt.to(dt_bias.dtype) + dt_bias)
+    low, high = limit
+    return steps.clamp(low, high) if low > 0 or high != float("inf") else steps
 
 
 def ssd_scan(inputs: ScanInputs, A: Tensor, D: Tensor, state: Tensor) -> ScanOutput:

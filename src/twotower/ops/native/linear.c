@@ -1,0 +1,152 @@
+#include "linear.h"
+
+#include <omp.h>
+
+INLINE const void *panel_at(const Weight *w, long panel) {
+    const long offset = panel * w->inputs * NR;
+    return w->bf16 ? (const void *)((const uint16_t *)w->data + offset) : (const void *)((const float *)w->data + offset);
+}
+
+/* y[m][first ... ] = rows[m] . weight + bias for `mr` rows and `np` panels from `panel`; mr, np, bf16 are constants */
+INLINE void tile(const Weight *w, int bf16, long panel, int np, const float *const *rows, float *const *y, int mr,
+                 const float *bias, int squared_relu) {
+    vf acc[MR][4][2];
+    const void *p[4];
+    const long k = w->inputs;
+#pragma GCC unroll 4
+    for (int j = 0; j < np; j++) p[j] = panel_at(w, panel + j);
+#pragma GCC unroll 8
+    for (int m = 0; m < mr; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < np; j++) acc[m][j][0] = acc[m][j][1] = (vf){0};
+    for (long i = 0; i < k; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < np; j++) {
+            vf w0, w1;
+            if (bf16) {
+                vu pair;
+                memcpy(&pair, (const uint16_t *)p[j] + i * NR, sizeof pair);
+                w0 = (vf)(pair << 16);
+                w1 = (vf)(pair & 0xffff0000u);
+            } else {
+                w0 = load((const float *)p[j] + i * NR);
+                w1 = load((const float *)p[j] + i * NR + VL);
+            }
+#pragma GCC unroll 8
+            for (int m = 0; m < mr; m++) {
+                vf x = splat(rows[m][i]);
+                acc[m][j][0] += x * w0;
+                acc[m][j][1] += x * w1;
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < mr; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < np; j++) {
+            long first = (panel + j) * NR;
+            long n = w->outputs - first < NR ? w->outputs - first : NR;
+            float out[NR];
+            store(out, acc[m][j][0]);
+            store(out + VL, acc[m][j][1]);
+            if (bias)
+                for (long i = 0; i < n; i++) out[i] += bias[first + i];
+            if (squared_relu)
+                for (long i = 0; i < NR; i++) out[i] = out[i] > 0 ? out[i] * out[i] : 0;
+            if (n == NR)
+                memcpy(y[m] + first, out, sizeof out);
+            else
+                memcpy(y[m] + first, out, n * sizeof(float));
+        }
+}
+
+INLINE void some_rows(const Weight *w, int bf16, long panel, int np, const float *const *rows, float *const *y, long r,
+                      const float *bias, int squared_relu) {
+#define CASE(M, P) \
+    case (M) * 8 + (P): tile(w, bf16, panel, P, rows, y, M, bias, squared_relu); return
+    switch (r * 8 + np) {
+        CASE(1, 1); CASE(1, 2); CASE(1, 3); CASE(1, 4);
+        CASE(2, 1); CASE(2, 2); CASE(3, 1); CASE(3, 2);
+        CASE(4, 1); CASE(5, 1); CASE(6, 1);
+#if MR == 8
+        CASE(7, 1); CASE(8, 1);
+#endif
+    }
+#undef CASE
+}
+
+void panels(const Weight *w, long from, long to, const float *const *rows, float *const *y, long r, const float *bias,
+            int squared_relu) {
+    const int step = PANELS_AT_ONCE(r);
+    const long tiles = (r + MR - 1) / MR, height = tiles ? (r + tiles - 1) / tiles : 0; /* 8 rows: 4 + 4, not 6 + 2 */
+    for (long panel = from; panel < to; panel += step) {
+        const int np = to - panel < step ? (int)(to - panel) : step;
+        for (long m = 0; m < r; m += height) {
+            const long left = r - m < height ? r - m : height;
+            if (w->bf16)
+                some_rows(w, 1, panel, np, rows + m, y + m, left, bias, squared_relu);
+            else
+                some_rows(w, 0, panel, np, rows + m, y + m, left, bias, squared_relu);
+        }
+    }
+}
+
+API int tt_panel_width(void) { return NR; }
+
+static void row_pointers(const float **rows, const float *x, long stride, long r) {
+    for (long m = 0; m < r; m++) rows[m] = x + m * stride;
+}
+
+/* y (r, o) = x (r, k; rows `stride` apart) . weight + bias */
+API void tt_linear(const float *x, long stride, long r, const void *weight, int bf16, long o, long k, const float *bias,
+                   float *y, int threads) {
+    const Weight w = {weight, o, k, bf16};
+    const float **rows = malloc(2 * r * sizeof *rows);
+    float **out = (float **)rows + r;
+    row_pointers(rows, x, stride, r);
+    row_pointers((const float **)out, y, o, r);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        long from, to;
+        share(num_panels(&w), PANELS_AT_ONCE(r), omp_get_thread_num(), omp_get_num_threads(), &from, &to);
+        panels(&w, from, to, rows, out, r, bias, 0);
+    }
+    free(rows);
+}
+
+/* y (r, d) = down(relu(up(x))^2), or down(silu(first half of up(x)) * second half) where gated; x (r, d), `hidden` is
+ * room for (r, up's outputs) */
+API void tt_mlp(const float *x, long r, const void *up, int up_bf16, long f, const float *up_bias, const void *down,
+                int down_bf16, long d, const float *down_bias, int gated, float *hidden, float *y, int threads) {
+    const long inner = gated ? f / 2 : f;
+    const Weight wu = {up, f, d, up_bf16}, wd = {down, d, inner, down_bf16};
+    const float **rows = malloc(4 * r * sizeof *rows);
+    float **mid = (float **)rows + r, **out = (float **)rows + 2 * r;
+    row_pointers(rows, x, d, r);
+    row_pointers((const float **)mid, hidden, f, r);
+    row_pointers((const float **)out, y, d, r);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int me = omp_get_thread_num(), all = omp_get_num_threads();
+        long from, to;
+        share(num_panels(&wu), PANELS_AT_ONCE(r), me, all, &from, &to);
+        panels(&wu, from, to, rows, mid, r, up_bias, !gated);
+#pragma omp barrier
+        if (gated) {
+            share(inner, VL, me, all, &from, &to);
+            for (long m = 0; m < r; m++)
+                for (long i = from; i < to; i += VL) {
+                    float *gate = mid[m] + i;
+                    const float *value = mid[m] + inner + i;
+                    if (i + VL <= to)
+                        store(gate, vsilu(load(gate)) * load(value));
+                    else
+                        store_part(gate, vsilu(load_part(gate, to - i)) * load_part(value, to - i), to - i);
+                }
+#pragma omp barrier
+        }
+        share(num_panels(&wd), PANELS_AT_ONCE(r), me, all, &from, &to);
+        panels(&wd, from, to, (const float *const *)mid, out, r, down_bias, 0);
+    }
+    free(rows);
+}

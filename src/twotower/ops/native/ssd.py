@@ -1,0 +1,58 @@
+"""Mamba-2's scan token by token, see `twotower.ops.ssd`. Letters: b batch, s tokens, h heads, p head width, g groups, n
+state width.
+
+A head's state row stays in registers through all tokens of a call, so the plain recurrence beats the quadratic form.
+"""
+
+import torch
+from torch import Tensor
+
+from twotower.ops.native.call import dense, function, threads
+from twotower.ops.ssd import ScanInputs, ScanOutput
+
+
+def time_steps(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float]) -> Tensor:
+    dt = dense(dt)
+    b, s, h = dt.shape
+    out = dt.new_empty(b, s, h)
+    call = function("tt_time_steps", "pll pff lll p")
+    call(dt.data_ptr(), dt.stride(0), dt.stride(1), dt_bias.data_ptr(), *limit, b, s, h, out.data_ptr())
+    return out
+
+
+def ssd_scan(inputs: ScanInputs, A: Tensor, D: Tensor, state: Tensor) -> ScanOutput:
+    y, end = torch.empty(inputs.x.shape), torch.empty(state.shape)
+    _scan(inputs, A, D, state, y, end)
+    return ScanOutput(y, end)
+
+
+def ssd_output(inputs: ScanInputs, A: Tensor, D: Tensor, state: Tensor) -> Tensor:
+    y = torch.empty(inputs.x.shape)
+    _scan(inputs, A, D, state, y, None)
+    return y
+
+
+def ssd_state(inputs: ScanInputs, A: Tensor, state: Tensor) -> Tensor:
+    end = torch.empty(state.shape)
+    _scan(inputs, A, A, state, None, end)  # D only enters y
+    return end
+
+
+def _scan(inputs: ScanInputs, A: Tensor, D: Tensor, state: Tensor, y: Tensor | None, end: Tensor | None) -> None:
+    x, dt, B, C = inputs
+    b, s, h, p = x.shape
+    g, n = B.shape[2:]
+    assert x.stride()[2:] == (p, 1)
+    assert B.stride() == C.stride()
+    assert B.stride()[2:] == (n, 1)
+    assert dt.stride(2) == 1
+    state = state.contiguous()
+    call = function("tt_ssd", "pll ppll pll ppp llllll ppi")
+    call(
+        *(x.data_ptr(), x.stride(0), x.stride(1)),
+        *(B.data_ptr(), C.data_ptr(), B.stride(0), B.stride(1)),
+        *(dt.data_ptr(), dt.stride(0), dt.stride(1)),
+        *(A.data_ptr(), D.data_ptr(), state.data_ptr()),
+        *(b, s, h, p, g, n),
+        *(None if y is None else y.data_ptr(), None if end is None else end.data_ptr(), threads()),
+    )
