@@ -1,12 +1,15 @@
-"""Speed of one `ar` step and one NFE on a random hybrid, against the floor of reading its weights.
+"""Speed of one `ar` step and one NFE on a random hybrid, against the floor and against other implementations.
 
     python benchmarks/hybrid_decode.py [--dtype bfloat16|float32]
 
 Prints one JSON line. Hybrid: MEMEM*EMEM*E, d 512, 8/2 heads x 64, Mamba 16 x 64 with state 64 in 4 groups, 32 experts
 of width 256 with 4 active, shared 512, v 8192; context 128, batch 1, block 16. Steps alternate; medians are printed.
-The
-floor is the bytes of weights that a pass touches divided by the read bandwidth measured between the same steps. `plain`
-is the same model with plain tensors (load's pack=False): what PyTorch's own linear layers make of it.
+
+The memory floor is the bytes of weights that a pass touches over the read bandwidth measured between the same steps;
+the arithmetic floor its multiplications over the speed of a large matrix product measured there too. `reference` is
+this package's PyTorch ops with its best packed products, what runs without a C compiler. `transformers` is
+transformers' NemotronH of the same shape and dtype on PyTorch ops alone: one token after a cached context for `ar`,
+and for an NFE the same backbone's pass over 16 tokens without any context, which is less than an NFE computes.
 """
 
 import argparse
@@ -21,9 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from twotower import ContextState, TwoTower, TwoTowerConfig
+from twotower import TwoTower, TwoTowerConfig
 from twotower.model.moe import MixtureOfExperts
-from twotower.ops.backend import activation_dtype, linear_backend
+from twotower.ops.backend import Backend, activation_dtype, choose_backend, linear_backend
 
 CONFIG = TwoTowerConfig(
     vocab_size=8192,
@@ -63,8 +66,9 @@ def random_model(dtype: torch.dtype) -> TwoTower:
     return model
 
 
-def touched_bytes(tokens: int, experts: float) -> float:
-    """Bytes of bf16 weights read by one pass over `tokens` tokens that uses `experts` experts per layer."""
+def weights_used(tokens: int, experts: float) -> float:
+    """Weights that one pass over `tokens` tokens uses, with `experts` experts per `E` layer: read, with all that are
+    touched; multiplied for each token, with those that are active for it."""
     c = CONFIG
     d, inner = c.hidden_size, c.mamba_width
     mamba = d * (inner + c.conv_width + c.mamba_num_heads) + inner * d
@@ -89,6 +93,39 @@ def experts_touched(model: TwoTower, run: Callable[[], object]) -> float:
     return statistics.mean(seen)
 
 
+def transformers_passes(dtype: torch.dtype, ids: Tensor) -> dict[str, Callable[[], object]]:
+    """`ar` and `nfe` of transformers' NemotronH with random weights of CONFIG's shapes; {} where it isn't installed."""
+    try:
+        import transformers
+    except ImportError:
+        return {}
+    kinds = {"M": "linear_attention", "*": "full_attention", "E": "moe"}
+    config = transformers.NemotronHConfig(
+        vocab_size=CONFIG.vocab_size,
+        hidden_size=CONFIG.hidden_size,
+        layers_block_type=[kinds[kind] for kind in CONFIG.pattern],
+        num_attention_heads=CONFIG.num_attention_heads,
+        num_key_value_heads=CONFIG.num_key_value_heads,
+        head_dim=CONFIG.head_dim,
+        ssm_state_size=CONFIG.mamba_state_size,
+        mamba_num_heads=CONFIG.mamba_num_heads,
+        mamba_head_dim=CONFIG.mamba_head_dim,
+        n_groups=CONFIG.mamba_num_groups,
+        n_routed_experts=CONFIG.num_experts,
+        num_experts_per_tok=CONFIG.num_experts_per_tok,
+        moe_intermediate_size=CONFIG.expert_intermediate_size,
+        moe_shared_expert_intermediate_size=CONFIG.shared_expert_intermediate_size,
+        routed_scaling_factor=CONFIG.routed_scaling_factor,
+    )
+    model = transformers.NemotronHForCausalLM(config).to(dtype).eval()
+    cache = model(ids, use_cache=True).past_key_values
+
+    def ar() -> object:
+        return model(ids[:, :1], past_key_values=cache, use_cache=True).logits  # the cache grows by a token a step
+
+    return {"transformers_ar": ar, "transformers_nfe": lambda: model(ids[:, :BLOCK], use_cache=False).logits}
+
+
 def timed(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
@@ -101,30 +138,35 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
-    model, plain = random_model(dtype), random_model(dtype)
+    model, reference = random_model(dtype), random_model(dtype)
     model.pack_()
+    reference.pack_(Backend.REFERENCE)
     ids = torch.randint(4, CONFIG.vocab_size, (1, CONTEXT))
     block = torch.randint(4, CONFIG.vocab_size, (1, BLOCK))
     block[:, 8:] = CONFIG.mask_token_id
     probe = torch.randn(32 * 1024 * 1024)  # 128 MB, beyond any cache
+    # what the products are computed in: float32 unless the backend multiplies bf16 itself
+    square = torch.randn(1024, 1024, dtype=activation_dtype("cpu", dtype, choose_backend("cpu", dtype)))
     with torch.inference_mode():
-        state = model.prefill(ids, capacity=CONTEXT + 64)
+        states = {tower: tower.prefill(ids, capacity=CONTEXT + 64) for tower in (model, reference)}
         level = torch.tensor([0.5])
-        plain_state = plain.prefill(ids, capacity=CONTEXT + 64)
 
-        def ar(tower: TwoTower, before: ContextState) -> Tensor | None:
+        def ar(tower: TwoTower) -> Tensor | None:
             # the state is extended and thrown away: give its places back, as a growing context would not need
-            before.buffer.tip = before.lengths
-            return tower.absorb(ids[:, :1], before, with_logits=True).next_logits
+            state = states[tower]
+            state.buffer.tip = state.lengths
+            return tower.absorb(ids[:, :1], state, with_logits=True).next_logits
 
         runs: dict[str, Callable[[], object]] = {
-            "ar": lambda: ar(model, state),
-            "nfe": lambda: model.denoiser_logits(block, state, level),
-            "plain_ar": lambda: ar(plain, plain_state),
-            "plain_nfe": lambda: plain.denoiser_logits(block, plain_state, level),
+            "ar": lambda: ar(model),
+            "nfe": lambda: model.denoiser_logits(block, states[model], level),
+            "reference_ar": lambda: ar(reference),
+            "reference_nfe": lambda: reference.denoiser_logits(block, states[reference], level),
+            **transformers_passes(dtype, ids),
+            "product": lambda: square @ square,
             "read": lambda: probe.sum(),
         }
-        active = {name: experts_touched(model, runs[name]) for name in ("ar", "nfe")}
+        touched = {name: experts_touched(model, runs[name]) for name in ("ar", "nfe")}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for repeat in range(arguments.repeats + 3):
             for name, run in runs.items():
@@ -132,27 +174,39 @@ def main() -> None:
                 if repeat >= 3:
                     seconds[name].append(took)
     bandwidth = probe.numel() * 4 / statistics.median(seconds["read"])
+    flops = 2 * 1024**3 / statistics.median(seconds["product"])
     size = torch.tensor([], dtype=dtype).element_size()
-    out: dict[str, object] = {"benchmark": "hybrid_decode", "dtype": arguments.dtype, "bandwidth_gb_s": bandwidth / 1e9}
+    out: dict[str, object] = {
+        "benchmark": "hybrid_decode",
+        "dtype": arguments.dtype,
+        "bandwidth_gb_s": round(bandwidth / 1e9, 1),
+        "product_gflop_s": round(flops / 1e9, 1),
+    }
     for name, tokens in (("ar", 1), ("nfe", BLOCK)):
-        floor = touched_bytes(tokens, active[name]) * size / bandwidth
+        floor = weights_used(tokens, touched[name]) * size / bandwidth
+        arithmetic = 2 * tokens * weights_used(0, CONFIG.num_experts_per_tok) / flops
         median = statistics.median(seconds[name])
         quartiles = statistics.quantiles(seconds[name], n=4)
-        out[name] = {
+        found: dict[str, object] = {
             "ms": round(1e3 * median, 3),
             "ms_quartiles": [round(1e3 * quartiles[0], 3), round(1e3 * quartiles[2], 3)],
             "passes_per_second": round(1 / median, 1),
-            "experts_touched": active[name],
-            "floor_ms": round(1e3 * floor, 3),
-            "ratio_to_floor": round(median / floor, 2),
-            "plain_ms": round(1e3 * statistics.median(seconds[f"plain_{name}"]), 3),
-            "speedup_over_plain": round(
-                statistics.median(p / o for p, o in zip(seconds[f"plain_{name}"], seconds[name], strict=True)), 2
-            ),
+            "experts_touched": touched[name],
+            "memory_floor_ms": round(1e3 * floor, 3),
+            "ratio_to_memory_floor": round(median / floor, 2),
+            "arithmetic_floor_ms": round(1e3 * arithmetic, 3),
+            "ratio_to_larger_floor": round(median / max(floor, arithmetic), 2),
         }
+        for other in ("reference", "transformers"):
+            if f"{other}_{name}" in seconds:
+                theirs = seconds[f"{other}_{name}"]
+                found[f"{other}_ms"] = round(1e3 * statistics.median(theirs), 3)
+                ratios = [t / o for t, o in zip(theirs, seconds[name], strict=True)]
+                found[f"times_faster_than_{other}"] = round(statistics.median(ratios), 2)
+        out[name] = found
     out |= {
-        "linear_backend": linear_backend("cpu", dtype).value,
-        "activations": str(activation_dtype("cpu", dtype)),
+        "backend": choose_backend("cpu", dtype).value,
+        "reference_linear_backend": linear_backend("cpu", dtype).value,
         "threads": torch.get_num_threads(),
         "cpu": cpu_model(),
         "torch": torch.__version__,

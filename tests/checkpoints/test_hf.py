@@ -10,6 +10,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
+import twotower
 from twotower.checkpoints import load_model, load_tokenizer, released_shapes, resolve, save
 from twotower.config import TwoTowerConfig
 from twotower.model.two_tower import TwoTower

@@ -28,6 +28,7 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = REFERENCE
+        self.packed_A: Tensor | None = None  # A of a packed model, whose A_log no longer changes
         heads = config.mamba_num_heads
         self.in_proj = Linear(
             config.hidden_size, config.mamba_width + config.conv_width + heads, bias=config.use_bias, dtype=dtype
@@ -72,12 +73,12 @@ class Mamba2(nn.Module):
 
     def outputs(self, prepared: Prepared, state: MambaState, dtype: torch.dtype) -> Tensor:
         """The mixer's output (b, s, d) for all tokens of a block, from the state before it."""
-        y = self.kernels.ssd_output(prepared.scan, self._A(), self.D, state.ssm)
+        y = self.kernels.ssd_output(prepared.scan, self.A, self.D, state.ssm)
         return self._project(y, prepared.z, dtype)
 
     def scan(self, prepared: Prepared, state: MambaState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The mixer's output (b, s, d) and the SSM state after the last token."""
-        out = self.kernels.ssd_scan(prepared.scan, self._A(), self.D, state.ssm)
+        out = self.kernels.ssd_scan(prepared.scan, self.A, self.D, state.ssm)
         return self._project(out.y, prepared.z, dtype), out.state
 
     def advance(self, prepared: Prepared, state: MambaState, counts: Tensor | None, end: Tensor | None) -> MambaState:
@@ -90,10 +91,11 @@ class Mamba2(nn.Module):
         if counts is not None:
             taken = torch.arange(scan.dt.shape[1], device=counts.device) < counts[:, None]  # (b, s)
             scan, end = scan._replace(dt=scan.dt * taken.unsqueeze(-1)), None
-        return MambaState(conv, self.kernels.ssd_state(scan, self._A(), state.ssm) if end is None else end)
+        return MambaState(conv, self.kernels.ssd_state(scan, self.A, state.ssm) if end is None else end)
 
-    def _A(self) -> Tensor:
-        return -self.A_log.exp()
+    @property
+    def A(self) -> Tensor:
+        return -self.A_log.exp() if self.packed_A is None else self.packed_A
 
     def _project(self, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
         c = self.config
@@ -102,6 +104,7 @@ class Mamba2(nn.Module):
 
     def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
         self.kernels = kernels(backend)
+        self.packed_A = -self.A_log.detach().exp()
         self.in_proj.pack_(dtype, backend)
         self.out_proj.pack_(dtype, backend)
         for parameter in (self.conv_taps, self.conv_bias):

@@ -25,6 +25,8 @@ class Modulation(NamedTuple):
 class TimeConditioning(nn.Module):
     """t̂ -> sinusoidal embedding -> two MLPs -> (3, d), to which every layer adds its own table."""
 
+    frequencies: Tensor  # (128,)
+
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
         super().__init__()
         d = self.hidden_size = config.hidden_size
@@ -33,14 +35,15 @@ class TimeConditioning(nn.Module):
         self.block = Linear(d, 3 * d, bias=True, dtype=dtype)
         self.tables = nn.Parameter(torch.empty(config.num_layers, 3, d, dtype=dtype))
         self.released_dtype = dtype
+        j = torch.arange(NUM_FREQUENCIES, dtype=torch.float32)
+        self.register_buffer("frequencies", torch.exp(j * (-math.log(10000.0) / NUM_FREQUENCIES)), persistent=False)
 
     def forward(self, t: Tensor) -> list[Modulation]:
         """Masked fractions t (b,) in [0, 1] to each layer's modulation."""
         dtype = self.tables.dtype
         # The released model casts t̂ before multiplying; in bf16 that rounds 812.5 to 812, and training saw the same.
         scaled = (t.to(self.released_dtype) * 1000).to(torch.promote_types(dtype, torch.float32))
-        j = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=t.device)
-        angles = scaled[:, None] * torch.exp(j * (-math.log(10000.0) / NUM_FREQUENCIES))  # (b, 128)
+        angles = scaled[:, None] * self.frequencies  # (b, 128)
         embedding = torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
         hidden = self.embed_out(F.silu(self.embed_in(embedding)))
         shared = self.block(F.silu(hidden)).unflatten(-1, (3, -1))  # (b, 3, d)

@@ -35,13 +35,16 @@ static float scores(const float *q, float scale, const Segment *seg, long p, flo
 /* `nv` vectors of the output, from float `first` on */
 INLINE void mix(const Segment *seg, int num, const float *weights, float inverse, long first, int nv, float *out) {
     vf acc[8];
+#pragma GCC unroll 8
     for (int v = 0; v < nv; v++) acc[v] = (vf){0};
     for (int k = 0; k < num; k++)
         for (long j = 0; j < seg[k].count; j++) {
             const float w = *weights++;
             const float *value = seg[k].value + j * seg[k].value_token + first;
+#pragma GCC unroll 8
             for (int v = 0; v < nv; v++) acc[v] += load(value + v * VL) * w;
         }
+#pragma GCC unroll 8
     for (int v = 0; v < nv; v++) store(out + first + v * VL, acc[v] * inverse);
 }
 

@@ -7,9 +7,15 @@ INLINE const void *panel_at(const Weight *w, long panel) {
     return w->bf16 ? (const void *)((const uint16_t *)w->data + offset) : (const void *)((const float *)w->data + offset);
 }
 
+/* What a tile fetches into the cache on its way: `step` bytes from `from` for each of its inputs. */
+typedef struct {
+    const char *from;
+    long step;
+} Ahead;
+
 /* y[m][first ... ] = rows[m] . weight + bias for `mr` rows and `np` panels from `panel`; mr, np, bf16 are constants */
 INLINE void tile(const Weight *w, int bf16, long panel, int np, const float *const *rows, float *const *y, int mr,
-                 const float *bias, int squared_relu) {
+                 const float *bias, int squared_relu, Ahead ahead) {
     vf acc[MR][4][2];
     const void *p[4];
     const long k = w->inputs;
@@ -20,6 +26,8 @@ INLINE void tile(const Weight *w, int bf16, long panel, int np, const float *con
 #pragma GCC unroll 4
         for (int j = 0; j < np; j++) acc[m][j][0] = acc[m][j][1] = (vf){0};
     for (long i = 0; i < k; i++) {
+        __builtin_prefetch(ahead.from, 0, 2);
+        ahead.from += ahead.step;
 #pragma GCC unroll 4
         for (int j = 0; j < np; j++) {
             vf w0, w1;
@@ -61,9 +69,9 @@ INLINE void tile(const Weight *w, int bf16, long panel, int np, const float *con
 }
 
 INLINE void some_rows(const Weight *w, int bf16, long panel, int np, const float *const *rows, float *const *y, long r,
-                      const float *bias, int squared_relu) {
+                      const float *bias, int squared_relu, Ahead ahead) {
 #define CASE(M, P) \
-    case (M) * 8 + (P): tile(w, bf16, panel, P, rows, y, M, bias, squared_relu); return
+    case (M) * 8 + (P): tile(w, bf16, panel, P, rows, y, M, bias, squared_relu, ahead); return
     switch (r * 8 + np) {
         CASE(1, 1); CASE(1, 2); CASE(1, 3); CASE(1, 4);
         CASE(2, 1); CASE(2, 2); CASE(3, 1); CASE(3, 2);
@@ -81,12 +89,17 @@ void panels(const Weight *w, long from, long to, const float *const *rows, float
     const long tiles = (r + MR - 1) / MR, height = tiles ? (r + tiles - 1) / tiles : 0; /* 8 rows: 4 + 4, not 6 + 2 */
     for (long panel = from; panel < to; panel += step) {
         const int np = to - panel < step ? (int)(to - panel) : step;
+        /* The first tile reads the panel faster than memory gives it, the others find it in the cache: they share the
+         * fetching of the next panel. */
+        const long bytes = w->inputs * NR * (w->bf16 ? 2 : 4);
+        Ahead ahead = {panel_at(w, panel + (tiles > 1 && panel + 1 < to)), tiles > 1 ? bytes / tiles / w->inputs : 0};
         for (long m = 0; m < r; m += height) {
             const long left = r - m < height ? r - m : height;
             if (w->bf16)
-                some_rows(w, 1, panel, np, rows + m, y + m, left, bias, squared_relu);
+                some_rows(w, 1, panel, np, rows + m, y + m, left, bias, squared_relu, ahead);
             else
-                some_rows(w, 0, panel, np, rows + m, y + m, left, bias, squared_relu);
+                some_rows(w, 0, panel, np, rows + m, y + m, left, bias, squared_relu, ahead);
+            ahead.from += ahead.step * w->inputs;
         }
     }
 }

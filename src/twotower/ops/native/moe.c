@@ -2,15 +2,26 @@
 
 #include <omp.h>
 
+typedef double wide __attribute__((vector_size(4 * VL)));
+typedef float narrow __attribute__((vector_size(2 * VL)));
+
 static double wide_dot(const float *x, const double *w, long d) {
-    double lanes[8] = {0};
+    wide sums[2] = {{0}, {0}};
     long i = 0;
-    for (; i + 8 <= d; i += 8)
-        for (int j = 0; j < 8; j++) lanes[j] += x[i + j] * w[i + j];
-    for (int j = 0; i < d; i++, j++) lanes[j] += x[i] * w[i];
-    for (int width = 4; width; width /= 2)
-        for (int j = 0; j < width; j++) lanes[j] += lanes[j + width];
-    return lanes[0];
+    for (; i + VL <= d; i += VL)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            narrow a;
+            wide b;
+            memcpy(&a, x + i + j * VL / 2, sizeof a);
+            memcpy(&b, w + i + j * VL / 2, sizeof b);
+            sums[j] += __builtin_convertvector(a, wide) * b;
+        }
+    const wide both = sums[0] + sums[1];
+    double total = 0;
+    for (int j = 0; j < VL / 2; j++) total += both[j];
+    for (; i < d; i++) total += x[i] * w[i];
+    return total;
 }
 
 /* Index of the largest value not yet taken (a taken one is NaN); equal values in index order */
@@ -110,10 +121,12 @@ API void tt_experts(const float *x, long r, const int64_t *experts, const double
         }
 #pragma omp for
         for (long m = 0; m < r; m++)
-            for (long i = 0; i < d; i++) {
-                float total = 0;
-                for (long k = 0; k < active; k++) total += (float)weights[m * active + k] * parts[(m * active + k) * d + i];
-                y[m * d + i] = total;
+            for (long i = 0; i < d; i += VL) {
+                const long n = d - i < VL ? d - i : VL;
+                vf total = {0};
+                for (long k = m * active; k < (m + 1) * active; k++)
+                    total += load_part(parts + k * d + i, n) * (float)weights[k];
+                store_part(y + m * d + i, total, n);
             }
     }
     free(hidden);

@@ -1,6 +1,9 @@
 #include "common.h"
 
-static float mean_square(const float *x, long d) { return dot(x, x, d) / d; }
+/* One pass over d floats, VL at a time: EACH(i, n) body, n of them at i. */
+#define EACH(d) for (long i = 0, n = VL < (d) ? VL : (d); i < (d); i += VL, n = (d) - i < VL ? (d) - i : VL)
+
+static float inverse_rms(const float *x, long d, float eps) { return 1.0f / sqrtf(dot(x, x, d) / d + eps); }
 
 /* y (r, d) = x / sqrt(mean(x^2) + eps) * weight. `order` 1 modulates x by x + shift + x * scale before, 2 after;
  * the rows of one sequence, `per` of them, share shift and scale, which lie `stride` apart. */
@@ -10,13 +13,18 @@ API void tt_rms_norm(const float *x, long r, long d, const float *weight, float 
         const float *in = x + m * d, *a = shift + m / per * stride, *b = scale + m / per * stride;
         float *out = y + m * d;
         if (order == 1) {
-            for (long i = 0; i < d; i++) out[i] = in[i] + a[i] + in[i] * b[i];
+            EACH(d) {
+                const vf v = load_part(in + i, n);
+                store_part(out + i, v + load_part(a + i, n) + v * load_part(b + i, n), n);
+            }
             in = out;
         }
-        const float factor = 1.0f / sqrtf(mean_square(in, d) + eps);
-        for (long i = 0; i < d; i++) out[i] = in[i] * factor * weight[i];
-        if (order == 2)
-            for (long i = 0; i < d; i++) out[i] = out[i] + a[i] + out[i] * b[i];
+        const float factor = inverse_rms(in, d, eps);
+        EACH(d) {
+            vf v = load_part(in + i, n) * factor * load_part(weight + i, n);
+            if (order == 2) v = v + load_part(a + i, n) + v * load_part(b + i, n);
+            store_part(out + i, v, n);
+        }
     }
 }
 
@@ -28,10 +36,8 @@ API void tt_gated_group_rms_norm(const float *y, long y_stride, const float *z, 
         const long m = item / groups, first = item % groups * width;
         const float *a = y + m * y_stride + first, *gate = z + m * z_stride + first, *w = weight + first;
         float *o = out + m * groups * width + first;
-        long i = 0;
-        for (; i + VL <= width; i += VL) store(o + i, load(a + i) * vsilu(load(gate + i)));
-        if (i < width) store_part(o + i, load_part(a + i, width - i) * vsilu(load_part(gate + i, width - i)), width - i);
-        const float factor = 1.0f / sqrtf(mean_square(o, width) + eps);
-        for (i = 0; i < width; i++) o[i] = o[i] * factor * w[i];
+        EACH(width) store_part(o + i, load_part(a + i, n) * vsilu(load_part(gate + i, n)), n);
+        const float factor = inverse_rms(o, width, eps);
+        EACH(width) store_part(o + i, load_part(o + i, n) * factor * load_part(w + i, n), n);
     }
 }

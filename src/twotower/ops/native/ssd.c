@@ -12,71 +12,76 @@ API void tt_time_steps(const float *dt, long batch, long token, const float *bia
     }
 }
 
+/* What one head reads: B and C rows `stride` floats apart, the rest dense. */
 typedef struct {
-    const float *x, *B, *C, *dt;                     /* (b, s, h, p), (b, s, g, n) twice, (b, s, h) */
-    long x_batch, x_token, bc_batch, bc_token, dt_batch, dt_token; /* strides in floats; heads and groups lie dense */
-    long b, s, h, p, g, n;
-} Scan;
+    const float *B, *C, *decay, *step, *x; /* (s, n) twice, (s,) twice, (s, p) */
+    long stride, s, p, n;
+    float D;
+} Head;
 
-/* One row of a head's state through `s` tokens: H = decay * H + u * B, y = H . C + skip. `nv` vectors hold the row. */
-INLINE void scan_row(float *H, int nv, const Scan *in, const float *B, const float *C, const float *decay,
-                     const float *dt, const float *x, float D, float *y, long y_token, long s) {
+/* One row i of a head's state H (n) through all tokens: H = decay * H + step * x * B, y = H . C + D * x. `nv` vectors
+ * hold the row. */
+INLINE void scan_row(float *H, int nv, const Head *in, long i, float *y) {
     vf state[16];
+#pragma GCC unroll 16
     for (int v = 0; v < nv; v++) state[v] = load(H + v * VL);
-    for (long t = 0; t < s; t++) {
-        const float xt = x[t * in->x_token], u = dt[t] * xt, a = decay[t];
-        const float *Bt = B + t * in->bc_token, *Ct = C + t * in->bc_token;
-        vf total = {0};
-        for (int v = 0; v < nv; v++) {
-            state[v] = state[v] * a + load(Bt + v * VL) * u;
-            total += state[v] * load(Ct + v * VL);
+    for (long t = 0; t < in->s; t++) {
+        const float x = in->x[t * in->p + i], u = in->step[t] * x, a = in->decay[t];
+        const float *B = in->B + t * in->stride, *C = in->C + t * in->stride;
+        vf even = {0}, odd = {0};
+#pragma GCC unroll 16
+        for (int v = 0; v < nv; v += 2) {
+            state[v] = state[v] * a + load(B + v * VL) * u;
+            state[v + 1] = state[v + 1] * a + load(B + (v + 1) * VL) * u;
+            even += state[v] * load(C + v * VL);
+            odd += state[v + 1] * load(C + (v + 1) * VL);
         }
-        if (y) y[t * y_token] = sum(total) + D * xt;
+        y[t * in->p + i] = sum(even + odd) + in->D * x;
     }
+#pragma GCC unroll 16
     for (int v = 0; v < nv; v++) store(H + v * VL, state[v]);
 }
 
-static void scan_row_any(float *H, const Scan *in, const float *B, const float *C, const float *decay, const float *dt,
-                         const float *x, float D, float *y, long y_token, long s) {
-    for (long t = 0; t < s; t++) {
-        const float xt = x[t * in->x_token], u = dt[t] * xt, a = decay[t];
-        const float *Bt = B + t * in->bc_token, *Ct = C + t * in->bc_token;
-        for (long i = 0; i < in->n; i++) H[i] = H[i] * a + Bt[i] * u;
-        if (y) y[t * y_token] = dot(H, Ct, in->n) + D * xt;
+static void scan_row_any(float *H, const Head *in, long i, float *y) {
+    for (long t = 0; t < in->s; t++) {
+        const float x = in->x[t * in->p + i], u = in->step[t] * x, a = in->decay[t];
+        const float *B = in->B + t * in->stride, *C = in->C + t * in->stride;
+        for (long j = 0; j < in->n; j++) H[j] = H[j] * a + B[j] * u;
+        y[t * in->p + i] = dot(H, C, in->n) + in->D * x;
     }
 }
 
 /* Token by token from `state` (b, h, p, n): y (b, s, h, p) and the state after the last token, each unless null.
- * A (h,), D (h,). */
+ * x (b, s, h, p), B and C (b, s, g, n), dt (b, s, h) by strides in floats, heads and groups dense; A (h,), D (h,). */
 API void tt_ssd(const float *x, long x_batch, long x_token, const float *B, const float *C, long bc_batch, long bc_token,
                 const float *dt, long dt_batch, long dt_token, const float *A, const float *D, const float *state,
                 long b, long s, long h, long p, long g, long n, float *y, float *end, int threads) {
-    const Scan in = {x, B, C, dt, x_batch, x_token, bc_batch, bc_token, dt_batch, dt_token, b, s, h, p, g, n};
 #pragma omp parallel num_threads(threads) if (threads > 1 && b * s * h * p * n >= 65536)
     {
-        float *decay = malloc((2 * s + n) * sizeof(float)), *step = decay + s, *spare = step + s;
+        /* A head's x and y lie dense while it is scanned: apart by whole pages, its tokens would share a cache set. */
+        float *decay = malloc((2 * s + n + 2 * s * p) * sizeof(float)), *step = decay + s, *spare = step + s;
+        float *dense_x = spare + n, *dense_y = dense_x + s * p;
 #pragma omp for
         for (long item = 0; item < b * h; item++) {
-            const long row = item / h, head = item % h, group = head / (h / g);
+            const long row = item / h, head = item % h, first = row * bc_batch + head / (h / g) * n;
             for (long t = 0; t < s; t++) {
                 step[t] = dt[row * dt_batch + t * dt_token + head];
                 decay[t] = expf(step[t] * A[head]);
+                memcpy(dense_x + t * p, x + row * x_batch + t * x_token + head * p, p * sizeof(float));
             }
-            const float *Bg = B + row * bc_batch + group * n, *Cg = C + row * bc_batch + group * n;
+            const Head in = {B + first, C + first, decay, step, dense_x, bc_token, s, p, n, D[head]};
             for (long i = 0; i < p; i++) {
                 const long at = (item * p + i) * n;
                 float *H = end ? end + at : spare;
                 memcpy(H, state + at, n * sizeof(float));
-                const float *xi = x + row * x_batch + head * p + i;
-                float *yi = y ? y + (row * s * h + head) * p + i : 0;
-#define ROW(NV) scan_row(H, NV, &in, Bg, Cg, decay, step, xi, D[head], yi, h * p, s)
-                if (n == 2 * VL) ROW(2);
-                else if (n == 4 * VL) ROW(4);
-                else if (n == 8 * VL) ROW(8);
-                else if (n == 16 * VL) ROW(16);
-                else scan_row_any(H, &in, Bg, Cg, decay, step, xi, D[head], yi, h * p, s);
-#undef ROW
+                if (n == 2 * VL) scan_row(H, 2, &in, i, dense_y);
+                else if (n == 4 * VL) scan_row(H, 4, &in, i, dense_y);
+                else if (n == 8 * VL) scan_row(H, 8, &in, i, dense_y);
+                else if (n == 16 * VL) scan_row(H, 16, &in, i, dense_y);
+                else scan_row_any(H, &in, i, dense_y);
             }
+            for (long t = 0; y && t < s; t++)
+                memcpy(y + ((row * s + t) * h + head) * p, dense_y + t * p, p * sizeof(float));
         }
         free(decay);
     }
