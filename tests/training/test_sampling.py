@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.training.data import Corpus
-from twotower.training.sampling import sample_rows, write_shard
+from twotower.training.sampling import SampleConfig, sample_rows, write_shard
 
 
 @pytest.mark.parametrize("pattern", ["M*-E", "llama"])
@@ -40,20 +41,51 @@ def test_sampling_follows_the_context_tower(tiny: Callable) -> None:
     assert (frequencies - logits.softmax(-1)).abs().max() < 0.032  # 4 standard deviations of 0.008
 
 
-def test_a_shard_depends_on_seed_and_index_alone_and_is_written_once(tiny: Callable, tmp_path: Path) -> None:
-    model, settings = tiny("*"), {"rows": 3, "length": 30, "greedy_fraction": 0.5}
-    files = [write_shard(model, tmp_path / "a", index, seed=1, **settings) for index in range(4)]
-    assert [file.name for file in files] == ["00000.npz", "00001.npz", "00002.npz", "00003.npz"]
-    again = write_shard(model, tmp_path / "b", 2, seed=1, **settings)
+def test_temperature_flattens_what_follows_the_prefix(tiny: Callable) -> None:
+    model = tiny("*", vocab_size=6)
+    settings = {"rows": 4000, "length": 2, "prefix": 1, "seed": 0}
+    logits = model.context_logits([[1]])[0, 0]
+    logits[[0, 3]] = -torch.inf
+    for temperature in (0.5, 2.0):
+        rows = sample_rows(model, temperature=temperature, **settings)
+        frequencies = rows[:, 1].bincount(minlength=6) / 4000
+        assert (frequencies - (logits / temperature).softmax(-1)).abs().max() < 0.032  # 4 standard deviations
+    assert sample_rows(model, temperature=0.0, **settings)[:, 1].unique().tolist() == [int(logits.argmax())]
+
+
+def test_a_shard_depends_on_config_and_index_alone_and_is_written_once(tiny: Callable, tmp_path: Path) -> None:
+    model = tiny("*")
+    config = SampleConfig(rows=3, length=30, temperatures=(0, 1), longest_prefix=20, seed=1)
+    files = [write_shard(model, tmp_path / "a", index, config) for index in range(6)]
+    assert [file.name for file in files] == [f"0000{index}.npz" for index in range(6)]
+    again = write_shard(model, tmp_path / "b", 2, config)
     with np.load(files[2]) as a, np.load(again) as b:
         assert all(np.array_equal(a[name], b[name]) for name in ("ids", "prefix"))
     before = files[0].stat().st_mtime_ns
-    write_shard(model, tmp_path / "a", 0, seed=2, **settings)
+    write_shard(model, tmp_path / "a", 0, dataclasses.replace(config, seed=2))
     assert files[0].stat().st_mtime_ns == before
     corpus = Corpus.load(tmp_path / "a", vocab_size=40)
-    assert corpus.ids.shape == (12, 30)
+    assert corpus.ids.shape == (18, 30)
     assert set(corpus.prefix) > {1}  # both kinds: scored throughout, and after a prefix
-    assert corpus.prefix.max() < 30
+    assert corpus.prefix.max() <= 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 0}, "rows is 0, must be at least 1"),
+        ({"length": 1}, "length is 1, must be at least 2"),
+        ({"temperatures": ()}, "temperatures are"),
+        ({"temperatures": (0.5, -1)}, r"must be one or more numbers in \[0, 100\]"),
+        ({"shortest_prefix": 0}, "prefixes are 0 to 159"),
+        ({"shortest_prefix": 9, "longest_prefix": 8}, "prefixes are 9 to 8"),
+        ({"longest_prefix": 256}, "< length=256"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_bad_settings_raise(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SampleConfig(**change)
 
 
 def test_bad_prefixes_raise(tiny: Callable) -> None:

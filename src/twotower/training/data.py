@@ -20,7 +20,7 @@ class Corpus(NamedTuple):
         """Reads every shard of `folder`: arrays `ids` (r, t) and `prefix` (r,). Raises ValueError naming a bad file."""
         files = sorted(f for f in Path(folder).glob("*.npz") if ".partial" not in f.name)
         if not files:
-            raise ValueError(f"{folder} holds no .npz shard; make some with twotower.training.sampling.write_shard")
+            raise ValueError(f"{folder} holds no .npz shard; make some with: twotower sample")
         shards = [_read(file, vocab_size) for file in files]
         lengths = {shard.ids.shape[1] for shard in shards}
         if len(lengths) > 1:

@@ -1,5 +1,6 @@
 """A corpus sampled from the frozen context tower itself. Letters: b rows, t tokens."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,44 @@ from twotower.decoding.sampling import inverse_sample
 from twotower.model.two_tower import TwoTower
 
 
-@torch.inference_mode()
-def sample_rows(model: TwoTower, *, rows: int, length: int, prefix: int, seed: int) -> Tensor:
-    """(b, t) int64 rows that start with BOS: temperature 1 up to position `prefix`, greedy after it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What the shards of a corpus hold: `rows` rows of `length` tokens each.
 
-    The greedy part is a function of its prefix, so a denoiser can learn it; the sampled part gives it variety. The
-    mask token and token 0 (unknown) never occur.
+    A row is sampled at temperature 1 up to a prefix, then at one of `temperatures`, drawn per shard with equal chances
+    (so (0, 0, 0, 1) makes three shards of four greedy). The prefix, whose length is drawn per shard from
+    [`shortest_prefix`, `longest_prefix`], gives variety and is not scored in training; with temperature 1 all is.
+    """
+
+    rows: int = 512
+    length: int = 256
+    temperatures: tuple[float, ...] = (0.0, 0.0, 0.0, 1.0)
+    shortest_prefix: int = 6
+    longest_prefix: int = 159
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows is {self.rows}, must be at least 1")
+        if self.length < 2:
+            raise ValueError(f"length is {self.length}, must be at least 2: the first token is BOS")
+        if not self.temperatures or not all(0 <= t <= 100 for t in self.temperatures):
+            raise ValueError(f"temperatures are {self.temperatures}, must be one or more numbers in [0, 100]")
+        if not 1 <= self.shortest_prefix <= self.longest_prefix < self.length:
+            raise ValueError(
+                f"prefixes are {self.shortest_prefix} to {self.longest_prefix} tokens, must be "
+                f"1 <= shortest <= longest < length={self.length}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, must be 0 or more")
+
+
+@torch.inference_mode()
+def sample_rows(model: TwoTower, *, rows: int, length: int, prefix: int, seed: int, temperature: float = 0.0) -> Tensor:
+    """(b, t) int64 rows that start with BOS: temperature 1 up to position `prefix`, `temperature` after it, 0 greedy.
+
+    A greedy continuation is a function of its prefix, so a denoiser can learn it; the sampled part gives it variety.
+    The mask token and token 0 (unknown) never occur.
     """
     bos = model.config.bos_token_id
     if bos is None:
@@ -31,9 +64,10 @@ def sample_rows(model: TwoTower, *, rows: int, length: int, prefix: int, seed: i
         assert state.next_logits is not None
         logits = state.next_logits
         logits[:, [0, model.config.mask_token_id]] = -torch.inf
-        if position < prefix:
+        heat = 1.0 if position < prefix else temperature
+        if heat > 0:
             draws = torch.rand(rows, 1, generator=generator).to(device)
-            ids = inverse_sample(logits.softmax(-1).unsqueeze(1), draws)
+            ids = inverse_sample((logits / heat).softmax(-1).unsqueeze(1), draws)
         else:
             ids = logits.argmax(-1, keepdim=True)
         columns.append(ids)
@@ -42,24 +76,22 @@ def sample_rows(model: TwoTower, *, rows: int, length: int, prefix: int, seed: i
     return torch.cat(columns, dim=1)
 
 
-def write_shard(
-    model: TwoTower, folder: Path, index: int, *, rows: int, length: int, greedy_fraction: float, seed: int
-) -> Path:
+def write_shard(model: TwoTower, folder: Path, index: int, config: SampleConfig) -> Path:
     """Samples shard `index` into `folder` as `{index:05d}.npz`, unless it is there already, and returns its path.
 
-    A `greedy_fraction` of shards turn greedy after a prefix whose length is drawn per shard from [6, 160); the prefix
-    is not scored in training. The others are sampled throughout. Depends on (seed, index) alone.
+    Depends on (config, index) alone. A kill leaves no half shard under that name.
     """
     file = folder / f"{index:05d}.npz"
     if file.exists():
         return file
-    rng = np.random.default_rng((seed, index))
-    greedy = rng.random() < greedy_fraction
-    prefix = int(rng.integers(6, min(160, length))) if greedy else length
-    ids = sample_rows(model, rows=rows, length=length, prefix=prefix, seed=int(rng.integers(2**62)))
+    rng = np.random.default_rng((config.seed, index))
+    temperature = float(rng.choice(config.temperatures))
+    prefix = int(rng.integers(config.shortest_prefix, config.longest_prefix + 1))
+    seed = int(rng.integers(2**62))
+    ids = sample_rows(model, rows=config.rows, length=config.length, prefix=prefix, seed=seed, temperature=temperature)
     folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial.npz")
-    unscored = np.full(rows, prefix if greedy else 1, np.int32)
+    unscored = np.full(config.rows, 1 if temperature == 1 else prefix, np.int32)
     np.savez(partial, ids=ids.cpu().numpy().astype(np.int32), prefix=unscored)
     partial.replace(file)
     return file
