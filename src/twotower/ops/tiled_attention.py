@@ -1,0 +1,67 @@
+"""Attention of the training pass, tile by tile. Letters: b batch, r rows of the layout (b or 1), h heads, k KV heads,
+t tokens, p head width, s queries of a tile, m keys of a tile."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Queries attended together. Their mask is (s, m); nothing of that size outlives the tile.
+TILE = 256
+
+
+class Reach(NamedTuple):
+    """Token i sees own keys in [own_start_i, own_end_i) and past keys in [past_start_i, own_start_i); (r, t) int64."""
+
+    past_start: Tensor
+    own_start: Tensor
+    own_end: Tensor
+
+
+def tiled_attention(
+    q: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, reach: Reach, *, tile: int = TILE
+) -> Tensor:
+    """Queries (b, h, t, p) over [own keys | past keys], one softmax; key, value and both of `past` (b, k, t, p).
+
+    `past` None leaves out the past: with own_start at a document's start and own_end = i + 1 that is causal attention.
+    Each tile reads only the keys that some query of it sees, and is recomputed in backward, so that what is saved is
+    linear in t: no (t, 2t) mask, weights or copies of the keys.
+    """
+    t = q.shape[2]
+    spans = torch.stack((reach.past_start, reach.own_start, reach.own_end))
+    pieces = []
+    for start in range(0, t, tile):
+        queries = q[:, :, start : start + tile]
+        seen = Reach(*spans[:, :, start : start + tile])
+        own = slice(int(seen.own_start.min()), int(seen.own_end.max()))
+        before = slice(int(seen.past_start.min()), int(seen.own_start.max()))
+        arguments = [queries, key[:, :, own], value[:, :, own]]
+        if past is not None:
+            arguments += [past[0][:, :, before], past[1][:, :, before]]
+        visible = _visible(seen, own, None if past is None else before)
+        if torch.is_grad_enabled():
+            pieces.append(checkpoint(_tile, visible, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            pieces.append(_tile(visible, *arguments))
+    return torch.cat(pieces, dim=2)
+
+
+def _visible(seen: Reach, own: slice, before: slice | None) -> Tensor:
+    """(r, 1, s, m) bool over a tile's own keys, then its past ones."""
+    past_start, own_start, own_end = (edge.unsqueeze(-1) for edge in seen)
+    token = torch.arange(own.start, own.stop, device=own_start.device)
+    visible = (token >= own_start) & (token < own_end)
+    if before is not None:
+        token = torch.arange(before.start, before.stop, device=own_start.device)
+        visible = torch.cat((visible, (token >= past_start) & (token < own_start)), dim=-1)
+    return visible.unsqueeze(1)
+
+
+def _tile(
+    visible: Tensor, q: Tensor, key: Tensor, value: Tensor, past_key: Tensor | None = None, past_value: Tensor | None = None
+) -> Tensor:
+    if past_key is not None and past_value is not None:
+        key, value = torch.cat((key, past_key), dim=2), torch.cat((value, past_value), dim=2)
+    return F.scaled_dot_product_attention(q, key, value, attn_mask=visible, enable_gqa=q.shape[1] != key.shape[1])
