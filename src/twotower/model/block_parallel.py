@@ -72,10 +72,11 @@ def block_parallel_hidden(
     noisy = denoiser.embed(xt)
     # Above the last layer that seeds the denoiser nobody reads the context tower
     top = len(config.pattern) if with_context else max(config.pattern.rfind("M"), config.pattern.rfind("*"))
-    pairs = zip(context.stack, denoiser.stack, model.time_conditioning(levels), strict=True)
-    for i, (below, layer, modulation) in enumerate(pairs):
+    shared = model.time_conditioning.shared(levels)
+    for i, (below, layer) in enumerate(zip(context.stack, denoiser.stack, strict=True)):
         step = _LayerPair(below, layer, plan, dtype, learns, i < top)
-        noisy, clean = step(noisy, clean, modulation, index, recompute=recompute and torch.is_grad_enabled())
+        time = (model.time_conditioning.tables[i], shared, index)
+        noisy, clean = step(noisy, clean, time, recompute=recompute and torch.is_grad_enabled())
     with torch.set_grad_enabled(learns):
         finished = context.finish(clean) if with_context and clean is not None else None
     return Hidden(denoiser.finish(noisy), finished)
@@ -92,26 +93,27 @@ class _LayerPair(NamedTuple):
     needs_clean: bool
 
     def __call__(
-        self, noisy: Tensor, clean: Tensor | None, modulation: Modulation, index: Tensor, *, recompute: bool
+        self, noisy: Tensor, clean: Tensor | None, time: tuple[Tensor, Tensor, Tensor], *, recompute: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The next residual streams: noisy (v·b, t, d) and, while it is needed, clean (b, t, d)."""
+        """The next residual streams: noisy (v·b, t, d) and, while it is needed, clean (b, t, d); `time` is what
+        `_modulation` reads."""
         if self.layer.kind in "M*":
-            return _maybe_recomputed(recompute, self._seeded, noisy, clean, modulation, index)
+            return _maybe_recomputed(recompute, self._seeded, noisy, clean, *time)
         if self.needs_clean:
             assert clean is not None
             with torch.set_grad_enabled(self.learns):
                 clean = _maybe_recomputed(recompute and self.learns, self._clean, clean)
-        return _maybe_recomputed(recompute, self._noisy, noisy, modulation, index), clean if self.needs_clean else None
+        return _maybe_recomputed(recompute, self._noisy, noisy, *time), clean if self.needs_clean else None
 
     def _seeded(
-        self, noisy: Tensor, clean: Tensor, modulation: Modulation, index: Tensor
+        self, noisy: Tensor, clean: Tensor, table: Tensor, shared: Tensor, index: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         context, mixer = self.below.mixer, self.layer.mixer
         assert isinstance(context, Mamba2 | Attention)
         assert isinstance(mixer, Mamba2 | Attention)
         with torch.set_grad_enabled(self.learns):
             seed = context_seed(context, self.below.enter(clean, None, self.dtype), self.plan)
-        own = _per_position(modulation, index)
+        own = _modulation(table, shared, index)
         entered = self.layer.enter(noisy, own, self.dtype)
         views = [block_mixed(mixer, x, seed, self.plan, self.dtype) for x in entered.split(clean.shape[0])]
         noisy = self.layer.leave(noisy, views[0] if len(views) == 1 else torch.cat(views), own)
@@ -126,10 +128,10 @@ class _LayerPair(NamedTuple):
         assert not isinstance(mixer, Mamba2 | Attention)
         return self.below.leave(clean, mixer(self.below.enter(clean, None, self.dtype)), None)
 
-    def _noisy(self, noisy: Tensor, modulation: Modulation, index: Tensor) -> Tensor:
+    def _noisy(self, noisy: Tensor, table: Tensor, shared: Tensor, index: Tensor) -> Tensor:
         mixer = self.layer.mixer
         assert not isinstance(mixer, Mamba2 | Attention)
-        own = _per_position(modulation, index)
+        own = _modulation(table, shared, index)
         return self.layer.leave(noisy, mixer(self.layer.enter(noisy, own, self.dtype)), own)
 
 
@@ -140,6 +142,7 @@ def _maybe_recomputed(recompute: bool, function: Callable[..., T], *arguments: o
     return result
 
 
-def _per_position(modulation: Modulation, index: Tensor) -> Modulation:
-    """A layer's modulation of each level (l, 1, d) at every position's level index (v·b, t): (v·b, t, d)."""
-    return Modulation(*(F.embedding(index, part[:, 0]) for part in modulation))
+def _modulation(table: Tensor, shared: Tensor, index: Tensor) -> Modulation:
+    """A layer's modulation (v·b, t, d) at every position: its table (3, d) plus each level's share (l, 3, d), by
+    index (v·b, t)."""
+    return Modulation(*(F.embedding(index, part) for part in (shared + table).unbind(1)))

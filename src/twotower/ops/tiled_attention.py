@@ -29,23 +29,28 @@ def tiled_attention(
     Each tile reads only the keys that some query of it sees, and is recomputed in backward, so that what is saved is
     linear in t: no (t, 2t) mask, weights or copies of the keys.
     """
-    t = q.shape[2]
-    spans = torch.stack((reach.past_start, reach.own_start, reach.own_end))
+    spans = torch.stack((reach.past_start, reach.own_start, reach.own_end))  # (3, r, t)
     pieces = []
-    for start in range(0, t, tile):
-        queries = q[:, :, start : start + tile]
+    for start in range(0, q.shape[2], tile):
         seen = Reach(*spans[:, :, start : start + tile])
         own = slice(int(seen.own_start.min()), int(seen.own_end.max()))
         before = slice(int(seen.past_start.min()), int(seen.own_start.max()))
-        arguments = [queries, key[:, :, own], value[:, :, own]]
+        keys, values = [key[:, :, own]], [value[:, :, own]]
         if past is not None:
-            arguments += [past[0][:, :, before], past[1][:, :, before]]
-        visible = _visible(seen, own, None if past is None else before)
+            keys, values = [*keys, past[0][:, :, before]], [*values, past[1][:, :, before]]
+        arguments = (q[:, :, start : start + tile], keys, values, seen, own, before)
         if torch.is_grad_enabled():
-            pieces.append(checkpoint(_tile, visible, *arguments, use_reentrant=False, preserve_rng_state=False))
+            pieces.append(checkpoint(_tile, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
-            pieces.append(_tile(visible, *arguments))
+            pieces.append(_tile(*arguments))
     return torch.cat(pieces, dim=2)
+
+
+def _tile(q: Tensor, keys: list[Tensor], values: list[Tensor], seen: Reach, own: slice, before: slice) -> Tensor:
+    """Queries (b, h, s, p) over their own keys in the span `own` and, where there are two, the past in `before`."""
+    visible = _visible(seen, own, before if len(keys) == 2 else None)
+    key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+    return F.scaled_dot_product_attention(q, key, value, attn_mask=visible, enable_gqa=q.shape[1] != key.shape[1])
 
 
 def _visible(seen: Reach, own: slice, before: slice | None) -> Tensor:
@@ -57,11 +62,3 @@ def _visible(seen: Reach, own: slice, before: slice | None) -> Tensor:
         token = torch.arange(before.start, before.stop, device=own_start.device)
         visible = torch.cat((visible, (token >= past_start) & (token < own_start)), dim=-1)
     return visible.unsqueeze(1)
-
-
-def _tile(
-    visible: Tensor, q: Tensor, key: Tensor, value: Tensor, past_key: Tensor | None = None, past_value: Tensor | None = None
-) -> Tensor:
-    if past_key is not None and past_value is not None:
-        key, value = torch.cat((key, past_key), dim=2), torch.cat((value, past_value), dim=2)
-    return F.scaled_dot_product_attention(q, key, value, attn_mask=visible, enable_gqa=q.shape[1] != key.shape[1])
