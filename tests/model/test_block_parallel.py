@@ -153,7 +153,9 @@ def test_no_block_sees_its_own_clean_tokens_or_anything_later(
         changed = x0.clone()
         changed[0, at] = (changed[0, at] + 1) % 40
         # clean tokens reach later blocks only, and all of them
-        assert moved(before, logits(model, changed, xt, t, layout, chunk_size=chunk_size)) == (block > block[at]).tolist()
+        assert (
+            moved(before, logits(model, changed, xt, t, layout, chunk_size=chunk_size)) == (block > block[at]).tolist()
+        )
         changed = xt.clone()
         changed[0, at] = (changed[0, at] + 1) % 40
         after = moved(before, logits(model, x0, changed, t, layout, chunk_size=chunk_size))

@@ -19,7 +19,7 @@ def test_blocks_start_at_documents_and_at_the_grid() -> None:
 def test_the_grid_starts_before_every_document(offset: int) -> None:
     layout = make_layout(DOCUMENT, 4, offset)
     for row in range(2):
-        for start in DOCUMENT[row].unique(return_counts=True)[1].cumsum(0).tolist()[:-1] + [0]:
+        for start in (0, 5) if row == 0 else (0,):
             assert layout.block_start[row, start] == start
             assert layout.block_end[row, start] == min(start + 4 - offset, 11 if start or row else 5)
 

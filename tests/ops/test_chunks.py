@@ -25,11 +25,11 @@ def test_every_token_has_one_place_and_every_block_one_chunk(
 ) -> None:
     block, document = indices(blocks), indices(documents)
     chunks = make_chunks(block, document, size)
-    r, c, q = chunks.index.shape
+    r, c, q = chunks.token.shape
     assert q <= max(size, max(max(row) for row in blocks))
     for row in range(r):
-        assert chunks.index[row][chunks.filled[row]].tolist() == list(range(20))
-        assert chunks.index[row].flatten()[chunks.place[row]].tolist() == list(range(20))
+        assert chunks.token[row][chunks.filled[row]].tolist() == list(range(20))
+        assert chunks.token[row].flatten()[chunks.place[row]].tolist() == list(range(20))
         of_block: dict[int, set[int]] = {}
         for token, place in enumerate(chunks.place[row].tolist()):
             of_block.setdefault(int(block[row, token]), set()).add(place // q)
@@ -44,17 +44,19 @@ def test_every_token_has_one_place_and_every_block_one_chunk(
 def test_places_see_what_they_should(blocks: list[list[int]], documents: list[list[int]], size: int) -> None:
     block, document = indices(blocks), indices(documents)
     chunks = make_chunks(block, document, size)
-    r, c, q = chunks.index.shape
+    r, c, _ = chunks.token.shape
     for row in range(r):
         for chunk in range(c):
-            held = [int(i) for i, there in zip(chunks.index[row, chunk], chunks.filled[row, chunk], strict=True) if there]
+            held = [
+                int(i) for i, there in zip(chunks.token[row, chunk], chunks.filled[row, chunk], strict=True) if there
+            ]
             for i, a in enumerate(held):
                 for j, b in enumerate(held):
                     same, own = document[row, a] == document[row, b], block[row, a] == block[row, b]
                     assert chunks.causal[row, chunk, i, j] == (same and b <= a)
                     assert chunks.own[row, chunk, i, j] == (own and b <= a)
                     assert chunks.past[row, chunk, i, j] == (same and block[row, b] < block[row, a])
-                before = held[0] > 0 and document[row, held[0] - 1] == document[row, a]
+                before = bool(held[0] > 0) and document[row, held[0] - 1] == document[row, a]
                 assert chunks.continues[row, chunk, i] == before
                 assert chunks.stays[row, chunk, i] == (document[row, a] == document[row, held[-1]])
 
@@ -65,7 +67,7 @@ def test_laying_out_and_back_is_the_identity_with_its_gradient() -> None:
         chunks = make_chunks(block[:rows], document[:rows], 6)
         x = torch.randn(2, 20, 3, 2, dtype=torch.float64, requires_grad=True)
         laid = to_chunks(x, chunks)
-        assert laid.shape == (2, *chunks.index.shape[1:], 3, 2)
+        assert laid.shape == (2, *chunks.token.shape[1:], 3, 2)
         back = from_chunks(laid, chunks)
         assert torch.equal(back, x)
         (gradient,) = torch.autograd.grad((back * torch.arange(20.0)[:, None, None]).sum(), x)

@@ -111,7 +111,9 @@ def test_float32_stays_close_to_float64(close: Callable) -> None:
 
 def test_long_decays_neither_overflow_nor_leave_nans() -> None:
     block, document = LAYOUTS["packed"]
-    own, context = (s._replace(dt=s.dt * 1000) for s in (stream(0, dtype=torch.float32), stream(1, dtype=torch.float32)))
+    own, context = (
+        s._replace(dt=s.dt * 1000) for s in (stream(0, dtype=torch.float32), stream(1, dtype=torch.float32))
+    )
     leaves = [v.requires_grad_() for s in (own, context) for v in s]
     outputs = run(own, context, make_chunks(block, document, 64))
     assert all(bool(y.isfinite().all()) for y in outputs)
@@ -158,8 +160,12 @@ def test_nothing_leaks(layout: str) -> None:
     chunks = make_chunks(block, document, 10)
     causal, seeded = run(own, context, chunks)
     for at in range(TOKENS):
-        other = [Stream(*(v.clone() if v.ndim == 1 else v.index_add(1, torch.tensor([at]), v[:, at : at + 1] * 0.7)
-                          for v in s)) for s in (own, context)]
+        other = [
+            Stream(
+                *(v.clone() if v.ndim == 1 else v.index_add(1, torch.tensor([at]), v[:, at : at + 1] * 0.7) for v in s)
+            )
+            for s in (own, context)
+        ]
         moved = run(own, other[1], chunks)
         same = document == document[:, at : at + 1]
         later = torch.arange(TOKENS) >= at

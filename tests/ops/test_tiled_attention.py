@@ -45,7 +45,7 @@ def test_queries_see_their_block_and_what_precedes_it(kv_heads: int, tile: int, 
         close(actual, naive(q, key, value, *arguments), 1e-13)
 
 
-@pytest.mark.parametrize("tile", [4, 256])
+@pytest.mark.parametrize("tile", [4, 20, 256])
 def test_gradients(tile: int, close: Callable) -> None:
     leaves = inputs()
     q, key, value, *past = leaves

@@ -1,4 +1,4 @@
-"""Where blocks and documents lie in the rows of a training batch. Letters: r rows (b, or 1 where all agree), t tokens."""
+"""Where blocks and documents lie in a training batch. Letters: r rows (b, or 1 where all agree), t tokens."""
 
 import dataclasses
 import functools

@@ -97,9 +97,7 @@ def block_mixed(mixer: Mamba2 | Attention, x: Tensor, seed: Seed, plan: Plan, dt
     assert plan.chunks is not None
     z, xbc, dt = _split(mixer, x)
     inputs = _scan_inputs(mixer, xbc, seed.xbc, dt, plan.block_rows, plan.chunks)
-    y = _recomputed(
-        seeded_output, inputs, -mixer.A_log.exp(), mixer.D, seed.inputs, seed.A, seed.states, plan.chunks
-    )
+    y = _recomputed(seeded_output, inputs, -mixer.A_log.exp(), mixer.D, seed.inputs, seed.A, seed.states, plan.chunks)
     return _finished(mixer, from_chunks(y, plan.chunks), z, dtype)
 
 

@@ -10,14 +10,14 @@ from torch import Tensor
 class Chunks(NamedTuple):
     """Every row cut into c chunks of whole blocks, each laid out in q places.
 
-    `index` (r, c, q) int64 is the token in a place; a short chunk repeats its last token where `filled` (r, c, q) is
+    `token` (r, c, q) int64 is the token in a place; a short chunk repeats its last token where `filled` (r, c, q) is
     False. `place` (r, t) int64 is each token's place in the flattened (c·q). `causal`, `past` and `own` (r, c, q, q)
     say whether place i of a chunk sees place j: tokens of its document up to itself, those of them in earlier blocks,
     and those of its own block. `continues` (r, c, q) says whether a place's document began before the chunk, `stays`
     (r, c, q) whether it is the document that the chunk ends in.
     """
 
-    index: Tensor
+    token: Tensor
     filled: Tensor
     place: Tensor
     causal: Tensor
@@ -41,16 +41,16 @@ def make_chunks(block: Tensor, document: Tensor, size: int) -> Chunks:
     # rows with fewer chunks end in empty ones
     edges = torch.tensor([row + [t] * (c + 1 - len(row)) for row in starts], device=block.device)  # (r, c+1)
     q = int((edges[:, 1:] - edges[:, :-1]).max())
-    token = edges[:, :-1, None] + torch.arange(q, device=block.device)  # (r, c, q)
-    last = (edges[:, 1:, None] - 1).clamp(min=0)
-    index = torch.minimum(token, last)
+    unbounded = edges[:, :-1, None] + torch.arange(q, device=block.device)  # (r, c, q)
+    last = edges[:, 1:, None] - 1
+    token = torch.minimum(unbounded, last)
     place = torch.zeros(r, t, dtype=torch.int64, device=block.device)
-    filled = token <= last
+    filled = unbounded <= last
     flat = torch.arange(c * q, device=block.device).expand(r, -1).view(r, c, q)
     row = torch.arange(r, device=block.device)[:, None, None].expand(r, c, q)
-    place[row[filled], index[filled]] = flat[filled]
+    place[row[filled], token[filled]] = flat[filled]
 
-    blocks, documents = (v.gather(1, index.flatten(1)).view(r, c, q) for v in (block, document))
+    blocks, documents = (v.gather(1, token.flatten(1)).view(r, c, q) for v in (block, document))
     earlier = torch.ones(q, q, dtype=torch.bool, device=block.device).tril()
     causal = (documents.unsqueeze(-1) == documents.unsqueeze(-2)) & earlier
     own = (blocks.unsqueeze(-1) == blocks.unsqueeze(-2)) & earlier
@@ -58,12 +58,12 @@ def make_chunks(block: Tensor, document: Tensor, size: int) -> Chunks:
     continues = documents == before.unsqueeze(-1)
     # -1 is also what padding may be called: nothing precedes the first chunk, whatever its documents' numbers
     continues[:, 0] = False
-    return Chunks(index, filled, place, causal, causal & ~own, own, continues, documents == documents[..., -1:])
+    return Chunks(token, filled, place, causal, causal & ~own, own, continues, documents == documents[..., -1:])
 
 
 def to_chunks(x: Tensor, chunks: Chunks) -> Tensor:
     """x (b, t, …) to (b, c, q, …)."""
-    return _take(x, chunks.index)
+    return _take(x, chunks.token)
 
 
 def from_chunks(x: Tensor, chunks: Chunks) -> Tensor:

@@ -88,7 +88,7 @@ def _sums(visible: Tensor, a: Tensor) -> Tensor:
 
 def _attended(C: Tensor, B: Tensor, x: Tensor, query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
     """Σ_j exp(query_i − key_j)·(C_i·B_j)·x_j over visible j: (b, c, q, h, p); query and key (b, c, q, h)."""
-    b, c, q, h, p = x.shape
+    b, c, q, h, _ = x.shape
     g = B.shape[3]
     difference = query.transpose(2, 3).unsqueeze(-1) - key.transpose(2, 3).unsqueeze(-2)  # (b, c, h, q, q)
     # before exp, which may overflow where it is not visible

@@ -39,7 +39,7 @@ def tiled_attention(
         if past is not None:
             keys, values = [*keys, past[0][:, :, before]], [*values, past[1][:, :, before]]
         arguments = (q[:, :, start : start + tile], keys, values, seen, own, before)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and tile < q.shape[2]:  # a lone tile is small enough to keep
             pieces.append(checkpoint(_tile, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             pieces.append(_tile(*arguments))

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from twotower.model.layout import Layout, make_layout
 
+LevelPer = Literal["block", "example"]
+
 MIN_LEVEL = 1e-3
 # 2^64 over the golden ratio: multiples of it, modulo 2^64, are spread evenly however many there are
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -24,7 +26,7 @@ class Noise:
     masked, at level 1−t̂; both share one context pass.
     """
 
-    level_per: Literal["block", "example"] = "block"
+    level_per: LevelPer = "block"
     full_mask_fraction: float = 0.0
     later_weight: float = 0.0
     complementary: bool = False
@@ -52,9 +54,11 @@ class Corrupted(NamedTuple):
     def rows(self, part: slice) -> "Corrupted":
         """The given rows, with all their views: a micro-batch."""
         b = self.scored.shape[0]
-        views = (v.unflatten(0, (-1, b))[:, part].flatten(0, 1) for v in self[:4])
+        xt, masked, level, told = (
+            v.unflatten(0, (-1, b))[:, part].flatten(0, 1) for v in (self.xt, self.masked, self.level, self.told)
+        )
         layout = Layout(self.layout.block[part], self.layout.document[part])
-        return Corrupted(*views, self.scored[part], layout)
+        return Corrupted(xt, masked, level, told, self.scored[part], layout)
 
 
 def corrupt(
@@ -93,7 +97,9 @@ def corrupt(
         level = torch.cat((level, (1 - level).clamp(min=MIN_LEVEL)))
     # A bf16 model multiplies t̂ by 1000 in bf16 (812.5 becomes 812); the fast sinusoids tell the two apart, so a
     # denoiser that is to work in either dtype sees both.
-    coins = torch.stack([(torch.rand(t, generator=g) < 0.5)[block] for g, block in zip(generators, layout.block, strict=True)])
+    coins = torch.stack(
+        [(torch.rand(t, generator=g) < 0.5)[block] for g, block in zip(generators, layout.block, strict=True)]
+    )
     views = level.shape[0] // b
     told = torch.where(coins.repeat(views, 1), (level.bfloat16() * 1000).float() / 1000, level)
     return Corrupted(x0.repeat(views, 1).masked_fill(masked, mask_token_id), masked, level, told, scored, layout)
@@ -128,7 +134,10 @@ def _mask_probability(level: Tensor, layout: Layout, later_weight: float) -> Ten
     shape = (level.shape[0], (int(layout.block.max()) + 1) * wide)
     weight = level.new_zeros(shape).double().scatter(1, index, (later_weight * (1 - level.double()) * place).exp())
     wanted = level.new_zeros(shape).double().scatter(1, index, (level * size).double())
-    weight, wanted = weight.unflatten(1, (-1, wide)), wanted.unflatten(1, (-1, wide)).amax(-1, keepdim=True)  # (b, n, s)
+    weight, wanted = (
+        weight.unflatten(1, (-1, wide)),
+        wanted.unflatten(1, (-1, wide)).amax(-1, keepdim=True),
+    )  # (b, n, s)
     full = torch.zeros_like(weight, dtype=torch.bool)
     for _ in range(wide):
         left = wanted - full.sum(-1, keepdim=True)

@@ -86,11 +86,9 @@ def loss_sums(
     return LossSums(denoising, cross_entropy_sum(model.context_lm_head, rows, following[counts], None))
 
 
-def cross_entropy_sum(
-    head: Callable[[Tensor], Tensor], rows: Tensor, targets: Tensor, weight: Tensor | None
-) -> Tensor:
-    """Σ weight · cross-entropy of head(rows) against targets: rows (m, d), targets and weight (m,), a float32 scalar (or
-    wider). Logits are made again in backward, so (m, o) of them never exist."""
+def cross_entropy_sum(head: Callable[[Tensor], Tensor], rows: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
+    """Σ weight · cross-entropy of head(rows) against targets: rows (m, d), targets and weight (m,), a scalar in
+    float32 or wider. Logits are made again in backward, so (m, o) of them never exist."""
     total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
     for start in range(0, max(rows.shape[0], 1), HEAD_ROWS):  # once for no rows: the sum has a gradient, of 0
         part = slice(start, start + HEAD_ROWS)

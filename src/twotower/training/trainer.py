@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from twotower.model.two_tower import TwoTower
-from twotower.training.corruption import Corrupted, Noise, corrupt
+from twotower.training.corruption import Corrupted, LevelPer, Noise, corrupt
 from twotower.training.data import Corpus
 from twotower.training.objective import LossSums, Reduction, loss_sums, next_token_targets, weigh
+
+ContextTraining = Literal["frozen", "trained", "tied"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,11 +39,11 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     micro_batch_size: int = 0
     reduction: Reduction = "masked_mean"
-    level_per: Literal["block", "example"] = "block"
+    level_per: LevelPer = "block"
     full_mask_fraction: float = 0.25
     later_weight: float = 0.0
     complementary: bool = False
-    context: Literal["frozen", "trained", "tied"] = "frozen"
+    context: ContextTraining = "frozen"
     ar_weight: float = 0.0
     recompute: bool = False
     seed: int = 0
@@ -68,7 +70,9 @@ class TrainConfig:
             raise ValueError(f"ar_weight is {self.ar_weight} for a frozen context tower; train it or set it to 0")
         uniform = self.noise.full_mask_fraction == 0 and self.noise.later_weight == 0
         if self.reduction == "elbo" and not uniform:
-            raise ValueError("reduction is elbo, a bound only if masks are uniform; set full_mask_fraction and later_weight to 0")
+            raise ValueError(
+                "reduction is elbo, a bound only where t̂ alone decides; set full_mask_fraction and later_weight to 0"
+            )
 
     @property
     def noise(self) -> Noise:
@@ -97,7 +101,7 @@ class StepReport(NamedTuple):
 
 
 def trained_parameters(model: TwoTower, *, with_context: bool) -> list[torch.nn.Parameter]:
-    """Denoiser tower, its head (once, if tied) and the time modules, and the context tower and its head if asked for."""
+    """Denoiser tower, its head (once, if tied) and time modules, and the context tower and its head if asked for."""
     modules = [model.denoiser_tower, model.lm_head, model.time_conditioning]
     if with_context:
         modules += [model.context_tower, model.context_lm_head]
