@@ -1,21 +1,23 @@
 """One training step against boundary states with a dense mask, and against a plain AR step of one tower.
 
-    python benchmarks/training_pass.py [--repeats 7] [--threads 1]
+    python benchmarks/training_pass.py > benchmarks/results/training_pass.json
 
 Prints one JSON line. Model: M*-EM*-E, d 512, 8/2 heads x 64, Mamba 16 x 64 with state 128 in 8 groups, 32 experts of
 width 256 with 4 active, shared 512, MLP 1024, v 8192, float32, random weights. Batch 1, t 2048, block 16, half of the
 positions masked. A step is forward and backward without the optimiser.
 
 `boundary` is what released training code does: the context pass runs first and keeps every layer's keys and values and,
-for `M`, a state and convolution rows per block boundary; the denoiser folds blocks into the batch for `M` and adds a dense
-(t, 2t) mask in `*`. It has the same towers, and the same head on masked rows, all at once. `seeded` is
-`training.objective.loss_sums`, `recompute` the same with that option, `ar` the context tower alone, trained on all
-positions with one head product. Steps alternate. Peaks are the resident memory above that before the step, with weights
-and gradients allocated; they come from the kernel (Linux only).
+for `M`, a state and convolution rows per block boundary; the denoiser folds blocks into the batch for `M` and adds a
+dense (t, 2t) mask in `*`. It has the same towers, and the same head on masked rows, all at once; like ours it is
+vectorised over blocks. `seeded` is `training.objective.loss_sums`, `recompute` the same with that option, `ar` the
+context tower alone, trained on all positions with one head product. Steps alternate; ratios are of neighbours. On a
+shared machine seconds of the process on its core tell more than those of the clock. Peaks are the resident memory above
+that before the step, with weights and gradients allocated; they come from the kernel (Linux only).
 """
 
 import argparse
 import ctypes
+import functools
 import json
 import statistics
 import time
@@ -215,15 +217,67 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def timed(run: Callable[[], None]) -> float:
-    began = time.perf_counter()
+def timed(run: Callable[[], None]) -> tuple[float, float]:
+    """Seconds by the clock and of this process on any core."""
+    began, used = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - used
 
 
 def spread(values: list[float], digits: int = 3) -> dict[str, float]:
     low, median, high = statistics.quantiles(values, n=4)
     return {"median": round(median, digits), "q1": round(low, digits), "q3": round(high, digits)}
+
+
+def speeds(runs: dict[str, Callable[[], None]], tokens: int, repeats: int) -> dict[str, object]:
+    """Tokens per second of each step, alternating, and the ratios of steps that ran beside each other."""
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    used: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            seconds = timed(run)
+            if repeat:
+                wall[name].append(seconds[0])
+                used[name].append(seconds[1])
+    out: dict[str, object] = {
+        name: {
+            "tokens_per_second": spread([tokens / s for s in wall[name]], 0),
+            "tokens_per_cpu_second": spread([tokens / s for s in used[name]], 0),
+        }
+        for name in runs
+    }
+
+    def ratio(over: str, under: str) -> dict[str, object]:
+        return {
+            label: spread([a / b for a, b in zip(values[over], values[under], strict=True)])
+            for label, values in (("wall", wall), ("cpu", used))
+        }
+
+    for name in ("seeded", "recompute"):
+        out[f"{name}_speedup_over_boundary"] = ratio("boundary", name)
+        out[f"{name}_time_over_ar"] = ratio(name, "ar")
+    return out
+
+
+def peaks(model: TwoTower, runs: dict[str, Callable[[], None]], tokens: int, scaling: list[int]) -> dict[str, object]:
+    """Peak memory of each step, and of ours by block length and by tokens."""
+    # as large tensors are by default: freed memory returns to the kernel at once, so that resident is what is live
+    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)
+    out: dict[str, object] = {}
+    found: dict[str, list[float]] = {name: [peak_mb(run) for _ in range(3)] for name, run in runs.items()}
+    out["peak_mb"] = {name: spread(values, 0) for name, values in found.items()}
+    for name in ("seeded", "recompute"):
+        ratios = [a / b for a, b in zip(found[name], found["boundary"], strict=True)]
+        out[f"{name}_peak_over_boundary"] = spread(ratios)
+        steps = functools.partial(seeded_step, model, recompute=name == "recompute")
+        by_block = {size: make_case(tokens, size) for size in (4, 16)}
+        out[f"{name}_peak_mb_by_block"] = {
+            size: round(peak_mb(functools.partial(steps, case))) for size, case in by_block.items()
+        }
+        out[f"{name}_peak_mb_by_tokens"] = {
+            t: round(peak_mb(functools.partial(steps, make_case(t, 16)))) for t in scaling
+        }
+    return out
 
 
 def main() -> None:
@@ -234,49 +288,17 @@ def main() -> None:
     parser.add_argument("--scaling", type=int, nargs="*", default=[1024, 2048, 4096, 8192])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    # as large tensors are: freed memory returns to the kernel at once and resident memory is what is live
-    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)
     model = random_model()
     case = make_case(arguments.tokens, 16)
     runs: dict[str, Callable[[], None]] = {
-        "boundary": lambda: boundary_step(model, case),
-        "seeded": lambda: seeded_step(model, case, recompute=False),
-        "recompute": lambda: seeded_step(model, case, recompute=True),
-        "ar": lambda: ar_step(model, case),
+        "boundary": functools.partial(boundary_step, model, case),
+        "seeded": functools.partial(seeded_step, model, case, recompute=False),
+        "recompute": functools.partial(seeded_step, model, case, recompute=True),
+        "ar": functools.partial(ar_step, model, case),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    peaks: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(arguments.repeats + 1):
-        for name, run in runs.items():
-            took: list[float] = []
-            peak = peak_mb(lambda run=run, took=took: took.append(timed(run)))  # type: ignore[misc]
-            if repeat:
-                seconds[name] += took
-                peaks[name].append(peak)
     out: dict[str, object] = {"benchmark": "training_pass", "tokens": arguments.tokens, "block": 16}
-    for name in runs:
-        speeds = [arguments.tokens / s for s in seconds[name]]
-        out[name] = {"tokens_per_second": spread(speeds, 0), "peak_mb": spread(peaks[name], 0)}
-
-    def ratio(values: dict[str, list[float]], over: str, under: str) -> dict[str, float]:
-        return spread([a / b for a, b in zip(values[over], values[under], strict=True)])
-
-    for name in ("seeded", "recompute"):
-        out[f"{name}_speedup"] = ratio(seconds, "boundary", name)
-        out[f"{name}_peak_over_boundary"] = ratio(peaks, name, "boundary")
-        out[f"{name}_seconds_over_ar"] = ratio(seconds, name, "ar")
-    for recompute in (False, True):
-        label = "recompute" if recompute else "seeded"
-        by_block, by_tokens = {}, {}
-        for block_size in (4, 16):
-            small = make_case(arguments.tokens, block_size)
-            by_block[block_size] = round(
-                min(peak_mb(lambda s=small: seeded_step(model, s, recompute=recompute)) for _ in range(3))  # type: ignore[misc]
-            )
-        for t in arguments.scaling:
-            long = make_case(t, 16)
-            by_tokens[t] = round(peak_mb(lambda s=long: seeded_step(model, s, recompute=recompute)))  # type: ignore[misc]
-        out[f"{label}_peak_mb_by_block"], out[f"{label}_peak_mb_by_tokens"] = by_block, by_tokens
+    out |= speeds(runs, arguments.tokens, arguments.repeats)
+    out |= peaks(model, runs, arguments.tokens, arguments.scaling)
     out |= {
         "threads": torch.get_num_threads(),
         "cpu": cpu_model(),

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from twotower.ops.chunks import Chunks, from_chunks, make_chunks, to_chunks
-from twotower.ops.seeded_ssd import ChunkInputs, chunk_states, context_output, seeded_output
+from twotower.ops.chunks import Chunks, make_chunks, take
+from twotower.ops.seeded_ssd import ScanInputs, chunk_states, context_output, seeded_output
 
 HEADS, WIDTH, GROUPS, STATE, TOKENS = 4, 3, 2, 5, 22
 
@@ -76,17 +76,18 @@ def naive(own: Stream, context: Stream, block: Tensor, document: Tensor) -> tupl
     return causal, outputs
 
 
-def laid(s: Stream, chunks: Chunks) -> ChunkInputs:
-    x, dt, B, C = (to_chunks(v, chunks) for v in s[:4])
-    return ChunkInputs(x, dt * chunks.filled.unsqueeze(-1), B, C)
+def laid(s: Stream, token: Tensor, filled: Tensor) -> ScanInputs:
+    x, dt, B, C = (take(v, token) for v in s[:4])
+    return ScanInputs(x, dt * filled.unsqueeze(-1), B, C)
 
 
 def run(own: Stream, context: Stream, chunks: Chunks) -> tuple[Tensor, Tensor]:
-    inputs, past = laid(own, chunks), laid(context, chunks)
+    inputs = laid(own, chunks.block_token, chunks.block_filled)
+    past = laid(context, chunks.token, chunks.filled)
     states = chunk_states(past, context.A, chunks)
     causal = context_output(past, context.A, context.D, states, chunks)
     seeded = seeded_output(inputs, own.A, own.D, past, context.A, states, chunks)
-    return from_chunks(causal, chunks), from_chunks(seeded, chunks)
+    return take(causal.flatten(1, 2), chunks.place), take(seeded.flatten(1, 3), chunks.block_place)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -149,7 +150,13 @@ def test_only_chunks_have_states() -> None:
     block, document = LAYOUTS["even"]
     context = stream(1)
     chunks = make_chunks(block, document, 12)
-    assert chunk_states(laid(context, chunks), context.A, chunks).shape == (2, 2, HEADS, WIDTH, STATE)
+    assert chunk_states(laid(context, chunks.token, chunks.filled), context.A, chunks).shape == (
+        2,
+        2,
+        HEADS,
+        WIDTH,
+        STATE,
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -15,9 +15,9 @@ from twotower.model.attention import Attention, Projected, Rotation
 from twotower.model.layout import Layout
 from twotower.model.mamba2 import Mamba2
 from twotower.ops import seeded_conv, tiled_attention
-from twotower.ops.chunks import Chunks, from_chunks, to_chunks
+from twotower.ops.chunks import Chunks, take
 from twotower.ops.norm import gated_group_rms_norm
-from twotower.ops.seeded_ssd import ChunkInputs, chunk_states, context_output, seeded_output
+from twotower.ops.seeded_ssd import ScanInputs, chunk_states, context_output, seeded_output
 
 
 class Plan(NamedTuple):
@@ -49,7 +49,7 @@ class MambaSeed(NamedTuple):
 
     z: Tensor
     xbc: Tensor
-    inputs: ChunkInputs
+    inputs: ScanInputs
     A: Tensor
     states: Tensor
 
@@ -69,7 +69,7 @@ def context_seed(mixer: Mamba2 | Attention, x: Tensor, plan: Plan) -> Seed:
         return AttentionSeed(mixer.project(x, plan.rope))
     assert plan.chunks is not None
     z, xbc, dt = _split(mixer, x)
-    inputs = _scan_inputs(mixer, xbc, None, dt, plan.context_rows, plan.chunks)
+    inputs = _scan_inputs(mixer, xbc, None, dt, plan.context_rows, plan.chunks.token, plan.chunks.filled)
     A = -mixer.A_log.exp()
     return MambaSeed(z, xbc, inputs, A, chunk_states(inputs, A, plan.chunks))
 
@@ -83,7 +83,7 @@ def context_mixed(mixer: Mamba2 | Attention, seed: Seed, plan: Plan, dtype: torc
     assert isinstance(seed, MambaSeed)
     assert plan.chunks is not None
     y = _recomputed(context_output, seed.inputs, seed.A, mixer.D, seed.states, plan.chunks)
-    return _finished(mixer, from_chunks(y, plan.chunks), seed.z, dtype)
+    return _finished(mixer, take(y.flatten(1, 2), plan.chunks.place), seed.z, dtype)
 
 
 def block_mixed(mixer: Mamba2 | Attention, x: Tensor, seed: Seed, plan: Plan, dtype: torch.dtype) -> Tensor:
@@ -96,9 +96,10 @@ def block_mixed(mixer: Mamba2 | Attention, x: Tensor, seed: Seed, plan: Plan, dt
     assert isinstance(seed, MambaSeed)
     assert plan.chunks is not None
     z, xbc, dt = _split(mixer, x)
-    inputs = _scan_inputs(mixer, xbc, seed.xbc, dt, plan.block_rows, plan.chunks)
+    chunks = plan.chunks
+    inputs = _scan_inputs(mixer, xbc, seed.xbc, dt, plan.block_rows, chunks.block_token, chunks.block_filled)
     y = _recomputed(seeded_output, inputs, -mixer.A_log.exp(), mixer.D, seed.inputs, seed.A, seed.states, plan.chunks)
-    return _finished(mixer, from_chunks(y, plan.chunks), z, dtype)
+    return _finished(mixer, take(y.flatten(1, 3), chunks.block_place), z, dtype)
 
 
 def _recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
@@ -116,20 +117,26 @@ def _split(mixer: Mamba2, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scan_inputs(
-    mixer: Mamba2, xbc: Tensor, context: Tensor | None, dt: Tensor, rows: seeded_conv.Reach, chunks: Chunks
-) -> ChunkInputs:
+    mixer: Mamba2,
+    xbc: Tensor,
+    context: Tensor | None,
+    dt: Tensor,
+    rows: seeded_conv.Reach,
+    token: Tensor,
+    filled: Tensor,
+) -> ScanInputs:
     c = mixer.config
     wide = torch.promote_types(xbc.dtype, torch.float32)
     active = F.silu(seeded_conv.seeded_conv(xbc, context, rows, mixer.conv_taps, mixer.conv_bias))
-    laid = to_chunks(active, chunks).to(wide)  # (b, c, q, channels)
+    laid = take(active, token).to(wide)  # (b, …, channels)
     x, B, C = laid.split((c.mamba_width, *(c.mamba_num_groups * c.mamba_state_size,) * 2), dim=-1)
-    dt = F.softplus(to_chunks(dt, chunks).to(wide) + mixer.dt_bias)
+    dt = F.softplus(take(dt, token).to(wide) + mixer.dt_bias)
     low, high = c.time_step_limit
     if low > 0 or high != float("inf"):
         dt = dt.clamp(low, high)
-    dt = dt * chunks.filled.unsqueeze(-1)
+    dt = dt * filled.unsqueeze(-1)
     heads, groups = (c.mamba_num_heads, c.mamba_head_dim), (c.mamba_num_groups, c.mamba_state_size)
-    return ChunkInputs(x.unflatten(-1, heads), dt, B.unflatten(-1, groups), C.unflatten(-1, groups))
+    return ScanInputs(x.unflatten(-1, heads), dt, B.unflatten(-1, groups), C.unflatten(-1, groups))
 
 
 def _finished(mixer: Mamba2, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,5 @@
 """Chunks of whole blocks for the training scan. Letters: r rows (b, or 1 where all rows agree), t tokens, c chunks,
-q places of a chunk."""
+q places of a chunk, k blocks of a chunk, s places of a block."""
 
 from typing import NamedTuple
 
@@ -8,27 +8,32 @@ from torch import Tensor
 
 
 class Chunks(NamedTuple):
-    """Every row cut into c chunks of whole blocks, each laid out in q places.
+    """Every row cut into c chunks of at most k whole blocks.
 
-    `token` (r, c, q) int64 is the token in a place; a short chunk repeats its last token where `filled` (r, c, q) is
-    False. `place` (r, t) int64 is each token's place in the flattened (c·q). `causal`, `past` and `own` (r, c, q, q)
-    say whether place i of a chunk sees place j: tokens of its document up to itself, those of them in earlier blocks,
-    and those of its own block. `continues` (r, c, q) says whether a place's document began before the chunk, `stays`
-    (r, c, q) whether it is the document that the chunk ends in.
+    The context tower's tokens lie in q places per chunk, the denoiser's in k·s places, s per block. `token` (r, c, q)
+    and `block_token` (r, c, k, s) int64 are the token in a place; places left over repeat an earlier token and are
+    False in `filled` and `block_filled`. `place` and `block_place` (r, t) int64 are each token's place, flattened.
+
+    `causal` (r, c, q, q): place i sees place j, a token of its document up to itself. `before` (r, c, k, q): place j
+    holds a token of the block's document in an earlier block. `continues` (r, c, q), `block_continues` (r, c, k): the
+    document began before the chunk. `stays` (r, c, q): it is the document that the chunk ends in.
     """
 
     token: Tensor
     filled: Tensor
     place: Tensor
+    block_token: Tensor
+    block_filled: Tensor
+    block_place: Tensor
     causal: Tensor
-    past: Tensor
-    own: Tensor
+    before: Tensor
     continues: Tensor
+    block_continues: Tensor
     stays: Tensor
 
 
 def make_chunks(block: Tensor, document: Tensor, size: int) -> Chunks:
-    """Packs as many whole blocks as `size` tokens hold into each chunk, at least one; a block is never cut.
+    """As many blocks per chunk as `size` tokens hold at the longest block's length, at least one.
 
     block, document (r, t) int64 are non-decreasing along a row, and a new document starts a new block. A chunk that
     held part of a block would need the state inside it; whole blocks need one state per chunk, whatever their lengths.
@@ -36,43 +41,49 @@ def make_chunks(block: Tensor, document: Tensor, size: int) -> Chunks:
     if size < 1:
         raise ValueError(f"chunk size is {size}, must be at least 1 token")
     r, t = block.shape
-    starts = [_chunk_starts(row, size) for row in block.tolist()]
-    c = max(len(row) for row in starts)
-    # rows with fewer chunks end in empty ones
-    edges = torch.tensor([row + [t] * (c + 1 - len(row)) for row in starts], device=block.device)  # (r, c+1)
-    q = int((edges[:, 1:] - edges[:, :-1]).max())
-    unbounded = edges[:, :-1, None] + torch.arange(q, device=block.device)  # (r, c, q)
-    last = edges[:, 1:, None] - 1
-    token = torch.minimum(unbounded, last)
-    place = torch.zeros(r, t, dtype=torch.int64, device=block.device)
-    filled = unbounded <= last
-    flat = torch.arange(c * q, device=block.device).expand(r, -1).view(r, c, q)
-    row = torch.arange(r, device=block.device)[:, None, None].expand(r, c, q)
-    place[row[filled], token[filled]] = flat[filled]
+    token = torch.arange(t, device=block.device).expand(r, t)
+    starts = torch.ones_like(block, dtype=torch.bool)
+    starts[:, 1:] = block.diff(dim=1) != 0
+    rank = starts.long().cumsum(1) - 1  # (r, t): consecutive numbers of the blocks
+    in_block = token - (token * starts).cummax(1).values
+    s = int(in_block.max()) + 1
+    k = max(size // s, 1)
+    chunk = rank // k
+    in_chunk = token - (token * (starts & (rank % k == 0))).cummax(1).values
+    c, q = int(chunk.max()) + 1, int(in_chunk.max()) + 1
+    place, block_place = chunk * q + in_chunk, rank * s + in_block
+    held, filled = _held(token, place, c * q)
+    block_held, block_filled = _held(token, block_place, c * k * s)
 
-    blocks, documents = (v.gather(1, token.flatten(1)).view(r, c, q) for v in (block, document))
+    documents, ranks = (v.gather(1, held).view(r, c, q) for v in (document, rank))
+    first = block_held.view(r, c, k, s)[..., 0].flatten(1)  # of each block
+    block_documents, block_ranks = (v.gather(1, first).view(r, c, k) for v in (document, rank))
     earlier = torch.ones(q, q, dtype=torch.bool, device=block.device).tril()
     causal = (documents.unsqueeze(-1) == documents.unsqueeze(-2)) & earlier
-    own = (blocks.unsqueeze(-1) == blocks.unsqueeze(-2)) & earlier
-    before = torch.cat((documents.new_full((r, 1), -1), documents[:, :-1, -1]), dim=1)  # (r, c): none before the first
-    continues = documents == before.unsqueeze(-1)
-    # -1 is also what padding may be called: nothing precedes the first chunk, whatever its documents' numbers
-    continues[:, 0] = False
-    return Chunks(token, filled, place, causal, causal & ~own, own, continues, documents == documents[..., -1:])
+    before = (block_documents.unsqueeze(-1) == documents.unsqueeze(-2)) & (
+        block_ranks.unsqueeze(-1) > ranks.unsqueeze(-2)
+    )
+    previous = (
+        documents[:, :, -1].roll(1, dims=1).unsqueeze(-1)
+    )  # (r, c, 1): the document that the chunk before ends in
+    later = (torch.arange(c, device=block.device) > 0).view(1, c, 1)
+    return Chunks(
+        held.view(r, c, q),
+        filled.view(r, c, q),
+        place,
+        block_held.view(r, c, k, s),
+        block_filled.view(r, c, k, s),
+        block_place,
+        causal,
+        before,
+        (documents == previous) & later,
+        (block_documents == previous) & later,
+        documents == documents[..., -1:],
+    )
 
 
-def to_chunks(x: Tensor, chunks: Chunks) -> Tensor:
-    """x (b, t, …) to (b, c, q, …)."""
-    return _take(x, chunks.token)
-
-
-def from_chunks(x: Tensor, chunks: Chunks) -> Tensor:
-    """x (b, c, q, …) to (b, t, …), dropping the places that hold no token."""
-    return _take(x.flatten(1, 2), chunks.place)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x (b, t, …) at index (r, …) along its second dimension."""
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x (b, t, …) at index (r, …) along its second dimension: (b, …, …)."""
     b, t = x.shape[:2]
     if index.shape[0] == 1:
         return x.index_select(1, index.flatten()).view(b, *index.shape[1:], *x.shape[2:])
@@ -80,10 +91,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (index + offset).flatten()).view(*index.shape, *x.shape[2:])
 
 
-def _chunk_starts(block: list[int], size: int) -> list[int]:
-    starts = [i for i in range(len(block)) if i == 0 or block[i] != block[i - 1]]
-    chosen = [0]
-    for start, end in zip(starts, [*starts[1:], len(block)], strict=True):
-        if end - chosen[-1] > size and start > chosen[-1]:
-            chosen.append(start)
-    return chosen
+def _held(token: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The token in each of `size` places and whether it is one of its own: both (r, size)."""
+    held = token.new_full((token.shape[0], size), -1).scatter_(1, place, token)
+    return held.cummax(1).values, held >= 0
