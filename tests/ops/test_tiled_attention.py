@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twotower.ops.tiled_attention import Reach, tiled_attention
+from twotower.ops.tiled_attention import Reach, make_tiles, tiled_attention
 
 TOKENS, WIDTH = 21, 4
 DOCUMENT = torch.tensor([[0] * 9 + [9] * 12, [0] * 21])
@@ -41,7 +41,7 @@ def naive(q: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | N
 def test_queries_see_their_block_and_what_precedes_it(kv_heads: int, tile: int, close: Callable) -> None:
     q, key, value, *past = inputs(kv_heads)
     for arguments in ((None, CAUSAL), ((past[0], past[1]), BLOCKS)):
-        actual = tiled_attention(q, key, value, *arguments, tile=tile)
+        actual = tiled_attention(q, key, value, arguments[0], make_tiles(arguments[1], tile))
         close(actual, naive(q, key, value, *arguments), 1e-13)
 
 
@@ -54,7 +54,7 @@ def test_gradients(tile: int, close: Callable) -> None:
     def gradients(y: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad((y * weight).sum(), leaves)
 
-    tiled = gradients(tiled_attention(q, key, value, (past[0], past[1]), BLOCKS, tile=tile))
+    tiled = gradients(tiled_attention(q, key, value, (past[0], past[1]), make_tiles(BLOCKS, tile)))
     for actual, expected in zip(tiled, gradients(naive(q, key, value, (past[0], past[1]), BLOCKS)), strict=True):
         close(actual, expected, 1e-12)
 
@@ -64,8 +64,10 @@ def test_one_row_of_the_layout_serves_all_rows(grad: bool) -> None:
     q, key, value, *past = inputs()
     shared = Reach(*(edge[1:] for edge in BLOCKS))
     with torch.set_grad_enabled(grad):
-        both = tiled_attention(q, key, value, (past[0], past[1]), Reach(*(e.expand(2, -1) for e in shared)), tile=8)
-        assert torch.equal(tiled_attention(q, key, value, (past[0], past[1]), shared, tile=8), both)
+        both = tiled_attention(
+            q, key, value, (past[0], past[1]), make_tiles(Reach(*(e.expand(2, -1) for e in shared)), 8)
+        )
+        assert torch.equal(tiled_attention(q, key, value, (past[0], past[1]), make_tiles(shared, 8)), both)
 
 
 def test_what_is_saved_for_backward_is_linear_in_the_tokens() -> None:
@@ -81,7 +83,7 @@ def test_what_is_saved_for_backward_is_linear_in_the_tokens() -> None:
         start = torch.arange(t)[None] // 8 * 8
         reach = Reach(torch.zeros_like(start), start, start + 8)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            tiled_attention(q, key, value, (past_key, past_value), reach, tile=16)
+            tiled_attention(q, key, value, (past_key, past_value), make_tiles(reach, 16))
         return max(saved, default=0)
 
     # the queries, keys and values themselves, and no mask or weights

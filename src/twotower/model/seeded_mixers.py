@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from twotower.model.attention import Attention, Projected, Rotation
 from twotower.model.layout import Layout
 from twotower.model.mamba2 import Mamba2
-from twotower.ops import seeded_conv, tiled_attention
+from twotower.ops import seeded_conv
 from twotower.ops.chunks import Chunks, take
 from twotower.ops.norm import gated_group_rms_norm
 from twotower.ops.seeded_ssd import ScanInputs, chunk_states, context_output, seeded_output
+from twotower.ops.tiled_attention import Tile, make_tiles, tiled_attention
 
 
 class Plan(NamedTuple):
@@ -26,19 +27,20 @@ class Plan(NamedTuple):
     chunks: Chunks | None
     context_rows: seeded_conv.Reach
     block_rows: seeded_conv.Reach
-    context_keys: tiled_attention.Reach
-    block_keys: tiled_attention.Reach
+    context_tiles: list[Tile]
+    block_tiles: list[Tile]
     rope: Rotation | None
 
 
+@torch.compiler.disable  # sizes depend on the layout's values
 def make_plan(layout: Layout, *, chunk_size: int | None, conv_kernel: int, rope: Rotation | None) -> Plan:
     """`chunk_size` None is for models without `M` layers."""
     return Plan(
         None if chunk_size is None else layout.chunks(chunk_size),
         layout.context_rows(conv_kernel),
         layout.block_rows(conv_kernel),
-        layout.context_keys(),
-        layout.block_keys(),
+        make_tiles(layout.context_keys()),
+        make_tiles(layout.block_keys()),
         rope,
     )
 
@@ -79,7 +81,7 @@ def context_mixed(mixer: Mamba2 | Attention, seed: Seed, plan: Plan, dtype: torc
     if isinstance(mixer, Attention):
         assert isinstance(seed, AttentionSeed)
         q, key, value = seed.projected
-        return mixer.output(tiled_attention.tiled_attention(q, key, value, None, plan.context_keys))
+        return mixer.output(tiled_attention(q, key, value, None, plan.context_tiles))
     assert isinstance(seed, MambaSeed)
     assert plan.chunks is not None
     y = _recomputed(context_output, seed.inputs, seed.A, mixer.D, seed.states, plan.chunks)
@@ -92,7 +94,7 @@ def block_mixed(mixer: Mamba2 | Attention, x: Tensor, seed: Seed, plan: Plan, dt
         assert isinstance(seed, AttentionSeed)
         q, key, value = mixer.project(x, plan.rope)
         past = (seed.projected.key, seed.projected.value)
-        return mixer.output(tiled_attention.tiled_attention(q, key, value, past, plan.block_keys))
+        return mixer.output(tiled_attention(q, key, value, past, plan.block_tiles))
     assert isinstance(seed, MambaSeed)
     assert plan.chunks is not None
     z, xbc, dt = _split(mixer, x)

@@ -20,8 +20,28 @@ class Reach(NamedTuple):
     own_end: Tensor
 
 
+class Tile(NamedTuple):
+    """Some queries, what each of them sees, and the spans of own and past keys that hold all of that."""
+
+    queries: slice
+    seen: Reach
+    own: slice
+    before: slice
+
+
+def make_tiles(reach: Reach, size: int = TILE) -> list[Tile]:
+    """`size` queries per tile; made once per layout, because the spans' ends come to the host."""
+    tiles = []
+    for start in range(0, reach.own_start.shape[1], size):
+        queries = slice(start, start + size)
+        seen = Reach(*(edge[:, queries] for edge in reach))
+        own = slice(int(seen.own_start.min()), int(seen.own_end.max()))
+        tiles.append(Tile(queries, seen, own, slice(int(seen.past_start.min()), int(seen.own_start.max()))))
+    return tiles
+
+
 def tiled_attention(
-    q: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, reach: Reach, *, tile: int = TILE
+    q: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, tiles: list[Tile]
 ) -> Tensor:
     """Queries (b, h, t, p) over [own keys | past keys], one softmax; key, value and both of `past` (b, k, t, p).
 
@@ -29,17 +49,13 @@ def tiled_attention(
     Each tile reads only the keys that some query of it sees, and is recomputed in backward, so that what is saved is
     linear in t: no (t, 2t) mask, weights or copies of the keys.
     """
-    spans = torch.stack((reach.past_start, reach.own_start, reach.own_end))  # (3, r, t)
     pieces = []
-    for start in range(0, q.shape[2], tile):
-        seen = Reach(*spans[:, :, start : start + tile])
-        own = slice(int(seen.own_start.min()), int(seen.own_end.max()))
-        before = slice(int(seen.past_start.min()), int(seen.own_start.max()))
+    for queries, seen, own, before in tiles:
         keys, values = [key[:, :, own]], [value[:, :, own]]
         if past is not None:
             keys, values = [*keys, past[0][:, :, before]], [*values, past[1][:, :, before]]
-        arguments = (q[:, :, start : start + tile], keys, values, seen, own, before)
-        if torch.is_grad_enabled() and tile < q.shape[2]:  # a lone tile is small enough to keep
+        arguments = (q[:, :, queries], keys, values, seen, own, before)
+        if torch.is_grad_enabled() and len(tiles) > 1:  # a lone tile is small enough to keep
             pieces.append(checkpoint(_tile, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             pieces.append(_tile(*arguments))
