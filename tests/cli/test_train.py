@@ -106,7 +106,15 @@ def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, cor
         decay_steps=2,
         weight_decay=0.25,
         max_grad_norm=2.0,
+        micro_batch_size=2,
+        reduction="example_mean",
+        level_per="example",
         full_mask_fraction=0.5,
+        later_weight=0.25,
+        complementary=True,
+        context="trained",
+        ar_weight=0.75,
+        recompute=True,
         seed=9,
         checkpoint_every=5,
         compile=True,
@@ -120,7 +128,9 @@ def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, cor
     assert seen.pop() == other
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--steps", 0), ("--decay-steps", 99), ("--learning-rate", 0)])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--steps", 0), ("--decay-steps", 99), ("--learning-rate", 0), ("--ar-weight", 1)]
+)
 def test_a_bad_setting_is_a_mistake(run, backbone, corpus, tmp_path, flag, value):
     result = run("train", backbone, corpus, tmp_path, "--steps", 5, flag, value)
     assert result.exit_code == 2

@@ -13,8 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from twotower.checkpoints.hf import save
 from twotower.cli.options import Dtype, open_model, torch_dtype
 from twotower.model.two_tower import TwoTower
+from twotower.training.corruption import LevelPer
 from twotower.training.data import Corpus
-from twotower.training.trainer import StepReport, TrainConfig, Trainer
+from twotower.training.objective import Reduction
+from twotower.training.trainer import ContextTraining, StepReport, TrainConfig, Trainer
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -37,9 +39,38 @@ def command(
     ] = _DEFAULTS.decay_steps,
     weight_decay: Annotated[float, typer.Option(help="AdamW's, 0 or more.")] = _DEFAULTS.weight_decay,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = _DEFAULTS.max_grad_norm,
+    micro_batch_size: Annotated[
+        int, typer.Option(help="Rows computed at a time, 0 for all of a step's; changes memory, not the gradient.")
+    ] = _DEFAULTS.micro_batch_size,
+    reduction: Annotated[
+        Reduction,
+        typer.Option(
+            help="Mean over the step's masked positions, mean of each row's mean, or the likelihood bound in nats per "
+            "token, for which --full-mask-fraction and --later-weight must be 0."
+        ),
+    ] = _DEFAULTS.reduction,
+    level_per: Annotated[
+        LevelPer, typer.Option(help="Draw the noise level once per block or once per row.")
+    ] = _DEFAULTS.level_per,
     full_mask_fraction: Annotated[
         float, typer.Option(help="Blocks that are wholly masked, 0 to 1.")
     ] = _DEFAULTS.full_mask_fraction,
+    later_weight: Annotated[
+        float, typer.Option(help="Mask later positions of a block more often, by exp(this x (1 - level) x place).")
+    ] = _DEFAULTS.later_weight,
+    complementary: Annotated[
+        bool, typer.Option("--complementary", help="Also train on each row with the other positions masked.")
+    ] = False,
+    context: Annotated[
+        ContextTraining,
+        typer.Option(help="Keep the context tower as it is, train it too, or train one tower that is both."),
+    ] = _DEFAULTS.context,
+    ar_weight: Annotated[
+        float, typer.Option(help="Weight of the context tower's next-token loss, where --context is not frozen.")
+    ] = _DEFAULTS.ar_weight,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute layers again in backward: less memory, more time.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Decides the rows and masks of every step.")] = _DEFAULTS.seed,
     checkpoint_every: Annotated[
         int, typer.Option(help="Steps between two saved states, 1 or more.")
@@ -62,7 +93,15 @@ def command(
         decay_steps=0 if export_only else decay_steps,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
+        micro_batch_size=micro_batch_size,
+        reduction=reduction,
+        level_per=level_per,
         full_mask_fraction=full_mask_fraction,
+        later_weight=later_weight,
+        complementary=complementary,
+        context=context,
+        ar_weight=ar_weight,
+        recompute=recompute,
         seed=seed,
         checkpoint_every=checkpoint_every,
         compile=compile,

@@ -1,66 +1,148 @@
 """The training pass: the denoiser over every block of a sequence at once.
 
-Letters: b batch, t tokens, d width, h heads, k KV heads, p head width, m masked rows, v vocabulary.
+Letters: b batch, v views (noisy versions of one row), t tokens, d width, l noise levels.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from twotower.model.attention import Attention, rotation
-from twotower.model.mlp import MLP
-from twotower.model.moe import MixtureOfExperts
+from twotower.model.layer import Layer
+from twotower.model.layout import Layout
+from twotower.model.mamba2 import Mamba2
+from twotower.model.seeded_mixers import Plan, block_mixed, context_mixed, context_seed, make_plan
 from twotower.model.time_conditioning import Modulation
 from twotower.model.two_tower import TwoTower
-from twotower.ops.attention import cached_attention
+
+T = TypeVar("T")
+
+# Tokens of a chunk of the scan, which keeps one state per chunk and products quadratic in it.
+CHUNK_SIZE = 64
 
 
-def block_parallel_hidden(model: TwoTower, x0: Tensor, xt: Tensor, t: Tensor, block: Tensor) -> Tensor:
-    """The denoiser's last hidden (b, t, d) for noisy tokens xt given the context tower's pass over clean tokens x0.
+class Hidden(NamedTuple):
+    """The denoiser's last hidden (v·b, t, d) and, where asked for, the context tower's (b, t, d)."""
 
-    x0, xt (b, t) int64; t (b, t) each position's noise level (constant within a block); block (t,) the index of each
-    position's block, non-decreasing. A position sees the context keys of earlier blocks and the noisy keys of its
-    own. The towers advance layer by layer, so one layer's context tensors are live. Gradients reach the denoiser
-    only. Raises ValueError for `M` layers, whose seeded training scan is not written yet.
+    denoiser: Tensor
+    context: Tensor | None
+
+
+def block_parallel_hidden(
+    model: TwoTower,
+    x0: Tensor,
+    xt: Tensor,
+    t: Tensor,
+    layout: Layout,
+    *,
+    chunk_size: int = CHUNK_SIZE,
+    recompute: bool = False,
+    with_context: bool = False,
+) -> Hidden:
+    """Both towers' last hidden states for noisy tokens xt given the context tower's pass over clean tokens x0.
+
+    x0 (b, t) int64; xt (v·b, t) int64, v noisy versions of x0 stacked; t (v·b, t) each position's noise level
+    (constant within a block). A position sees the context tower's keys, convolution rows and SSM state of earlier
+    blocks of its document, and the noisy tokens of its own block. The towers advance layer by layer. Where no parameter
+    of the context tower requires a gradient it runs without one, and only as far up as something reads it.
+
+    `recompute` keeps one residual stream per layer and computes the rest again in backward, with only one layer's
+    tensors live, for a third more time. The result doesn't depend on it, nor, but for rounding, on `chunk_size`.
     """
     config = model.config
-    if "M" in config.pattern:
-        raise ValueError(f"pattern {config.pattern} has M layers, which can't be trained yet; use layers of *, - and E")
     context, denoiser = model.context_tower, model.denoiser_tower
-    length = x0.shape[1]
+    if xt.shape[0] % x0.shape[0] or xt.shape[1:] != x0.shape[1:]:
+        raise ValueError(f"xt is {tuple(xt.shape)} for x0 {tuple(x0.shape)}, must be (a multiple of rows, tokens)")
+    if layout.block.shape[1] != x0.shape[1] or layout.block.shape[0] not in (1, x0.shape[0]):
+        rows, tokens = layout.block.shape
+        raise ValueError(f"the layout is {rows} rows of {tokens} tokens, must be 1 or x0's {tuple(x0.shape)}")
     dtype = denoiser.activation_dtype
-    positions = torch.arange(length, device=x0.device)
-    rope = rotation(positions[None], config.head_dim, config.rope_theta, dtype) if config.use_rope else None
-    causal = _bias(positions[:, None] >= positions, dtype)
-    seeded = _bias(torch.cat((block[:, None] > block, block[:, None] == block), dim=1), dtype)  # (t, 2t)
-    modulations = _per_position(model, t)
-    clean, noisy = context.embed(x0), denoiser.embed(xt)
-    for below, layer, modulation in zip(context.stack, denoiser.stack, modulations, strict=True):
-        entered = layer.enter(noisy, modulation, dtype)
-        with torch.no_grad():
-            clean_entered = below.enter(clean, None, dtype)
-        if isinstance(layer.mixer, Attention) and isinstance(below.mixer, Attention):
-            with torch.no_grad():
-                q, past_key, past_value = below.mixer.project(clean_entered, rope)
-                clean_mixed = below.mixer.output(cached_attention(q, past_key, past_value, causal))
-            q, key, value = layer.mixer.project(entered, rope)
-            keys, values = torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2)
-            mixed = layer.mixer.output(cached_attention(q, keys, values, seeded))
-        else:
-            assert isinstance(layer.mixer, MLP | MixtureOfExperts)
-            assert isinstance(below.mixer, MLP | MixtureOfExperts)
-            with torch.no_grad():
-                clean_mixed = below.mixer(clean_entered)
-            mixed = layer.mixer(entered)
-        with torch.no_grad():
-            clean = below.leave(clean, clean_mixed, None)
-        noisy = layer.leave(noisy, mixed, modulation)
-    return denoiser.finish(noisy)
+    rope = rotation(layout.position, config.head_dim, config.rope_theta, dtype) if config.use_rope else None
+    plan = make_plan(
+        layout, chunk_size=chunk_size if "M" in config.pattern else None, conv_kernel=config.conv_kernel, rope=rope
+    )
+    learns = torch.is_grad_enabled() and any(p.requires_grad for p in context.parameters())
+    levels, index = t.unique(return_inverse=True)  # few: one per block of each row at most
+    with torch.set_grad_enabled(learns):
+        clean: Tensor | None = context.embed(x0)
+    noisy = denoiser.embed(xt)
+    # Above the last layer that seeds the denoiser nobody reads the context tower
+    top = len(config.pattern) if with_context else max(config.pattern.rfind("M"), config.pattern.rfind("*"))
+    shared = model.time_conditioning.shared(levels)
+    for i, (below, layer) in enumerate(zip(context.stack, denoiser.stack, strict=True)):
+        step = _LayerPair(below, layer, plan, dtype, learns, i < top)
+        time = (model.time_conditioning.tables[i], shared, index)
+        noisy, clean = step(noisy, clean, time, recompute=recompute and torch.is_grad_enabled())
+    with torch.set_grad_enabled(learns):
+        finished = context.finish(clean) if with_context and clean is not None else None
+    return Hidden(denoiser.finish(noisy), finished)
 
 
-def _per_position(model: TwoTower, t: Tensor) -> list[Modulation]:
-    levels, index = t.unique(return_inverse=True)  # few: one per block of each row
-    return [Modulation(*(part[:, 0][index] for part in layer)) for layer in model.time_conditioning(levels)]
+class _LayerPair(NamedTuple):
+    """The same layer of both towers."""
+
+    below: Layer
+    layer: Layer
+    plan: Plan
+    dtype: torch.dtype
+    learns: bool
+    needs_clean: bool
+
+    def __call__(
+        self, noisy: Tensor, clean: Tensor | None, time: tuple[Tensor, Tensor, Tensor], *, recompute: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The next residual streams: noisy (v·b, t, d) and, while it is needed, clean (b, t, d); `time` is what
+        `_modulation` reads."""
+        if self.layer.kind in "M*":
+            return _maybe_recomputed(recompute, self._seeded, noisy, clean, *time)
+        if self.needs_clean:
+            assert clean is not None
+            with torch.set_grad_enabled(self.learns):
+                clean = _maybe_recomputed(recompute and self.learns, self._clean, clean)
+        return _maybe_recomputed(recompute, self._noisy, noisy, *time), clean if self.needs_clean else None
+
+    def _seeded(
+        self, noisy: Tensor, clean: Tensor, table: Tensor, shared: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        context, mixer = self.below.mixer, self.layer.mixer
+        assert isinstance(context, Mamba2 | Attention)
+        assert isinstance(mixer, Mamba2 | Attention)
+        with torch.set_grad_enabled(self.learns):
+            seed = context_seed(context, self.below.enter(clean, None, self.dtype), self.plan)
+        own = _modulation(table, shared, index)
+        entered = self.layer.enter(noisy, own, self.dtype)
+        views = [block_mixed(mixer, x, seed, self.plan, self.dtype) for x in entered.split(clean.shape[0])]
+        noisy = self.layer.leave(noisy, views[0] if len(views) == 1 else torch.cat(views), own)
+        if not self.needs_clean:
+            return noisy, None
+        # Last, because recomputing stops at the last tensor that backward needs: a frozen tower's output is made once
+        with torch.set_grad_enabled(self.learns):
+            return noisy, self.below.leave(clean, context_mixed(context, seed, self.plan, self.dtype), None)
+
+    def _clean(self, clean: Tensor) -> Tensor:
+        mixer = self.below.mixer
+        assert not isinstance(mixer, Mamba2 | Attention)
+        return self.below.leave(clean, mixer(self.below.enter(clean, None, self.dtype)), None)
+
+    def _noisy(self, noisy: Tensor, table: Tensor, shared: Tensor, index: Tensor) -> Tensor:
+        mixer = self.layer.mixer
+        assert not isinstance(mixer, Mamba2 | Attention)
+        own = _modulation(table, shared, index)
+        return self.layer.leave(noisy, mixer(self.layer.enter(noisy, own, self.dtype)), own)
 
 
-def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)[None, None]
+def _maybe_recomputed(recompute: bool, function: Callable[..., T], *arguments: object) -> T:
+    if not recompute:
+        return function(*arguments)
+    result: T = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return result
+
+
+def _modulation(table: Tensor, shared: Tensor, index: Tensor) -> Modulation:
+    """A layer's modulation (v·b, t, d) at every position: its table (3, d) plus each level's share (l, 3, d), by
+    index (v·b, t)."""
+    return Modulation(*(F.embedding(index, part) for part in (shared + table).unbind(1)))

@@ -40,15 +40,18 @@ class TimeConditioning(nn.Module):
 
     def forward(self, t: Tensor) -> list[Modulation]:
         """Masked fractions t (b,) in [0, 1] to each layer's modulation."""
+        every = self.tables[:, None, :, None] + self.shared(t)[None, :, :, None]  # (i, b, 3, 1, d)
+        return [Modulation(*layer.unbind(1)) for layer in every.unbind(0)]
+
+    def shared(self, t: Tensor) -> Tensor:
+        """(b, 3, d): what t (b,) adds to every layer's own table."""
         dtype = self.tables.dtype
         # The released model casts t̂ before multiplying; in bf16 that rounds 812.5 to 812, and training saw the same.
         scaled = (t.to(self.released_dtype) * 1000).to(torch.promote_types(dtype, torch.float32))
         angles = scaled[:, None] * self.frequencies  # (b, 128)
         embedding = torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
         hidden = self.embed_out(F.silu(self.embed_in(embedding)))
-        shared = self.block(F.silu(hidden)).unflatten(-1, (3, -1))  # (b, 3, d)
-        every = self.tables[:, None, :, None] + shared[None, :, :, None]  # (i, b, 3, 1, d)
-        return [Modulation(*layer.unbind(1)) for layer in every.unbind(0)]
+        return self.block(F.silu(hidden)).unflatten(-1, (3, -1))
 
     def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
         for layer in (self.embed_in, self.embed_out, self.block):

@@ -1,4 +1,4 @@
-"""A plain trainer: one process, float32, resumable. Letters: b batch, t tokens, m masked rows, v vocabulary."""
+"""A plain trainer: one process, float32, resumable. Letters: b batch, t tokens."""
 
 import dataclasses
 import json
@@ -6,21 +6,29 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.model.block_parallel import block_parallel_hidden
 from twotower.model.two_tower import TwoTower
-from twotower.training.corruption import Corrupted, corrupt
+from twotower.training.corruption import Corrupted, LevelPer, Noise, corrupt
 from twotower.training.data import Corpus
+from twotower.training.objective import LossSums, Reduction, loss_sums, next_token_targets, weigh
+
+ContextTraining = Literal["frozen", "trained", "tied"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. The learning rate warms up linearly, stays, and over the last `decay_steps` falls linearly to 0."""
+    """One run. The learning rate warms up linearly, stays, and over the last `decay_steps` falls linearly to 0.
+
+    `micro_batch_size` rows are computed at a time (0: all of the step's), without changing the gradient. `reduction`
+    is explained at `objective.weigh`, `level_per`, `full_mask_fraction`, `later_weight` and `complementary` at
+    `corruption.Noise`, `recompute` at `block_parallel_hidden`. `context` says whether the context tower stays as it is,
+    is trained through the seeding, or is one and the same as the denoiser tower; `ar_weight` adds that much of its
+    next-token loss.
+    """
 
     steps: int
     batch_size: int = 16
@@ -29,7 +37,15 @@ class TrainConfig:
     decay_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    micro_batch_size: int = 0
+    reduction: Reduction = "masked_mean"
+    level_per: LevelPer = "block"
     full_mask_fraction: float = 0.25
+    later_weight: float = 0.0
+    complementary: bool = False
+    context: ContextTraining = "frozen"
+    ar_weight: float = 0.0
+    recompute: bool = False
     seed: int = 0
     checkpoint_every: int = 100
     compile: bool = False
@@ -42,8 +58,30 @@ class TrainConfig:
             raise ValueError(f"decay_steps is {self.decay_steps}, must be in [0, steps={self.steps}]")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}, must be above 0")
-        if not 0 <= self.full_mask_fraction <= 1:
-            raise ValueError(f"full_mask_fraction is {self.full_mask_fraction}, must be in [0, 1]")
+        if self.micro_batch_size < 0:
+            raise ValueError(f"micro_batch_size is {self.micro_batch_size}, must be 0 (the whole batch) or more")
+        if self.reduction not in get_args(Reduction):
+            raise ValueError(f"reduction is {self.reduction!r}, must be one of {', '.join(get_args(Reduction))}")
+        if self.context not in ("frozen", "trained", "tied"):
+            raise ValueError(f"context is {self.context!r}, must be frozen, trained or tied")
+        if not self.ar_weight >= 0:
+            raise ValueError(f"ar_weight is {self.ar_weight}, must be 0 or more")
+        if self.ar_weight > 0 and self.context == "frozen":
+            raise ValueError(f"ar_weight is {self.ar_weight} for a frozen context tower; train it or set it to 0")
+        uniform = self.noise.full_mask_fraction == 0 and self.noise.later_weight == 0
+        if self.reduction == "elbo" and not uniform:
+            raise ValueError(
+                "reduction is elbo, a bound only where t̂ alone decides; set full_mask_fraction and later_weight to 0"
+            )
+
+    @property
+    def noise(self) -> Noise:
+        return Noise(
+            level_per=self.level_per,
+            full_mask_fraction=self.full_mask_fraction,
+            later_weight=self.later_weight,
+            complementary=self.complementary,
+        )
 
     def rate(self, step: int) -> float:
         """The learning rate of a 0-based step."""
@@ -62,17 +100,11 @@ class StepReport(NamedTuple):
     tokens_per_second: float
 
 
-def denoising_loss(model: TwoTower, x0: Tensor, noisy: Corrupted) -> Tensor:
-    """Mean cross-entropy over the masked positions (`masked_mean`); same-position targets, head on masked rows only."""
-    hidden = block_parallel_hidden(model, x0, noisy.xt, noisy.level, noisy.block)
-    rows = hidden[noisy.masked]  # (m, d)
-    total = F.cross_entropy(model.lm_head(rows).float(), x0[noisy.masked], reduction="sum")
-    return total / max(rows.shape[0], 1)  # 0, not nan, where a small batch has nothing masked
-
-
-def denoiser_parameters(model: TwoTower) -> list[torch.nn.Parameter]:
-    """Every trained parameter: denoiser tower, its head (once, if tied) and the time modules."""
-    modules = (model.denoiser_tower, model.lm_head, model.time_conditioning)
+def trained_parameters(model: TwoTower, *, with_context: bool) -> list[torch.nn.Parameter]:
+    """Denoiser tower, its head (once, if tied) and time modules, and the context tower and its head if asked for."""
+    modules = [model.denoiser_tower, model.lm_head, model.time_conditioning]
+    if with_context:
+        modules += [model.context_tower, model.context_lm_head]
     return list(dict.fromkeys(p for module in modules for p in module.parameters()))
 
 
@@ -81,14 +113,16 @@ class Trainer:
 
     def __init__(self, model: TwoTower, corpus: Corpus, config: TrainConfig, folder: str | Path) -> None:
         self.model, self.corpus, self.config, self.folder = model, corpus, config, Path(folder)
-        self.parameters = denoiser_parameters(model)
+        if config.context == "tied":
+            model.context_tower, model.context_lm_head = model.denoiser_tower, model.lm_head
+        self.parameters = trained_parameters(model, with_context=config.context != "frozen")
         model.requires_grad_(False)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
         )
-        self.loss: Callable[..., Tensor] = torch.compile(denoising_loss) if config.compile else denoising_loss
+        self.loss_sums: Callable[..., LossSums] = torch.compile(loss_sums) if config.compile else loss_sums
         self.step = 0
 
     def run(self, report: Callable[[StepReport], None]) -> None:
@@ -114,22 +148,47 @@ class Trainer:
         noisy = corrupt(
             x0,
             scored,
+            torch.arange(c.batch_size) + self.step * c.batch_size,
+            seed=c.seed,
+            noise=c.noise,
             block_size=self.model.config.block_size,
             mask_token_id=self.model.config.mask_token_id,
-            full_mask_fraction=c.full_mask_fraction,
-            generator=torch.Generator().manual_seed(c.seed * 1_000_003 + self.step),
         )
         rate = c.rate(self.step)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        loss = self.loss(self.model, x0, noisy)
-        loss.backward()
+        loss = self._backward(x0, noisy)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm, error_if_nonfinite=True)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
         speed = x0.numel() / (time.perf_counter() - start)
-        return StepReport(self.step, loss.item(), norm.item(), rate, speed)
+        return StepReport(self.step, loss, norm.item(), rate, speed)
+
+    def _backward(self, x0: Tensor, noisy: Corrupted) -> float:
+        """Adds the step's gradient, one micro-batch after the other, and returns its loss."""
+        c = self.config
+        weight, denominator = weigh(noisy, c.reduction)
+        ar_denominator = float(next_token_targets(x0, noisy)[1].sum())
+        views = weight.unflatten(0, (-1, len(x0)))
+        size, total = c.micro_batch_size or len(x0), 0.0
+        for start in range(0, len(x0), size):
+            part = slice(start, start + size)
+            sums = self.loss_sums(
+                self.model,
+                x0[part],
+                noisy.rows(part),
+                views[:, part].flatten(0, 1),
+                with_ar=c.ar_weight > 0,
+                recompute=c.recompute,
+            )
+            # 0, not nan, where a small batch has nothing masked
+            loss = sums.denoising / max(denominator, 1)
+            if sums.ar is not None:
+                loss = loss + c.ar_weight * sums.ar / max(ar_denominator, 1)
+            loss.backward()
+            total += loss.item()
+        return total
 
     def _save(self) -> None:
         state: dict[str, Any] = {

@@ -1,0 +1,312 @@
+"""One training step against boundary states with a dense mask, and against a plain AR step of one tower.
+
+    python benchmarks/training_pass.py > benchmarks/results/training_pass.json
+
+Prints one JSON line. Model: M*-EM*-E, d 512, 8/2 heads x 64, Mamba 16 x 64 with state 128 in 8 groups, 32 experts of
+width 256 with 4 active, shared 512, MLP 1024, v 8192, float32, random weights. Batch 1, t 2048, block 16, half of the
+positions masked. A step is forward and backward without the optimiser.
+
+`boundary` is what released training code does: the context pass runs first and keeps every layer's keys and values and,
+for `M`, a state and convolution rows per block boundary; the denoiser folds blocks into the batch for `M` and adds a
+dense (t, 2t) mask in `*`. It has the same towers, and the same head on masked rows, all at once; like ours it is
+vectorised over blocks. `seeded` is `training.objective.loss_sums`, `recompute` the same with that option, `ar` the
+context tower alone, trained on all positions with one head product. Steps alternate; ratios are of neighbours. On a
+shared machine seconds of the process on its core tell more than those of the clock. Peaks are the resident memory above
+that before the step, with weights and gradients allocated; they come from the kernel (Linux only).
+"""
+
+import argparse
+import ctypes
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from hybrid_decode import commit, cpu_model
+from torch import Tensor
+
+from twotower import TwoTower, TwoTowerConfig
+from twotower.model.attention import Attention
+from twotower.model.layout import Layout, make_layout
+from twotower.model.mamba2 import Mamba2
+from twotower.model.seeded_mixers import MambaSeed, context_mixed, context_seed, make_plan
+from twotower.model.state import MambaState
+from twotower.model.time_conditioning import Modulation
+from twotower.ops.attention import cached_attention
+from twotower.training.corruption import Corrupted
+from twotower.training.objective import loss_sums
+
+CONFIG = TwoTowerConfig(
+    vocab_size=8192,
+    hidden_size=512,
+    pattern="M*-EM*-E",
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    intermediate_size=1024,
+    mamba_num_heads=16,
+    mamba_head_dim=64,
+    mamba_state_size=128,
+    mamba_num_groups=8,
+    num_experts=32,
+    num_experts_per_tok=4,
+    expert_intermediate_size=256,
+    shared_expert_intermediate_size=512,
+    routed_scaling_factor=2.5,
+)
+
+
+class Case(NamedTuple):
+    """One row of tokens and its noisy version."""
+
+    x0: Tensor
+    noisy: Corrupted
+
+
+def random_model() -> TwoTower:
+    """Weights of the size that keeps activations near 1; gates at 1; gradients allocated where the denoiser trains."""
+    torch.manual_seed(0)
+    model = TwoTower(CONFIG)
+    for name, tensor in model.released_tensors().items():
+        if name.endswith(("norm.weight", "norm_f.weight", ".D")):
+            tensor.fill_(1.0)
+        elif name.endswith("A_log"):
+            tensor.copy_(torch.linspace(0.0, 2.0, tensor.numel()))
+        elif name.endswith("dt_bias"):
+            tensor.fill_(-3.0)
+        elif name.startswith("scale_shift"):
+            tensor.zero_()[2] = 1.0
+        elif tensor.ndim >= 2:
+            tensor.copy_(torch.randn(tensor.shape) * tensor.shape[-1] ** -0.5)
+        else:
+            tensor.copy_(torch.randn(tensor.shape) * 0.02)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return model
+
+
+def make_case(t: int, block_size: int) -> Case:
+    torch.manual_seed(t)
+    x0 = torch.randint(4, CONFIG.vocab_size, (1, t))
+    layout = make_layout(torch.zeros(1, t, dtype=torch.int64), block_size)
+    level = (torch.rand(int(layout.block.max()) + 1)[layout.block] * 0.9 + 0.05).clone()
+    masked = torch.rand(1, t) < 0.5
+    scored = torch.ones_like(masked)
+    return Case(x0, Corrupted(x0.masked_fill(masked, CONFIG.mask_token_id), masked, level, level, scored, layout))
+
+
+def train_only(model: TwoTower, *, context: bool) -> None:
+    """Gradients to one tower and its head."""
+    model.requires_grad_(False)
+    modules = (model.context_tower, model.context_lm_head) if context else (model.denoiser_tower, model.lm_head)
+    for module in modules:
+        module.requires_grad_(True)
+    if not context:
+        model.time_conditioning.requires_grad_(True)
+
+
+def seeded_step(model: TwoTower, case: Case, *, recompute: bool) -> None:
+    train_only(model, context=False)
+    weight = case.noisy.masked.float()
+    sums = loss_sums(model, case.x0, case.noisy, weight, recompute=recompute)
+    (sums.denoising / weight.sum()).backward()
+
+
+def ar_step(model: TwoTower, case: Case) -> None:
+    train_only(model, context=True)
+    tower = model.context_tower
+    plan = make_plan(case.noisy.layout, chunk_size=64, conv_kernel=CONFIG.conv_kernel, rope=None)
+    x = tower.embed(case.x0)
+    for layer in tower.stack:
+        entered = layer.enter(x, None, torch.float32)
+        if isinstance(layer.mixer, Mamba2 | Attention):
+            seed = context_seed(layer.mixer, entered, plan)
+            mixed = context_mixed(layer.mixer, seed, plan, torch.float32)
+        else:
+            mixed = layer.mixer(entered)
+        x = layer.leave(x, mixed, None)
+    logits = model.context_lm_head(tower.finish(x)[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), case.x0[:, 1:].flatten()).backward()
+
+
+class Boundary(NamedTuple):
+    """An `M` layer's state and convolution rows before every block: (blocks, …)."""
+
+    state: MambaState
+
+
+@torch.no_grad()
+def boundary_context(model: TwoTower, x0: Tensor, layout: Layout) -> list[Boundary | tuple[Tensor, Tensor] | None]:
+    """The whole context pass, keeping what the denoiser needs of every layer."""
+    tower, t = model.context_tower, x0.shape[1]
+    block_size = int(layout.block_end[0, 0])
+    # chunks of one block each: their initial states are the boundary states
+    plan = make_plan(layout, chunk_size=block_size, conv_kernel=CONFIG.conv_kernel, rope=None)
+    causal = bias(torch.ones(t, t, dtype=torch.bool).tril())
+    kept: list[Boundary | tuple[Tensor, Tensor] | None] = []
+    x = tower.embed(x0)
+    for layer in tower.stack:
+        entered = layer.enter(x, None, torch.float32)
+        if isinstance(layer.mixer, Mamba2):
+            seed = context_seed(layer.mixer, entered, plan)
+            assert isinstance(seed, MambaSeed)
+            width = CONFIG.conv_kernel - 1
+            rows = F.pad(seed.xbc, (0, 0, width, 0))[0].unfold(0, width, block_size)[: t // block_size]
+            kept.append(Boundary(MambaState(rows.transpose(1, 2).contiguous(), seed.states[0])))
+            mixed = context_mixed(layer.mixer, seed, plan, torch.float32)
+        elif isinstance(layer.mixer, Attention):
+            q, key, value = layer.mixer.project(entered, None)
+            kept.append((key, value))
+            mixed = layer.mixer.output(cached_attention(q, key, value, causal))
+        else:
+            kept.append(None)
+            mixed = layer.mixer(entered)
+        x = layer.leave(x, mixed, None)
+    return kept
+
+
+def boundary_step(model: TwoTower, case: Case) -> None:
+    train_only(model, context=False)
+    x0, noisy = case
+    layout, t = noisy.layout, x0.shape[1]
+    kept = boundary_context(model, x0, layout)
+    block = layout.block[0]
+    mask = bias(torch.cat((block[:, None] > block, block[:, None] == block), dim=1))  # (t, 2t)
+    blocks = int(block.max()) + 1
+    levels, index = noisy.told.unique(return_inverse=True)
+    x = model.denoiser_tower.embed(noisy.xt)
+    for layer, seed, modulation in zip(model.denoiser_tower.stack, kept, model.time_conditioning(levels), strict=True):
+        own = Modulation(*(F.embedding(index, part[:, 0]) for part in modulation))
+        entered = layer.enter(x, own, torch.float32)
+        if isinstance(seed, Boundary):
+            assert isinstance(layer.mixer, Mamba2)
+            prepared = layer.mixer.prepare(entered.view(blocks, t // blocks, -1), seed.state.conv)
+            mixed = layer.mixer.outputs(prepared, seed.state, torch.float32).view_as(entered)
+        elif isinstance(seed, tuple):
+            assert isinstance(layer.mixer, Attention)
+            q, key, value = layer.mixer.project(entered, None)
+            keys, values = torch.cat((seed[0], key), dim=2), torch.cat((seed[1], value), dim=2)
+            mixed = layer.mixer.output(cached_attention(q, keys, values, mask))
+        else:
+            mixed = layer.mixer(entered)
+        x = layer.leave(x, mixed, own)
+    logits = model.lm_head(model.denoiser_tower.finish(x)[noisy.masked])
+    F.cross_entropy(logits, x0[noisy.masked]).backward()
+
+
+def bias(visible: Tensor) -> Tensor:
+    return torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)[None, None]
+
+
+def peak_mb(run: Callable[[], None]) -> float:
+    """The most resident memory during `run` above that before it."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def timed(run: Callable[[], None]) -> tuple[float, float]:
+    """Seconds by the clock and of this process on any core."""
+    began, used = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - began, time.process_time() - used
+
+
+def spread(values: list[float], digits: int = 3) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": round(median, digits), "q1": round(low, digits), "q3": round(high, digits)}
+
+
+def speeds(runs: dict[str, Callable[[], None]], tokens: int, repeats: int) -> dict[str, object]:
+    """Tokens per second of each step, alternating, and the ratios of steps that ran beside each other."""
+    wall: dict[str, list[float]] = {name: [] for name in runs}
+    used: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            seconds = timed(run)
+            if repeat:
+                wall[name].append(seconds[0])
+                used[name].append(seconds[1])
+    out: dict[str, object] = {
+        name: {
+            "tokens_per_second": spread([tokens / s for s in wall[name]], 0),
+            "tokens_per_cpu_second": spread([tokens / s for s in used[name]], 0),
+        }
+        for name in runs
+    }
+
+    def ratio(over: str, under: str) -> dict[str, object]:
+        return {
+            label: spread([a / b for a, b in zip(values[over], values[under], strict=True)])
+            for label, values in (("wall", wall), ("cpu", used))
+        }
+
+    for name in ("seeded", "recompute"):
+        out[f"{name}_speedup_over_boundary"] = ratio("boundary", name)
+        out[f"{name}_time_over_ar"] = ratio(name, "ar")
+    return out
+
+
+def peaks(model: TwoTower, runs: dict[str, Callable[[], None]], tokens: int, scaling: list[int]) -> dict[str, object]:
+    """Peak memory of each step, and of ours by block length and by tokens."""
+    # as large tensors are by default: freed memory returns to the kernel at once, so that resident is what is live
+    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)
+    out: dict[str, object] = {}
+    found: dict[str, list[float]] = {name: [peak_mb(run) for _ in range(3)] for name, run in runs.items()}
+    out["peak_mb"] = {name: spread(values, 0) for name, values in found.items()}
+    for name in ("seeded", "recompute"):
+        ratios = [a / b for a, b in zip(found[name], found["boundary"], strict=True)]
+        out[f"{name}_peak_over_boundary"] = spread(ratios)
+        steps = functools.partial(seeded_step, model, recompute=name == "recompute")
+        by_block = {size: make_case(tokens, size) for size in (4, 16)}
+        out[f"{name}_peak_mb_by_block"] = {
+            size: round(peak_mb(functools.partial(steps, case))) for size, case in by_block.items()
+        }
+        out[f"{name}_peak_mb_by_tokens"] = {
+            t: round(peak_mb(functools.partial(steps, make_case(t, 16)))) for t in scaling
+        }
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--scaling", type=int, nargs="*", default=[1024, 2048, 4096, 8192])
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model = random_model()
+    case = make_case(arguments.tokens, 16)
+    runs: dict[str, Callable[[], None]] = {
+        "boundary": functools.partial(boundary_step, model, case),
+        "seeded": functools.partial(seeded_step, model, case, recompute=False),
+        "recompute": functools.partial(seeded_step, model, case, recompute=True),
+        "ar": functools.partial(ar_step, model, case),
+    }
+    out: dict[str, object] = {"benchmark": "training_pass", "tokens": arguments.tokens, "block": 16}
+    out |= speeds(runs, arguments.tokens, arguments.repeats)
+    out |= peaks(model, runs, arguments.tokens, arguments.scaling)
+    out |= {
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_model(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()
