@@ -11,6 +11,7 @@ import twotower
 from twotower.checkpoints import save
 from twotower.cli import train
 from twotower.model.two_tower import TwoTower
+from twotower.training.data import Rows, write_shard
 from twotower.training.trainer import TrainConfig
 
 
@@ -25,8 +26,8 @@ def backbone(tiny, byte_tokenizer, tmp_path_factory):
 def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
-    ids = rng.integers(4, 260, (8, 12), dtype=np.int16)
-    np.savez(path / "0.npz", ids=ids, prefix=np.ones(8, dtype=np.int16))
+    ids = rng.integers(4, 260, (8, 12))
+    write_shard(path / "0.safetensors", Rows(ids, np.ones_like(ids), ids * 0))
     return path
 
 

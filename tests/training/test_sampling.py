@@ -2,14 +2,13 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.training.data import Corpus
-from twotower.training.sampling import SampleConfig, sample_rows, write_shard
+from twotower.training.sampling import SampleConfig, sample_rows, sample_shard
 
 
 @pytest.mark.parametrize("pattern", ["M*-E", "llama"])
@@ -56,18 +55,18 @@ def test_temperature_flattens_what_follows_the_prefix(tiny: Callable) -> None:
 def test_a_shard_depends_on_config_and_index_alone_and_is_written_once(tiny: Callable, tmp_path: Path) -> None:
     model = tiny("*")
     config = SampleConfig(rows=3, length=30, temperatures=(0, 1), longest_prefix=20, seed=1)
-    files = [write_shard(model, tmp_path / "a", index, config) for index in range(6)]
-    assert [file.name for file in files] == [f"0000{index}.npz" for index in range(6)]
-    again = write_shard(model, tmp_path / "b", 2, config)
-    with np.load(files[2]) as a, np.load(again) as b:
-        assert all(np.array_equal(a[name], b[name]) for name in ("ids", "prefix"))
+    files = [sample_shard(model, tmp_path / "a", index, config) for index in range(6)]
+    assert [file.name for file in files] == [f"0000{index}.safetensors" for index in range(6)]
+    again = sample_shard(model, tmp_path / "b", 2, config)
+    assert files[2].read_bytes() == again.read_bytes()
     before = files[0].stat().st_mtime_ns
-    write_shard(model, tmp_path / "a", 0, dataclasses.replace(config, seed=2))
+    sample_shard(model, tmp_path / "a", 0, dataclasses.replace(config, seed=2))
     assert files[0].stat().st_mtime_ns == before
-    corpus = Corpus.load(tmp_path / "a", vocab_size=40)
-    assert corpus.ids.shape == (18, 30)
-    assert set(corpus.prefix) > {1}  # both kinds: scored throughout, and after a prefix
-    assert corpus.prefix.max() <= 20
+    corpus = Corpus(tmp_path / "a", vocab_size=40)
+    assert (len(corpus), corpus.length) == (18, 30)
+    starts = {int(corpus.row(i).scored.argmax()) for i in range(18)}
+    assert 1 in starts  # both kinds: scored throughout, and after a prefix
+    assert 1 < max(starts) <= 20
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ _COMMANDS = {
     "init": "Make a two-tower checkpoint from a single-tower model.",
     "inspect": "Show a checkpoint's parameters, memory and errors.",
     "sample": "Write a training corpus with the context tower itself.",
+    "tokenize": "Write a training corpus from text.",
     "train": "Train the denoiser tower on a corpus of tokens.",
     "bench": "Measure the speed of the decoding modes.",
 }

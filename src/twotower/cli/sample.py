@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twotower.cli.options import DeviceOption, Dtype, open_model
-from twotower.training.sampling import SampleConfig, write_shard
+from twotower.training.sampling import SampleConfig, sample_shard
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -18,7 +18,7 @@ _DEFAULTS = SampleConfig()
 @app.command("sample")
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face id.")],
-    out: Annotated[Path, typer.Argument(help="Directory for the .npz shards; those already there are kept.")],
+    out: Annotated[Path, typer.Argument(help="Directory for the shards; those already there are kept.")],
     shards: Annotated[int, typer.Option(min=1, help="Number of shards, 1 or more.")] = 16,
     rows: Annotated[int, typer.Option(help="Rows of a shard, written as one batch, 1 or more.")] = _DEFAULTS.rows,
     length: Annotated[int, typer.Option(help="Tokens of a row, 2 or more.")] = _DEFAULTS.length,
@@ -51,7 +51,7 @@ def command(
     columns = (TextColumn("Sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for index in progress.track(range(shards)):
-            file = write_shard(opened, out, index, config)
+            file = sample_shard(opened, out, index, config)
             if not console.is_terminal:
                 console.print(f"{file} ({index + 1} of {shards})", soft_wrap=True, highlight=False)
     print(f"{out} holds {shards} shards of {rows} rows; train on it with: twotower train {model} {out} RUN")

@@ -26,7 +26,7 @@ _DEFAULTS = TrainConfig(steps=1)
 @app.command("train")
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face id to start from.")],
-    corpus: Annotated[Path, typer.Argument(help="Directory of .npz shards: ids (rows, tokens) and prefix (rows).")],
+    corpus: Annotated[Path, typer.Argument(help="Directory of shards that `tokenize` or `sample` wrote.")],
     out: Annotated[
         Path, typer.Argument(help="Directory for the state, metrics.jsonl and checkpoint/; a state in it is resumed.")
     ],
@@ -107,7 +107,7 @@ def command(
         compile=compile,
     )
     opened = open_model(model, dtype="float32", pack=False)
-    trainer = Trainer(opened, Corpus.load(corpus, vocab_size=opened.config.vocab_size), config, out)
+    trainer = Trainer(opened, Corpus(corpus, vocab_size=opened.config.vocab_size), config, out)
     with _reporting(config.steps) as report:
         trainer.run(report)
     export(opened, out / "checkpoint", torch_dtype(dtype))

@@ -1,62 +1,117 @@
-"""Token corpora on disk: `.npz` shards of rows with the length of each row's unscored prefix."""
+"""Token corpora on disk: safetensors shards of rows, read through memory maps. Letters: r rows, b batch, t tokens.
 
-import zipfile
+A shard holds `ids` (r, t) int32, `scored` (r, t) bool, false where a position is never masked (prompts, prefixes, BOS,
+padding), and `document` (r, t) int32, which numbers the documents packed into a row, non-decreasing.
+"""
+
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
+_DTYPES = {"ids": "I32", "scored": "BOOL", "document": "I32"}
 
-class Corpus(NamedTuple):
-    """ids (r, t) integers and the number of leading positions of each row that are never masked (r,)."""
+
+class Batch(NamedTuple):
+    """ids (b, t) int64, scored (b, t) bool, document (b, t) int64, and each row's number in the order in which an
+    endless run would visit rows, (b,) int64: what its noise may depend on."""
+
+    ids: Tensor
+    scored: Tensor
+    document: Tensor
+    samples: Tensor
+
+
+class Rows(NamedTuple):
+    """What a shard holds, as arrays of its dtypes."""
 
     ids: np.ndarray
-    prefix: np.ndarray
+    scored: np.ndarray
+    document: np.ndarray
 
-    @classmethod
-    def load(cls, folder: str | Path, *, vocab_size: int) -> "Corpus":
-        """Reads every shard of `folder`: arrays `ids` (r, t) and `prefix` (r,). Raises ValueError naming a bad file."""
-        files = sorted(f for f in Path(folder).glob("*.npz") if ".partial" not in f.name)
+
+class _Shard(NamedTuple):
+    file: Path
+    opened: safe_open
+    rows: int
+    length: int
+
+
+class Corpus:
+    """The shards of a folder in the order of their names, as one table of rows."""
+
+    def __init__(self, folder: str | Path, *, vocab_size: int) -> None:
+        """Opens every shard, reading headers only. Raises ValueError naming a bad file."""
+        files = sorted(f for f in Path(folder).glob("*.safetensors") if ".partial" not in f.name)
         if not files:
-            raise ValueError(f"{folder} holds no .npz shard; make some with: twotower sample")
-        shards = [_read(file, vocab_size) for file in files]
-        lengths = {shard.ids.shape[1] for shard in shards}
-        if len(lengths) > 1:
             raise ValueError(
-                f"{folder} has rows of {sorted(lengths)} tokens, must all be of one length; sample it again"
+                f"{folder} holds no .safetensors shard; make some with: twotower tokenize, or twotower sample"
             )
-        return cls(*(np.concatenate(arrays) for arrays in zip(*shards, strict=True)))
+        self._shards = [_open(file) for file in files]
+        lengths = {shard.length for shard in self._shards}
+        if len(lengths) > 1:
+            raise ValueError(f"{folder} has rows of {sorted(lengths)} tokens, must all be of one length; make it again")
+        self.length = lengths.pop()
+        self._ends = np.cumsum([shard.rows for shard in self._shards])
+        self._vocab_size = vocab_size
 
-    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-        """x0 (b, t) int64 and scored (b, t) bool of optimiser step `step`: epoch-wise shuffles that depend on (seed,
-        epoch) alone, so that a resumed run sees the same rows."""
-        per_epoch = len(self.ids) // size
+    def __len__(self) -> int:
+        """Rows of all shards."""
+        return int(self._ends[-1])
+
+    def batch(self, step: int, size: int, seed: int) -> Batch:
+        """The rows of optimiser step `step`: epoch-wise shuffles that depend on (seed, epoch) alone, so that a resumed
+        run sees the same rows. Raises ValueError where a shard has tokens outside the vocabulary."""
+        per_epoch = len(self) // size
         if per_epoch == 0:
-            raise ValueError(f"batch size {size} exceeds the corpus of {len(self.ids)} rows; lower it")
-        order = np.random.default_rng((seed, step // per_epoch)).permutation(len(self.ids))
-        rows = order[step % per_epoch * size :][:size]
-        x0 = torch.from_numpy(self.ids[rows].astype(np.int64))
-        scored = torch.arange(x0.shape[1]) >= torch.from_numpy(self.prefix[rows].astype(np.int64))[:, None]
-        return x0, scored
+            raise ValueError(f"batch size {size} exceeds the corpus of {len(self)} rows; lower it")
+        order = np.random.default_rng((seed, step // per_epoch)).permutation(len(self))
+        rows = [self.row(int(i)) for i in order[step % per_epoch * size :][:size]]
+        ids, scored, document = (torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True))
+        return Batch(ids.long(), scored, document.long(), torch.arange(size) + step * size)
+
+    def row(self, index: int) -> Rows:
+        """One row's arrays (t,)."""
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._shards[place]
+        at = index - (int(self._ends[place - 1]) if place else 0)
+        found = Rows(*(shard.opened.get_slice(name)[at : at + 1][0] for name in Rows._fields))
+        if found.ids.min() < 0 or found.ids.max() >= self._vocab_size:
+            raise ValueError(f"{shard.file} has ids outside [0, {self._vocab_size}); make it with this checkpoint")
+        return found
 
 
-def _read(file: Path, vocab_size: int) -> Corpus:
+def write_shard(file: Path, rows: Rows) -> None:
+    """Writes a shard; a kill leaves no half file under its name."""
+    # safetensors writes an array's memory as it lies, whatever its strides
+    ids = np.ascontiguousarray(rows.ids, dtype=np.int32)
+    scored = np.ascontiguousarray(rows.scored, dtype=np.bool_)
+    document = np.ascontiguousarray(rows.document, dtype=np.int32)
+    assert ids.shape == scored.shape == document.shape
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial.safetensors")
+    save_file({"ids": ids, "scored": scored, "document": document}, partial)
+    os.replace(partial, file)
+
+
+def _open(file: Path) -> _Shard:
     try:
-        with np.load(file, allow_pickle=False) as shard:
-            arrays = dict(shard)
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
-        raise ValueError(f"{file} is not a whole .npz file ({error}); sample it again") from error
-    if set(arrays) != {"ids", "prefix"}:
-        raise ValueError(f"{file} holds {sorted(arrays)}, must hold ids and prefix; sample it again")
-    ids, prefix = arrays["ids"], arrays["prefix"]
-    if ids.ndim != 2 or prefix.shape != ids.shape[:1] or ids.size == 0:
-        raise ValueError(
-            f"{file} has ids {ids.shape} and prefix {prefix.shape}, must be (r, t) and (r,); sample it again"
-        )
-    if ids.dtype.kind not in "iu" or prefix.dtype.kind not in "iu":
-        raise ValueError(f"{file} holds {ids.dtype} ids and {prefix.dtype} prefixes, must be integers; sample it again")
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"{file} has ids outside [0, {vocab_size}); sample it with this checkpoint")
-    return Corpus(ids, prefix)
+        opened = safe_open(file, framework="np")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole .safetensors file ({error}); make it again") from error
+    if set(opened.keys()) != set(_DTYPES):
+        raise ValueError(f"{file} holds {sorted(opened.keys())}, must hold {sorted(_DTYPES)}; make it again")
+    slices = {name: opened.get_slice(name) for name in _DTYPES}
+    shapes = {tuple(part.get_shape()) for part in slices.values()}
+    (r, t) = shape = next(iter(shapes)) if len(shapes) == 1 else (0, 0)
+    if r == 0 or t == 0 or len(shape) != 2:
+        raise ValueError(f"{file} has shapes {sorted(shapes)}, must be (rows, tokens), one for all; make it again")
+    wrong = {name: part.get_dtype() for name, part in slices.items() if part.get_dtype() != _DTYPES[name]}
+    if wrong:
+        raise ValueError(f"{file} holds {wrong}, must hold {_DTYPES}; make it again")
+    return _Shard(file, opened, r, t)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from twotower.decoding.sampling import inverse_sample
 from twotower.model.two_tower import TwoTower
+from twotower.training.data import Rows, write_shard
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,12 +77,12 @@ def sample_rows(model: TwoTower, *, rows: int, length: int, prefix: int, seed: i
     return torch.cat(columns, dim=1)
 
 
-def write_shard(model: TwoTower, folder: Path, index: int, config: SampleConfig) -> Path:
-    """Samples shard `index` into `folder` as `{index:05d}.npz`, unless it is there already, and returns its path.
+def sample_shard(model: TwoTower, folder: Path, index: int, config: SampleConfig) -> Path:
+    """Samples shard `index` into `folder` as `{index:05d}.safetensors`, unless it is there, and returns its path.
 
     Depends on (config, index) alone. A kill leaves no half shard under that name.
     """
-    file = folder / f"{index:05d}.npz"
+    file = folder / f"{index:05d}.safetensors"
     if file.exists():
         return file
     rng = np.random.default_rng((config.seed, index))
@@ -89,9 +90,7 @@ def write_shard(model: TwoTower, folder: Path, index: int, config: SampleConfig)
     prefix = int(rng.integers(config.shortest_prefix, config.longest_prefix + 1))
     seed = int(rng.integers(2**62))
     ids = sample_rows(model, rows=config.rows, length=config.length, prefix=prefix, seed=seed, temperature=temperature)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial.npz")
-    unscored = np.full(config.rows, 1 if temperature == 1 else prefix, np.int32)
-    np.savez(partial, ids=ids.cpu().numpy().astype(np.int32), prefix=unscored)
-    partial.replace(file)
+    start = 1 if temperature == 1 else prefix
+    scored = np.broadcast_to(np.arange(config.length) >= start, ids.shape)
+    write_shard(file, Rows(ids.cpu().numpy(), scored, np.zeros(ids.shape)))
     return file

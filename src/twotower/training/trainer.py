@@ -144,15 +144,16 @@ class Trainer:
         """One optimiser step; rows and noise depend on (seed, step) alone."""
         start = time.perf_counter()
         c = self.config
-        x0, scored = self.corpus.batch(self.step, c.batch_size, c.seed)
+        x0, scored, document, samples = self.corpus.batch(self.step, c.batch_size, c.seed)
         noisy = corrupt(
             x0,
             scored,
-            torch.arange(c.batch_size) + self.step * c.batch_size,
+            samples,
             seed=c.seed,
             noise=c.noise,
             block_size=self.model.config.block_size,
             mask_token_id=self.model.config.mask_token_id,
+            document=document,
         )
         rate = c.rate(self.step)
         for group in self.optimiser.param_groups:

@@ -1,0 +1,72 @@
+"""`twotower tokenize`: text to a training corpus."""
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from twotower.checkpoints.hf import load_tokenizer, resolve
+from twotower.config import TwoTowerConfig
+from twotower.training.data import Rows, write_shard
+from twotower.training.text import TextConfig, pack, read_documents
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+_DEFAULTS = TextConfig()
+
+
+@app.command("tokenize")
+def command(
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face id: its tokenizer and config.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A .txt, .md, .jsonl or .parquet file, a folder of them, or a Hugging Face dataset's id."),
+    ],
+    out: Annotated[Path, typer.Argument(help="Directory for the shards; it must be new or empty.")],
+    length: Annotated[int, typer.Option(help="Tokens of a row, 2 or more.")] = _DEFAULTS.length,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a shard, 1 or more.")] = 4096,
+    text_field: Annotated[str, typer.Option(help="Field of a record that holds its text.")] = _DEFAULTS.text_field,
+    prompt_field: Annotated[
+        str | None,
+        typer.Option(help="Field that holds what comes before the text and is not learnt.", show_default="none"),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = _DEFAULTS.split,
+) -> None:
+    """Write a corpus for `twotower train` from text: documents packed into rows, in the order they are read."""
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; choose a new directory")
+    config = TextConfig(length=length, text_field=text_field, prompt_field=prompt_field, split=split)
+    folder = resolve(model)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer.json to tokenize with; add one")
+    packed = pack(read_documents(source, config), tokenizer, TwoTowerConfig.from_json(folder / "config.json"), config)
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("Tokenising: {task.fields[rows]:,} rows"), TimeElapsedColumn())
+    # A folder beside it until all is there: half a corpus would train without a word.
+    building = out.with_name(out.name + ".partial")
+    shutil.rmtree(building, ignore_errors=True)
+    total = scored = 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None, rows=0)
+        for index, shard in enumerate(_shards(packed, rows)):
+            write_shard(building / f"{index:05d}.safetensors", shard)
+            total, scored = total + len(shard.ids), scored + int(shard.scored.sum())
+            progress.update(task, rows=total)
+    if not total:
+        raise ValueError(f"{source} has no document with a token; look at --text-field")
+    if out.exists():
+        out.rmdir()
+    building.rename(out)
+    print(f"{out} holds {total:,} rows of {length} tokens, {scored:,} of them scored; train on it with: twotower train")
+
+
+def _shards(rows: Iterator[Rows], size: int) -> Iterator[Rows]:
+    while batch := list(itertools.islice(rows, size)):
+        yield Rows(*(np.stack(parts) for parts in zip(*batch, strict=True)))

@@ -1,0 +1,131 @@
+"""Text to rows of tokens: reading documents, tokenising and packing them. Letters: r rows, t tokens."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+
+from twotower.config import TwoTowerConfig
+from twotower.training.data import Rows
+
+# The readers of the `datasets` library, and how they cut a file into documents.
+_READERS: dict[str, tuple[str, dict[str, str]]] = {
+    ".txt": ("text", {"sample_by": "document"}),
+    ".md": ("text", {"sample_by": "document"}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+# Documents tokenised at a time; the tokenizer spreads a batch over the processor's cores.
+_BATCH = 512
+
+
+class Document(NamedTuple):
+    """A text and what comes before it without being learnt: a question, or nothing."""
+
+    prompt: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Rows of `length` tokens; the field of a record that holds its text, and the one that holds its prompt, if any."""
+
+    length: int = 1024
+    text_field: str = "text"
+    prompt_field: str | None = None
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise ValueError(f"length is {self.length}, must be at least 2")
+
+
+def read_documents(source: str, config: TextConfig) -> Iterator[Document]:
+    """The documents of a file, of every readable file below a folder in the order of their paths, or of a Hugging Face
+    dataset, streamed. Raises ValueError where there is nothing to read or a record lacks a field."""
+    from datasets import load_dataset
+
+    path = Path(source)
+    if not path.exists():
+        if path.suffix in _READERS or source.startswith((".", "/")):
+            raise FileNotFoundError(f"{source} is not there; give a file, a folder or the id of a Hugging Face dataset")
+        records: Iterable[dict[str, object]] = load_dataset(source, split=config.split, streaming=True)
+        yield from _documents(records, source, config)
+        return
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _READERS)
+    if not files or (path.suffix not in _READERS and path.is_file()):
+        raise ValueError(f"{source} holds no file ending in {', '.join(_READERS)}; convert it to one of them")
+    for file in files:
+        reader, options = _READERS[file.suffix]
+        records = load_dataset(reader, data_files=[str(file)], split="train", streaming=True, **options)
+        yield from _documents(records, str(file), config)
+
+
+def _documents(records: Iterable[dict[str, object]], source: str, config: TextConfig) -> Iterator[Document]:
+    fields = [config.text_field] if config.prompt_field is None else [config.text_field, config.prompt_field]
+    for number, record in enumerate(records, 1):
+        for field in fields:
+            if not isinstance(record.get(field), str):
+                raise ValueError(
+                    f"record {number} of {source} has no text in the field {field!r}; its fields are {sorted(record)}"
+                )
+        prompt = "" if config.prompt_field is None else str(record[config.prompt_field])
+        yield Document(prompt, str(record[config.text_field]))
+
+
+def pack(
+    documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, model: TwoTowerConfig, config: TextConfig
+) -> Iterator[Rows]:
+    """Rows of `length` tokens, each (t,): documents one after the other, cut where a row ends.
+
+    A document is [BOS | prompt | text | EOS], BOS and EOS where the config has them; its BOS and prompt are not scored.
+    What is cut off goes on in the next row as a document of its own. The last row is filled up with unscored BOS (or
+    token 0). Documents without a token are left out.
+    """
+    bos = [] if model.bos_token_id is None else [model.bos_token_id]
+    end = list(model.eos_token_ids[:1])
+    ids: list[int] = []
+    scored: list[bool] = []
+    document: list[int] = []
+    number = 0
+    for tokens, num_unscored in _tokens(documents, tokenizer, bos, end):
+        at = 0
+        while at < len(tokens):
+            take = min(config.length - len(ids), len(tokens) - at)
+            ids += tokens[at : at + take]
+            scored += [place >= num_unscored for place in range(at, at + take)]
+            document += [number] * take
+            at, number = at + take, number + 1
+            if len(ids) == config.length:
+                yield _row(ids, scored, document)
+                ids, scored, document, number = [], [], [], 0
+    if any(scored):
+        room = config.length - len(ids)
+        yield _row(ids + (bos or [0]) * room, scored + [False] * room, document + [number] * room)
+
+
+def _row(ids: list[int], scored: list[bool], document: list[int]) -> Rows:
+    return Rows(np.array(ids, np.int32), np.array(scored, bool), np.array(document, np.int32))
+
+
+def _tokens(
+    documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, bos: list[int], end: list[int]
+) -> Iterator[tuple[list[int], int]]:
+    """Each document's tokens and how many of the first are not scored."""
+    for batch in _batches(documents, _BATCH):
+        prompts = tokenizer.encode_batch([d.prompt for d in batch], add_special_tokens=False)
+        texts = tokenizer.encode_batch([d.text for d in batch], add_special_tokens=False)
+        for prompt, text in zip(prompts, texts, strict=True):
+            if text.ids:
+                yield [*bos, *prompt.ids, *text.ids, *end], len(bos) + len(prompt.ids)
+
+
+def _batches(items: Iterable[Document], size: int) -> Iterator[list[Document]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch

@@ -1,0 +1,51 @@
+"""`twotower tokenize`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twotower.training.data import Corpus
+
+pytest.importorskip("datasets", reason="the datasets package isn't installed")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    file = tmp_path / "source" / "a.jsonl"
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps({"text": f"story {i}", "question": "why?"}) + "\n" for i in range(20)))
+    return file
+
+
+def test_writes_a_corpus_that_train_reads(run: Any, checkpoint: Path, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "corpus"
+    result = run("tokenize", checkpoint, source.parent, out, "--length", 16, "--rows", 4)
+    assert result.exit_code == 0, result.output
+    corpus = Corpus(out, vocab_size=260)
+    assert len(list(out.iterdir())) > 1
+    assert f"{len(corpus)} rows of 16 tokens" in result.stdout
+    assert corpus.length == 16
+    assert corpus.row(0).ids[0] == 1
+
+
+def test_prompts_are_not_scored(run: Any, checkpoint: Path, source: Path, tmp_path: Path) -> None:
+    arguments = ("tokenize", checkpoint, source, tmp_path / "out", "--length", 16, "--prompt-field", "question")
+    assert run(*arguments).exit_code == 0
+    # BOS and the 4 bytes of "why?" are not, the 7 bytes of "story 0" are; this checkpoint has no end token
+    assert Corpus(tmp_path / "out", vocab_size=260).row(0).scored.tolist() == [False] * 5 + [True] * 7 + [False] * 4
+
+
+def test_mistakes_are_told_and_leave_nothing(run: Any, checkpoint: Path, source: Path, tmp_path: Path) -> None:
+    for options, message in (
+        (("--text-field", "body"), "no text in the field 'body'"),
+        (("--length", 1), "length is 1, must be at least 2"),
+    ):
+        result = run("tokenize", checkpoint, source, tmp_path / "out", *options)
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
+        assert not (tmp_path / "out").exists()
+    result = run("tokenize", checkpoint, source, source.parent)
+    assert result.exit_code == 2
+    assert "is not empty" in " ".join(result.stderr.split())

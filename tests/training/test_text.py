@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from twotower.config import TwoTowerConfig
+from twotower.training.text import Document, TextConfig, pack, read_documents
+
+datasets = pytest.importorskip("datasets", reason="the datasets package isn't installed")
+
+MODEL = TwoTowerConfig(vocab_size=260, hidden_size=8, pattern="-", intermediate_size=8, bos_token_id=1, eos_token_id=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three documents in the order of their paths, and a file that is none."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.txt").write_text("first\nof two lines\n")
+    (tmp_path / "b" / "c.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("second", "third")))
+    (tmp_path / "d.bin").write_bytes(b"\0")
+    return tmp_path
+
+
+def texts(source: Path, **config: str) -> list[str]:
+    return [d.text for d in read_documents(str(source), TextConfig(**config))]
+
+
+def test_a_folder_gives_its_documents_in_order(folder: Path) -> None:
+    assert texts(folder) == ["first\nof two lines\n", "second", "third"]
+    assert texts(folder / "b" / "c.jsonl") == ["second", "third"]
+
+
+def test_parquet_and_other_fields(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict({"question": ["1+1?", "2+2?"], "answer": ["2", "4"]})
+    table.to_parquet(tmp_path / "a.parquet")
+    found = read_documents(str(tmp_path), TextConfig(text_field="answer", prompt_field="question"))
+    assert list(found) == [Document("1+1?", "2"), Document("2+2?", "4")]
+    with pytest.raises(ValueError, match=r"record 1 of .*a\.parquet has no text in the field 'text'.*'answer'"):
+        texts(tmp_path)
+
+
+def test_what_is_not_there_or_cannot_be_read_is_told(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        texts(folder / "none.txt")
+    with pytest.raises(ValueError, match=r"holds no file ending in \.txt"):
+        texts(folder / "d.bin")
+
+
+def rows(documents: list[Document], tokenizer: tokenizers.Tokenizer, length: int) -> list[tuple]:
+    packed = pack(documents, tokenizer, MODEL, TextConfig(length=length))
+    return [tuple(part.tolist() for part in row) for row in packed]
+
+
+def test_documents_are_packed_and_cut(byte_tokenizer: tokenizers.Tokenizer) -> None:
+    a, b = 4 + ord("a"), 4 + ord("b")
+    found = rows([Document("", "aa"), Document("bb", "a"), Document("", "")], byte_tokenizer, 6)
+    assert found == [
+        # the second document's BOS and prompt are not scored, nor is what fills the last row
+        ([1, a, a, 2, 1, b], [False, True, True, True, False, False], [0, 0, 0, 0, 1, 1]),
+        ([b, a, 2, 1, 1, 1], [False, True, True, False, False, False], [0, 0, 0, 1, 1, 1]),
+    ]
+
+
+def test_a_long_document_goes_on_as_another_one(byte_tokenizer: tokenizers.Tokenizer) -> None:
+    found = rows([Document("", "abcdefgh")], byte_tokenizer, 5)
+    assert [row[0] for row in found] == [[1, *range(4 + 97, 4 + 101)], [*range(4 + 101, 4 + 105), 2]]
+    assert [row[1] for row in found] == [[False, *[True] * 4], [True] * 5]
+
+
+def test_bad_length_raises() -> None:
+    with pytest.raises(ValueError, match="length is 1, must be at least 2"):
+        TextConfig(length=1)
