@@ -59,6 +59,7 @@ CONFIG = TwoTowerConfig(
     shared_expert_intermediate_size=512,
     routed_scaling_factor=2.5,
 )
+M_MMAP_THRESHOLD = -3
 
 
 class Case(NamedTuple):
@@ -261,8 +262,6 @@ def speeds(runs: dict[str, Callable[[], None]], tokens: int, repeats: int) -> di
 
 def peaks(model: TwoTower, runs: dict[str, Callable[[], None]], tokens: int, scaling: list[int]) -> dict[str, object]:
     """Peak memory of each step, and of ours by block length and by tokens."""
-    # as large tensors are by default: freed memory returns to the kernel at once, so that resident is what is live
-    ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 18)
     out: dict[str, object] = {}
     found: dict[str, list[float]] = {name: [peak_mb(run) for _ in range(3)] for name, run in runs.items()}
     out["peak_mb"] = {name: spread(values, 0) for name, values in found.items()}
@@ -297,8 +296,11 @@ def main() -> None:
         "ar": functools.partial(ar_step, model, case),
     }
     out: dict[str, object] = {"benchmark": "training_pass", "tokens": arguments.tokens, "block": 16}
-    out |= speeds(runs, arguments.tokens, arguments.repeats)
+    # First, before freed memory is kept for reuse: from 256 KB on it goes back to the kernel, and resident is live
+    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 18)
     out |= peaks(model, runs, arguments.tokens, arguments.scaling)
+    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 25)  # as glibc sets it itself after large frees
+    out |= speeds(runs, arguments.tokens, arguments.repeats)
     out |= {
         "threads": torch.get_num_threads(),
         "cpu": cpu_model(),

@@ -223,7 +223,11 @@ class Pass(nn.Module):
 @pytest.mark.parametrize("pattern", ["MM", "M*M", "*-*"])
 def test_gradients_through_seeding_into_context_weights(pattern: str, tiny: Callable, ids: Callable) -> None:
     """What reaches the denoiser through state, convolution and keys, against finite differences in float64."""
-    model, x0 = tiny(pattern, dtype=torch.float64), ids(1, 11)
+    # small, because a failing gradcheck looks at every weight
+    sizes = {"vocab_size": 12, "hidden_size": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}
+    mamba = {"mamba_num_heads": 2, "mamba_head_dim": 2, "mamba_state_size": 3, "mamba_num_groups": 1}
+    model = tiny(pattern, dtype=torch.float64, intermediate_size=4, **sizes, **mamba)
+    x0 = ids(1, 11, vocab_size=12)
     layout = make_layout(torch.tensor([[0] * 8 + [1] * 3]), 3, 1)
     xt, t = noisy(x0, layout)
     module = Pass(model)
