@@ -61,12 +61,8 @@ def block_parallel_hidden(
         rows, tokens = layout.block.shape
         raise ValueError(f"the layout is {rows} rows of {tokens} tokens, must be 1 or x0's {tuple(x0.shape)}")
     dtype = denoiser.activation_dtype
-    rope = rotation(layout.position, config.head_dim, config.rope_theta, dtype) if config.use_rope else None
-    plan = make_plan(
-        layout, chunk_size=chunk_size if "M" in config.pattern else None, conv_kernel=config.conv_kernel, rope=rope
-    )
+    plan, levels, index = _prepare(model, t, layout, chunk_size)
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in context.parameters())
-    levels, index = t.unique(return_inverse=True)  # few: one per block of each row at most
     with torch.set_grad_enabled(learns):
         clean: Tensor | None = context.embed(x0)
     noisy = denoiser.embed(xt)
@@ -80,6 +76,25 @@ def block_parallel_hidden(
     with torch.set_grad_enabled(learns):
         finished = context.finish(clean) if with_context and clean is not None else None
     return Hidden(denoiser.finish(noisy), finished)
+
+
+class _Prepared(NamedTuple):
+    """What doesn't depend on weights or tokens: the plan, the levels (l,) and which of them each position has."""
+
+    plan: Plan
+    levels: Tensor
+    which: Tensor
+
+
+@torch.compiler.disable  # sizes depend on values
+def _prepare(model: TwoTower, t: Tensor, layout: Layout, chunk_size: int) -> _Prepared:
+    config, dtype = model.config, model.denoiser_tower.activation_dtype
+    rope = rotation(layout.position, config.head_dim, config.rope_theta, dtype) if config.use_rope else None
+    plan = make_plan(
+        layout, chunk_size=chunk_size if "M" in config.pattern else None, conv_kernel=config.conv_kernel, rope=rope
+    )
+    levels, index = t.unique(return_inverse=True)  # few: one per block of each row at most
+    return _Prepared(plan, levels, index)
 
 
 class _LayerPair(NamedTuple):

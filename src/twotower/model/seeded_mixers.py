@@ -32,7 +32,6 @@ class Plan(NamedTuple):
     rope: Rotation | None
 
 
-@torch.compiler.disable  # sizes depend on the layout's values
 def make_plan(layout: Layout, *, chunk_size: int | None, conv_kernel: int, rope: Rotation | None) -> Plan:
     """`chunk_size` None is for models without `M` layers."""
     return Plan(

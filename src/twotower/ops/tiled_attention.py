@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Queries attended together. Their mask is (s, m); nothing of that size outlives the tile.
 TILE = 256
+# The past of a tile ends at a multiple of this.
+SPAN = 64
 
 
 class Reach(NamedTuple):
@@ -36,7 +38,10 @@ def make_tiles(reach: Reach, size: int = TILE) -> list[Tile]:
         queries = slice(start, start + size)
         seen = Reach(*(edge[:, queries] for edge in reach))
         own = slice(int(seen.own_start.min()), int(seen.own_end.max()))
-        tiles.append(Tile(queries, seen, own, slice(int(seen.past_start.min()), int(seen.own_start.max()))))
+        # Rounded up: the last block's start moves with the grid's offset, and each length is compiled by itself
+        end = -(-int(seen.own_start.max()) // SPAN) * SPAN
+        before = slice(int(seen.past_start.min()), min(end, reach.own_start.shape[1]))
+        tiles.append(Tile(queries, seen, own, before))
     return tiles
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from twotower.model.block_parallel import block_parallel_hidden
+from twotower.model.block_parallel import Hidden, block_parallel_hidden
 from twotower.model.two_tower import TwoTower
 from twotower.training.corruption import MIN_LEVEL, Corrupted
 
@@ -69,14 +69,14 @@ def loss_sums(
     *,
     with_ar: bool = False,
     recompute: bool = False,
+    towers: Callable[..., Hidden] = block_parallel_hidden,
 ) -> LossSums:
     """Σ weight · cross-entropy of the denoiser (same-position targets), and Σ of the context tower's next-token one.
 
-    Heads run on the rows that count only, `HEAD_ROWS` at a time.
+    Heads run on the rows that count only, `HEAD_ROWS` at a time. `towers` is `block_parallel_hidden` or its compiled
+    form.
     """
-    hidden = block_parallel_hidden(
-        model, x0, noisy.xt, noisy.told, noisy.layout, recompute=recompute, with_context=with_ar
-    )
+    hidden = towers(model, x0, noisy.xt, noisy.told, noisy.layout, recompute=recompute, with_context=with_ar)
     targets = x0.repeat(weight.shape[0] // x0.shape[0], 1)[noisy.masked]
     denoising = cross_entropy_sum(model.lm_head, hidden.denoiser[noisy.masked], targets, weight[noisy.masked])
     if hidden.context is None:

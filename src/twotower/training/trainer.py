@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from twotower.model.block_parallel import Hidden, block_parallel_hidden
 from twotower.model.two_tower import TwoTower
 from twotower.training.corruption import Corrupted, LevelPer, Noise, corrupt
 from twotower.training.data import Corpus
-from twotower.training.objective import LossSums, Reduction, loss_sums, next_token_targets, weigh
+from twotower.training.objective import Reduction, loss_sums, next_token_targets, weigh
 
 ContextTraining = Literal["frozen", "trained", "tied"]
 
@@ -122,7 +123,10 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
         )
-        self.loss_sums: Callable[..., LossSums] = torch.compile(loss_sums) if config.compile else loss_sums
+        # The heads stay as they are: how many rows are masked changes at every step
+        self.towers: Callable[..., Hidden] = (
+            torch.compile(block_parallel_hidden) if config.compile else block_parallel_hidden
+        )
         self.step = 0
 
     def run(self, report: Callable[[StepReport], None]) -> None:
@@ -175,13 +179,14 @@ class Trainer:
         size, total = c.micro_batch_size or len(x0), 0.0
         for start in range(0, len(x0), size):
             part = slice(start, start + size)
-            sums = self.loss_sums(
+            sums = loss_sums(
                 self.model,
                 x0[part],
                 noisy.rows(part),
                 views[:, part].flatten(0, 1),
                 with_ar=c.ar_weight > 0,
                 recompute=c.recompute,
+                towers=self.towers,
             )
             # 0, not nan, where a small batch has nothing masked
             loss = sums.denoising / max(denominator, 1)
