@@ -3,9 +3,11 @@
     python benchmarks/hybrid_decode.py [--dtype bfloat16|float32]
 
 Prints one JSON line. Hybrid: MEMEM*EMEM*E, d 512, 8/2 heads x 64, Mamba 16 x 64 with state 64 in 4 groups, 32 experts
-of width 256 with 4 active, shared 512, v 8192; context 128, batch 1, block 16. Steps alternate; medians are printed.
+of width 256 with 4 active, shared 512, v 8192; context 128, batch 1, block 16. Passes alternate; medians are printed.
+Each timed pass follows an untimed one of its kind, as in decoding, and then a read of 128 MB, so that its weights come
+from memory.
 
-The memory floor is the bytes of weights that a pass touches over the read bandwidth measured between the same steps;
+The memory floor is the bytes of weights that a pass touches over the bandwidth of those reads;
 the arithmetic floor its multiplications over the speed of a large matrix product measured there too. `reference` is
 this package's PyTorch ops with its best packed products, what runs without a C compiler. `transformers` is
 transformers' NemotronH of the same shape and dtype on PyTorch ops alone: one token after a cached context for `ar`,
@@ -164,16 +166,16 @@ def main() -> None:
             "reference_nfe": lambda: reference.denoiser_logits(block, states[reference], level),
             **transformers_passes(dtype, ids),
             "product": lambda: square @ square,
-            "read": lambda: probe.sum(),
         }
         touched = {name: experts_touched(model, runs[name]) for name in ("ar", "nfe")}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for repeat in range(arguments.repeats + 3):
+        reads: list[float] = []
+        for _ in range(arguments.repeats):
             for name, run in runs.items():
-                took = timed(run)
-                if repeat >= 3:
-                    seconds[name].append(took)
-    bandwidth = probe.numel() * 4 / statistics.median(seconds["read"])
+                run()
+                reads.append(timed(probe.sum))
+                seconds[name].append(timed(run))
+    bandwidth = probe.numel() * 4 / statistics.median(reads)
     flops = 2 * 1024**3 / statistics.median(seconds["product"])
     size = torch.tensor([], dtype=dtype).element_size()
     out: dict[str, object] = {
