@@ -90,29 +90,29 @@ def _grouped_experts(x: Tensor, routing: Routing, experts: ExpertWeights, num_ex
     """Rows sorted by expert, then two products for each expert that has rows."""
     rows, active = routing.experts.shape
     weights = routing.weights.to(x.dtype)
+    # All experts' views at once: backward then stacks their gradients instead of adding one padded with zeros for each
+    ups = experts.packed_up or experts.up.unbind()
+    downs = experts.packed_down or experts.down.mT.unbind()
+
+    def up(piece: Tensor, e: int) -> Tensor:
+        return linear(piece, ups[e], None if experts.up_bias is None else experts.up_bias[e])
+
+    def down(piece: Tensor, e: int) -> Tensor:
+        return linear(piece, downs[e], None if experts.down_bias is None else experts.down_bias[e])
+
     if rows == 1:
         chosen = routing.experts[0].tolist()
-        hidden = [_up(x, experts, e).relu().square() for e in chosen]
-        return weights @ torch.cat([_down(piece, experts, e) for piece, e in zip(hidden, chosen, strict=True)])
+        hidden = [up(x, e).relu().square() for e in chosen]
+        return weights @ torch.cat([down(piece, e) for piece, e in zip(hidden, chosen, strict=True)])
     flat = routing.experts.flatten()  # (r·a,)
     order = flat.argsort(stable=True)
     counts = flat.bincount(minlength=num_experts).tolist()
     chosen = [e for e, count in enumerate(counts) if count]
     sizes = [counts[e] for e in chosen]
     pieces = x[order // active].split(sizes)
-    hidden = [_up(piece, experts, e) for piece, e in zip(pieces, chosen, strict=True)]
+    hidden = [up(piece, e) for piece, e in zip(pieces, chosen, strict=True)]
     pieces = torch.cat(hidden).relu().square().split(sizes)
-    y = torch.cat([_down(piece, experts, e) for piece, e in zip(pieces, chosen, strict=True)])
+    y = torch.cat([down(piece, e) for piece, e in zip(pieces, chosen, strict=True)])
     # Back to the rows' own order, then add each row's experts: no atomics, so the same bits every run.
     y = y[order.argsort()].view(rows, active, -1)
     return (weights.unsqueeze(1) @ y).squeeze(1)
-
-
-def _up(x: Tensor, experts: ExpertWeights, e: int) -> Tensor:
-    bias = None if experts.up_bias is None else experts.up_bias[e]
-    return linear(x, experts.packed_up[e] if experts.packed_up else experts.up[e], bias)
-
-
-def _down(x: Tensor, experts: ExpertWeights, e: int) -> Tensor:
-    bias = None if experts.down_bias is None else experts.down_bias[e]
-    return linear(x, experts.packed_down[e] if experts.packed_down else experts.down[e].t(), bias)
