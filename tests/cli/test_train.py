@@ -12,6 +12,7 @@ from twotower.checkpoints import save
 from twotower.cli import train
 from twotower.model.two_tower import TwoTower
 from twotower.training.data import Rows, write_shard
+from twotower.training.denoising import DenoisingConfig, Phase
 from twotower.training.trainer import TrainConfig
 
 
@@ -67,7 +68,7 @@ def test_export_only_writes_the_saved_state_again_in_the_dtype_asked_for(run, ba
     train_to(run, backbone, corpus, tmp_path, 2, "--dtype", "float32")
     exact = {name: tensor.clone() for name, tensor in tensors(tmp_path / "checkpoint").items()}
     result = train_to(run, backbone, corpus, tmp_path, 9, "--export-only")
-    assert "step 2:" in result.stdout
+    assert f"wrote {tmp_path / 'checkpoint'}" in result.stdout
     rounded = tensors(tmp_path / "checkpoint")
     assert {tensor.dtype for tensor in rounded.values()} == {torch.bfloat16}
     assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
@@ -86,28 +87,38 @@ def test_export_rounds_what_a_rounded_model_rounds(model, tmp_path):
 def test_export_only_needs_a_state(run, backbone, corpus, tmp_path):
     result = run("train", backbone, corpus, tmp_path / "empty", "--export-only")
     assert result.exit_code == 2
-    assert "state.pt" in result.stderr
+    assert "no saved state" in result.stderr
 
 
 def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, corpus, tmp_path, monkeypatch):
     seen = []
 
-    def stop(model, corpus, config, folder):
-        seen.append(config)
+    def stop(objective, corpus, config, folder, ranks):
+        seen.append((config, objective.config))
         raise ValueError("seen")
 
     monkeypatch.setattr(train, "Trainer", stop)
     run("train", backbone, corpus, tmp_path)
-    assert seen.pop() == TrainConfig(steps=1000)
+    assert seen.pop() == (TrainConfig(steps=1000), DenoisingConfig())
     other = TrainConfig(
         steps=7,
         batch_size=3,
         learning_rate=0.5,
+        final_learning_rate=0.25,
         warmup_steps=4,
         decay_steps=2,
         weight_decay=0.25,
         max_grad_norm=2.0,
         micro_batch_size=2,
+        ema_decay=0.5,
+        spike_factor=4.0,
+        skip_limit=5,
+        bf16=True,
+        shard=True,
+        seed=9,
+        checkpoint_every=5,
+    )
+    what = DenoisingConfig(
         reduction="example_mean",
         level_per="example",
         full_mask_fraction=0.5,
@@ -115,18 +126,36 @@ def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, cor
         complementary=True,
         context="trained",
         ar_weight=0.75,
+        distil_weight=0.5,
         recompute=True,
-        seed=9,
-        checkpoint_every=5,
         compile=True,
     )
     flags = [
         part
-        for name, value in dataclasses.asdict(other).items()
+        for config in (other, what)
+        for name, value in dataclasses.asdict(config).items()
+        if name != "phases"
         for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [value]))
     ]
-    run("train", backbone, corpus, tmp_path, *flags)
-    assert seen.pop() == other
+    run("train", backbone, corpus, tmp_path, *flags, "--phases", "0:32,4:16")
+    assert seen.pop() == (other, dataclasses.replace(what, phases=(Phase(0, 32), Phase(4, 16))))
+
+
+def test_the_running_mean_and_the_last_block_size_are_exported(run, backbone, corpus, tmp_path):
+    options = ("--dtype", "float32", "--ema-decay", 0.9, "--phases", "0:4,2:2")
+    result = train_to(run, backbone, corpus, tmp_path, 3, *options)
+    assert f"wrote {tmp_path / 'checkpoint-ema'}" in result.stdout
+    last, mean = (tensors(tmp_path / name) for name in ("checkpoint", "checkpoint-ema"))
+    assert any(not torch.equal(last[name], mean[name]) for name in last)
+    assert all(torch.equal(last[name], mean[name]) for name in last if name.startswith("context"))
+    assert twotower.load(tmp_path / "checkpoint-ema").config.block_size == 2
+
+
+@pytest.mark.parametrize("phases", ["32", "0:a", "0:1:2"])
+def test_phases_that_cannot_be_read_are_a_mistake(run, backbone, corpus, tmp_path, phases):
+    result = run("train", backbone, corpus, tmp_path, "--phases", phases)
+    assert result.exit_code == 2
+    assert f"phases are '{phases}'" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,133 @@
+"""What the commands that train share: options, ranks, progress and writing the result."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from twotower.cli.options import open_device
+from twotower.training.checkpointing import latest_state, read_tensors_, stored_groups
+from twotower.training.ranks import Ranks, joined
+from twotower.training.trainer import Objective, StepReport, TrainConfig, trained_parameters
+
+DEFAULTS = TrainConfig(steps=1000)
+
+StepsOption = Annotated[int, typer.Option("--steps", help="Optimiser steps in all, 1 or more.")]
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", help="Rows per step, 1 or more; under torchrun a multiple of the ranks.")
+]
+MicroBatchSizeOption = Annotated[
+    int,
+    typer.Option(
+        "--micro-batch-size",
+        help="Rows that a rank computes at a time, 0 for all of its share; changes memory, not the gradient.",
+    ),
+]
+LearningRateOption = Annotated[float, typer.Option("--learning-rate", help="Highest learning rate, above 0.")]
+FinalLearningRateOption = Annotated[
+    float, typer.Option("--final-learning-rate", help="What the rate falls to, 0 to --learning-rate.")
+]
+WarmupStepsOption = Annotated[int, typer.Option("--warmup-steps", help="Steps of linear warm-up, 0 or more.")]
+DecayStepsOption = Annotated[
+    int, typer.Option("--decay-steps", help="Last steps, over which the rate falls, 0 to --steps.")
+]
+WeightDecayOption = Annotated[float, typer.Option("--weight-decay", help="AdamW's, 0 or more.")]
+MaxGradNormOption = Annotated[float, typer.Option("--max-grad-norm", help="Gradients are clipped to this norm.")]
+EmaDecayOption = Annotated[
+    float,
+    typer.Option(
+        "--ema-decay", help="Above 0: also keep a running mean of the weights, below 1, and write OUT/checkpoint-ema."
+    ),
+]
+SpikeFactorOption = Annotated[
+    float,
+    typer.Option("--spike-factor", help="Skip steps whose loss is this many times the recent median; 0 skips none."),
+]
+SkipLimitOption = Annotated[
+    int, typer.Option("--skip-limit", help="Stop when more of the last 100 steps were skipped, 0 or more.")
+]
+Bf16Option = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; weights and optimiser stay float32.")]
+ShardOption = Annotated[
+    bool, typer.Option("--shard", help="Under torchrun: spread weights and optimiser over the ranks.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Decides the rows and masks of every step.")]
+CheckpointEveryOption = Annotated[
+    int, typer.Option("--checkpoint-every", help="Steps between two saved states, 1 or more.")
+]
+ExportOnlyOption = Annotated[
+    bool,
+    typer.Option("--export-only", help="Write the last saved state as a checkpoint without training, at any time."),
+]
+
+
+@contextmanager
+def torchrun_ranks(device: str) -> Iterator[Ranks]:
+    """The ranks that torchrun's environment tells of, each on its own GPU where `device` is cuda; else this process."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks(device=open_device(device))
+        return
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    with joined(int(os.environ["RANK"]), size, open_device(own)) as ranks:
+        yield ranks
+
+
+def export_state(
+    objective: Objective, out: Path, write: Callable[[Path], None], name: str = "checkpoint"
+) -> list[Path]:
+    """Writes the last saved state of `out`, and its running mean if it has one, as checkpoints; returns their folders.
+
+    `objective` holds the model that the run started from, in float32; `write` writes that model to a folder.
+    """
+    state = latest_state(out)
+    if state is None:
+        raise FileNotFoundError(f"{out} has no saved state to export; train without --export-only first")
+    trained = {n: p.detach() for n, p in trained_parameters(objective).items()}
+    written = []
+    for group, folder in (("weights", out / name), ("ema", out / f"{name}-ema")):
+        if group in stored_groups(state):
+            read_tensors_(state, {group: trained}, Ranks())
+            write(folder)
+            written.append(folder)
+    return written
+
+
+@contextmanager
+def reporting(steps: int, rank: int) -> Iterator[Callable[[StepReport], None]]:
+    """A progress bar on stderr where that is a terminal, else a line there every 50 steps; rank 0 reports."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("Training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(),
+    )
+    live = console.is_terminal and rank == 0
+    with Progress(*columns, console=console, disable=not live) as progress:
+        task = progress.add_task("", total=steps, numbers="")
+        started = False
+
+        def report(done: StepReport) -> None:
+            nonlocal started
+            if rank > 0:
+                return
+            if not started:  # the steps of an earlier run say nothing about the time left
+                progress.reset(task, total=steps, completed=done.step - 1)
+                started = True
+            progress.update(task, completed=done.step, numbers=_numbers(done))
+            if not live and (done.step % 50 == 0 or done.step == steps or done.fault is not None):
+                console.print(f"step {done.step} of {steps}: {_numbers(done)}", soft_wrap=True, highlight=False)
+
+        yield report
+
+
+def _numbers(done: StepReport) -> str:
+    skipped = "" if done.fault is None else f", skipped ({done.fault})"
+    skipped += f", {done.num_skipped} skipped so far" if done.num_skipped else ""
+    return f"loss {done.loss:.3f}, rate {done.learning_rate:.1e}, {done.tokens_per_second:,.0f} tokens/s{skipped}"

@@ -1,0 +1,27 @@
+"""Computing in bfloat16 with float32 weights to learn in."""
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from twotower.model.two_tower import TwoTower
+
+
+def coarse_parameters(model: TwoTower, dtype: torch.dtype) -> list[nn.Parameter]:
+    """The parameters that a model of `dtype` holds in it: all but routers and what decides the scans' decays."""
+    with torch.device("meta"):
+        named = TwoTower(model.config, dtype=dtype).named_parameters(remove_duplicate=False)
+        coarse = {name for name, parameter in named if parameter.dtype == dtype}
+    return [parameter for name, parameter in model.named_parameters() if name in coarse]
+
+
+def compute_in_(model: TwoTower, dtype: torch.dtype, keep: Collection[nn.Parameter]) -> None:
+    """Makes the model compute in `dtype` as one of that dtype does, rounding its parameters except those of `keep`."""
+    kept = {id(parameter) for parameter in keep}
+    for parameter in coarse_parameters(model, dtype):
+        if id(parameter) not in kept:
+            parameter.data = parameter.data.to(dtype)
+    for tower in (model.context_tower, model.denoiser_tower):
+        tower.activation_dtype = dtype
+    model.time_conditioning.released_dtype = dtype
