@@ -32,7 +32,12 @@ class Optimiser:
                 parameter.register_post_accumulate_grad_hook(_collect_in(master))
                 self.rounded.append((parameter, master))
             self.masters[name] = master
-        self.adamw = torch.optim.AdamW(self.masters.values(), betas=(0.9, 0.98), weight_decay=weight_decay)
+        # Two groups: no operation takes sharded and whole tensors together
+        sharded = [m for m in self.masters.values() if isinstance(m, DTensor)]
+        groups = [sharded, [m for m in self.masters.values() if not isinstance(m, DTensor)]]
+        self.adamw = torch.optim.AdamW(
+            [{"params": group} for group in groups if group], betas=(0.9, 0.98), weight_decay=weight_decay
+        )
         for master in self.masters.values():  # at once: a saved state always has all of it
             zeros = (torch.zeros_like(master.detach()) for _ in range(2))
             moments = dict(zip(("exp_avg", "exp_avg_sq"), zeros, strict=True))
@@ -47,7 +52,8 @@ class Optimiser:
     def update(self, rate: float, max_norm: float, norm: float) -> None:
         """One AdamW step with gradients of total norm `norm` clipped to `max_norm`."""
         if norm > max_norm:
-            torch._foreach_mul_(self.gradients(), max_norm / (norm + 1e-6))
+            for gradient in self.gradients():
+                gradient.mul_(max_norm / (norm + 1e-6))
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.step()
