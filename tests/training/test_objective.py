@@ -226,7 +226,7 @@ def test_the_context_towers_loss_is_that_of_the_next_token(tiny: Callable, ids: 
                 expected += float(F.cross_entropy(logits[at - 1 - start], x0[row, at]))
     assert found is not None
     assert found.item() == pytest.approx(expected, rel=1e-5)  # `context_logits` rounds to float32
-    assert next_token_targets(x0, noisy)[1].sum() == 15 - 1 - 1 - 1 + 15 - 2
+    assert next_token_targets(x0, scored, document)[1].sum() == 15 - 1 - 1 - 1 + 15 - 2
     assert loss_sums(model, x0, noisy, weight).ar is None
 
 

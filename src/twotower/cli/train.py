@@ -7,20 +7,26 @@ from typing import Annotated
 import torch
 import typer
 
-from twotower.checkpoints.hf import save
+from twotower.checkpoints.hf import read_config, resolve, save
 from twotower.cli.options import DeviceOption, Dtype, open_model, torch_dtype
+from twotower.cli.recipe import RecipeOption
 from twotower.cli.training import (
     DEFAULTS,
     BatchSizeOption,
     Bf16Option,
     CheckpointEveryOption,
+    CompileOption,
     DecayStepsOption,
+    DryRunOption,
     EmaDecayOption,
     ExportOnlyOption,
     FinalLearningRateOption,
     LearningRateOption,
     MaxGradNormOption,
     MicroBatchSizeOption,
+    NumRanksOption,
+    RecomputeOption,
+    RowLengthOption,
     SeedOption,
     ShardOption,
     SkipLimitOption,
@@ -29,15 +35,15 @@ from twotower.cli.training import (
     WarmupStepsOption,
     WeightDecayOption,
     export_state,
+    open_corpus,
+    print_estimate,
     reporting,
     torchrun_ranks,
 )
 from twotower.model.two_tower import TwoTower
 from twotower.training.corruption import LevelPer
-from twotower.training.data import Corpus
 from twotower.training.denoising import ContextTraining, Denoising, DenoisingConfig, Phase
 from twotower.training.objective import Reduction
-from twotower.training.ranks import Ranks
 from twotower.training.trainer import TrainConfig, Trainer
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -98,10 +104,8 @@ def command(
     ar_weight: Annotated[
         float, typer.Option(help="Weight of the context tower's next-token loss, where --context is not frozen.")
     ] = _DEFAULTS.ar_weight,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Compute layers again in backward: less memory, more time.")
-    ] = False,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the loss; needs a C++ compiler.")] = False,
+    recompute: RecomputeOption = False,
+    compile: CompileOption = False,
     ema_decay: EmaDecayOption = DEFAULTS.ema_decay,
     spike_factor: SpikeFactorOption = DEFAULTS.spike_factor,
     skip_limit: SkipLimitOption = DEFAULTS.skip_limit,
@@ -112,6 +116,10 @@ def command(
     device: DeviceOption = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = "bfloat16",
     export_only: ExportOnlyOption = False,
+    row_length: RowLengthOption = None,
+    num_ranks: NumRanksOption = 1,
+    dry_run: DryRunOption = False,
+    recipe: RecipeOption = None,
 ) -> None:
     """Train the denoiser tower of MODEL on CORPUS, then write the whole checkpoint to OUT/checkpoint.
 
@@ -122,19 +130,19 @@ def command(
     what = DenoisingConfig(
         **{f.name: given[f.name] for f in dataclasses.fields(DenoisingConfig)} | {"phases": _phases(phases)}
     )
+    if dry_run:
+        towers = read_config(resolve(model))
+        print_estimate(towers, config, what, corpus, row_length=row_length, num_ranks=num_ranks)
+        return
     with torchrun_ranks(device) as ranks:
         if not export_only:
-            _train(model, corpus, out, config, what, ranks)
+            opened = open_model(model, dtype="float32", device=str(ranks.device), pack=False)
+            rows = open_corpus(corpus, opened.config.vocab_size, row_length)
+            trainer = Trainer(Denoising(opened, what), rows, config, out, ranks)
+            with reporting(config.steps, ranks.rank) as report:
+                trainer.run(report)
         if ranks.rank == 0:
             _export(model, out, what, torch_dtype(dtype))
-
-
-def _train(model: str, corpus: Path, out: Path, config: TrainConfig, what: DenoisingConfig, ranks: Ranks) -> None:
-    opened = open_model(model, dtype="float32", device=str(ranks.device), pack=False)
-    shards = Corpus(corpus, vocab_size=opened.config.vocab_size)
-    trainer = Trainer(Denoising(opened, what), shards, config, out, ranks)
-    with reporting(config.steps, ranks.rank) as report:
-        trainer.run(report)
 
 
 def _export(model: str, out: Path, what: DenoisingConfig, dtype: torch.dtype) -> None:

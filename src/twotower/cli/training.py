@@ -10,8 +10,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from twotower.cli.dry_run import estimate, lines
 from twotower.cli.options import open_device
+from twotower.config import TwoTowerConfig
 from twotower.training.checkpointing import latest_state, read_tensors_, stored_groups
+from twotower.training.data import Corpus
+from twotower.training.denoising import DenoisingConfig
+from twotower.training.next_token import NextTokenConfig
 from twotower.training.ranks import Ranks, joined
 from twotower.training.trainer import Objective, StepReport, TrainConfig, trained_parameters
 
@@ -63,6 +68,22 @@ ExportOnlyOption = Annotated[
     bool,
     typer.Option("--export-only", help="Write the last saved state as a checkpoint without training, at any time."),
 ]
+RecomputeOption = Annotated[
+    bool, typer.Option("--recompute", help="Compute layers again in backward: less memory, more time.")
+]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the towers; needs a C++ compiler.")]
+RowLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        "--row-length",
+        help="Tokens that CORPUS's rows must have; for a dry run before there is a corpus.",
+        show_default="any",
+    ),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print parameters, tokens, FLOPs and memory, and do nothing.")
+]
+NumRanksOption = Annotated[int, typer.Option("--num-ranks", min=1, help="Ranks that --dry-run counts with, 1 or more.")]
 
 
 @contextmanager
@@ -75,6 +96,35 @@ def torchrun_ranks(device: str) -> Iterator[Ranks]:
     own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
     with joined(int(os.environ["RANK"]), size, open_device(own)) as ranks:
         yield ranks
+
+
+def open_corpus(folder: Path, vocab_size: int, row_length: int | None) -> Corpus:
+    """Opens a corpus whose rows must be of `row_length`, if given."""
+    corpus = Corpus(folder, vocab_size=vocab_size)
+    if row_length not in (None, corpus.length):
+        raise ValueError(
+            f"row_length is {row_length}, but {folder} has rows of {corpus.length} tokens; make them agree"
+        )
+    return corpus
+
+
+def print_estimate(
+    config: TwoTowerConfig,
+    run: TrainConfig,
+    what: DenoisingConfig | NextTokenConfig,
+    corpus: Path,
+    *,
+    row_length: int | None,
+    num_ranks: int,
+) -> None:
+    """Prints what a run needs. Raises ValueError where neither a corpus nor `row_length` says how long rows are."""
+    if corpus.exists():
+        row_length = open_corpus(corpus, config.vocab_size, row_length).length
+    if row_length is None:
+        raise ValueError(f"{corpus} is not there to tell how long its rows are; give --row-length")
+    Ranks(size=num_ranks).share(run.batch_size)
+    found = estimate(config, run, what, row_length=row_length, num_ranks=num_ranks)
+    print("\n".join(lines(found, what, config.block_size, num_ranks)))
 
 
 def export_state(

@@ -129,7 +129,7 @@ class Denoising(nn.Module):
             document=batch.document,
         )
         weight, denominator = weigh(noisy, c.reduction)
-        ar_denominator = float(next_token_targets(batch.ids, noisy)[1].sum())
+        ar_denominator = float(next_token_targets(batch.ids, batch.scored, batch.document)[1].sum())
         views = weight.unflatten(0, (-1, len(batch.ids))).to(device)
         return NoisyRows(batch.ids.to(device), noisy.to(device), views, (denominator, ar_denominator))
 

@@ -71,11 +71,10 @@ def weigh(noisy: Corrupted, reduction: Reduction) -> Weighted:
     raise ValueError(f"reduction is {reduction!r}, must be masked_mean, example_mean or elbo")
 
 
-def next_token_targets(x0: Tensor, noisy: Corrupted) -> tuple[Tensor, Tensor]:
+def next_token_targets(x0: Tensor, scored: Tensor, document: Tensor) -> tuple[Tensor, Tensor]:
     """Next tokens (b, t) of x0 and which of them count (b, t) bool: the scored ones within the same document."""
-    document = noisy.layout.document
-    counts = torch.zeros_like(noisy.scored)
-    counts[:, :-1] = noisy.scored[:, 1:] & (document[:, 1:] == document[:, :-1])
+    counts = torch.zeros_like(scored)
+    counts[:, :-1] = scored[:, 1:] & (document[:, 1:] == document[:, :-1])
     return x0.roll(-1, dims=1), counts
 
 
@@ -112,7 +111,7 @@ def loss_sums(
     ar = None
     if with_ar:
         assert hidden.context is not None
-        following, counts = next_token_targets(x0, noisy)
+        following, counts = next_token_targets(x0, noisy.scored, noisy.layout.document)
         ar = token_sums(model.context_lm_head, hidden.context[counts], following[counts], None).hard
     return LossSums(found.hard, found.soft if with_distil else None, ar)
 

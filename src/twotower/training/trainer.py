@@ -5,48 +5,25 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from twotower.model.two_tower import TwoTower
 from twotower.training.checkpointing import Checkpoints, latest_state, read_progress, read_tensors_, stored_groups
 from twotower.training.data import Batch, Corpus
+from twotower.training.denoising import Denoising
+from twotower.training.next_token import NextToken
 from twotower.training.optimiser import Optimiser, total_norm
 from twotower.training.precision import coarse_parameters, compute_in_
 from twotower.training.ranks import Ranks
 from twotower.training.schedule import Fault, Guard, Schedule
 from twotower.training.sharding import shard_
 
-
-class Rows(Protocol):
-    """A rank's rows of a step, ready to be computed in parts."""
-
-    @property
-    def denominators(self) -> tuple[float, ...]: ...
-
-
-class Objective(Protocol):
-    """What is learnt: a module whose parameters that require a gradient are trained."""
-
-    model: TwoTower
-
-    def layer_groups(self) -> list[list[nn.Module]]:
-        """The modules whose parameters are used together."""
-        ...
-
-    def prepare(self, batch: Batch, step: int, seed: int, device: torch.device) -> Any:
-        """`Rows`, made from a rank's rows of a 0-based step."""
-        ...
-
-    def __call__(self, rows: Any, part: slice, denominators: Sequence[float]) -> Tensor:
-        """What some rows add to the step's loss."""
-        ...
-
-    def named_parameters(self) -> Any: ...
+# What is learnt: a module whose parameters that require a gradient are trained.
+Objective = Denoising | NextToken
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,7 +193,6 @@ def _optimiser(objective: Objective, config: TrainConfig, ranks: Ranks) -> Optim
     if config.shard:
         dtype = torch.bfloat16 if config.bf16 else None
         whole = [p for p in model.parameters() if id(p) not in coarse]
-        assert isinstance(objective, nn.Module)
         shard_(objective, objective.layer_groups(), ranks, dtype=dtype, whole=whole)
     return Optimiser(trained_parameters(objective), exact, weight_decay=config.weight_decay, ema_decay=config.ema_decay)
 

@@ -1,0 +1,61 @@
+"""What a backbone learns at a step. Letters: b batch, t tokens."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from twotower.model.block_parallel import CHUNK_SIZE
+from twotower.model.causal_parallel import causal_hidden
+from twotower.model.layout import Layout, make_layout
+from twotower.model.one_tower import OneTower
+from twotower.training.data import Batch
+from twotower.training.objective import next_token_targets, token_sums
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextTokenConfig:
+    """How the loss is computed; `recompute` is explained at `causal_hidden`."""
+
+    recompute: bool = False
+    compile: bool = False
+
+
+class TextRows(NamedTuple):
+    """This rank's rows of a step: x0 (b, t), their next tokens and which of them count (b, t), and the documents."""
+
+    x0: Tensor
+    following: Tensor
+    counts: Tensor
+    layout: Layout
+    denominators: tuple[float, ...]
+
+
+class NextToken(nn.Module):
+    """The mean cross-entropy of the next token, over the scored ones."""
+
+    def __init__(self, model: OneTower, config: NextTokenConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.hidden: Callable[..., Tensor] = torch.compile(causal_hidden) if config.compile else causal_hidden
+
+    def layer_groups(self) -> list[list[nn.Module]]:
+        """One layer at a time."""
+        return [[layer] for layer in self.model.tower.stack]
+
+    def prepare(self, batch: Batch, step: int, seed: int, device: torch.device) -> TextRows:
+        """A rank's rows on its device; nothing is random."""
+        document = batch.document.to(device)
+        x0, scored = batch.ids.to(device), batch.scored.to(device)
+        following, counts = next_token_targets(x0, scored, document)
+        return TextRows(x0, following, counts, make_layout(document, CHUNK_SIZE), (float(counts.sum()),))
+
+    def forward(self, rows: TextRows, part: slice, denominators: Sequence[float]) -> Tensor:
+        """What some of the rows add to the step's loss, whose `denominators` are all ranks' together."""
+        layout = Layout(rows.layout.block[part], rows.layout.document[part])
+        hidden = self.hidden(self.model.tower, rows.x0[part], layout, recompute=self.config.recompute)
+        counts = rows.counts[part]
+        sums = token_sums(self.model.lm_head, hidden[counts], rows.following[part][counts], None)
+        return sums.hard / max(denominators[0], 1)
