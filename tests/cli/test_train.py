@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import twotower
 from twotower.checkpoints import save
@@ -127,6 +130,7 @@ def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, cor
         context="trained",
         ar_weight=0.75,
         distil_weight=0.5,
+        lora_rank=0,
         recompute=True,
         compile=True,
     )
@@ -149,6 +153,51 @@ def test_the_running_mean_and_the_last_block_size_are_exported(run, backbone, co
     assert any(not torch.equal(last[name], mean[name]) for name in last)
     assert all(torch.equal(last[name], mean[name]) for name in last if name.startswith("context"))
     assert twotower.load(tmp_path / "checkpoint-ema").config.block_size == 2
+
+
+def test_a_low_rank_run_exports_whole_weights(run, backbone, corpus, tmp_path):
+    train_to(run, backbone, corpus, tmp_path, 3, "--dtype", "float32", "--lora-rank", 2)
+    before, after = tensors(backbone), tensors(tmp_path / "checkpoint")
+    name = "denoiser_tower.layers.0.mixer.q_proj.weight"
+    difference = after[name] - before[name]
+    assert difference.abs().max() > 0
+    assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= 2
+    assert torch.equal(before["denoiser_tower.embeddings.weight"], after["denoiser_tower.embeddings.weight"])
+
+
+def test_numbers_go_to_tensorboard_and_to_wandb(run, backbone, corpus, tmp_path, monkeypatch):
+    logged, started = [], []
+
+    class Run:
+        def log(self, numbers, step):
+            logged.append((step, numbers))
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**settings):
+        started.append(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    train_to(run, backbone, corpus, tmp_path, 2, "--tensorboard", "--wandb", "project")
+    reports = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [entry[0] for entry in logged[:2]] == [1, 2]
+    assert logged[1][1]["loss"] == reports[1]["loss"]
+    assert logged[2] == "finished"
+    assert (started[0]["project"], started[0]["id"], started[0]["config"]["steps"]) == ("project", tmp_path.name, 2)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+    assert events.Scalars("train/loss")[0].value == pytest.approx(reports[0]["loss"])
+
+
+@pytest.mark.parametrize(("flag", "module"), [("--tensorboard", "torch.utils.tensorboard"), ("--wandb=p", "wandb")])
+def test_a_missing_package_is_a_mistake(run, backbone, corpus, tmp_path, monkeypatch, flag, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    result = run("train", backbone, corpus, tmp_path, "--batch-size", 2, flag)
+    assert result.exit_code == 2
+    assert "pip install" in result.stderr
 
 
 @pytest.mark.parametrize("phases", ["32", "0:a", "0:1:2"])

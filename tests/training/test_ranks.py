@@ -61,10 +61,12 @@ def _check_shards(trainer: Trainer) -> None:
     """Half of every projection, its running mean and moments; all of a router."""
     tensors = trainer.optimiser.tensors()
     for group in ("weights", "ema", "exp_avg"):
-        weight = tensors[group]["model.lm_head.weight"]
+        weight = tensors[group].get("model.lm_head.weight")
+        if weight is None:  # of low rank: frozen, sharded all the same
+            weight = trainer.objective.model.lm_head.weight
         assert isinstance(weight, DTensor)
         assert weight.to_local().shape[0] == weight.shape[0] // 2
-    routers = [t for name, t in tensors["weights"].items() if name.endswith((".gate", "A_log"))]
+    routers = [t for name, t in trainer.objective.model.named_parameters() if name.endswith((".gate", "A_log"))]
     assert routers
     assert not any(isinstance(t, DTensor) for t in routers)
 
@@ -87,8 +89,8 @@ def result(model: TwoTower, folder: Path, what: dict[str, Any]) -> dict[str, tor
     state = latest_state(folder)
     assert state is not None
     found = {}
+    trained = trained_parameters(Denoising(model, DenoisingConfig(**what)))
     for group in ("weights", "ema", "exp_avg_sq"):
-        trained = trained_parameters(Denoising(model, DenoisingConfig(**what)))
         tensors = {name: torch.empty_like(p) for name, p in trained.items()}
         read_tensors_(state, {group: tensors}, Ranks())
         found |= {f"{group}.{name}": tensor for name, tensor in tensors.items()}
@@ -110,6 +112,7 @@ def noise(folder: Path) -> dict[str, Any]:
         ({}, {"distil_weight": 0.5}),
         ({"micro_batch_size": 1}, {"context": "trained", "ar_weight": 0.5, "reduction": "example_mean"}),
         ({"shard": True}, {"distil_weight": 0.5, "recompute": True}),
+        ({"shard": True}, {"lora_rank": 2}),
         ({"shard": True, "micro_batch_size": 1}, {"context": "trained", "ar_weight": 0.5, "complementary": True}),
     ],
 )

@@ -8,6 +8,7 @@ import typer
 
 from twotower.checkpoints.hf import load_tokenizer, read_config, resolve
 from twotower.checkpoints.nemotron_h import save_backbone
+from twotower.cli.logs import TensorBoardOption, WandbOption
 from twotower.cli.options import DeviceOption, Dtype, torch_dtype
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.training import (
@@ -77,6 +78,8 @@ def command(
     device: DeviceOption = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = "bfloat16",
     export_only: ExportOnlyOption = False,
+    tensorboard: TensorBoardOption = False,
+    wandb: WandbOption = None,
     row_length: RowLengthOption = None,
     num_ranks: NumRanksOption = 1,
     dry_run: DryRunOption = False,
@@ -101,7 +104,7 @@ def command(
         if not export_only:
             rows = open_corpus(corpus, shapes.vocab_size, row_length)
             trainer = Trainer(NextToken(model.to(ranks.device), what), rows, run, out, ranks)
-            with reporting(run.steps, ranks.rank) as report:
+            with reporting(trainer, tensorboard=tensorboard, wandb=wandb, settings=given) as report:
                 trainer.run(report)
         if ranks.rank == 0:
             trained = OneTower(shapes)

@@ -8,6 +8,7 @@ import torch
 import typer
 
 from twotower.checkpoints.hf import read_config, resolve, save
+from twotower.cli.logs import TensorBoardOption, WandbOption
 from twotower.cli.options import DeviceOption, Dtype, open_model, torch_dtype
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.training import (
@@ -104,6 +105,10 @@ def command(
     ar_weight: Annotated[
         float, typer.Option(help="Weight of the context tower's next-token loss, where --context is not frozen.")
     ] = _DEFAULTS.ar_weight,
+    lora_rank: Annotated[
+        int,
+        typer.Option(help="Train additions of this rank to the denoiser's projections, not the weights; 0 trains all."),
+    ] = _DEFAULTS.lora_rank,
     recompute: RecomputeOption = False,
     compile: CompileOption = False,
     ema_decay: EmaDecayOption = DEFAULTS.ema_decay,
@@ -116,6 +121,8 @@ def command(
     device: DeviceOption = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = "bfloat16",
     export_only: ExportOnlyOption = False,
+    tensorboard: TensorBoardOption = False,
+    wandb: WandbOption = None,
     row_length: RowLengthOption = None,
     num_ranks: NumRanksOption = 1,
     dry_run: DryRunOption = False,
@@ -139,7 +146,7 @@ def command(
             opened = open_model(model, dtype="float32", device=str(ranks.device), pack=False)
             rows = open_corpus(corpus, opened.config.vocab_size, row_length)
             trainer = Trainer(Denoising(opened, what), rows, config, out, ranks)
-            with reporting(config.steps, ranks.rank) as report:
+            with reporting(trainer, tensorboard=tensorboard, wandb=wandb, settings=given) as report:
                 trainer.run(report)
         if ranks.rank == 0:
             _export(model, out, what, torch_dtype(dtype))

@@ -4,13 +4,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twotower.cli.dry_run import estimate, lines
+from twotower.cli.logs import logging_to
 from twotower.cli.options import open_device
 from twotower.config import TwoTowerConfig
 from twotower.training.checkpointing import latest_state, read_tensors_, stored_groups
@@ -18,7 +19,7 @@ from twotower.training.data import Corpus
 from twotower.training.denoising import DenoisingConfig
 from twotower.training.next_token import NextTokenConfig
 from twotower.training.ranks import Ranks, joined
-from twotower.training.trainer import Objective, StepReport, TrainConfig, trained_parameters
+from twotower.training.trainer import Objective, StepReport, TrainConfig, Trainer, trained_parameters
 
 DEFAULTS = TrainConfig(steps=1000)
 
@@ -148,8 +149,29 @@ def export_state(
 
 
 @contextmanager
-def reporting(steps: int, rank: int) -> Iterator[Callable[[StepReport], None]]:
-    """A progress bar on stderr where that is a terminal, else a line there every 50 steps; rank 0 reports."""
+def reporting(
+    trainer: Trainer, *, tensorboard: bool, wandb: str | None, settings: dict[str, Any]
+) -> Iterator[Callable[[StepReport], None]]:
+    """What rank 0 does with each step's report: a progress bar on stderr where that is a terminal, else a line there
+    every 50 steps, and the logs that are asked for. `settings` describe the run to them."""
+    if trainer.ranks.rank > 0:
+        yield lambda done: None
+        return
+    described = {name: value for name, value in settings.items() if value is not None}
+    with (
+        logging_to(trainer.folder, tensorboard=tensorboard, wandb=wandb, settings=described) as log,
+        _showing(trainer.config.steps) as show,
+    ):
+
+        def report(done: StepReport) -> None:
+            log(done)
+            show(done)
+
+        yield report
+
+
+@contextmanager
+def _showing(steps: int) -> Iterator[Callable[[StepReport], None]]:
     console = Console(stderr=True)
     columns = (
         TextColumn("Training"),
@@ -158,23 +180,20 @@ def reporting(steps: int, rank: int) -> Iterator[Callable[[StepReport], None]]:
         TextColumn("{task.fields[numbers]}"),
         TimeRemainingColumn(),
     )
-    live = console.is_terminal and rank == 0
-    with Progress(*columns, console=console, disable=not live) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=steps, numbers="")
         started = False
 
-        def report(done: StepReport) -> None:
+        def show(done: StepReport) -> None:
             nonlocal started
-            if rank > 0:
-                return
             if not started:  # the steps of an earlier run say nothing about the time left
                 progress.reset(task, total=steps, completed=done.step - 1)
                 started = True
             progress.update(task, completed=done.step, numbers=_numbers(done))
-            if not live and (done.step % 50 == 0 or done.step == steps or done.fault is not None):
+            if not console.is_terminal and (done.step % 50 == 0 or done.step == steps or done.fault is not None):
                 console.print(f"step {done.step} of {steps}: {_numbers(done)}", soft_wrap=True, highlight=False)
 
-        yield report
+        yield show
 
 
 def _numbers(done: StepReport) -> str:

@@ -11,6 +11,7 @@ from twotower.model.block_parallel import Hidden, block_parallel_hidden
 from twotower.model.two_tower import TwoTower
 from twotower.training.corruption import Corrupted, LevelPer, Noise, corrupt
 from twotower.training.data import Batch
+from twotower.training.low_rank import add_low_rank_
 from twotower.training.objective import Reduction, loss_sums, next_token_targets, weigh
 
 ContextTraining = Literal["frozen", "trained", "tied"]
@@ -31,7 +32,8 @@ class DenoisingConfig:
     `context` says whether the context tower stays as it is, is trained through the seeding, or is one and the same as
     the denoiser tower; `ar_weight` adds that much of its next-token loss. `distil_weight` adds that much of the
     denoiser's divergence from the context tower's own distribution of each masked token. `phases` change the block
-    size; without any it is the model's.
+    size; without any it is the model's. `lora_rank` above 0 trains additions of that rank to the denoiser's
+    projections, and the time modules, instead of all its weights.
     """
 
     reduction: Reduction = "masked_mean"
@@ -43,6 +45,7 @@ class DenoisingConfig:
     ar_weight: float = 0.0
     distil_weight: float = 0.0
     phases: tuple[Phase, ...] = ()
+    lora_rank: int = 0
     recompute: bool = False
     compile: bool = False
 
@@ -54,6 +57,12 @@ class DenoisingConfig:
         for name in ("ar_weight", "distil_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank is {self.lora_rank}, must be 1 or more, or 0 to train all weights")
+        if self.lora_rank > 0 and self.context != "frozen":
+            raise ValueError(
+                f"lora_rank is {self.lora_rank} with context={self.context}, must be 0 unless it is frozen"
+            )
         if self.ar_weight > 0 and self.context == "frozen":
             raise ValueError(f"ar_weight is {self.ar_weight} for a frozen context tower; train it or set it to 0")
         uniform = self.noise.full_mask_fraction == 0 and self.noise.later_weight == 0
@@ -100,7 +109,11 @@ class Denoising(nn.Module):
         if config.context == "tied":
             model.context_tower, model.context_lm_head = model.denoiser_tower, model.lm_head
         model.requires_grad_(False)
-        trained: list[nn.Module] = [model.denoiser_tower, model.lm_head, model.time_conditioning]
+        trained: list[nn.Module] = [model.time_conditioning]
+        if config.lora_rank > 0:
+            add_low_rank_(model.denoiser_tower, config.lora_rank)
+        else:
+            trained += [model.denoiser_tower, model.lm_head]
         if config.context != "frozen":
             trained += [model.context_tower, model.context_lm_head]
         for module in trained:

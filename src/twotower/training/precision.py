@@ -16,7 +16,12 @@ def coarse_parameters(model: TwoTower | OneTower, dtype: torch.dtype) -> list[nn
     with torch.device("meta"):
         named = type(model)(model.config, dtype=dtype).named_parameters(remove_duplicate=False)
         coarse = {name for name, parameter in named if parameter.dtype == dtype}
-    return [parameter for name, parameter in model.named_parameters() if name in coarse]
+    return [parameter for name, parameter in model.named_parameters() if _plain(name) in coarse]
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what an addition to it (`low_rank`) puts around it."""
+    return name.replace(".parametrizations.", ".").removesuffix(".original")
 
 
 def compute_in_(model: TwoTower | OneTower, dtype: torch.dtype, keep: Collection[nn.Parameter]) -> None:
