@@ -25,7 +25,7 @@ def test_phases_hold_from_their_first_step_on() -> None:
         ({"distil_weight": math.nan}, "distil_weight is nan, must be 0 or more"),
         ({"ar_weight": 0.5}, "ar_weight is 0.5 for a frozen context tower; train it"),
         ({"lora_rank": -1}, "lora_rank is -1, must be 1 or more, or 0"),
-        ({"lora_rank": 2, "context": "tied"}, "lora_rank is 2 with context tied, must be 0 unless frozen"),
+        ({"lora_rank": 2, "context": "tied"}, "lora_rank is 2 with context=tied, must be 0 unless it is frozen"),
         ({"phases": (Phase(1, 8),)}, r"phases start at \[1\], must start at 0 and rise"),
         ({"phases": (Phase(0, 8), Phase(0, 4))}, r"phases start at \[0, 0\], must start at 0 and rise"),
         ({"phases": (Phase(0, 0),)}, r"phases have blocks of \[0\], must be 1 or more"),
