@@ -60,7 +60,7 @@ def test_what_saves_memory_saves_it(config):
     again = dataclasses.replace(what, recompute=True)
     assert estimate(config, run, again, row_length=512, num_ranks=2).memory.activations < 0.8 * plain.activations
     small = dataclasses.replace(run, micro_batch_size=1)
-    assert estimate(config, small, what, row_length=512, num_ranks=2).memory.activations == plain.activations // 2
+    assert estimate(config, small, what, row_length=512, num_ranks=2).memory.activations < 0.6 * plain.activations
     coarse = estimate(config, dataclasses.replace(run, bf16=True), what, row_length=512, num_ranks=2).memory
-    assert coarse.activations == plain.activations // 2
+    assert coarse.activations < 0.6 * plain.activations
     assert coarse.moments == plain.moments

@@ -130,7 +130,8 @@ def command(
 ) -> None:
     """Train the denoiser tower of MODEL on CORPUS, then write the whole checkpoint to OUT/checkpoint.
 
-    Under torchrun every process takes its share of each step's rows; the result doesn't depend on their number.
+    Under torchrun (torchrun --nproc-per-node 8 -m twotower train …) every process takes its share of each step's rows;
+    but for rounding the result doesn't depend on their number.
     """
     given = dict(locals())
     config = TrainConfig(**{f.name: given[f.name] for f in dataclasses.fields(TrainConfig)})
