@@ -68,7 +68,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 checkpoints.save(2, {"weights": {"a": torch.ones(100_000)}}, {})
 try:
     checkpoints.finish()
-except OSError as error:
+except ValueError as error:
     print(error)
 """
 

@@ -24,9 +24,8 @@ _COMMANDS = {
     "bench": "Measure the speed of the decoding modes.",
 }
 
-# What the library raises at a user's mistake, or where a file can't be read or a disk is full. Anything else is our
-# defect and shows its traceback.
-_MISTAKES = (ValueError, OSError)
+# What the library raises at a user's mistake. Anything else is our defect and shows its traceback.
+_MISTAKES = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class _LazyGroup(TyperGroup):

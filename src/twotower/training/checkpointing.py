@@ -69,14 +69,14 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Waits until the last `save` is on disk under its name. Raises OSError where it can't be written."""
+        """Waits until the last `save` is on disk under its name. Raises ValueError where it can't be written."""
         if self._pending is None:
             return
         (step, progress, future), self._pending = self._pending, None
         try:
             future.result()
         except CheckpointException as error:
-            raise OSError(
+            raise ValueError(
                 f"the state of step {step} could not be written to {self.folder} ({_causes(error)}); make room and "
                 "call again: the state before it is whole"
             ) from error
