@@ -36,7 +36,7 @@ def seen(monkeypatch):
     """The settings that a run would have had."""
     found = []
 
-    def stop(objective, corpus, config, folder, ranks):
+    def stop(objective, corpus, config, folder, ranks, *, held_out):
         found.append((config, objective.config, folder))
         raise ValueError("seen")
 

@@ -96,13 +96,13 @@ def test_export_only_needs_a_state(run, backbone, corpus, tmp_path):
 def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, corpus, tmp_path, monkeypatch):
     seen = []
 
-    def stop(objective, corpus, config, folder, ranks):
-        seen.append((config, objective.config))
+    def stop(objective, corpus, config, folder, ranks, *, held_out):
+        seen.append((config, objective.config, held_out and held_out.length))
         raise ValueError("seen")
 
     monkeypatch.setattr(train, "Trainer", stop)
     run("train", backbone, corpus, tmp_path)
-    assert seen.pop() == (TrainConfig(steps=1000), DenoisingConfig())
+    assert seen.pop() == (TrainConfig(steps=1000), DenoisingConfig(), None)
     other = TrainConfig(
         steps=7,
         batch_size=3,
@@ -120,6 +120,7 @@ def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, cor
         shard=True,
         seed=9,
         checkpoint_every=5,
+        evaluate_every=6,
     )
     what = DenoisingConfig(
         reduction="example_mean",
@@ -141,8 +142,8 @@ def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, cor
         if name != "phases"
         for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [value]))
     ]
-    run("train", backbone, corpus, tmp_path, *flags, "--phases", "0:32,4:16")
-    assert seen.pop() == (other, dataclasses.replace(what, phases=(Phase(0, 32), Phase(4, 16))))
+    run("train", backbone, corpus, tmp_path, *flags, "--phases", "0:32,4:16", "--held-out", corpus)
+    assert seen.pop() == (other, dataclasses.replace(what, phases=(Phase(0, 32), Phase(4, 16))), 12)
 
 
 def test_the_running_mean_and_the_last_block_size_are_exported(run, backbone, corpus, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
@@ -190,6 +191,41 @@ def test_a_run_that_keeps_failing_stops(tiny: Callable, corpus: Corpus, tmp_path
         trainer.run(lambda report: None)
     assert trainer.step == 5
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-00000004"]
+
+
+def test_held_out_rows_are_measured_alike_however_they_are_cut(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
+    model = tiny("M*", dtype=torch.float64, block_size=8)
+    objective = Denoising(model, DenoisingConfig())
+    found = []
+    for size in (0, 1, 3):
+        config = TrainConfig(steps=4, batch_size=4, micro_batch_size=size, evaluate_every=2)
+        reports: list[StepReport] = []
+        Trainer(objective, corpus, config, tmp_path / str(size), held_out=corpus).run(reports.append)
+        assert [report.held_out is not None for report in reports] == [False, True, False, True]
+        found.append(Trainer(objective, corpus, config, tmp_path / "new", held_out=corpus).evaluate())
+        expected = sum(
+            float(F.cross_entropy(model.context_logits(row.ids[None])[0, :-1], row.ids[1:])) for row in rows(corpus)
+        )
+        assert found[-1]["ar"] == pytest.approx(expected / len(corpus), rel=1e-5)
+        model = tiny("M*", dtype=torch.float64, block_size=8)
+        objective = Denoising(model, DenoisingConfig())
+        fresh = Trainer(objective, corpus, config, tmp_path / "new", held_out=corpus).evaluate()
+        assert fresh["elbo"] > found[-1]["elbo"]  # training helped
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-6)
+
+
+def rows(corpus: Corpus) -> list[Batch]:
+    """Each row, as tensors without a batch."""
+    return [Batch(*(part[0] for part in corpus.batch(range(i, i + 1), 0))) for i in range(len(corpus))]
+
+
+def test_held_out_rows_need_a_time_to_be_measured(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
+    objective = Denoising(tiny("*"), DenoisingConfig())
+    with pytest.raises(ValueError, match="evaluate_every is 0, must be above 0 with held-out rows, else 0"):
+        Trainer(objective, corpus, TrainConfig(steps=1), tmp_path, held_out=corpus)
+    with pytest.raises(ValueError, match="evaluate_every is 3, must be above 0 with held-out rows, else 0"):
+        Trainer(objective, corpus, TrainConfig(steps=1, evaluate_every=3), tmp_path)
 
 
 def test_the_running_mean_is_that_of_the_weights(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def logging_to(
 
     def log(done: StepReport) -> None:
         numbers = {k: v for k, v in done._asdict().items() if isinstance(v, int | float) and k != "step"}
+        numbers |= {f"held_out_{name}": value for name, value in (done.held_out or {}).items()}
         if writer is not None:
             for name, value in numbers.items():
                 writer.add_scalar(f"train/{name}", value, done.step)

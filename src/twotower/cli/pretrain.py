@@ -20,8 +20,10 @@ from twotower.cli.training import (
     DecayStepsOption,
     DryRunOption,
     EmaDecayOption,
+    EvaluateEveryOption,
     ExportOnlyOption,
     FinalLearningRateOption,
+    HeldOutOption,
     LearningRateOption,
     MaxGradNormOption,
     MicroBatchSizeOption,
@@ -75,6 +77,8 @@ def command(
     shard: ShardOption = False,
     seed: SeedOption = DEFAULTS.seed,
     checkpoint_every: CheckpointEveryOption = DEFAULTS.checkpoint_every,
+    held_out: HeldOutOption = None,
+    evaluate_every: EvaluateEveryOption = DEFAULTS.evaluate_every,
     device: DeviceOption = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = "bfloat16",
     export_only: ExportOnlyOption = False,
@@ -103,7 +107,8 @@ def command(
     with torchrun_ranks(device) as ranks:
         if not export_only:
             rows = open_corpus(corpus, shapes.vocab_size, row_length)
-            trainer = Trainer(NextToken(model.to(ranks.device), what), rows, run, out, ranks)
+            measured = None if held_out is None else open_corpus(held_out, shapes.vocab_size, row_length)
+            trainer = Trainer(NextToken(model.to(ranks.device), what), rows, run, out, ranks, held_out=measured)
             with reporting(trainer, tensorboard=tensorboard, wandb=wandb, settings=given) as report:
                 trainer.run(report)
         if ranks.rank == 0:

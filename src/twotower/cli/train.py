@@ -20,8 +20,10 @@ from twotower.cli.training import (
     DecayStepsOption,
     DryRunOption,
     EmaDecayOption,
+    EvaluateEveryOption,
     ExportOnlyOption,
     FinalLearningRateOption,
+    HeldOutOption,
     LearningRateOption,
     MaxGradNormOption,
     MicroBatchSizeOption,
@@ -118,6 +120,8 @@ def command(
     shard: ShardOption = False,
     seed: SeedOption = DEFAULTS.seed,
     checkpoint_every: CheckpointEveryOption = DEFAULTS.checkpoint_every,
+    held_out: HeldOutOption = None,
+    evaluate_every: EvaluateEveryOption = DEFAULTS.evaluate_every,
     device: DeviceOption = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = "bfloat16",
     export_only: ExportOnlyOption = False,
@@ -146,7 +150,8 @@ def command(
         if not export_only:
             opened = open_model(model, dtype="float32", device=str(ranks.device), pack=False)
             rows = open_corpus(corpus, opened.config.vocab_size, row_length)
-            trainer = Trainer(Denoising(opened, what), rows, config, out, ranks)
+            measured = None if held_out is None else open_corpus(held_out, opened.config.vocab_size, row_length)
+            trainer = Trainer(Denoising(opened, what), rows, config, out, ranks, held_out=measured)
             with reporting(trainer, tensorboard=tensorboard, wandb=wandb, settings=given) as report:
                 trainer.run(report)
         if ranks.rank == 0:

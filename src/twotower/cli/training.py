@@ -65,6 +65,13 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Decides the rows and ma
 CheckpointEveryOption = Annotated[
     int, typer.Option("--checkpoint-every", help="Steps between two saved states, 1 or more.")
 ]
+HeldOutOption = Annotated[
+    Path | None,
+    typer.Option("--held-out", help="Corpus to measure, all of it, in nats per token.", show_default="none"),
+]
+EvaluateEveryOption = Annotated[
+    int, typer.Option("--evaluate-every", help="Steps between two measurements of --held-out, 1 or more with it.")
+]
 ExportOnlyOption = Annotated[
     bool,
     typer.Option("--export-only", help="Write the last saved state as a checkpoint without training, at any time."),
@@ -190,7 +197,8 @@ def _showing(steps: int) -> Iterator[Callable[[StepReport], None]]:
                 progress.reset(task, total=steps, completed=done.step - 1)
                 started = True
             progress.update(task, completed=done.step, numbers=_numbers(done))
-            if not console.is_terminal and (done.step % 50 == 0 or done.step == steps or done.fault is not None):
+            notable = done.step % 50 == 0 or done.step == steps or done.fault is not None or done.held_out is not None
+            if not console.is_terminal and notable:
                 console.print(f"step {done.step} of {steps}: {_numbers(done)}", soft_wrap=True, highlight=False)
 
         yield show
@@ -198,5 +206,6 @@ def _showing(steps: int) -> Iterator[Callable[[StepReport], None]]:
 
 def _numbers(done: StepReport) -> str:
     skipped = "" if done.fault is None else f", skipped ({done.fault})"
+    skipped += "".join(f", held-out {name} {value:.3f}" for name, value in (done.held_out or {}).items())
     skipped += f", {done.num_skipped} skipped so far" if done.num_skipped else ""
     return f"loss {done.loss:.3f}, rate {done.learning_rate:.1e}, {done.tokens_per_second:,.0f} tokens/s{skipped}"

@@ -11,6 +11,7 @@ from twotower.model.block_parallel import Hidden, block_parallel_hidden
 from twotower.model.two_tower import TwoTower
 from twotower.training.corruption import Corrupted, LevelPer, Noise, corrupt
 from twotower.training.data import Batch
+from twotower.training.held_out import Measured
 from twotower.training.low_rank import add_low_rank_
 from twotower.training.objective import Reduction, loss_sums, next_token_targets, weigh
 
@@ -145,6 +146,28 @@ class Denoising(nn.Module):
         ar_denominator = float(next_token_targets(batch.ids, batch.scored, batch.document)[1].sum())
         views = weight.unflatten(0, (-1, len(batch.ids))).to(device)
         return NoisyRows(batch.ids.to(device), noisy.to(device), views, (denominator, ar_denominator))
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, step: int, device: torch.device) -> dict[str, Measured]:
+        """Bounds on the negative log-likelihood of held-out rows: the denoiser's, at a step's block size and with the
+        same noise at every call, and the context tower's own, which is exact."""
+        model = self.model.config
+        noisy = corrupt(
+            batch.ids,
+            batch.scored,
+            batch.samples,
+            seed=0,
+            noise=Noise(),
+            block_size=self.config.block_size(step, model.block_size),
+            mask_token_id=model.mask_token_id,
+            document=batch.document,
+        )
+        weight, denominator = weigh(noisy, "elbo")
+        count = float(next_token_targets(batch.ids, batch.scored, batch.document)[1].sum())
+        x0, noisy, weight = batch.ids.to(device), noisy.to(device), weight.to(device)
+        sums = loss_sums(self.model, x0, noisy, weight, with_ar=True, towers=self.towers)
+        assert sums.ar is not None
+        return {"elbo": Measured(sums.denoising.item(), denominator), "ar": Measured(sums.ar.item(), count)}
 
     def forward(self, rows: NoisyRows, part: slice, denominators: Sequence[float]) -> Tensor:
         """What some of the rows add to the step's loss, whose `denominators` are all ranks' together."""

@@ -12,6 +12,7 @@ from twotower.model.causal_parallel import causal_hidden
 from twotower.model.layout import Layout, make_layout
 from twotower.model.one_tower import OneTower
 from twotower.training.data import Batch
+from twotower.training.held_out import Measured
 from twotower.training.objective import next_token_targets, token_sums
 
 
@@ -51,6 +52,14 @@ class NextToken(nn.Module):
         x0, scored = batch.ids.to(device), batch.scored.to(device)
         following, counts = next_token_targets(x0, scored, document)
         return TextRows(x0, following, counts, make_layout(document, CHUNK_SIZE), (float(counts.sum()),))
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, step: int, device: torch.device) -> dict[str, Measured]:
+        """The negative log-likelihood of held-out rows."""
+        rows = self.prepare(batch, step, 0, device)
+        (count,) = rows.denominators
+        loss = self(rows, slice(None), (count,))
+        return {"ar": Measured(loss.item() * max(count, 1), count)}
 
     def forward(self, rows: TextRows, part: slice, denominators: Sequence[float]) -> Tensor:
         """What some of the rows add to the step's loss, whose `denominators` are all ranks' together."""

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from twotower.training.ranks import Ranks
 
@@ -30,6 +30,7 @@ def shard_(
     for modules in groups:
         fully_shard(modules, mesh=mesh, mp_policy=policy, ignored_params=set(whole))
     fully_shard(root, mesh=mesh, mp_policy=policy, ignored_params=set(whole))
+    register_fsdp_forward_method(root, "measure")
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

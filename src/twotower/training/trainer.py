@@ -15,6 +15,7 @@ from torch import nn
 from twotower.training.checkpointing import Checkpoints, latest_state, read_progress, read_tensors_, stored_groups
 from twotower.training.data import Batch, Corpus
 from twotower.training.denoising import Denoising
+from twotower.training.held_out import measure
 from twotower.training.next_token import NextToken
 from twotower.training.optimiser import Optimiser, total_norm
 from twotower.training.precision import coarse_parameters, compute_in_
@@ -32,7 +33,8 @@ class TrainConfig:
 
     `batch_size` rows make a step, over all ranks; each computes `micro_batch_size` of its share at a time (0: all),
     without changing the gradient. `bf16` computes in bfloat16; weights, sums of gradients and optimiser stay float32.
-    `shard` spreads all of these over the ranks. `ema_decay` above 0 keeps a running mean of the weights.
+    `shard` spreads all of these over the ranks. `ema_decay` above 0 keeps a running mean of the weights. Every
+    `evaluate_every` steps, and after the last, held-out rows are measured; 0 is never.
     """
 
     steps: int
@@ -51,6 +53,7 @@ class TrainConfig:
     shard: bool = False
     seed: int = 0
     checkpoint_every: int = 100
+    evaluate_every: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "checkpoint_every"):
@@ -58,6 +61,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         if self.micro_batch_size < 0:
             raise ValueError(f"micro_batch_size is {self.micro_batch_size}, must be 0 (the whole batch) or more")
+        if self.evaluate_every < 0:
+            raise ValueError(f"evaluate_every is {self.evaluate_every}, must be 0 (never) or more")
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {self.max_grad_norm}, must be above 0")
         if not 0 <= self.ema_decay < 1:
@@ -75,7 +80,8 @@ class TrainConfig:
 
 
 class StepReport(NamedTuple):
-    """What one optimiser step did: `fault` says why it was skipped, if it was; `num_skipped` counts those so far."""
+    """What one optimiser step did: `fault` says why it was skipped, if it was; `num_skipped` counts those so far;
+    `held_out` is nats per token of held-out rows where they were measured after it."""
 
     step: int
     loss: float
@@ -84,6 +90,7 @@ class StepReport(NamedTuple):
     fault: Fault | None
     num_skipped: int
     tokens_per_second: float
+    held_out: dict[str, float] | None = None
 
     def to_json(self) -> str:
         """One line; numbers that are not finite, which JSON lacks, become null."""
@@ -98,10 +105,19 @@ class Trainer:
     """
 
     def __init__(
-        self, objective: Objective, corpus: Corpus, config: TrainConfig, folder: str | Path, ranks: Ranks | None = None
+        self,
+        objective: Objective,
+        corpus: Corpus,
+        config: TrainConfig,
+        folder: str | Path,
+        ranks: Ranks | None = None,
+        *,
+        held_out: Corpus | None = None,
     ) -> None:
+        if (held_out is None) != (config.evaluate_every == 0):
+            raise ValueError(f"evaluate_every is {config.evaluate_every}, must be above 0 with held-out rows, else 0")
         self.objective, self.corpus, self.config, self.folder = objective, corpus, config, Path(folder)
-        self.ranks = ranks or Ranks()
+        self.ranks, self.held_out = ranks or Ranks(), held_out
         self.share = self.ranks.share(config.batch_size)
         self.optimiser = _optimiser(objective, config, self.ranks)
         self.guard, self.schedule = config.guard(), config.schedule
@@ -120,12 +136,14 @@ class Trainer:
             with (self.folder / "metrics.jsonl").open("a") as metrics:
                 while self.step < self.config.steps:
                     done = self.train_step()
+                    if self._due(self.config.evaluate_every):
+                        done = done._replace(held_out=self.evaluate())
                     if self.ranks.rank == 0:
                         metrics.write(done.to_json() + "\n")
                         metrics.flush()
                     report(done)
                     self.checkpoints.poll()
-                    if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
+                    if self._due(self.config.checkpoint_every):
                         self.checkpoints.save(self.step, self.optimiser.tensors(), self._progress())
         finally:
             self.checkpoints.finish()
@@ -151,6 +169,17 @@ class Trainer:
         self.samples += c.batch_size
         speed = c.batch_size * self.corpus.length / (time.perf_counter() - start)
         return StepReport(self.step, loss, norm, rate, fault, self.guard.num_skipped, speed)
+
+    def evaluate(self) -> dict[str, float]:
+        """Nats per token of the held-out rows: `elbo` a bound for the denoiser, `ar` for the tower that is causal."""
+        assert self.held_out is not None
+        at_once = self.config.micro_batch_size or len(self.share)
+        step, device = self.step - 1, self.ranks.device
+        return measure(self.held_out, at_once, self.ranks, lambda batch: self.objective.measure(batch, step, device))
+
+    def _due(self, every: int) -> bool:
+        """True after each `every` steps and after the last, if ever."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
     def _backward(self, batch: Batch) -> float:
         """Adds this rank's part of the step's gradient, one micro-batch after the other; returns the loss of all."""
