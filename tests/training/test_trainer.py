@@ -15,6 +15,7 @@ from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
 from twotower.training.data import Batch, Corpus, Rows, write_shard
 from twotower.training.denoising import Denoising, DenoisingConfig, NoisyRows, Phase
+from twotower.training.ranks import Ranks
 from twotower.training.trainer import StepReport, TrainConfig, Trainer, trained_parameters
 
 
@@ -226,6 +227,14 @@ def test_held_out_rows_need_a_time_to_be_measured(tiny: Callable, corpus: Corpus
         Trainer(objective, corpus, TrainConfig(steps=1), tmp_path, held_out=corpus)
     with pytest.raises(ValueError, match="evaluate_every is 3, must be above 0 with held-out rows, else 0"):
         Trainer(objective, corpus, TrainConfig(steps=1, evaluate_every=3), tmp_path)
+
+
+def test_sharding_needs_ranks_and_no_compiler(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shard is set for one process, must be for several ranks"):
+        make(tiny("*"), corpus, tmp_path, shard=True)
+    objective = Denoising(tiny("*"), DenoisingConfig(compile=True))
+    with pytest.raises(ValueError, match="shard and compile are both set"):
+        Trainer(objective, corpus, TrainConfig(steps=1, shard=True), tmp_path, Ranks(0, 2))
 
 
 def test_the_running_mean_is_that_of_the_weights(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:

@@ -116,6 +116,10 @@ class Trainer:
     ) -> None:
         if (held_out is None) != (config.evaluate_every == 0):
             raise ValueError(f"evaluate_every is {config.evaluate_every}, must be above 0 with held-out rows, else 0")
+        if config.shard and (ranks is None or ranks.size == 1):
+            raise ValueError("shard is set for one process, must be for several ranks; start them with torchrun")
+        if config.shard and objective.config.compile:
+            raise ValueError("shard and compile are both set, must not be: gathered weights can't be traced; drop one")
         self.objective, self.corpus, self.config, self.folder = objective, corpus, config, Path(folder)
         self.ranks, self.held_out = ranks or Ranks(), held_out
         self.share = self.ranks.share(config.batch_size)
