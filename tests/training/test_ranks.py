@@ -121,6 +121,7 @@ def noise(folder: Path) -> dict[str, Any]:
         ({"micro_batch_size": 1}, {"context": "trained", "ar_weight": 0.5, "reduction": "example_mean"}),
         ({"shard": True}, {"distil_weight": 0.5, "recompute": True}),
         ({"shard": True}, {"lora_rank": 2}),
+        ({"shard": True}, {"context": "tied"}),
         ({"shard": True, "micro_batch_size": 1}, {"context": "trained", "ar_weight": 0.5, "complementary": True}),
     ],
 )
