@@ -46,7 +46,7 @@ def test_flops_are_those_that_torch_counts():
         Batch(ids, torch.ones_like(ids).bool(), ids * 0, torch.arange(2)), 0, 0, torch.device("cpu")
     )
     with FlopCounterMode(display=False) as counter:
-        objective(rows, slice(0, 2), rows.denominators).backward()
+        objective(rows, slice(0, 2), rows.denominators).loss.backward()
     found = estimate(config, TrainConfig(steps=1, batch_size=2), NextTokenConfig(), row_length=33, num_ranks=1)
     assert found.flops == pytest.approx(counter.get_total_flops(), rel=0.02)  # the last of 33 tokens has no next one
 

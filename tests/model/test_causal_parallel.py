@@ -16,7 +16,9 @@ def test_each_document_is_what_decoding_computes(
     document = torch.zeros(2, 83, dtype=torch.int64)
     document[0, 30:] = 1
     layout = make_layout(document, 16)
-    hidden = causal_hidden(model.context_tower, x0, layout, chunk_size=32, recompute=recompute)
+    hidden, loads = causal_hidden(model.context_tower, x0, layout, chunk_size=32, recompute=recompute)
+    assert loads.shape == (pattern.count("E"), model.config.num_experts)
+    assert loads.sum() == pattern.count("E") * x0.numel() * model.config.num_experts_per_tok
     for row, start, end in ((0, 0, 30), (0, 30, 83), (1, 0, 83)):
         alone = model.score(x0[row : row + 1, start:end], model.prefill(x0[row : row + 1, :0]))
         close(hidden[row, start:end], alone.hidden[0], 1e-10)

@@ -42,8 +42,8 @@ def test_the_loss_is_the_mean_over_scored_next_tokens(recompute: bool, tiny: Cal
             ]
     assert rows.denominators == (len(losses),)
     expected = sum(losses) / len(losses)  # from logits rounded to float32
-    assert objective(rows, slice(0, 3), rows.denominators).item() == pytest.approx(expected, rel=1e-5)
-    parts = [objective(rows, slice(i, i + 1), rows.denominators).item() for i in range(3)]
+    assert objective(rows, slice(0, 3), rows.denominators).loss.item() == pytest.approx(expected, rel=1e-5)
+    parts = [objective(rows, slice(i, i + 1), rows.denominators).loss.item() for i in range(3)]
     assert sum(parts) == pytest.approx(expected, rel=1e-5)
 
 
@@ -55,3 +55,21 @@ def test_a_fresh_backbone_learns(tiny: Callable, corpus: Corpus, tmp_path: Path)
     Trainer(NextToken(model, NextTokenConfig()), corpus, config, tmp_path).run(lambda r: losses.append(r.loss))
     assert losses[0] == pytest.approx(np.log(40), rel=0.05)
     assert losses[-1] < 0.5
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, 3])
+def test_experts_are_balanced(micro_batch_size: int, tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
+    model = OneTower(tiny("E").config)
+    model.initialise_(0)
+    mixer = model.tower.stack[0].mixer
+    mixer.correction_bias.data[0] = 0.05  # one that most tokens choose
+    objective = NextToken(model, NextTokenConfig())
+    rows = objective.prepare(corpus.batch(range(24), 0), 0, 0, torch.device("cpu"))
+    before = objective(rows, slice(0, 24), rows.denominators).loads
+    assert before.max() > 2.5 * before.mean()
+    config = TrainConfig(steps=60, batch_size=6, micro_batch_size=micro_batch_size, learning_rate=1e-9)
+    Trainer(objective, corpus, config, tmp_path).run(lambda report: None)
+    after = objective(rows, slice(0, 24), rows.denominators).loads
+    assert after.max() < 1.5 * after.mean()
+    # one step of 1e-3 each time, so after any number of them a multiple of it
+    assert torch.allclose((mixer.correction_bias * 1e3).round() / 1e3, mixer.correction_bias, atol=1e-6)

@@ -15,6 +15,7 @@ from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
 from twotower.training.data import Batch, Corpus, Rows, write_shard
 from twotower.training.denoising import Denoising, DenoisingConfig, NoisyRows, Phase
+from twotower.training.objective import Piece
 from twotower.training.ranks import Ranks
 from twotower.training.trainer import StepReport, TrainConfig, Trainer, trained_parameters
 
@@ -149,15 +150,15 @@ class Broken(Denoising):
         self.step = step
         return super().prepare(batch, step, seed, device)
 
-    def forward(self, rows: NoisyRows, part: slice, denominators: Sequence[float]) -> torch.Tensor:
-        loss = super().forward(rows, part, denominators)
+    def forward(self, rows: NoisyRows, part: slice, denominators: Sequence[float]) -> Piece:
+        loss = super().forward(rows, part, denominators).loss
         fault = self.faults.get(self.step, "")
         factor = {"": 1.0, "loss": math.nan, "gradient": 1.0, "spike": 9.0}[fault]
         if fault == "gradient":  # finite forward, infinite backward
             loss = (
                 loss + (self.model.denoiser_tower.norm_f[0].detach() - self.model.denoiser_tower.norm_f[0]).abs().sqrt()
             )
-        return loss * factor
+        return Piece(loss * factor, None)
 
 
 def test_harmful_steps_are_skipped_and_counted(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from twotower.training.corruption import Corrupted, LevelPer, Noise, corrupt
 from twotower.training.data import Batch
 from twotower.training.held_out import Measured
 from twotower.training.low_rank import add_low_rank_
-from twotower.training.objective import Reduction, loss_sums, next_token_targets, weigh
+from twotower.training.objective import Piece, Reduction, loss_sums, next_token_targets, weigh
 
 ContextTraining = Literal["frozen", "trained", "tied"]
 
@@ -169,8 +169,8 @@ class Denoising(nn.Module):
         assert sums.ar is not None
         return {"elbo": Measured(sums.denoising.item(), denominator), "ar": Measured(sums.ar.item(), count)}
 
-    def forward(self, rows: NoisyRows, part: slice, denominators: Sequence[float]) -> Tensor:
-        """What some of the rows add to the step's loss, whose `denominators` are all ranks' together."""
+    def forward(self, rows: NoisyRows, part: slice, denominators: Sequence[float]) -> Piece:
+        """What some of the rows add to the step, whose `denominators` are all ranks' together."""
         c = self.config
         sums = loss_sums(
             self.model,
@@ -189,4 +189,4 @@ class Denoising(nn.Module):
             loss = loss + c.distil_weight * sums.distil / masked
         if sums.ar is not None:
             loss = loss + c.ar_weight * sums.ar / following
-        return loss
+        return Piece(loss, None)  # experts stay where they are: the denoiser starts as its backbone

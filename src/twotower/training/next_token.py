@@ -1,4 +1,4 @@
-"""What a backbone learns at a step. Letters: b batch, t tokens."""
+"""What a backbone learns at a step. Letters: b batch, t tokens, l `E` layers, e experts."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from twotower.model.block_parallel import CHUNK_SIZE
-from twotower.model.causal_parallel import causal_hidden
+from twotower.model.causal_parallel import Causal, causal_hidden
 from twotower.model.layout import Layout, make_layout
+from twotower.model.moe import MixtureOfExperts
 from twotower.model.one_tower import OneTower
 from twotower.training.data import Batch
 from twotower.training.held_out import Measured
-from twotower.training.objective import next_token_targets, token_sums
+from twotower.training.objective import Piece, next_token_targets, token_sums
+
+BALANCE_RATE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,12 +38,12 @@ class TextRows(NamedTuple):
 
 
 class NextToken(nn.Module):
-    """The mean cross-entropy of the next token, over the scored ones."""
+    """The mean cross-entropy of the next token, over the scored ones, with experts kept in balance."""
 
     def __init__(self, model: OneTower, config: NextTokenConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.hidden: Callable[..., Tensor] = torch.compile(causal_hidden) if config.compile else causal_hidden
+        self.hidden: Callable[..., Causal] = torch.compile(causal_hidden) if config.compile else causal_hidden
 
     def layer_groups(self) -> list[list[nn.Module]]:
         """One layer at a time."""
@@ -58,13 +61,23 @@ class NextToken(nn.Module):
         """The negative log-likelihood of held-out rows."""
         rows = self.prepare(batch, step, 0, device)
         (count,) = rows.denominators
-        loss = self(rows, slice(None), (count,))
+        loss = self(rows, slice(None), (count,)).loss
         return {"ar": Measured(loss.item() * max(count, 1), count)}
 
-    def forward(self, rows: TextRows, part: slice, denominators: Sequence[float]) -> Tensor:
-        """What some of the rows add to the step's loss, whose `denominators` are all ranks' together."""
+    @torch.no_grad()
+    def balance_(self, loads: Tensor) -> None:
+        """Moves each expert's bias, by which it is chosen, towards an equal share of a step's tokens, loads (l, e).
+
+        Balance without a loss for it (arXiv 2408.15664): by a fixed amount up for less, down for more than the mean.
+        """
+        mixers = [m for m in self.model.modules() if isinstance(m, MixtureOfExperts)]
+        for mixer, load in zip(mixers, loads, strict=True):
+            mixer.correction_bias.add_((load.mean() - load).sign().to(mixer.correction_bias), alpha=BALANCE_RATE)
+
+    def forward(self, rows: TextRows, part: slice, denominators: Sequence[float]) -> Piece:
+        """What some of the rows add to the step, whose `denominators` are all ranks' together."""
         layout = Layout(rows.layout.block[part], rows.layout.document[part])
-        hidden = self.hidden(self.model.tower, rows.x0[part], layout, recompute=self.config.recompute)
+        hidden, loads = self.hidden(self.model.tower, rows.x0[part], layout, recompute=self.config.recompute)
         counts = rows.counts[part]
         sums = token_sums(self.model.lm_head, hidden[counts], rows.following[part][counts], None)
-        return sums.hard / max(denominators[0], 1)
+        return Piece(sums.hard / max(denominators[0], 1), loads)

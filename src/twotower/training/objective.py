@@ -35,6 +35,14 @@ class LossSums(NamedTuple):
     ar: Tensor | None
 
 
+class Piece(NamedTuple):
+    """What some rows add to a step: to its loss, and to how many tokens each expert of each `E` layer got (l, e), where
+    experts are to be balanced."""
+
+    loss: Tensor
+    loads: Tensor | None
+
+
 class Teacher(NamedTuple):
     """Whose distribution at each of m positions is learnt besides the token there: head(rows), rows (m, d), `weight`
     (m,)."""

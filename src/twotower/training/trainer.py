@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twotower.training.checkpointing import Checkpoints, latest_state, read_progress, read_tensors_, stored_groups
 from twotower.training.data import Batch, Corpus
 from twotower.training.denoising import Denoising
 from twotower.training.held_out import measure
 from twotower.training.next_token import NextToken
+from twotower.training.objective import Piece
 from twotower.training.optimiser import Optimiser, total_norm
 from twotower.training.precision import coarse_parameters, compute_in_
 from twotower.training.ranks import Ranks
@@ -159,7 +160,7 @@ class Trainer:
         c = self.config
         mine = range(self.samples + self.share.start, self.samples + self.share.stop)
         batch = self.corpus.batch(mine, c.seed)
-        loss = self._backward(batch)
+        loss, loads = self._backward(batch)
         gradients = self.optimiser.gradients()
         self.ranks.sum_(gradients)
         norm = total_norm(gradients)
@@ -167,6 +168,8 @@ class Trainer:
         fault = self.guard.judge(self.step, loss, norm)
         if fault is None:
             self.optimiser.update(rate, c.max_grad_norm, norm)
+            if loads is not None and isinstance(self.objective, NextToken):
+                self.objective.balance_(loads)
             self.optimiser.average(self.step + 1 - self.guard.num_skipped)
         self.optimiser.clear()
         self.step += 1
@@ -185,17 +188,23 @@ class Trainer:
         """True after each `every` steps and after the last, if ever."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
-    def _backward(self, batch: Batch) -> float:
-        """Adds this rank's part of the step's gradient, one micro-batch after the other; returns the loss of all."""
+    def _backward(self, batch: Batch) -> tuple[float, Tensor | None]:
+        """Adds this rank's part of the step's gradient, one micro-batch after the other; returns the loss and the loads
+        of all."""
         rows = self.objective.prepare(batch, self.step, self.config.seed, self.ranks.device)
         denominators = self.ranks.total(rows.denominators)
         num_rows, total = len(batch.ids), 0.0
+        loads: Tensor | None = None
         size = self.config.micro_batch_size or num_rows
         for start in range(0, num_rows, size):
-            loss = self.objective(rows, slice(start, start + size), denominators)
-            loss.backward()
-            total += loss.item()
-        return self.ranks.total([total])[0]
+            piece: Piece = self.objective(rows, slice(start, start + size), denominators)
+            piece.loss.backward()
+            total += piece.loss.item()
+            if piece.loads is not None:
+                loads = piece.loads if loads is None else loads + piece.loads
+        if loads is not None:
+            self.ranks.sum_([loads])
+        return self.ranks.total([total])[0], loads
 
     def _progress(self) -> dict[str, Any]:
         return {"step": self.step, "samples": self.samples, "guard": self.guard.state()}
