@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import twotower
 from twotower.checkpoints import save
 from twotower.cli import train
 from twotower.model.two_tower import TwoTower
 from twotower.training.data import Rows, write_shard
+from twotower.training.denoising import DenoisingConfig, Phase
 from twotower.training.trainer import TrainConfig
 
 
@@ -67,7 +71,7 @@ def test_export_only_writes_the_saved_state_again_in_the_dtype_asked_for(run, ba
     train_to(run, backbone, corpus, tmp_path, 2, "--dtype", "float32")
     exact = {name: tensor.clone() for name, tensor in tensors(tmp_path / "checkpoint").items()}
     result = train_to(run, backbone, corpus, tmp_path, 9, "--export-only")
-    assert "step 2:" in result.stdout
+    assert f"wrote {tmp_path / 'checkpoint'}" in result.stdout
     rounded = tensors(tmp_path / "checkpoint")
     assert {tensor.dtype for tensor in rounded.values()} == {torch.bfloat16}
     assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
@@ -86,28 +90,39 @@ def test_export_rounds_what_a_rounded_model_rounds(model, tmp_path):
 def test_export_only_needs_a_state(run, backbone, corpus, tmp_path):
     result = run("train", backbone, corpus, tmp_path / "empty", "--export-only")
     assert result.exit_code == 2
-    assert "state.pt" in result.stderr
+    assert "no saved state" in result.stderr
 
 
 def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, corpus, tmp_path, monkeypatch):
     seen = []
 
-    def stop(model, corpus, config, folder):
-        seen.append(config)
+    def stop(objective, corpus, config, folder, ranks, *, held_out):
+        seen.append((config, objective.config, held_out and held_out.length))
         raise ValueError("seen")
 
     monkeypatch.setattr(train, "Trainer", stop)
     run("train", backbone, corpus, tmp_path)
-    assert seen.pop() == TrainConfig(steps=1000)
+    assert seen.pop() == (TrainConfig(steps=1000), DenoisingConfig(), None)
     other = TrainConfig(
         steps=7,
         batch_size=3,
         learning_rate=0.5,
+        final_learning_rate=0.25,
         warmup_steps=4,
         decay_steps=2,
         weight_decay=0.25,
         max_grad_norm=2.0,
         micro_batch_size=2,
+        ema_decay=0.5,
+        spike_factor=4.0,
+        skip_limit=5,
+        bf16=True,
+        shard=True,
+        seed=9,
+        checkpoint_every=5,
+        evaluate_every=6,
+    )
+    what = DenoisingConfig(
         reduction="example_mean",
         level_per="example",
         full_mask_fraction=0.5,
@@ -115,18 +130,82 @@ def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, cor
         complementary=True,
         context="trained",
         ar_weight=0.75,
+        distil_weight=0.5,
+        lora_rank=0,
         recompute=True,
-        seed=9,
-        checkpoint_every=5,
         compile=True,
     )
     flags = [
         part
-        for name, value in dataclasses.asdict(other).items()
+        for config in (other, what)
+        for name, value in dataclasses.asdict(config).items()
+        if name != "phases"
         for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [value]))
     ]
-    run("train", backbone, corpus, tmp_path, *flags)
-    assert seen.pop() == other
+    run("train", backbone, corpus, tmp_path, *flags, "--phases", "0:32,4:16", "--held-out", corpus)
+    assert seen.pop() == (other, dataclasses.replace(what, phases=(Phase(0, 32), Phase(4, 16))), 12)
+
+
+def test_the_running_mean_and_the_last_block_size_are_exported(run, backbone, corpus, tmp_path):
+    options = ("--dtype", "float32", "--ema-decay", 0.9, "--phases", "0:4,2:2")
+    result = train_to(run, backbone, corpus, tmp_path, 3, *options)
+    assert f"wrote {tmp_path / 'checkpoint-ema'}" in result.stdout
+    last, mean = (tensors(tmp_path / name) for name in ("checkpoint", "checkpoint-ema"))
+    assert any(not torch.equal(last[name], mean[name]) for name in last)
+    assert all(torch.equal(last[name], mean[name]) for name in last if name.startswith("context"))
+    assert twotower.load(tmp_path / "checkpoint-ema").config.block_size == 2
+
+
+def test_a_low_rank_run_exports_whole_weights(run, backbone, corpus, tmp_path):
+    train_to(run, backbone, corpus, tmp_path, 3, "--dtype", "float32", "--lora-rank", 2)
+    before, after = tensors(backbone), tensors(tmp_path / "checkpoint")
+    name = "denoiser_tower.layers.0.mixer.q_proj.weight"
+    difference = after[name] - before[name]
+    assert difference.abs().max() > 0
+    assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= 2
+    assert torch.equal(before["denoiser_tower.embeddings.weight"], after["denoiser_tower.embeddings.weight"])
+
+
+def test_numbers_go_to_tensorboard_and_to_wandb(run, backbone, corpus, tmp_path, monkeypatch):
+    logged, started = [], []
+
+    class Run:
+        def log(self, numbers, step):
+            logged.append((step, numbers))
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**settings):
+        started.append(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    train_to(run, backbone, corpus, tmp_path, 2, "--tensorboard", "--wandb", "project")
+    reports = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [entry[0] for entry in logged[:2]] == [1, 2]
+    assert logged[1][1]["loss"] == reports[1]["loss"]
+    assert logged[2] == "finished"
+    assert (started[0]["project"], started[0]["id"], started[0]["config"]["steps"]) == ("project", tmp_path.name, 2)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+    assert events.Scalars("train/loss")[0].value == pytest.approx(reports[0]["loss"])
+
+
+@pytest.mark.parametrize(("flag", "module"), [("--tensorboard", "torch.utils.tensorboard"), ("--wandb=p", "wandb")])
+def test_a_missing_package_is_a_mistake(run, backbone, corpus, tmp_path, monkeypatch, flag, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    result = run("train", backbone, corpus, tmp_path, "--batch-size", 2, flag)
+    assert result.exit_code == 2
+    assert "pip install" in result.stderr
+
+
+@pytest.mark.parametrize("phases", ["32", "0:a", "0:1:2"])
+def test_phases_that_cannot_be_read_are_a_mistake(run, backbone, corpus, tmp_path, phases):
+    result = run("train", backbone, corpus, tmp_path, "--phases", phases)
+    assert result.exit_code == 2
+    assert f"phases are '{phases}'" in result.stderr
 
 
 @pytest.mark.parametrize(

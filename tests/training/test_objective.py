@@ -14,7 +14,7 @@ from twotower.model.layout import make_layout
 from twotower.model.two_tower import TwoTower
 from twotower.training import objective
 from twotower.training.corruption import MIN_LEVEL, Corrupted, Noise, corrupt
-from twotower.training.objective import cross_entropy_sum, loss_sums, next_token_targets, weigh
+from twotower.training.objective import Teacher, loss_sums, next_token_targets, token_sums, weigh
 
 REDUCTIONS = ["masked_mean", "example_mean", "elbo"]
 
@@ -226,8 +226,48 @@ def test_the_context_towers_loss_is_that_of_the_next_token(tiny: Callable, ids: 
                 expected += float(F.cross_entropy(logits[at - 1 - start], x0[row, at]))
     assert found is not None
     assert found.item() == pytest.approx(expected, rel=1e-5)  # `context_logits` rounds to float32
-    assert next_token_targets(x0, noisy)[1].sum() == 15 - 1 - 1 - 1 + 15 - 2
+    assert next_token_targets(x0, scored, document)[1].sum() == 15 - 1 - 1 - 1 + 15 - 2
     assert loss_sums(model, x0, noisy, weight).ar is None
+
+
+def test_distilling_is_the_divergence_from_what_the_context_tower_expects(tiny: Callable, ids: Callable) -> None:
+    model, x0 = tiny("M*-E", dtype=torch.float64), ids(2, 15)
+    document = torch.tensor([[0] * 6 + [1] * 9, [0] * 15])
+    scored = torch.ones(2, 15, dtype=torch.bool)
+    noise = Noise(complementary=True)
+    noisy = corrupt(x0, scored, torch.arange(2), seed=0, noise=noise, block_size=4, mask_token_id=3, document=document)
+    weight, _ = weigh(noisy, "elbo")
+    expected = 0.0
+    for view in range(4):
+        row = view % 2
+        for start, end in [(0, 6), (6, 15)] if row == 0 else [(0, 15)]:
+            taught = model.context_logits(x0[row : row + 1, start:end])[0].log_softmax(-1)
+            for index in noisy.layout.block[row, start:end].unique():
+                place = (noisy.layout.block[row] == index).nonzero()[:, 0]
+                state = model.prefill(x0[row : row + 1, start : place[0]])
+                with torch.no_grad():
+                    logits = model.denoiser_logits(noisy.xt[view : view + 1, place], state, noisy.told[view, place[:1]])
+                for at in place[noisy.masked[view, place]].tolist():
+                    if at > start:  # a document's first token has nothing before it
+                        log_q, log_p = logits[0, at - place[0]].log_softmax(-1), taught[at - 1 - start]
+                        expected += float(weight[view, at]) * float((log_p.exp() * (log_p - log_q)).sum())
+    sums = loss_sums(model, x0, noisy, weight, with_distil=True)
+    assert sums.distil is not None
+    assert sums.distil.item() == pytest.approx(expected, rel=1e-5)  # both logits are rounded to float32 there
+    plain = loss_sums(model, x0, noisy, weight)
+    assert plain.distil is None
+    assert torch.equal(plain.denoising, sums.denoising)
+
+
+def test_a_teacher_gets_no_gradient_from_its_pupil(tiny: Callable, ids: Callable) -> None:
+    model, x0 = tiny("*-", dtype=torch.float64), ids(2, 8)
+    noisy = corrupted(x0, block_size=8)  # nothing is before a block but its own document's start
+    sums = loss_sums(model, x0, noisy, weigh(noisy, "masked_mean").weight, with_distil=True)
+    assert sums.distil is not None
+    sums.distil.backward()
+    assert model.lm_head.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in model.context_lm_head.parameters())
+    assert all(p.grad is None for p in [model.context_tower.norm_f])
 
 
 def test_logits_exist_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, close: Callable) -> None:
@@ -243,9 +283,15 @@ def test_logits_exist_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, clos
         return x @ weight.t()
 
     with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v.numel()) or v, lambda v: v):
-        total = cross_entropy_sum(head, rows, targets, factors)
+        total = token_sums(head, rows, targets, factors).hard
     assert seen == [8, 8, 5]
     assert max(kept, default=0) < 21 * 50
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v.numel()) or v, lambda v: v):
+        taught = token_sums(head, rows, targets, factors, Teacher(head, torch.randn(21, 5), factors))
+    assert seen == [8, 8, 5, 8, 8, 8, 8, 5, 5]
+    assert max(kept, default=0) < 21 * 50
+    assert torch.equal(taught.hard, total)
+    assert taught.soft > 0
     expected = (F.cross_entropy(rows @ weight.t(), targets, reduction="none") * factors).sum()
     ours, theirs = (torch.autograd.grad(value, (rows, weight)) for value in (total, expected))
     close(total, expected, 1e-6)

@@ -5,11 +5,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+import torch
 from torch import Tensor
 
+from twotower.checkpoints.hf import CONFIG_FILE, TOKENIZER_FILE, config_bytes, with_stored_dtype
 from twotower.checkpoints.source import Backbone
-from twotower.checkpoints.tensor_files import scan
+from twotower.checkpoints.tensor_files import TensorSpec, scan
+from twotower.checkpoints.tensor_writer import write_tensors
 from twotower.config import TwoTowerConfig
+from twotower.model.one_tower import OneTower
 
 MASK_TOKEN_ID = 3
 
@@ -61,8 +66,22 @@ def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[
         stream=stream,
         tokenizer=tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None,
         documents=documents,
-        mask_token_id=MASK_TOKEN_ID,
+        mask_token_id=raw.get("mask_token_id", MASK_TOKEN_ID),
     )
+
+
+def save_backbone(
+    model: OneTower, path: str | Path, dtype: torch.dtype, *, tokenizer: tokenizers.Tokenizer | None = None
+) -> None:
+    """Writes a float32 model as a single-tower directory of `dtype` that `open_nemotron_h` reads; what no model rounds
+    stays float32."""
+    with torch.device("meta"):
+        rounded = OneTower(model.config, dtype=dtype).released_tensors()
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in rounded.items()}
+    documents = {} if tokenizer is None else {TOKENIZER_FILE: tokenizer.to_str(pretty=True).encode()}
+    documents[CONFIG_FILE] = config_bytes(with_stored_dtype(model.config, dtype))
+    exact = model.released_tensors()
+    write_tensors(path, specs, ((n, exact[n].to(specs[n].dtype)) for n in specs), documents=documents)
 
 
 def _config(raw: Mapping[str, Any]) -> TwoTowerConfig:

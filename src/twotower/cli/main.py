@@ -17,6 +17,7 @@ _COMMANDS = {
     "generate": "Continue prompts in any decoding mode, with a live view.",
     "init": "Make a two-tower checkpoint from a single-tower model.",
     "inspect": "Show a checkpoint's parameters, memory and errors.",
+    "pretrain": "Train a single tower from nothing, to make two of it.",
     "sample": "Write a training corpus with the context tower itself.",
     "tokenize": "Write a training corpus from text.",
     "train": "Train the denoiser tower on a corpus of tokens.",

@@ -45,10 +45,10 @@ def open_model(
         task = progress.add_task("", total=None)
         return load(
             path,
-            device=_device(device),
+            device=open_device(device),
             dtype=None if dtype is None else torch_dtype(dtype),
-            context_device=None if context_device is None else _device(context_device),
-            denoiser_device=None if denoiser_device is None else _device(denoiser_device),
+            context_device=None if context_device is None else open_device(context_device),
+            denoiser_device=None if denoiser_device is None else open_device(denoiser_device),
             pack=pack,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
@@ -58,7 +58,7 @@ def torch_dtype(name: Dtype) -> torch.dtype:
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
-def _device(name: str) -> torch.device:
+def open_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:

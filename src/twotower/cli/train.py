@@ -1,26 +1,57 @@
 """`twotower train`: train a denoiser tower and export the checkpoint."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from twotower.checkpoints.hf import save
-from twotower.cli.options import Dtype, open_model, torch_dtype
+from twotower.checkpoints.hf import read_config, resolve, save
+from twotower.cli.logs import TensorBoardOption, WandbOption
+from twotower.cli.options import DeviceOption, Dtype, open_model, torch_dtype
+from twotower.cli.recipe import RecipeOption
+from twotower.cli.training import (
+    DEFAULTS,
+    BatchSizeOption,
+    Bf16Option,
+    CheckpointEveryOption,
+    CompileOption,
+    DecayStepsOption,
+    DryRunOption,
+    EmaDecayOption,
+    EvaluateEveryOption,
+    ExportOnlyOption,
+    FinalLearningRateOption,
+    HeldOutOption,
+    LearningRateOption,
+    MaxGradNormOption,
+    MicroBatchSizeOption,
+    NumRanksOption,
+    RecomputeOption,
+    RowLengthOption,
+    SeedOption,
+    ShardOption,
+    SkipLimitOption,
+    SpikeFactorOption,
+    StepsOption,
+    WarmupStepsOption,
+    WeightDecayOption,
+    export_state,
+    open_corpus,
+    print_estimate,
+    reporting,
+    torchrun_ranks,
+)
 from twotower.model.two_tower import TwoTower
 from twotower.training.corruption import LevelPer
-from twotower.training.data import Corpus
+from twotower.training.denoising import ContextTraining, Denoising, DenoisingConfig, Phase
 from twotower.training.objective import Reduction
-from twotower.training.trainer import ContextTraining, StepReport, TrainConfig, Trainer
+from twotower.training.trainer import TrainConfig, Trainer
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-_DEFAULTS = TrainConfig(steps=1)
+_DEFAULTS = DenoisingConfig()
 
 
 @app.command("train")
@@ -28,20 +59,17 @@ def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face id to start from.")],
     corpus: Annotated[Path, typer.Argument(help="Directory of shards that `tokenize` or `sample` wrote.")],
     out: Annotated[
-        Path, typer.Argument(help="Directory for the state, metrics.jsonl and checkpoint/; a state in it is resumed.")
+        Path, typer.Argument(help="Directory for state/, metrics.jsonl and checkpoint/; a state in it is resumed.")
     ],
-    steps: Annotated[int, typer.Option(help="Optimiser steps in all, 1 or more.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Rows per step, 1 or more.")] = _DEFAULTS.batch_size,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate, above 0.")] = _DEFAULTS.learning_rate,
-    warmup_steps: Annotated[int, typer.Option(help="Steps of linear warm-up, 0 or more.")] = _DEFAULTS.warmup_steps,
-    decay_steps: Annotated[
-        int, typer.Option(help="Last steps over which the rate falls to 0, 0 to --steps.")
-    ] = _DEFAULTS.decay_steps,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's, 0 or more.")] = _DEFAULTS.weight_decay,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = _DEFAULTS.max_grad_norm,
-    micro_batch_size: Annotated[
-        int, typer.Option(help="Rows computed at a time, 0 for all of a step's; changes memory, not the gradient.")
-    ] = _DEFAULTS.micro_batch_size,
+    steps: StepsOption = DEFAULTS.steps,
+    batch_size: BatchSizeOption = DEFAULTS.batch_size,
+    learning_rate: LearningRateOption = DEFAULTS.learning_rate,
+    final_learning_rate: FinalLearningRateOption = DEFAULTS.final_learning_rate,
+    warmup_steps: WarmupStepsOption = DEFAULTS.warmup_steps,
+    decay_steps: DecayStepsOption = DEFAULTS.decay_steps,
+    weight_decay: WeightDecayOption = DEFAULTS.weight_decay,
+    max_grad_norm: MaxGradNormOption = DEFAULTS.max_grad_norm,
+    micro_batch_size: MicroBatchSizeOption = DEFAULTS.micro_batch_size,
     reduction: Annotated[
         Reduction,
         typer.Option(
@@ -61,6 +89,17 @@ def command(
     complementary: Annotated[
         bool, typer.Option("--complementary", help="Also train on each row with the other positions masked.")
     ] = False,
+    phases: Annotated[
+        str,
+        typer.Option(
+            help="Block sizes with the step from which each holds, such as 0:32,2000:16.",
+            show_default="the checkpoint's, throughout",
+        ),
+    ] = "",
+    distil_weight: Annotated[
+        float,
+        typer.Option(help="Weight of the divergence from the context tower's own distribution of each masked token."),
+    ] = _DEFAULTS.distil_weight,
     context: Annotated[
         ContextTraining,
         typer.Option(help="Keep the context tower as it is, train it too, or train one tower that is both."),
@@ -68,52 +107,64 @@ def command(
     ar_weight: Annotated[
         float, typer.Option(help="Weight of the context tower's next-token loss, where --context is not frozen.")
     ] = _DEFAULTS.ar_weight,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Compute layers again in backward: less memory, more time.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Decides the rows and masks of every step.")] = _DEFAULTS.seed,
-    checkpoint_every: Annotated[
-        int, typer.Option(help="Steps between two saved states, 1 or more.")
-    ] = _DEFAULTS.checkpoint_every,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the loss; needs a C++ compiler.")] = False,
+    lora_rank: Annotated[
+        int,
+        typer.Option(help="Train additions of this rank to the denoiser's projections, not the weights; 0 trains all."),
+    ] = _DEFAULTS.lora_rank,
+    recompute: RecomputeOption = False,
+    compile: CompileOption = False,
+    ema_decay: EmaDecayOption = DEFAULTS.ema_decay,
+    spike_factor: SpikeFactorOption = DEFAULTS.spike_factor,
+    skip_limit: SkipLimitOption = DEFAULTS.skip_limit,
+    bf16: Bf16Option = False,
+    shard: ShardOption = False,
+    seed: SeedOption = DEFAULTS.seed,
+    checkpoint_every: CheckpointEveryOption = DEFAULTS.checkpoint_every,
+    held_out: HeldOutOption = None,
+    evaluate_every: EvaluateEveryOption = DEFAULTS.evaluate_every,
+    device: DeviceOption = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = "bfloat16",
-    export_only: Annotated[
-        bool, typer.Option("--export-only", help="Export the saved state without training.")
-    ] = False,
+    export_only: ExportOnlyOption = False,
+    tensorboard: TensorBoardOption = False,
+    wandb: WandbOption = None,
+    row_length: RowLengthOption = None,
+    num_ranks: NumRanksOption = 1,
+    dry_run: DryRunOption = False,
+    recipe: RecipeOption = None,
 ) -> None:
-    """Train the denoiser tower of MODEL on CORPUS, then write the whole checkpoint to OUT/checkpoint."""
-    if export_only and not (out / "state.pt").exists():
-        raise FileNotFoundError(f"{out} has no state.pt to export; train without --export-only first")
-    config = TrainConfig(
-        # a saved state is at step 1 or later: the trainer loads it and has nothing left to do
-        steps=1 if export_only else steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        decay_steps=0 if export_only else decay_steps,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        micro_batch_size=micro_batch_size,
-        reduction=reduction,
-        level_per=level_per,
-        full_mask_fraction=full_mask_fraction,
-        later_weight=later_weight,
-        complementary=complementary,
-        context=context,
-        ar_weight=ar_weight,
-        recompute=recompute,
-        seed=seed,
-        checkpoint_every=checkpoint_every,
-        compile=compile,
+    """Train the denoiser tower of MODEL on CORPUS, then write the whole checkpoint to OUT/checkpoint.
+
+    Under torchrun (torchrun --nproc-per-node 8 -m twotower train …) every process takes its share of each step's rows;
+    but for rounding the result doesn't depend on their number.
+    """
+    given = dict(locals())
+    config = TrainConfig(**{f.name: given[f.name] for f in dataclasses.fields(TrainConfig)})
+    what = DenoisingConfig(
+        **{f.name: given[f.name] for f in dataclasses.fields(DenoisingConfig)} | {"phases": _phases(phases)}
     )
+    if dry_run:
+        towers = read_config(resolve(model))
+        print_estimate(towers, config, what, corpus, row_length=row_length, num_ranks=num_ranks)
+        return
+    with torchrun_ranks(device) as ranks:
+        if not export_only:
+            opened = open_model(model, dtype="float32", device=str(ranks.device), pack=False)
+            rows = open_corpus(corpus, opened.config.vocab_size, row_length)
+            measured = None if held_out is None else open_corpus(held_out, opened.config.vocab_size, row_length)
+            trainer = Trainer(Denoising(opened, what), rows, config, out, ranks, held_out=measured)
+            with reporting(trainer, tensorboard=tensorboard, wandb=wandb, settings=given) as report:
+                trainer.run(report)
+        if ranks.rank == 0:
+            _export(model, out, what, torch_dtype(dtype))
+
+
+def _export(model: str, out: Path, what: DenoisingConfig, dtype: torch.dtype) -> None:
     opened = open_model(model, dtype="float32", pack=False)
-    trainer = Trainer(opened, Corpus(corpus, vocab_size=opened.config.vocab_size), config, out)
-    with _reporting(config.steps) as report:
-        trainer.run(report)
-    export(opened, out / "checkpoint", torch_dtype(dtype))
-    print(
-        f"step {trainer.step}: wrote {out / 'checkpoint'}; try it with: twotower generate --model {out / 'checkpoint'}"
-    )
+    objective = Denoising(opened, what)
+    last = what.block_size(10**18, opened.config.block_size)
+    opened.config = dataclasses.replace(opened.config, block_size=last)
+    for folder in export_state(objective, out, lambda path: export(opened, path, dtype)):
+        print(f"wrote {folder}; try it with: twotower generate --model {folder}")
 
 
 def export(model: TwoTower, path: Path, dtype: torch.dtype) -> None:
@@ -125,32 +176,9 @@ def export(model: TwoTower, path: Path, dtype: torch.dtype) -> None:
     save(copy, path, tokenizer=model.tokenizer)
 
 
-@contextmanager
-def _reporting(steps: int) -> Iterator[Callable[[StepReport], None]]:
-    """A progress bar on stderr where that is a terminal, else a line there every 50 steps."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("Training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=steps, numbers="")
-        started = False
-
-        def report(done: StepReport) -> None:
-            nonlocal started
-            if not started:  # the steps of an earlier run say nothing about the time left
-                progress.reset(task, total=steps, completed=done.step - 1)
-                started = True
-            progress.update(task, completed=done.step, numbers=_numbers(done))
-            if not console.is_terminal and (done.step % 50 == 0 or done.step == steps):
-                console.print(f"step {done.step} of {steps}: {_numbers(done)}", soft_wrap=True, highlight=False)
-
-        yield report
-
-
-def _numbers(done: StepReport) -> str:
-    return f"loss {done.loss:.3f}, rate {done.learning_rate:.1e}, {done.tokens_per_second:,.0f} tokens/s"
+def _phases(text: str) -> tuple[Phase, ...]:
+    try:
+        pairs = [part.split(":") for part in text.split(",") if part]
+        return tuple(Phase(int(start), int(size)) for start, size in pairs)
+    except ValueError as error:
+        raise ValueError(f"phases are {text!r}, must be steps and block sizes such as 0:32,2000:16") from error

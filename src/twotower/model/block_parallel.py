@@ -72,7 +72,7 @@ def block_parallel_hidden(
     for i, (below, layer) in enumerate(zip(context.stack, denoiser.stack, strict=True)):
         step = _LayerPair(below, layer, plan, dtype, learns, i < top)
         time = (model.time_conditioning.tables[i], shared, index)
-        noisy, clean = step(noisy, clean, time, recompute=recompute and torch.is_grad_enabled())
+        noisy, clean = below(layer, step.run, noisy, clean, *time, recompute and torch.is_grad_enabled())
     with torch.set_grad_enabled(learns):
         finished = context.finish(clean) if with_context and clean is not None else None
     return Hidden(denoiser.finish(noisy), finished)
@@ -107,18 +107,19 @@ class _LayerPair(NamedTuple):
     learns: bool
     needs_clean: bool
 
-    def __call__(
-        self, noisy: Tensor, clean: Tensor | None, time: tuple[Tensor, Tensor, Tensor], *, recompute: bool
+    def run(
+        self, noisy: Tensor, clean: Tensor | None, table: Tensor, shared: Tensor, index: Tensor, recompute: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The next residual streams: noisy (v·b, t, d) and, while it is needed, clean (b, t, d); `time` is what
-        `_modulation` reads."""
+        """The next residual streams: noisy (v·b, t, d) and, while it is needed, clean (b, t, d); `table`, `shared` and
+        `index` are what `_modulation` reads."""
+        time = (table, shared, index)
         if self.layer.kind in "M*":
-            return _maybe_recomputed(recompute, self._seeded, noisy, clean, *time)
+            return maybe_recomputed(recompute, self._seeded, noisy, clean, *time)
         if self.needs_clean:
             assert clean is not None
             with torch.set_grad_enabled(self.learns):
-                clean = _maybe_recomputed(recompute and self.learns, self._clean, clean)
-        return _maybe_recomputed(recompute, self._noisy, noisy, *time), clean if self.needs_clean else None
+                clean = maybe_recomputed(recompute and self.learns, self._clean, clean)
+        return maybe_recomputed(recompute, self._noisy, noisy, *time), clean if self.needs_clean else None
 
     def _seeded(
         self, noisy: Tensor, clean: Tensor, table: Tensor, shared: Tensor, index: Tensor
@@ -150,7 +151,7 @@ class _LayerPair(NamedTuple):
         return self.layer.leave(noisy, mixer(self.layer.enter(noisy, own, self.dtype)), own)
 
 
-def _maybe_recomputed(recompute: bool, function: Callable[..., T], *arguments: object) -> T:
+def maybe_recomputed(recompute: bool, function: Callable[..., T], *arguments: object) -> T:
     if not recompute:
         return function(*arguments)
     result: T = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -1,5 +1,8 @@
 """One residual layer: a norm and a mixer. Letters: b batch, s tokens, d width."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +14,8 @@ from twotower.model.moe import MixtureOfExperts
 from twotower.model.time_conditioning import Modulation
 from twotower.ops.backend import Backend
 from twotower.ops.kernels import REFERENCE, kernels
+
+T = TypeVar("T")
 
 
 class Layer(nn.Module):
@@ -33,6 +38,11 @@ class Layer(nn.Module):
             )
         else:
             self.mixer = MixtureOfExperts(config, dtype)
+
+    def forward(self, function: Callable[..., T], *arguments: object) -> T:
+        """function(*arguments), which uses this layer. Training goes in here, because what gathers a layer's sharded
+        parameters for as long as they are used watches modules being called."""
+        return function(*arguments)
 
     def enter(self, x: Tensor, modulation: Modulation | None, dtype: torch.dtype) -> Tensor:
         """The mixer's input (b, s, d) in `dtype`. `M` and `*` modulate before the norm, `E` and `-` after it."""

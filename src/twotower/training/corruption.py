@@ -51,6 +51,12 @@ class Corrupted(NamedTuple):
     scored: Tensor
     layout: Layout
 
+    def to(self, device: torch.device) -> "Corrupted":
+        """The same on another device."""
+        layout = Layout(self.layout.block.to(device), self.layout.document.to(device))
+        xt, masked, level, told, scored = (v.to(device) for v in self[:5])
+        return Corrupted(xt, masked, level, told, scored, layout)
+
     def rows(self, part: slice) -> "Corrupted":
         """The given rows, with all their views: a micro-batch."""
         b = self.scored.shape[0]

@@ -4,6 +4,7 @@ A shard holds `ids` (r, t) int32, `scored` (r, t) bool, false where a position i
 padding), and `document` (r, t) int32, which numbers the documents packed into a row, non-decreasing.
 """
 
+import functools
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -64,16 +65,14 @@ class Corpus:
         """Rows of all shards."""
         return int(self._ends[-1])
 
-    def batch(self, step: int, size: int, seed: int) -> Batch:
-        """The rows of optimiser step `step`: epoch-wise shuffles that depend on (seed, epoch) alone, so that a resumed
-        run sees the same rows. Raises ValueError where a shard has tokens outside the vocabulary."""
-        per_epoch = len(self) // size
-        if per_epoch == 0:
-            raise ValueError(f"batch size {size} exceeds the corpus of {len(self)} rows; lower it")
-        order = np.random.default_rng((seed, step // per_epoch)).permutation(len(self))
-        rows = [self.row(int(i)) for i in order[step % per_epoch * size :][:size]]
+    def batch(self, samples: range, seed: int) -> Batch:
+        """The rows of an endless run over the corpus that have these numbers: each epoch visits every row once, in an
+        order that depends on (seed, epoch) alone, so the next number is all that a resumed run must know. Raises
+        ValueError where a shard has tokens outside the vocabulary."""
+        orders = {epoch: _order(seed, epoch, len(self)) for epoch in {sample // len(self) for sample in samples}}
+        rows = [self.row(int(orders[sample // len(self)][sample % len(self)])) for sample in samples]
         ids, scored, document = (torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True))
-        return Batch(ids.long(), scored, document.long(), torch.arange(size) + step * size)
+        return Batch(ids.long(), scored, document.long(), torch.tensor(samples))
 
     def row(self, index: int) -> Rows:
         """One row's arrays (t,)."""
@@ -84,6 +83,11 @@ class Corpus:
         if found.ids.min() < 0 or found.ids.max() >= self._vocab_size:
             raise ValueError(f"{shard.file} has ids outside [0, {self._vocab_size}); make it with this checkpoint")
         return found
+
+
+@functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
+def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
 def write_shard(file: Path, rows: Rows) -> None:

@@ -27,10 +27,36 @@ class Weighted(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Weighted sums of cross-entropies, to be divided by the step's denominators; `ar` is None where not asked for."""
+    """Weighted sums, to be divided by the step's denominators: the denoiser's cross-entropies and, where asked for, its
+    divergences from the context tower, and the context tower's own cross-entropies."""
 
     denoising: Tensor
+    distil: Tensor | None
     ar: Tensor | None
+
+
+class Piece(NamedTuple):
+    """What some rows add to a step: to its loss, and to how many tokens each expert of each `E` layer got (l, e), where
+    experts are to be balanced."""
+
+    loss: Tensor
+    loads: Tensor | None
+
+
+class Teacher(NamedTuple):
+    """Whose distribution at each of m positions is learnt besides the token there: head(rows), rows (m, d), `weight`
+    (m,)."""
+
+    head: Callable[[Tensor], Tensor]
+    rows: Tensor
+    weight: Tensor
+
+
+class TokenSums(NamedTuple):
+    """Σ weight · cross-entropy, and Σ weight · divergence from a teacher, 0 without one."""
+
+    hard: Tensor
+    soft: Tensor
 
 
 def weigh(noisy: Corrupted, reduction: Reduction) -> Weighted:
@@ -53,11 +79,10 @@ def weigh(noisy: Corrupted, reduction: Reduction) -> Weighted:
     raise ValueError(f"reduction is {reduction!r}, must be masked_mean, example_mean or elbo")
 
 
-def next_token_targets(x0: Tensor, noisy: Corrupted) -> tuple[Tensor, Tensor]:
+def next_token_targets(x0: Tensor, scored: Tensor, document: Tensor) -> tuple[Tensor, Tensor]:
     """Next tokens (b, t) of x0 and which of them count (b, t) bool: the scored ones within the same document."""
-    document = noisy.layout.document
-    counts = torch.zeros_like(noisy.scored)
-    counts[:, :-1] = noisy.scored[:, 1:] & (document[:, 1:] == document[:, :-1])
+    counts = torch.zeros_like(scored)
+    counts[:, :-1] = scored[:, 1:] & (document[:, 1:] == document[:, :-1])
     return x0.roll(-1, dims=1), counts
 
 
@@ -68,47 +93,79 @@ def loss_sums(
     weight: Tensor,
     *,
     with_ar: bool = False,
+    with_distil: bool = False,
     recompute: bool = False,
     towers: Callable[..., Hidden] = block_parallel_hidden,
 ) -> LossSums:
-    """Σ weight · cross-entropy of the denoiser (same-position targets), and Σ of the context tower's next-token one.
+    """Σ weight · cross-entropy of the denoiser (same-position targets); Σ weight · KL(context tower ‖ denoiser), the
+    context tower's distribution being that of the same token given all clean ones before it; and Σ of the context
+    tower's next-token cross-entropy.
 
-    Heads run on the rows that count only, `HEAD_ROWS` at a time. `towers` is `block_parallel_hidden` or its compiled
+    Heads run on the rows that count only, `HEAD_ROWS` at a time. The first token of a document has no distribution to
+    learn from. The context tower gets no gradient from its pupil. `towers` is `block_parallel_hidden` or its compiled
     form.
     """
-    hidden = towers(model, x0, noisy.xt, noisy.told, noisy.layout, recompute=recompute, with_context=with_ar)
-    targets = x0.repeat(weight.shape[0] // x0.shape[0], 1)[noisy.masked]
-    denoising = cross_entropy_sum(model.lm_head, hidden.denoiser[noisy.masked], targets, weight[noisy.masked])
-    if hidden.context is None:
-        return LossSums(denoising, None)
-    following, counts = next_token_targets(x0, noisy)
-    rows = hidden.context[counts]
-    return LossSums(denoising, cross_entropy_sum(model.context_lm_head, rows, following[counts], None))
+    with_context = with_ar or with_distil
+    hidden = towers(model, x0, noisy.xt, noisy.told, noisy.layout, recompute=recompute, with_context=with_context)
+    row, place = noisy.masked.nonzero(as_tuple=True)  # (m,)
+    clean = row % x0.shape[0]
+    weight, teacher = weight[row, place], None
+    if with_distil:
+        assert hidden.context is not None
+        first = place == noisy.layout.document_start.expand_as(x0)[clean, place]
+        before = hidden.context.detach()[clean, (place - 1).clamp(min=0)]
+        teacher = Teacher(model.context_lm_head, before, weight.masked_fill(first, 0.0))
+    found = token_sums(model.lm_head, hidden.denoiser[row, place], x0[clean, place], weight, teacher)
+    ar = None
+    if with_ar:
+        assert hidden.context is not None
+        following, counts = next_token_targets(x0, noisy.scored, noisy.layout.document)
+        ar = token_sums(model.context_lm_head, hidden.context[counts], following[counts], None).hard
+    return LossSums(found.hard, found.soft if with_distil else None, ar)
 
 
-def cross_entropy_sum(head: Callable[[Tensor], Tensor], rows: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
-    """Σ weight · cross-entropy of head(rows) against targets: rows (m, d), targets and weight (m,), a scalar in
-    float32 or wider. Logits are made again in backward, so (m, o) of them never exist."""
-    total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
+def token_sums(
+    head: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    targets: Tensor,
+    weight: Tensor | None,
+    teacher: Teacher | None = None,
+) -> TokenSums:
+    """Sums over rows (m, d) with targets and weight (m,), in float32 or wider; weight None counts each row once.
+
+    Logits are made again in backward, so (m, o) of them never exist.
+    """
+    hard = soft = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
     for start in range(0, max(rows.shape[0], 1), HEAD_ROWS):  # once for no rows: the sum has a gradient, of 0
         part = slice(start, start + HEAD_ROWS)
-        total = total + checkpoint(
-            _weighted_cross_entropy,
+        pieces = checkpoint(
+            _part_sums,
             head,
             rows[part],
             targets[part],
             None if weight is None else weight[part],
+            None if teacher is None else teacher._replace(rows=teacher.rows[part], weight=teacher.weight[part]),
             use_reentrant=False,
             preserve_rng_state=False,
         )
-    return total
+        hard, soft = hard + pieces.hard, soft + pieces.soft
+    return TokenSums(hard, soft)
 
 
-def _weighted_cross_entropy(
-    head: Callable[[Tensor], Tensor], rows: Tensor, targets: Tensor, weight: Tensor | None
-) -> Tensor:
+def _part_sums(
+    head: Callable[[Tensor], Tensor], rows: Tensor, targets: Tensor, weight: Tensor | None, teacher: Teacher | None
+) -> TokenSums:
+    log_q = _log_probabilities(head, rows)
+    losses = F.nll_loss(log_q, targets, reduction="none")
+    hard = losses.sum() if weight is None else (losses * weight).sum()
+    if teacher is None:
+        return TokenSums(hard, torch.zeros_like(hard))
+    with torch.no_grad():
+        log_p = _log_probabilities(teacher.head, teacher.rows)
+    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return TokenSums(hard, (divergence * teacher.weight).sum())
+
+
+def _log_probabilities(head: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     logits = head(rows)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if weight is None:
-        return F.cross_entropy(logits, targets, reduction="sum")
-    return (F.cross_entropy(logits, targets, reduction="none") * weight).sum()
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))

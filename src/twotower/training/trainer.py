@@ -1,226 +1,253 @@
-"""A plain trainer: one process, float32, resumable. Letters: b batch, t tokens."""
+"""The trainer: one process or many ranks, resumable. Letters: b batch, t tokens."""
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from twotower.model.block_parallel import Hidden, block_parallel_hidden
-from twotower.model.two_tower import TwoTower
-from twotower.training.corruption import Corrupted, LevelPer, Noise, corrupt
-from twotower.training.data import Corpus
-from twotower.training.objective import Reduction, loss_sums, next_token_targets, weigh
+from twotower.training.checkpointing import Checkpoints, latest_state, read_progress, read_tensors_, stored_groups
+from twotower.training.data import Batch, Corpus
+from twotower.training.denoising import Denoising
+from twotower.training.held_out import measure
+from twotower.training.next_token import NextToken
+from twotower.training.objective import Piece
+from twotower.training.optimiser import Optimiser, total_norm
+from twotower.training.precision import coarse_parameters, compute_in_
+from twotower.training.ranks import Ranks
+from twotower.training.schedule import Fault, Guard, Schedule
+from twotower.training.sharding import shard_
 
-ContextTraining = Literal["frozen", "trained", "tied"]
+# What is learnt: a module whose parameters that require a gradient are trained.
+Objective = Denoising | NextToken
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. The learning rate warms up linearly, stays, and over the last `decay_steps` falls linearly to 0.
+    """One run. The rates are those of `Schedule`, `spike_factor` and `skip_limit` those of `Guard`.
 
-    `micro_batch_size` rows are computed at a time (0: all of the step's), without changing the gradient. `reduction`
-    is explained at `objective.weigh`, `level_per`, `full_mask_fraction`, `later_weight` and `complementary` at
-    `corruption.Noise`, `recompute` at `block_parallel_hidden`. `context` says whether the context tower stays as it is,
-    is trained through the seeding, or is one and the same as the denoiser tower; `ar_weight` adds that much of its
-    next-token loss.
+    `batch_size` rows make a step, over all ranks; each computes `micro_batch_size` of its share at a time (0: all),
+    without changing the gradient. `bf16` computes in bfloat16; weights, sums of gradients and optimiser stay float32.
+    `shard` spreads all of these over the ranks. `ema_decay` above 0 keeps a running mean of the weights. Every
+    `evaluate_every` steps, and after the last, held-out rows are measured; 0 is never.
     """
 
     steps: int
     batch_size: int = 16
+    micro_batch_size: int = 0
     learning_rate: float = 1e-3
+    final_learning_rate: float = 0.0
     warmup_steps: int = 100
     decay_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    micro_batch_size: int = 0
-    reduction: Reduction = "masked_mean"
-    level_per: LevelPer = "block"
-    full_mask_fraction: float = 0.25
-    later_weight: float = 0.0
-    complementary: bool = False
-    context: ContextTraining = "frozen"
-    ar_weight: float = 0.0
-    recompute: bool = False
+    ema_decay: float = 0.0
+    spike_factor: float = 3.0
+    skip_limit: int = 10
+    bf16: bool = False
+    shard: bool = False
     seed: int = 0
     checkpoint_every: int = 100
-    compile: bool = False
+    evaluate_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every"):
+        for name in ("batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if not 0 <= self.decay_steps <= self.steps:
-            raise ValueError(f"decay_steps is {self.decay_steps}, must be in [0, steps={self.steps}]")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}, must be above 0")
         if self.micro_batch_size < 0:
             raise ValueError(f"micro_batch_size is {self.micro_batch_size}, must be 0 (the whole batch) or more")
-        if self.reduction not in get_args(Reduction):
-            raise ValueError(f"reduction is {self.reduction!r}, must be one of {', '.join(get_args(Reduction))}")
-        if self.context not in ("frozen", "trained", "tied"):
-            raise ValueError(f"context is {self.context!r}, must be frozen, trained or tied")
-        if not self.ar_weight >= 0:
-            raise ValueError(f"ar_weight is {self.ar_weight}, must be 0 or more")
-        if self.ar_weight > 0 and self.context == "frozen":
-            raise ValueError(f"ar_weight is {self.ar_weight} for a frozen context tower; train it or set it to 0")
-        uniform = self.noise.full_mask_fraction == 0 and self.noise.later_weight == 0
-        if self.reduction == "elbo" and not uniform:
-            raise ValueError(
-                "reduction is elbo, a bound only where t̂ alone decides; set full_mask_fraction and later_weight to 0"
-            )
+        if self.evaluate_every < 0:
+            raise ValueError(f"evaluate_every is {self.evaluate_every}, must be 0 (never) or more")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}, must be above 0")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}, must be in [0, 1); 0 keeps no running mean")
+        self.schedule  # noqa: B018  checks the rates
+        self.guard()
 
     @property
-    def noise(self) -> Noise:
-        return Noise(
-            level_per=self.level_per,
-            full_mask_fraction=self.full_mask_fraction,
-            later_weight=self.later_weight,
-            complementary=self.complementary,
-        )
+    def schedule(self) -> Schedule:
+        names = [f.name for f in dataclasses.fields(Schedule)]
+        return Schedule(**{name: getattr(self, name) for name in names})
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a 0-based step."""
-        warm = min(1.0, (step + 1) / max(self.warmup_steps, 1))
-        left = 1.0 if self.decay_steps == 0 else min(1.0, (self.steps - step) / self.decay_steps)
-        return self.learning_rate * warm * left
+    def guard(self) -> Guard:
+        return Guard(spike_factor=self.spike_factor, skip_limit=self.skip_limit)
 
 
 class StepReport(NamedTuple):
-    """What one optimiser step did."""
+    """What one optimiser step did: `fault` says why it was skipped, if it was; `num_skipped` counts those so far;
+    `held_out` is nats per token of held-out rows where they were measured after it."""
 
     step: int
     loss: float
     grad_norm: float
     learning_rate: float
+    fault: Fault | None
+    num_skipped: int
     tokens_per_second: float
+    held_out: dict[str, float] | None = None
 
-
-def trained_parameters(model: TwoTower, *, with_context: bool) -> list[torch.nn.Parameter]:
-    """Denoiser tower, its head (once, if tied) and time modules, and the context tower and its head if asked for."""
-    modules = [model.denoiser_tower, model.lm_head, model.time_conditioning]
-    if with_context:
-        modules += [model.context_tower, model.context_lm_head]
-    return list(dict.fromkeys(p for module in modules for p in module.parameters()))
+    def to_json(self) -> str:
+        """One line; numbers that are not finite, which JSON lacks, become null."""
+        values = self._asdict().items()
+        return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values})
 
 
 class Trainer:
-    """Steps a denoiser over a corpus; `folder` holds the state to resume from and the metrics."""
+    """Steps an objective over a corpus; `folder` holds the state to resume from and the metrics.
 
-    def __init__(self, model: TwoTower, corpus: Corpus, config: TrainConfig, folder: str | Path) -> None:
-        self.model, self.corpus, self.config, self.folder = model, corpus, config, Path(folder)
-        if config.context == "tied":
-            model.context_tower, model.context_lm_head = model.denoiser_tower, model.lm_head
-        self.parameters = trained_parameters(model, with_context=config.context != "frozen")
-        model.requires_grad_(False)
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
-        )
-        # The heads stay as they are: how many rows are masked changes at every step
-        self.towers: Callable[..., Hidden] = (
-            torch.compile(block_parallel_hidden) if config.compile else block_parallel_hidden
-        )
-        self.step = 0
+    All ranks make one, each with the whole model, and call `run`.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        corpus: Corpus,
+        config: TrainConfig,
+        folder: str | Path,
+        ranks: Ranks | None = None,
+        *,
+        held_out: Corpus | None = None,
+    ) -> None:
+        if (held_out is None) != (config.evaluate_every == 0):
+            raise ValueError(f"evaluate_every is {config.evaluate_every}, must be above 0 with held-out rows, else 0")
+        if config.shard and (ranks is None or ranks.size == 1):
+            raise ValueError("shard is set for one process, must be for several ranks; start them with torchrun")
+        if config.shard and objective.config.compile:
+            raise ValueError("shard and compile are both set, must not be: gathered weights can't be traced; drop one")
+        self.objective, self.corpus, self.config, self.folder = objective, corpus, config, Path(folder)
+        self.ranks, self.held_out = ranks or Ranks(), held_out
+        self.share = self.ranks.share(config.batch_size)
+        self.optimiser = _optimiser(objective, config, self.ranks)
+        self.guard, self.schedule = config.guard(), config.schedule
+        self.checkpoints = Checkpoints(self.folder, self.ranks)
+        self.step = self.samples = 0
 
     def run(self, report: Callable[[StepReport], None]) -> None:
         """Trains to `config.steps`, resuming from `folder` if it holds a state; calls `report` after each step."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / "state.pt").exists():
-            self._load()
-            self._drop_later_metrics()
-        with (self.folder / "metrics.jsonl").open("a") as metrics:
-            while self.step < self.config.steps:
-                done = self.train_step()
-                metrics.write(json.dumps(done._asdict()) + "\n")
-                metrics.flush()
-                report(done)
-                if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
-                    self._save()
+        state = latest_state(self.folder)
+        if state is not None:
+            self._resume(state)
+        if self.ranks.rank == 0:
+            _drop_later_metrics(self.folder / "metrics.jsonl", self.step)
+        try:
+            with (self.folder / "metrics.jsonl").open("a") as metrics:
+                while self.step < self.config.steps:
+                    done = self.train_step()
+                    if self._due(self.config.evaluate_every):
+                        done = done._replace(held_out=self.evaluate())
+                    if self.ranks.rank == 0:
+                        metrics.write(done.to_json() + "\n")
+                        metrics.flush()
+                    report(done)
+                    self.checkpoints.poll()
+                    if self._due(self.config.checkpoint_every):
+                        self.checkpoints.save(self.step, self.optimiser.tensors(), self._progress())
+        finally:
+            self.checkpoints.finish()
+        self.ranks.wait()
 
     def train_step(self) -> StepReport:
-        """One optimiser step; rows and noise depend on (seed, step) alone."""
+        """One optimiser step; rows and noise depend on (seed, samples seen) alone."""
         start = time.perf_counter()
         c = self.config
-        x0, scored, document, samples = self.corpus.batch(self.step, c.batch_size, c.seed)
-        noisy = corrupt(
-            x0,
-            scored,
-            samples,
-            seed=c.seed,
-            noise=c.noise,
-            block_size=self.model.config.block_size,
-            mask_token_id=self.model.config.mask_token_id,
-            document=document,
-        )
-        rate = c.rate(self.step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        loss = self._backward(x0, noisy)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm, error_if_nonfinite=True)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        mine = range(self.samples + self.share.start, self.samples + self.share.stop)
+        batch = self.corpus.batch(mine, c.seed)
+        loss, loads = self._backward(batch)
+        gradients = self.optimiser.gradients()
+        self.ranks.sum_(gradients)
+        norm = total_norm(gradients)
+        rate = self.schedule.rate(self.step)
+        fault = self.guard.judge(self.step, loss, norm)
+        if fault is None:
+            self.optimiser.update(rate, c.max_grad_norm, norm)
+            if loads is not None and isinstance(self.objective, NextToken):
+                self.objective.balance_(loads)
+            self.optimiser.average(self.step + 1 - self.guard.num_skipped)
+        self.optimiser.clear()
         self.step += 1
-        speed = x0.numel() / (time.perf_counter() - start)
-        return StepReport(self.step, loss, norm.item(), rate, speed)
+        self.samples += c.batch_size
+        speed = c.batch_size * self.corpus.length / (time.perf_counter() - start)
+        return StepReport(self.step, loss, norm, rate, fault, self.guard.num_skipped, speed)
 
-    def _backward(self, x0: Tensor, noisy: Corrupted) -> float:
-        """Adds the step's gradient, one micro-batch after the other, and returns its loss."""
-        c = self.config
-        weight, denominator = weigh(noisy, c.reduction)
-        ar_denominator = float(next_token_targets(x0, noisy)[1].sum())
-        views = weight.unflatten(0, (-1, len(x0)))
-        size, total = c.micro_batch_size or len(x0), 0.0
-        for start in range(0, len(x0), size):
-            part = slice(start, start + size)
-            sums = loss_sums(
-                self.model,
-                x0[part],
-                noisy.rows(part),
-                views[:, part].flatten(0, 1),
-                with_ar=c.ar_weight > 0,
-                recompute=c.recompute,
-                towers=self.towers,
-            )
-            # 0, not nan, where a small batch has nothing masked
-            loss = sums.denoising / max(denominator, 1)
-            if sums.ar is not None:
-                loss = loss + c.ar_weight * sums.ar / max(ar_denominator, 1)
-            loss.backward()
-            total += loss.item()
-        return total
+    def evaluate(self) -> dict[str, float]:
+        """Nats per token of the held-out rows: `elbo` a bound for the denoiser, `ar` for the tower that is causal."""
+        assert self.held_out is not None
+        at_once = self.config.micro_batch_size or len(self.share)
+        step, device = self.step - 1, self.ranks.device
+        return measure(self.held_out, at_once, self.ranks, lambda batch: self.objective.measure(batch, step, device))
 
-    def _save(self) -> None:
-        state: dict[str, Any] = {
-            "step": self.step,
-            "parameters": [p.data for p in self.parameters],
-            "optimiser": self.optimiser.state_dict(),
-        }
-        partial = self.folder / "state.pt.partial"
-        torch.save(state, partial)
-        os.replace(partial, self.folder / "state.pt")  # a kill leaves the old state or the new one
+    def _due(self, every: int) -> bool:
+        """True after each `every` steps and after the last, if ever."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
-    def _load(self) -> None:
-        state = torch.load(self.folder / "state.pt", weights_only=True)
-        if [p.shape for p in state["parameters"]] != [p.shape for p in self.parameters]:
-            raise ValueError(f"{self.folder}/state.pt belongs to another model; choose an empty output folder")
-        for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
-            parameter.data.copy_(saved)
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step = state["step"]
+    def _backward(self, batch: Batch) -> tuple[float, Tensor | None]:
+        """Adds this rank's part of the step's gradient, one micro-batch after the other; returns the loss and the loads
+        of all."""
+        rows = self.objective.prepare(batch, self.step, self.config.seed, self.ranks.device)
+        denominators = self.ranks.total(rows.denominators)
+        num_rows, total = len(batch.ids), 0.0
+        loads: Tensor | None = None
+        size = self.config.micro_batch_size or num_rows
+        for start in range(0, num_rows, size):
+            piece: Piece = self.objective(rows, slice(start, start + size), denominators)
+            piece.loss.backward()
+            total += piece.loss.item()
+            if piece.loads is not None:
+                loads = piece.loads if loads is None else loads + piece.loads
+        if loads is not None:
+            self.ranks.sum_([loads])
+        return self.ranks.total([total])[0], loads
 
-    def _drop_later_metrics(self) -> None:
-        """Steps after the saved state are run again: their lines would stand twice."""
-        file = self.folder / "metrics.jsonl"
-        if file.exists():
-            lines = file.read_text().splitlines(keepends=True)
-            file.write_text("".join(line for line in lines if line.endswith("\n") and self._is_done(line)))
+    def _progress(self) -> dict[str, Any]:
+        return {"step": self.step, "samples": self.samples, "guard": self.guard.state()}
 
-    def _is_done(self, line: str) -> bool:
-        return json.loads(line)["step"] <= self.step
+    def _resume(self, state: Path) -> None:
+        tensors = self.optimiser.tensors()
+        if "ema" not in stored_groups(state):
+            tensors.pop("ema", None)
+        read_tensors_(state, tensors, self.ranks)
+        self.optimiser.round_()
+        if "ema" not in tensors:  # begins here
+            for name, mean in self.optimiser.ema.items():
+                mean.copy_(self.optimiser.masters[name])
+        progress = read_progress(state)
+        self.step, self.samples = progress["step"], progress["samples"]
+        self.guard = self.guard.restored(progress["guard"])
+
+
+def _optimiser(objective: Objective, config: TrainConfig, ranks: Ranks) -> Optimiser:
+    """Gives the objective's parameters the precision and place that the run asks for, and an optimiser."""
+    model, exact = objective.model, {}
+    coarse = {id(p) for p in coarse_parameters(model, torch.bfloat16)}
+    named = trained_parameters(objective)
+    if config.bf16 and not config.shard:
+        exact = {name: p.detach().clone() for name, p in named.items() if id(p) in coarse}
+    if config.bf16:
+        compute_in_(model, torch.bfloat16, named.values() if config.shard else ())
+    if config.shard:
+        dtype = torch.bfloat16 if config.bf16 else None
+        whole = [p for p in model.parameters() if id(p) not in coarse]
+        shard_(objective, objective.layer_groups(), ranks, dtype=dtype, whole=whole)
+    return Optimiser(trained_parameters(objective), exact, weight_decay=config.weight_decay, ema_decay=config.ema_decay)
+
+
+def trained_parameters(objective: Objective) -> dict[str, nn.Parameter]:
+    """Name -> parameter, each once."""
+    return {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
+
+
+def _drop_later_metrics(file: Path, step: int) -> None:
+    """Steps after the saved state are run again: their lines would stand twice."""
+    if file.exists():
+        lines = file.read_text().splitlines(keepends=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        os.replace(partial, file)

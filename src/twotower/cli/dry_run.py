@@ -1,0 +1,177 @@
+"""What a training run will need, from its settings alone: nothing is loaded or allocated.
+
+Letters: t tokens of a row, d width, h heads, p head width, n state width, a active experts, e experts, v vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from twotower.config import TwoTowerConfig
+from twotower.model.one_tower import OneTower
+from twotower.model.tower import Tower
+from twotower.model.two_tower import TwoTower
+from twotower.training.denoising import Denoising, DenoisingConfig
+from twotower.training.next_token import NextToken, NextTokenConfig
+from twotower.training.objective import HEAD_ROWS
+from twotower.training.precision import coarse_parameters
+from twotower.training.trainer import Objective, TrainConfig, trained_parameters
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank: weights to compute with and to learn in, what is learnt from and with, and what a micro-batch
+    leaves for backward, roughly."""
+
+    weights: int
+    gradients: int
+    moments: int
+    running_mean: int
+    activations: int
+
+
+class Estimate(NamedTuple):
+    """What a run needs; FLOPs are those of matrix products, attention and scans, forward and backward."""
+
+    parameters: int
+    trained: int
+    tokens: int
+    flops: float
+    memory: Memory
+
+
+def estimate(
+    config: TwoTowerConfig,
+    run: TrainConfig,
+    what: DenoisingConfig | NextTokenConfig,
+    *,
+    row_length: int,
+    num_ranks: int,
+) -> Estimate:
+    """Estimates a run over rows of `row_length` tokens on `num_ranks` ranks."""
+    with torch.device("meta"):
+        objective: Objective
+        if isinstance(what, DenoisingConfig):
+            objective = Denoising(TwoTower(config), what)
+        else:
+            objective = NextToken(OneTower(config), what)
+    tokens = run.steps * run.batch_size * row_length
+    per_rank = run.batch_size // num_ranks
+    rows = min(run.micro_batch_size or per_rank, per_rank)
+    parameters = list(objective.parameters())
+    return Estimate(
+        sum(p.numel() for p in parameters),
+        sum(parameter.numel() for parameter in trained_parameters(objective).values()),
+        tokens,
+        tokens * _flops_per_token(objective, row_length),
+        _memory(objective, run, row_length * rows, num_ranks),
+    )
+
+
+def _memory(objective: Objective, run: TrainConfig, tokens: int, num_ranks: int) -> Memory:
+    trained = {id(p) for p in trained_parameters(objective).values()}
+    coarse = {id(p) for p in coarse_parameters(objective.model, torch.bfloat16)}
+    ranks = num_ranks if run.shard else 1
+    weights = learnt = 0
+    for parameter in objective.parameters():
+        count = -(-parameter.numel() // ranks) if id(parameter) in coarse else parameter.numel()
+        rounded = run.bf16 and id(parameter) in coarse
+        if id(parameter) in trained:
+            learnt += count
+            weights += 4 * count + (2 * count if rounded and not run.shard else 0)
+        else:
+            weights += (2 if rounded else 4) * count
+    if run.shard:
+        weights += _gathered(objective, 2 if run.bf16 else 4)
+    mean = 4 * learnt if run.ema_decay > 0 else 0
+    return Memory(weights, 4 * learnt, 8 * learnt, mean, _activations(objective, tokens, 2 if run.bf16 else 4))
+
+
+def _gathered(objective: Objective, width: int) -> int:
+    """What a rank holds whole while it computes: two groups of layers, one in use and one on its way, and the rest."""
+    layers = [sum(p.numel() for module in group for p in module.parameters()) for group in objective.layer_groups()]
+    rest = sum(p.numel() for p in objective.parameters()) - sum(layers)
+    return width * (2 * max(layers) + rest)
+
+
+def _activations(objective: Objective, tokens: int, width: int) -> int:
+    """A residual stream per layer and tower, what each layer saves (with `recompute` only one at a time), the gradients
+    of one layer and the logits of one chunk. Peaks of the stories and hybrid recipes' models were 0.95 to 1.6
+    times this."""
+    config, what = objective.model.config, objective.config
+    denoises = isinstance(what, DenoisingConfig)
+    views = 2 if isinstance(what, DenoisingConfig) and what.complementary else 1
+    residual = 4 if config.residual_in_fp32 else width
+    inner = {kind: _saved_per_token(config, kind) for kind in set(config.pattern)}
+    streams = config.num_layers * config.hidden_size * residual * (views + denoises)
+    layers = [inner[kind] * width * views for kind in config.pattern]
+    kept = max(layers) if what.recompute else sum(layers)
+    logits = 4 * HEAD_ROWS * config.vocab_size * 4
+    return tokens * (streams + kept + 2 * max(layers)) + logits
+
+
+def _saved_per_token(c: TwoTowerConfig, kind: str) -> int:
+    """Numbers per token that a layer saves for backward, about: modulation, sums and norms, each product's input."""
+    modulated = 9 * c.hidden_size
+    if kind == "M":
+        return modulated + 4 * (c.mamba_width + c.conv_width) + 2 * c.mamba_width
+    if kind == "*":
+        return modulated + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    if kind == "-":
+        return modulated + (4 if c.gated_mlp else 3) * c.intermediate_size
+    active = c.num_experts_per_tok * (3 * c.expert_intermediate_size + 2 * c.hidden_size)
+    return modulated + active + 3 * c.shared_expert_intermediate_size
+
+
+def _flops_per_token(objective: Objective, length: int) -> float:
+    """Backward is twice a forward pass, recomputing one more. Heads run on masked positions only, forward twice."""
+    config, what = objective.model.config, objective.config
+    again = 1 if what.recompute else 0
+    head = 2.0 * config.vocab_size * config.hidden_size * 4
+    if isinstance(objective, NextToken):
+        return (3 + again) * _forward(objective.model.tower, config, length) + head
+    assert isinstance(what, DenoisingConfig)
+    views = 2 if what.complementary else 1
+    masked = 0.5 * (1 - what.full_mask_fraction) + what.full_mask_fraction
+    total = views * (3 + again) * _forward(objective.model.denoiser_tower, config, length) + views * masked * head
+    context = _forward(objective.model.context_tower, config, length)
+    total += context * ((1 if what.context == "frozen" else 3) + again)
+    return total + (masked * views * head / 2 if what.distil_weight else 0) + (head if what.ar_weight else 0)
+
+
+def _forward(tower: Tower, config: TwoTowerConfig, length: int) -> float:
+    """A tower's layers: 2 per weight and token, 4·h·p per key, of which there are t/2, and 6·h·p·n of the scan."""
+    used = config.num_experts_per_tok / config.num_experts if config.num_experts else 1.0
+    total = 0.0
+    for layer in tower.stack:
+        for parameter in layer.parameters():
+            if parameter.ndim == 3:  # stacked experts
+                total += 2 * parameter.numel() * used
+            elif parameter.ndim == 2:
+                total += 2 * parameter.numel()
+    attention = 4 * config.num_attention_heads * config.head_dim * length / 2
+    scan = 6 * config.mamba_width * config.mamba_state_size
+    return total + config.pattern.count("*") * attention + config.pattern.count("M") * scan
+
+
+def lines(found: Estimate, what: DenoisingConfig | NextTokenConfig, block_size: int, num_ranks: int) -> list[str]:
+    """The estimate in words."""
+    memory = [f"{name.replace('_', ' ')} {_bytes(value)}" for name, value in found.memory._asdict().items()]
+    total = _bytes(sum(found.memory))
+    ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
+    result = [
+        f"parameters: {found.parameters:,}, of which {found.trained:,} are trained",
+        f"tokens: {found.tokens:,}",
+        f"FLOPs: about {found.flops:.2e}",
+        f"memory of each of {ranks}: about {total} ({', '.join(memory)})",
+    ]
+    if isinstance(what, DenoisingConfig):
+        phases = [f"{phase.block_size} from step {phase.start}" for phase in what.phases] or [f"{block_size}"]
+        result.append(f"blocks: {', '.join(phases)}")
+    return result
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1e3:,.1f} kB"

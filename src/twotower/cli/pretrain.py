@@ -1,0 +1,124 @@
+"""`twotower pretrain`: train a backbone of any pattern from nothing."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twotower.checkpoints.hf import load_tokenizer, read_config, resolve
+from twotower.checkpoints.nemotron_h import save_backbone
+from twotower.cli.logs import TensorBoardOption, WandbOption
+from twotower.cli.options import DeviceOption, Dtype, torch_dtype
+from twotower.cli.recipe import RecipeOption
+from twotower.cli.training import (
+    DEFAULTS,
+    BatchSizeOption,
+    Bf16Option,
+    CheckpointEveryOption,
+    CompileOption,
+    DecayStepsOption,
+    DryRunOption,
+    EmaDecayOption,
+    EvaluateEveryOption,
+    ExportOnlyOption,
+    FinalLearningRateOption,
+    HeldOutOption,
+    LearningRateOption,
+    MaxGradNormOption,
+    MicroBatchSizeOption,
+    NumRanksOption,
+    RecomputeOption,
+    RowLengthOption,
+    SeedOption,
+    ShardOption,
+    SkipLimitOption,
+    SpikeFactorOption,
+    StepsOption,
+    WarmupStepsOption,
+    WeightDecayOption,
+    export_state,
+    open_corpus,
+    print_estimate,
+    reporting,
+    torchrun_ranks,
+)
+from twotower.model.one_tower import OneTower
+from twotower.training.next_token import NextToken, NextTokenConfig
+from twotower.training.trainer import TrainConfig, Trainer
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command("pretrain")
+def command(
+    config: Annotated[
+        str, typer.Argument(help="Directory with the backbone's config.json and, to go on with it, its tokenizer.json.")
+    ],
+    corpus: Annotated[Path, typer.Argument(help="Directory of shards that `tokenize CONFIG` wrote.")],
+    out: Annotated[
+        Path, typer.Argument(help="Directory for state/, metrics.jsonl and backbone/; a state in it is resumed.")
+    ],
+    steps: StepsOption = DEFAULTS.steps,
+    batch_size: BatchSizeOption = DEFAULTS.batch_size,
+    learning_rate: LearningRateOption = DEFAULTS.learning_rate,
+    final_learning_rate: FinalLearningRateOption = DEFAULTS.final_learning_rate,
+    warmup_steps: WarmupStepsOption = DEFAULTS.warmup_steps,
+    decay_steps: DecayStepsOption = DEFAULTS.decay_steps,
+    weight_decay: WeightDecayOption = DEFAULTS.weight_decay,
+    max_grad_norm: MaxGradNormOption = DEFAULTS.max_grad_norm,
+    micro_batch_size: MicroBatchSizeOption = DEFAULTS.micro_batch_size,
+    recompute: RecomputeOption = False,
+    compile: CompileOption = False,
+    ema_decay: EmaDecayOption = DEFAULTS.ema_decay,
+    spike_factor: SpikeFactorOption = DEFAULTS.spike_factor,
+    skip_limit: SkipLimitOption = DEFAULTS.skip_limit,
+    bf16: Bf16Option = False,
+    shard: ShardOption = False,
+    seed: SeedOption = DEFAULTS.seed,
+    checkpoint_every: CheckpointEveryOption = DEFAULTS.checkpoint_every,
+    held_out: HeldOutOption = None,
+    evaluate_every: EvaluateEveryOption = DEFAULTS.evaluate_every,
+    device: DeviceOption = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = "bfloat16",
+    export_only: ExportOnlyOption = False,
+    tensorboard: TensorBoardOption = False,
+    wandb: WandbOption = None,
+    row_length: RowLengthOption = None,
+    num_ranks: NumRanksOption = 1,
+    dry_run: DryRunOption = False,
+    recipe: RecipeOption = None,
+) -> None:
+    """Train one tower on the next tokens of CORPUS, then write it to OUT/backbone for `twotower init`.
+
+    CONFIG's config.json says what it is made of, as that of a Nemotron-H model does; --seed also decides its first
+    weights. Under torchrun every process takes its share of each step's rows.
+    """
+    given = dict(locals())
+    run = TrainConfig(**{f.name: given[f.name] for f in dataclasses.fields(TrainConfig)})
+    what = NextTokenConfig(recompute=recompute, compile=compile)
+    folder = resolve(config)
+    shapes = read_config(folder)
+    if dry_run:
+        print_estimate(shapes, run, what, corpus, row_length=row_length, num_ranks=num_ranks)
+        return
+    model = OneTower(shapes)
+    model.initialise_(seed)
+    with torchrun_ranks(device) as ranks:
+        if not export_only:
+            rows = open_corpus(corpus, shapes.vocab_size, row_length)
+            measured = None if held_out is None else open_corpus(held_out, shapes.vocab_size, row_length)
+            trainer = Trainer(NextToken(model.to(ranks.device), what), rows, run, out, ranks, held_out=measured)
+            with reporting(trainer, tensorboard=tensorboard, wandb=wandb, settings=given) as report:
+                trainer.run(report)
+        if ranks.rank == 0:
+            trained = OneTower(shapes)
+            tokenizer = load_tokenizer(folder)
+            written = export_state(
+                NextToken(trained, NextTokenConfig()),
+                out,
+                lambda path: save_backbone(trained, path, torch_dtype(dtype), tokenizer=tokenizer),
+                name="backbone",
+            )
+            for path in written:
+                print(f"wrote {path}; give it a denoiser with: twotower init {path} START")

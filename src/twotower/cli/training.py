@@ -1,0 +1,211 @@
+"""What the commands that train share: options, ranks, progress and writing the result."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from twotower.cli.dry_run import estimate, lines
+from twotower.cli.logs import logging_to
+from twotower.cli.options import open_device
+from twotower.config import TwoTowerConfig
+from twotower.training.checkpointing import latest_state, read_tensors_, stored_groups
+from twotower.training.data import Corpus
+from twotower.training.denoising import DenoisingConfig
+from twotower.training.next_token import NextTokenConfig
+from twotower.training.ranks import Ranks, joined
+from twotower.training.trainer import Objective, StepReport, TrainConfig, Trainer, trained_parameters
+
+DEFAULTS = TrainConfig(steps=1000)
+
+StepsOption = Annotated[int, typer.Option("--steps", help="Optimiser steps in all, 1 or more.")]
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", help="Rows per step, 1 or more; under torchrun a multiple of the ranks.")
+]
+MicroBatchSizeOption = Annotated[
+    int,
+    typer.Option(
+        "--micro-batch-size",
+        help="Rows that a rank computes at a time, 0 for all of its share; changes memory, not the gradient.",
+    ),
+]
+LearningRateOption = Annotated[float, typer.Option("--learning-rate", help="Highest learning rate, above 0.")]
+FinalLearningRateOption = Annotated[
+    float, typer.Option("--final-learning-rate", help="What the rate falls to, 0 to --learning-rate.")
+]
+WarmupStepsOption = Annotated[int, typer.Option("--warmup-steps", help="Steps of linear warm-up, 0 or more.")]
+DecayStepsOption = Annotated[
+    int, typer.Option("--decay-steps", help="Last steps, over which the rate falls, 0 to --steps.")
+]
+WeightDecayOption = Annotated[float, typer.Option("--weight-decay", help="AdamW's, 0 or more.")]
+MaxGradNormOption = Annotated[float, typer.Option("--max-grad-norm", help="Gradients are clipped to this norm.")]
+EmaDecayOption = Annotated[
+    float,
+    typer.Option(
+        "--ema-decay", help="Above 0: also keep a running mean of the weights, below 1, and write OUT/checkpoint-ema."
+    ),
+]
+SpikeFactorOption = Annotated[
+    float,
+    typer.Option("--spike-factor", help="Skip steps whose loss is this many times the recent median; 0 skips none."),
+]
+SkipLimitOption = Annotated[
+    int, typer.Option("--skip-limit", help="Stop when more of the last 100 steps were skipped, 0 or more.")
+]
+Bf16Option = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; weights and optimiser stay float32.")]
+ShardOption = Annotated[
+    bool, typer.Option("--shard", help="Under torchrun: spread weights and optimiser over the ranks.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Decides the rows and masks of every step.")]
+CheckpointEveryOption = Annotated[
+    int, typer.Option("--checkpoint-every", help="Steps between two saved states, 1 or more.")
+]
+HeldOutOption = Annotated[
+    Path | None,
+    typer.Option("--held-out", help="Corpus to measure, all of it, in nats per token.", show_default="none"),
+]
+EvaluateEveryOption = Annotated[
+    int, typer.Option("--evaluate-every", help="Steps between two measurements of --held-out, 1 or more with it.")
+]
+ExportOnlyOption = Annotated[
+    bool,
+    typer.Option("--export-only", help="Write the last saved state as a checkpoint without training, at any time."),
+]
+RecomputeOption = Annotated[
+    bool, typer.Option("--recompute", help="Compute layers again in backward: less memory, more time.")
+]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the towers; needs a C++ compiler.")]
+RowLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        "--row-length",
+        help="Tokens that CORPUS's rows must have; for a dry run before there is a corpus.",
+        show_default="any",
+    ),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print parameters, tokens, FLOPs and memory, and do nothing.")
+]
+NumRanksOption = Annotated[int, typer.Option("--num-ranks", min=1, help="Ranks that --dry-run counts with, 1 or more.")]
+
+
+@contextmanager
+def torchrun_ranks(device: str) -> Iterator[Ranks]:
+    """The ranks that torchrun's environment tells of, each on its own GPU where `device` is cuda; else this process."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks(device=open_device(device))
+        return
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+    with joined(int(os.environ["RANK"]), size, open_device(own)) as ranks:
+        yield ranks
+
+
+def open_corpus(folder: Path, vocab_size: int, row_length: int | None) -> Corpus:
+    """Opens a corpus whose rows must be of `row_length`, if given."""
+    corpus = Corpus(folder, vocab_size=vocab_size)
+    if row_length not in (None, corpus.length):
+        raise ValueError(
+            f"row_length is {row_length}, but {folder} has rows of {corpus.length} tokens; make them agree"
+        )
+    return corpus
+
+
+def print_estimate(
+    config: TwoTowerConfig,
+    run: TrainConfig,
+    what: DenoisingConfig | NextTokenConfig,
+    corpus: Path,
+    *,
+    row_length: int | None,
+    num_ranks: int,
+) -> None:
+    """Prints what a run needs. Raises ValueError where neither a corpus nor `row_length` says how long rows are."""
+    if corpus.exists():
+        row_length = open_corpus(corpus, config.vocab_size, row_length).length
+    if row_length is None:
+        raise ValueError(f"{corpus} is not there to tell how long its rows are; give --row-length")
+    Ranks(size=num_ranks).share(run.batch_size)
+    found = estimate(config, run, what, row_length=row_length, num_ranks=num_ranks)
+    print("\n".join(lines(found, what, config.block_size, num_ranks)))
+
+
+def export_state(
+    objective: Objective, out: Path, write: Callable[[Path], None], name: str = "checkpoint"
+) -> list[Path]:
+    """Writes the last saved state of `out`, and its running mean if it has one, as checkpoints; returns their folders.
+
+    `objective` holds the model that the run started from, in float32; `write` writes that model to a folder.
+    """
+    state = latest_state(out)
+    if state is None:
+        raise FileNotFoundError(f"{out} has no saved state to export; train without --export-only first")
+    trained = {n: p.detach() for n, p in trained_parameters(objective).items()}
+    written = []
+    for group, folder in (("weights", out / name), ("ema", out / f"{name}-ema")):
+        if group in stored_groups(state):
+            read_tensors_(state, {group: trained}, Ranks())
+            write(folder)
+            written.append(folder)
+    return written
+
+
+@contextmanager
+def reporting(
+    trainer: Trainer, *, tensorboard: bool, wandb: str | None, settings: dict[str, Any]
+) -> Iterator[Callable[[StepReport], None]]:
+    """What rank 0 does with each step's report: a progress bar on stderr where that is a terminal, else a line there
+    every 50 steps, and the logs that are asked for. `settings` describe the run to them."""
+    if trainer.ranks.rank > 0:
+        yield lambda done: None
+        return
+    described = {name: value for name, value in settings.items() if value is not None}
+    with (
+        logging_to(trainer.folder, tensorboard=tensorboard, wandb=wandb, settings=described) as log,
+        _showing(trainer.config.steps) as show,
+    ):
+
+        def report(done: StepReport) -> None:
+            log(done)
+            show(done)
+
+        yield report
+
+
+@contextmanager
+def _showing(steps: int) -> Iterator[Callable[[StepReport], None]]:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("Training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=steps, numbers="")
+        started = False
+
+        def show(done: StepReport) -> None:
+            nonlocal started
+            if not started:  # the steps of an earlier run say nothing about the time left
+                progress.reset(task, total=steps, completed=done.step - 1)
+                started = True
+            progress.update(task, completed=done.step, numbers=_numbers(done))
+            notable = done.step % 50 == 0 or done.step == steps or done.fault is not None or done.held_out is not None
+            if not console.is_terminal and notable:
+                console.print(f"step {done.step} of {steps}: {_numbers(done)}", soft_wrap=True, highlight=False)
+
+        yield show
+
+
+def _numbers(done: StepReport) -> str:
+    skipped = "" if done.fault is None else f", skipped ({done.fault})"
+    skipped += "".join(f", held-out {name} {value:.3f}" for name, value in (done.held_out or {}).items())
+    skipped += f", {done.num_skipped} skipped so far" if done.num_skipped else ""
+    return f"loss {done.loss:.3f}, rate {done.learning_rate:.1e}, {done.tokens_per_second:,.0f} tokens/s{skipped}"

@@ -1,0 +1,58 @@
+"""A single tower with its head: the backbone that two towers start from. Letters: v vocabulary, d width."""
+
+import math
+
+import tokenizers
+import torch
+from torch import Tensor, nn
+
+from twotower.config import TwoTowerConfig
+from twotower.model.linear import Linear
+from twotower.model.tower import Tower
+
+_STD = 0.02
+# Range of a fresh layer's time steps, and of the decay rates -A.
+_TIME_STEPS = (1e-3, 0.1)
+_RATES = (1.0, 16.0)
+
+
+class OneTower(nn.Module):
+    """A causal language model with the shapes of one of `TwoTower`'s towers. Parameters are not initialised."""
+
+    def __init__(self, config: TwoTowerConfig, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer: tokenizers.Tokenizer | None = None
+        self.tower = Tower(config, dtype)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.tower.embeddings
+
+    @torch.no_grad()
+    def initialise_(self, seed: int) -> None:
+        """Random weights as this family starts: normal of deviation 0.02, narrower by √layers where a layer writes to
+        the residual stream; time steps log-uniform in [1e-3, 0.1], decay rates uniform in [1, 16]."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, tensor in self.released_tensors().items():
+            if name.endswith(("norm.weight", "norm_f.weight", ".D")):
+                tensor.fill_(1.0)
+            elif name.endswith("dt_bias"):
+                low, high = map(math.log, _TIME_STEPS)
+                steps = tensor.uniform_(low, high, generator=generator).exp()
+                tensor.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus gives the steps
+            elif name.endswith("A_log"):
+                tensor.uniform_(*_RATES, generator=generator).log_()
+            elif name.endswith("bias"):
+                tensor.zero_()
+            elif name.endswith("conv1d.weight"):
+                bound = tensor.shape[-1] ** -0.5
+                tensor.uniform_(-bound, bound, generator=generator)
+            else:
+                writes = name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight"))
+                std = _STD / self.config.num_layers**0.5 if writes else _STD
+                tensor.normal_(0, std, generator=generator)
+
+    def released_tensors(self) -> dict[str, Tensor]:
+        """Every tensor by the name it has in a single-tower checkpoint, as a view of this model's parameters."""
+        found = {f"backbone.{name}": tensor for name, tensor in self.tower.released_tensors().items()}
+        return found if self.config.tie_word_embeddings else found | {"lm_head.weight": self.lm_head.weight.data}

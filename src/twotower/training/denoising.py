@@ -1,0 +1,192 @@
+"""What a denoiser learns at a step. Letters: b batch, v views, t tokens."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from twotower.model.block_parallel import Hidden, block_parallel_hidden
+from twotower.model.two_tower import TwoTower
+from twotower.training.corruption import Corrupted, LevelPer, Noise, corrupt
+from twotower.training.data import Batch
+from twotower.training.held_out import Measured
+from twotower.training.low_rank import add_low_rank_
+from twotower.training.objective import Piece, Reduction, loss_sums, next_token_targets, weigh
+
+ContextTraining = Literal["frozen", "trained", "tied"]
+
+
+class Phase(NamedTuple):
+    """From this 0-based step on, blocks are of this size."""
+
+    start: int
+    block_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenoisingConfig:
+    """`reduction` is explained at `objective.weigh`, `level_per`, `full_mask_fraction`, `later_weight` and
+    `complementary` at `corruption.Noise`, `recompute` at `block_parallel_hidden`.
+
+    `context` says whether the context tower stays as it is, is trained through the seeding, or is one and the same as
+    the denoiser tower; `ar_weight` adds that much of its next-token loss. `distil_weight` adds that much of the
+    denoiser's divergence from the context tower's own distribution of each masked token. `phases` change the block
+    size; without any it is the model's. `lora_rank` above 0 trains additions of that rank to the denoiser's
+    projections, and the time modules, instead of all its weights.
+    """
+
+    reduction: Reduction = "masked_mean"
+    level_per: LevelPer = "block"
+    full_mask_fraction: float = 0.25
+    later_weight: float = 0.0
+    complementary: bool = False
+    context: ContextTraining = "frozen"
+    ar_weight: float = 0.0
+    distil_weight: float = 0.0
+    phases: tuple[Phase, ...] = ()
+    lora_rank: int = 0
+    recompute: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reduction not in get_args(Reduction):
+            raise ValueError(f"reduction is {self.reduction!r}, must be one of {', '.join(get_args(Reduction))}")
+        if self.context not in get_args(ContextTraining):
+            raise ValueError(f"context is {self.context!r}, must be frozen, trained or tied")
+        for name in ("ar_weight", "distil_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank is {self.lora_rank}, must be 1 or more, or 0 to train all weights")
+        if self.lora_rank > 0 and self.context != "frozen":
+            raise ValueError(
+                f"lora_rank is {self.lora_rank} with context={self.context}, must be 0 unless it is frozen"
+            )
+        if self.ar_weight > 0 and self.context == "frozen":
+            raise ValueError(f"ar_weight is {self.ar_weight} for a frozen context tower; train it or set it to 0")
+        uniform = self.noise.full_mask_fraction == 0 and self.noise.later_weight == 0
+        if self.reduction == "elbo" and not uniform:
+            raise ValueError(
+                "reduction is elbo, a bound only where t̂ alone decides; set full_mask_fraction and later_weight to 0"
+            )
+        starts = [phase.start for phase in self.phases]
+        if self.phases and (starts[0] != 0 or starts != sorted(set(starts))):
+            raise ValueError(f"phases start at {starts}, must start at 0 and rise")
+        if any(phase.block_size < 1 for phase in self.phases):
+            raise ValueError(f"phases have blocks of {[p.block_size for p in self.phases]}, must be 1 or more")
+
+    @property
+    def noise(self) -> Noise:
+        return Noise(
+            level_per=self.level_per,
+            full_mask_fraction=self.full_mask_fraction,
+            later_weight=self.later_weight,
+            complementary=self.complementary,
+        )
+
+    def block_size(self, step: int, default: int) -> int:
+        """The block size of a 0-based step."""
+        return next((phase.block_size for phase in reversed(self.phases) if phase.start <= step), default)
+
+
+class NoisyRows(NamedTuple):
+    """This rank's rows of a step: x0 (b, t), their noisy versions, each position's weight (v, b, t), and what the sums
+    over them, in the order of the objective's losses, are divided by once all ranks' are added."""
+
+    x0: Tensor
+    noisy: Corrupted
+    weight: Tensor
+    denominators: tuple[float, ...]
+
+
+class Denoising(nn.Module):
+    """The loss of a two-tower model's denoiser; freezes what isn't trained, ties towers where that is asked for."""
+
+    def __init__(self, model: TwoTower, config: DenoisingConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        if config.context == "tied":
+            model.context_tower, model.context_lm_head = model.denoiser_tower, model.lm_head
+        model.requires_grad_(False)
+        trained: list[nn.Module] = [model.time_conditioning]
+        if config.lora_rank > 0:
+            add_low_rank_(model.denoiser_tower, config.lora_rank)
+        else:
+            trained += [model.denoiser_tower, model.lm_head]
+        if config.context != "frozen":
+            trained += [model.context_tower, model.context_lm_head]
+        for module in trained:
+            module.requires_grad_(True)
+        # The heads stay as they are: how many rows are masked changes at every step
+        self.towers: Callable[..., Hidden] = (
+            torch.compile(block_parallel_hidden) if config.compile else block_parallel_hidden
+        )
+
+    def layer_groups(self) -> list[list[nn.Module]]:
+        """The layers whose parameters are used together: the same layer of both towers."""
+        pairs = zip(self.model.context_tower.stack, self.model.denoiser_tower.stack, strict=True)
+        return [list(dict.fromkeys(pair)) for pair in pairs]
+
+    def prepare(self, batch: Batch, step: int, seed: int, device: torch.device) -> NoisyRows:
+        """Masks a rank's rows of a 0-based step; what each becomes depends on (seed, its sample number) alone."""
+        model, c = self.model.config, self.config
+        noisy = corrupt(
+            batch.ids,
+            batch.scored,
+            batch.samples,
+            seed=seed,
+            noise=c.noise,
+            block_size=c.block_size(step, model.block_size),
+            mask_token_id=model.mask_token_id,
+            document=batch.document,
+        )
+        weight, denominator = weigh(noisy, c.reduction)
+        ar_denominator = float(next_token_targets(batch.ids, batch.scored, batch.document)[1].sum())
+        views = weight.unflatten(0, (-1, len(batch.ids))).to(device)
+        return NoisyRows(batch.ids.to(device), noisy.to(device), views, (denominator, ar_denominator))
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, step: int, device: torch.device) -> dict[str, Measured]:
+        """Bounds on the negative log-likelihood of held-out rows: the denoiser's, at a step's block size and with the
+        same noise at every call, and the context tower's own, which is exact."""
+        model = self.model.config
+        noisy = corrupt(
+            batch.ids,
+            batch.scored,
+            batch.samples,
+            seed=0,
+            noise=Noise(),
+            block_size=self.config.block_size(step, model.block_size),
+            mask_token_id=model.mask_token_id,
+            document=batch.document,
+        )
+        weight, denominator = weigh(noisy, "elbo")
+        count = float(next_token_targets(batch.ids, batch.scored, batch.document)[1].sum())
+        x0, noisy, weight = batch.ids.to(device), noisy.to(device), weight.to(device)
+        sums = loss_sums(self.model, x0, noisy, weight, with_ar=True, towers=self.towers)
+        assert sums.ar is not None
+        return {"elbo": Measured(sums.denoising.item(), denominator), "ar": Measured(sums.ar.item(), count)}
+
+    def forward(self, rows: NoisyRows, part: slice, denominators: Sequence[float]) -> Piece:
+        """What some of the rows add to the step, whose `denominators` are all ranks' together."""
+        c = self.config
+        sums = loss_sums(
+            self.model,
+            rows.x0[part],
+            rows.noisy.rows(part),
+            rows.weight[:, part].flatten(0, 1),
+            with_ar=c.ar_weight > 0,
+            with_distil=c.distil_weight > 0,
+            recompute=c.recompute,
+            towers=self.towers,
+        )
+        # 0, not nan, where a small batch has nothing masked
+        masked, following = (max(d, 1) for d in denominators)
+        loss = sums.denoising / masked
+        if sums.distil is not None:
+            loss = loss + c.distil_weight * sums.distil / masked
+        if sums.ar is not None:
+            loss = loss + c.ar_weight * sums.ar / following
+        return Piece(loss, None)  # experts stay where they are: the denoiser starts as its backbone

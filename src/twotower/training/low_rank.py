@@ -1,0 +1,45 @@
+"""LoRA (arXiv 2106.09685): a tower that learns by low-rank additions to its projections.
+
+Letters: r rank, i inputs, o outputs, e experts.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from twotower.model.linear import Linear
+from twotower.model.moe import MixtureOfExperts
+from twotower.model.tower import Tower
+
+
+class LowRank(nn.Module):
+    """weight + up · down for a weight (o, i) or (e, o, i): up (…, o, r) starts at 0, down (…, r, i) random."""
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        *experts, outputs, inputs = weight.shape
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.up = nn.Parameter(weight.new_zeros(*experts, outputs, rank, dtype=wide))
+        self.down = nn.Parameter(weight.new_empty(*experts, rank, inputs, dtype=wide))
+        if not weight.is_meta:  # nothing to draw there
+            drawn = torch.randn(self.down.shape, generator=generator) * inputs**-0.5
+            self.down.data.copy_(drawn)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight to multiply by, in the dtype of the one that stays."""
+        return weight + (self.up @ self.down).to(weight.dtype)
+
+
+def add_low_rank_(tower: Tower, rank: int) -> None:
+    """Gives every projection of a tower's layers an addition of `rank`, which starts at 0; the projections themselves
+    are frozen. The tower's `released_tensors` are the sums."""
+    generator = torch.Generator().manual_seed(0)
+    for module in list(tower.modules()):
+        names: tuple[str, ...] = ()
+        if isinstance(module, Linear):
+            names = ("weight",)
+        elif isinstance(module, MixtureOfExperts):
+            names = ("up", "down")
+        for name in names:
+            weight = getattr(module, name).requires_grad_(False)
+            parametrize.register_parametrization(module, name, LowRank(weight, rank, generator))

@@ -1,0 +1,106 @@
+"""The float32 weights that AdamW changes, their running mean, and the model's own, which may be coarser."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class Optimiser:
+    """AdamW over float32 (or float64) masters of the given parameters, by name.
+
+    A parameter that is at least float32 is its own master. A coarser one gets a float32 copy of `exact[name]`, collects
+    its gradients there after each micro-batch, and is set to the rounded master after each update. `ema_decay` above 0
+    keeps a running mean of the masters.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        exact: Mapping[str, Tensor],
+        *,
+        weight_decay: float,
+        ema_decay: float,
+    ) -> None:
+        self.rounded: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self.masters: dict[str, nn.Parameter] = {}
+        for name, parameter in parameters.items():
+            master = parameter
+            if name in exact:
+                master = nn.Parameter(exact[name])
+                parameter.register_post_accumulate_grad_hook(_collect_in(master))
+                self.rounded.append((parameter, master))
+            self.masters[name] = master
+        # Two groups: no operation takes sharded and whole tensors together
+        sharded = [m for m in self.masters.values() if isinstance(m, DTensor)]
+        groups = [sharded, [m for m in self.masters.values() if not isinstance(m, DTensor)]]
+        self.adamw = torch.optim.AdamW(
+            [{"params": group} for group in groups if group], betas=(0.9, 0.98), weight_decay=weight_decay
+        )
+        for master in self.masters.values():  # at once: a saved state always has all of it
+            zeros = (torch.zeros_like(master.detach()) for _ in range(2))
+            moments = dict(zip(("exp_avg", "exp_avg_sq"), zeros, strict=True))
+            self.adamw.state[master] = {"step": torch.zeros(()), **moments}
+        self.ema_decay = ema_decay
+        self.ema = {n: m.detach().clone() for n, m in self.masters.items()} if ema_decay > 0 else {}
+
+    def gradients(self) -> list[Tensor]:
+        """The masters' gradients that there are."""
+        return [master.grad for master in self.masters.values() if master.grad is not None]
+
+    def update(self, rate: float, max_norm: float, norm: float) -> None:
+        """One AdamW step with gradients of total norm `norm` clipped to `max_norm`."""
+        if norm > max_norm:
+            for gradient in self.gradients():
+                gradient.mul_(max_norm / (norm + 1e-6))
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.step()
+        self.round_()
+
+    @torch.no_grad()
+    def average(self, num_updates: int) -> None:
+        """Moves the running mean. Its decay grows with the updates made, so that the first weights don't stay in it."""
+        decay = min(self.ema_decay, (1 + num_updates) / (10 + num_updates))
+        for name, mean in self.ema.items():
+            mean.lerp_(self.masters[name], 1 - decay)
+
+    def clear(self) -> None:
+        """Forgets the gradients."""
+        self.adamw.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def round_(self) -> None:
+        """Sets the model's coarser parameters to their masters."""
+        for parameter, master in self.rounded:
+            parameter.copy_(master)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a saved state holds, as the tensors themselves."""
+        state = {name: self.adamw.state[master] for name, master in self.masters.items()}
+        found = {"weights": {name: master.detach() for name, master in self.masters.items()}}
+        for part in ("exp_avg", "exp_avg_sq", "step"):
+            found[part] = {name: values[part] for name, values in state.items()}
+        return found | ({"ema": self.ema} if self.ema else {})
+
+
+def total_norm(gradients: list[Tensor]) -> float:
+    """The Euclidean norm of all gradients, sharded or not."""
+    sharded = [g for g in gradients if isinstance(g, DTensor)]
+    whole = [g for g in gradients if not isinstance(g, DTensor)]
+    norms = [torch.nn.utils.get_total_norm(part) for part in (sharded, whole) if part]
+    parts = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
+    return parts[0].item() if len(parts) == 1 else torch.stack(parts).norm().item()
+
+
+def _collect_in(master: nn.Parameter) -> Callable[[Tensor], None]:
+    """A hook that adds a parameter's new gradient to its master's: sums over micro-batches stay float32."""
+
+    def collect(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.to(master.dtype)
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    return collect

@@ -1,0 +1,66 @@
+"""The estimates of a dry run against what a tiny run has."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from twotower.cli.dry_run import estimate
+from twotower.model.two_tower import TwoTower
+from twotower.training.denoising import Denoising, DenoisingConfig
+from twotower.training.next_token import NextTokenConfig
+from twotower.training.trainer import TrainConfig, trained_parameters
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return tiny("M*-E", hidden_size=64).config
+
+
+def test_counts_are_those_of_the_model(config):
+    found = estimate(config, TrainConfig(steps=3, batch_size=4), DenoisingConfig(), row_length=10, num_ranks=1)
+    objective = Denoising(TwoTower(config), DenoisingConfig())
+    trained = sum(p.numel() for p in trained_parameters(objective).values())
+    assert found.parameters == sum(p.numel() for p in objective.parameters())
+    assert found.trained == trained
+    assert found.tokens == 120
+    assert found.memory.weights == 4 * found.parameters
+    assert (found.memory.gradients, found.memory.moments, found.memory.running_mean) == (4 * trained, 8 * trained, 0)
+
+
+def test_flops_are_those_that_torch_counts():
+    """For a tower of projections alone, where nothing is approximate but the head's share of masked positions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from twotower.config import TwoTowerConfig
+    from twotower.model.one_tower import OneTower
+    from twotower.training.data import Batch
+    from twotower.training.next_token import NextToken
+
+    config = TwoTowerConfig(vocab_size=50, hidden_size=32, pattern="--", intermediate_size=64)
+    model = OneTower(config)
+    model.initialise_(0)
+    ids = torch.randint(4, 50, (2, 33))
+    objective = NextToken(model, NextTokenConfig())
+    rows = objective.prepare(
+        Batch(ids, torch.ones_like(ids).bool(), ids * 0, torch.arange(2)), 0, 0, torch.device("cpu")
+    )
+    with FlopCounterMode(display=False) as counter:
+        objective(rows, slice(0, 2), rows.denominators).loss.backward()
+    found = estimate(config, TrainConfig(steps=1, batch_size=2), NextTokenConfig(), row_length=33, num_ranks=1)
+    assert found.flops == pytest.approx(counter.get_total_flops(), rel=0.02)  # the last of 33 tokens has no next one
+
+
+def test_what_saves_memory_saves_it(config):
+    run, what = TrainConfig(steps=3, batch_size=4, ema_decay=0.9), DenoisingConfig()
+    plain = estimate(config, run, what, row_length=512, num_ranks=2).memory
+    sharded = estimate(config, dataclasses.replace(run, shard=True), what, row_length=512, num_ranks=2).memory
+    for part in ("gradients", "moments", "running_mean"):
+        assert getattr(plain, part) / 2 <= getattr(sharded, part) < 0.6 * getattr(plain, part)
+    again = dataclasses.replace(what, recompute=True)
+    assert estimate(config, run, again, row_length=512, num_ranks=2).memory.activations < 0.8 * plain.activations
+    small = dataclasses.replace(run, micro_batch_size=1)
+    assert estimate(config, small, what, row_length=512, num_ranks=2).memory.activations < 0.6 * plain.activations
+    coarse = estimate(config, dataclasses.replace(run, bf16=True), what, row_length=512, num_ranks=2).memory
+    assert coarse.activations < 0.6 * plain.activations
+    assert coarse.moments == plain.moments

@@ -1,0 +1,77 @@
+"""Recipes: values from a file, overridden by the command line; every shipped one passes its dry run."""
+
+from pathlib import Path
+
+import pytest
+
+from twotower.checkpoints.load import DEFAULT_CHECKPOINT
+from twotower.cli import train
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*/*.yaml")), ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_shipped_recipes_pass_their_dry_run(run, file, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    model = DEFAULT_CHECKPOINT if file.parent.name == "stories" else file.parent
+    result = run("pretrain" if file.stem == "pretrain" else "train", model, "--recipe", file, "--dry-run")
+    assert result.exit_code == 0, result.output
+    expected = {
+        "stories": "parameters: 15,907,680, of which 8,162,496 are trained",
+        "nemotron-30b": "blocks: 32 from step 0, 32 from step 120000, 16 from step 200000",
+    }
+    assert expected.get(file.parent.name, "FLOPs: about") in result.stdout
+
+
+def test_the_published_run_is_of_its_size(run, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    printed = run("train", "--recipe", RECIPES / "nemotron-30b" / "train.yaml", "--dry-run").stdout
+    assert "parameters: 63,185,902,848, of which 31,607,962,560 are trained" in printed
+    assert "tokens: 2,100,0" in printed
+    assert "of each of 256 ranks" in printed
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The settings that a run would have had."""
+    found = []
+
+    def stop(objective, corpus, config, folder, ranks, *, held_out):
+        found.append((config, objective.config, folder))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(train, "Trainer", stop)
+    return found
+
+
+def test_what_is_given_wins_over_the_recipe(run, checkpoint, seen, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "open_corpus", lambda *arguments: None)
+    recipe = tmp_path / "a.yaml"
+    lines = ("model: nowhere", "corpus: there", "out: result", "steps: 7", "learning_rate: 3e-4", "bf16: true",
+             "phases: '0:8,3:4'", "reduction: example_mean", "warmup_steps: 0")  # fmt: skip
+    recipe.write_text("\n".join(lines))
+    run("train", checkpoint, "--recipe", recipe, "--steps", 9, "--warmup-steps", 5)
+    config, what, folder = seen.pop()
+    assert (config.steps, config.learning_rate, config.bf16, config.warmup_steps) == (9, 3e-4, True, 5)
+    assert (what.reduction, [tuple(phase) for phase in what.phases]) == ("example_mean", [(0, 8), (3, 4)])
+    assert folder == Path("result")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", "unknown keys ['stepz']"),
+        ("recipe: other.yaml", "unknown keys ['recipe']"),
+        ("- 1", "holds a list, must hold keys and values"),
+        ("a: [", "is not YAML"),
+        ("steps:", "steps is None"),
+        ("steps: [1, 2]", "steps is [1, 2]"),
+        ("steps: many", "Invalid value for '--steps'"),
+    ],
+)
+def test_a_recipe_that_says_nonsense_is_a_mistake(run, tmp_path, text, message):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    result = run("train", "a", "b", "c", "--recipe", file)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
