@@ -168,7 +168,7 @@ def _drive(model: TwoTower, module: ModuleType, requests: list[Request], watch: 
 
 def _prefill(model: TwoTower, module: ModuleType, requests: list[Request]) -> Rows:
     """Absorbs ragged prompts in one batch, with room for everything the rows may produce."""
-    prompts = [r.prompt_ids[:-1] if module is mock_ar else r.prompt_ids for r in requests]
+    prompts: list[tuple[int, ...]] = [module.context_ids(r) for r in requests]
     lengths = [len(p) for p in prompts]
     longest = max(lengths)
     table = torch.zeros(len(prompts), longest, dtype=torch.long)

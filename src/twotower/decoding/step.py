@@ -3,14 +3,19 @@
 from typing import NamedTuple, Protocol, Self
 
 from twotower.decoding.params import SamplingParams
+from twotower.model.state import ContextState
 
 
 class Request(NamedTuple):
-    """A prompt's ids (at least one) with its settings; `seed` is settled."""
+    """A prompt's ids (at least one) with its settings; `seed` is settled.
+
+    `produced` are new tokens that it has already, where it goes on with a context state that was made anew.
+    """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     seed: int
+    produced: tuple[int, ...] = ()
 
 
 class Token(NamedTuple):
@@ -39,8 +44,15 @@ class Rows(Protocol):
     @property
     def requests(self) -> tuple[Request, ...]: ...
 
+    @property
+    def context(self) -> ContextState: ...
+
     def select(self, rows: list[int]) -> Self:
         """The batch without the rows that are done."""
+        ...
+
+    def join(self, others: Self) -> Self:
+        """This batch with the rows of another behind its own; both have seen a step, and keys lie in one pool."""
         ...
 
     def view(self, row: int) -> BlockView | None:

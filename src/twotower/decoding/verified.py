@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower.decoding.sampling import Temper, distribution, inverse_sample, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
-from twotower.model.state import ContextState
+from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
 
 # Draws of one round are kept apart in the counter-based generator: draft tokens, acceptances, corrections.
@@ -39,6 +39,18 @@ class VerifiedRows:
             newest=tuple(self.newest[r] for r in rows) if self.newest else (),
         )
 
+    def join(self, others: Self) -> Self:
+        assert self.newest
+        assert others.newest
+        return dataclasses.replace(
+            self,
+            requests=self.requests + others.requests,
+            context=join((self.context, others.context)),
+            settings=self.settings.join(others.settings),
+            produced=self.produced + others.produced,
+            newest=self.newest + others.newest,
+        )
+
     def view(self, row: int) -> BlockView | None:
         return None
 
@@ -58,10 +70,17 @@ class Verdict(NamedTuple):
     confidence: Tensor
 
 
+def context_ids(request: Request) -> tuple[int, ...]:
+    """What the context tower holds when the request starts: all but the newest token, if there is one."""
+    return request.prompt_ids + request.produced[:-1]
+
+
 def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> VerifiedRows:
-    """Rows whose prompts are absorbed."""
+    """Rows whose `context_ids` are absorbed; either all have produced tokens before or none."""
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.context_device)
-    return VerifiedRows(requests, context, settings, (0,) * len(requests))
+    newest = tuple(r.produced[-1] for r in requests if r.produced)
+    assert len(newest) in (0, len(requests))
+    return VerifiedRows(requests, context, settings, tuple(len(r.produced) for r in requests), newest)
 
 
 def step(model: TwoTower, rows: VerifiedRows) -> Stepped:

@@ -72,8 +72,9 @@ class Tower(nn.Module):
         state = state.reserve(s)
         rope = self._rotation(state.lengths, s, ids.device)
         mask = None
+        t = state.padded_length(s)
+        past = state.buffer.past(t)
         if state.buffer.keys:
-            t = state.padded_length(s)
             mask = self.kernels.causal_mask(state.lengths, s, t, self.activation_dtype, ids.device)
         x = self.embed(ids)
         replays: list[Replay] = []
@@ -84,7 +85,10 @@ class Tower(nn.Module):
                 mixed, replay = self._causal_mamba(layer.mixer, entered, state.mamba[len(replays)])
                 replays.append(replay)
             elif isinstance(layer.mixer, Attention):
-                mixed = self._causal_attention(layer.mixer, entered, state, num_attention, rope, mask)
+                q, key, value = layer.mixer.project(entered, rope)
+                state.buffer.append_(num_attention, state.lengths, key, value)
+                keys, values = past.keys[num_attention], past.values[num_attention]
+                mixed = layer.mixer.output(self.kernels.cached_attention(q, keys, values, mask, past.pages))
                 num_attention += 1
             else:
                 mixed = layer.mixer(entered)
@@ -124,7 +128,8 @@ class Tower(nn.Module):
         """
         s = ids.shape[1]
         rope = self._rotation(seed.lengths, s, ids.device)
-        used = min(seed.padded_length(), seed.buffer.capacity)
+        used = seed.padded_length()
+        past = seed.buffer.past(used)
         mask = None
         if seed.buffer.keys:
             widths = widths or (s,) * len(seed.lengths)
@@ -140,9 +145,8 @@ class Tower(nn.Module):
                 num_mamba += 1
             elif isinstance(layer.mixer, Attention):
                 q, key, value = layer.mixer.project(entered, rope)
-                past_key = seed.buffer.keys[num_attention][:, :, :used]
-                past_value = seed.buffer.values[num_attention][:, :, :used]
-                attended = self.kernels.seeded_attention(q, key, value, past_key, past_value, mask)
+                keys, values = past.keys[num_attention], past.values[num_attention]
+                attended = self.kernels.seeded_attention(q, key, value, keys, values, mask, past.pages)
                 mixed = layer.mixer.output(attended)
                 num_attention += 1
             else:
@@ -172,23 +176,6 @@ class Tower(nn.Module):
             return mixer.outputs(prepared, start, self.activation_dtype), Replay(prepared, start, None)
         mixed, end = mixer.scan(prepared, start, self.activation_dtype)
         return mixed, Replay(prepared, start, end)
-
-    def _causal_attention(
-        self, mixer: Attention, x: Tensor, state: ContextState, i: int, rope: Rotation | None, mask: Tensor | None
-    ) -> Tensor:
-        q, key, value = mixer.project(x, rope)
-        keys, values = state.buffer.keys[i], state.buffer.values[i]
-        s = x.shape[1]
-        if len(set(state.lengths)) == 1:
-            start = state.lengths[0]
-            keys[:, :, start : start + s] = key
-            values[:, :, start : start + s] = value
-        else:
-            for row, start in enumerate(state.lengths):
-                keys[row, :, start : start + s] = key[row]
-                values[row, :, start : start + s] = value[row]
-        t = state.padded_length(s)
-        return mixer.output(self.kernels.cached_attention(q, keys[:, :, :t], values[:, :, :t], mask))
 
     def pack_(self, activation_dtype: torch.dtype, backend: Backend) -> None:
         """Packs every constant weight for inference by `backend` with activations of the given dtype."""

@@ -143,12 +143,21 @@ class TwoTower(nn.Module):
         return self.context_tower.commit(scored, counts, next_logits)
 
     def absorb(
-        self, ids: Tensor, state: ContextState, counts: tuple[int, ...] | None = None, *, with_logits: bool
+        self,
+        ids: Tensor,
+        state: ContextState,
+        counts: tuple[int, ...] | None = None,
+        *,
+        with_logits: bool,
+        rows: list[int] | None = None,
     ) -> ContextState:
         """Unchecked `extend` by the first counts[b] of ids (b, s); the rest of a row is padding.
 
-        `with_logits` False saves the head where nobody reads next_logits.
+        `with_logits` False saves the head where nobody reads next_logits. `rows` are the state's rows that ids belong
+        to; the others stay as they are.
         """
+        if rows is not None and len(rows) < state.batch_size:
+            return state.put(rows, self.absorb(ids, state.select(rows), counts, with_logits=with_logits))
         b, s = ids.shape
         if s == 0:
             return state
