@@ -11,8 +11,9 @@ from rich.console import Console
 
 from twotower.cli.live import show
 from twotower.cli.options import DeviceOption, DtypeOption, MaxNewTokensOption, ModelOption, open_model
-from twotower.decoding.generate import Prompt, generate, stream
+from twotower.decoding.generate import generate, stream
 from twotower.decoding.params import CommitRule, Generation, Mode, SamplingParams
+from twotower.decoding.record import Prompt
 from twotower.model.two_tower import TwoTower
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
