@@ -1,0 +1,303 @@
+"""The scheduler over step(): requests join and leave between steps."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from twotower.decoding.generate import MODULES
+from twotower.decoding.params import Generation, SamplingParams
+from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
+from twotower.decoding.step import Request, Stepped
+from twotower.engine.config import EngineConfig
+from twotower.engine.job import Batch, Event, Job
+from twotower.engine.pool import StatePool
+from twotower.model.state import join
+from twotower.model.two_tower import TwoTower
+
+
+class EngineStats(NamedTuple):
+    """An engine at one moment, and what it has done since it was made.
+
+    Calls are counted per request, as in `GenerationStats`; a round is one call of `Engine.step` that had work.
+    """
+
+    num_running: int
+    num_waiting: int
+    bytes_used: int
+    bytes_budget: int
+    cache_hit_tokens: int
+    num_rounds: int
+    num_preemptions: int
+    denoiser_calls: int
+    context_calls: int
+
+
+class Engine:
+    """Runs many requests at once, each with its own mode and settings; one thread owns it.
+
+    Each result is what `generate` gives for the request alone: to the bit with the C kernels, else up to rounding.
+    """
+
+    def __init__(self, model: TwoTower, config: EngineConfig | None = None) -> None:
+        self.model = model
+        self.config = config or EngineConfig()
+        self._pool = StatePool(model, self.config.state_bytes, self.config.max_num_requests)
+        self._jobs: dict[str, Job] = {}
+        self._num_added = 0
+        self._waiting: deque[Job] = deque()
+        self._absorbing: list[Job] = []
+        self._batches: dict[ModuleType, Batch] = {}
+        self._num_rounds = self._num_preemptions = self._denoiser_calls = self._context_calls = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._jobs)
+
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """Checks a request and makes token ids of its prompt; may run in any thread.
+
+        Raises ValueError for what can't run here, also where the request alone would need more than the state budget.
+        """
+        request = make_request(self.model, prompt, params)
+        longest = len(request.prompt_ids) + params.max_new_tokens + params.block_size + 1
+        needed, there = self._pool.pages_for(longest), self._pool.num_pages - 1
+        if needed > max(there, 0):
+            raise ValueError(
+                f"a prompt of {len(request.prompt_ids)} tokens with max_new_tokens {params.max_new_tokens} needs "
+                f"{needed} pages of keys, and state_bytes {self.config.state_bytes} gives {there}; shorten it or raise "
+                "state_bytes"
+            )
+        return request
+
+    def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, watch: bool = False) -> str:
+        """Queues a request and returns its id; with `watch`, every step gives an event that shows the block.
+
+        Raises ValueError for a bad request, and for an id that another unfinished request has.
+        """
+        warn_about_block_size(self.model, [params])
+        return self.add_request(self.prepare(prompt, params), request_id=request_id, watch=watch)
+
+    def add_request(self, request: Request, *, request_id: str | None = None, watch: bool = False) -> str:
+        """`add` for what `prepare` gave."""
+        self._num_added += 1
+        if request_id is None:
+            request_id = f"request-{self._num_added}"
+        if request_id in self._jobs:
+            raise ValueError(f"request_id is {request_id!r}, which an unfinished request has; choose another")
+        record = Record(self.model, request, time.perf_counter())
+        self._jobs[request_id] = Job(request_id, self._num_added, record, watch)
+        self._waiting.append(self._jobs[request_id])
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """Drops a request and frees its state at once; does nothing if it is finished or unknown."""
+        job = self._jobs.pop(request_id, None)
+        if job is not None:
+            self._withdraw(job)
+
+    def step(self) -> list[Event]:
+        """One round: some tokens of the prompts that are being absorbed, and one step of everything that decodes."""
+        if not self._jobs:
+            return []
+        self._num_rounds += 1
+        with torch.inference_mode():
+            self._make_room()
+            events = self._admit()
+            started = self._absorb()
+            for module in dict.fromkeys(MODULES.values()):
+                events += self._step_mode(module, [job for job in started if _module(job) is module])
+        for event in events:
+            if event.result is not None:
+                del self._jobs[event.request_id]
+        return events
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Generation]:
+        """`twotower.generate` through the engine: results in the order of the prompts.
+
+        Raises ValueError if other requests are unfinished, or as `add` does, before anything runs.
+        """
+        if self._jobs:
+            raise ValueError(f"{len(self._jobs)} requests are unfinished; step until they are done, or abort them")
+        many = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
+        warn_about_block_size(self.model, many)
+        requests = [self.prepare(prompt, p) for prompt, p in zip(prompts, many, strict=True)]
+        places = {self.add_request(request): i for i, request in enumerate(requests)}
+        results: dict[int, Generation] = {}
+        while self._jobs:
+            for event in self.step():
+                if event.result is not None:
+                    results[places[event.request_id]] = event.result
+        return [results[i] for i in range(len(prompts))]
+
+    def stats(self) -> EngineStats:
+        """The engine's counts at this moment."""
+        return EngineStats(
+            num_running=len(self._jobs) - len(self._waiting),
+            num_waiting=len(self._waiting),
+            bytes_used=self._pool.bytes_used,
+            bytes_budget=self._pool.budget,
+            cache_hit_tokens=0,
+            num_rounds=self._num_rounds,
+            num_preemptions=self._num_preemptions,
+            denoiser_calls=self._denoiser_calls,
+            context_calls=self._context_calls,
+        )
+
+    def _admit(self) -> list[Event]:
+        """Lets waiting requests in, in order, while there are slots, and pages for the whole of the next one's ids."""
+        done = []
+        while self._waiting:
+            job = self._waiting[0]
+            if job.record.request.params.max_new_tokens == 0:
+                done.append(Event(job.id, "", (), (), None, job.record.result("length")))
+                self._waiting.popleft()
+                continue
+            if len(self._jobs) - len(self._waiting) - len(done) >= self.config.max_num_requests:
+                break
+            if not self._pool.grow_(job.table, len(_context_ids(job)) + job.record.request.params.block_size + 1):
+                break
+            self._waiting.popleft()
+            job.context = self._pool.open(job.table)
+            self._absorbing.append(job)
+        return done
+
+    def _absorb(self) -> list[Job]:
+        """Absorbs the round's prompt tokens, shared evenly, in one pass; returns the jobs that may start to decode."""
+        counts = _shares([len(_context_ids(job)) - _absorbed(job) for job in self._absorbing], self.config.prompt_chunk)
+        chosen = [(job, n) for job, n in zip(self._absorbing, counts, strict=True) if n > 0]
+        if chosen:
+            jobs = [job for job, _ in chosen]
+            table = torch.zeros(len(chosen), max(n for _, n in chosen), dtype=torch.long)
+            for row, (job, n) in enumerate(chosen):
+                first = _absorbed(job)
+                table[row, :n] = torch.tensor(_context_ids(job)[first : first + n])
+            states = [job.context for job in jobs if job.context is not None]
+            state = states[0] if len(states) == 1 else join(states)
+            ends = any(_absorbed(job) + n == len(_context_ids(job)) for job, n in chosen)
+            ids = table.to(self.model.context_device)
+            state = self.model.absorb(ids, state, tuple(n for _, n in chosen), with_logits=ends)
+            for row, job in enumerate(jobs):
+                job.context = state if len(jobs) == 1 else state.select([row])
+        started = [job for job in self._absorbing if _absorbed(job) == len(_context_ids(job))]
+        self._absorbing = [job for job in self._absorbing if job not in started]
+        for job in started:
+            job.record.context_calls += 1
+            self._context_calls += 1
+        return started
+
+    def _make_room(self) -> None:
+        """Gives every decoding row pages for its next step, oldest request first; the youngest is preempted for it."""
+        decoding = [(job, batch) for batch in self._batches.values() for job in batch.jobs]
+        for job, batch in sorted(decoding, key=lambda pair: pair[0].order):
+            if job not in batch.jobs:  # preempted for an older one
+                continue
+            length = batch.rows.context.lengths[batch.jobs.index(job)]
+            wanted = length + job.record.request.params.block_size + 1
+            while job in batch.jobs and not self._pool.grow_(job.table, wanted):
+                running = [*self._absorbing, *(j for b in self._batches.values() for j in b.jobs)]
+                self._preempt(max(running, key=lambda j: j.order))
+
+    def _preempt(self, job: Job) -> None:
+        """Drops a job's state and queues it first; it absorbs its prompt and its own tokens anew, later."""
+        self._num_preemptions += 1
+        self._withdraw(job)
+        self._waiting.appendleft(job)
+
+    def _withdraw(self, job: Job) -> None:
+        """Takes a job out of wherever it is and frees its state."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+            return
+        if job in self._absorbing:
+            self._absorbing.remove(job)
+        for module, batch in list(self._batches.items()):
+            if job in batch.jobs:
+                keep = [i for i, other in enumerate(batch.jobs) if other is not job]
+                self._keep(module, batch, keep)
+        job.context = None
+        self._pool.close_(job.table)
+
+    def _keep(self, module: ModuleType, batch: Batch, keep: list[int]) -> None:
+        """Leaves only some rows in a batch, and no batch without rows."""
+        if not keep:
+            self._batches.pop(module, None)
+            batch.jobs = []
+        elif len(keep) < len(batch.jobs):
+            batch.rows = batch.rows.select(keep)
+            batch.jobs = [batch.jobs[i] for i in keep]
+
+    def _step_mode(self, module: ModuleType, started: list[Job]) -> list[Event]:
+        """One step of a mode's batch and of those that start, which join it afterwards."""
+        events = []
+        batch = self._batches.get(module)
+        if batch is not None:
+            events += self._step_batch(module, batch)
+        # a first step is not like the others: some rows have a newest token by then, some have none
+        for fresh in ([job for job in started if not job.record.tokens], [job for job in started if job.record.tokens]):
+            if not fresh:
+                continue
+            contexts = [job.context for job in fresh if job.context is not None]
+            state = contexts[0] if len(contexts) == 1 else join(contexts)
+            new = Batch(fresh, module.start(self.model, tuple(job.request for job in fresh), state))
+            for job in fresh:
+                job.context = None
+            events += self._step_batch(module, new)
+        return events
+
+    def _step_batch(self, module: ModuleType, batch: Batch) -> list[Event]:
+        stepped: Stepped = module.step(self.model, batch.rows)
+        batch.rows = stepped.rows
+        self._denoiser_calls += sum(stepped.denoiser_calls)
+        self._context_calls += sum(stepped.context_calls)
+        events, keep = [], []
+        for place, job in enumerate(batch.jobs):
+            taken = job.record.take(stepped, place)
+            block = batch.rows.view(place) if job.watch else None
+            if taken.result is None:
+                keep.append(place)
+            else:
+                self._pool.close_(job.table)
+            if job.watch or taken.text or taken.tokens or taken.result is not None:
+                ids = tuple(t.id for t in taken.tokens)
+                events.append(Event(job.id, taken.text, ids, taken.tokens, block, taken.result))
+        joined = self._batches.get(module)
+        if joined is batch or joined is None:
+            self._batches[module] = batch
+            self._keep(module, batch, keep)
+        elif keep:
+            rows = batch.rows if len(keep) == len(batch.jobs) else batch.rows.select(keep)
+            joined.rows = joined.rows.join(rows)
+            joined.jobs = joined.jobs + [batch.jobs[i] for i in keep]
+        return events
+
+
+def _module(job: Job) -> ModuleType:
+    return MODULES[job.record.request.params.mode]
+
+
+def _context_ids(job: Job) -> tuple[int, ...]:
+    """What the job's context must hold before it starts to decode."""
+    ids: tuple[int, ...] = _module(job).context_ids(job.request)
+    return ids
+
+
+def _absorbed(job: Job) -> int:
+    assert job.context is not None
+    return job.context.lengths[0]
+
+
+def _shares(wanted: list[int], budget: int) -> list[int]:
+    """Splits `budget` tokens evenly over jobs that want so many; what one can't use goes to the others."""
+    shares = [0] * len(wanted)
+    left = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    for position, i in enumerate(left):
+        shares[i] = min(wanted[i], budget // (len(left) - position))
+        budget -= shares[i]
+    return shares

@@ -1,0 +1,52 @@
+"""A request inside the engine."""
+
+import dataclasses
+from typing import NamedTuple
+
+from twotower.decoding.params import Generation
+from twotower.decoding.record import Record
+from twotower.decoding.step import BlockView, Request, Rows, Token
+from twotower.model.state import ContextState
+
+
+class Event(NamedTuple):
+    """What one round meant for one request: new text and tokens, and the result once it is finished.
+
+    `block` shows the block in progress where the request is watched.
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    tokens: tuple[Token, ...]
+    block: BlockView | None
+    result: Generation | None
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """One request: what it has produced, and where its state is.
+
+    `order` is its place in the order of arrival. `table` lists its pages. `context` is its state while its prompt is
+    being absorbed; afterwards the state is in the batch of its mode.
+    """
+
+    id: str
+    order: int
+    record: Record
+    watch: bool
+    table: list[int] = dataclasses.field(default_factory=list)
+    context: ContextState | None = None
+
+    @property
+    def request(self) -> Request:
+        """The request as it would start now."""
+        return self.record.request._replace(produced=tuple(t.id for t in self.record.tokens))
+
+
+@dataclasses.dataclass
+class Batch:
+    """The jobs of one mode between two steps; row i belongs to jobs[i]."""
+
+    jobs: list[Job]
+    rows: Rows
