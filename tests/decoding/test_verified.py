@@ -130,7 +130,7 @@ def test_probabilities_of_one_draft_decide_between_accept_and_residual(tiny: Cal
     p = logits.softmax(-1)
     verdict, _ = verified.verify(model, batch, Draft(ids, p[:, :4]))
     assert verdict.accepted == (4,)
-    torch.testing.assert_close(verdict.confidence[0, :4], p[0, range(4), ids[0]], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(verdict.confidence[0][:4]), p[0, range(4), ids[0]], rtol=1e-4, atol=1e-6)
     narrow = SamplingParams(mode="verified", max_new_tokens=50, block_size=4, temperature=1.0, top_k=1)
     batch = rows(model, [[4, 5]], narrow, [])
     worst = p[0, 0].argmin()

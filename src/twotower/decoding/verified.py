@@ -8,9 +8,10 @@ import dataclasses
 from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.decoding.sampling import Temper, distribution, inverse_sample, temper, uniforms
+from twotower.decoding.sampling import Temper, distribution, fetch, inverse_sample, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
@@ -63,11 +64,13 @@ class Draft(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """How many leading draft ids each row keeps (b), the token after them (b), probabilities of both (b, s+1)."""
+    """How many leading draft ids each row keeps (b), the token after them (b), and for each row of the draft with that
+    token in its place the ids and their probabilities, (b, s+1) on the host."""
 
     accepted: tuple[int, ...]
     bonus: tuple[int, ...]
-    confidence: Tensor
+    ids: list[list[int]]
+    confidence: list[list[float]]
 
 
 def context_ids(request: Request) -> tuple[int, ...]:
@@ -92,13 +95,11 @@ def step(model: TwoTower, rows: VerifiedRows) -> Stepped:
     num_known = 1 if rows.newest else 0
     draft = propose_draft(model, rows)
     verdict, context = verify(model, rows, draft)
-    table = draft.ids.tolist()
-    confidence = verdict.confidence.tolist()
     emitted = []
-    for row, (count, bonus) in enumerate(zip(verdict.accepted, verdict.bonus, strict=True)):
-        ids = [*table[row][num_known:count], bonus]
-        emitted.append(tuple(Token(i, 0, c) for i, c in zip(ids, confidence[row][num_known:], strict=False)))
-    ones = (1,) * len(table)
+    for count, ids, confidence in zip(verdict.accepted, verdict.ids, verdict.confidence, strict=True):
+        new = slice(num_known, count + 1)
+        emitted.append(tuple(Token(i, 0, c) for i, c in zip(ids[new], confidence[new], strict=True)))
+    ones = (1,) * len(emitted)
     after = dataclasses.replace(
         rows,
         context=context,
@@ -170,11 +171,15 @@ def verify(model: TwoTower, rows: VerifiedRows, draft: Draft) -> VerifiedContext
         after = best.gather(1, accepted[:, None])[:, 0]
     else:
         after = _correction(rows, draft.probabilities, p, accepted, widths)
-    counts = tuple(accepted.tolist())
     emitted = torch.cat((draft.ids, draft.ids[:, :1]), dim=1).scatter(1, accepted[:, None], after[:, None])
     chosen = target.gather(-1, emitted.unsqueeze(-1)).squeeze(-1)
     confidence = (chosen - target.logsumexp(-1)).exp()  # (b, s+1)
-    return VerifiedContext(Verdict(counts, tuple(after.tolist()), confidence), model.accept(scored, counts))
+    # the count beside its row, so that one copy to the host has it all
+    ids, confidences = fetch(torch.cat((accepted[:, None], emitted), dim=1), F.pad(confidence, (1, 0)))
+    counts = tuple(row.pop(0) for row in ids)
+    bonus = tuple(row[count] for row, count in zip(ids, counts, strict=True))
+    verdict = Verdict(counts, bonus, ids, [row[1:] for row in confidences])
+    return VerifiedContext(verdict, model.accept(scored, counts))
 
 
 def _correction(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -187,10 +192,14 @@ def _correction(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widt
     # p = q up to rounding leaves nothing; a rejection there has probability ~0 and p is its right limit
     usable = rejected & (residual.sum(-1) > 0)
     weights = torch.where(usable[:, None], residual, there)
-    # named by the token's own position: a first round that accepts nothing starts where the next one does
-    places = (n + count for n, count in zip(rows.context.lengths, accepted.tolist(), strict=True))
-    draws = [uniforms(r.seed, place, _CORRECT, 1) for r, place in zip(rows.requests, places, strict=True)]
-    return inverse_sample(weights.unsqueeze(1), torch.stack(draws).to(p.device))[:, 0]
+    # Named by the token's own position: a first round that accepts nothing starts where the next one does. Drawn for
+    # every count there may be, because the host does not know it yet.
+    table = torch.zeros(len(widths), q.shape[1] + 1)
+    for r, (request, n, width) in enumerate(zip(rows.requests, rows.context.lengths, widths, strict=True)):
+        if request.params.temperature > 0:
+            table[r, : width + 1] = torch.cat([uniforms(request.seed, n + k, _CORRECT, 1) for k in range(width + 1)])
+    draws = table.to(p.device).gather(1, accepted[:, None])
+    return inverse_sample(weights.unsqueeze(1), draws)[:, 0]
 
 
 def _width(request: Request, produced: int) -> int:
