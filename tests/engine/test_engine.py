@@ -15,7 +15,9 @@ def test_results_are_those_of_generate(tiny: Callable) -> None:
         SamplingParams(mode=mode, max_new_tokens=9 + i, block_size=6, temperature=temperature, seed=i)
         for i, (temperature, mode) in enumerate((t, m) for t in (0.0, 1.0) for m in MODES)
     ]
-    engine = Engine(model, EngineConfig(max_num_requests=4, prompt_chunk=16, state_bytes=1 << 20))
+    engine = Engine(
+        model, EngineConfig(max_num_requests=4, prompt_chunk=16, state_bytes=1 << 20, snapshot_bytes=1 << 16)
+    )
     for ours, (prompt, p) in zip(engine.generate(prompts, params), zip(prompts, params, strict=True), strict=True):
         alone = generate(model, [prompt], p)[0]
         assert ours.token_ids == alone.token_ids
@@ -23,5 +25,6 @@ def test_results_are_those_of_generate(tiny: Callable) -> None:
         assert ours.finish_reason == alone.finish_reason
         assert ours.stats.denoiser_calls == alone.stats.denoiser_calls
         assert ours.stats.context_calls == alone.stats.context_calls
+    engine.clear_cache()
     assert engine.stats().bytes_used == 0
     assert not engine.has_work

@@ -123,11 +123,23 @@ def play(engine: Engine, requests: list[Known], schedule: list[Arrival]) -> dict
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(schedule=arrivals, pages=num_pages, num_running=st.integers(1, 8), chunk=st.sampled_from([1, 7, 16, 64]))
+@given(
+    schedule=arrivals,
+    pages=num_pages,
+    snapshots=st.sampled_from([0, 2, 40]),
+    num_running=st.integers(1, 8),
+    chunk=st.sampled_from([1, 7, 16, 64]),
+)
 def test_every_finished_request_is_generate_alone(
-    schedule: list[Arrival], pages: int, num_running: int, chunk: int, model: TwoTower, requests: list[Known]
+    schedule: list[Arrival],
+    pages: int,
+    snapshots: int,
+    num_running: int,
+    chunk: int,
+    model: TwoTower,
+    requests: list[Known],
 ) -> None:
-    engine = engine_with(model, pages, max_num_requests=num_running, prompt_chunk=chunk)
+    engine = engine_with(model, pages, snapshots, max_num_requests=num_running, prompt_chunk=chunk)
     for arrival, events in play(engine, requests, schedule).values():
         known, result = requests[arrival.known], events[-1].result
         assert result is not None
@@ -139,12 +151,14 @@ def test_every_finished_request_is_generate_alone(
         assert "".join(event.text for event in events) == result.text
         if engine.stats().num_preemptions == 0:
             assert result.stats.denoiser_calls == known.alone.stats.denoiser_calls
-            assert result.stats.context_calls == known.alone.stats.context_calls
+            assert known.alone.stats.context_calls - result.stats.context_calls in (0, 1)  # 1: the prompt was known
+    engine.clear_cache()
     assert engine.stats().bytes_used == 0
 
 
-def engine_with(model: TwoTower, pages: int, **config: int) -> Engine:
-    """An engine with so many pages of keys."""
-    pool = Engine(model, EngineConfig(state_bytes=1 << 20))._pool
-    slots = config["max_num_requests"] * pool.slot_bytes
-    return Engine(model, EngineConfig(state_bytes=slots + (pages + 1) * pool.page_bytes, **config))
+def engine_with(model: TwoTower, pages: int, num_snapshots: int, **config: int) -> Engine:
+    """An engine with so many pages of keys, and room for so many snapshots of the prefix cache."""
+    pool = Engine(model, EngineConfig(state_bytes=1 << 20, snapshot_bytes=0))._pool
+    needed = config["max_num_requests"] * pool.slot_bytes + (pages + 1) * pool.page_bytes
+    snapshots = num_snapshots * pool.slot_bytes
+    return Engine(model, EngineConfig(state_bytes=needed + snapshots, snapshot_bytes=snapshots, **config))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from twotower.decoding import ar, verified
 from twotower.decoding.generate import MODULES
 from twotower.decoding.params import Generation, SamplingParams
 from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
@@ -15,7 +16,9 @@ from twotower.decoding.step import Request, Stepped
 from twotower.engine.config import EngineConfig
 from twotower.engine.job import Batch, Event, Job
 from twotower.engine.pool import StatePool
-from twotower.model.state import join
+from twotower.engine.prefix_cache import Match, PrefixCache, Snapshot
+from twotower.model.pages import PAGE_SIZE
+from twotower.model.state import MambaState, join
 from twotower.model.two_tower import TwoTower
 
 
@@ -45,13 +48,16 @@ class Engine:
     def __init__(self, model: TwoTower, config: EngineConfig | None = None) -> None:
         self.model = model
         self.config = config or EngineConfig()
-        self._pool = StatePool(model, self.config.state_bytes, self.config.max_num_requests)
+        budget = self.config.state_bytes - self.config.snapshot_bytes
+        self._pool = StatePool(model, budget, self.config.max_num_requests)
+        self._cache = PrefixCache(self._pool, self.config.snapshot_bytes)
         self._jobs: dict[str, Job] = {}
         self._num_added = 0
         self._waiting: deque[Job] = deque()
         self._absorbing: list[Job] = []
         self._batches: dict[ModuleType, Batch] = {}
-        self._num_rounds = self._num_preemptions = self._denoiser_calls = self._context_calls = 0
+        self._num_rounds = self._num_preemptions = self._num_hit_tokens = 0
+        self._denoiser_calls = self._context_calls = 0
 
     @property
     def has_work(self) -> bool:
@@ -141,14 +147,18 @@ class Engine:
         return EngineStats(
             num_running=len(self._jobs) - len(self._waiting),
             num_waiting=len(self._waiting),
-            bytes_used=self._pool.bytes_used,
-            bytes_budget=self._pool.budget,
-            cache_hit_tokens=0,
+            bytes_used=self._pool.bytes_used + self._cache.bytes_of_snapshots,
+            bytes_budget=self.config.state_bytes,
+            cache_hit_tokens=self._num_hit_tokens,
             num_rounds=self._num_rounds,
             num_preemptions=self._num_preemptions,
             denoiser_calls=self._denoiser_calls,
             context_calls=self._context_calls,
         )
+
+    def clear_cache(self) -> None:
+        """Drops what the prefix cache holds."""
+        self._cache.clear()
 
     def _admit(self) -> list[Event]:
         """Lets waiting requests in, in order, while there are slots, and pages for the whole of the next one's ids."""
@@ -161,36 +171,81 @@ class Engine:
                 continue
             if len(self._jobs) - len(self._waiting) - len(done) >= self.config.max_num_requests:
                 break
-            if not self._pool.grow_(job.table, len(_context_ids(job)) + job.record.request.params.block_size + 1):
+            if not self._open(job):
                 break
             self._waiting.popleft()
-            job.context = self._pool.open(job.table)
             self._absorbing.append(job)
         return done
+
+    def _open(self, job: Job) -> bool:
+        """Gives a job its state, as far as the prefix cache knows its ids; False where there are too few pages."""
+        ids = _context_ids(job)
+        match = Match(0, (), None, 0)
+        if self.config.snapshot_bytes:
+            match = self._cache.match(ids, needs_logits=_needs_logits(job))
+            job.points = self._cache.points(match, len(ids))
+        for page in match.pages:
+            self._pool.hold_(page)
+        whole = match.length // PAGE_SIZE
+        job.table.extend(match.pages[:whole])
+        roomy = self._grow(job, len(ids) + job.record.request.params.block_size + 1)
+        for page in match.pages[whole:]:  # the job appends to this page: it needs a copy
+            if roomy:
+                self._pool.copy_page_(page, job.table[whole])
+            self._pool.drop_(page)
+        if not roomy:
+            self._pool.release_(job.table)
+            return False
+        mamba, logits = match.snapshot or Snapshot((), None)
+        job.context = self._pool.open(job.table, match.length, mamba, logits)
+        job.found = match.length
+        self._num_hit_tokens += match.length
+        return True
+
+    def _grow(self, job: Job, length: int) -> bool:
+        """Extends a job's table to hold `length` tokens, at the expense of the prefix cache."""
+        self._cache.free_pages(self._pool.pages_for(length) - len(job.table))
+        return self._pool.grow_(job.table, length)
 
     def _absorb(self) -> list[Job]:
         """Absorbs the round's prompt tokens, shared evenly, in one pass; returns the jobs that may start to decode."""
         counts = _shares([len(_context_ids(job)) - _absorbed(job) for job in self._absorbing], self.config.prompt_chunk)
         chosen = [(job, n) for job, n in zip(self._absorbing, counts, strict=True) if n > 0]
         if chosen:
-            jobs = [job for job, _ in chosen]
-            table = torch.zeros(len(chosen), max(n for _, n in chosen), dtype=torch.long)
-            for row, (job, n) in enumerate(chosen):
-                first = _absorbed(job)
-                table[row, :n] = torch.tensor(_context_ids(job)[first : first + n])
-            states = [job.context for job in jobs if job.context is not None]
-            state = states[0] if len(states) == 1 else join(states)
-            ends = any(_absorbed(job) + n == len(_context_ids(job)) for job, n in chosen)
-            ids = table.to(self.model.context_device)
-            state = self.model.absorb(ids, state, tuple(n for _, n in chosen), with_logits=ends)
-            for row, job in enumerate(jobs):
-                job.context = state if len(jobs) == 1 else state.select([row])
+            self._absorb_chunks([job for job, _ in chosen], tuple(n for _, n in chosen))
         started = [job for job in self._absorbing if _absorbed(job) == len(_context_ids(job))]
         self._absorbing = [job for job in self._absorbing if job not in started]
         for job in started:
-            job.record.context_calls += 1
-            self._context_calls += 1
+            if job.found < len(_context_ids(job)):
+                job.record.context_calls += 1
+                self._context_calls += 1
+            if job.snapshots:
+                self._cache.insert(_context_ids(job), job.table, job.snapshots)
+                job.snapshots = {}
         return started
+
+    def _absorb_chunks(self, jobs: list[Job], counts: tuple[int, ...]) -> None:
+        """One pass over the next counts[i] ids of each job, which leaves snapshots where the job has points."""
+        firsts = [_absorbed(job) for job in jobs]
+        table = torch.zeros(len(jobs), max(counts), dtype=torch.long)
+        for row, (job, first, n) in enumerate(zip(jobs, firsts, counts, strict=True)):
+            table[row, :n] = torch.tensor(_context_ids(job)[first : first + n])
+        states = [job.context for job in jobs if job.context is not None]
+        inside = {p - f for job, f, n in zip(jobs, firsts, counts, strict=True) for p in job.points if f < p < f + n}
+        joined = states[0] if len(states) == 1 else join(states)
+        scored = self.model.score(table.to(self.model.context_device), joined, tuple(sorted(inside)))
+        ends = any(f + n == len(_context_ids(job)) for job, f, n in zip(jobs, firsts, counts, strict=True))
+        state = self.model.keep(scored, counts, with_logits=ends)
+        for row, (job, first, n) in enumerate(zip(jobs, firsts, counts, strict=True)):
+            job.context = state if len(jobs) == 1 else state.select([row])
+            for point in job.points:
+                if first < point < first + n:
+                    mamba = scored.marks[point - first]
+                    rows = (MambaState(m.conv[row : row + 1].clone(), m.ssm[row : row + 1].clone()) for m in mamba)
+                    job.snapshots[point] = Snapshot(tuple(rows), None)
+                elif point == first + n:
+                    whole = point == len(_context_ids(job))
+                    job.snapshots[point] = Snapshot(job.context.mamba, job.context.next_logits if whole else None)
 
     def _make_room(self) -> None:
         """Gives every decoding row pages for its next step, oldest request first; the youngest is preempted for it."""
@@ -200,7 +255,7 @@ class Engine:
                 continue
             length = batch.rows.context.lengths[batch.jobs.index(job)]
             wanted = length + job.record.request.params.block_size + 1
-            while job in batch.jobs and not self._pool.grow_(job.table, wanted):
+            while job in batch.jobs and not self._grow(job, wanted):
                 running = [*self._absorbing, *(j for b in self._batches.values() for j in b.jobs)]
                 self._preempt(max(running, key=lambda j: j.order))
 
@@ -222,6 +277,7 @@ class Engine:
                 keep = [i for i, other in enumerate(batch.jobs) if other is not job]
                 self._keep(module, batch, keep)
         job.context = None
+        job.snapshots = {}
         self._pool.close_(job.table)
 
     def _keep(self, module: ModuleType, batch: Batch, keep: list[int]) -> None:
@@ -286,6 +342,11 @@ def _context_ids(job: Job) -> tuple[int, ...]:
     """What the job's context must hold before it starts to decode."""
     ids: tuple[int, ...] = _module(job).context_ids(job.request)
     return ids
+
+
+def _needs_logits(job: Job) -> bool:
+    """Whether the first step reads the logits after the last of the job's `_context_ids`."""
+    return _module(job) is ar or (_module(job) is verified and not job.record.tokens)
 
 
 def _absorbed(job: Job) -> int:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from twotower.decoding.params import Generation
 from twotower.decoding.record import Record
 from twotower.decoding.step import BlockView, Request, Rows, Token
+from twotower.engine.prefix_cache import Snapshot
 from twotower.model.state import ContextState
 
 
@@ -28,7 +29,8 @@ class Job:
     """One request: what it has produced, and where its state is.
 
     `order` is its place in the order of arrival. `table` lists its pages. `context` is its state while its prompt is
-    being absorbed; afterwards the state is in the batch of its mode.
+    being absorbed; afterwards the state is in the batch of its mode. `points` are the lengths at which it leaves
+    `snapshots` for the prefix cache; `found` tokens came from there.
     """
 
     id: str
@@ -37,6 +39,9 @@ class Job:
     watch: bool
     table: list[int] = dataclasses.field(default_factory=list)
     context: ContextState | None = None
+    found: int = 0
+    points: list[int] = dataclasses.field(default_factory=list)
+    snapshots: dict[int, Snapshot] = dataclasses.field(default_factory=dict)
 
     @property
     def request(self) -> Request:
