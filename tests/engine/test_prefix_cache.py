@@ -39,7 +39,7 @@ def found(engine: Engine, prompt: list[int], params: SamplingParams = PARAMS) ->
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_shared_prefix_is_reused_to_the_last_page_and_then_to_the_token(pattern: str, tiny: Callable) -> None:
     stem = ids(100, 0)
-    branches = [stem + [5 + i, *ids(30, i)] for i in range(3)]
+    branches = [[*stem, 5 + i, *ids(30, i)] for i in range(3)]
     e = engine(tiny(pattern))
     assert found(e, branches[0]) == 0
     assert found(e, branches[1]) >= 96  # the grid, or a whole page

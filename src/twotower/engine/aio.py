@@ -27,8 +27,12 @@ class EngineFailed(RuntimeError):
 
 
 class _Client(NamedTuple):
-    """Where the events of one stream go: a queue of the event loop it was opened in. None ends the stream."""
+    """Where the events of one stream go: a queue of the event loop it was opened in. None ends the stream.
 
+    Inside the engine a stream goes by its number: a client may use its own id again while a round is running.
+    """
+
+    number: str
     request_id: str
     loop: asyncio.AbstractEventLoop
     events: "asyncio.Queue[Event | EngineFailed | None]"
@@ -48,9 +52,8 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._arrived: deque[tuple[str, Request, bool]] = deque()
         self._aborted: deque[str] = deque()
-        # Inside, a stream goes by its number: a client may use its own id again while the engine is in a round.
-        self._clients: dict[str, _Client] = {}
-        self._numbers: dict[str, str] = {}
+        self._clients: dict[str, _Client] = {}  # by number
+        self._numbers: dict[str, str] = {}  # of each request id
         self._num_streams = 0
         self._closing = False
         self._failure: BaseException | None = None
@@ -95,11 +98,10 @@ class AsyncEngine:
         Raises ValueError for a bad request, Overloaded past the queue's limit, EngineFailed where nothing runs.
         """
         request = await asyncio.to_thread(self._engine.prepare, prompt, params)
-        number = self._enter(request, request_id, watch)
-        events = self._clients[number].events
+        client = self._enter(request, request_id, watch)
         try:
             while True:
-                event = await events.get()
+                event = await client.events.get()
                 if event is None:
                     return
                 if isinstance(event, EngineFailed):
@@ -108,16 +110,15 @@ class AsyncEngine:
                 if event.result is not None:
                     return
         finally:
-            self._leave(number)
+            self._leave(client.number)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request: its stream stops without a result. Does nothing if it is finished or unknown."""
-        number = self._numbers.get(request_id)
-        client = None if number is None else self._leave(number)
+        client = self._leave(self._numbers.get(request_id, ""))
         if client is not None:
             client.put(None)
 
-    def _enter(self, request: Request, request_id: str | None, watch: bool) -> str:
+    def _enter(self, request: Request, request_id: str | None, watch: bool) -> _Client:
         with self._wake:
             if not self.is_running:
                 raise EngineFailed("the engine does not run") from self._failure
@@ -130,10 +131,11 @@ class AsyncEngine:
             if request_id in self._numbers:
                 raise ValueError(f"request_id is {request_id!r}, which an unfinished request has; choose another")
             self._numbers[request_id] = number
-            self._clients[number] = _Client(request_id, asyncio.get_running_loop(), asyncio.Queue())
+            client = _Client(number, request_id, asyncio.get_running_loop(), asyncio.Queue())
+            self._clients[number] = client
             self._arrived.append((number, request, watch))
             self._wake.notify()
-        return number
+        return client
 
     def _leave(self, number: str) -> _Client | None:
         """Forgets a stream, and aborts what is unfinished of it."""
