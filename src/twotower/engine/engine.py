@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -135,18 +135,39 @@ class Engine:
 
         Raises ValueError if other requests are unfinished, or as `add` does, before anything runs.
         """
-        if self._jobs:
-            raise ValueError(f"{len(self._jobs)} requests are unfinished; step until they are done, or abort them")
         many = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
         warn_about_block_size(self.model, many)
-        requests = [self.prepare(prompt, p) for prompt, p in zip(prompts, many, strict=True)]
-        places = {self.add_request(request): i for i, request in enumerate(requests)}
-        results: dict[int, Generation] = {}
-        while self._jobs:
-            for event in self.step():
-                if event.result is not None:
-                    results[places[event.request_id]] = event.result
-        return [results[i] for i in range(len(prompts))]
+        return list(self.run([self.prepare(prompt, p) for prompt, p in zip(prompts, many, strict=True)]))
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """Results of any number of requests that `prepare` gave, in their order, as they come.
+
+        Requests are taken as there is room for them. Raises ValueError if others are unfinished; leaving the iterator
+        early aborts what is under way.
+        """
+        if self._jobs:
+            raise ValueError(f"{len(self._jobs)} requests are unfinished; step until they are done, or abort them")
+        coming, exhausted = iter(requests), False
+        order: deque[str] = deque()
+        results: dict[str, Generation] = {}
+        try:
+            while True:
+                while not exhausted and len(order) < 4 * self.config.max_num_requests:
+                    request = next(coming, None)
+                    if request is None:
+                        exhausted = True
+                    else:
+                        order.append(self.add_request(request))
+                if not order:
+                    return
+                for event in self.step():
+                    if event.result is not None:
+                        results[event.request_id] = event.result
+                while order and order[0] in results:
+                    yield results.pop(order.popleft())
+        finally:
+            for request_id in order:
+                self.abort(request_id)
 
     def stats(self) -> EngineStats:
         """The engine's counts at this moment."""
