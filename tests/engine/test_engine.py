@@ -46,6 +46,18 @@ def test_requests_decode_together_while_a_long_prompt_is_absorbed(tiny: Callable
     assert ends["long"] <= 200 / 8 + 3
 
 
+def test_small_requests_pass_one_that_needs_more_pages_than_there_are(tiny: Callable) -> None:
+    model = tiny("llama")
+    page = engine(model)._pool.page_bytes
+    e = engine(model, state_bytes=12 * page, snapshot_bytes=0)
+    for name, length in (("first", 70), ("large", 140), ("small", 5)):
+        e.add([5] * length, SamplingParams(mode="ar", max_new_tokens=12), request_id=name)
+    ends = []
+    while e.has_work:
+        ends += [event.request_id for event in e.step() if event.result is not None]
+    assert ends == ["first", "small", "large"] or ends == ["small", "first", "large"]
+
+
 def test_one_large_request_is_not_passed_for_ever(tiny: Callable) -> None:
     """It needs all pages; a stream of small ones must let it in some time."""
     model = tiny("llama")

@@ -94,8 +94,8 @@ def test_a_state_after_a_hit_is_a_fresh_prefill(pattern: str, chunk: int, tiny: 
     hits = set()
     for prompt in prompts * 2:
         e.add(prompt, PARAMS)
-        e._admit()
-        (job,) = e._absorbing
+        e._intake.admit(0)
+        (job,) = e._intake.absorbing
         hits.add(job.found)
         same_state(model, job, prompt, close)
         while e.has_work:
