@@ -73,13 +73,15 @@ def test_one_large_request_is_not_passed_for_ever(tiny: Callable) -> None:
     assert 5 < i < 150
 
 
-def test_the_youngest_is_preempted_and_all_end(tiny: Callable) -> None:
-    model = tiny("M*-E")
+@pytest.mark.parametrize("mode", ["ar", "verified"])
+def test_the_youngest_is_preempted_and_all_end(mode: str, tiny: Callable) -> None:
+    """`verified` goes on with the draft's length it had: at a temperature the tokens depend on it."""
+    model = tiny("M*-E", vocab_size=6, seed=1)
     e = engine(model)
     pages = e._pool.page_bytes * 15 + e._pool.slot_bytes * 4
     e = engine(model, max_num_requests=4, state_bytes=pages, snapshot_bytes=0)
-    params = SamplingParams(mode="ar", max_new_tokens=100, block_size=4, temperature=1.0, seed=1)
-    prompts = [[4 + i] * 20 for i in range(4)]
+    params = SamplingParams(mode=mode, max_new_tokens=100, block_size=8, temperature=1.0, seed=1)
+    prompts = [[1 + i] * 20 for i in range(4)]
     names = [e.add(prompt, params) for prompt in prompts]
     ends = {}
     while e.has_work:

@@ -56,7 +56,7 @@ def command(
     mode: Annotated[Mode, typer.Option(help=_MODE_HELP)] = _DEFAULTS.mode,
     max_new_tokens: MaxNewTokensOption = _DEFAULTS.max_new_tokens,
     block_size: Annotated[
-        int, typer.Option(help="Tokens filled together, 1 or more; verified: the draft's length.")
+        int, typer.Option(help="Tokens filled together, 1 or more; verified: the longest draft.")
     ] = _DEFAULTS.block_size,
     steps_per_block: Annotated[
         int, typer.Option(help="Most denoising steps for one block, 1 or more.")
@@ -98,6 +98,10 @@ def command(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per prompt, and nothing else on stdout.")
     ] = False,
+    fixed_draft: Annotated[
+        bool,
+        typer.Option("--fixed-draft", help="verified: always draft --block-size tokens, not by what was accepted."),
+    ] = False,
     live: Annotated[
         bool | None,
         typer.Option("--live/--no-live", help="Draw each step, or only print the text.", show_default="in a terminal"),
@@ -120,6 +124,7 @@ def command(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
         allow_loss=allow_loss,
+        adaptive_draft=not fixed_draft,
     )
     if out is not None and file is None:
         raise ValueError("--out needs --file, a JSON-lines file of prompts; without one, redirect what --json prints")

@@ -15,8 +15,9 @@ COMMIT_RULES: tuple[str, ...] = get_args(CommitRule)
 class SamplingParams:
     """One request's settings. `mode` and `commit_rule` name the algorithm; the rest are its numbers.
 
-    `block_size` is S, tokens filled together (for `verified`: the draft's length); `steps_per_block` is T, the most
-    denoising steps a block may take; `confidence_threshold` is γ. `temperature` 0 is greedy. `seed` None draws one.
+    `block_size` is S, tokens filled together (for `verified`: the draft's length, at most, unless `adaptive_draft` is
+    off); `steps_per_block` is T, the most denoising steps a block may take; `confidence_threshold` is γ. `temperature`
+    0 is greedy. `seed` None draws one.
     `stop` strings end the text before them; an end token ends it unless `ignore_eos`.
 
     `auto` leaves the mode to an engine, step by step: `ar` or `verified`, whose output is distributed alike, and where
@@ -36,6 +37,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     allow_loss: bool = False
+    adaptive_draft: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
@@ -64,7 +66,7 @@ class SamplingParams:
             raise ValueError(f"commit_rule is {self.commit_rule!r}, which only mode 'diffusion' reads; drop it")
         if self.allow_loss and self.mode != "auto":
             raise ValueError(f"allow_loss is {self.allow_loss!r}, which only mode 'auto' reads; drop it")
-        for name in ("ignore_eos", "allow_loss"):
+        for name in ("ignore_eos", "allow_loss", "adaptive_draft"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be True or False")
 

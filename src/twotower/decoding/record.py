@@ -69,6 +69,7 @@ class Record:
 
     def take(self, stepped: Stepped, place: int) -> Progress:
         """Adds the tokens of row `place` of a step, ends the request where they say so, and tells what is new."""
+        self.request = stepped.rows.requests[place]
         self.denoiser_calls += stepped.denoiser_calls[place]
         self.context_calls += stepped.context_calls[place]
         before = len(self.tokens)

@@ -9,13 +9,15 @@ from twotower.model.state import ContextState
 class Request(NamedTuple):
     """A prompt's ids (at least one) with its settings; `seed` is settled.
 
-    `produced` are new tokens that it has already, where it goes on with a context state that was made anew.
+    `produced` are new tokens that it has already, where it goes on with a context state that was made anew. `draft` is
+    the length of the next draft of mode `verified`, which depends on what became of those before.
     """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     seed: int
     produced: tuple[int, ...] = ()
+    draft: int = 4
 
 
 class Token(NamedTuple):

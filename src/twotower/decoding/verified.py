@@ -56,6 +56,11 @@ class VerifiedRows:
             newest=self.newest + others.newest,
         )
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The lengths of the rows' next drafts."""
+        return tuple(_width(r, n) for r, n in zip(self.requests, self.produced, strict=True))
+
     def view(self, row: int) -> BlockView | None:
         return None
 
@@ -104,8 +109,10 @@ def step(model: TwoTower, rows: VerifiedRows) -> Stepped:
         new = slice(num_known, count + 1)
         emitted.append(tuple(Token(i, 0, c) for i, c in zip(ids[new], confidence[new], strict=True)))
     ones = (1,) * len(emitted)
+    lengths = (_next_draft(w, len(t)) for w, t in zip(rows.widths, emitted, strict=True))
     after = dataclasses.replace(
         rows,
+        requests=tuple(r._replace(draft=n) for r, n in zip(rows.requests, lengths, strict=True)),
         context=context,
         produced=tuple(n + len(t) for n, t in zip(rows.produced, emitted, strict=True)),
         newest=verdict.bonus,
@@ -116,7 +123,7 @@ def step(model: TwoTower, rows: VerifiedRows) -> Stepped:
 def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
     """One denoising step over [newest | masks]: each place's draft depends on the context and the newest token only."""
     device = model.denoiser_device
-    widths = tuple(_width(r, n) for r, n in zip(rows.requests, rows.produced, strict=True))
+    widths = rows.widths
     size = max(widths)
     block = torch.full((len(widths), size), model.config.mask_token_id, device=device)
     num_known = 1 if rows.newest else 0
@@ -157,8 +164,7 @@ def verify(model: TwoTower, rows: VerifiedRows, draft: Draft) -> VerifiedContext
         assert rows.context.next_logits is not None
         first = rows.context.next_logits.unsqueeze(1)
     target = torch.cat((first, logits), dim=1)  # (b, s+1, v): row i is the context tower's view of place i
-    widths = tuple(_width(r, n) for r, n in zip(rows.requests, rows.produced, strict=True))
-    s = draft.ids.shape[1]
+    widths, s = rows.widths, draft.ids.shape[1]
     places = torch.arange(s, device=draft.ids.device)
     inside = places < torch.tensor(widths, device=places.device)[:, None]  # (b, s)
     if draft.probabilities is None:
@@ -207,9 +213,17 @@ def _correction(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widt
 
 
 def _width(request: Request, produced: int) -> int:
-    """The block's length: S, or less where fewer tokens are wanted (the newest one fills a place of its own)."""
+    """The block's length: S or the adaptive draft's, or less where fewer tokens are wanted; the newest one fills a
+    place of its own."""
     known = 1 if produced else 0
-    return max(1, min(request.params.block_size, request.params.max_new_tokens - produced - 1 + known))
+    most = min(request.params.block_size, request.draft) if request.params.adaptive_draft else request.params.block_size
+    return max(1, min(most, request.params.max_new_tokens - produced - 1 + known))
+
+
+def _next_draft(width: int, num_emitted: int) -> int:
+    """The length of the draft after one of `width` that gave `num_emitted` tokens: twice a draft kept whole, else a
+    little more than was kept. What lies beyond costs both towers arithmetic and is thrown away."""
+    return 2 * width if num_emitted >= width else num_emitted + 2
 
 
 def _table(rows: VerifiedRows, purpose: int, widths: tuple[int, ...], size: int) -> Tensor:
