@@ -13,6 +13,8 @@ Prints one JSON line, all from one process:
   where a batch holds only rows that are at the same step of their blocks. Counted, not timed.
 - `easy_p95`: seconds of requests that need one step a block, 16 at a time: with 8 requests beside them that need 16
   steps a block, against 16 easy ones.
+- `prefix`: seconds to the first token of a prompt of 2048 + 8 tokens, cold and where an earlier one had the same 2048;
+  and tokens per second of prompts that share nothing, with the cache on against off.
 """
 
 import argparse
@@ -168,6 +170,35 @@ def closed_loop(
                 done.append((p, time.perf_counter() - start))
 
 
+def prefix(model: twotower.TwoTower, repeats: int) -> dict[str, float]:
+    """What the prefix cache saves where it hits, and costs where it does not."""
+    one = twotower.SamplingParams(mode="ar", max_new_tokens=1, ignore_eos=True)
+    seconds: dict[str, list[float]] = {"cold": [], "cached": []}
+    on, off = (twotower.EngineConfig(state_bytes=96 << 20, snapshot_bytes=n << 20) for n in (8, 0))
+    for _ in range(repeats):
+        engine = twotower.Engine(model, on)
+        stem = list(itertools.islice(itertools.cycle(itertools.chain(*PROMPTS)), 2048))
+        for name, tail in (("cold", PROMPTS[0][:8]), ("cached", PROMPTS[1][:8])):
+            (result,) = engine.generate([stem + tail], one)
+            seconds[name].append(result.stats.seconds_to_first_token)
+    some = twotower.SamplingParams(mode="ar", max_new_tokens=32, ignore_eos=True)
+    ratios = []
+    for _ in range(repeats):
+        taken = []
+        for config in (on, off):
+            engine = twotower.Engine(model, config)
+            began = time.perf_counter()
+            engine.generate(PROMPTS, some)
+            taken.append(time.perf_counter() - began)
+        ratios.append(taken[1] / taken[0])
+    medians = {name: round(statistics.median(values), 4) for name, values in seconds.items()}
+    return {
+        **medians,
+        "cached_against_cold": round(medians["cached"] / medians["cold"], 3),
+        "speed_on_against_off": round(statistics.median(ratios), 3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None)
@@ -189,6 +220,7 @@ def main() -> None:
         "lossy_auto_against_best": {c: round(found["auto, loss allowed"][c] / lossy[c], 3) for c in CONCURRENT},
         "rounds": rounds(model),
         "easy_p95": easy_p95(model, arguments.repeats),
+        "prefix": prefix(model, arguments.repeats),
         "new_tokens": arguments.new_tokens,
         "repeats": arguments.repeats,
         "dtype": str(next(iter(model.parameters())).dtype),
