@@ -130,6 +130,7 @@ def abort_at_random(model: TwoTower, count: int) -> None:
                 assert event.result.token_ids == generate(model, [prompts[which]], params[which])[0].token_ids
                 checked += 1
         rounds += 1
+        assert rounds < 50 * count, "the engine does not come to an end"
     e.clear_cache()
     assert e.stats().bytes_used == 0
     assert checked > 0

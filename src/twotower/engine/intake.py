@@ -84,7 +84,6 @@ class Intake:
         mamba, logits = match.snapshot or Snapshot((), None)
         job.context = self._pool.open(job.table, match.length, mamba, logits)
         job.has_slot = True
-        job.found = match.length
         self.num_hit_tokens += match.length
         return True
 
