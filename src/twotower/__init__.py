@@ -8,11 +8,17 @@ if TYPE_CHECKING:
     from twotower.config import TwoTowerConfig
     from twotower.decoding.generate import Piece, generate, stream
     from twotower.decoding.params import Generation, GenerationStats, SamplingParams
+    from twotower.engine.aio import AsyncEngine
+    from twotower.engine.config import EngineConfig
+    from twotower.engine.engine import Engine
     from twotower.model.state import ContextState
     from twotower.model.two_tower import TwoTower
 
 __all__ = [
+    "AsyncEngine",
     "ContextState",
+    "Engine",
+    "EngineConfig",
     "Generation",
     "GenerationStats",
     "Piece",
@@ -26,7 +32,10 @@ __all__ = [
 
 # Imported when first used: `twotower --help` imports this package too, and torch takes seconds.
 _HOMES = {
+    "AsyncEngine": "twotower.engine.aio",
     "ContextState": "twotower.model.state",
+    "Engine": "twotower.engine.engine",
+    "EngineConfig": "twotower.engine.config",
     "Generation": "twotower.decoding.params",
     "GenerationStats": "twotower.decoding.params",
     "Piece": "twotower.decoding.generate",

@@ -46,14 +46,17 @@ def same_state(model: TwoTower, ours: ContextState, tokens: list[int], close: Ca
         close(a[:, :, : len(tokens)], b[:, :, : len(tokens)], CLOSE)
 
 
+@pytest.mark.parametrize("adaptive_draft", [True, False])
 @pytest.mark.parametrize("pattern", ["M", "*", "M*-E", "MEM*MEM*E", "llama"])
-def test_greedy_is_ar_token_for_token(pattern: str, tiny: Callable) -> None:
+def test_greedy_is_ar_token_for_token(pattern: str, adaptive_draft: bool, tiny: Callable) -> None:
     """Six words, so that drafts are often right; ragged rows, so that they are right at different places."""
     model, accepted = tiny(pattern, vocab_size=6, seed=1), 0
     prompts = [[4], [5, 0, 1], [2] * 9, [4, 1, 5, 2, 0] * 4]
     ar = generate(model, prompts, SamplingParams(mode="ar", max_new_tokens=24))
     for block_size in (1, 2, 5, 16):
-        params = SamplingParams(mode="verified", max_new_tokens=24, block_size=block_size)
+        params = SamplingParams(
+            mode="verified", max_new_tokens=24, block_size=block_size, adaptive_draft=adaptive_draft
+        )
         for ours, theirs in zip(generate(model, prompts, params), ar, strict=True):
             assert ours.token_ids == theirs.token_ids
             assert ours.confidences == pytest.approx(theirs.confidences, rel=1e-4)
@@ -63,7 +66,7 @@ def test_greedy_is_ar_token_for_token(pattern: str, tiny: Callable) -> None:
 
 @pytest.mark.parametrize(("pattern", "known"), [("M*-E", False), ("M*-E", True), ("llama", True)])
 def test_rejection_at_every_offset(pattern: str, known: bool, tiny: Callable, close: Callable) -> None:
-    model, params = tiny(pattern), SamplingParams(mode="verified", max_new_tokens=100)
+    model, params = tiny(pattern), SamplingParams(mode="verified", max_new_tokens=100, adaptive_draft=False)
     ar = generate(model, [PROMPT], dataclasses.replace(params, mode="ar", max_new_tokens=40))[0].token_ids
     newest = ar[:1] if known else []
     for offset in range(len(newest), 17):
@@ -84,8 +87,41 @@ def test_rejection_at_every_offset(pattern: str, known: bool, tiny: Callable, cl
         same_state(model, after.context, PROMPT + tokens[:-1], close)
 
 
+def test_a_draft_grows_with_what_was_accepted(tiny: Callable) -> None:
+    model, params = tiny("M*-E", vocab_size=6, seed=1), SamplingParams(mode="verified", max_new_tokens=200)
+    batch, lengths = rows(model, [[4], [5, 0, 1], [2] * 9], params, []), []
+    for _ in range(12):
+        widths, stepped = batch.widths, verified.step(model, batch)
+        batch = stepped.rows
+        for width, tokens, draft in zip(widths, stepped.tokens, batch.widths, strict=True):
+            expected = 2 * width if len(tokens) >= width else len(tokens) + 2
+            assert draft == min(expected, params.block_size)
+            lengths.append(draft)
+    assert len(set(lengths)) > 2, "some drafts were kept, some not"
+    fixed = dataclasses.replace(params, adaptive_draft=False)
+    assert rows(model, [[4]], fixed, [5]).widths == (16,)
+
+
+def test_a_request_made_anew_goes_on_with_its_draft(tiny: Callable) -> None:
+    """At a temperature the tokens depend on the draft's length: whoever drops the state must keep it."""
+    model = tiny("M*-E", vocab_size=6, seed=1)
+    params = SamplingParams(mode="verified", max_new_tokens=40, temperature=1.0)
+    request, produced = Request((4, 1), params, seed=3), ()
+    never_stopped = generate(model, [[4, 1]], dataclasses.replace(params, seed=3))[0].token_ids
+    while len(produced) < 40:
+        request = request._replace(produced=produced)
+        context = model.prefill([verified.context_ids(request)])
+        stepped = verified.step(model, verified.start(model, (request,), context))
+        produced += tuple(t.id for t in stepped.tokens[0])
+        request = stepped.rows.requests[0]
+    assert list(produced) == never_stopped
+
+
 def test_rows_reject_at_their_own_offsets(tiny: Callable, close: Callable) -> None:
-    model, params = tiny("M*-E"), SamplingParams(mode="verified", max_new_tokens=100, block_size=8)
+    model, params = (
+        tiny("M*-E"),
+        SamplingParams(mode="verified", max_new_tokens=100, block_size=8, adaptive_draft=False),
+    )
     prompts = [[9, 8], [7] * 70, [4, 5, 6]]
     continuations = [
         g.token_ids for g in generate(model, prompts, dataclasses.replace(params, mode="ar", max_new_tokens=9))
@@ -103,7 +139,7 @@ def test_rows_reject_at_their_own_offsets(tiny: Callable, close: Callable) -> No
 def test_a_draft_never_looks_to_the_right_or_at_other_drafts(tiny: Callable) -> None:
     """Speculative sampling is exact only if q is fixed before anything to the right is drawn: one step over masks."""
     model = tiny("M*-E", vocab_size=8)
-    params = SamplingParams(mode="verified", max_new_tokens=50, block_size=6, temperature=1.0)
+    params = SamplingParams(mode="verified", max_new_tokens=50, block_size=6, temperature=1.0, adaptive_draft=False)
     batch = rows(model, [[4, 5]] * 2, params, [])  # two seeds, so two different drafts
     draft = verified.propose_draft(model, batch)
     assert not torch.equal(draft.ids[0], draft.ids[1])
@@ -114,7 +150,10 @@ def test_a_draft_never_looks_to_the_right_or_at_other_drafts(tiny: Callable) -> 
 @pytest.mark.parametrize(("wanted", "first", "later"), [(1, 1, None), (2, 1, 1), (5, 4, 4), (6, 5, 5), (50, 6, 6)])
 def test_a_draft_is_no_longer_than_what_may_be_used(wanted: int, first: int, later: int | None, tiny: Callable) -> None:
     """The token after the draft is free; from the second round on the newest token fills the first place."""
-    model, params = tiny("*"), SamplingParams(mode="verified", max_new_tokens=wanted, block_size=6)
+    model, params = (
+        tiny("*"),
+        SamplingParams(mode="verified", max_new_tokens=wanted, block_size=6, adaptive_draft=False),
+    )
     assert verified.propose_draft(model, rows(model, [PROMPT], params, [])).ids.shape == (1, first)
     if later is not None:
         assert verified.propose_draft(model, rows(model, [PROMPT], params, [5])).ids.shape == (1, later)
@@ -130,7 +169,7 @@ def test_probabilities_of_one_draft_decide_between_accept_and_residual(tiny: Cal
     p = logits.softmax(-1)
     verdict, _ = verified.verify(model, batch, Draft(ids, p[:, :4]))
     assert verdict.accepted == (4,)
-    torch.testing.assert_close(verdict.confidence[0, :4], p[0, range(4), ids[0]], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(verdict.confidence[0][:4]), p[0, range(4), ids[0]], rtol=1e-4, atol=1e-6)
     narrow = SamplingParams(mode="verified", max_new_tokens=50, block_size=4, temperature=1.0, top_k=1)
     batch = rows(model, [[4, 5]], narrow, [])
     worst = p[0, 0].argmin()

@@ -39,7 +39,7 @@ def test_outputs_and_scan_agree(tokens: int, tiny: Callable, close: Callable) ->
     layer = mixer(tiny)
     state, x = seeded(layer, 2), torch.randn(2, tokens, 32, dtype=torch.float64)
     prepared = layer.prepare(x, state.conv)
-    scanned, end = layer.scan(prepared, state, torch.float64)
+    scanned, end, _ = layer.scan(prepared, state, (), torch.float64)
     close(layer.outputs(prepared, state, torch.float64), scanned, 1e-12)
     advanced = layer.advance(prepared, state, None, None)
     close(advanced.ssm, end, 1e-12)

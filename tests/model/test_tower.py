@@ -38,6 +38,21 @@ def test_accepting_any_prefix_is_a_fresh_prefill(
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
+def test_marks_are_states_of_a_fresh_prefill(pattern: str, tiny: Callable, ids: Callable, close: Callable) -> None:
+    model, tokens = tiny(pattern, dtype=torch.float64), ids(2, 90)
+    state = model.prefill(tokens[:, :7])
+    with torch.no_grad():
+        scored = model.score(tokens[:, 7:], state, (1, 9, 70))
+        whole = model.keep(scored, with_logits=True)
+        close(whole.next_logits, model.prefill(tokens).next_logits, EXACT)
+        for mark, mamba in scored.marks.items():
+            fresh = model.prefill(tokens[:, : 7 + mark])
+            for ours, theirs in zip(mamba, fresh.mamba, strict=True):
+                close(ours.conv, theirs.conv, EXACT)
+                close(ours.ssm, theirs.ssm, EXACT)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_rows_may_accept_different_prefixes(pattern: str, tiny: Callable, ids: Callable, close: Callable) -> None:
     model, tokens, lengths = tiny(pattern, dtype=torch.float64), ids(4, 40), [20, 3, 11, 24]
     state = model.prefill(tokens[:, :24], lengths)

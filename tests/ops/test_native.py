@@ -234,3 +234,22 @@ def test_a_tokens_bits_do_not_depend_on_the_chunk_it_comes_in() -> None:
 def test_time_steps(limit: tuple[float, float]) -> None:
     dt, bias = normal(2, 9, 40)[..., 3:10] * 20, normal(7)
     torch.testing.assert_close(n_ssd.time_steps(dt, bias, limit), ssd.time_steps(dt, bias, limit), **CLOSE)
+
+
+@pytest.mark.parametrize("starts", [(0, 0), (5, 33), (64, 17)])
+def test_attention_over_pages_is_attention_over_a_row_to_the_bit(starts: tuple[int, int]) -> None:
+    """In any order of the pages; the reference gathers them first."""
+    s, t, kv, p = 3, 96, 2, 24
+    q, key, value = normal(2, 4, s, p), normal(2, kv, s, p), normal(2, kv, s, p, seed=1)
+    past = [normal(2, kv, t, p, seed=n) for n in (2, 3)]
+    pages = torch.randperm(12, generator=torch.Generator().manual_seed(0)).view(2, 6)
+    pools = [torch.empty(12, 16, kv, p).transpose(1, 2) for _ in past]
+    for pool, rows in zip(pools, past, strict=True):
+        pool[pages] = rows.unflatten(2, (6, 16)).transpose(1, 2)
+        assert torch.equal(attention.gather_pages(pool, pages), rows)
+    causal = n_attention.causal_mask(starts, s, t, torch.float32, torch.device("cpu"))
+    expected = n_attention.cached_attention(q, *past, causal)
+    assert torch.equal(n_attention.cached_attention(q, *pools, causal, pages), expected)
+    block = n_attention.block_mask(starts, (3, 2), s, t, torch.float32, torch.device("cpu"))
+    expected = n_attention.seeded_attention(q, key, value, *past, block)
+    assert torch.equal(n_attention.seeded_attention(q, key, value, *pools, block, pages), expected)

@@ -189,7 +189,8 @@ def count_calls(model: TwoTower, prompts: list[list[int]], params: SamplingParam
 def floor_seconds(model: TwoTower, params: SamplingParams, calls: Calls, bandwidth: float) -> float:
     """Seconds that reading the weights of all passes takes at `bandwidth` bytes per second.
 
-    A prefill counts as a context pass like the others. Only ar and verified need logits of their context passes.
+    A prefill counts as a context pass like the others, and a draft of `verified` as a whole block. Only ar and verified
+    need logits of their context passes.
     """
     config = model.config
     tensors = released_tensors(config, model.context_tower.embeddings.dtype)

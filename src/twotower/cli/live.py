@@ -9,8 +9,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from twotower.decoding.generate import Piece, Prompt, stream
+from twotower.decoding.generate import Piece, stream
 from twotower.decoding.params import Generation, SamplingParams
+from twotower.decoding.record import Prompt
 from twotower.decoding.step import BlockView
 from twotower.model.two_tower import TwoTower
 

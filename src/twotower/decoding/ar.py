@@ -5,9 +5,9 @@ from typing import Self
 
 import torch
 
-from twotower.decoding.sampling import Temper, propose, temper, uniforms
+from twotower.decoding.sampling import Temper, fetch, propose, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
-from twotower.model.state import ContextState
+from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
 
 
@@ -20,6 +20,10 @@ class ArRows:
     settings: Temper
     newest: tuple[int, ...] = ()
 
+    @property
+    def rests(self) -> tuple[bool, ...]:
+        return (True,) * len(self.requests)
+
     def select(self, rows: list[int]) -> Self:
         return dataclasses.replace(
             self,
@@ -29,14 +33,32 @@ class ArRows:
             newest=tuple(self.newest[r] for r in rows) if self.newest else (),
         )
 
+    def join(self, others: Self) -> Self:
+        assert self.newest
+        assert others.newest
+        return dataclasses.replace(
+            self,
+            requests=self.requests + others.requests,
+            context=join((self.context, others.context)),
+            settings=self.settings.join(others.settings),
+            newest=self.newest + others.newest,
+        )
+
     def view(self, row: int) -> BlockView | None:
         return None
 
 
+def context_ids(request: Request) -> tuple[int, ...]:
+    """What the context tower holds when the request starts: all but the newest token, if there is one."""
+    return request.prompt_ids + request.produced[:-1]
+
+
 def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> ArRows:
-    """Rows whose prompts are absorbed."""
+    """Rows whose `context_ids` are absorbed; either all have produced tokens before or none."""
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.context_device)
-    return ArRows(requests, context, settings)
+    newest = tuple(r.produced[-1] for r in requests if r.produced)
+    assert len(newest) in (0, len(requests))
+    return ArRows(requests, context, settings, newest)
 
 
 def step(model: TwoTower, rows: ArRows) -> Stepped:
@@ -52,7 +74,7 @@ def step(model: TwoTower, rows: ArRows) -> Stepped:
         pairs = zip(rows.requests, context.lengths, strict=True)
         draws = torch.stack([uniforms(r.seed, n, 0, 1) for r, n in pairs]).to(model.context_device)
     proposal = propose(context.next_logits.unsqueeze(1), rows.settings, draws)
-    ids, confidences = proposal.tokens[:, 0].tolist(), proposal.confidence[:, 0].tolist()
+    ids, confidences = fetch(proposal.tokens[:, 0], proposal.confidence[:, 0])
     absorbed = (1 if rows.newest else 0,) * len(rows.requests)
     return Stepped(
         dataclasses.replace(rows, context=context, newest=tuple(ids)),

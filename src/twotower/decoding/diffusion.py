@@ -1,16 +1,17 @@
 """Modes `diffusion` and `simulated_ar`: block-wise mask diffusion. Letters: b rows, s positions of the block."""
 
 import dataclasses
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.decoding import unmasking
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import Proposal, Temper, propose, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
-from twotower.model.state import ContextState
+from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
 
 # Steps of `posterior` coins are kept apart from steps of token draws in the counter-based generator.
@@ -20,7 +21,10 @@ _COIN_STEP = 1 << 20
 @dataclasses.dataclass(frozen=True)
 class Block:
     """The rows' blocks: xt (b, s) int64 with masks, `valid` (b, s) bool false at padding, and for fixed positions the
-    probability and the step of their commit, (b, s) each. `seed` is the context state on the denoiser's device."""
+    probability and the step of their commit, (b, s) each. `seed` is the context state on the denoiser's device.
+
+    Each row is at its own step: `steps` counts those its block has seen, `left` the positions still masked.
+    """
 
     xt: Tensor
     valid: Tensor
@@ -28,9 +32,52 @@ class Block:
     confidence: Tensor
     committed_at: Tensor
     widths: tuple[int, ...]
+    steps: tuple[int, ...]
+    left: tuple[int, ...]
     seed: ContextState
     mask_token_id: int
-    step: int
+
+    def select(self, rows: list[int]) -> "Block":
+        return dataclasses.replace(
+            self,
+            xt=self.xt[rows],
+            valid=self.valid[rows],
+            masked=self.masked[rows],
+            confidence=self.confidence[rows],
+            committed_at=self.committed_at[rows],
+            widths=tuple(self.widths[r] for r in rows),
+            steps=tuple(self.steps[r] for r in rows),
+            left=tuple(self.left[r] for r in rows),
+            seed=self.seed.select(rows),
+        )
+
+    def join(self, others: "Block", seed: ContextState) -> "Block":
+        size = max(self.xt.shape[1], others.xt.shape[1])
+        ours, theirs = self.resized(size), others.resized(size)
+        return Block(
+            xt=torch.cat((ours.xt, theirs.xt)),
+            valid=torch.cat((ours.valid, theirs.valid)),
+            masked=torch.cat((ours.masked, theirs.masked)),
+            confidence=torch.cat((ours.confidence, theirs.confidence)),
+            committed_at=torch.cat((ours.committed_at, theirs.committed_at)),
+            widths=self.widths + others.widths,
+            steps=self.steps + others.steps,
+            left=self.left + others.left,
+            seed=seed,
+            mask_token_id=self.mask_token_id,
+        )
+
+    def resized(self, size: int) -> "Block":
+        """With `size` columns; those that come or go are padding."""
+        extra = (0, size - self.xt.shape[1])
+        return dataclasses.replace(
+            self,
+            xt=F.pad(self.xt, extra, value=self.mask_token_id),
+            valid=F.pad(self.valid, extra),
+            masked=F.pad(self.masked, extra),
+            confidence=F.pad(self.confidence, extra),
+            committed_at=F.pad(self.committed_at, extra),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,106 +90,140 @@ class DiffusionRows:
     produced: tuple[int, ...]  # new tokens of each row before the block
     block: Block | None = None
 
+    @property
+    def rests(self) -> tuple[bool, ...]:
+        return (True,) * len(self.requests) if self.block is None else tuple(n == 0 for n in self.block.left)
+
     def select(self, rows: list[int]) -> Self:
-        block = self.block
-        if block is not None:
-            block = dataclasses.replace(
-                block,
-                xt=block.xt[rows],
-                valid=block.valid[rows],
-                masked=block.masked[rows],
-                confidence=block.confidence[rows],
-                committed_at=block.committed_at[rows],
-                widths=tuple(block.widths[r] for r in rows),
-                seed=block.seed.select(rows),
-            )
         return dataclasses.replace(
             self,
             requests=tuple(self.requests[r] for r in rows),
             context=self.context.select(rows),
             settings=self.settings.select(rows),
             produced=tuple(self.produced[r] for r in rows),
-            block=block,
+            block=None if self.block is None else self.block.select(rows),
+        )
+
+    def join(self, others: Self) -> Self:
+        assert self.block is not None
+        assert others.block is not None
+        context = join((self.context, others.context))
+        return dataclasses.replace(
+            self,
+            requests=self.requests + others.requests,
+            context=context,
+            settings=self.settings.join(others.settings),
+            produced=self.produced + others.produced,
+            block=self.block.join(others.block, context.to(self.block.seed.device)),
         )
 
     def view(self, row: int) -> BlockView | None:
         if self.block is None:
             return None
         width = self.block.widths[row]
-        left = int(self.block.masked[row].sum())
         return BlockView(
             tuple(self.block.xt[row, :width].tolist()),
             tuple(self.block.confidence[row, :width].tolist()),
-            self.block.step,
-            left / width,
+            self.block.steps[row],
+            self.block.left[row] / width,
         )
 
 
+def context_ids(request: Request) -> tuple[int, ...]:
+    """What the context tower holds when the request starts."""
+    return request.prompt_ids + request.produced
+
+
 def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> DiffusionRows:
-    """Rows whose prompts are absorbed."""
+    """Rows whose `context_ids` are absorbed."""
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.denoiser_device)
-    return DiffusionRows(requests, context, settings, (0,) * len(requests))
-
-
-def _begin_block(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
-    """Absorbs a finished block and masks the next; leaves rows in the middle of a block as they are."""
-    block, context, produced = rows.block, rows.context, rows.produced
-    if block is not None:
-        if bool(block.masked.any()):
-            return rows
-        context = model.absorb(block.xt.to(model.context_device), context, block.widths, with_logits=False)
-        produced = tuple(n + w for n, w in zip(produced, block.widths, strict=True))
-    lengths = (r.params for r in rows.requests)
-    widths = tuple(min(p.block_size, p.max_new_tokens - n) for p, n in zip(lengths, produced, strict=True))
-    device = model.denoiser_device
-    places = torch.arange(max(widths), device=device)
-    valid = places < torch.tensor(widths, device=device)[:, None]  # (b, s)
-    xt = torch.full(valid.shape, model.config.mask_token_id, device=device)
-    fresh = Block(
-        xt=xt,
-        valid=valid,
-        masked=valid,
-        confidence=torch.zeros(valid.shape, device=device),
-        committed_at=torch.zeros_like(xt),
-        widths=widths,
-        seed=context.to(device),
-        mask_token_id=model.config.mask_token_id,
-        step=0,
-    )
-    return dataclasses.replace(rows, context=context, produced=produced, block=fresh)
+    return DiffusionRows(requests, context, settings, tuple(len(r.produced) for r in requests))
 
 
 def step(model: TwoTower, rows: DiffusionRows) -> Stepped:
     """One NFE: proposals for every masked position, of which some commit. A finished block gives its tokens.
 
-    A batch's rows walk through their blocks together; one whose block is full waits, untouched and uncounted. The
-    context tower absorbs a block at the start of the next step, so the last block of a batch costs no context call.
+    Every row walks through its blocks at its own pace. The context tower absorbs a finished block at the start of the
+    row's next step, so the last block of a request costs no context call.
     """
     before = rows.block
-    rows = _begin_block(model, rows)
+    rows = _begin_blocks(model, rows)
     block = rows.block
     assert block is not None
-    absorbed = int(before is not None and block is not before)
-    active = block.masked.any(-1)  # (b,)
-    widths = torch.tensor(block.widths, device=block.xt.device)
-    level = block.masked.sum(-1) / widths
+    device = block.xt.device
+    absorbed = tuple(int(before is not None and left == 0) for left in (before or block).left)
+    level = torch.tensor([left / width for left, width in zip(block.left, block.widths, strict=True)], device=device)
     ragged = block.widths if min(block.widths) < block.xt.shape[1] else None
     logits = model.denoiser_logits(block.xt, block.seed, level, ragged)
     logits[..., model.config.mask_token_id] = -torch.inf
-    proposal = propose(logits, rows.settings, _draws(rows, block, block.step))
-    after = _unmask(rows.requests, block, proposal, logits)
-    done = ~after.masked.any(-1)
-    finished = (active & done).tolist()
-    emitted = tuple(_tokens(after, row) if full else () for row, full in enumerate(finished))
-    calls = tuple(int(a) for a in active.tolist())
-    return Stepped(dataclasses.replace(rows, block=after), emitted, calls, (absorbed,) * len(calls))
+    draws = None if rows.settings.all_greedy else _uniforms(rows.requests, block, 0)
+    after = _unmask(rows.requests, block, propose(logits, rows.settings, draws), logits)
+    emitted, after = _finished(after)
+    return Stepped(dataclasses.replace(rows, block=after), emitted, (1,) * len(absorbed), absorbed)
+
+
+def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
+    """Absorbs every finished block and masks that row's next one; rows in the middle of a block stay as they are."""
+    context, produced = rows.context, rows.produced
+    block = rows.block or _no_block(model, context)
+    full = [row for row, left in enumerate(block.left) if left == 0]
+    if not full:
+        return rows
+    if rows.block is not None:
+        widths = tuple(block.widths[row] for row in full)
+        ids = block.xt[full, : max(widths)].to(model.context_device)
+        context = model.absorb(ids, context, widths, with_logits=False, rows=full)
+        produced = tuple(
+            n + (w if left == 0 else 0) for n, w, left in zip(produced, block.widths, block.left, strict=True)
+        )
+    widths = tuple(
+        min(r.params.block_size, r.params.max_new_tokens - n) if left == 0 else w
+        for r, n, w, left in zip(rows.requests, produced, block.widths, block.left, strict=True)
+    )
+    assert min(widths) > 0, "a row that is done was not taken out"
+    old = block.resized(max(widths))
+    device = model.denoiser_device
+    fresh = torch.tensor([left == 0 for left in block.left], device=device)[:, None]
+    valid = torch.arange(max(widths), device=device) < torch.tensor(widths, device=device)[:, None]  # (b, s)
+    begun = Block(
+        xt=old.xt.masked_fill(fresh, block.mask_token_id),
+        valid=valid,
+        masked=torch.where(fresh, valid, old.masked),
+        confidence=old.confidence.masked_fill(fresh, 0.0),
+        committed_at=old.committed_at.masked_fill(fresh, 0),
+        widths=widths,
+        steps=tuple(0 if left == 0 else n for n, left in zip(block.steps, block.left, strict=True)),
+        left=tuple(left or w for left, w in zip(block.left, widths, strict=True)),
+        seed=context.to(device),
+        mask_token_id=block.mask_token_id,
+    )
+    return dataclasses.replace(rows, context=context, produced=produced, block=begun)
+
+
+def _no_block(model: TwoTower, context: ContextState) -> Block:
+    """Blocks of no positions, which are full."""
+    none = torch.zeros(context.batch_size, 0, dtype=torch.long, device=model.denoiser_device)
+    zeros = (0,) * context.batch_size
+    return Block(
+        xt=none,
+        valid=none.bool(),
+        masked=none.bool(),
+        confidence=none.float(),
+        committed_at=none,
+        widths=zeros,
+        steps=zeros,
+        left=zeros,
+        seed=context,
+        mask_token_id=model.config.mask_token_id,
+    )
 
 
 def _unmask(requests: tuple[Request, ...], block: Block, proposal: Proposal, logits: Tensor) -> Block:
+    """The blocks after this step; `left` is still the count before it."""
     params = tuple(r.params for r in requests)
-    at = unmasking.schedule(params, block.step, block.xt.device)
+    steps = torch.tensor(block.steps, device=block.xt.device)
+    at = unmasking.schedule(params, steps, block.xt.device)
     rules = [_rule(p) for p in params]
-    active = block.masked.any(-1, keepdim=True)
     fixed = torch.zeros_like(block.masked)  # positions fixed after this step
     xt = torch.where(block.masked, proposal.tokens, block.xt)
     sure = torch.where(block.masked, proposal.confidence, block.confidence)
@@ -151,11 +232,10 @@ def _unmask(requests: tuple[Request, ...], block: Block, proposal: Proposal, log
         if rule == "remask":
             kept = unmasking.remask(sure, block.valid, at)
         else:
-            coins = _coins(requests, block) if rule == "posterior" else None
+            coins = _uniforms(requests, block, _COIN_STEP) if rule == "posterior" else None
             ranked = unmasking.certainty(rule, logits, proposal)
             kept = (block.valid & ~block.masked) | unmasking.commit(rule, ranked, block.masked, at, coins)
-        fixed = torch.where(ours & active, kept, fixed)
-    fixed = torch.where(active, fixed, block.valid)
+        fixed = torch.where(ours, kept, fixed)
     new = fixed & block.masked
     masked = block.valid & ~fixed
     return dataclasses.replace(
@@ -163,33 +243,44 @@ def _unmask(requests: tuple[Request, ...], block: Block, proposal: Proposal, log
         xt=torch.where(fixed, xt, block.mask_token_id),
         masked=masked,
         confidence=torch.where(new, proposal.confidence, block.confidence).masked_fill(masked, 0.0),
-        committed_at=torch.where(new, block.step, block.committed_at),
-        step=block.step + 1,
+        committed_at=torch.where(new, steps[:, None], block.committed_at),
+        steps=tuple(n + 1 for n in block.steps),
     )
+
+
+class _Finished(NamedTuple):
+    """The tokens of every row whose block is full now, and the blocks with `left` brought up to date."""
+
+    tokens: tuple[tuple[Token, ...], ...]
+    block: Block
+
+
+def _finished(block: Block) -> _Finished:
+    """Reads the blocks back: the step's one wait for the device."""
+    columns = (block.xt, block.committed_at, block.confidence, block.masked)
+    # fp64 holds any id and any float32 exactly
+    xt, committed_at, confidence, masked = torch.stack([c.double() for c in columns]).tolist()
+    left = tuple(int(sum(row)) for row in masked)
+    tokens = tuple(
+        ()
+        if count
+        else tuple(
+            Token(int(i), int(j), p)
+            for i, j, p in zip(xt[row][:width], committed_at[row][:width], confidence[row][:width], strict=True)
+        )
+        for row, (count, width) in enumerate(zip(left, block.widths, strict=True))
+    )
+    return _Finished(tokens, dataclasses.replace(block, left=left))
 
 
 def _rule(params: SamplingParams) -> str:
     return "leftmost" if params.mode == "simulated_ar" else params.commit_rule
 
 
-def _draws(rows: DiffusionRows, block: Block, step_id: int) -> Tensor | None:
-    return None if rows.settings.all_greedy else _uniforms(rows.requests, block, step_id)
-
-
-def _coins(requests: tuple[Request, ...], block: Block) -> Tensor:
-    return _uniforms(requests, block, _COIN_STEP + block.step)
-
-
-def _uniforms(requests: tuple[Request, ...], block: Block, step_id: int) -> Tensor:
-    """(b, s) uniforms: as many per row as its block is wide, whatever the batch's width."""
+def _uniforms(requests: tuple[Request, ...], block: Block, first_step: int) -> Tensor:
+    """(b, s) uniforms named by each row's step: as many per row as its block is wide, whatever the batch's width."""
     table = torch.zeros(block.valid.shape)
     for row, (request, start) in enumerate(zip(requests, block.seed.lengths, strict=True)):
         width = block.widths[row]
-        table[row, :width] = uniforms(request.seed, start, step_id, width)
+        table[row, :width] = uniforms(request.seed, start, first_step + block.steps[row], width)
     return table.to(block.xt.device)
-
-
-def _tokens(block: Block, row: int) -> tuple[Token, ...]:
-    width = block.widths[row]
-    columns = (block.xt, block.committed_at, block.confidence)
-    return tuple(Token(*values) for values in zip(*(c[row, :width].tolist() for c in columns), strict=True))

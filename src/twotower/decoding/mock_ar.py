@@ -6,9 +6,9 @@ from typing import Self
 
 import torch
 
-from twotower.decoding.sampling import Temper, propose, temper, uniforms
+from twotower.decoding.sampling import Temper, fetch, propose, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
-from twotower.model.state import ContextState
+from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
 
 
@@ -21,6 +21,10 @@ class MockArRows:
     settings: Temper
     newest: tuple[int, ...]
 
+    @property
+    def rests(self) -> tuple[bool, ...]:
+        return (True,) * len(self.requests)
+
     def select(self, rows: list[int]) -> Self:
         requests = tuple(self.requests[r] for r in rows)
         return dataclasses.replace(
@@ -31,14 +35,28 @@ class MockArRows:
             newest=tuple(self.newest[r] for r in rows),
         )
 
+    def join(self, others: Self) -> Self:
+        return dataclasses.replace(
+            self,
+            requests=self.requests + others.requests,
+            context=join((self.context, others.context)),
+            settings=self.settings.join(others.settings),
+            newest=self.newest + others.newest,
+        )
+
     def view(self, row: int) -> BlockView | None:
         return None
 
 
+def context_ids(request: Request) -> tuple[int, ...]:
+    """What the context tower holds when the request starts: all but the last token."""
+    return (request.prompt_ids + request.produced)[:-1]
+
+
 def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> MockArRows:
-    """Rows whose prompts but for the last token are absorbed."""
+    """Rows whose `context_ids` are absorbed."""
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.denoiser_device)
-    return MockArRows(requests, context, settings, tuple(r.prompt_ids[-1] for r in requests))
+    return MockArRows(requests, context, settings, tuple((r.prompt_ids + r.produced)[-1] for r in requests))
 
 
 def step(model: TwoTower, rows: MockArRows) -> Stepped:
@@ -52,7 +70,7 @@ def step(model: TwoTower, rows: MockArRows) -> Stepped:
         draws = torch.stack([uniforms(r.seed, n + 1, 0, 1) for r, n in pairs]).to(model.denoiser_device)
     proposal = propose(logits, rows.settings, draws)
     context = model.absorb(newest.to(model.context_device), rows.context, with_logits=False)
-    ids, confidences = proposal.tokens[:, 0].tolist(), proposal.confidence[:, 0].tolist()
+    ids, confidences = fetch(proposal.tokens[:, 0], proposal.confidence[:, 0])
     ones = (1,) * len(rows.requests)
     return Stepped(
         dataclasses.replace(rows, context=context, newest=tuple(ids)),

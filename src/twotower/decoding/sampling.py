@@ -1,6 +1,6 @@
 """Logits to proposals. Letters: b rows, s positions, v vocabulary."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ class Proposal(NamedTuple):
 
 
 class Temper(NamedTuple):
-    """The rows' sampling settings as tensors (b,), and whether all rows are greedy or unfiltered.
+    """The rows' sampling settings as tensors (b,), and whether all rows are greedy, some are, or any is filtered.
 
     temperature float32 (1 where greedy), greedy bool, top_k int64 (v for none), top_p float32 (inf for none: sums of
     rounded probabilities reach 1 before the last token).
@@ -27,12 +27,26 @@ class Temper(NamedTuple):
     top_k: Tensor
     top_p: Tensor
     all_greedy: bool
+    any_greedy: bool
     filtered: bool
 
     def select(self, rows: list[int]) -> "Temper":
-        """The settings of some rows; the two flags stay true of more than them, which changes no result."""
+        """The settings of some rows; the flags stay true of more than them, which changes no result."""
         temperature, greedy, top_k, top_p = (v[rows] for v in self[:4])
-        return Temper(temperature, greedy, top_k, top_p, self.all_greedy, self.filtered)
+        return Temper(temperature, greedy, top_k, top_p, self.all_greedy, self.any_greedy, self.filtered)
+
+    def join(self, others: "Temper") -> "Temper":
+        """The settings of both batches' rows."""
+        temperature, greedy, top_k, top_p = (torch.cat(pair) for pair in zip(self[:4], others[:4], strict=True))
+        return Temper(
+            temperature,
+            greedy,
+            top_k,
+            top_p,
+            self.all_greedy and others.all_greedy,
+            self.any_greedy or others.any_greedy,
+            self.filtered or others.filtered,
+        )
 
 
 def temper(params: tuple[SamplingParams, ...], vocab_size: int, device: torch.device) -> Temper:
@@ -43,6 +57,7 @@ def temper(params: tuple[SamplingParams, ...], vocab_size: int, device: torch.de
         torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=device),
         torch.tensor([torch.inf if p.top_p in (None, 1) else p.top_p for p in params], device=device),
         all(p.temperature == 0 for p in params),
+        any(p.temperature == 0 for p in params),
         any(p.top_k is not None or p.top_p is not None for p in params),
     )
 
@@ -80,7 +95,7 @@ def distribution(logits: Tensor, settings: Temper) -> Tensor:
         values = values.masked_fill((before >= settings.top_p[:, None, None]) & (ranks > 0), -torch.inf)
         scaled = torch.full_like(scaled, -torch.inf).scatter_(-1, ordered.indices, values)
     probabilities = scaled.softmax(-1)
-    if bool(settings.greedy.any()):
+    if settings.any_greedy:
         one_hot = torch.zeros_like(probabilities).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         probabilities = torch.where(settings.greedy[:, None, None], one_hot, probabilities)
     return probabilities
@@ -95,6 +110,24 @@ def inverse_sample(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     target = uniforms.double().unsqueeze(-1) * cumulative[..., -1:]
     index = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     return index.clamp_(max=probabilities.shape[-1] - 1)
+
+
+class Fetched(NamedTuple):
+    """Rows of ids and of confidences on the host, nested as the tensors were."""
+
+    ids: list[Any]
+    confidences: list[Any]
+
+
+def fetch(ids: Tensor, confidences: Tensor) -> Fetched:
+    """Both tensors of one shape in a single copy to the host, which is a step's one wait for the device."""
+    # fp64 holds any id and any float32 exactly
+    table = torch.stack((ids.double(), confidences.double())).tolist()
+    return Fetched(_integers(table[0]), table[1])
+
+
+def _integers(values: list[Any]) -> list[Any]:
+    return [_integers(v) if isinstance(v, list) else int(v) for v in values]
 
 
 _MASK64 = (1 << 64) - 1

@@ -3,14 +3,21 @@
 from typing import NamedTuple, Protocol, Self
 
 from twotower.decoding.params import SamplingParams
+from twotower.model.state import ContextState
 
 
 class Request(NamedTuple):
-    """A prompt's ids (at least one) with its settings; `seed` is settled."""
+    """A prompt's ids (at least one) with its settings; `seed` is settled.
+
+    `produced` are new tokens that it has already, where it goes on with a context state that was made anew. `draft` is
+    the length of the next draft of mode `verified`, which depends on what became of those before.
+    """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     seed: int
+    produced: tuple[int, ...] = ()
+    draft: int = 4
 
 
 class Token(NamedTuple):
@@ -39,8 +46,20 @@ class Rows(Protocol):
     @property
     def requests(self) -> tuple[Request, ...]: ...
 
+    @property
+    def context(self) -> ContextState: ...
+
+    @property
+    def rests(self) -> tuple[bool, ...]:
+        """Whether each row is between two blocks, so that it may go on in another mode."""
+        ...
+
     def select(self, rows: list[int]) -> Self:
         """The batch without the rows that are done."""
+        ...
+
+    def join(self, others: Self) -> Self:
+        """This batch with the rows of another behind its own; both have seen a step, and keys lie in one pool."""
         ...
 
     def view(self, row: int) -> BlockView | None:

@@ -15,14 +15,14 @@ from twotower.decoding.sampling import Proposal
 
 
 class Schedule(NamedTuple):
-    """Where the rows stand: 0-based step j of T (b,), and γ (b,)."""
+    """Where the rows stand: 0-based step j (b,), or one for all, of T (b,), and γ (b,)."""
 
-    step: int
+    step: Tensor | int
     num_steps: Tensor
     threshold: Tensor
 
 
-def schedule(params: tuple[SamplingParams, ...], step: int, device: torch.device) -> Schedule:
+def schedule(params: tuple[SamplingParams, ...], step: Tensor | int, device: torch.device) -> Schedule:
     """Collects T and γ of a batch. `simulated_ar` takes one step per position."""
     steps = [p.block_size if p.mode == "simulated_ar" else p.steps_per_block for p in params]
     thresholds = torch.tensor([p.confidence_threshold for p in params], device=device)

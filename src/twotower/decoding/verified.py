@@ -8,11 +8,12 @@ import dataclasses
 from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.decoding.sampling import Temper, distribution, inverse_sample, temper, uniforms
+from twotower.decoding.sampling import Temper, distribution, fetch, inverse_sample, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
-from twotower.model.state import ContextState
+from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
 
 # Draws of one round are kept apart in the counter-based generator: draft tokens, acceptances, corrections.
@@ -29,6 +30,10 @@ class VerifiedRows:
     produced: tuple[int, ...]
     newest: tuple[int, ...] = ()
 
+    @property
+    def rests(self) -> tuple[bool, ...]:
+        return (True,) * len(self.requests)
+
     def select(self, rows: list[int]) -> Self:
         return dataclasses.replace(
             self,
@@ -38,6 +43,23 @@ class VerifiedRows:
             produced=tuple(self.produced[r] for r in rows),
             newest=tuple(self.newest[r] for r in rows) if self.newest else (),
         )
+
+    def join(self, others: Self) -> Self:
+        assert self.newest
+        assert others.newest
+        return dataclasses.replace(
+            self,
+            requests=self.requests + others.requests,
+            context=join((self.context, others.context)),
+            settings=self.settings.join(others.settings),
+            produced=self.produced + others.produced,
+            newest=self.newest + others.newest,
+        )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The lengths of the rows' next drafts."""
+        return tuple(_width(r, n) for r, n in zip(self.requests, self.produced, strict=True))
 
     def view(self, row: int) -> BlockView | None:
         return None
@@ -51,17 +73,26 @@ class Draft(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """How many leading draft ids each row keeps (b), the token after them (b), probabilities of both (b, s+1)."""
+    """How many leading draft ids each row keeps (b), the token after them (b), and for each row of the draft with that
+    token in its place the ids and their probabilities, (b, s+1) on the host."""
 
     accepted: tuple[int, ...]
     bonus: tuple[int, ...]
-    confidence: Tensor
+    ids: list[list[int]]
+    confidence: list[list[float]]
+
+
+def context_ids(request: Request) -> tuple[int, ...]:
+    """What the context tower holds when the request starts: all but the newest token, if there is one."""
+    return request.prompt_ids + request.produced[:-1]
 
 
 def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> VerifiedRows:
-    """Rows whose prompts are absorbed."""
+    """Rows whose `context_ids` are absorbed; either all have produced tokens before or none."""
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.context_device)
-    return VerifiedRows(requests, context, settings, (0,) * len(requests))
+    newest = tuple(r.produced[-1] for r in requests if r.produced)
+    assert len(newest) in (0, len(requests))
+    return VerifiedRows(requests, context, settings, tuple(len(r.produced) for r in requests), newest)
 
 
 def step(model: TwoTower, rows: VerifiedRows) -> Stepped:
@@ -73,15 +104,15 @@ def step(model: TwoTower, rows: VerifiedRows) -> Stepped:
     num_known = 1 if rows.newest else 0
     draft = propose_draft(model, rows)
     verdict, context = verify(model, rows, draft)
-    table = draft.ids.tolist()
-    confidence = verdict.confidence.tolist()
     emitted = []
-    for row, (count, bonus) in enumerate(zip(verdict.accepted, verdict.bonus, strict=True)):
-        ids = [*table[row][num_known:count], bonus]
-        emitted.append(tuple(Token(i, 0, c) for i, c in zip(ids, confidence[row][num_known:], strict=False)))
-    ones = (1,) * len(table)
+    for count, ids, confidence in zip(verdict.accepted, verdict.ids, verdict.confidence, strict=True):
+        new = slice(num_known, count + 1)
+        emitted.append(tuple(Token(i, 0, c) for i, c in zip(ids[new], confidence[new], strict=True)))
+    ones = (1,) * len(emitted)
+    lengths = (_next_draft(w, len(t)) for w, t in zip(rows.widths, emitted, strict=True))
     after = dataclasses.replace(
         rows,
+        requests=tuple(r._replace(draft=n) for r, n in zip(rows.requests, lengths, strict=True)),
         context=context,
         produced=tuple(n + len(t) for n, t in zip(rows.produced, emitted, strict=True)),
         newest=verdict.bonus,
@@ -92,7 +123,7 @@ def step(model: TwoTower, rows: VerifiedRows) -> Stepped:
 def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
     """One denoising step over [newest | masks]: each place's draft depends on the context and the newest token only."""
     device = model.denoiser_device
-    widths = tuple(_width(r, n) for r, n in zip(rows.requests, rows.produced, strict=True))
+    widths = rows.widths
     size = max(widths)
     block = torch.full((len(widths), size), model.config.mask_token_id, device=device)
     num_known = 1 if rows.newest else 0
@@ -133,8 +164,7 @@ def verify(model: TwoTower, rows: VerifiedRows, draft: Draft) -> VerifiedContext
         assert rows.context.next_logits is not None
         first = rows.context.next_logits.unsqueeze(1)
     target = torch.cat((first, logits), dim=1)  # (b, s+1, v): row i is the context tower's view of place i
-    widths = tuple(_width(r, n) for r, n in zip(rows.requests, rows.produced, strict=True))
-    s = draft.ids.shape[1]
+    widths, s = rows.widths, draft.ids.shape[1]
     places = torch.arange(s, device=draft.ids.device)
     inside = places < torch.tensor(widths, device=places.device)[:, None]  # (b, s)
     if draft.probabilities is None:
@@ -151,11 +181,15 @@ def verify(model: TwoTower, rows: VerifiedRows, draft: Draft) -> VerifiedContext
         after = best.gather(1, accepted[:, None])[:, 0]
     else:
         after = _correction(rows, draft.probabilities, p, accepted, widths)
-    counts = tuple(accepted.tolist())
     emitted = torch.cat((draft.ids, draft.ids[:, :1]), dim=1).scatter(1, accepted[:, None], after[:, None])
     chosen = target.gather(-1, emitted.unsqueeze(-1)).squeeze(-1)
     confidence = (chosen - target.logsumexp(-1)).exp()  # (b, s+1)
-    return VerifiedContext(Verdict(counts, tuple(after.tolist()), confidence), model.accept(scored, counts))
+    # the count beside its row, so that one copy to the host has it all
+    ids, confidences = fetch(torch.cat((accepted[:, None], emitted), dim=1), F.pad(confidence, (1, 0)))
+    counts = tuple(row.pop(0) for row in ids)
+    bonus = tuple(row[count] for row, count in zip(ids, counts, strict=True))
+    verdict = Verdict(counts, bonus, ids, [row[1:] for row in confidences])
+    return VerifiedContext(verdict, model.accept(scored, counts))
 
 
 def _correction(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widths: tuple[int, ...]) -> Tensor:
@@ -168,16 +202,28 @@ def _correction(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widt
     # p = q up to rounding leaves nothing; a rejection there has probability ~0 and p is its right limit
     usable = rejected & (residual.sum(-1) > 0)
     weights = torch.where(usable[:, None], residual, there)
-    # named by the token's own position: a first round that accepts nothing starts where the next one does
-    places = (n + count for n, count in zip(rows.context.lengths, accepted.tolist(), strict=True))
-    draws = [uniforms(r.seed, place, _CORRECT, 1) for r, place in zip(rows.requests, places, strict=True)]
-    return inverse_sample(weights.unsqueeze(1), torch.stack(draws).to(p.device))[:, 0]
+    # Named by the token's own position: a first round that accepts nothing starts where the next one does. Drawn for
+    # every count there may be, because the host does not know it yet.
+    table = torch.zeros(len(widths), q.shape[1] + 1)
+    for r, (request, n, width) in enumerate(zip(rows.requests, rows.context.lengths, widths, strict=True)):
+        if request.params.temperature > 0:
+            table[r, : width + 1] = torch.cat([uniforms(request.seed, n + k, _CORRECT, 1) for k in range(width + 1)])
+    draws = table.to(p.device).gather(1, accepted[:, None])
+    return inverse_sample(weights.unsqueeze(1), draws)[:, 0]
 
 
 def _width(request: Request, produced: int) -> int:
-    """The block's length: S, or less where fewer tokens are wanted (the newest one fills a place of its own)."""
+    """The block's length: S or the adaptive draft's, or less where fewer tokens are wanted; the newest one fills a
+    place of its own."""
     known = 1 if produced else 0
-    return max(1, min(request.params.block_size, request.params.max_new_tokens - produced - 1 + known))
+    most = min(request.params.block_size, request.draft) if request.params.adaptive_draft else request.params.block_size
+    return max(1, min(most, request.params.max_new_tokens - produced - 1 + known))
+
+
+def _next_draft(width: int, num_emitted: int) -> int:
+    """The length of the draft after one of `width` that gave `num_emitted` tokens: twice a draft kept whole, else a
+    little more than was kept. What lies beyond costs both towers arithmetic and is thrown away."""
+    return 2 * width if num_emitted >= width else num_emitted + 2
 
 
 def _table(rows: VerifiedRows, purpose: int, widths: tuple[int, ...], size: int) -> Tensor:

@@ -23,6 +23,14 @@ class Prepared(NamedTuple):
     scan: ScanInputs
 
 
+class Scanned(NamedTuple):
+    """The mixer's output (b, s, d), the SSM state after all tokens (b, h, p, n), and the states at the marks."""
+
+    mixed: Tensor
+    end: Tensor
+    marked: tuple[MambaState, ...]
+
+
 class Mamba2(nn.Module):
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -76,10 +84,18 @@ class Mamba2(nn.Module):
         y = self.kernels.ssd_output(prepared.scan, self.A, self.D, state.ssm)
         return self._project(y, prepared.z, dtype)
 
-    def scan(self, prepared: Prepared, state: MambaState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The mixer's output (b, s, d) and the SSM state after the last token."""
-        out = self.kernels.ssd_scan(prepared.scan, self.A, self.D, state.ssm)
-        return self._project(out.y, prepared.z, dtype), out.state
+    def scan(self, prepared: Prepared, state: MambaState, marks: tuple[int, ...], dtype: torch.dtype) -> Scanned:
+        """The mixer's output (b, s, d), the SSM state after the last token, and the states after `marks` tokens."""
+        ends = (*marks, prepared.xbc.shape[1])
+        ssm, pieces, marked = state.ssm, [], []
+        for first, last in zip((0, *marks), ends, strict=True):
+            out = self.kernels.ssd_scan(ScanInputs(*(v[:, first:last] for v in prepared.scan)), self.A, self.D, ssm)
+            ssm = out.state
+            pieces.append(out.y)
+            if last in marks:
+                marked.append(MambaState(next_past(prepared.xbc[:, :last], state.conv, None), ssm))
+        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        return Scanned(self._project(y, prepared.z, dtype), ssm, tuple(marked))
 
     def advance(self, prepared: Prepared, state: MambaState, counts: Tensor | None, end: Tensor | None) -> MambaState:
         """The state after the first counts[b] (b,) tokens of a prepared block, all of them when counts is None.

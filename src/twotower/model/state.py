@@ -2,10 +2,13 @@
 h SSM heads, n state width."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+from twotower.model.pages import PagedKeys, Past, join_pages
 
 # Key lengths are rounded up to this: oneDNN compiles a kernel per shape, so a length that grows by one is slow.
 KEY_TILE = 64
@@ -34,9 +37,58 @@ class KeyBuffer:
     def capacity(self) -> int:
         return self.keys[0].shape[2] if self.keys else 0
 
+    def past(self, used: int) -> Past:
+        """The first `used` places of every row."""
+        return Past([k[:, :, :used] for k in self.keys], [v[:, :, :used] for v in self.values], None)
+
+    def places(self, starts: tuple[int, ...], s: int) -> None:
+        """Nothing more than `starts` is needed to append."""
+
+    def append_(self, layer: int, starts: tuple[int, ...], places: Tensor | None, key: Tensor, value: Tensor) -> None:
+        """Writes key and value (b, k, s, p) of one layer at each row's places from starts[b] on."""
+        keys, values, s = self.keys[layer], self.values[layer], key.shape[2]
+        if len(set(starts)) == 1:
+            keys[:, :, starts[0] : starts[0] + s] = key
+            values[:, :, starts[0] : starts[0] + s] = value
+        else:
+            for row, start in enumerate(starts):
+                keys[row, :, start : start + s] = key[row]
+                values[row, :, start : start + s] = value[row]
+
+    def reserved(self, lengths: tuple[int, ...], extra: int) -> Self | "KeyBuffer":
+        """A buffer with room for `extra` tokens after `lengths`: this one, or a copy where it is too small or a newer
+        state has appended to it."""
+        wanted = padded(max(lengths) + extra)
+        if self.tip == lengths and self.capacity >= wanted:
+            return self
+        if self.capacity < wanted:
+            wanted = max(wanted, 2 * self.capacity)  # amortises the copy
+        buffer = self.grown(max(wanted, self.capacity), max(lengths))
+        buffer.tip = lengths
+        return buffer
+
+    def select(self, rows: Sequence[int], lengths: tuple[int, ...]) -> "KeyBuffer":
+        """A copy of some rows, which have `lengths` tokens."""
+        index = torch.tensor(rows, device=self.keys[0].device) if self.keys else None
+        return KeyBuffer([k[index] for k in self.keys], [v[index] for v in self.values], lengths)
+
+    def put_(
+        self, rows: Sequence[int], newer: "KeyBuffer | PagedKeys", starts: Sequence[int], ends: Sequence[int]
+    ) -> None:
+        """Copies what a selection of rows has appended since: places from starts[i] to ends[i] of its row i."""
+        assert isinstance(newer, KeyBuffer)
+        for ours, theirs in zip((*self.keys, *self.values), (*newer.keys, *newer.values), strict=True):
+            for i, row in enumerate(rows):
+                ours[row, :, starts[i] : ends[i]] = theirs[i, :, starts[i] : ends[i]]
+
+    def moved(self, used: int, lengths: tuple[int, ...], device: torch.device | str) -> "KeyBuffer":
+        """A copy of the first `used` places on another device."""
+        past = self.past(used)
+        return KeyBuffer([k.to(device) for k in past.keys], [v.to(device) for v in past.values], lengths)
+
     def grown(self, capacity: int, used: int) -> "KeyBuffer":
         """A copy with at least `capacity` places holding the first `used`."""
-        capacity = -(-capacity // KEY_TILE) * KEY_TILE
+        capacity = padded(capacity)
 
         def grow(old: Tensor) -> Tensor:
             # zeros, not empty: masked places are multiplied by 0 and must be finite
@@ -47,18 +99,24 @@ class KeyBuffer:
         return KeyBuffer([grow(k) for k in self.keys], [grow(v) for v in self.values], self.tip)
 
 
+def padded(length: int) -> int:
+    """`length` rounded up to the key tile."""
+    return -(-length // KEY_TILE) * KEY_TILE
+
+
 @dataclasses.dataclass(frozen=True)
 class ContextState:
     """State of the context tower after each row's `lengths` tokens.
 
     `mamba` and `buffer` follow the order of the `M` and `*` layers. `next_logits` (b, v) float32 are the context
     tower's logits after the last token, None before any token. States are values: extending one leaves it usable.
-    Successive states share one key buffer, which only the newest appends to; an older one copies it first.
+    Successive states share one key buffer, which only the newest appends to; an older one copies it first. Where the
+    keys lie in pages of a pool, only the newest state can be extended.
     """
 
     lengths: tuple[int, ...]
     mamba: tuple[MambaState, ...]
-    buffer: KeyBuffer
+    buffer: KeyBuffer | PagedKeys
     next_logits: Tensor | None
 
     @property
@@ -74,36 +132,51 @@ class ContextState:
 
     def padded_length(self, extra: int = 0) -> int:
         """The longest row plus `extra`, rounded up to the key tile."""
-        return -(-(max(self.lengths) + extra) // KEY_TILE) * KEY_TILE
+        return padded(max(self.lengths) + extra)
 
     def reserve(self, extra: int) -> Self:
         """A state whose buffer has room for `extra` more tokens and belongs to it alone or ends at its tip."""
         if not self.buffer.keys:  # nothing to append to, but the next commit looks at the tip
             return dataclasses.replace(self, buffer=KeyBuffer([], [], self.lengths))
-        wanted = self.padded_length(extra)
-        if self.buffer.tip == self.lengths and self.buffer.capacity >= wanted:
-            return self
-        if self.buffer.capacity < wanted:
-            wanted = max(wanted, 2 * self.buffer.capacity)  # amortises the copy
-        buffer = self.buffer.grown(max(wanted, self.buffer.capacity), max(self.lengths))
-        buffer.tip = self.lengths
-        return dataclasses.replace(self, buffer=buffer)
+        buffer = self.buffer.reserved(self.lengths, extra)
+        return self if buffer is self.buffer else dataclasses.replace(self, buffer=buffer)
 
-    def select(self, rows: list[int]) -> Self:
-        """A copy that holds only the given rows."""
+    def select(self, rows: Sequence[int]) -> Self:
+        """A copy that holds only the given rows; keys in pages are shared, not copied."""
         index = torch.tensor(rows, device=self.device)
-        buffer = KeyBuffer(
-            [k[index] for k in self.buffer.keys],
-            [v[index] for v in self.buffer.values],
-            tuple(self.lengths[r] for r in rows),
-        )
+        lengths = tuple(self.lengths[r] for r in rows)
         return dataclasses.replace(
             self,
-            lengths=tuple(self.lengths[r] for r in rows),
+            lengths=lengths,
             mamba=tuple(MambaState(m.conv[index], m.ssm[index]) for m in self.mamba),
-            buffer=buffer,
+            buffer=self.buffer.select(rows, lengths),
             next_logits=None if self.next_logits is None else self.next_logits[index],
         )
+
+    def put(self, rows: Sequence[int], newer: Self) -> Self:
+        """This state with some rows replaced by `newer`, a selection of them that has been extended since.
+
+        Appends in place like an extension by as many tokens; `next_logits` is dropped unless `newer` has it.
+        """
+        lengths = list(self.lengths)
+        for row, length in zip(rows, newer.lengths, strict=True):
+            lengths[row] = length
+        starts = [self.lengths[r] for r in rows]
+        state = self.reserve(max(n - s for n, s in zip(newer.lengths, starts, strict=True)))
+        state.buffer.put_(rows, newer.buffer, starts, newer.lengths)
+        state.buffer.tip = tuple(lengths)
+        index = torch.tensor(rows, device=self.device)
+        mamba = tuple(
+            MambaState(old.conv.index_copy(0, index, new.conv), old.ssm.index_copy(0, index, new.ssm))
+            for old, new in zip(self.mamba, newer.mamba, strict=True)
+        )
+        logits = newer.next_logits
+        if logits is not None:
+            before = (
+                logits.new_zeros(self.batch_size, logits.shape[1]) if self.next_logits is None else self.next_logits
+            )
+            logits = before.index_copy(0, index, logits)
+        return dataclasses.replace(state, lengths=tuple(lengths), mamba=mamba, next_logits=logits)
 
     @property
     def device(self) -> torch.device:
@@ -115,13 +188,30 @@ class ContextState:
         """This state on another device, itself if it is there already; used to seed a denoiser elsewhere."""
         if self.device == torch.device(device):
             return self
-        used = min(self.padded_length(), self.buffer.capacity)
         return dataclasses.replace(
             self,
             mamba=tuple(MambaState(m.conv.to(device), m.ssm.to(device)) for m in self.mamba),
-            buffer=KeyBuffer(
-                [k[:, :, :used].to(device) for k in self.buffer.keys],
-                [v[:, :, :used].to(device) for v in self.buffer.values],
-                self.lengths,
-            ),
+            buffer=self.buffer.moved(self.padded_length(), self.lengths, device),
         )
+
+
+def join(states: Sequence[ContextState]) -> ContextState:
+    """One state with the rows of all, in order. Their keys must lie in pages of one pool."""
+    first = states[0]
+    mamba = tuple(
+        MambaState(torch.cat([m.conv for m in layer]), torch.cat([m.ssm for m in layer]))
+        for layer in zip(*(s.mamba for s in states), strict=True)
+    )
+    logits = None
+    known = next((s.next_logits for s in states if s.next_logits is not None), None)
+    if known is not None:  # rows that have none get zeros, which nobody reads
+        parts = (
+            known.new_zeros(s.batch_size, known.shape[1]) if s.next_logits is None else s.next_logits for s in states
+        )
+        logits = torch.cat(list(parts))
+    lengths = tuple(n for s in states for n in s.lengths)
+    tables = [s.buffer for s in states if isinstance(s.buffer, PagedKeys)]
+    if not first.buffer.keys:
+        return ContextState(lengths, mamba, KeyBuffer([], [], lengths), logits)
+    assert len(tables) == len(states), "only keys in pages can be joined"
+    return ContextState(lengths, mamba, join_pages(tables, lengths), logits)

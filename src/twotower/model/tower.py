@@ -32,11 +32,21 @@ class Scored(NamedTuple):
     """The context tower over s tokens, before it is decided how many of them stay.
 
     hidden (b, s, d) after the last norm; `state` is the one before the tokens, whose key buffer already holds them.
+    `marks` has the recurrent states, one per `M` layer, after each of the numbers of tokens that were asked for.
     """
 
     hidden: Tensor
     state: ContextState
     replays: tuple[Replay, ...]
+    marks: dict[int, tuple[MambaState, ...]]
+
+
+class _CausalMamba(NamedTuple):
+    """A mixer's output (b, s, d), what a commit needs, and the states at the marks."""
+
+    mixed: Tensor
+    replay: Replay
+    marked: tuple[MambaState, ...]
 
 
 class Tower(nn.Module):
@@ -66,31 +76,42 @@ class Tower(nn.Module):
         """The layers in order."""
         return cast("list[Layer]", list(self.layers))
 
-    def causal(self, ids: Tensor, state: ContextState) -> Scored:
-        """Runs ids (b, s) after `state`; `commit` decides how many tokens of each row stay; padding is the rest."""
+    def causal(self, ids: Tensor, state: ContextState, marks: tuple[int, ...] = ()) -> Scored:
+        """Runs ids (b, s) after `state`; `commit` decides how many tokens of each row stay; padding is the rest.
+
+        `marks`, ascending and between 0 and s, ask for the recurrent states after so many tokens; they cost no pass.
+        """
         s = ids.shape[1]
         state = state.reserve(s)
         rope = self._rotation(state.lengths, s, ids.device)
-        mask = None
+        mask = places = None
+        t = state.padded_length(s)
+        past = state.buffer.past(t)
         if state.buffer.keys:
-            t = state.padded_length(s)
+            places = state.buffer.places(state.lengths, s)
             mask = self.kernels.causal_mask(state.lengths, s, t, self.activation_dtype, ids.device)
         x = self.embed(ids)
         replays: list[Replay] = []
+        marked: list[tuple[MambaState, ...]] = []
         num_attention = 0
         for layer in self.stack:
             entered = layer.enter(x, None, self.activation_dtype)
             if isinstance(layer.mixer, Mamba2):
-                mixed, replay = self._causal_mamba(layer.mixer, entered, state.mamba[len(replays)])
+                mixed, replay, states = self._causal_mamba(layer.mixer, entered, state.mamba[len(replays)], marks)
                 replays.append(replay)
+                marked.append(states)
             elif isinstance(layer.mixer, Attention):
-                mixed = self._causal_attention(layer.mixer, entered, state, num_attention, rope, mask)
+                q, key, value = layer.mixer.project(entered, rope)
+                state.buffer.append_(num_attention, state.lengths, places, key, value)
+                keys, values = past.keys[num_attention], past.values[num_attention]
+                mixed = layer.mixer.output(self.kernels.cached_attention(q, keys, values, mask, past.pages))
                 num_attention += 1
             else:
                 mixed = layer.mixer(entered)
             x = layer.leave(x, mixed, None)
         state.buffer.tip = None
-        return Scored(self.finish(x), state, tuple(replays))
+        by_mark = {mark: tuple(states[i] for states in marked) for i, mark in enumerate(marks)}
+        return Scored(self.finish(x), state, tuple(replays), by_mark)
 
     def commit(self, scored: Scored, counts: tuple[int, ...], next_logits: Tensor | None) -> ContextState:
         """The state after the first counts[b] of the scored tokens of each row.
@@ -124,7 +145,8 @@ class Tower(nn.Module):
         """
         s = ids.shape[1]
         rope = self._rotation(seed.lengths, s, ids.device)
-        used = min(seed.padded_length(), seed.buffer.capacity)
+        used = seed.padded_length()
+        past = seed.buffer.past(used)
         mask = None
         if seed.buffer.keys:
             widths = widths or (s,) * len(seed.lengths)
@@ -140,9 +162,8 @@ class Tower(nn.Module):
                 num_mamba += 1
             elif isinstance(layer.mixer, Attention):
                 q, key, value = layer.mixer.project(entered, rope)
-                past_key = seed.buffer.keys[num_attention][:, :, :used]
-                past_value = seed.buffer.values[num_attention][:, :, :used]
-                attended = self.kernels.seeded_attention(q, key, value, past_key, past_value, mask)
+                keys, values = past.keys[num_attention], past.values[num_attention]
+                attended = self.kernels.seeded_attention(q, key, value, keys, values, mask, past.pages)
                 mixed = layer.mixer.output(attended)
                 num_attention += 1
             else:
@@ -165,30 +186,14 @@ class Tower(nn.Module):
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(s, device=device)
         return rotation(positions, c.head_dim, c.rope_theta, self.activation_dtype)
 
-    def _causal_mamba(self, mixer: Mamba2, x: Tensor, start: MambaState) -> tuple[Tensor, Replay]:
+    def _causal_mamba(self, mixer: Mamba2, x: Tensor, start: MambaState, marks: tuple[int, ...]) -> _CausalMamba:
         prepared = mixer.prepare(x, start.conv)
-        if 1 < x.shape[1] <= CHUNK:
+        if 1 < x.shape[1] <= CHUNK and not marks:
             # A block: its end state waits until it is known how much of the block stays.
-            return mixer.outputs(prepared, start, self.activation_dtype), Replay(prepared, start, None)
-        mixed, end = mixer.scan(prepared, start, self.activation_dtype)
-        return mixed, Replay(prepared, start, end)
-
-    def _causal_attention(
-        self, mixer: Attention, x: Tensor, state: ContextState, i: int, rope: Rotation | None, mask: Tensor | None
-    ) -> Tensor:
-        q, key, value = mixer.project(x, rope)
-        keys, values = state.buffer.keys[i], state.buffer.values[i]
-        s = x.shape[1]
-        if len(set(state.lengths)) == 1:
-            start = state.lengths[0]
-            keys[:, :, start : start + s] = key
-            values[:, :, start : start + s] = value
-        else:
-            for row, start in enumerate(state.lengths):
-                keys[row, :, start : start + s] = key[row]
-                values[row, :, start : start + s] = value[row]
-        t = state.padded_length(s)
-        return mixer.output(self.kernels.cached_attention(q, keys[:, :, :t], values[:, :, :t], mask))
+            mixed = mixer.outputs(prepared, start, self.activation_dtype)
+            return _CausalMamba(mixed, Replay(prepared, start, None), ())
+        mixed, end, states = mixer.scan(prepared, start, marks, self.activation_dtype)
+        return _CausalMamba(mixed, Replay(prepared, start, end), states)
 
     def pack_(self, activation_dtype: torch.dtype, backend: Backend) -> None:
         """Packs every constant weight for inference by `backend` with activations of the given dtype."""

@@ -130,9 +130,9 @@ class TwoTower(nn.Module):
         modulations = None if t is None else self.time_conditioning(t)
         return self.lm_head(self.denoiser_tower.block(ids, seed, modulations, widths)).float()
 
-    def score(self, ids: Tensor, state: ContextState) -> Scored:
-        """The context tower over ids (b, s) without deciding how many of them stay; see `accept`."""
-        return self.context_tower.causal(ids, state)
+    def score(self, ids: Tensor, state: ContextState, marks: tuple[int, ...] = ()) -> Scored:
+        """The context tower over ids (b, s) without deciding how many of them stay; see `accept`, and `Scored`."""
+        return self.context_tower.causal(ids, state, marks)
 
     def scored_logits(self, scored: Scored) -> Tensor:
         """(b, s, v) float32: position i predicts the token after it."""
@@ -143,24 +143,35 @@ class TwoTower(nn.Module):
         return self.context_tower.commit(scored, counts, next_logits)
 
     def absorb(
-        self, ids: Tensor, state: ContextState, counts: tuple[int, ...] | None = None, *, with_logits: bool
+        self,
+        ids: Tensor,
+        state: ContextState,
+        counts: tuple[int, ...] | None = None,
+        *,
+        with_logits: bool,
+        rows: list[int] | None = None,
     ) -> ContextState:
         """Unchecked `extend` by the first counts[b] of ids (b, s); the rest of a row is padding.
 
-        `with_logits` False saves the head where nobody reads next_logits.
+        `with_logits` False saves the head where nobody reads next_logits. `rows` are the state's rows that ids belong
+        to; the others stay as they are.
         """
-        b, s = ids.shape
-        if s == 0:
-            return state
+        if rows is not None and len(rows) < state.batch_size:
+            return state.put(rows, self.absorb(ids, state.select(rows), counts, with_logits=with_logits))
+        return state if ids.shape[1] == 0 else self.keep(self.score(ids, state), counts, with_logits=with_logits)
+
+    def keep(self, scored: Scored, counts: tuple[int, ...] | None = None, *, with_logits: bool) -> ContextState:
+        """The second half of `absorb`: the state after the first counts[b] scored tokens of each row, maybe none."""
+        b, s, _ = scored.hidden.shape
         counts = (s,) * b if counts is None else counts
-        index = torch.tensor(counts, device=ids.device)
-        scored = self.context_tower.causal(ids, state)
         logits = None
         if with_logits:
-            last = scored.hidden[torch.arange(b, device=ids.device), (index - 1).clamp_(min=0)]  # (b, d)
+            index = torch.tensor(counts, device=scored.hidden.device)
+            last = scored.hidden[torch.arange(b, device=index.device), (index - 1).clamp_(min=0)]  # (b, d)
             logits = self.context_lm_head(last).float()
             if min(counts) == 0:  # rows that ended in an earlier chunk keep their logits
-                before = torch.zeros_like(logits) if state.next_logits is None else state.next_logits
+                before = scored.state.next_logits
+                before = torch.zeros_like(logits) if before is None else before
                 logits = torch.where(index[:, None] > 0, logits, before)
         return self.context_tower.commit(scored, counts, logits)
 

@@ -31,22 +31,33 @@ def block_mask(
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
-def cached_attention(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def cached_attention(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pages: Tensor | None = None) -> Tensor:
     """Queries (b, h, s, p) over keys and values (b, k, t, p); mask (b or 1, 1, s or 1, t) is added to the scores.
 
-    Returns (b, h, s, p). Scale p^-0.5; grouped queries without repeating the keys.
+    Returns (b, h, s, p). Scale p^-0.5; grouped queries without repeating the keys. With `pages` (b, m), keys and values
+    are (n, k, size, p), of which row b reads entries pages[b] one after the other.
     """
+    if pages is not None:
+        key, value = gather_pages(key, pages), gather_pages(value, pages)
     return F.scaled_dot_product_attention(q, key, value, attn_mask=mask, enable_gqa=q.shape[1] != key.shape[1])
 
 
 def seeded_attention(
-    q: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor | None
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    mask: Tensor | None,
+    pages: Tensor | None = None,
 ) -> Tensor:
     """A block's queries over [past keys | the block's own keys], one softmax, no copy of the past.
 
-    q (b, h, s, p); key, value (b, k, s, p); past (b, k, t, p), t may be 0; mask from `block_mask`.
-    Returns (b, h, s, p).
+    q (b, h, s, p); key, value (b, k, s, p); past (b, k, t, p), t may be 0, or in `pages` as in `cached_attention`; mask
+    from `block_mask`. Returns (b, h, s, p).
     """
+    if pages is not None:
+        past_key, past_value = gather_pages(past_key, pages), gather_pages(past_value, pages)
     b, h, s, p = q.shape
     k = key.shape[1]
     t = past_key.shape[2]
@@ -61,3 +72,8 @@ def seeded_attention(
     if t:
         attended = attended + weights[..., :t] @ past_value
     return attended.view(b, h, s, p)
+
+
+def gather_pages(pool: Tensor, pages: Tensor) -> Tensor:
+    """Copies the pages (b, m) of pool (n, k, size, p) to (b, k, m·size, p)."""
+    return pool[pages].transpose(1, 2).flatten(2, 3)

@@ -33,11 +33,11 @@ static float scores(const float *q, float scale, const Segment *seg, long p, flo
 }
 
 /* `nv` vectors of the output, from float `first` on */
-INLINE void mix(const Segment *seg, int num, const float *weights, float inverse, long first, int nv, float *out) {
+INLINE void mix(const Segment *seg, long num, const float *weights, float inverse, long first, int nv, float *out) {
     vf acc[8];
 #pragma GCC unroll 8
     for (int v = 0; v < nv; v++) acc[v] = (vf){0};
-    for (int k = 0; k < num; k++)
+    for (long k = 0; k < num; k++)
         for (long j = 0; j < seg[k].count; j++) {
             const float w = *weights++;
             const float *value = seg[k].value + j * seg[k].value_token + first;
@@ -48,10 +48,10 @@ INLINE void mix(const Segment *seg, int num, const float *weights, float inverse
     for (int v = 0; v < nv; v++) store(out + first + v * VL, acc[v] * inverse);
 }
 
-static void attend(const float *q, float scale, const Segment *seg, int num, long p, float *room, float *out) {
+static void attend(const float *q, float scale, const Segment *seg, long num, long p, float *room, float *out) {
     float top = -INFINITY;
     long total = 0;
-    for (int k = 0; k < num; k++) {
+    for (long k = 0; k < num; k++) {
         top = scores(q, scale, seg + k, p, room + total, top);
         total += seg[k].count;
     }
@@ -70,7 +70,7 @@ static void attend(const float *q, float scale, const Segment *seg, int num, lon
     for (; first < p; first++) {
         const float *w = room;
         float acc = 0;
-        for (int k = 0; k < num; k++)
+        for (long k = 0; k < num; k++)
             for (long j = 0; j < seg[k].count; j++) acc += seg[k].value[j * seg[k].value_token + first] * *w++;
         out[first] = acc * inverse;
     }
@@ -78,28 +78,37 @@ static void attend(const float *q, float scale, const Segment *seg, int num, lon
 
 /* Queries (b, s, h, p) over past keys and values (b, kv heads, t, p) and, unless null, a block's own (b, s, kv heads, p);
  * all by strides in floats, p dense. Row b sees starts[b] of the past, i + 1 more where causal (query i; the past then
- * holds the new tokens too), and ends[b] of its own block. out (b, s, h, p). */
+ * holds the new tokens too), and ends[b] of its own block. With `pages` (b, num_pages) the past is (n, kv heads, size, p)
+ * and row b's lies in the entries pages[b], one after the other. out (b, s, h, p). */
 API void tt_attention(const float *q, long q_batch, long q_token, const float *past_key, const float *past_value,
-                      long past_batch, long past_head, long past_token, const float *key, long key_batch,
-                      long key_token, const float *value, long value_batch, long value_token, const int64_t *starts, const int64_t *ends, int causal, float scale,
-                      long b, long s, long h, long kv, long p, float *out, int threads) {
+                      long past_batch, long past_head, long past_token, const int64_t *pages, long num_pages, long size,
+                      const float *key, long key_batch, long key_token, const float *value, long value_batch,
+                      long value_token, const int64_t *starts, const int64_t *ends, int causal, float scale, long b,
+                      long s, long h, long kv, long p, float *out, int threads) {
     long longest = 0;
     for (long row = 0; row < b; row++) longest = starts[row] > longest ? starts[row] : longest;
 #pragma omp parallel num_threads(threads) if (threads > 1 && b * s * h * longest * p >= 65536)
     {
         float *room = malloc((longest + s) * sizeof(float));
+        Segment *seg = malloc((num_pages + 2) * sizeof(Segment));
 #pragma omp for
         for (long item = 0; item < b * h * s; item++) {
             const long row = item / (h * s), head = item / s % h, i = item % s, group = head / (h / kv);
-            const long past = row * past_batch + group * past_head;
-            const Segment seg[2] = {
-                {past_key + past, past_value + past, past_token, past_token, starts[row] + (causal ? i + 1 : 0)},
-                {key + row * key_batch + group * p, value + row * value_batch + group * p, key_token, value_token,
-                 causal ? 0 : ends[row]},
-            };
-            attend(q + row * q_batch + i * q_token + head * p, scale, seg, causal ? 1 : 2, p, room,
+            const long seen = starts[row] + (causal ? i + 1 : 0);
+            long num = 0;
+            for (long first = 0; first < seen; first += pages ? size : seen, num++) {
+                const long entry = pages ? pages[row * num_pages + num] : row;
+                const long past = entry * past_batch + group * past_head;
+                const long count = pages && seen - first > size ? size : seen - first;
+                seg[num] = (Segment){past_key + past, past_value + past, past_token, past_token, count};
+            }
+            if (!causal)
+                seg[num++] = (Segment){key + row * key_batch + group * p, value + row * value_batch + group * p,
+                                       key_token, value_token, ends[row]};
+            attend(q + row * q_batch + i * q_token + head * p, scale, seg, num, p, room,
                    out + ((row * s + i) * h + head) * p);
         }
         free(room);
+        free(seg);
     }
 }

@@ -30,18 +30,30 @@ def block_mask(
     return torch.tensor((starts, widths))
 
 
-def cached_attention(q: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    return _attend(q, key, value, None, None, mask)
+def cached_attention(q: Tensor, key: Tensor, value: Tensor, mask: Tensor, pages: Tensor | None = None) -> Tensor:
+    return _attend(q, key, value, None, None, mask, pages)
 
 
 def seeded_attention(
-    q: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    mask: Tensor,
+    pages: Tensor | None = None,
 ) -> Tensor:
-    return _attend(q, past_key, past_value, key, value, mask)
+    return _attend(q, past_key, past_value, key, value, mask, pages)
 
 
 def _attend(
-    q: Tensor, past_key: Tensor, past_value: Tensor, key: Tensor | None, value: Tensor | None, mask: Tensor
+    q: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    mask: Tensor,
+    pages: Tensor | None,
 ) -> Tensor:
     b, h, s, p = q.shape
     q = _heads_dense(q)
@@ -51,10 +63,11 @@ def _attend(
         key, value = _heads_dense(key), _heads_dense(value)
         own = (key.data_ptr(), key.stride(0), key.stride(2), value.data_ptr(), value.stride(0), value.stride(2))
     out = q.new_empty(b, s, h, p)
-    call = function("tt_attention", "pll pplll pllpll ppif lllll pi")
+    call = function("tt_attention", "pll pplll pll pllpll ppif lllll pi")
     call(
         *(q.data_ptr(), q.stride(0), q.stride(2)),
         *(past_key.data_ptr(), past_value.data_ptr(), *past_key.stride()[:3]),
+        *(None if pages is None else pages.data_ptr(), 0 if pages is None else pages.shape[1], past_key.shape[2]),
         *own,
         *(mask[0].data_ptr(), mask[1].data_ptr(), key is None, p**-0.5),
         *(b, s, h, past_key.shape[1], p),

@@ -1,0 +1,135 @@
+"""A request from its prompt to its result, whichever driver steps it."""
+
+import secrets
+import time
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from twotower.decoding.params import FinishReason, Generation, GenerationStats, SamplingParams
+from twotower.decoding.step import Request, Stepped, Token
+from twotower.decoding.text import TextStream
+from twotower.model.two_tower import TwoTower
+
+Prompt = str | Sequence[int]
+
+
+def make_request(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Request:
+    """Checks a prompt against the model, makes ids of it and settles the seed; raises ValueError for what can't run."""
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise ValueError("the checkpoint has no tokenizer.json; give the prompt as token ids")
+        ids = tuple(model.tokenizer.encode(prompt).ids)
+    else:
+        ids = tuple(int(i) for i in prompt)
+    if params.stop and model.tokenizer is None:
+        raise ValueError(f"stop is {params.stop}, but the checkpoint has no tokenizer.json to find it with; drop it")
+    if not ids:
+        if model.config.bos_token_id is None:
+            raise ValueError("the prompt is empty and the config has no bos_token_id; give at least one token")
+        ids = (model.config.bos_token_id,)
+    v = model.config.vocab_size
+    strange = [i for i in ids if not 0 <= i < v]
+    if strange:
+        raise ValueError(f"prompt has token id {strange[0]}, must be in [0, {v - 1}]; was another tokenizer used?")
+    seed = secrets.randbits(63) if params.seed is None else params.seed
+    return Request(ids, params, seed)
+
+
+def warn_about_block_size(model: TwoTower, params: Sequence[SamplingParams]) -> None:
+    """Warns, at the caller's caller, where sampling would fill larger blocks than the model was trained with."""
+    trained = model.config.block_size
+    largest = max((p.block_size for p in params if p.mode == "diffusion" and p.temperature > 0), default=0)
+    if largest > trained:
+        text = f"block_size {largest} is larger than the {trained} this checkpoint was trained with: sampling collapses"
+        warnings.warn(text, UserWarning, stacklevel=3)
+
+
+class Progress(NamedTuple):
+    """What one step meant for a request: new text and tokens, the result once it is finished."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    result: Generation | None
+
+
+class Record:
+    """One request's output so far: tokens, text, counts and the reason it ended; `began` is when it came."""
+
+    def __init__(self, model: TwoTower, request: Request, began: float) -> None:
+        self.request = request
+        self.tokens: list[Token] = []
+        self.denoiser_calls = self.context_calls = 0
+        self.began = began
+        self.first: float | None = None
+        params = request.params
+        self.ends = () if params.ignore_eos else model.config.eos_token_ids
+        self.stream = None if model.tokenizer is None else TextStream(model.tokenizer, request.prompt_ids)
+        self.shown = 0  # characters of the text already given out
+
+    def take(self, stepped: Stepped, place: int) -> Progress:
+        """Adds the tokens of row `place` of a step, ends the request where they say so, and tells what is new."""
+        self.request = stepped.rows.requests[place]
+        self.denoiser_calls += stepped.denoiser_calls[place]
+        self.context_calls += stepped.context_calls[place]
+        before = len(self.tokens)
+        reason: FinishReason | None = None
+        text_end: int | None = None
+        for token in stepped.tokens[place]:
+            self.tokens.append(token)
+            if self.stream is not None and token.id not in self.ends:
+                self.stream.push([token.id])
+                text_end = self._stop_at()
+            if text_end is not None or token.id in self.ends:
+                reason = "stop"
+            elif len(self.tokens) == self.request.params.max_new_tokens:
+                reason = "length"
+            if reason is not None:
+                break
+        if self.first is None and len(self.tokens) > before:
+            self.first = time.perf_counter()
+        if reason is not None and self.stream is not None and text_end is None:
+            self.stream.flush()
+            text_end = self._stop_at()
+            reason = "stop" if text_end is not None else reason
+        text = self._new_text(text_end, final=reason is not None)
+        return Progress(text, tuple(self.tokens[before:]), None if reason is None else self.result(reason, text_end))
+
+    def _stop_at(self) -> int | None:
+        """Where in the text the earliest stop string begins."""
+        assert self.stream is not None
+        found = [self.stream.text.find(s) for s in self.request.params.stop]
+        return min((at for at in found if at >= 0), default=None)
+
+    def _new_text(self, end: int | None, *, final: bool) -> str:
+        """Text not given out yet; what might become a stop string waits."""
+        if self.stream is None:
+            return ""
+        whole = self.stream.text if end is None else self.stream.text[:end]
+        held = 0
+        if not final:
+            for stop in self.request.params.stop:
+                sizes = (n for n in range(min(len(stop) - 1, len(whole)), 0, -1) if whole.endswith(stop[:n]))
+                held = max(held, next(sizes, 0))
+        piece = whole[self.shown : len(whole) - held]
+        self.shown += len(piece)
+        return piece
+
+    def result(self, reason: FinishReason, text_end: int | None = None) -> Generation:
+        """What the request gave, its text up to `text_end`."""
+        now = time.perf_counter()
+        stats = GenerationStats(
+            denoiser_calls=self.denoiser_calls,
+            context_calls=self.context_calls,
+            seconds_to_first_token=(self.first or now) - self.began,
+            seconds_total=now - self.began,
+            num_tokens=len(self.tokens),
+        )
+        return Generation(
+            token_ids=[t.id for t in self.tokens],
+            text=None if self.stream is None else self.stream.text[:text_end],
+            finish_reason=reason,
+            stats=stats,
+            commit_steps=[t.step for t in self.tokens],
+            confidences=[t.confidence for t in self.tokens],
+        )

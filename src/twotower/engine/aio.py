@@ -1,0 +1,190 @@
+"""An engine on a thread of its own, for asyncio."""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import NamedTuple, Self
+
+from twotower.decoding.params import SamplingParams
+from twotower.decoding.record import Prompt
+from twotower.decoding.step import Request
+from twotower.engine.config import EngineConfig
+from twotower.engine.engine import Engine, EngineStats
+from twotower.engine.job import Event
+from twotower.model.two_tower import TwoTower
+
+logger = logging.getLogger(__name__)
+
+
+class Overloaded(RuntimeError):
+    """The queue is full; the request was not taken."""
+
+
+class EngineFailed(RuntimeError):
+    """The engine's thread ended on an error of ours; nothing runs any more."""
+
+
+class _Client(NamedTuple):
+    """Where the events of one stream go: a queue of the event loop it was opened in. None ends the stream.
+
+    Inside the engine a stream goes by its number: a client may use its own id again while a round is running.
+    """
+
+    number: str
+    request_id: str
+    loop: asyncio.AbstractEventLoop
+    events: "asyncio.Queue[Event | EngineFailed | None]"
+
+    def put(self, event: "Event | EngineFailed | None") -> None:
+        """From the engine's thread."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+
+class AsyncEngine:
+    """Runs an `Engine` on one worker thread between `start` and `close`; streams belong to any event loop."""
+
+    def __init__(self, model: TwoTower, config: EngineConfig | None = None) -> None:
+        self._engine = Engine(model, config)
+        self.config = self._engine.config
+        self._wake = threading.Condition()
+        self._arrived: deque[tuple[str, Request, bool]] = deque()
+        self._aborted: deque[str] = deque()
+        self._clients: dict[str, _Client] = {}  # by number
+        self._numbers: dict[str, str] = {}  # of each request id
+        self._num_streams = 0
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._stats = self._engine.stats()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def model(self) -> TwoTower:
+        return self._engine.model
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are answered."""
+        return self._thread is not None and self._failure is None and not self._closing
+
+    def start(self) -> Self:
+        """Starts the worker thread."""
+        assert self._thread is None, "this engine was started before"
+        self._thread = threading.Thread(target=self._run, name="twotower-engine", daemon=True)
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Ends the worker thread after the round it is in; unfinished streams raise EngineFailed."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+        self._fail(EngineFailed("the engine was closed"))
+
+    def stats(self) -> EngineStats:
+        """The counts after the last round; those that have not reached the engine yet count as waiting."""
+        with self._wake:
+            return self._stats._replace(num_waiting=self._stats.num_waiting + len(self._arrived))
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, watch: bool = False
+    ) -> AsyncIterator[Event]:
+        """The events of one request as they come; the last has its result. Closing the iterator aborts the request.
+
+        Raises ValueError for a bad request, Overloaded past the queue's limit, EngineFailed where nothing runs.
+        """
+        request = await asyncio.to_thread(self._engine.prepare, prompt, params)
+        client = self._enter(request, request_id, watch)
+        try:
+            while True:
+                event = await client.events.get()
+                if event is None:
+                    return
+                if isinstance(event, EngineFailed):
+                    raise event
+                yield event
+                if event.result is not None:
+                    return
+        finally:
+            self._leave(client.number)
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request: its stream stops without a result. Does nothing if it is finished or unknown."""
+        client = self._leave(self._numbers.get(request_id, ""))
+        if client is not None:
+            client.put(None)
+
+    def _enter(self, request: Request, request_id: str | None, watch: bool) -> _Client:
+        with self._wake:
+            if not self.is_running:
+                raise EngineFailed("the engine does not run") from self._failure
+            limit = self.config.max_num_requests + self.config.max_num_waiting
+            if len(self._clients) >= limit:
+                raise Overloaded(f"{len(self._clients)} requests are unfinished, the limit is {limit}; try again later")
+            self._num_streams += 1
+            number = str(self._num_streams)
+            request_id = f"request-{number}" if request_id is None else request_id
+            if request_id in self._numbers:
+                raise ValueError(f"request_id is {request_id!r}, which an unfinished request has; choose another")
+            self._numbers[request_id] = number
+            client = _Client(number, request_id, asyncio.get_running_loop(), asyncio.Queue())
+            self._clients[number] = client
+            self._arrived.append((number, request, watch))
+            self._wake.notify()
+        return client
+
+    def _leave(self, number: str) -> _Client | None:
+        """Forgets a stream, and aborts what is unfinished of it."""
+        with self._wake:
+            client = self._clients.pop(number, None)
+            if client is not None:
+                del self._numbers[client.request_id]
+                self._aborted.append(number)
+                self._wake.notify()
+        return client
+
+    def _run(self) -> None:
+        try:
+            while self._take_in():
+                self._give_out(self._engine.step())
+        except BaseException as error:
+            logger.exception("the engine's thread ended")
+            self._fail(error)
+            raise
+
+    def _take_in(self) -> bool:
+        """Waits for work, hands new requests and aborts to the engine; False when closing."""
+        with self._wake:
+            while not (self._closing or self._arrived or self._aborted or self._engine.has_work):
+                self._wake.wait()
+            while self._arrived:
+                number, request, watch = self._arrived.popleft()
+                self._engine.add_request(request, request_id=number, watch=watch)
+            while self._aborted:
+                self._engine.abort(self._aborted.popleft())
+            self._stats = self._engine.stats()
+            return not self._closing
+
+    def _give_out(self, events: list[Event]) -> None:
+        with self._wake:
+            self._stats = self._engine.stats()
+            known = [(self._clients[e.request_id], e) for e in events if e.request_id in self._clients]
+            for client, event in known:
+                if event.result is not None:
+                    del self._clients[event.request_id]
+                    del self._numbers[client.request_id]
+        for client, event in known:
+            client.put(event._replace(request_id=client.request_id))
+
+    def _fail(self, error: BaseException) -> None:
+        with self._wake:
+            self._failure = error
+            clients = list(self._clients.values())
+            self._clients.clear()
+            self._numbers.clear()
+        for client in clients:
+            client.put(EngineFailed("the engine does not run any more"))

@@ -1,0 +1,301 @@
+"""The scheduler over step(): requests join and leave between steps."""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from twotower.decoding.generate import MODULES
+from twotower.decoding.params import Generation, SamplingParams
+from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
+from twotower.decoding.step import Request, Stepped
+from twotower.engine.auto import AutoRow, Chooser
+from twotower.engine.config import EngineConfig
+from twotower.engine.intake import Intake
+from twotower.engine.job import Batch, Event, Job
+from twotower.engine.pool import StatePool
+from twotower.engine.prefix_cache import PrefixCache
+from twotower.model.state import join
+from twotower.model.two_tower import TwoTower
+
+
+class EngineStats(NamedTuple):
+    """An engine at one moment, and what it has done since it was made.
+
+    Calls are counted per request, as in `GenerationStats`; a round is one call of `Engine.step` that had work.
+    """
+
+    num_running: int
+    num_waiting: int
+    bytes_used: int
+    bytes_budget: int
+    cache_hit_tokens: int
+    num_rounds: int
+    num_preemptions: int
+    denoiser_calls: int
+    context_calls: int
+
+
+class Engine:
+    """Runs many requests at once, each with its own mode and settings; one thread owns it.
+
+    Each result is what `generate` gives for the request alone: to the bit with the C kernels, else up to rounding.
+    """
+
+    def __init__(self, model: TwoTower, config: EngineConfig | None = None) -> None:
+        self.model = model
+        self.config = config or EngineConfig()
+        budget = self.config.state_bytes - self.config.snapshot_bytes
+        self._pool = StatePool(model, budget, self.config.max_num_requests)
+        self._chooser = Chooser()
+        self._cache = PrefixCache(self._pool, self.config.snapshot_bytes)
+        self._jobs: dict[str, Job] = {}
+        self._num_added = 0
+        self._intake = Intake(model, self.config, self._pool, self._cache)
+        self._batches: dict[ModuleType, Batch] = {}
+        self._num_rounds = self._num_preemptions = self._denoiser_calls = self._context_calls = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._jobs)
+
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """Checks a request and makes token ids of its prompt; may run in any thread.
+
+        Raises ValueError for what can't run here, also where the request alone would need more than the state budget.
+        """
+        request = make_request(self.model, prompt, params)
+        longest = len(request.prompt_ids) + params.max_new_tokens + params.block_size + 1
+        needed, there = self._pool.pages_for(longest), self._pool.num_pages - 1
+        if needed > max(there, 0):
+            raise ValueError(
+                f"a prompt of {len(request.prompt_ids)} tokens with max_new_tokens {params.max_new_tokens} needs "
+                f"{needed} pages of keys, and state_bytes {self.config.state_bytes} gives {there}; shorten it or raise "
+                "state_bytes"
+            )
+        return request
+
+    def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, watch: bool = False) -> str:
+        """Queues a request and returns its id; with `watch`, every step gives an event that shows the block.
+
+        Raises ValueError for a bad request, and for an id that another unfinished request has.
+        """
+        warn_about_block_size(self.model, [params])
+        return self.add_request(self.prepare(prompt, params), request_id=request_id, watch=watch)
+
+    def add_request(self, request: Request, *, request_id: str | None = None, watch: bool = False) -> str:
+        """`add` for what `prepare` gave."""
+        self._num_added += 1
+        if request_id is None:
+            request_id = f"request-{self._num_added}"
+        if request_id in self._jobs:
+            raise ValueError(f"request_id is {request_id!r}, which an unfinished request has; choose another")
+        record = Record(self.model, request, time.perf_counter())
+        auto = None
+        if request.params.mode == "auto":
+            auto = AutoRow(("ar", "verified", "diffusion") if request.params.allow_loss else ("ar", "verified"))
+        self._jobs[request_id] = Job(request_id, self._num_added, record, watch, auto=auto)
+        self._intake.waiting.append(self._jobs[request_id])
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """Drops a request and frees its state at once; does nothing if it is finished or unknown."""
+        job = self._jobs.pop(request_id, None)
+        if job is not None:
+            self._withdraw(job)
+
+    def step(self) -> list[Event]:
+        """One round: some tokens of the prompts that are being absorbed, and one step of everything that decodes."""
+        if not self._jobs:
+            return []
+        self._num_rounds += 1
+        with torch.inference_mode():
+            self._make_room()
+            self._choose_modes()
+            num_decoding = sum(len(batch.jobs) for batch in self._batches.values())
+            done = self._intake.admit(num_decoding)
+            events = [Event(job.id, "", (), (), None, job.record.result("length")) for job in done]
+            started = self._intake.absorb()
+            for module in dict.fromkeys(MODULES.values()):
+                events += self._step_mode(module, [job for job in started if job.module is module])
+        for event in events:
+            if event.result is not None:
+                del self._jobs[event.request_id]
+        return events
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Generation]:
+        """`twotower.generate` through the engine: results in the order of the prompts.
+
+        Raises ValueError if other requests are unfinished, or as `add` does, before anything runs.
+        """
+        many = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
+        warn_about_block_size(self.model, many)
+        return list(self.run([self.prepare(prompt, p) for prompt, p in zip(prompts, many, strict=True)]))
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """Results of any number of requests that `prepare` gave, in their order, as they come.
+
+        Requests are taken as there is room for them. Raises ValueError if others are unfinished; leaving the iterator
+        early aborts what is under way.
+        """
+        if self._jobs:
+            raise ValueError(f"{len(self._jobs)} requests are unfinished; step until they are done, or abort them")
+        coming, exhausted = iter(requests), False
+        order: deque[str] = deque()
+        results: dict[str, Generation] = {}
+        try:
+            while True:
+                while not exhausted and len(order) < 4 * self.config.max_num_requests:
+                    request = next(coming, None)
+                    if request is None:
+                        exhausted = True
+                    else:
+                        order.append(self.add_request(request))
+                if not order:
+                    return
+                for event in self.step():
+                    if event.result is not None:
+                        results[event.request_id] = event.result
+                while order and order[0] in results:
+                    yield results.pop(order.popleft())
+        finally:
+            for request_id in order:
+                self.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        """The engine's counts at this moment."""
+        return EngineStats(
+            num_running=len(self._jobs) - len(self._intake.waiting),
+            num_waiting=len(self._intake.waiting),
+            bytes_used=self._pool.bytes_used + self._cache.bytes_of_snapshots,
+            bytes_budget=self.config.state_bytes,
+            cache_hit_tokens=self._intake.num_hit_tokens,
+            num_rounds=self._num_rounds,
+            num_preemptions=self._num_preemptions,
+            denoiser_calls=self._denoiser_calls,
+            context_calls=self._context_calls + self._intake.context_calls,
+        )
+
+    def clear_cache(self) -> None:
+        """Drops what the prefix cache holds."""
+        self._cache.clear()
+
+    def _choose_modes(self) -> None:
+        """Lets requests of mode `auto` that are between two blocks change over; their state goes with them."""
+        free: list[tuple[Job, Batch, AutoRow]] = []
+        staying: dict[str, int] = {}
+        for module, batch in self._batches.items():
+            rests = batch.rows.rests
+            for place, job in enumerate(batch.jobs):
+                if job.auto is not None and rests[place]:
+                    free.append((job, batch, job.auto))
+                else:
+                    staying[_name(module)] = staying.get(_name(module), 0) + 1
+        if not free:
+            return
+        before = [job.module for job, _, _ in free]
+        self._chooser.choose([auto for _, _, auto in free], staying)
+        for (job, batch, _), module in zip(free, before, strict=True):
+            if job.module is not module:
+                place = batch.jobs.index(job)
+                job.context = batch.rows.context.select([place])
+                self._keep(module, batch, [i for i in range(len(batch.jobs)) if i != place])
+                job.points = []
+                self._intake.absorbing.append(job)
+
+    def _make_room(self) -> None:
+        """Gives every decoding row pages for its next step, oldest request first; the youngest is preempted for it."""
+        decoding = [(job, batch) for batch in self._batches.values() for job in batch.jobs]
+        for job, batch in sorted(decoding, key=lambda pair: pair[0].order):
+            if job not in batch.jobs:  # preempted for an older one
+                continue
+            length = batch.rows.context.lengths[batch.jobs.index(job)]
+            wanted = length + job.record.request.params.block_size + 1
+            while job in batch.jobs and not self._intake.grow(job, wanted):
+                running = [*self._intake.absorbing, *(j for b in self._batches.values() for j in b.jobs)]
+                self._preempt(max(running, key=lambda j: j.order))
+
+    def _preempt(self, job: Job) -> None:
+        """Drops a job's state and queues it first; it absorbs its prompt and its own tokens anew, later."""
+        self._num_preemptions += 1
+        self._withdraw(job)
+        self._intake.waiting.appendleft(job)
+
+    def _withdraw(self, job: Job) -> None:
+        """Takes a job out of wherever it is and frees its state."""
+        self._intake.remove(job)
+        for module, batch in list(self._batches.items()):
+            if job in batch.jobs:
+                keep = [i for i, other in enumerate(batch.jobs) if other is not job]
+                self._keep(module, batch, keep)
+        if job.has_slot:
+            self._pool.close_(job.table)
+        job.context, job.has_slot = None, False
+
+    def _keep(self, module: ModuleType, batch: Batch, keep: list[int]) -> None:
+        """Leaves only some rows in a batch, and no batch without rows."""
+        if not keep:
+            self._batches.pop(module, None)
+            batch.jobs = []
+        elif len(keep) < len(batch.jobs):
+            batch.rows = batch.rows.select(keep)
+            batch.jobs = [batch.jobs[i] for i in keep]
+
+    def _step_mode(self, module: ModuleType, started: list[Job]) -> list[Event]:
+        """One step of a mode's batch and of those that start, which join it afterwards."""
+        events = []
+        batch = self._batches.get(module)
+        if batch is not None:
+            events += self._step_batch(module, batch)
+        # a first step is not like the others: some rows have a newest token by then, some have none
+        for fresh in ([job for job in started if not job.record.tokens], [job for job in started if job.record.tokens]):
+            if not fresh:
+                continue
+            contexts = [job.context for job in fresh if job.context is not None]
+            state = contexts[0] if len(contexts) == 1 else join(contexts)
+            new = Batch(fresh, module.start(self.model, tuple(job.request for job in fresh), state))
+            for job in fresh:
+                job.context = None
+            events += self._step_batch(module, new)
+        return events
+
+    def _step_batch(self, module: ModuleType, batch: Batch) -> list[Event]:
+        began = time.perf_counter()
+        stepped: Stepped = module.step(self.model, batch.rows)
+        seconds = time.perf_counter() - began
+        self._chooser.observe(_name(module), len(batch.jobs), seconds, sum(map(len, stepped.tokens)))
+        batch.rows = stepped.rows
+        self._denoiser_calls += sum(stepped.denoiser_calls)
+        self._context_calls += sum(stepped.context_calls)
+        events, keep = [], []
+        for place, job in enumerate(batch.jobs):
+            taken = job.record.take(stepped, place)
+            if job.auto is not None:
+                job.auto.took_step(len(stepped.tokens[place]))
+            block = batch.rows.view(place) if job.watch else None
+            if taken.result is None:
+                keep.append(place)
+            else:
+                self._pool.close_(job.table)
+            if job.watch or taken.text or taken.tokens or taken.result is not None:
+                ids = tuple(t.id for t in taken.tokens)
+                events.append(Event(job.id, taken.text, ids, taken.tokens, block, taken.result))
+        joined = self._batches.get(module)
+        if joined is batch or joined is None:
+            self._batches[module] = batch
+            self._keep(module, batch, keep)
+        elif keep:
+            rows = batch.rows if len(keep) == len(batch.jobs) else batch.rows.select(keep)
+            joined.rows = joined.rows.join(rows)
+            joined.jobs = joined.jobs + [batch.jobs[i] for i in keep]
+        return events
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]

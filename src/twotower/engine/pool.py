@@ -1,0 +1,104 @@
+"""Where the states of all running requests lie, under one byte budget. Letters: n pages, k KV heads, p head width."""
+
+from torch import Tensor
+
+from twotower.model.pages import PAGE_SIZE, PagedKeys
+from twotower.model.state import ContextState, KeyBuffer, MambaState
+from twotower.model.two_tower import TwoTower
+
+
+class StatePool:
+    """Pages of keys and values, allocated at once, and a count of recurrent states.
+
+    Each request that runs has one recurrent state (a slot) and a table of pages. Slots for `num_slots` requests are set
+    aside first; pages have the rest of `budget` bytes. A page may be in several tables and in the prefix cache, and is
+    free again when it is in none; only one table's owner appends to it. Page 0 takes padding and belongs to nobody.
+    """
+
+    def __init__(self, model: TwoTower, budget: int, num_slots: int) -> None:
+        tower = model.context_tower
+        self._initial = tower.initial_state(1)
+        self.slot_bytes = sum(t.nbytes for m in self._initial.mamba for t in m)
+        empty = self._initial.buffer.keys
+        self.page_bytes = 2 * sum(k.shape[1] * PAGE_SIZE * k.shape[3] * k.element_size() for k in empty)
+        least = num_slots * self.slot_bytes + 2 * self.page_bytes
+        if budget < least:
+            raise ValueError(
+                f"{budget} bytes are left for the states of running requests, must be at least {least} for {num_slots} "
+                "requests of this model; raise state_bytes, or lower max_num_requests or snapshot_bytes"
+            )
+        # A model without attention has no pages; its tables stay empty.
+        self.num_pages = (budget - num_slots * self.slot_bytes) // self.page_bytes if self.page_bytes else 1
+        shapes = [(self.num_pages, PAGE_SIZE, k.shape[1], k.shape[3]) for k in empty]
+        # zeros, not empty: masked places are multiplied by 0 and must be finite
+        make = tower.embeddings.new_zeros
+        self._keys = [make(s, dtype=tower.activation_dtype).transpose(1, 2) for s in shapes]
+        self._values = [make(s, dtype=tower.activation_dtype).transpose(1, 2) for s in shapes]
+        self._free = list(range(self.num_pages - 1, 0, -1))
+        self._uses = [0] * self.num_pages
+        self._num_slots_used = 0
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of pages and slots in use."""
+        pages = self.num_pages - 1 - len(self._free)
+        return pages * self.page_bytes + self._num_slots_used * self.slot_bytes
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody uses."""
+        return len(self._free)
+
+    def pages_for(self, length: int) -> int:
+        """How many pages hold `length` tokens."""
+        return -(-length // PAGE_SIZE) if self.page_bytes else 0
+
+    def open(self, table: list[int], length: int, mamba: tuple[MambaState, ...], logits: Tensor | None) -> ContextState:
+        """Takes a slot: the state after `length` tokens whose keys are in the pages of `table`.
+
+        `mamba` and `logits` go with it; without any tokens, `mamba` may be empty.
+        """
+        self._num_slots_used += 1
+        keys = PagedKeys(self._keys, self._values, (table,), (length,)) if self._keys else KeyBuffer([], [], (length,))
+        return ContextState((length,), mamba if length else self._initial.mamba, keys, logits)
+
+    def close_(self, table: list[int]) -> None:
+        """Gives a slot and the pages of `table` back, and empties it."""
+        self._num_slots_used -= 1
+        self.release_(table)
+
+    def release_(self, table: list[int]) -> None:
+        """Gives the pages of `table` back, and empties it."""
+        for page in table:
+            self.drop_(page)
+        table.clear()
+
+    def grow_(self, table: list[int], length: int) -> bool:
+        """Extends a table to hold `length` tokens; False, and nothing is changed, where there are too few pages."""
+        missing = self.pages_for(length) - len(table)
+        if missing > len(self._free):
+            return False
+        for _ in range(missing):
+            table.append(self._free.pop())
+            self.hold_(table[-1])
+        return True
+
+    def copy_page_(self, source: int, target: int) -> None:
+        """Copies a page's keys and values."""
+        for pool in (*self._keys, *self._values):
+            pool[target].copy_(pool[source])
+
+    def hold_(self, page: int) -> None:
+        """One more use of a page."""
+        self._uses[page] += 1
+
+    def drop_(self, page: int) -> None:
+        """One use of a page less; the last one frees it."""
+        assert self._uses[page] > 0
+        self._uses[page] -= 1
+        if self._uses[page] == 0:
+            self._free.append(page)
+
+    def is_last(self, page: int) -> bool:
+        """Whether a page has a single use."""
+        return self._uses[page] == 1

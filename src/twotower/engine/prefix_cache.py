@@ -1,0 +1,224 @@
+"""What requests that are gone leave to those that begin alike: pages of keys, and recurrent states at a few points.
+
+A recurrent state is a point: it can't be cut back to a shorter prefix. So keys are kept for every whole page, and
+states only where another request is likely to go on: on a sparse grid, at the end of a prompt, and where a prompt left
+the path of an earlier one. A request goes on from the longest prefix that has both.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from twotower.engine.pool import StatePool
+from twotower.model.pages import PAGE_SIZE
+from twotower.model.state import MambaState
+
+# Tokens between the grid's points, as many times 2 as it takes to have no more than so many points in a prompt.
+_GRID, _MOST_POINTS = 32, 16
+
+
+class Snapshot(NamedTuple):
+    """Recurrent states (1, …) after some prefix, one per `M` layer, and (1, v) next logits at the end of a prompt."""
+
+    mamba: tuple[MambaState, ...]
+    next_logits: Tensor | None
+
+    @property
+    def num_bytes(self) -> int:
+        logits = 0 if self.next_logits is None else self.next_logits.nbytes
+        return logits + sum(t.nbytes for m in self.mamba for t in m)
+
+
+class Match(NamedTuple):
+    """The first `length` tokens of a request are known, maybe 0: their pages, and the state after them.
+
+    `shared` tokens, as many or more, are those that an earlier request began with too.
+    """
+
+    length: int
+    pages: tuple[int, ...]
+    snapshot: Snapshot | None
+    shared: int
+
+
+@dataclasses.dataclass(eq=False)
+class _Node:
+    """A page's tokens after its parent's; fewer than PAGE_SIZE only at a leaf. `length` counts from the root on."""
+
+    tokens: tuple[int, ...]
+    length: int
+    page: int | None
+    parent: "_Node | None"
+    snapshot: Snapshot | None = None
+    used: int = 0
+    children: "dict[tuple[int, ...], _Node]" = dataclasses.field(default_factory=dict)
+
+
+class PrefixCache:
+    """A tree of pages in `pool`, with snapshots of at most `snapshot_bytes` together.
+
+    Both go least recently used first: snapshots for newer ones, pages when a running request needs them. A model
+    without recurrent layers can go on from every whole page.
+    """
+
+    def __init__(self, pool: StatePool, snapshot_bytes: int) -> None:
+        self._pool = pool
+        self._budget = snapshot_bytes
+        self._root = _Node((), 0, None, None)
+        self._clock = 0
+        self.bytes_of_snapshots = 0
+
+    def match(self, ids: Sequence[int], *, needs_logits: bool) -> Match:
+        """The longest known prefix of ids; all of them only where their next logits are there or not needed."""
+        self._clock += 1
+        node, found = self._root, []
+        while True:
+            rest = tuple(ids[node.length : node.length + PAGE_SIZE])
+            begun = [node.children.get(rest[:n]) for n in range(1, len(rest) + 1)]
+            found += [child for child in begun if child is not None]
+            if len(rest) < PAGE_SIZE or begun[-1] is None:
+                break
+            node = begun[-1]
+        shared = node.length + max((_common(tokens, rest) for tokens in node.children), default=0)
+        hit = max((n for n in found if self._is_usable(n, len(ids), needs_logits)), key=_length, default=None)
+        if hit is None:
+            return Match(0, (), None, shared)
+        path = list(_path(hit))
+        for node in path:
+            node.used = self._clock
+        pages = tuple(node.page for node in reversed(path) if node.page is not None)
+        return Match(hit.length, pages, hit.snapshot or Snapshot((), None), shared)
+
+    def points(self, match: Match, length: int) -> list[int]:
+        """After how many tokens a request of `length`, which matched so far, should leave a snapshot."""
+        wanted = {match.shared}
+        if self._pool.slot_bytes:  # else every page is a point
+            spacing = _GRID
+            while length > spacing * _MOST_POINTS:
+                spacing *= 2
+            wanted |= set(range(spacing, length, spacing))
+        return sorted({n for n in wanted if match.length < n < length} | {length})
+
+    def insert(self, ids: Sequence[int], table: Sequence[int], snapshots: Mapping[int, Snapshot]) -> None:
+        """Keeps the pages of `table` that ids fill, and snapshots by the number of tokens before them.
+
+        May be called again as more ids of a prompt are absorbed.
+        """
+        self._clock += 1
+        path = [self._root]
+        for first in range(0, len(ids) - PAGE_SIZE + 1, PAGE_SIZE):
+            path.append(self._child(path[-1], tuple(ids[first : first + PAGE_SIZE]), table))
+        for length in sorted(snapshots):
+            node = path[length // PAGE_SIZE]
+            if length % PAGE_SIZE:
+                node = self._child(node, tuple(ids[node.length : length]), table)
+            self._attach(node, length, snapshots[length])
+            path.append(node)
+        self._clock += 1
+        for node in sorted(path, key=_length, reverse=True):
+            self._prune(node)
+
+    def free_pages(self, count: int) -> None:
+        """Drops leaves that nobody else uses until the pool has `count` free pages, or none is left."""
+        while self._pool.num_free < count:
+            leaves = [n for n in self._nodes() if not n.children and n.page is not None and self._pool.is_last(n.page)]
+            if not leaves:
+                return
+            self._remove(min(leaves, key=_used))
+
+    def clear(self) -> None:
+        """Drops everything."""
+        for node in list(self._nodes()):
+            node.children.clear()
+            self._remove(node)
+
+    def _is_usable(self, node: _Node, length: int, needs_logits: bool) -> bool:
+        """Whether a request of `length` tokens can go on from here."""
+        if node.snapshot is None and (self._pool.slot_bytes or len(node.tokens) < PAGE_SIZE):
+            return False
+        has_logits = node.snapshot is not None and node.snapshot.next_logits is not None
+        return node.length < length or has_logits or not needs_logits
+
+    def _child(self, parent: _Node, tokens: tuple[int, ...], table: Sequence[int]) -> _Node:
+        """The child with these tokens, made with its page of `table` if it is not there."""
+        node = parent.children.get(tokens)
+        if node is None:
+            page = table[parent.length // PAGE_SIZE] if table else None
+            if page is not None:
+                self._pool.hold_(page)
+            node = parent.children[tokens] = _Node(tokens, parent.length + len(tokens), page, parent)
+        node.used = self._clock
+        return node
+
+    def _attach(self, node: _Node, length: int, snapshot: Snapshot) -> None:
+        assert node.length == length, "a state belongs to exactly the tokens it has seen"
+        if node.snapshot is not None:
+            if node.snapshot.next_logits is not None or snapshot.next_logits is None:
+                return
+            self._detach(node)
+        if snapshot.num_bytes > self._budget:
+            return
+        while self.bytes_of_snapshots + snapshot.num_bytes > self._budget:
+            oldest = min((n for n in self._nodes() if n.snapshot is not None and n.snapshot.num_bytes), key=_age)
+            self._detach(oldest)
+            self._prune(oldest)
+        node.snapshot = snapshot
+        self.bytes_of_snapshots += snapshot.num_bytes
+
+    def _detach(self, node: _Node) -> None:
+        assert node.snapshot is not None
+        self.bytes_of_snapshots -= node.snapshot.num_bytes
+        node.snapshot = None
+
+    def _prune(self, node: _Node) -> None:
+        """Removes what leads to no state any more, from a leaf upwards; what is in use at this moment stays."""
+        while not node.children and node.parent is not None and node.used < self._clock:
+            if node.parent.children.get(node.tokens) is not node or self._is_usable(node, node.length + 1, False):
+                return
+            parent = node.parent
+            self._remove(node)
+            node = parent
+
+    def _remove(self, node: _Node) -> None:
+        assert not node.children
+        if node.snapshot is not None:
+            self._detach(node)
+        if node.page is not None:
+            self._pool.drop_(node.page)
+        if node.parent is not None:
+            node.parent.children.pop(node.tokens, None)
+
+    def _nodes(self) -> Iterator[_Node]:
+        """All nodes but the root."""
+        waiting = list(self._root.children.values())
+        while waiting:
+            node = waiting.pop()
+            waiting += node.children.values()
+            yield node
+
+
+def _path(node: _Node) -> Iterator[_Node]:
+    """The node and those above it, without the root."""
+    while node.parent is not None:
+        yield node
+        node = node.parent
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _length(node: _Node) -> int:
+    return node.length
+
+
+def _used(node: _Node) -> int:
+    return node.used
+
+
+def _age(node: _Node) -> tuple[int, int]:
+    """Sorts the least recently used first; of one prompt's snapshots the earlier ones go first."""
+    return node.used, node.length

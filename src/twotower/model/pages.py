@@ -1,0 +1,88 @@
+"""Keys and values in pages of a pool that many requests share. Letters: b rows, k KV heads, s new tokens, p head width,
+n pages."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+# Tokens of a page: the usual block, so that a shared prefix is reused to the last whole block.
+PAGE_SIZE = 16
+
+
+class Past(NamedTuple):
+    """Cached keys and values as attention reads them, one of each per attention layer: (b, k, t, p); or, where `pages`
+    (b, m) int64 is given, (n, k, PAGE_SIZE, p), of which row b reads entries pages[b] one after the other."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    pages: Tensor | None
+
+
+@dataclasses.dataclass
+class PagedKeys:
+    """Rows of a pool: keys and values (n, k, PAGE_SIZE, p) of every attention layer, views of (n, PAGE_SIZE, k, p).
+
+    `tables` name each row's pages in order. They are lists that the rows' owner extends before a pass; what a row
+    writes beyond them is padding and goes to page 0, which is nobody's. `tip` is as in `KeyBuffer`, but a state that
+    does not end there can't be extended: there is no copy.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    tables: tuple[list[int], ...]
+    tip: tuple[int, ...] | None
+
+    def past(self, used: int) -> Past:
+        """The pages that hold the first `used` places of every row."""
+        return Past(self.keys, self.values, self._table(-(-used // PAGE_SIZE)))
+
+    def places(self, starts: tuple[int, ...], s: int) -> Tensor:
+        """Where s new tokens after `starts` go: (b·s,) int64 among all places of the pool."""
+        place = torch.tensor(starts)[:, None] + torch.arange(s)  # (b, s)
+        table = self._table((max(starts) + s - 1) // PAGE_SIZE + 1, on_cpu=True)
+        index = table.gather(1, place // PAGE_SIZE) * PAGE_SIZE + place % PAGE_SIZE
+        return index.flatten().to(self.keys[0].device)
+
+    def append_(self, layer: int, starts: tuple[int, ...], places: Tensor | None, key: Tensor, value: Tensor) -> None:
+        """Writes key and value (b, k, s, p) of one layer at `places`, which `starts` gave."""
+        assert places is not None
+        for pool, new in ((self.keys[layer], key), (self.values[layer], value)):
+            rows = pool.transpose(1, 2).flatten(0, 1)  # (n·PAGE_SIZE, k, p), a view
+            rows.index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
+
+    def reserved(self, lengths: tuple[int, ...], extra: int) -> Self:
+        """This object, whose tables the owner has extended."""
+        assert self.tip == lengths, "only the newest state can be extended where keys lie in pages"
+        return self
+
+    def select(self, rows: Sequence[int], lengths: tuple[int, ...]) -> "PagedKeys":
+        """Some rows, which have `lengths` tokens; shares the pages."""
+        return PagedKeys(self.keys, self.values, tuple(self.tables[r] for r in rows), lengths)
+
+    def put_(self, rows: Sequence[int], newer: object, starts: Sequence[int], ends: Sequence[int]) -> None:
+        """Nothing to copy: a selection of rows has appended to the same pages."""
+        assert isinstance(newer, PagedKeys)
+        assert all(self.tables[row] is table for row, table in zip(rows, newer.tables, strict=True))
+
+    def moved(self, used: int, lengths: tuple[int, ...], device: torch.device | str) -> "PagedKeys":
+        """A copy of the pages in use on another device, numbered anew."""
+        table = self._table(-(-used // PAGE_SIZE))
+        b, m = table.shape
+        pools = [[pool[table.flatten()].to(device) for pool in side] for side in (self.keys, self.values)]
+        numbered = tuple(list(range(row * m, (row + 1) * m)) for row in range(b))
+        return PagedKeys(pools[0], pools[1], numbered, lengths)
+
+    def _table(self, num_pages: int, *, on_cpu: bool = False) -> Tensor:
+        """(b, num_pages) int64, 0 behind a row's last page."""
+        rows = [table[:num_pages] + [0] * (num_pages - len(table)) for table in self.tables]
+        return torch.tensor(rows, dtype=torch.long, device="cpu" if on_cpu else self.keys[0].device)
+
+
+def join_pages(buffers: Sequence[PagedKeys], lengths: tuple[int, ...]) -> PagedKeys:
+    """One object with the rows of all, which have `lengths` tokens and lie in one pool."""
+    first = buffers[0]
+    assert all(b.keys is first.keys for b in buffers), "rows of different pools can't be joined"
+    return PagedKeys(first.keys, first.values, tuple(table for b in buffers for table in b.tables), lengths)

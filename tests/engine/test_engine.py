@@ -1,0 +1,194 @@
+"""What an engine does beside giving `generate`'s results; test_schedules.py has those."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from twotower.decoding.generate import generate
+from twotower.decoding.params import MODES, SamplingParams
+from twotower.engine.config import EngineConfig
+from twotower.engine.engine import Engine
+from twotower.model.two_tower import TwoTower
+
+
+def engine(model: TwoTower, **config: int) -> Engine:
+    return Engine(model, EngineConfig(**{"state_bytes": 1 << 20, "snapshot_bytes": 1 << 16, **config}))
+
+
+def test_results_are_those_of_generate_in_order(tiny: Callable) -> None:
+    model = tiny("M*-E")
+    prompts = [[4 + (i * 7 + j) % 30 for j in range(1 + 9 * i)] for i in range(2 * len(MODES))]
+    params = [
+        SamplingParams(mode=mode, max_new_tokens=9 + i, block_size=6, temperature=temperature, seed=i)
+        for i, (temperature, mode) in enumerate((t, m) for t in (0.0, 1.0) for m in MODES)
+    ]
+    e = engine(model, max_num_requests=4, prompt_chunk=16)
+    for ours, prompt, p in zip(e.generate(prompts, params), prompts, params, strict=True):
+        alone = generate(model, [prompt], p)[0]
+        assert (ours.token_ids, ours.commit_steps) == (alone.token_ids, alone.commit_steps)
+        assert ours.stats.denoiser_calls == alone.stats.denoiser_calls
+        assert ours.stats.context_calls == alone.stats.context_calls
+    assert not e.has_work
+    assert e.step() == []
+
+
+def test_requests_decode_together_while_a_long_prompt_is_absorbed(tiny: Callable) -> None:
+    """The short ones neither wait for the long prompt nor lengthen it."""
+    e = engine(tiny("M*-E"), prompt_chunk=8)
+    e.add([5] * 200, SamplingParams(mode="ar", max_new_tokens=1), request_id="long")
+    short = {e.add([6, i], SamplingParams(mode="ar", max_new_tokens=6), request_id=f"short {i}") for i in range(4, 9)}
+    ends: dict[str, int] = {}
+    while e.has_work:
+        ends |= {event.request_id: e.stats().num_rounds for event in e.step() if event.result is not None}
+    assert all(ends[name] <= 10 for name in short)
+    assert ends["long"] <= 200 / 8 + 3
+
+
+def test_small_requests_pass_one_that_needs_more_pages_than_there_are(tiny: Callable) -> None:
+    model = tiny("llama")
+    page = engine(model)._pool.page_bytes
+    e = engine(model, state_bytes=12 * page, snapshot_bytes=0)
+    for name, length in (("first", 70), ("large", 140), ("small", 5)):
+        e.add([5] * length, SamplingParams(mode="ar", max_new_tokens=12), request_id=name)
+    ends = []
+    while e.has_work:
+        ends += [event.request_id for event in e.step() if event.result is not None]
+    assert ends == ["first", "small", "large"] or ends == ["small", "first", "large"]
+
+
+def test_one_large_request_is_not_passed_for_ever(tiny: Callable) -> None:
+    """It needs all pages; a stream of small ones must let it in some time."""
+    model = tiny("llama")
+    page = engine(model)._pool.page_bytes
+    e = engine(model, state_bytes=12 * page, snapshot_bytes=0)
+    e.add([6] * 5, SamplingParams(mode="ar", max_new_tokens=30))
+    e.step()
+    e.add([5] * 140, SamplingParams(mode="ar", max_new_tokens=2), request_id="large")
+    for i in range(200):
+        e.add([6, 4 + i % 30], SamplingParams(mode="ar", max_new_tokens=3), request_id=f"small {i}")
+        if any(event.request_id == "large" for event in e.step()):
+            break
+    assert 5 < i < 150
+
+
+@pytest.mark.parametrize("mode", ["ar", "verified"])
+def test_the_youngest_is_preempted_and_all_end(mode: str, tiny: Callable) -> None:
+    """`verified` goes on with the draft's length it had: at a temperature the tokens depend on it."""
+    model = tiny("M*-E", vocab_size=6, seed=1)
+    e = engine(model)
+    pages = e._pool.page_bytes * 15 + e._pool.slot_bytes * 4
+    e = engine(model, max_num_requests=4, state_bytes=pages, snapshot_bytes=0)
+    params = SamplingParams(mode=mode, max_new_tokens=100, block_size=8, temperature=1.0, seed=1)
+    prompts = [[1 + i] * 20 for i in range(4)]
+    names = [e.add(prompt, params) for prompt in prompts]
+    ends = {}
+    while e.has_work:
+        for event in e.step():
+            if event.result is not None:
+                ends[event.request_id] = event.result
+    assert list(ends) == names  # the oldest never waits for a younger one
+    assert e.stats().num_preemptions > 0
+    for name, prompt in zip(names, prompts, strict=True):
+        assert ends[name].token_ids == generate(model, [prompt], params)[0].token_ids
+
+
+def test_aborts_at_random_phases_leave_nothing_behind_and_others_unchanged(tiny: Callable) -> None:
+    abort_at_random(tiny("M*-E"), 300)
+
+
+def abort_at_random(model: TwoTower, count: int) -> None:
+    """Aborts `count` requests, whose ids are used again, beside some that stay."""
+    model.pack_()
+    rng = random.Random(0)
+    prompts = [[rng.randrange(4, 40) for _ in range(rng.randrange(1, 70))] for _ in range(30)]
+    params = [
+        SamplingParams(mode=MODES[i % 5], max_new_tokens=30, block_size=rng.choice([4, 16]), seed=i, temperature=i % 2)
+        for i in range(30)
+    ]
+    e = engine(model, max_num_requests=6, prompt_chunk=32, state_bytes=1 << 17)
+    staying: dict[str, int] = {}
+    aborted, rounds, checked = 0, 0, 0
+    while aborted < count or e.has_work:
+        if aborted < count and rng.random() < 0.5:
+            which = rng.randrange(30)
+            stays = rng.random() < 0.05
+            names = ["again", "and again"] if not stays else [f"stays {rounds}"]
+            name = next((n for n in names if n not in e._jobs), None)
+            if name is not None:
+                e.add(prompts[which], params[which], request_id=name, watch=rng.random() < 0.3)
+                if stays:
+                    staying[name] = which
+        for name in ("again", "and again"):
+            if name in e._jobs and rng.random() < 0.3:
+                e.abort(name)
+                aborted += 1
+        for event in e.step():
+            if event.result is not None and event.request_id in staying:
+                which = staying.pop(event.request_id)
+                assert event.result.token_ids == generate(model, [prompts[which]], params[which])[0].token_ids
+                checked += 1
+        rounds += 1
+        assert rounds < 50 * count, "the engine does not come to an end"
+    e.clear_cache()
+    assert e.stats().bytes_used == 0
+    assert checked > 0
+    assert not staying
+
+
+def test_an_aborted_request_frees_its_state_at_once(tiny: Callable) -> None:
+    e = engine(tiny("M*-E"), snapshot_bytes=0, prompt_chunk=16)
+    params = SamplingParams(max_new_tokens=40, block_size=8)
+    for rounds in (0, 1, 2, 5):
+        e.add([5] * 40, params, request_id="a")
+        for _ in range(rounds):
+            e.step()
+        assert (e.stats().bytes_used > 0) == (rounds > 0)
+        e.abort("a")
+        e.abort("a")
+        e.abort("unknown")
+        assert e.stats().bytes_used == 0
+        assert not e.has_work
+
+
+def test_watched_requests_have_an_event_for_every_step(tiny: Callable) -> None:
+    e = engine(tiny("M*-E"))
+    e.add([5, 6], SamplingParams(max_new_tokens=20, block_size=8), watch=True)
+    e.add([5, 6], SamplingParams(max_new_tokens=20, block_size=8))
+    events = []
+    while e.has_work:
+        events += e.step()
+    watched = [event for event in events if event.request_id == "request-1"]
+    assert all(event.block is not None for event in watched)
+    assert watched[-1].result is not None
+    assert len(watched) == watched[-1].result.stats.denoiser_calls
+    assert all(event.block is None and event.token_ids for event in events if event.request_id == "request-2")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_num_requests", 0), ("prompt_chunk", 0), ("state_bytes", 0), ("snapshot_bytes", -1), ("max_num_waiting", -1)],
+)
+def test_limits_are_checked(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{field} is {value}, must be an integer of at least"):
+        EngineConfig(**{field: value})
+
+
+def test_what_cannot_run_raises_before_anything_does(tiny: Callable) -> None:
+    model = tiny("M*-E")
+    with pytest.raises(ValueError, match="snapshot_bytes is 7, must be below state_bytes, 7"):
+        EngineConfig(state_bytes=7, snapshot_bytes=7)
+    with pytest.raises(ValueError, match=r"must be at least \d+ for 16 requests of this model; raise state_bytes"):
+        Engine(model, EngineConfig(state_bytes=100, snapshot_bytes=0))
+    e = engine(model, state_bytes=1 << 17, max_num_requests=1)
+    with pytest.raises(ValueError, match=r"max_new_tokens 5000 needs 314 pages of keys, and state_bytes 131072 gives"):
+        e.add([5], SamplingParams(mode="ar", max_new_tokens=5000))
+    with pytest.raises(ValueError, match="token id 40"):
+        e.generate([[5], [40]])
+    assert not e.has_work
+    e.add([5], SamplingParams(), request_id="a")
+    with pytest.raises(ValueError, match="request_id is 'a', which an unfinished request has"):
+        e.add([5], SamplingParams(), request_id="a")
+    with pytest.raises(ValueError, match="1 requests are unfinished"):
+        e.generate([[5]])
