@@ -1,0 +1,83 @@
+"""One task under several settings: what each answers, and how fast it is where all of them write sound text."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from twotower.decoding.params import SamplingParams
+from twotower.eval.quality import Answer, answer, request
+from twotower.eval.tasks import Task, prompt_ids
+from twotower.eval.throughput import Speed, Work, speeds
+from twotower.model.two_tower import TwoTower
+
+FEWEST_REPEATS = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeedConfig:
+    """Timing: at most `prompts` of each task, in `repeats` rounds, at each of `batch_sizes`."""
+
+    prompts: int = 8
+    repeats: int = FEWEST_REPEATS
+    batch_sizes: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        if self.repeats < FEWEST_REPEATS:
+            raise ValueError(f"repeats is {self.repeats}, must be at least {FEWEST_REPEATS} for a median")
+        if not self.batch_sizes or not all(1 <= size <= self.prompts for size in self.batch_sizes):
+            raise ValueError(
+                f"batch sizes are {self.batch_sizes}, must be in [1, {self.prompts}], the number of timed prompts; "
+                "time more prompts for larger ones"
+            )
+
+
+class TaskResult(NamedTuple):
+    """Answers by setting, and speeds by batch size and setting; a batch size that too few prompts fill is missing.
+
+    `num_timed` prompts were timed: only those on which no setting's answer was empty or degenerate, because repetition
+    is easy to predict and would count as speed.
+    """
+
+    task: Task
+    answers: dict[str, list[Answer]]
+    speeds: dict[int, dict[str, Speed]]
+    num_timed: int
+
+
+def evaluate(
+    model: TwoTower,
+    task: Task,
+    settings: Mapping[str, SamplingParams],
+    timing: SpeedConfig | None,
+    advance: Callable[[str], None] = lambda what: None,
+) -> TaskResult:
+    """Answers a task under every setting, "ar" among them, and times them unless `timing` is None.
+
+    Settings must have a seed. `advance` is told before each part what comes next.
+    """
+    answers = {}
+    for name, params in settings.items():
+        advance(f"{task.name}: answers of {name}")
+        answers[name] = answer(model, task, params)
+    if timing is None:
+        return TaskResult(task, answers, {}, 0)
+    sound = [i for i in range(len(task.examples)) if all(_is_sound(replies[i]) for replies in answers.values())]
+    work = timed_work(model, task, settings, sound[: timing.prompts])
+    found = {}
+    for size in timing.batch_sizes:
+        if size <= len(work.prompts):
+            advance(f"{task.name}: speed at batch {size}")
+            found[size] = speeds(model, work._replace(batch_size=size), timing.repeats)
+    return TaskResult(task, answers, found, len(work.prompts))
+
+
+def timed_work(model: TwoTower, task: Task, settings: Mapping[str, SamplingParams], examples: list[int]) -> Work:
+    """The prompts of some of a task's examples, with each setting's params for them, one at a time."""
+    assert model.tokenizer is not None
+    prompts = [prompt_ids(task.examples[i], model.tokenizer) for i in examples]
+    params = {name: [request(task.examples[i], p, i) for i in examples] for name, p in settings.items()}
+    return Work(prompts, params, 1)
+
+
+def _is_sound(reply: Answer) -> bool:
+    return bool(reply.text.strip()) and not reply.degenerate
