@@ -32,7 +32,7 @@ def shut_in() -> dict[str, bool]:
 
 def limit(cpu_seconds: int, memory_bytes: int, wall_seconds: int) -> None:
     """Hard limits: nothing that runs later can raise them, unless it runs as root outside of a user namespace."""
-    signal.alarm(wall_seconds)
+    signal.alarm(wall_seconds)  # where there are no namespaces; the first process of one never gets it
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

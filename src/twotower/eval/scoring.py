@@ -23,7 +23,7 @@ def is_degenerate(text: str) -> bool:
     runs = [tuple(words[i : i + _RUN_WORDS]) for i in range(len(words) - _RUN_WORDS + 1)]
     if len(runs) >= _FEWEST_RUNS and len(set(runs)) < _DISTINCT_SHARE * len(runs):
         return True
-    letters = np.array([ord(letter) for letter in " ".join(words)], dtype=np.int64)
+    letters = np.array([ord(letter) for word in words for letter in f"{word} "], dtype=np.int64)
     return any(_loops(letters, period) for period in range(1, len(letters) // _LOOP_TIMES + 1))
 
 
