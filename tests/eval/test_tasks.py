@@ -1,10 +1,13 @@
 """Task files: what a line may say, and how long the filler is."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from twotower.eval.tasks import FILLER, SCORERS, Example, prompt_ids, read_task, shipped_tasks
+from twotower.eval.tasks import FILLER, SCORERS, SHIPPED, Example, prompt_ids, read_task, shipped_tasks
 
 LINE = {"prompt": "2 + 2 =", "answer": "4", "scorer": "number", "max_new_tokens": 8, "stop": ["\n"], "group": "sums"}
 
@@ -68,7 +71,15 @@ def test_shipped_tasks_are_small_and_their_questions_differ(name):
     assert {example.scorer for example in examples} <= set(SCORERS)
 
 
-def test_humaneval_is_the_packages(monkeypatch):
+def test_the_recipe_writes_the_shipped_tasks(tmp_path):
+    recipe = Path(__file__).parents[2] / "recipes" / "tasks" / "build.py"
+    subprocess.run([sys.executable, recipe, tmp_path], check=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
+        file.name: file.read_bytes() for file in SHIPPED.iterdir()
+    }
+
+
+def test_humaneval_is_the_packages():
     examples = read_task("humaneval").examples
     assert len(examples) == 164
     assert examples[0].prompt.startswith("from typing import List")
