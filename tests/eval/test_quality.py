@@ -8,7 +8,7 @@ import torch
 
 import twotower
 from twotower.decoding.params import MODES, SamplingParams
-from twotower.eval.quality import Answer, answer, likelihood_score, log_probabilities, retention
+from twotower.eval.quality import Answer, _batches, answer, likelihood_score, log_probabilities, retention
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -22,6 +22,12 @@ def test_answers_are_what_each_question_gets_alone(model, asking, mode):
         assert reply.text == alone.text
         assert reply.commit_steps == alone.commit_steps
         assert reply.stats.denoiser_calls == alone.stats.denoiser_calls
+
+
+def test_batches_hold_similar_lengths_and_bounded_sizes():
+    lengths = [10, 5000, 20, 3000, 30, 9000, *[7] * 9]
+    batches = _batches(lengths)
+    assert batches == [[6, 7, 8, 9, 10, 11, 12, 13], [14, 0, 2, 4], [3], [1], [5]]
 
 
 def test_the_stop_strings_of_a_question_end_its_answer(model, asking):

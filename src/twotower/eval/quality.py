@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from twotower.decoding.generate import generate
-from twotower.decoding.params import GenerationStats, SamplingParams
+from twotower.decoding.params import Generation, GenerationStats, SamplingParams
 from twotower.eval.scoring import is_degenerate, score_text
 from twotower.eval.tasks import Example, Task, prompt_ids
 from twotower.model.two_tower import TwoTower
 
-_ROWS = 8  # questions answered as one batch; every answer is what its question would get alone
+# Questions of similar length are answered as one batch, up to so many of them and so many tokens of prompts with their
+# padding; every answer is what its question would get alone.
+_MOST_ROWS, _MOST_TOKENS = 8, 8192
 _RESAMPLES = 2000
 # An interval that leaves out more than this share of the resamples would not be one.
 _UNDEFINED_SHARE = 0.01
@@ -51,20 +53,36 @@ def answer(model: TwoTower, task: Task, params: SamplingParams) -> list[Answer]:
     """Answers every example of a task with one set of params, whose seed must be set. Needs a tokenizer."""
     if model.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer.json to read tasks with; add one")
-    answers = []
-    for start in range(0, len(task.examples), _ROWS):
-        examples = task.examples[start : start + _ROWS]
-        prompts = [prompt_ids(example, model.tokenizer) for example in examples]
-        settings = [request(example, params, start + i) for i, example in enumerate(examples)]
-        for example, prompt, done in zip(examples, prompts, generate(model, prompts, settings), strict=True):
-            assert done.text is not None
-            score = (
-                likelihood_score(model, prompt, done.token_ids, done.text)
-                if example.scorer == "likelihood"
-                else score_text(example, done.text)
-            )
-            answers.append(Answer(done.text, score, is_degenerate(done.text), done.stats, done.commit_steps))
-    return answers
+    prompts = [prompt_ids(example, model.tokenizer) for example in task.examples]
+    settings = [request(example, params, i) for i, example in enumerate(task.examples)]
+    answers: dict[int, Answer] = {}
+    for batch in _batches([len(prompt) for prompt in prompts]):
+        replies = generate(model, [prompts[i] for i in batch], [settings[i] for i in batch])
+        answers |= {
+            i: _judge(model, task.examples[i], prompts[i], done) for i, done in zip(batch, replies, strict=True)
+        }
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _batches(lengths: list[int]) -> list[list[int]]:
+    """Places of the prompts, shortest first, in batches."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and len(batches[-1]) < _MOST_ROWS and (len(batches[-1]) + 1) * lengths[i] <= _MOST_TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _judge(model: TwoTower, example: Example, prompt: list[int], done: Generation) -> Answer:
+    assert done.text is not None
+    score = (
+        likelihood_score(model, prompt, done.token_ids, done.text)
+        if example.scorer == "likelihood"
+        else score_text(example, done.text)
+    )
+    return Answer(done.text, score, is_degenerate(done.text), done.stats, done.commit_steps)
 
 
 def likelihood_score(model: TwoTower, prompt: Sequence[int], new: Sequence[int], text: str) -> float:
