@@ -50,6 +50,23 @@ def test_modes_limits_and_no_speed(run, checkpoint, task, tmp_path):
     assert mine["settings"]["ar"]["speed"] == {}
 
 
+def test_what_does_not_fit_is_left_out_and_said(run, checkpoint, task, tmp_path):
+    out = tmp_path / "out.json"
+    result = run("eval", checkpoint, "--tasks", task, "--no-speed", "--json", out, "--longest", 14)
+    assert result.exit_code == 0, result.output
+    assert "mine: 1 of 3 questions need more than 14 tokens and are left out" in result.stderr
+    found = json.loads(out.read_text())
+    assert found["questions_left_out"] == {"mine": 1}
+    assert found["tasks"]["mine"]["examples"] == 2
+    assert run("eval", checkpoint, "--tasks", task, "--longest", 5).exit_code == 2
+
+
+def test_groups_have_a_table(run, checkpoint, tmp_path):
+    path = tmp_path / "groups.jsonl"
+    path.write_text("".join(json.dumps(LINE | {"prompt": g, "group": g}) + "\n" for g in ("first", "second")))
+    assert "second" in run("eval", checkpoint, "--tasks", path, "--no-speed").stdout
+
+
 def test_programs_are_announced(run, checkpoint, tmp_path):
     path = tmp_path / "code.jsonl"
     path.write_text(json.dumps({"prompt": "x = ", "scorer": "program", "answer": "", "max_new_tokens": 4}))

@@ -37,7 +37,8 @@ def result(name="t", gain=None, **answers):
 
 def test_a_task_is_answered_and_timed(model, asking):
     said = []
-    found = evaluate(model, asking("exact"), SETTINGS, SpeedConfig(prompts=2, batch_sizes=(1, 2)), said.append)
+    timing = SpeedConfig(prompts=2, batch_sizes=(1, 2))
+    found = evaluate(model, asking("likelihood"), SETTINGS, timing, said.append)
     assert list(found.answers) == ["ar", "diffusion"]
     assert [len(a) for a in found.answers.values()] == [10, 10]
     assert list(found.speeds) == [1, 2]
@@ -66,10 +67,11 @@ def test_prompts_where_any_answer_is_unsound_are_not_timed(model, asking, monkey
     assert [p.seed for p in timed[0].settings["diffusion"]] == [1, 3, 4]
 
 
-def test_where_too_few_are_sound_nothing_is_timed(model, asking, monkeypatch):
+def test_where_answers_are_unsound_or_ar_scores_nothing_nothing_is_timed(model, asking, monkeypatch):
     monkeypatch.setattr(module, "answer", lambda _, task, params: [reply(degenerate=True)] * len(task.examples))
-    assert evaluate(model, asking("exact"), SETTINGS, SpeedConfig()).speeds == {}
-    assert evaluate(model, asking("exact"), SETTINGS, None).num_timed == 0
+    assert evaluate(model, asking("exact"), SETTINGS, SpeedConfig()).num_timed == 0
+    monkeypatch.setattr(module, "answer", lambda _, task, params: [reply(score=0)] * len(task.examples))
+    assert evaluate(model, asking("exact"), SETTINGS, SpeedConfig()).num_timed == 0
 
 
 @pytest.mark.parametrize("bad", [{"repeats": 4}, {"batch_sizes": ()}, {"batch_sizes": (9,)}, {"batch_sizes": (0,)}])

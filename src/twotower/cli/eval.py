@@ -13,9 +13,10 @@ from twotower.cli.options import DeviceOption, DtypeOption, open_model
 from twotower.decoding.params import Mode, SamplingParams
 from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig, evaluate
 from twotower.eval.provenance import provenance
-from twotower.eval.report import quality_table, speed_table, to_json
+from twotower.eval.report import group_table, quality_table, speed_table, to_json
 from twotower.eval.sandbox import LIMITS, walls
-from twotower.eval.tasks import HUMANEVAL, Task, read_task, shipped_tasks
+from twotower.eval.tasks import HUMANEVAL, Task, fitting, read_task, shipped_tasks
+from twotower.model.two_tower import TwoTower
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -42,6 +43,14 @@ def command(
     modes: Annotated[str, typer.Option(help="Modes with commas; ar always runs.")] = "diffusion,verified",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Examples of each task, 1 or more.", show_default="all")
+    ] = None,
+    longest: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Leave out questions that need more tokens, answer included, 1 or more.",
+            show_default="the checkpoint's max_position_embeddings, if it has that",
+        ),
     ] = None,
     threshold: Annotated[
         float, typer.Option(help="A token above this probability is fixed at once, 0 to 1.")
@@ -87,15 +96,35 @@ def command(
     chosen = [read_task(name, limit) for name in tasks.split(",")]
     warn_about_programs(chosen)
     opened = open_model(model, device=device, dtype=dtype)
+    kept = [fitted(opened, task, longest) for task in chosen]
     with telling() as tell:
-        results = [evaluate(opened, task, settings, timing, tell) for task in chosen]
+        results = [evaluate(opened, task, settings, timing, tell) for task in kept if task.examples]
+    if not results:
+        raise ValueError("no question of these tasks fits; raise --longest")
     console = Console()
     console.print(quality_table(results))
+    if any(example.group for task in kept for example in task.examples):
+        console.print(group_table(results))
     if timing is not None:
         console.print(speed_table(results))
     if json_file is not None:
-        whole = {"model": model or "stories", **provenance(opened), **to_json(results, settings)}
+        left_out = {task.name: len(task.examples) - len(fit.examples) for task, fit in zip(chosen, kept, strict=True)}
+        origin = {"model": model or "stories", **provenance(opened)}
+        whole = origin | {"questions_left_out": left_out} | to_json(results, settings)
         json_file.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def fitted(model: TwoTower, task: Task, longest: int | None) -> Task:
+    """The task without what the checkpoint has no positions for, or needs more than `longest`; says so on stderr."""
+    most = longest or model.config.carried.get("max_position_embeddings")
+    if most is None or model.tokenizer is None:
+        return task
+    kept = fitting(task, model.tokenizer, most)
+    missing = len(task.examples) - len(kept.examples)
+    if missing:
+        line = f"{task.name}: {missing} of {len(task.examples)} questions need more than {most} tokens and are left out"
+        Console(stderr=True).print(line, soft_wrap=True, highlight=False)
+    return kept
 
 
 def integers(name: str, text: str) -> list[int]:

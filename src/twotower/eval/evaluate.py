@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from twotower.decoding.params import SamplingParams
-from twotower.eval.quality import Answer, answer, request
+from twotower.eval.quality import Answer, answer, mean_score, request
 from twotower.eval.tasks import Task, prompt_ids
 from twotower.eval.throughput import Speed, Work, speeds
 from twotower.model.two_tower import TwoTower
@@ -34,8 +34,8 @@ class SpeedConfig:
 class TaskResult(NamedTuple):
     """Answers by setting, and speeds by batch size and setting; a batch size that too few prompts fill is missing.
 
-    `num_timed` prompts were timed: only those on which no setting's answer was empty or degenerate, because repetition
-    is easy to predict and would count as speed.
+    `num_timed` prompts were timed: only of a task where ar scores at all, and only those on which no setting's answer
+    was empty or degenerate, because repetition is easy to predict and would count as speed.
     """
 
     task: Task
@@ -59,7 +59,7 @@ def evaluate(
     for name, params in settings.items():
         advance(f"{task.name}: answers of {name}")
         answers[name] = answer(model, task, params)
-    if timing is None:
+    if timing is None or mean_score(answers["ar"]) == 0:
         return TaskResult(task, answers, {}, 0)
     sound = [i for i in range(len(task.examples)) if all(_is_sound(replies[i]) for replies in answers.values())]
     work = timed_work(model, task, settings, sound[: timing.prompts])

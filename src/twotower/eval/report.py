@@ -102,10 +102,10 @@ def _setting(result: TaskResult, name: str) -> dict[str, Any]:
 
 
 def quality_table(results: Sequence[TaskResult]) -> Table:
-    """Scores and retention; where ar scores nothing a retention is undefined and says so."""
+    """Scores and retention; where ar scores nothing, retention is undefined, and the table says so."""
     table = Table(title="Quality")
     for heading in ("task", "mode", "score", "degenerate", "of ar's score (95 %)", "tokens per NFE"):
-        table.add_column(heading, justify="left" if heading in ("task", "mode") else "right")
+        table.add_column(heading, justify="left" if heading in ("task", "mode") else "right", overflow="fold")
     for result in results:
         for i, (name, answers) in enumerate(result.answers.items()):
             per_nfe, _ = tokens_per_call(answers)
@@ -113,9 +113,6 @@ def quality_table(results: Sequence[TaskResult]) -> Table:
             bad = f"{sum(a.degenerate for a in answers)} of {len(answers)}"
             kept = "" if name == "ar" else _share(task_retention(result, name))
             table.add_row(label, name, f"{mean_score(answers):.3f}", bad, kept, _number(per_nfe, 2))
-        for group in group_scores(result, "ar"):
-            shown = ", ".join(f"{name} {group_scores(result, name)[group]:.3f}" for name in result.answers)
-            table.add_row(f"  {group}", shown)
         table.add_section()
     for name in results[0].answers:
         if name != "ar":
@@ -123,25 +120,44 @@ def quality_table(results: Sequence[TaskResult]) -> Table:
     return table
 
 
+def group_table(results: Sequence[TaskResult]) -> Table:
+    """Scores of the parts that tasks have; no rows where no task has any."""
+    names = list(results[0].answers)
+    table = Table(title="Scores by group")
+    for heading in ("task", "group", *names):
+        table.add_column(heading, justify="left" if heading in ("task", "group") else "right")
+    for result in results:
+        for group in group_scores(result, "ar"):
+            table.add_row(result.task.name, group, *(f"{group_scores(result, n)[group]:.3f}" for n in names))
+        table.add_section()
+    return table
+
+
 def speed_table(results: Sequence[TaskResult]) -> Table:
     """Medians with quartiles of the rounds, and the gains' mean over tasks."""
     table = Table(title="Speed without prefill: medians (quartiles)")
-    for heading in ("task", "batch", "mode", "tokens/s", "times ar", "prefill, s"):
-        table.add_column(heading, justify="left" if heading in ("task", "mode") else "right")
+    for heading in ("task", "prompts", "batch", "mode", "tokens/s", "times ar", "prefill, s"):
+        table.add_column(heading, justify="left" if heading in ("task", "mode") else "right", overflow="fold")
     sizes: dict[int, None] = {}
     for result in results:
         if not result.speeds:
-            table.add_row(result.task.name, "", "", "no prompt has a sound answer in every mode")
+            why = (
+                "ar scores 0"
+                if not mean_score(result.answers["ar"])
+                else "too few prompts with sound answers in every mode"
+            )
+            table.add_row(result.task.name, "0", "", "", f"not timed: {why}")
         for size, by_name in result.speeds.items():
             sizes[size] = None
             for name, speed in by_name.items():
-                parts = (_spread(speed.tokens_per_second, 1), _spread(speed.gain, 2), _spread(speed.prefill_seconds, 3))
-                table.add_row(f"{result.task.name} ({result.num_timed})", str(size), name, *parts)
+                prefill = _number(speed.prefill_seconds.median, 3)
+                parts = (_spread(speed.tokens_per_second, 0), _spread(speed.gain, 2), prefill)
+                table.add_row(result.task.name, str(result.num_timed), str(size), name, *parts)
         table.add_section()
     for size in sizes:
         for name in results[0].answers:
             if name != "ar":
-                table.add_row("all", str(size), name, "", _number(total_gain(results, name, size), 2), "")
+                table.add_row("all", "", str(size), name, "", _number(total_gain(results, name, size), 2), "")
     return table
 
 
@@ -150,12 +166,12 @@ def _share(found: Interval) -> str:
         return f"{_UNDEFINED}: ar scores 0"
     if found.low is None or found.high is None:
         return f"{found.value:.1%} (interval {_UNDEFINED}: ar scores too little)"
-    return f"{found.value:.1%} ({found.low:.1%}–{found.high:.1%})"
+    return f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%})"
 
 
 def _spread(values: tuple[float, float, float], digits: int) -> str:
     low, median, high = values
-    return f"{median:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _number(value: float | None, digits: int) -> str:

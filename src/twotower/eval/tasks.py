@@ -108,6 +108,12 @@ def prompt_ids(example: Example, tokenizer: tokenizers.Tokenizer) -> list[int]:
     return list(tokenizer.encode(prompt).ids)
 
 
+def fitting(task: Task, tokenizer: tokenizers.Tokenizer, longest: int) -> Task:
+    """The task without the questions that need, with their answers, more than `longest` tokens."""
+    lengths = (len(prompt_ids(example, tokenizer)) + example.max_new_tokens for example in task.examples)
+    return Task(task.name, tuple(e for e, n in zip(task.examples, lengths, strict=True) if n <= longest))
+
+
 def _filler(example: Example, tokenizer: tokenizers.Tokenizer) -> str:
     """Sentences of `distance` tokens, up to a word; the same ones for the same prompt."""
     draw = random.Random(example.prompt)
