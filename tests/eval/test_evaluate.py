@@ -8,7 +8,7 @@ from twotower.decoding.params import GenerationStats, SamplingParams
 from twotower.eval import evaluate as module
 from twotower.eval.evaluate import SpeedConfig, TaskResult, evaluate
 from twotower.eval.quality import Answer
-from twotower.eval.report import group_scores, quality_table, to_json, tokens_per_call, total_gain
+from twotower.eval.report import group_scores, quality_table, speed_table, to_json, tokens_per_call, total_gain
 from twotower.eval.tasks import Example, Task
 from twotower.eval.throughput import Quartiles, Speed
 
@@ -32,7 +32,7 @@ def speed(gain):
 def result(name="t", gain=None, **answers):
     examples = tuple(Example(prompt=str(i), scorer="exact", max_new_tokens=1, group=f"g{i % 2}") for i in range(2))
     timed = {} if gain is None else {1: {"ar": speed(1), "diffusion": speed(gain)}}
-    return TaskResult(Task(name, examples), answers, timed, 2)
+    return TaskResult(Task(name, examples), answers, timed, [0, 1])
 
 
 def test_a_task_is_answered_and_timed(model, asking):
@@ -42,7 +42,7 @@ def test_a_task_is_answered_and_timed(model, asking):
     assert list(found.answers) == ["ar", "diffusion"]
     assert [len(a) for a in found.answers.values()] == [10, 10]
     assert list(found.speeds) == [1, 2]
-    assert found.num_timed == 2
+    assert found.timed == [0, 1]
     assert said == [
         "asked: answers of ar",
         "asked: answers of diffusion",
@@ -67,11 +67,24 @@ def test_prompts_where_any_answer_is_unsound_are_not_timed(model, asking, monkey
     assert [p.seed for p in timed[0].settings["diffusion"]] == [1, 3, 4]
 
 
+def test_a_setting_with_mostly_unsound_answers_is_not_timed(model, asking, monkeypatch):
+    def answers(_, task, params):
+        bad = 6 if params.mode == "diffusion" else 0
+        return [reply(degenerate=i < bad) for i in range(len(task.examples))]
+
+    monkeypatch.setattr(module, "answer", answers)
+    found = evaluate(model, asking("exact"), SETTINGS, SpeedConfig(prompts=2))
+    assert list(found.speeds[1]) == ["ar"]
+    assert found.timed == [0, 1]
+    assert "not timed: most answers degenerate or empty" in list(speed_table([found]).columns[4].cells)
+    assert total_gain([found], "diffusion", 1) is None
+
+
 def test_where_answers_are_unsound_or_ar_scores_nothing_nothing_is_timed(model, asking, monkeypatch):
     monkeypatch.setattr(module, "answer", lambda _, task, params: [reply(degenerate=True)] * len(task.examples))
-    assert evaluate(model, asking("exact"), SETTINGS, SpeedConfig()).num_timed == 0
+    assert evaluate(model, asking("exact"), SETTINGS, SpeedConfig()).timed == []
     monkeypatch.setattr(module, "answer", lambda _, task, params: [reply(score=0)] * len(task.examples))
-    assert evaluate(model, asking("exact"), SETTINGS, SpeedConfig()).num_timed == 0
+    assert evaluate(model, asking("exact"), SETTINGS, SpeedConfig()).timed == []
 
 
 @pytest.mark.parametrize("bad", [{"repeats": 4}, {"batch_sizes": ()}, {"batch_sizes": (9,)}, {"batch_sizes": (0,)}])

@@ -91,7 +91,7 @@ def command(
         )
         for mode in dict.fromkeys(["ar", *modes.split(",")])
     }
-    sizes = tuple(integers("batch sizes", batch_sizes))
+    sizes = integers("batch sizes", batch_sizes)
     timing = SpeedConfig(prompts=speed_prompts, repeats=repeats, batch_sizes=sizes) if speed else None
     chosen = [read_task(name, limit) for name in tasks.split(",")]
     warn_about_programs(chosen)
@@ -127,12 +127,20 @@ def fitted(model: TwoTower, task: Task, longest: int | None) -> Task:
     return kept
 
 
-def integers(name: str, text: str) -> list[int]:
-    """Numbers with commas between them. Raises ValueError for anything else."""
+def integers(name: str, text: str) -> tuple[int, ...]:
+    """Integers with commas between them. Raises ValueError for anything else."""
     try:
-        return [int(part) for part in text.split(",")]
+        return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise ValueError(f"{name} are {text!r}, must be integers with commas between them, such as 1,4") from error
+
+
+def numbers(name: str, text: str) -> tuple[float, ...]:
+    """Numbers with commas between them. Raises ValueError for anything else."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name} are {text!r}, must be numbers with commas between them, such as 0,0.5") from error
 
 
 def warn_about_programs(tasks: list[Task]) -> None:

@@ -34,14 +34,15 @@ class SpeedConfig:
 class TaskResult(NamedTuple):
     """Answers by setting, and speeds by batch size and setting; a batch size that too few prompts fill is missing.
 
-    `num_timed` prompts were timed: only of a task where ar scores at all, and only those on which no setting's answer
-    was empty or degenerate, because repetition is easy to predict and would count as speed.
+    Only what is worth reading is timed, because repetition is easy to predict and would count as speed: tasks where ar
+    scores at all, settings with sound answers to at least half of the questions (neither empty nor degenerate), and
+    `timed` examples, to which every one of those settings gives a sound answer.
     """
 
     task: Task
     answers: dict[str, list[Answer]]
     speeds: dict[int, dict[str, Speed]]
-    num_timed: int
+    timed: list[int]
 
 
 def evaluate(
@@ -60,15 +61,17 @@ def evaluate(
         advance(f"{task.name}: answers of {name}")
         answers[name] = answer(model, task, params)
     if timing is None or mean_score(answers["ar"]) == 0:
-        return TaskResult(task, answers, {}, 0)
-    sound = [i for i in range(len(task.examples)) if all(_is_sound(replies[i]) for replies in answers.values())]
-    work = timed_work(model, task, settings, sound[: timing.prompts])
+        return TaskResult(task, answers, {}, [])
+    sound = {name: [_is_sound(reply) for reply in replies] for name, replies in answers.items()}
+    readable = {name: p for name, p in settings.items() if name == "ar" or sum(sound[name]) >= len(sound[name]) / 2}
+    examples = [i for i in range(len(task.examples)) if all(sound[name][i] for name in readable)][: timing.prompts]
+    work = timed_work(model, task, readable, examples)
     found = {}
     for size in timing.batch_sizes:
-        if size <= len(work.prompts):
+        if size <= len(examples):
             advance(f"{task.name}: speed at batch {size}")
             found[size] = speeds(model, work._replace(batch_size=size), timing.repeats)
-    return TaskResult(task, answers, found, len(work.prompts))
+    return TaskResult(task, answers, found, examples)
 
 
 def timed_work(model: TwoTower, task: Task, settings: Mapping[str, SamplingParams], examples: list[int]) -> Work:

@@ -38,7 +38,7 @@ def task_retention(result: TaskResult, name: str) -> Interval:
 
 def total_gain(results: Sequence[TaskResult], name: str, batch_size: int) -> float | None:
     """The mean over the tasks that were timed of a setting's median gain, None where there are none."""
-    timed = [result.speeds[batch_size][name] for result in results if batch_size in result.speeds]
+    timed = [r.speeds[batch_size][name] for r in results if name in r.speeds.get(batch_size, {})]
     return statistics.mean(speed.gain.median for speed in timed) if timed else None
 
 
@@ -77,7 +77,7 @@ def _own_settings(params: SamplingParams) -> dict[str, Any]:
 def _task(result: TaskResult) -> dict[str, Any]:
     return {
         "examples": len(result.task.examples),
-        "timed_prompts": result.num_timed,
+        "timed_prompts": len(result.timed),
         "settings": {name: _setting(result, name) for name in result.answers},
     }
 
@@ -96,6 +96,7 @@ def _setting(result: TaskResult, name: str) -> dict[str, Any]:
         "speed": {
             size: {field: value._asdict() for field, value in by_name[name]._asdict().items()}
             for size, by_name in result.speeds.items()
+            if name in by_name
         },
         "answers": [{"text": a.text, "score": a.score, "degenerate": a.degenerate} for a in answers],
     }
@@ -152,7 +153,9 @@ def speed_table(results: Sequence[TaskResult]) -> Table:
             for name, speed in by_name.items():
                 prefill = _number(speed.prefill_seconds.median, 3)
                 parts = (_spread(speed.tokens_per_second, 0), _spread(speed.gain, 2), prefill)
-                table.add_row(result.task.name, str(result.num_timed), str(size), name, *parts)
+                table.add_row(result.task.name, str(len(result.timed)), str(size), name, *parts)
+            for name in result.answers.keys() - by_name.keys():
+                table.add_row(result.task.name, "", str(size), name, "not timed: most answers degenerate or empty")
         table.add_section()
     for size in sizes:
         for name in results[0].answers:

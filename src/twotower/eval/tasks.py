@@ -114,6 +114,14 @@ def fitting(task: Task, tokenizer: tokenizers.Tokenizer, longest: int) -> Task:
     return Task(task.name, tuple(e for e, n in zip(task.examples, lengths, strict=True) if n <= longest))
 
 
+def at_distance(example: Example, distance: int) -> Example:
+    """The example with `distance` tokens of filler, at FILLER where its prompt has that and else before its prompt."""
+    prompt = example.prompt if FILLER in example.prompt else f"{FILLER}\n{example.prompt}"
+    if distance == 0:
+        prompt = prompt.replace(f"{FILLER}\n", "")
+    return dataclasses.replace(example, prompt=prompt, distance=distance)
+
+
 def _filler(example: Example, tokenizer: tokenizers.Tokenizer) -> str:
     """Sentences of `distance` tokens, up to a word; the same ones for the same prompt."""
     draw = random.Random(example.prompt)

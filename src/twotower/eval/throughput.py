@@ -11,6 +11,7 @@ from twotower.decoding.generate import generate
 from twotower.decoding.params import Generation, SamplingParams
 from twotower.model.two_tower import TwoTower
 
+PHASES = ("prefill", "denoise", "extend", "other")
 # The model's calls that a step is made of, and the phase that each of them belongs to.
 _PHASES = {
     "prefill": "prefill",
