@@ -29,7 +29,6 @@ def _listed(values: Sequence[object]) -> str:
 
 @app.command("sweep")
 def command(
-    out: Annotated[Path, typer.Argument(help="Directory for sweep.csv, sweep.json and the pictures; new or empty.")],
     model: Annotated[
         str | None,
         typer.Argument(
@@ -37,6 +36,8 @@ def command(
             show_default="the stories checkpoint that comes with the package",
         ),
     ] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Directory for sweep.csv, sweep.json and the pictures; new or empty.")],
     task: Annotated[
         str, typer.Option(help=f"One of {', '.join(shipped_tasks())}, {HUMANEVAL}, or a .jsonl file.")
     ] = "stories",
@@ -128,8 +129,10 @@ def _check_matplotlib() -> None:
 
 def _table(points: Sequence[Point]) -> Table:
     table = Table(title="Medians over the rounds")
-    for heading in ("setting", "condition", "score", "of ar's", "tokens/s", "times ar", "tokens per NFE"):
-        table.add_column(heading, justify="left" if heading in ("setting", "condition") else "right", overflow="fold")
+    table.add_column("setting", no_wrap=True)
+    table.add_column("condition", overflow="fold")
+    for heading in ("score", "of ar's", "tokens/s", "times ar", "tokens per NFE"):
+        table.add_column(heading, justify="right")
     for p in points:
         numbers = (
             f"{p.score:.3f}",

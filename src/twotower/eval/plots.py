@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from twotower.eval.sweep import Point
 from twotower.eval.throughput import PHASES
 
-_MOST_HEATMAPS = 12
+_MOST_HEATMAPS = 12  # more would be too small to read
 
 
 def draw(points: Sequence[Point], folder: Path) -> list[Path]:

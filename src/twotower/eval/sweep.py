@@ -22,8 +22,7 @@ BLOCKWISE = ("diffusion", "simulated_ar")
 class SweepConfig:
     """The grid: every mode with every value it reads (γ and T only `diffusion`, S all but `mock_ar`).
 
-    `distances` are tokens of filler that the prompts get; empty leaves the prompts as they are. Raises ValueError for
-    an empty axis; the values themselves are checked by SamplingParams.
+    `distances` are tokens of filler that the prompts get; empty leaves the prompts as they are.
     """
 
     modes: tuple[str, ...] = ("diffusion",)
@@ -40,6 +39,8 @@ class SweepConfig:
             raise ValueError(f"{', '.join(empty)} of the sweep are empty, must have at least one value")
         if any(distance < 0 for distance in self.distances):
             raise ValueError(f"distances are {self.distances}, must be 0 or more")
+        for temperature in self.temperatures:
+            grid(self, temperature)
 
 
 class Point(NamedTuple):
