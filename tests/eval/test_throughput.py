@@ -46,6 +46,12 @@ def test_settings_take_turns_after_a_warm_up(model, monkeypatch):
     assert all(q1 > 0 and q1 <= median <= q3 for speed in found.values() for q1, median, q3 in speed)
 
 
+def test_the_warm_up_does_not_count(model, monkeypatch):
+    rates = iter([1000, 1, 2, 3, 4, 5])
+    monkeypatch.setattr(throughput, "_sample", lambda *_: throughput.Sample(next(rates), 1.0, 0.0))
+    assert speeds(model, work(ar=1), repeats=5)["ar"].tokens_per_second == (2, 3, 4)
+
+
 def test_prefill_is_apart(model, ticking):
     """With a clock of looks, a run of one prompt is: begin, prefill's two looks, generate's own, end."""
     found = speeds(model, work(batch_size=3, ar=4), repeats=5)["ar"]
