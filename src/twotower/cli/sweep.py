@@ -102,7 +102,8 @@ def command(
         for found in sweep(opened, kept, config, timing, tell):
             points += found
             write(points, {"model": model or "stories", **provenance(opened)}, out)
-    Console().print(_table(points))
+    for condition in dict.fromkeys(point.condition for point in points):
+        Console().print(_table(condition, [point for point in points if point.condition == condition]))
     print(f"wrote {', '.join(sorted(file.name for file in out.iterdir()))} to {out}")
 
 
@@ -127,19 +128,18 @@ def _check_matplotlib() -> None:
         raise ValueError("a sweep draws pictures with matplotlib, which is missing; install twotower[eval]") from error
 
 
-def _table(points: Sequence[Point]) -> Table:
-    table = Table(title="Medians over the rounds")
+def _table(condition: str, points: Sequence[Point]) -> Table:
+    table = Table(title=f"Medians over the rounds: {condition}")
     table.add_column("setting", no_wrap=True)
-    table.add_column("condition", overflow="fold")
     for heading in ("score", "of ar's", "tokens/s", "times ar", "tokens per NFE"):
         table.add_column(heading, justify="right")
     for p in points:
-        numbers = (
+        cells = (
             f"{p.score:.3f}",
             "" if p.retention.value is None else f"{p.retention.value:.1%}",
             "" if p.speed is None else f"{p.speed.tokens_per_second.median:.0f}",
             "" if p.speed is None else f"{p.speed.gain.median:.2f}",
             "" if p.tokens_per_nfe is None else f"{p.tokens_per_nfe:.2f}",
         )
-        table.add_row(p.label, p.condition, *numbers)
+        table.add_row(p.label, *cells)
     return table
