@@ -1,11 +1,8 @@
 """`twotower bench decode`: the decoding modes against each other and against the floor of reading the weights."""
 
 import json
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple, cast
 
 import torch
@@ -17,21 +14,14 @@ from twotower.cli.accounting import pass_bytes, released_tensors
 from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_model
 from twotower.decoding.generate import generate
 from twotower.decoding.params import MODES, Generation, Mode, SamplingParams
+from twotower.eval.provenance import machine
+from twotower.eval.throughput import Timed, clock
 from twotower.model.two_tower import TwoTower
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _DEFAULTS = SamplingParams()
 _PROBE_BYTES = 256 * 1024 * 1024  # beyond any cache
-# The model's calls that a step is made of, and whose time each of them is.
-_TIMED = {
-    "prefill": "prefill",
-    "denoiser_logits": "denoiser",
-    "absorb": "context",
-    "score": "context",
-    "scored_logits": "context",
-    "accept": "context",
-}
 
 
 class Sample(NamedTuple):
@@ -59,26 +49,6 @@ class Calls(NamedTuple):
     context: int
     ms_per_denoiser_call: float | None
     ms_per_context_call: float | None
-
-
-class Timed:
-    """A model that adds up the seconds of its calls per kind, and otherwise is the model it wraps."""
-
-    def __init__(self, model: TwoTower) -> None:
-        self.model = model
-        self.seconds = dict.fromkeys(_TIMED.values(), 0.0)
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self.model, name)
-        if name not in _TIMED:
-            return found
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            seconds, result = _timed(self.model, lambda: found(*args, **kwargs))
-            self.seconds[_TIMED[name]] += seconds
-            return result
-
-        return timed
 
 
 @app.callback()
@@ -128,7 +98,7 @@ def decode(
         "confidence_threshold": threshold,
         "repeats": repeats,
         "bandwidth_gb_s": rounds.bandwidth / 1e9,
-        "machine": _machine(opened),
+        "machine": machine(opened),
         "torch": torch.__version__,
         "dtype": str(opened.context_tower.embeddings.dtype).removeprefix("torch."),
         "model": model or "stories",
@@ -181,8 +151,8 @@ def count_calls(model: TwoTower, prompts: list[list[int]], params: SamplingParam
     return Calls(
         denoiser,
         context,
-        1e3 * timed.seconds["denoiser"] / denoiser if denoiser else None,
-        1e3 * timed.seconds["context"] / steps if steps else None,
+        1e3 * timed.seconds["denoise"] / denoiser if denoiser else None,
+        1e3 * timed.seconds["extend"] / steps if steps else None,
     )
 
 
@@ -221,7 +191,7 @@ def _rounds(model: TwoTower, prompts: list[list[int]], settings: dict[str, Sampl
                     samples[mode].append(sample)
                 progress.advance(task)
                 progress.refresh()
-            bandwidths.append(_PROBE_BYTES / _timed(model, probe.sum)[0])
+            bandwidths.append(_PROBE_BYTES / clock(model, probe.sum)[0])
     return Rounds(samples, statistics.median(bandwidths[1:]))
 
 
@@ -232,30 +202,3 @@ def _each_alone(model: TwoTower, prompts: list[list[int]], params: SamplingParam
 def _sample(done: Iterable[Generation]) -> Sample:
     stats = [one.stats for one in done]
     return Sample(sum(s.num_tokens for s in stats), sum(s.seconds_total for s in stats))
-
-
-def _timed(model: TwoTower, call: Callable[[], Any]) -> tuple[float, Any]:
-    _synchronise(model)
-    began = time.perf_counter()
-    result = call()
-    _synchronise(model)
-    return time.perf_counter() - began, result
-
-
-def _synchronise(model: TwoTower) -> None:
-    if model.context_device.type == "cuda":
-        torch.cuda.synchronize(model.context_device)
-
-
-def _machine(model: TwoTower) -> dict[str, Any]:
-    machine: dict[str, Any] = {"cpu": _cpu_model(), "threads": torch.get_num_threads()}
-    if model.context_device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(model.context_device)
-    return machine
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -21,6 +21,8 @@ _COMMANDS = {
     "sample": "Write a training corpus with the context tower itself.",
     "tokenize": "Write a training corpus from text.",
     "train": "Train the denoiser tower on a corpus of tokens.",
+    "eval": "Measure what each mode keeps of ar's quality, and its speed.",
+    "sweep": "Measure both over a grid of settings, with tables and pictures.",
     "bench": "Measure the speed of the decoding modes.",
 }
 

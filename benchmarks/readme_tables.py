@@ -1,0 +1,177 @@
+"""Writes the tables of README.md from the files in benchmarks/results, so that no figure there is typed by hand.
+
+    python benchmarks/readme_tables.py [--check]
+
+A table stands between `<!-- table: NAME FILE … -->` and `<!-- end of table -->`, where NAME is a function below and
+FILEs are in benchmarks/results; what is between them is replaced. With --check nothing is written, and a README that
+would change is an error.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).with_name("results")
+_PLACE = re.compile(r"(<!-- table: (\w+) ([^>]*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+Result = dict[str, Any]
+
+
+def rendered(readme: str, results: Path = RESULTS) -> str:
+    """The README's text with every table made anew. Raises ValueError for an unknown table or file."""
+
+    def table(place: re.Match[str]) -> str:
+        opening, name, files, closing = place.groups()
+        if name not in TABLES:
+            raise ValueError(f"README asks for table {name!r}, must be one of {', '.join(TABLES)}")
+        missing = [file for file in files.split() if not (results / file).exists()]
+        if missing:
+            raise ValueError(f"README's table {name} is made of {missing[0]}, which is not in {results}")
+        loaded = [json.loads((results / file).read_text(encoding="utf-8")) for file in files.split()]
+        return f"{opening}{TABLES[name](loaded)}\n{closing}"
+
+    return _PLACE.sub(table, readme)
+
+
+def stories_modes(results: list[Result]) -> str:
+    """Of benchmarks/stories_modes.py: speed and likelihood of the modes."""
+    [result] = results
+    rows = []
+    for mode in ("ar", "diffusion", "verified"):
+        own = result[mode]
+        name = f"`{mode}`, γ {result['threshold']:g}" if mode == "diffusion" else f"`{mode}`"
+        same = f", {own['equal_to_ar']} of {result['prompts']} texts equal to `ar`'s" if mode == "verified" else ""
+        speed = spread(own["tokens_per_second"], own["tokens_per_second_quartiles"], 0)
+        gain = "1" if mode == "ar" else spread(own["ratio_to_ar"], own["ratio_quartiles"], 2)
+        per_nfe = "" if own["tokens_per_nfe"] is None else f"{own['tokens_per_nfe']:.2f}"
+        rows.append([name, speed, gain, per_nfe, f"{own['nll']:.3f}{same}"])
+    header = ["mode", "tokens/s", "times `ar`", "tokens per NFE", "NLL, nats per token"]
+    return f"{markdown(header, rows)}\n\n{origin('python benchmarks/stories_modes.py', result)}"
+
+
+def hybrid_decode(results: list[Result]) -> str:
+    """Of benchmarks/hybrid_decode.py, a file per dtype: one pass against its floor and other implementations."""
+    rows = []
+    for result in results:
+        for key, name in (("ar", "one `ar` step"), ("nfe", "one NFE of 16")):
+            own = result[key]
+            others = [own.get(f"times_faster_than_{other}") for other in ("reference", "transformers")]
+            rows.append(
+                [
+                    f"{name}, {result['dtype']}",
+                    spread(own["ms"], own["ms_quartiles"], 1),
+                    f"{own['ratio_to_larger_floor']:.1f}",
+                    *("" if ratio is None else f"{ratio:.2f}" for ratio in others),
+                ]
+            )
+    header = ["pass", "ms", "times the larger floor", "times as fast as PyTorch ops", "as transformers"]
+    captions = [origin(f"python benchmarks/hybrid_decode.py --dtype {r['dtype']}", r) for r in results]
+    return "\n\n".join([markdown(header, rows), "\n".join(captions)])
+
+
+def training_pass(results: list[Result]) -> str:
+    """Of benchmarks/training_pass.py: a training step's speed and memory beside others."""
+    [result] = results
+    names = {
+        "seeded": "ours",
+        "recompute": "ours, `--recompute`",
+        "boundary": "boundary states, dense mask",
+        "ar": "plain AR step of one tower",
+    }
+    rows = []
+    for key, name in names.items():
+        rate = result[key]["tokens_per_cpu_second"]
+        ratio = result.get(f"{key}_time_over_ar", {}).get("cpu")
+        against = "" if ratio is None else spread(ratio["median"], [ratio["q1"], ratio["q3"]], 2)
+        speed = spread(rate["median"], [rate["q1"], rate["q3"]], 0)
+        rows.append([name, speed, against, f"{result['peak_mb'][key]['median']:.0f}"])
+    header = [f"step of {result['tokens']} tokens", "tokens per CPU second", "times the AR step's time", "peak MB"]
+    return f"{markdown(header, rows)}\n\n{origin('python benchmarks/training_pass.py', result)}"
+
+
+def evaluation(results: list[Result]) -> str:
+    """Of `twotower eval --json`: what each mode keeps of ar's quality, and its gain."""
+    [result] = results
+    sizes = list(next(iter(result["overall"].values()))["gain"])
+    rows = []
+    for mode, overall in result["overall"].items():
+        if mode == "ar":
+            continue
+        for task in overall["tasks_in_retention"]:
+            own = result["tasks"][task]["settings"][mode]
+            gains = [_quartiles(own["speed"].get(size, {}).get("gain"), 2) for size in sizes]
+            per_nfe = "" if own["tokens_per_nfe"] is None else f"{own['tokens_per_nfe']:.2f}"
+            rows.append([f"`{mode}`", task, _interval(own["retention"]), *gains, per_nfe])
+        means = ["" if overall["gain"][size] is None else f"{overall['gain'][size]:.2f}" for size in sizes]
+        rows.append([f"`{mode}`", "all", _interval(overall["retention"]), *means, ""])
+    unscored = [task for task in result["tasks"] if task not in result["overall"]["ar"]["tasks_in_retention"]]
+    header = [
+        "mode",
+        "task",
+        "of `ar`'s score (95 %)",
+        *(f"times `ar`, batch {size}" for size in sizes),
+        "tokens per NFE",
+    ]
+    caption = origin(result["command"], result | result["machine"])
+    if unscored:
+        caption += f" `ar` itself scores 0 on {', '.join(unscored)}: no share of that is defined."
+    return f"{markdown(header, rows)}\n\n{caption}"
+
+
+TABLES: dict[str, Callable[[list[Result]], str]] = {
+    "stories_modes": stories_modes,
+    "hybrid_decode": hybrid_decode,
+    "training_pass": training_pass,
+    "evaluation": evaluation,
+}
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def origin(command: str, result: Result) -> str:
+    """Command, commit and machine, for below a table."""
+    where = (
+        f"{result['cpu']}, {result['threads']} threads" if result["threads"] != 1 else f"{result['cpu']}, one thread"
+    )
+    commit = "an unknown commit" if result["commit"] is None else result["commit"]
+    return f"(`{command}`, {commit}, {where}, torch {result['torch']}; medians with quartiles)"
+
+
+def spread(median: float, quartiles: list[float], digits: int) -> str:
+    low, high = quartiles
+    return f"{median:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def _quartiles(found: dict[str, float] | None, digits: int) -> str:
+    return "" if found is None else spread(found["median"], [found["q1"], found["q3"]], digits)
+
+
+def _interval(found: dict[str, float | None]) -> str:
+    if found["value"] is None:
+        return "undefined"
+    if found["low"] is None:
+        return f"{found['value']:.1%} (interval undefined)"
+    return f"{found['value']:.1%} ({found['low']:.1%}–{found['high']:.1%})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    before = README.read_text(encoding="utf-8")
+    after = rendered(before)
+    if after != before and check:
+        sys.exit("README.md's tables are not what benchmarks/results says; run python benchmarks/readme_tables.py")
+    README.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

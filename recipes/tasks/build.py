@@ -1,0 +1,178 @@
+"""Rebuilds src/twotower/data/tasks, the tasks of `twotower eval`; always the same bytes.
+
+python recipes/tasks/build.py [DIRECTORY]
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import twotower
+from twotower.eval.tasks import FILLER, SHIPPED, Example
+
+STORY_PROMPTS = Path(__file__).parents[2] / "benchmarks" / "stories_prompts.json"
+
+NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Finn", "Grace", "Henry", "Ida", "Jack", "Kate", "Leo")
+THINGS = ("apples", "books", "coins", "stones", "pens", "cards", "shells", "eggs")
+WORDS = ("red", "moon", "fish", "table", "green", "cloud", "seven", "river", "lamp", "north", "salt", "bird", "glass")
+OBJECTS = ("lamp", "table", "boat", "clock", "drum", "ladder", "basket", "kite")
+CITIES = ("Paris", "Oslo", "Lima", "Cairo", "Delhi", "Rome")
+
+Line = dict[str, Any]
+
+
+def stories(_: random.Random) -> list[Line]:
+    """Beginnings that the stories context tower sampled with seeds that no training has used."""
+    tokenizer = twotower.load().tokenizer
+    assert tokenizer is not None
+    prompts = [tokenizer.decode(ids) for ids in json.loads(STORY_PROMPTS.read_text())]
+    return [{"prompt": prompt, "scorer": "likelihood", "max_new_tokens": 192} for prompt in prompts]
+
+
+def arithmetic(draw: random.Random) -> list[Line]:
+    """Word problems of one to three steps, each after two that are solved."""
+    solved = (
+        "Question: Tom has 3 pens and buys 4 pens. How many pens does Tom have?\nAnswer: 7\n\n"
+        "Question: Sue has 9 eggs. Sue gives away 5 eggs. How many eggs does Sue have left?\nAnswer: 4\n\n"
+    )
+    lines = []
+    for i in range(48):
+        steps = 1 + i % 3
+        name, thing = draw.choice(NAMES), draw.choice(THINGS)
+        total = draw.randint(10, 60)
+        told = [f"{name} has {total} {thing}."]
+        for _ in range(steps):
+            kind = draw.choice(("buys", "gives away", "doubles") if total < 100 else ("gives away",))
+            number = draw.randint(2, min(total, 30) - 1)
+            if kind == "doubles":
+                total *= 2
+                told.append(f"Then {name} gets as many {thing} again.")
+            else:
+                total += number if kind == "buys" else -number
+                told.append(f"Then {name} {kind} {number} {thing}.")
+        question = f"{' '.join(told)} How many {thing} does {name} have now?"
+        prompt = f"{solved}Question: {question}\nAnswer:"
+        lines.append(short(prompt, str(total), "number", group=f"{steps} steps" if steps > 1 else "1 step"))
+    return lines
+
+
+def recall(draw: random.Random) -> list[Line]:
+    """A key's value is told, then as many tokens of filler as the group says, then it is asked for."""
+    lines = []
+    for distance in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
+        for _ in range(4):
+            keys = draw.sample(NAMES, 3)
+            values = [str(draw.randint(1000, 9999)) for _ in keys]
+            told = " ".join(f"The number of {key} is {value}." for key, value in zip(keys, values, strict=True))
+            asked = draw.randrange(3)
+            prompt = f"{told}\n{FILLER}\nThe number of {keys[asked]} is"
+            lines.append(
+                short(prompt, values[asked], "number", group=f"{distance} tokens", stop=[".", "\n"], distance=distance)
+            )
+    return lines
+
+
+def lists(draw: random.Random) -> list[Line]:
+    """Copy, reverse, sort or take the last of a list, each after one that is done."""
+    done = ["glass", "moon", "bird"]
+    tasks: dict[str, Callable[[list[str]], str]] = {
+        "copy": " ".join,
+        "reverse": lambda words: " ".join(reversed(words)),
+        "sort": lambda words: " ".join(sorted(words)),
+        "last": lambda words: words[-1],
+    }
+    lines = []
+    for i in range(48):
+        name, solve = list(tasks.items())[i % len(tasks)]
+        words = draw.sample(WORDS, 3 + i // len(tasks) % 6)
+        prompt = f"{name}: {' '.join(done)} ->{' ' + solve(done)}\n{name}: {' '.join(words)} ->"
+        lines.append(short(prompt, solve(words), "exact", group=name))
+    return lines
+
+
+def to_json(draw: random.Random) -> list[Line]:
+    """Facts in a sentence to a JSON object, after two that are done."""
+    done = (
+        'Text: Tom is 30 years old and lives in Berlin.\nJSON: {"name": "Tom", "age": 30, "city": "Berlin"}\n'
+        'Text: Sue, 41, whose home is Madrid, owns a lamp.\nJSON: {"name": "Sue", "age": 41, "city": "Madrid", '
+        '"owns": ["lamp"]}\n'
+    )
+    lines = []
+    for i, age in enumerate(draw.sample(range(5, 90), 40)):
+        fact: Line = {"name": draw.choice(NAMES), "age": age, "city": draw.choice(CITIES)}
+        if i % 2:
+            fact["owns"] = draw.sample(OBJECTS, 1 + i // 2 % 3)
+            things = " and ".join(f"a {thing}" for thing in fact["owns"])
+            text = f"{fact['name']}, {fact['age']}, whose home is {fact['city']}, owns {things}."
+        else:
+            text = f"{fact['name']} is {fact['age']} years old and lives in {fact['city']}."
+        lines.append(short(f"{done}Text: {text}\nJSON:", json.dumps(fact), "json", length=64))
+    return lines
+
+
+def dialogue(draw: random.Random) -> list[Line]:
+    """Conversations of 1 to 16 turns; the last question is about what was said in one of them."""
+    lines = []
+    for turns in (1, 2, 4, 8, 16):
+        for _ in range(8):
+            names = draw.choices(NAMES, k=turns) if turns > len(NAMES) else draw.sample(NAMES, turns)
+            names = [f"{name} {chr(65 + i)}." for i, name in enumerate(names)]
+            liked = [draw.choice(WORDS) for _ in names]
+            said = "".join(
+                f"User: The word of {name} is {word}.\nAssistant: I will remember {word}.\n"
+                for name, word in zip(names, liked, strict=True)
+            )
+            asked = draw.randrange(turns)
+            prompt = f"{said}User: What is the word of {names[asked]}?\nAssistant: The word is"
+            group = f"{turns} turns" if turns > 1 else "1 turn"
+            lines.append(short(prompt, liked[asked], "exact", group=group, stop=[".", "\n"]))
+    return lines
+
+
+def short(
+    prompt: str,
+    answer: str,
+    scorer: str,
+    *,
+    group: str = "",
+    stop: list[str] | None = None,
+    length: int = 32,
+    distance: int = 0,
+) -> Line:
+    """A line whose answer ends with its own line, or at `stop`."""
+    line: Line = {"prompt": prompt, "answer": answer, "scorer": scorer, "max_new_tokens": length}
+    line["stop"] = ["\n"] if stop is None else stop
+    return line | ({"group": group} if group else {}) | ({"distance": distance} if distance else {})
+
+
+TASKS = {
+    "arithmetic": arithmetic,
+    "dialogue": dialogue,
+    "json": to_json,
+    "lists": lists,
+    "recall": recall,
+    "stories": stories,
+}
+
+
+def write(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, make in TASKS.items():
+        lines = make(random.Random(name))
+        for line in lines:
+            Example.from_dict(line)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="?", type=Path, default=SHIPPED)
+    write(parser.parse_args().directory)
+
+
+if __name__ == "__main__":
+    main()

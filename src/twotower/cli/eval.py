@@ -1,0 +1,170 @@
+"""`twotower eval`: quality retention and throughput gain of the decoding modes."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+from rich.console import Console
+
+from twotower.cli.options import DeviceOption, DtypeOption, open_model
+from twotower.decoding.params import Mode, SamplingParams
+from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig, evaluate
+from twotower.eval.provenance import provenance
+from twotower.eval.report import group_table, quality_table, speed_table, to_json
+from twotower.eval.sandbox import LIMITS, walls
+from twotower.eval.tasks import HUMANEVAL, Task, fitting, read_task, shipped_tasks
+from twotower.model.two_tower import TwoTower
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+_DEFAULTS = SamplingParams()
+_TIMING = SpeedConfig()
+
+
+@app.command("eval")
+def command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Checkpoint directory or Hugging Face id.",
+            show_default="the stories checkpoint that comes with the package",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help=f"With commas: {', '.join(shipped_tasks())}, {HUMANEVAL} (needs the extra eval), .jsonl files.",
+            show_default="all that come with the package",
+        ),
+    ] = ",".join(shipped_tasks()),
+    modes: Annotated[str, typer.Option(help="Modes with commas; ar always runs.")] = "diffusion,verified",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Examples of each task, 1 or more.", show_default="all")
+    ] = None,
+    longest: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Leave out questions that need more tokens, answer included, 1 or more.",
+            show_default="the checkpoint's max_position_embeddings, if it has that",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="A token above this probability is fixed at once, 0 to 1.")
+    ] = _DEFAULTS.confidence_threshold,
+    block_size: Annotated[int, typer.Option(help="Tokens filled together, 1 or more.")] = _DEFAULTS.block_size,
+    steps_per_block: Annotated[
+        int, typer.Option(help="Most denoising steps for one block, 1 or more.")
+    ] = _DEFAULTS.steps_per_block,
+    temperature: Annotated[float, typer.Option(help="0 to 100; 0 is greedy.")] = _DEFAULTS.temperature,
+    seed: Annotated[int, typer.Option(help="Decides what is sampled, 0 or more.")] = 0,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens per second too.")] = True,
+    speed_prompts: Annotated[
+        int, typer.Option(help="Most prompts of each task that are timed, 1 or more.")
+    ] = _TIMING.prompts,
+    repeats: Annotated[
+        int, typer.Option(help=f"Rounds in which the modes take turns, {FEWEST_REPEATS} or more.")
+    ] = _TIMING.repeats,
+    batch_sizes: Annotated[str, typer.Option(help="Prompts that run together, with commas.")] = "1",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write everything here.", show_default="nowhere")
+    ] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+) -> None:
+    """Measure what each mode keeps of ar's quality, and how many times as fast as ar it writes.
+
+    Both compare a mode with ar of the same checkpoint, prompts and stop rules. An answer that falls into a loop scores
+    nothing, and prompts where any mode's answer does are not timed.
+    """
+    settings = {
+        mode: SamplingParams(
+            mode=cast(Mode, mode),
+            block_size=block_size,
+            steps_per_block=steps_per_block,
+            confidence_threshold=threshold,
+            temperature=temperature,
+            seed=seed,
+        )
+        for mode in dict.fromkeys(["ar", *modes.split(",")])
+    }
+    sizes = integers("batch sizes", batch_sizes)
+    timing = SpeedConfig(prompts=speed_prompts, repeats=repeats, batch_sizes=sizes) if speed else None
+    chosen = [read_task(name, limit) for name in tasks.split(",")]
+    warn_about_programs(chosen)
+    opened = open_model(model, device=device, dtype=dtype)
+    kept = [fitted(opened, task, longest) for task in chosen]
+    with telling() as tell:
+        results = [evaluate(opened, task, settings, timing, tell) for task in kept if task.examples]
+    if not results:
+        raise ValueError("no question of these tasks fits; raise --longest")
+    console = Console()
+    console.print(quality_table(results))
+    if any(example.group for task in kept for example in task.examples):
+        console.print(group_table(results))
+    if timing is not None:
+        console.print(speed_table(results))
+    if json_file is not None:
+        left_out = {task.name: len(task.examples) - len(fit.examples) for task, fit in zip(chosen, kept, strict=True)}
+        origin = {"model": model or "stories", **provenance(opened)}
+        whole = origin | {"questions_left_out": left_out} | to_json(results, settings)
+        json_file.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def fitted(model: TwoTower, task: Task, longest: int | None) -> Task:
+    """The task without what the checkpoint has no positions for, or needs more than `longest`; says so on stderr."""
+    most = longest or model.config.carried.get("max_position_embeddings")
+    if most is None or model.tokenizer is None:
+        return task
+    kept = fitting(task, model.tokenizer, most)
+    missing = len(task.examples) - len(kept.examples)
+    if missing:
+        line = f"{task.name}: {missing} of {len(task.examples)} questions need more than {most} tokens and are left out"
+        Console(stderr=True).print(line, soft_wrap=True, highlight=False)
+    return kept
+
+
+def integers(name: str, text: str) -> tuple[int, ...]:
+    """Integers with commas between them. Raises ValueError for anything else."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name} are {text!r}, must be integers with commas between them, such as 1,4") from error
+
+
+def numbers(name: str, text: str) -> tuple[float, ...]:
+    """Numbers with commas between them. Raises ValueError for anything else."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name} are {text!r}, must be numbers with commas between them, such as 0,0.5") from error
+
+
+def warn_about_programs(tasks: list[Task]) -> None:
+    """Says on stderr how a model's programs are shut in, before the first of them runs."""
+    if not any(example.scorer == "program" for task in tasks for example in task.examples):
+        return
+    words = {"no_network": "network", "no_other_processes": "other processes", "no_writing": "writing of files"}
+    kept = [word for wall, word in words.items() if walls()[wall]]
+    left = ["reading of files", *(word for wall, word in words.items() if not walls()[wall])]
+    limits = f"{LIMITS['cpu_seconds']} s of CPU, {LIMITS['wall_seconds']} s in all, {LIMITS['memory_bytes'] >> 20} MB"
+    line = (
+        f"Programs that the model writes run here with at most {limits}; kept from them: {', '.join(kept) or 'nothing'}"
+        f"; not kept from them: {', '.join(left)}"
+    )
+    Console(stderr=True).print(line, soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def telling() -> Iterator[Callable[[str], None]]:
+    """Says on stderr what is being measured: a line that changes in a terminal, else one line each."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what: console.print(what, soft_wrap=True, highlight=False)
+        return
+    # A status that redraws by itself would take time from the runs that are measured.
+    with console.status("", refresh_per_second=1) as status:
+        yield status.update

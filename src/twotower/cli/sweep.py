@@ -1,0 +1,145 @@
+"""`twotower sweep`: one task over a grid of settings, to CSV, JSON and pictures."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from twotower.cli.eval import fitted, integers, numbers, telling, warn_about_programs
+from twotower.cli.options import DeviceOption, DtypeOption, open_model
+from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig
+from twotower.eval.provenance import provenance
+from twotower.eval.sweep import Point, SweepConfig, sweep
+from twotower.eval.tasks import HUMANEVAL, read_task, shipped_tasks
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+_DEFAULTS = SweepConfig()
+_TIMING = SpeedConfig()
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ",".join(str(value) for value in values)
+
+
+@app.command("sweep")
+def command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Checkpoint directory or Hugging Face id.",
+            show_default="the stories checkpoint that comes with the package",
+        ),
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Directory for sweep.csv, sweep.json and the pictures; new or empty.")],
+    task: Annotated[
+        str, typer.Option(help=f"One of {', '.join(shipped_tasks())}, {HUMANEVAL}, or a .jsonl file.")
+    ] = "stories",
+    modes: Annotated[str, typer.Option(help="Modes with commas; ar always runs.")] = _listed(_DEFAULTS.modes),
+    thresholds: Annotated[
+        str, typer.Option(help="With commas: tokens above this probability are fixed at once, 0 to 1.")
+    ] = _listed(_DEFAULTS.thresholds),
+    block_sizes: Annotated[str, typer.Option(help="With commas: tokens filled together, 1 or more.")] = _listed(
+        _DEFAULTS.block_sizes
+    ),
+    steps_per_block: Annotated[
+        str, typer.Option(help="With commas: most denoising steps for one block, 1 or more.")
+    ] = _listed(_DEFAULTS.steps_per_block),
+    temperatures: Annotated[str, typer.Option(help="With commas: 0 to 100; 0 is greedy.")] = _listed(
+        _DEFAULTS.temperatures
+    ),
+    batch_sizes: Annotated[str, typer.Option(help="With commas: prompts that run together.")] = "1",
+    distances: Annotated[
+        str | None,
+        typer.Option(
+            help="With commas: tokens of filler in the middle of recall's prompts, or before any other's.",
+            show_default="the prompts as they are",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples, 1 or more.", show_default="all")] = None,
+    speed_prompts: Annotated[int, typer.Option(help="Most prompts that are timed, 1 or more.")] = _TIMING.prompts,
+    repeats: Annotated[
+        int, typer.Option(help=f"Rounds in which the settings take turns, {FEWEST_REPEATS} or more.")
+    ] = _TIMING.repeats,
+    seed: Annotated[int, typer.Option(help="Decides what is sampled, 0 or more.")] = _DEFAULTS.seed,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+) -> None:
+    """Measure score and speed of every combination of settings, ar beside them in the same rounds.
+
+    A mode is run with the values that it reads: thresholds and steps are diffusion's. The files are written again after
+    every temperature and distance.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; choose a new directory")
+    _check_matplotlib()
+    config = SweepConfig(
+        modes=tuple(modes.split(",")),
+        thresholds=numbers("thresholds", thresholds),
+        block_sizes=integers("block sizes", block_sizes),
+        steps_per_block=integers("steps", steps_per_block),
+        temperatures=numbers("temperatures", temperatures),
+        distances=() if distances is None else integers("distances", distances),
+        seed=seed,
+    )
+    timing = SpeedConfig(prompts=speed_prompts, repeats=repeats, batch_sizes=integers("batch sizes", batch_sizes))
+    chosen = read_task(task, limit)
+    warn_about_programs([chosen])
+    opened = open_model(model, device=device, dtype=dtype)
+    # where distances are swept, going beyond the checkpoint's positions is what was asked for
+    kept = chosen if config.distances else fitted(opened, chosen, None)
+    if not kept.examples:
+        raise ValueError(f"no question of {task} fits in the checkpoint's positions; choose another task")
+    out.mkdir(parents=True, exist_ok=True)
+    points: list[Point] = []
+    with telling() as tell:
+        for found in sweep(opened, kept, config, timing, tell):
+            points += found
+            write(points, {"model": model or "stories", **provenance(opened)}, out)
+    for condition in dict.fromkeys(point.condition for point in points):
+        Console().print(_table(condition, [point for point in points if point.condition == condition]))
+    print(f"wrote {', '.join(sorted(file.name for file in out.iterdir()))} to {out}")
+
+
+def write(points: Sequence[Point], origin: dict[str, Any], out: Path) -> None:
+    """Writes sweep.csv, sweep.json and the pictures, over those that are there."""
+    from twotower.eval.plots import draw
+
+    rows = [point.row() for point in points]
+    with (out / "sweep.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, rows[0].keys())
+        table.writeheader()
+        table.writerows(rows)
+    whole = origin | {"points": [row | {"commits": p.commits} for row, p in zip(rows, points, strict=True)]}
+    (out / "sweep.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    draw(points, out)
+
+
+def _check_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError("a sweep draws pictures with matplotlib, which is missing; install twotower[eval]") from error
+
+
+def _table(condition: str, points: Sequence[Point]) -> Table:
+    table = Table(title=f"Medians over the rounds: {condition}")
+    table.add_column("setting", no_wrap=True)
+    for heading in ("score", "of ar's", "tokens/s", "times ar", "tokens per NFE"):
+        table.add_column(heading, justify="right")
+    for p in points:
+        cells = (
+            f"{p.score:.3f}",
+            "" if p.retention.value is None else f"{p.retention.value:.1%}",
+            "" if p.speed is None else f"{p.speed.tokens_per_second.median:.0f}",
+            "" if p.speed is None else f"{p.speed.gain.median:.2f}",
+            "" if p.tokens_per_nfe is None else f"{p.tokens_per_nfe:.2f}",
+        )
+        table.add_row(p.label, *cells)
+    return table

@@ -1,0 +1,183 @@
+"""The model of lm-evaluation-harness that decodes with a two-tower checkpoint, in any mode.
+
+    python -m twotower.eval.lm_eval --model twotower --model_args pretrained=CHECKPOINT,mode=diffusion --tasks …
+
+is lm_eval's own command line, which by itself finds no models of other packages. Without `pretrained` it is the shipped
+stories checkpoint; every setting of SamplingParams is a model argument, and so is dtype.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from twotower.checkpoints.load import load
+from twotower.decoding.generate import generate
+from twotower.decoding.params import SamplingParams
+from twotower.eval.scoring import score_text
+from twotower.eval.tasks import Example
+
+# What a task may say about a generation; its length where the task says none.
+_GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+_MAX_GEN_TOKS = 256
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
+
+
+class Scored(NamedTuple):
+    """Sum of log-probabilities of some tokens, and whether each is the likeliest at its place."""
+
+    log_probability: float
+    is_greedy: bool
+
+
+class TwoTowerLM(TemplateLM):
+    """Log-likelihoods by the context tower; generation in the mode of the model arguments.
+
+    `max_batch_size` is what the harness passes to every model; there is no automatic batch size.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        known = {field.name for field in dataclasses.fields(SamplingParams)} - {"stop", "max_new_tokens"}
+        if set(settings) - known:
+            raise ValueError(f"model_args have {sorted(set(settings) - known)}, known settings are {sorted(known)}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, must be float32 or bfloat16")
+        size = 1 if batch_size is None else batch_size
+        if not str(size).isdigit() or int(size) < 1:
+            raise ValueError(f"batch_size is {size!r}, must be an integer of at least 1")
+        self.batch_size = int(size)
+        self.params = SamplingParams(**({"seed": 0} | settings))
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            # what lm_eval passes where its user names no device
+            warnings.warn(f"device is {device!r}, but this build of torch sees no GPU: running on cpu", stacklevel=2)
+            device = "cpu"
+        self.model = load(pretrained, device=device or "cpu", dtype=_DTYPES[dtype])
+        if self.model.tokenizer is None:
+            raise ValueError("the checkpoint has no tokenizer.json, which lm_eval's texts need; add one")
+        self.encoder = self.model.tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        ends = self.model.config.eos_token_ids
+        if not ends:
+            raise ValueError("the config has no eos_token_id, which lm_eval needs; add one")
+        return ends[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands before a text that has no context."""
+        first = self.model.config.bos_token_id
+        return self.eot_token_id if first is None else first
+
+    @property
+    def max_length(self) -> int | None:
+        """Positions of the checkpoint; None where it names no limit."""
+        return self.model.config.carried.get("max_position_embeddings")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return list(self.encoder.encode(string, add_special_tokens=add_special_tokens is not False).ids)
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers every (context, generation settings) pair; the request's number is added to the seed."""
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        settings = [self._params(request.args[1], i) for i, request in enumerate(requests)]
+        texts = []
+        for start in range(0, len(prompts), self.batch_size):
+            end = start + self.batch_size
+            texts += [done.text or "" for done in generate(self.model, prompts[start:end], settings[start:end])]
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of every whole text, in windows where it has more tokens than the checkpoint positions."""
+        totals = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            longest = self.max_length or len(ids)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, max(1, longest), 1)
+            pairs = [make_disjoint_window(window) for window in windows]
+            totals.append(sum(self._score([(pair[0], pair[1])])[0].log_probability for pair in pairs))
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[Scored]:
+        found = []
+        for start in range(0, len(requests), self.batch_size):
+            batch = requests[start : start + self.batch_size]
+            found += self._score([(context, new) for _, context, new in batch])
+        for (texts, _, _), scored in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, scored)
+        return found
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
+        """The context tower over (context, new tokens) pairs as one batch; what is too long loses its start."""
+        most = self.max_length
+        rows = [[*context, *new] if most is None else [*context, *new][-most - 1 :] for context, new in pairs]
+        table = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        for row, ids in zip(table, rows, strict=True):
+            row[: len(ids)] = torch.tensor(ids)  # padding comes after everything that a row reads
+        logits = self.model.context_logits(table[:, :-1]).cpu()
+        found = []
+        for ids, (_, new), own in zip(rows, pairs, logits, strict=True):
+            predicted, truth = own[len(ids) - 1 - len(new) : len(ids) - 1], torch.tensor(ids[len(ids) - len(new) :])
+            total = -F.cross_entropy(predicted, truth, reduction="sum").item()
+            found.append(Scored(total, bool((predicted.argmax(-1) == truth).all())))
+        return found
+
+    def _params(self, asked: Mapping[str, Any], index: int) -> SamplingParams:
+        """The settings of request number `index`, whose task decides about length, stops and sampling."""
+        if set(asked) - set(_GENERATION):
+            raise ValueError(f"generation_kwargs have {sorted(set(asked) - set(_GENERATION))}, known are {_GENERATION}")
+        base = self.params
+        assert base.seed is not None
+        stops = asked.get("until", [])
+        greedy = asked.get("do_sample") is False
+        return dataclasses.replace(
+            base,
+            max_new_tokens=asked.get("max_gen_toks", _MAX_GEN_TOKS),
+            stop=(stops,) if isinstance(stops, str) else tuple(stops),
+            temperature=0.0 if greedy else asked.get("temperature", base.temperature),
+            top_k=asked.get("top_k", base.top_k),
+            top_p=asked.get("top_p", base.top_p),
+            seed=base.seed + index,
+        )
+
+
+def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Scores an answer as `twotower eval` does, loops included, for a lm_eval task over one of our task files.
+
+    Such a task says `process_results: !function twotower.eval.lm_eval.process_results`.
+    """
+    return {"score": score_text(Example.from_dict(doc), results[0])}
+
+
+def main() -> None:
+    """lm_eval's command line, with the model `twotower` in it."""
+    register_model("twotower")(TwoTowerLM)
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    # Under its own name, so that tasks that name its functions don't import it a second time.
+    from twotower.eval import lm_eval
+
+    lm_eval.main()

@@ -1,0 +1,56 @@
+"""Where a figure comes from: the command, the commit, the machine."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twotower.model.two_tower import TwoTower
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def provenance(model: TwoTower) -> dict[str, Any]:
+    """What every published figure is published with; `commit` is None where the package isn't in its git checkout."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(),
+        "machine": machine(model),
+        "torch": torch.__version__,
+        "dtype": str(model.context_tower.embeddings.dtype).removeprefix("torch."),
+    }
+
+
+def machine(model: TwoTower) -> dict[str, Any]:
+    """The processor's name and the threads used of it; the GPU's name where the model is on one."""
+    found: dict[str, Any] = {"cpu": _cpu_model(), "threads": torch.get_num_threads()}
+    if model.context_device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(model.context_device)
+    return found
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "-dirty" after it where files were changed."""
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top) / "src" / "twotower" != _PACKAGE:
+        return None  # installed, perhaps below another project's checkout
+    return _git("describe", "--always", "--dirty")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=_PACKAGE, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

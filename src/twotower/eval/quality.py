@@ -1,0 +1,131 @@
+"""Answers of the decoding modes to a task, their scores, and what share of `ar`'s quality a mode keeps."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from twotower.decoding.generate import generate
+from twotower.decoding.params import Generation, GenerationStats, SamplingParams
+from twotower.eval.scoring import is_degenerate, score_text
+from twotower.eval.tasks import Example, Task, prompt_ids
+from twotower.model.two_tower import TwoTower
+
+# Questions of similar length are answered as one batch, up to so many of them and so many tokens of prompts with their
+# padding; every answer is what its question would get alone.
+_MOST_ROWS, _MOST_TOKENS = 8, 8192
+_RESAMPLES = 2000
+# An interval that leaves out more than this share of the resamples would not be one.
+_UNDEFINED_SHARE = 0.01
+
+
+class Answer(NamedTuple):
+    """A mode's reply to one example: its score in [0, 1], what it cost, and at which step each token was committed."""
+
+    text: str
+    score: float
+    degenerate: bool
+    stats: GenerationStats
+    commit_steps: list[int]
+
+
+class Interval(NamedTuple):
+    """A value with its 95 % interval; None where it is not defined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def request(example: Example, params: SamplingParams, index: int) -> SamplingParams:
+    """The settings of a task's example number `index`: its own length and stop strings, and a seed of its own."""
+    assert params.seed is not None
+    return dataclasses.replace(
+        params, max_new_tokens=example.max_new_tokens, stop=example.stop, seed=params.seed + index
+    )
+
+
+def answer(model: TwoTower, task: Task, params: SamplingParams) -> list[Answer]:
+    """Answers every example of a task with one set of params, whose seed must be set. Needs a tokenizer."""
+    if model.tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer.json to read tasks with; add one")
+    prompts = [prompt_ids(example, model.tokenizer) for example in task.examples]
+    settings = [request(example, params, i) for i, example in enumerate(task.examples)]
+    answers: dict[int, Answer] = {}
+    for batch in _batches([len(prompt) for prompt in prompts]):
+        replies = generate(model, [prompts[i] for i in batch], [settings[i] for i in batch])
+        answers |= {
+            i: _judge(model, task.examples[i], prompts[i], done) for i, done in zip(batch, replies, strict=True)
+        }
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _batches(lengths: list[int]) -> list[list[int]]:
+    """Places of the prompts, shortest first, in batches."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and len(batches[-1]) < _MOST_ROWS and (len(batches[-1]) + 1) * lengths[i] <= _MOST_TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _judge(model: TwoTower, example: Example, prompt: list[int], done: Generation) -> Answer:
+    assert done.text is not None
+    score = (
+        likelihood_score(model, prompt, done.token_ids, done.text)
+        if example.scorer == "likelihood"
+        else score_text(example, done.text)
+    )
+    return Answer(done.text, score, is_degenerate(done.text), done.stats, done.commit_steps)
+
+
+def likelihood_score(model: TwoTower, prompt: Sequence[int], new: Sequence[int], text: str) -> float:
+    """exp(mean log p) of the new tokens under the context tower, 0 for a degenerate or empty text.
+
+    That is the probability per token, so that a mode's share of `ar`'s is exp of minus the nats per token it loses.
+    """
+    if is_degenerate(text) or not text.strip():
+        return 0.0
+    return float(np.exp(log_probabilities(model, prompt, new).mean().item()))
+
+
+def log_probabilities(model: TwoTower, prompt: Sequence[int], new: Sequence[int]) -> torch.Tensor:
+    """Log-probability of each of `new` after the tokens before it under the context tower, (len(new),) float32."""
+    ids = torch.tensor([[*prompt, *new]])
+    logits = model.context_logits(ids)[0, len(prompt) - 1 : -1].cpu()
+    return -F.cross_entropy(logits, ids[0, len(prompt) :], reduction="none")
+
+
+def mean_score(answers: Sequence[Answer]) -> float:
+    return statistics.mean(a.score for a in answers)
+
+
+def retention(mode: Mapping[str, Sequence[Answer]], ar: Mapping[str, Sequence[Answer]], seed: int = 0) -> Interval:
+    """The mean over tasks of score(mode)/score(ar), by task name, over the tasks where ar scores at all.
+
+    The interval is a percentile bootstrap over the examples of every task, a mode's and ar's answers to one example
+    always drawn together. It is undefined where in more than 1 % of the resamples some task's ar scores nothing.
+    """
+    tasks = [name for name in mode if mean_score(ar[name]) > 0]
+    if not tasks:
+        return Interval(None, None, None)
+    draw = np.random.default_rng(seed)
+    resampled = np.zeros(_RESAMPLES)
+    value = 0.0
+    for name in tasks:
+        pairs = np.array([(m.score, a.score) for m, a in zip(mode[name], ar[name], strict=True)])  # (n, 2)
+        value += pairs[:, 0].mean() / pairs[:, 1].mean() / len(tasks)
+        means = pairs[draw.integers(len(pairs), size=(_RESAMPLES, len(pairs)))].mean(axis=1)  # (resamples, 2)
+        defined = means[:, 1] > 0
+        ratios = np.divide(means[:, 0], means[:, 1], out=np.full(_RESAMPLES, np.nan), where=defined)
+        resampled += ratios / len(tasks)
+    if np.isnan(resampled).mean() > _UNDEFINED_SHARE:
+        return Interval(float(value), None, None)
+    low, high = np.nanquantile(resampled, (0.025, 0.975))
+    return Interval(float(value), float(low), float(high))

@@ -1,0 +1,181 @@
+"""Results as JSON objects and as tables."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from twotower.decoding.params import SamplingParams
+from twotower.eval.evaluate import TaskResult
+from twotower.eval.quality import Answer, Interval, mean_score, retention
+
+_UNDEFINED = "undefined"
+
+
+def to_json(results: Sequence[TaskResult], settings: Mapping[str, SamplingParams]) -> dict[str, Any]:
+    """Everything that was measured: per setting, per task and setting, and every answer.
+
+    A retention or an interval is null where it is undefined, a gain is missing where nothing could be timed.
+    """
+    return {
+        "settings": {name: _own_settings(params) for name, params in settings.items()},
+        "overall": {name: _overall(results, name) for name in settings},
+        "tasks": {result.task.name: _task(result) for result in results},
+    }
+
+
+def total_retention(results: Sequence[TaskResult], name: str) -> Interval:
+    """A setting's retention over all tasks."""
+    answers = {result.task.name: result.answers for result in results}
+    return retention({t: a[name] for t, a in answers.items()}, {t: a["ar"] for t, a in answers.items()})
+
+
+def task_retention(result: TaskResult, name: str) -> Interval:
+    return total_retention([result], name)
+
+
+def total_gain(results: Sequence[TaskResult], name: str, batch_size: int) -> float | None:
+    """The mean over the tasks that were timed of a setting's median gain, None where there are none."""
+    timed = [r.speeds[batch_size][name] for r in results if name in r.speeds.get(batch_size, {})]
+    return statistics.mean(speed.gain.median for speed in timed) if timed else None
+
+
+def tokens_per_call(answers: Sequence[Answer]) -> tuple[float | None, float | None]:
+    """New tokens per NFE and per context call but the prefill, over sound answers; None without such calls."""
+    sound = [a.stats for a in answers if not a.degenerate]
+    tokens = sum(s.num_tokens for s in sound)
+    denoiser = sum(s.denoiser_calls for s in sound)
+    context = sum(s.context_calls - 1 for s in sound)
+    return (tokens / denoiser if denoiser else None, tokens / context if context else None)
+
+
+def group_scores(result: TaskResult, name: str) -> dict[str, float]:
+    """Mean score of each group of a task, in the file's order; {} where it has none."""
+    found: dict[str, list[float]] = {}
+    for example, reply in zip(result.task.examples, result.answers[name], strict=True):
+        if example.group:
+            found.setdefault(example.group, []).append(reply.score)
+    return {group: statistics.mean(scores) for group, scores in found.items()}
+
+
+def _overall(results: Sequence[TaskResult], name: str) -> dict[str, Any]:
+    sizes = dict.fromkeys(size for result in results for size in result.speeds)
+    return {
+        "retention": total_retention(results, name)._asdict(),
+        "tasks_in_retention": [r.task.name for r in results if mean_score(r.answers["ar"]) > 0],
+        "gain": {size: total_gain(results, name, size) for size in sizes},
+    }
+
+
+def _own_settings(params: SamplingParams) -> dict[str, Any]:
+    """Without those that every example has its own of."""
+    return {k: v for k, v in dataclasses.asdict(params).items() if k not in ("max_new_tokens", "stop")}
+
+
+def _task(result: TaskResult) -> dict[str, Any]:
+    return {
+        "examples": len(result.task.examples),
+        "timed_prompts": len(result.timed),
+        "settings": {name: _setting(result, name) for name in result.answers},
+    }
+
+
+def _setting(result: TaskResult, name: str) -> dict[str, Any]:
+    answers = result.answers[name]
+    per_nfe, per_context_call = tokens_per_call(answers)
+    return {
+        "score": mean_score(answers),
+        "degenerate": sum(a.degenerate for a in answers),
+        "same_text_as_ar": sum(a.text == b.text for a, b in zip(answers, result.answers["ar"], strict=True)),
+        "retention": task_retention(result, name)._asdict(),
+        "groups": group_scores(result, name),
+        "tokens_per_nfe": per_nfe,
+        "tokens_per_context_call": per_context_call,
+        "speed": {
+            size: {field: value._asdict() for field, value in by_name[name]._asdict().items()}
+            for size, by_name in result.speeds.items()
+            if name in by_name
+        },
+        "answers": [{"text": a.text, "score": a.score, "degenerate": a.degenerate} for a in answers],
+    }
+
+
+def quality_table(results: Sequence[TaskResult]) -> Table:
+    """Scores and retention; where ar scores nothing, retention is undefined, and the table says so."""
+    table = Table(title="Quality")
+    for heading in ("task", "mode", "score", "degenerate", "of ar's score (95 %)", "tokens per NFE"):
+        table.add_column(heading, justify="left" if heading in ("task", "mode") else "right", overflow="fold")
+    for result in results:
+        for i, (name, answers) in enumerate(result.answers.items()):
+            per_nfe, _ = tokens_per_call(answers)
+            label = result.task.name if i == 0 else ""
+            bad = f"{sum(a.degenerate for a in answers)} of {len(answers)}"
+            kept = "" if name == "ar" else _share(task_retention(result, name))
+            table.add_row(label, name, f"{mean_score(answers):.3f}", bad, kept, _number(per_nfe, 2))
+        table.add_section()
+    for name in results[0].answers:
+        if name != "ar":
+            table.add_row("all", name, "", "", _share(total_retention(results, name)), "")
+    return table
+
+
+def group_table(results: Sequence[TaskResult]) -> Table:
+    """Scores of the parts that tasks have; no rows where no task has any."""
+    names = list(results[0].answers)
+    table = Table(title="Scores by group")
+    for heading in ("task", "group", *names):
+        table.add_column(heading, justify="left" if heading in ("task", "group") else "right")
+    for result in results:
+        for group in group_scores(result, "ar"):
+            table.add_row(result.task.name, group, *(f"{group_scores(result, n)[group]:.3f}" for n in names))
+        table.add_section()
+    return table
+
+
+def speed_table(results: Sequence[TaskResult]) -> Table:
+    """Medians with quartiles of the rounds, and the gains' mean over tasks."""
+    table = Table(title="Speed without prefill: medians (quartiles)")
+    for heading in ("task", "prompts", "batch", "mode", "tokens/s", "times ar", "prefill, s"):
+        table.add_column(heading, justify="left" if heading in ("task", "mode") else "right", overflow="fold")
+    sizes: dict[int, None] = {}
+    for result in results:
+        if not result.speeds:
+            why = (
+                "ar scores 0"
+                if not mean_score(result.answers["ar"])
+                else "too few prompts with sound answers in every mode"
+            )
+            table.add_row(result.task.name, "0", "", "", f"not timed: {why}")
+        for size, by_name in result.speeds.items():
+            sizes[size] = None
+            for name, speed in by_name.items():
+                prefill = _number(speed.prefill_seconds.median, 3)
+                parts = (_spread(speed.tokens_per_second, 0), _spread(speed.gain, 2), prefill)
+                table.add_row(result.task.name, str(len(result.timed)), str(size), name, *parts)
+            for name in result.answers.keys() - by_name.keys():
+                table.add_row(result.task.name, "", str(size), name, "not timed: most answers degenerate or empty")
+        table.add_section()
+    for size in sizes:
+        for name in results[0].answers:
+            if name != "ar":
+                table.add_row("all", "", str(size), name, "", _number(total_gain(results, name, size), 2), "")
+    return table
+
+
+def _share(found: Interval) -> str:
+    if found.value is None:
+        return f"{_UNDEFINED}: ar scores 0"
+    if found.low is None or found.high is None:
+        return f"{found.value:.1%} (interval {_UNDEFINED}: ar scores too little)"
+    return f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%})"
+
+
+def _spread(values: tuple[float, float, float], digits: int) -> str:
+    low, median, high = values
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,85 @@
+"""`twotower eval`: tables, the JSON file, and mistakes."""
+
+import json
+
+import pytest
+import torch
+
+LINE = {"prompt": "ab", "scorer": "likelihood", "max_new_tokens": 12}
+
+
+@pytest.fixture
+def task(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(LINE | {"prompt": prompt}) + "\n" for prompt in ("ab", "xyz", "12")))
+    return path
+
+
+def test_the_json_file_has_everything(run, checkpoint, task, tmp_path):
+    out = tmp_path / "out.json"
+    options = ("--threshold", 0.3, "--block-size", 4, "--temperature", 1, "--speed-prompts", 2, "--batch-sizes", "1,2")
+    result = run("eval", checkpoint, "--tasks", task, "--json", out, *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert {"command", "commit", "machine", "torch", "dtype", "model"} <= found.keys()
+    assert found["machine"]["threads"] == torch.get_num_threads()
+    assert list(found["settings"]) == ["ar", "diffusion", "verified"]
+    assert found["settings"]["diffusion"]["confidence_threshold"] == 0.3
+    assert found["settings"]["diffusion"]["block_size"] == 4
+    assert found["overall"]["ar"]["retention"]["value"] == 1.0
+    assert found["overall"]["diffusion"]["gain"].keys() == {"1", "2"}
+    mine = found["tasks"]["mine"]
+    assert mine["timed_prompts"] == 2
+    for setting in mine["settings"].values():
+        assert 0 < setting["score"] < 1
+        assert setting["speed"]["1"]["tokens_per_second"]["median"] > 0
+        assert len(setting["answers"]) == 3
+    for word in ("mine", "diffusion", "verified", "Quality", "Speed"):
+        assert word in result.stdout
+
+
+def test_modes_limits_and_no_speed(run, checkpoint, task, tmp_path):
+    out = tmp_path / "out.json"
+    options = ("--tasks", task, "--modes", "mock_ar", "--limit", 1, "--no-speed", "--json", out)
+    result = run("eval", checkpoint, *options)
+    assert result.exit_code == 0, result.output
+    assert "Speed" not in result.stdout
+    mine = json.loads(out.read_text())["tasks"]["mine"]
+    assert mine["examples"] == 1
+    assert list(mine["settings"]) == ["ar", "mock_ar"]
+    assert mine["settings"]["ar"]["speed"] == {}
+
+
+def test_what_does_not_fit_is_left_out_and_said(run, checkpoint, task, tmp_path):
+    out = tmp_path / "out.json"
+    result = run("eval", checkpoint, "--tasks", task, "--no-speed", "--json", out, "--longest", 14)
+    assert result.exit_code == 0, result.output
+    assert "mine: 1 of 3 questions need more than 14 tokens and are left out" in result.stderr
+    found = json.loads(out.read_text())
+    assert found["questions_left_out"] == {"mine": 1}
+    assert found["tasks"]["mine"]["examples"] == 2
+    assert run("eval", checkpoint, "--tasks", task, "--longest", 5).exit_code == 2
+
+
+def test_groups_have_a_table(run, checkpoint, tmp_path):
+    path = tmp_path / "groups.jsonl"
+    path.write_text("".join(json.dumps(LINE | {"prompt": g, "group": g}) + "\n" for g in ("first", "second")))
+    assert "second" in run("eval", checkpoint, "--tasks", path, "--no-speed").stdout
+
+
+def test_programs_are_announced(run, checkpoint, tmp_path):
+    path = tmp_path / "code.jsonl"
+    path.write_text(json.dumps({"prompt": "x = ", "scorer": "program", "answer": "", "max_new_tokens": 4}))
+    result = run("eval", checkpoint, "--tasks", path, "--no-speed")
+    assert result.exit_code == 0, result.output
+    assert "not kept from them: reading of files" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--tasks", "chess"), ("--modes", "fast"), ("--repeats", 4), ("--batch-sizes", "1,x"), ("--batch-sizes", "64")],
+)
+def test_mistakes_are_one_line(run, checkpoint, options):
+    result = run("eval", checkpoint, *options)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,62 @@
+"""`twotower sweep`: its files, and mistakes."""
+
+import csv
+import json
+
+import pytest
+
+LINE = {"scorer": "likelihood", "max_new_tokens": 4}
+
+
+@pytest.fixture
+def task(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(LINE | {"prompt": prompt}) + "\n" for prompt in ("ab", "xyz")))
+    return path
+
+
+def test_csv_json_and_pictures(run, checkpoint, task, tmp_path):
+    out = tmp_path / "out"
+    options = ("--thresholds", "0.2,0.9", "--block-sizes", "4", "--temperatures", "1", "--speed-prompts", 2)
+    result = run("sweep", checkpoint, "--out", out, "--task", task, *options)
+    assert result.exit_code == 0, result.output
+    names = {"sweep.csv", "sweep.json", "pareto.png", "tokens_per_nfe.png", "commits.png", "phases.png"}
+    assert {file.name for file in out.iterdir()} == names
+    rows = list(csv.DictReader((out / "sweep.csv").open()))
+    assert [(row["mode"], row["confidence_threshold"]) for row in rows] == [
+        ("ar", ""),
+        ("diffusion", "0.2"),
+        ("diffusion", "0.9"),
+    ]
+    found = json.loads((out / "sweep.json").read_text())
+    assert {"command", "commit", "machine", "torch", "dtype", "model", "points"} == found.keys()
+    assert [str(point["score"]) for point in found["points"]] == [row["score"] for row in rows]
+    assert sum(map(sum, found["points"][1]["commits"])) > 0
+    assert "diffusion γ 0.9 S 4 T 16" in " ".join(result.stdout.split())
+
+
+def test_distances_and_batches_are_conditions(run, checkpoint, task, tmp_path):
+    out = tmp_path / "out"
+    options = ("--modes", "verified", "--distances", "0,30", "--batch-sizes", "1,2", "--temperatures", 1)
+    result = run("sweep", checkpoint, "--out", out, "--task", task, *options)
+    assert result.exit_code == 0, result.output
+    rows = csv.DictReader((out / "sweep.csv").open())
+    assert [(row["distance"], row["batch_size"]) for row in rows if row["mode"] == "verified"] == [
+        ("0", "1"),
+        ("0", "2"),
+        ("30", "1"),
+        ("30", "2"),
+    ]
+
+
+@pytest.mark.parametrize("options", [("--thresholds", "high"), ("--modes", "fast"), ("--task", "chess")])
+def test_mistakes_are_one_line(run, checkpoint, tmp_path, options):
+    result = run("sweep", checkpoint, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+
+
+def test_results_are_not_written_over(run, checkpoint, task, tmp_path):
+    result = run("sweep", checkpoint, "--out", tmp_path, "--task", task)
+    assert result.exit_code == 2
+    assert "not empty" in result.stderr

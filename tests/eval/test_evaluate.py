@@ -1,0 +1,129 @@
+"""A task under several settings: which prompts are timed, and what the report says of it."""
+
+import json
+
+import pytest
+
+from twotower.decoding.params import GenerationStats, SamplingParams
+from twotower.eval import evaluate as module
+from twotower.eval.evaluate import SpeedConfig, TaskResult, evaluate
+from twotower.eval.quality import Answer
+from twotower.eval.report import group_scores, quality_table, speed_table, to_json, tokens_per_call, total_gain
+from twotower.eval.tasks import Example, Task
+from twotower.eval.throughput import Quartiles, Speed
+
+SETTINGS = {
+    "ar": SamplingParams(mode="ar", seed=0, temperature=1.0),
+    "diffusion": SamplingParams(seed=0, temperature=1.0, block_size=8),
+}
+
+
+def reply(score=1.0, text="a", degenerate=False, tokens=8, nfe=4, context=3):
+    stats = GenerationStats(
+        denoiser_calls=nfe, context_calls=context, seconds_to_first_token=0, seconds_total=1, num_tokens=tokens
+    )
+    return Answer(text, score, degenerate, stats, [])
+
+
+def speed(gain):
+    return Speed(Quartiles(1, 2, 3), Quartiles(gain - 0.1, gain, gain + 0.1), Quartiles(0, 0, 0))
+
+
+def result(name="t", gain=None, **answers):
+    examples = tuple(Example(prompt=str(i), scorer="exact", max_new_tokens=1, group=f"g{i % 2}") for i in range(2))
+    timed = {} if gain is None else {1: {"ar": speed(1), "diffusion": speed(gain)}}
+    return TaskResult(Task(name, examples), answers, timed, [0, 1])
+
+
+def test_a_task_is_answered_and_timed(model, asking):
+    said = []
+    timing = SpeedConfig(prompts=2, batch_sizes=(1, 2))
+    found = evaluate(model, asking("likelihood"), SETTINGS, timing, said.append)
+    assert list(found.answers) == ["ar", "diffusion"]
+    assert [len(a) for a in found.answers.values()] == [10, 10]
+    assert list(found.speeds) == [1, 2]
+    assert found.timed == [0, 1]
+    assert said == [
+        "asked: answers of ar",
+        "asked: answers of diffusion",
+        "asked: speed at batch 1",
+        "asked: speed at batch 2",
+    ]
+
+
+def test_prompts_where_any_answer_is_unsound_are_not_timed(model, asking, monkeypatch):
+    bad = {"ar": {0: reply(text=" ")}, "diffusion": {2: reply(degenerate=True)}}
+
+    def answers(_, task, params):
+        return [bad[params.mode].get(i, reply()) for i in range(len(task.examples))]
+
+    timed = []
+    monkeypatch.setattr(module, "answer", answers)
+    monkeypatch.setattr(module, "speeds", lambda _, work, repeats: timed.append(work) or {})
+    task = asking("exact")
+    evaluate(model, task, SETTINGS, SpeedConfig(prompts=3))
+    expected = [model.tokenizer.encode(task.examples[i].prompt).ids for i in (1, 3, 4)]
+    assert timed[0].prompts == expected
+    assert [p.seed for p in timed[0].settings["diffusion"]] == [1, 3, 4]
+
+
+def test_a_setting_with_mostly_unsound_answers_is_not_timed(model, asking, monkeypatch):
+    def answers(_, task, params):
+        bad = 6 if params.mode == "diffusion" else 0
+        return [reply(degenerate=i < bad) for i in range(len(task.examples))]
+
+    monkeypatch.setattr(module, "answer", answers)
+    found = evaluate(model, asking("exact"), SETTINGS, SpeedConfig(prompts=2))
+    assert list(found.speeds[1]) == ["ar"]
+    assert found.timed == [0, 1]
+    assert "not timed: most answers degenerate or empty" in list(speed_table([found]).columns[4].cells)
+    assert total_gain([found], "diffusion", 1) is None
+
+
+def test_where_answers_are_unsound_or_ar_scores_nothing_nothing_is_timed(model, asking, monkeypatch):
+    monkeypatch.setattr(module, "answer", lambda _, task, params: [reply(degenerate=True)] * len(task.examples))
+    assert evaluate(model, asking("exact"), SETTINGS, SpeedConfig()).timed == []
+    monkeypatch.setattr(module, "answer", lambda _, task, params: [reply(score=0)] * len(task.examples))
+    assert evaluate(model, asking("exact"), SETTINGS, SpeedConfig()).timed == []
+
+
+@pytest.mark.parametrize("bad", [{"repeats": 4}, {"batch_sizes": ()}, {"batch_sizes": (9,)}, {"batch_sizes": (0,)}])
+def test_bad_timing_is_a_mistake(bad):
+    with pytest.raises(ValueError, match="must be"):
+        SpeedConfig(**bad)
+
+
+def test_tokens_of_degenerate_answers_do_not_count():
+    assert tokens_per_call([reply(), reply(tokens=999, degenerate=True)]) == (2.0, 4.0)
+    assert tokens_per_call([reply(nfe=0, context=1)]) == (None, None)
+
+
+def test_groups_and_gains():
+    results = [result(ar=[reply(1), reply(0)], diffusion=[reply(0), reply(1)], gain=2.0)]
+    results.append(result(name="u", ar=[reply(), reply()], diffusion=[reply(), reply()]))
+    assert group_scores(results[0], "diffusion") == {"g0": 0, "g1": 1}
+    assert total_gain(results, "diffusion", 1) == 2.0
+    assert total_gain(results[1:], "diffusion", 1) is None
+
+
+def test_json_says_undefined_with_null():
+    zero = result(ar=[reply(0), reply(0)], diffusion=[reply(1), reply(0)])
+    one = result(name="u", ar=[reply(), reply()], diffusion=[reply(1), reply(0.5)], gain=1.5)
+    found = json.loads(json.dumps(to_json([zero, one], SETTINGS)))
+    assert found["tasks"]["t"]["settings"]["diffusion"]["retention"] == {"value": None, "low": None, "high": None}
+    assert found["overall"]["diffusion"]["retention"]["value"] == 0.75
+    assert found["overall"]["diffusion"]["tasks_in_retention"] == ["u"]
+    assert found["overall"]["diffusion"]["gain"] == {"1": 1.5}
+    assert found["tasks"]["u"]["settings"]["diffusion"]["speed"]["1"]["gain"]["median"] == 1.5
+    assert found["tasks"]["u"]["settings"]["diffusion"]["answers"][1] == {
+        "text": "a",
+        "score": 0.5,
+        "degenerate": False,
+    }
+    assert found["settings"]["diffusion"]["confidence_threshold"] == 0.8
+    assert "max_new_tokens" not in found["settings"]["diffusion"]
+
+
+def test_the_table_says_that_a_share_of_nothing_is_undefined():
+    column = quality_table([result(ar=[reply(0), reply(0)], diffusion=[reply(1), reply(0)])]).columns[4]
+    assert "undefined: ar scores 0" in list(column.cells)

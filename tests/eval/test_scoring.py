@@ -1,0 +1,71 @@
+"""Scorers, and what counts as a loop."""
+
+import pytest
+
+from twotower.eval.scoring import is_degenerate, score_text
+from twotower.eval.tasks import Example
+
+STORY = (
+    "Once upon a time there was a cat named Tom. Tom liked to run and jump all day. One day he saw a big red ball in "
+    "the park and wanted to play with it. A girl came and said that the ball was hers, but that he could play too. "
+    "They threw it far away, ran after it and laughed until the sun went down behind the hills and it was time for bed."
+)
+
+
+def example(scorer, answer, prompt="?"):
+    return Example(prompt=prompt, scorer=scorer, answer=answer, max_new_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "answer", "right", "wrong"),
+    [
+        ("exact", "blue", [" blue", "blue\n"], ["Blue", "blue sky", ""]),
+        ("number", "1200", ["1,200", " 1200 apples", "1200.0", "is 1200."], ["120", "-1200", "a lot", "3 or 1200"]),
+        ("number", "-3.5", ["-3.5"], ["3.5"]),
+        ("json", '{"a": 1, "b": [2]}', ['{"b":[2],"a":1}', ' {"a": 1,\n"b": [2]}'], ['{"a": 1}', '{"a": 1', "", "[]"]),
+        ("program", "assert f(2) == 4", ["    return 2 * x", "    return x + 2"], ["    return x", "    retrun", ""]),
+    ],
+)
+def test_right_and_wrong_answers(scorer, answer, right, wrong):
+    asked = example(scorer, answer, prompt="def f(x):\n" if scorer == "program" else "?")
+    assert [score_text(asked, text) for text in right] == [1.0] * len(right)
+    assert [score_text(asked, text) for text in wrong] == [0.0] * len(wrong)
+
+
+def test_a_right_answer_with_a_loop_after_it_is_wrong():
+    asked = example("number", "7")
+    assert score_text(asked, "7, because 3 and 4 make 7.") == 1.0
+    assert score_text(asked, "7. The answer is 7. The answer is 7. The answer is 7. The answer is 7. The answer") == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 40,
+        "They were happy. " * 4,
+        "Good start. " + "and then \n" * 8,
+        STORY + " the dog ran" * 6,
+        "the dog ran " * 6 + STORY,
+        # whole sentences come again, but never four times in a row
+        " ".join(f"{STORY} {ending}" for ending in ("Then it rained.", "And so it went.", "Nobody knew why.")),
+    ],
+)
+def test_loops_are_degenerate(text):
+    assert is_degenerate(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "7",
+        STORY,
+        "no " * 3 + "yes",
+        "[0, 0, 0, 0, 0, 0]",
+        "    " * 30 + "return x",
+        "They were happy. " * 3,
+        "a" * 39,
+    ],
+)
+def test_ordinary_texts_are_not(text):
+    assert not is_degenerate(text)

@@ -1,0 +1,90 @@
+"""README's tables are what the committed result files say."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def render(tables, tmp_path):
+    """The lines of a table made of the given results."""
+
+    def call(name, *results):
+        files = []
+        for i, result in enumerate(results):
+            files.append(f"{i}.json")
+            (tmp_path / files[-1]).write_text(json.dumps(result))
+        place = f"before\n<!-- table: {name} {' '.join(files)} -->\nold\n<!-- end of table -->\nafter"
+        lines = tables.rendered(place, tmp_path).splitlines()
+        assert (lines[0], lines[-1]) == ("before", "after")
+        assert "old" not in lines
+        return lines[2:-2]
+
+    return call
+
+
+MACHINE = {"cpu": "a CPU", "threads": 2, "torch": "2", "commit": "abc"}
+
+
+def test_the_readme_is_up_to_date(tables):
+    readme = (ROOT / "README.md").read_text()
+    assert "<!-- table: stories_modes " in readme
+    assert tables.rendered(readme) == readme
+
+
+def test_hybrid_decode(render):
+    one = {"ms": 2.0, "ms_quartiles": [1.5, 2.5], "ratio_to_larger_floor": 3.21, "times_faster_than_reference": 1.5}
+    both = one | {"times_faster_than_transformers": 4.0}
+    lines = render("hybrid_decode", MACHINE | {"dtype": "float32", "ar": one, "nfe": both})
+    assert lines[2:4] == [
+        "| one `ar` step, float32 | 2.0 (1.5–2.5) | 3.2 | 1.50 |  |",
+        "| one NFE of 16, float32 | 2.0 (1.5–2.5) | 3.2 | 1.50 | 4.00 |",
+    ]
+    assert "--dtype float32`, abc, a CPU, 2 threads, torch 2" in lines[-1]
+
+
+def setting(value, gain):
+    quartiles = {"q1": gain - 0.1, "median": gain, "q3": gain + 0.1}
+    speed = {} if gain is None else {"1": {"gain": quartiles}}
+    return {"retention": {"value": value, "low": 0.5, "high": 0.9}, "tokens_per_nfe": 1.25, "speed": speed}
+
+
+def test_evaluation(render):
+    overall = {"retention": {"value": 0.75, "low": None, "high": None}, "tasks_in_retention": ["a"], "gain": {"1": 2.0}}
+    lines = render(
+        "evaluation",
+        {
+            "command": "twotower eval",
+            "commit": None,
+            "torch": "2",
+            "machine": {"cpu": "a CPU", "threads": 1},
+            "overall": {"ar": overall, "diffusion": overall},
+            "tasks": {"a": {"settings": {"diffusion": setting(0.75, 2.0)}}, "b": {}},
+        },
+    )
+    assert lines[0] == "| mode | task | of `ar`'s score (95 %) | times `ar`, batch 1 | tokens per NFE |"
+    assert lines[2:4] == [
+        "| `diffusion` | a | 75.0% (50.0%–90.0%) | 2.00 (1.90–2.10) | 1.25 |",
+        "| `diffusion` | all | 75.0% (interval undefined) | 2.00 |  |",
+    ]
+    assert "`twotower eval`, an unknown commit, a CPU, one thread" in lines[-1]
+    assert lines[-1].endswith("`ar` itself scores 0 on b: no share of that is defined.")
+
+
+def test_unknown_tables_and_files_are_named(tables, tmp_path):
+    with pytest.raises(ValueError, match="'poem'"):
+        tables.rendered("<!-- table: poem a.json -->\n<!-- end of table -->")
+    with pytest.raises(ValueError, match=r"a\.json"):
+        tables.rendered("<!-- table: training_pass a.json -->\n<!-- end of table -->", tmp_path)
