@@ -20,6 +20,7 @@ _COMMANDS = {
     "sample": "Write a training corpus with the context tower itself.",
     "tokenize": "Write a training corpus from text.",
     "train": "Train the denoiser tower on a corpus of tokens.",
+    "serve": "Serve OpenAI's API and a page, every mode behind one port.",
     "bench": "Measure the speed of the decoding modes.",
 }
 

@@ -1,0 +1,62 @@
+"""The server's routes."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+
+from twotower.engine.aio import AsyncEngine
+from twotower.server.chat_template import ChatTemplate
+from twotower.server.completions import chat, complete
+from twotower.server.config import ServerConfig
+from twotower.server.errors import install
+from twotower.server.middleware import ApiKeys, BodyLimit, RequestLog
+from twotower.server.protocol import ChatRequest, CompletionRequest
+from twotower.server.service import Service
+
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate | None = None) -> FastAPI:
+    """The server over an engine that the caller starts and closes. Raises ValueError for a model without tokenizer."""
+    service = Service(engine, config, template)
+    app = FastAPI(title="twotower", docs_url=None, redoc_url=None)
+    install(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, limit=config.max_body_bytes)
+    if config.api_keys:
+        app.add_middleware(ApiKeys, keys=config.api_keys)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(config.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(RequestLog, metrics=service.metrics)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await complete(service, body, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await chat(service, body, request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.model_card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return service.model_card
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        ready = engine.is_running
+        return JSONResponse({"status": "ready" if ready else "stopped"}, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.exposition(), media_type=_METRICS_TYPE)
+
+    return app
