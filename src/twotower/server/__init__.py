@@ -1,1 +1,1 @@
-"""One engine behind HTTP: OpenAI's protocol, metrics and a page to watch the modes. Needs `pip install twotower[serve]`."""
+"""One HTTP process for all modes: OpenAI's protocol over the engine, and a page that shows blocks being denoised."""

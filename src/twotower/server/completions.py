@@ -45,14 +45,14 @@ class CompletionShape:
         shown = None
         if logprobs is not None:
             shown = self._logprobs(logprobs, self._offsets[index])
-            self._offsets[index] += sum(len(self._names.text(t.id) or "") for t in logprobs)
+            self._offsets[index] += sum(self._names.width(t.id, first=False) for t in logprobs)
         return {"index": index, "text": text, "logprobs": shown, "finish_reason": None}
 
     def end(self, index: int, result: Generation) -> dict[str, Any]:
         return {"index": index, "text": "", "logprobs": None, "finish_reason": result.finish_reason}
 
     def _logprobs(self, tokens: Sequence[Scored], offset: int) -> dict[str, Any]:
-        return completion_logprobs(self._names, tokens, offset, with_top=self._with_top)
+        return completion_logprobs(self._names, tokens, offset, at_start=bool(self._echoes[0]), with_top=self._with_top)
 
 
 @dataclasses.dataclass(frozen=True)

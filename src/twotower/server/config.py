@@ -1,35 +1,38 @@
-"""What an operator decides about a server."""
+"""What a server allows."""
 
 import dataclasses
 
-from twotower.decoding.params import Mode
+from twotower.decoding.params import MODES, Mode
 
 MIB = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """One server's settings, checked once.
+    """Settings of one server, checked once.
 
-    `model_name` is what requests call the model. `max_context` bounds the tokens of a prompt and its answer together,
-    `max_body_bytes` a request's body. `api_keys` empty lets everybody in; `cors_origins` empty lets no other site's
-    page in. `retry_after` is what an overloaded server asks clients to wait, in seconds.
+    `model_name` is what requests call the model. `default_mode` is for requests that name none. A prompt and its new
+    tokens together have at most `max_context` tokens. A request has at most `max_choices` texts to write (prompts times
+    `n`) and `max_body_bytes`. With `api_keys`, every request but /health and the page's files must carry one of them.
+    Browsers on other sites may only read answers if their origin is in `cors_origins`.
     """
 
     model_name: str
-    max_context: int
     default_mode: Mode = "diffusion"
-    max_body_bytes: int = 4 * MIB
+    max_context: int = 4096
+    max_choices: int = 64
+    max_body_bytes: int = 2 * MIB
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
-    retry_after: int = 1
-    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         if not self.model_name:
-            raise ValueError("model_name is empty; name the model that requests ask for")
-        for name, low in {"max_context": 2, "max_body_bytes": 1, "retry_after": 0}.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {low}")
-        if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
-            raise ValueError("an API key is empty or not printable ASCII, which no client can send; choose another")
+            raise ValueError("model_name is empty, must be a name that requests can give; choose one")
+        if self.default_mode not in MODES:
+            raise ValueError(f"default_mode is {self.default_mode!r}, must be one of {', '.join(MODES)}")
+        for name, low in {"max_context": 2, "max_choices": 1, "max_body_bytes": 1024}.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} is {value!r}, must be an integer of at least {low}")
+        if not all(key.isascii() and key.isprintable() and key.strip() == key != "" for key in self.api_keys):
+            raise ValueError("an API key is empty or has characters that headers can't carry; use printable ASCII")

@@ -73,19 +73,26 @@ class TokenNames:
         piece = self._tokenizer.decode([*self._anchor, token])[self._alone :]
         return piece if piece and "\ufffd" not in piece else None
 
+    def width(self, token: int, *, first: bool) -> int:
+        """How many characters the token adds to a text, where it may be the first."""
+        return len(self._tokenizer.decode([token]) if first else self.text(token) or "")
+
     def name(self, token: int) -> str:
         """The token's text, or what the vocabulary calls it."""
         return self.text(token) or self._tokenizer.id_to_token(token) or f"<{token}>"
 
 
 def completion_logprobs(
-    names: TokenNames, tokens: Sequence[Scored], offset: int, *, with_top: bool
+    names: TokenNames, tokens: Sequence[Scored], offset: int, *, at_start: bool, with_top: bool
 ) -> dict[str, list[Any] | None]:
-    """The object of /v1/completions; `offset` is the number of characters before the tokens."""
+    """The object of /v1/completions; `offset` is the number of characters before the tokens.
+
+    `at_start` where the tokens begin a text, and none is before them.
+    """
     offsets = []
     for token in tokens:
         offsets.append(offset)
-        offset += len(names.text(token.id) or "")
+        offset += names.width(token.id, first=at_start and offset == 0)
     tops: list[dict[str, float] | None] = []
     for token in tokens:
         top: dict[str, float] = {}
