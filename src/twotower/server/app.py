@@ -1,19 +1,43 @@
 """The server's routes."""
 
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
 
 from twotower.engine.aio import AsyncEngine
 from twotower.server.chat_template import ChatTemplate
 from twotower.server.completions import chat, complete
 from twotower.server.config import ServerConfig
-from twotower.server.errors import install
+from twotower.server.errors import ApiError, install
 from twotower.server.middleware import ApiKeys, BodyLimit, RequestLog
 from twotower.server.protocol import ChatRequest, CompletionRequest
 from twotower.server.service import Service
+
+
+class _JsonRequest(Request):
+    """A request whose JSON is read by pydantic, which unlike Python refuses lone surrogates, NaN and deep nesting."""
+
+    async def json(self) -> Any:
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
+
+
+class _JsonRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(_JsonRequest(request.scope, request.receive))
+
+        return handle
+
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -22,6 +46,7 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
     """The server over an engine that the caller starts and closes. Raises ValueError for a model without tokenizer."""
     service = Service(engine, config, template)
     app = FastAPI(title="twotower", docs_url=None, redoc_url=None)
+    app.router.route_class = _JsonRoute
     install(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)

@@ -70,8 +70,6 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first, *others = error.errors()
     param = _path(first["loc"])
-    if first["type"] == "json_invalid":
-        return JSONResponse(body(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json"), 400)
     if first["type"] == "extra_forbidden":
         message = f"{param} is not supported by this server; leave it out"
         return JSONResponse(body(400, message, param, "unsupported_parameter"), 400)

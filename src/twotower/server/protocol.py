@@ -1,7 +1,7 @@
 """The requests that the server takes. Types are checked here, ranges by `SamplingParams`."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -42,10 +42,25 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _NAMES = {field.name: field.name for field in dataclasses.fields(SamplingParams)} | {"max_new_tokens": "max_tokens"}
 
 
+# A list of 100,000 wrong entries is one complaint, not 100,000.
+_Entry = TypeVar("_Entry")
+_Many = Annotated[list[_Entry], Field(fail_fast=True)]
+
+
 class _Strict(BaseModel):
     """Unknown fields are errors, and a number in quotes is no number."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, raw: Any) -> Any:
+        """Keeps the first unknown field only, for the same reason."""
+        if not isinstance(raw, dict):
+            return raw
+        known = {name: value for name, value in raw.items() if name in cls.model_fields}
+        first = next(((k, v) for k, v in raw.items() if k not in known), None)
+        return known if first is None else known | dict([first])
 
 
 class StreamOptions(_Strict):
@@ -60,7 +75,7 @@ class Sampling(_Strict):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | _Many[str] | None = None
     mode: Mode | None = None
     block_size: int | None = None
     steps_per_block: int | None = None
@@ -138,7 +153,7 @@ class Settings(Sampling):
 class CompletionRequest(Settings):
     """POST /v1/completions. `logprobs` n gives each token's log-probability and those of the n likeliest."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | _Many[str] | _Many[int] | _Many[_Many[int]]
     max_tokens: int | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     echo: bool | None = None
@@ -165,7 +180,7 @@ class Message(_Strict):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | _Many[TextPart]
 
     @property
     def text(self) -> str:
@@ -175,7 +190,7 @@ class Message(_Strict):
 class ChatRequest(Settings):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[_Many[Message], Field(min_length=1)]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
