@@ -8,7 +8,7 @@ from rich.console import Console
 
 import twotower
 from twotower.checkpoints import save
-from twotower.cli.generate import Job, record
+from twotower.cli.batch import Job, record
 from twotower.cli.live import StoryView, show, steps
 from twotower.decoding.params import MODES, SamplingParams
 

@@ -4,32 +4,29 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from twotower.cli.batch import Job, record, write_batch
 from twotower.cli.live import show
 from twotower.cli.options import DeviceOption, DtypeOption, MaxNewTokensOption, ModelOption, open_model
 from twotower.decoding.generate import generate, stream
-from twotower.decoding.params import CommitRule, Generation, Mode, SamplingParams
-from twotower.decoding.record import Prompt
+from twotower.decoding.params import CommitRule, Mode, SamplingParams
+from twotower.engine.config import MIB, EngineConfig
 from twotower.model.two_tower import TwoTower
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _DEFAULTS = SamplingParams()
+_LIMITS = EngineConfig()
 _MODE_HELP = (
     "ar: the context tower alone, one token at a time. diffusion: whole blocks, most certain positions first. "
     "verified: whole blocks that the context tower checks, the text of ar. simulated_ar: blocks from left to right. "
-    "mock_ar: the denoiser as a second autoregressive model."
+    "mock_ar: the denoiser as a second autoregressive model. auto, with --out: ar or verified, whichever is faster."
 )
 _FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
-
-
-class Job(NamedTuple):
-    prompt: Prompt
-    params: SamplingParams
 
 
 @app.command("generate")
@@ -46,6 +43,14 @@ def command(
             dir_okay=False,
             help='Continue every line of a JSON-lines file: {"prompt": text or token ids}, and for that line alone any '
             'setting under its name with underscores, such as "max_new_tokens".',
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="With --file: write one JSON object per line there, in order, many prompts at a time. Lines that it "
+            "has are kept: call it again after an interruption.",
         ),
     ] = None,
     mode: Annotated[Mode, typer.Option(help=_MODE_HELP)] = _DEFAULTS.mode,
@@ -83,6 +88,13 @@ def command(
     denoiser_device: Annotated[
         str | None, typer.Option(help="Where the denoiser tower runs.", show_default="--device")
     ] = None,
+    allow_loss: Annotated[bool, typer.Option("--allow-loss", help="Let auto choose diffusion too.")] = False,
+    max_num_requests: Annotated[
+        int, typer.Option(help="With --out: prompts at a time, 1 or more.")
+    ] = _LIMITS.max_num_requests,
+    state_mib: Annotated[
+        int, typer.Option(help="With --out: MiB for the states of those prompts, 1 or more.")
+    ] = _LIMITS.state_bytes // MIB,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per prompt, and nothing else on stdout.")
     ] = False,
@@ -107,11 +119,24 @@ def command(
         seed=seed,
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
+        allow_loss=allow_loss,
     )
+    if out is not None and file is None:
+        raise ValueError("--out needs --file, a JSON-lines file of prompts; without one, redirect what --json prints")
+    if out is not None and (as_json or live):
+        raise ValueError("--out writes a file and shows its progress; drop --json and --live")
     jobs = _jobs(prompt, file, params)
     opened = open_model(
         model, device=device, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
     )
+    if out is not None:
+        limits = EngineConfig(
+            max_num_requests=max_num_requests,
+            state_bytes=state_mib * MIB,
+            snapshot_bytes=min(_LIMITS.snapshot_bytes, state_mib * MIB // 4),
+        )
+        write_batch(opened, jobs, out, limits)
+        return
     watched = not as_json and (sys.stdout.isatty() if live is None else live)
     for i, job in enumerate(jobs):
         if as_json:
@@ -124,23 +149,6 @@ def command(
             show(opened, job.prompt, job.params, Console())
         else:
             _print_text(opened, job)
-
-
-def record(job: Job, result: Generation) -> dict[str, Any]:
-    """The object that `--json` prints."""
-    stats = result.stats
-    return {
-        "prompt": job.prompt,
-        "text": result.text,
-        "token_ids": result.token_ids,
-        "finish_reason": result.finish_reason,
-        "mode": job.params.mode,
-        **dataclasses.asdict(stats),
-        "tokens_per_denoiser_call": stats.tokens_per_denoiser_call,
-        "tokens_per_second": stats.num_tokens / stats.seconds_total if stats.seconds_total else 0.0,
-        "commit_steps": result.commit_steps,
-        "confidences": result.confidences,
-    }
 
 
 def _print_text(model: TwoTower, job: Job) -> None:

@@ -21,7 +21,7 @@ _COMMANDS = {
     "tokenize": "Write a training corpus from text.",
     "train": "Train the denoiser tower on a corpus of tokens.",
     "serve": "Serve OpenAI's API and a page, every mode behind one port.",
-    "bench": "Measure the speed of the decoding modes.",
+    "bench": "Measure the speed of the decoding modes, or of a server.",
 }
 
 # What the library raises at a user's mistake. Anything else is our defect and shows its traceback.

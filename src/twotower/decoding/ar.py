@@ -20,6 +20,10 @@ class ArRows:
     settings: Temper
     newest: tuple[int, ...] = ()
 
+    @property
+    def rests(self) -> tuple[bool, ...]:
+        return (True,) * len(self.requests)
+
     def select(self, rows: list[int]) -> Self:
         return dataclasses.replace(
             self,
@@ -45,14 +49,16 @@ class ArRows:
 
 
 def context_ids(request: Request) -> tuple[int, ...]:
-    """What the context tower holds when the request starts."""
-    return request.prompt_ids + request.produced
+    """What the context tower holds when the request starts: all but the newest token, if there is one."""
+    return request.prompt_ids + request.produced[:-1]
 
 
 def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> ArRows:
-    """Rows whose `context_ids` are absorbed."""
+    """Rows whose `context_ids` are absorbed; either all have produced tokens before or none."""
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.context_device)
-    return ArRows(requests, context, settings)
+    newest = tuple(r.produced[-1] for r in requests if r.produced)
+    assert len(newest) in (0, len(requests))
+    return ArRows(requests, context, settings, newest)
 
 
 def step(model: TwoTower, rows: ArRows) -> Stepped:

@@ -90,6 +90,10 @@ class DiffusionRows:
     produced: tuple[int, ...]  # new tokens of each row before the block
     block: Block | None = None
 
+    @property
+    def rests(self) -> tuple[bool, ...]:
+        return (True,) * len(self.requests) if self.block is None else tuple(n == 0 for n in self.block.left)
+
     def select(self, rows: list[int]) -> Self:
         return dataclasses.replace(
             self,

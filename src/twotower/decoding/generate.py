@@ -51,6 +51,7 @@ def generate(
     if isinstance(prompts, str):
         raise ValueError("prompts is one string, must be a list of prompts; write [prompt]")
     chosen = _per_prompt(params, len(prompts))
+    _settle_mode(chosen)
     requests = [make_request(model, prompt, p) for prompt, p in zip(prompts, chosen, strict=True)]
     warn_about_block_size(model, chosen)
     results: dict[int, Generation] = {}
@@ -67,6 +68,7 @@ def stream(
 ) -> Iterator[Piece]:
     """Continues one prompt piece by piece; see `Piece`. The joined pieces are the text of `generate`."""
     chosen = params or SamplingParams()
+    _settle_mode([chosen])
     request = make_request(model, prompt, chosen)
     warn_about_block_size(model, [chosen])
     for event in _drive(model, MODULES[chosen.mode], [request], watch=every_step):
@@ -85,6 +87,13 @@ def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count:
     if len(params) != count:
         raise ValueError(f"there are {len(params)} params for {count} prompts; give one, or one per prompt")
     return list(params)
+
+
+def _settle_mode(params: Sequence[SamplingParams]) -> None:
+    if any(p.mode == "auto" for p in params):
+        raise ValueError(
+            f"mode is 'auto', which only twotower.Engine can choose for; must be one of {', '.join(MODULES)}"
+        )
 
 
 class _Event(NamedTuple):

@@ -21,6 +21,10 @@ class MockArRows:
     settings: Temper
     newest: tuple[int, ...]
 
+    @property
+    def rests(self) -> tuple[bool, ...]:
+        return (True,) * len(self.requests)
+
     def select(self, rows: list[int]) -> Self:
         requests = tuple(self.requests[r] for r in rows)
         return dataclasses.replace(

@@ -3,10 +3,11 @@
 import dataclasses
 from typing import Literal, get_args
 
-Mode = Literal["ar", "mock_ar", "simulated_ar", "diffusion", "verified"]
+StepMode = Literal["ar", "mock_ar", "simulated_ar", "diffusion", "verified"]
+Mode = Literal[StepMode, "auto"]
 CommitRule = Literal["confidence", "margin", "entropy", "fixed", "leftmost", "posterior", "remask"]
 FinishReason = Literal["stop", "length"]
-MODES: tuple[str, ...] = get_args(Mode)
+MODES: tuple[str, ...] = get_args(StepMode)
 COMMIT_RULES: tuple[str, ...] = get_args(CommitRule)
 
 
@@ -17,6 +18,9 @@ class SamplingParams:
     `block_size` is S, tokens filled together (for `verified`: the draft's length); `steps_per_block` is T, the most
     denoising steps a block may take; `confidence_threshold` is γ. `temperature` 0 is greedy. `seed` None draws one.
     `stop` strings end the text before them; an end token ends it unless `ignore_eos`.
+
+    `auto` leaves the mode to an engine, step by step: `ar` or `verified`, whose output is distributed alike, and where
+    `allow_loss` says so `diffusion`, whose output is not.
     """
 
     mode: Mode = "diffusion"
@@ -31,12 +35,13 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    allow_loss: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop is {self.stop!r}, must be a sequence of non-empty strings; write stop=('…',)")
         object.__setattr__(self, "stop", tuple(self.stop))
-        _one_of("mode", self.mode, MODES)
+        _one_of("mode", self.mode, (*MODES, "auto"))
         _one_of("commit_rule", self.commit_rule, COMMIT_RULES)
         _integer("max_new_tokens", self.max_new_tokens, 0)
         _integer("block_size", self.block_size, 1)
@@ -57,8 +62,11 @@ class SamplingParams:
                 raise ValueError(f"seed is {self.seed}, must be in [0, 2**63); take it modulo 2**63")
         if self.commit_rule != "confidence" and self.mode != "diffusion":
             raise ValueError(f"commit_rule is {self.commit_rule!r}, which only mode 'diffusion' reads; drop it")
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos is {self.ignore_eos!r}, must be True or False")
+        if self.allow_loss and self.mode != "auto":
+            raise ValueError(f"allow_loss is {self.allow_loss!r}, which only mode 'auto' reads; drop it")
+        for name in ("ignore_eos", "allow_loss"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, must be True or False")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -47,6 +47,11 @@ class Rows(Protocol):
     @property
     def context(self) -> ContextState: ...
 
+    @property
+    def rests(self) -> tuple[bool, ...]:
+        """Whether each row is between two blocks, so that it may go on in another mode."""
+        ...
+
     def select(self, rows: list[int]) -> Self:
         """The batch without the rows that are done."""
         ...

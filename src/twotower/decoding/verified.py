@@ -30,6 +30,10 @@ class VerifiedRows:
     produced: tuple[int, ...]
     newest: tuple[int, ...] = ()
 
+    @property
+    def rests(self) -> tuple[bool, ...]:
+        return (True,) * len(self.requests)
+
     def select(self, rows: list[int]) -> Self:
         return dataclasses.replace(
             self,

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from twotower.decoding.generate import MODULES
 from twotower.decoding.params import Generation, SamplingParams
 from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
 from twotower.decoding.step import Request, Stepped
+from twotower.engine.auto import AutoRow, Chooser
 from twotower.engine.config import EngineConfig
 from twotower.engine.job import Batch, Event, Job
 from twotower.engine.pool import StatePool
@@ -50,6 +51,7 @@ class Engine:
         self.config = config or EngineConfig()
         budget = self.config.state_bytes - self.config.snapshot_bytes
         self._pool = StatePool(model, budget, self.config.max_num_requests)
+        self._chooser = Chooser()
         self._cache = PrefixCache(self._pool, self.config.snapshot_bytes)
         self._jobs: dict[str, Job] = {}
         self._num_added = 0
@@ -96,7 +98,10 @@ class Engine:
         if request_id in self._jobs:
             raise ValueError(f"request_id is {request_id!r}, which an unfinished request has; choose another")
         record = Record(self.model, request, time.perf_counter())
-        self._jobs[request_id] = Job(request_id, self._num_added, record, watch)
+        auto = None
+        if request.params.mode == "auto":
+            auto = AutoRow(("ar", "verified", "diffusion") if request.params.allow_loss else ("ar", "verified"))
+        self._jobs[request_id] = Job(request_id, self._num_added, record, watch, auto=auto)
         self._waiting.append(self._jobs[request_id])
         return request_id
 
@@ -113,10 +118,11 @@ class Engine:
         self._num_rounds += 1
         with torch.inference_mode():
             self._make_room()
+            self._choose_modes()
             events = self._admit()
             started = self._absorb()
             for module in dict.fromkeys(MODULES.values()):
-                events += self._step_mode(module, [job for job in started if _module(job) is module])
+                events += self._step_mode(module, [job for job in started if job.module is module])
         for event in events:
             if event.result is not None:
                 del self._jobs[event.request_id]
@@ -129,18 +135,39 @@ class Engine:
 
         Raises ValueError if other requests are unfinished, or as `add` does, before anything runs.
         """
-        if self._jobs:
-            raise ValueError(f"{len(self._jobs)} requests are unfinished; step until they are done, or abort them")
         many = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
         warn_about_block_size(self.model, many)
-        requests = [self.prepare(prompt, p) for prompt, p in zip(prompts, many, strict=True)]
-        places = {self.add_request(request): i for i, request in enumerate(requests)}
-        results: dict[int, Generation] = {}
-        while self._jobs:
-            for event in self.step():
-                if event.result is not None:
-                    results[places[event.request_id]] = event.result
-        return [results[i] for i in range(len(prompts))]
+        return list(self.run([self.prepare(prompt, p) for prompt, p in zip(prompts, many, strict=True)]))
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Generation]:
+        """Results of any number of requests that `prepare` gave, in their order, as they come.
+
+        Requests are taken as there is room for them. Raises ValueError if others are unfinished; leaving the iterator
+        early aborts what is under way.
+        """
+        if self._jobs:
+            raise ValueError(f"{len(self._jobs)} requests are unfinished; step until they are done, or abort them")
+        coming, exhausted = iter(requests), False
+        order: deque[str] = deque()
+        results: dict[str, Generation] = {}
+        try:
+            while True:
+                while not exhausted and len(order) < 4 * self.config.max_num_requests:
+                    request = next(coming, None)
+                    if request is None:
+                        exhausted = True
+                    else:
+                        order.append(self.add_request(request))
+                if not order:
+                    return
+                for event in self.step():
+                    if event.result is not None:
+                        results[event.request_id] = event.result
+                while order and order[0] in results:
+                    yield results.pop(order.popleft())
+        finally:
+            for request_id in order:
+                self.abort(request_id)
 
     def stats(self) -> EngineStats:
         """The engine's counts at this moment."""
@@ -179,7 +206,7 @@ class Engine:
 
     def _open(self, job: Job) -> bool:
         """Gives a job its state, as far as the prefix cache knows its ids; False where there are too few pages."""
-        ids = _context_ids(job)
+        ids = job.context_ids
         match = Match(0, (), None, 0)
         if self.config.snapshot_bytes:
             match = self._cache.match(ids, needs_logits=_needs_logits(job))
@@ -209,43 +236,68 @@ class Engine:
 
     def _absorb(self) -> list[Job]:
         """Absorbs the round's prompt tokens, shared evenly, in one pass; returns the jobs that may start to decode."""
-        counts = _shares([len(_context_ids(job)) - _absorbed(job) for job in self._absorbing], self.config.prompt_chunk)
+        counts = _shares([len(job.context_ids) - job.num_absorbed for job in self._absorbing], self.config.prompt_chunk)
         chosen = [(job, n) for job, n in zip(self._absorbing, counts, strict=True) if n > 0]
         if chosen:
             self._absorb_chunks([job for job, _ in chosen], tuple(n for _, n in chosen))
-        started = [job for job in self._absorbing if _absorbed(job) == len(_context_ids(job))]
+        started = [job for job in self._absorbing if job.num_absorbed == len(job.context_ids)]
         self._absorbing = [job for job in self._absorbing if job not in started]
         for job in started:
-            if job.found < len(_context_ids(job)):
+            if job.was_read:
                 job.record.context_calls += 1
                 self._context_calls += 1
-            if job.snapshots:
-                self._cache.insert(_context_ids(job), job.table, job.snapshots)
-                job.snapshots = {}
+                job.was_read = False
         return started
 
     def _absorb_chunks(self, jobs: list[Job], counts: tuple[int, ...]) -> None:
         """One pass over the next counts[i] ids of each job, which leaves snapshots where the job has points."""
-        firsts = [_absorbed(job) for job in jobs]
+        firsts = [job.num_absorbed for job in jobs]
         table = torch.zeros(len(jobs), max(counts), dtype=torch.long)
         for row, (job, first, n) in enumerate(zip(jobs, firsts, counts, strict=True)):
-            table[row, :n] = torch.tensor(_context_ids(job)[first : first + n])
+            table[row, :n] = torch.tensor(job.context_ids[first : first + n])
         states = [job.context for job in jobs if job.context is not None]
         inside = {p - f for job, f, n in zip(jobs, firsts, counts, strict=True) for p in job.points if f < p < f + n}
         joined = states[0] if len(states) == 1 else join(states)
         scored = self.model.score(table.to(self.model.context_device), joined, tuple(sorted(inside)))
-        ends = any(f + n == len(_context_ids(job)) for job, f, n in zip(jobs, firsts, counts, strict=True))
+        ends = any(f + n == len(job.context_ids) for job, f, n in zip(jobs, firsts, counts, strict=True))
         state = self.model.keep(scored, counts, with_logits=ends)
         for row, (job, first, n) in enumerate(zip(jobs, firsts, counts, strict=True)):
             job.context = state if len(jobs) == 1 else state.select([row])
+            job.was_read = True
+            ids, snapshots = job.context_ids[: first + n], {}
             for point in job.points:
                 if first < point < first + n:
                     mamba = scored.marks[point - first]
                     rows = (MambaState(m.conv[row : row + 1].clone(), m.ssm[row : row + 1].clone()) for m in mamba)
-                    job.snapshots[point] = Snapshot(tuple(rows), None)
+                    snapshots[point] = Snapshot(tuple(rows), None)
                 elif point == first + n:
-                    whole = point == len(_context_ids(job))
-                    job.snapshots[point] = Snapshot(job.context.mamba, job.context.next_logits if whole else None)
+                    whole = point == len(job.context_ids)
+                    snapshots[point] = Snapshot(job.context.mamba, job.context.next_logits if whole else None)
+            if snapshots:
+                self._cache.insert(ids, job.table, snapshots)
+
+    def _choose_modes(self) -> None:
+        """Lets requests of mode `auto` that are between two blocks change over; their state goes with them."""
+        free: list[tuple[Job, Batch, AutoRow]] = []
+        staying: dict[str, int] = {}
+        for module, batch in self._batches.items():
+            rests = batch.rows.rests
+            for place, job in enumerate(batch.jobs):
+                if job.auto is not None and rests[place]:
+                    free.append((job, batch, job.auto))
+                else:
+                    staying[_name(module)] = staying.get(_name(module), 0) + 1
+        if not free:
+            return
+        before = [job.module for job, _, _ in free]
+        self._chooser.choose([auto for _, _, auto in free], staying)
+        for (job, batch, _), module in zip(free, before, strict=True):
+            if job.module is not module:
+                place = batch.jobs.index(job)
+                job.context = batch.rows.context.select([place])
+                self._keep(module, batch, [i for i in range(len(batch.jobs)) if i != place])
+                job.points = []
+                self._absorbing.append(job)
 
     def _make_room(self) -> None:
         """Gives every decoding row pages for its next step, oldest request first; the youngest is preempted for it."""
@@ -277,7 +329,6 @@ class Engine:
                 keep = [i for i, other in enumerate(batch.jobs) if other is not job]
                 self._keep(module, batch, keep)
         job.context = None
-        job.snapshots = {}
         self._pool.close_(job.table)
 
     def _keep(self, module: ModuleType, batch: Batch, keep: list[int]) -> None:
@@ -308,13 +359,18 @@ class Engine:
         return events
 
     def _step_batch(self, module: ModuleType, batch: Batch) -> list[Event]:
+        began = time.perf_counter()
         stepped: Stepped = module.step(self.model, batch.rows)
+        seconds = time.perf_counter() - began
+        self._chooser.observe(_name(module), len(batch.jobs), seconds, sum(map(len, stepped.tokens)))
         batch.rows = stepped.rows
         self._denoiser_calls += sum(stepped.denoiser_calls)
         self._context_calls += sum(stepped.context_calls)
         events, keep = [], []
         for place, job in enumerate(batch.jobs):
             taken = job.record.take(stepped, place)
+            if job.auto is not None:
+                job.auto.took_step(len(stepped.tokens[place]))
             block = batch.rows.view(place) if job.watch else None
             if taken.result is None:
                 keep.append(place)
@@ -334,24 +390,13 @@ class Engine:
         return events
 
 
-def _module(job: Job) -> ModuleType:
-    return MODULES[job.record.request.params.mode]
-
-
-def _context_ids(job: Job) -> tuple[int, ...]:
-    """What the job's context must hold before it starts to decode."""
-    ids: tuple[int, ...] = _module(job).context_ids(job.request)
-    return ids
-
-
 def _needs_logits(job: Job) -> bool:
     """Whether the first step reads the logits after the last of the job's `_context_ids`."""
-    return _module(job) is ar or (_module(job) is verified and not job.record.tokens)
+    return job.module in (ar, verified) and not job.record.tokens
 
 
-def _absorbed(job: Job) -> int:
-    assert job.context is not None
-    return job.context.lengths[0]
+def _name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
 
 
 def _shares(wanted: list[int], budget: int) -> list[int]:

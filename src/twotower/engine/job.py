@@ -1,12 +1,14 @@
 """A request inside the engine."""
 
 import dataclasses
+from types import ModuleType
 from typing import NamedTuple
 
+from twotower.decoding.generate import MODULES
 from twotower.decoding.params import Generation
 from twotower.decoding.record import Record
 from twotower.decoding.step import BlockView, Request, Rows, Token
-from twotower.engine.prefix_cache import Snapshot
+from twotower.engine.auto import AutoRow
 from twotower.model.state import ContextState
 
 
@@ -29,8 +31,9 @@ class Job:
     """One request: what it has produced, and where its state is.
 
     `order` is its place in the order of arrival. `table` lists its pages. `context` is its state while its prompt is
-    being absorbed; afterwards the state is in the batch of its mode. `points` are the lengths at which it leaves
-    `snapshots` for the prefix cache; `found` tokens came from there.
+    being absorbed; afterwards the state is in the batch of its mode. `points` are the lengths at which it leaves a
+    snapshot to the prefix cache; `found` tokens came from there. `was_read` says whether a pass has read ids of it
+    since it last decoded. `auto` has the modes of a request that leaves them to the engine.
     """
 
     id: str
@@ -41,7 +44,25 @@ class Job:
     context: ContextState | None = None
     found: int = 0
     points: list[int] = dataclasses.field(default_factory=list)
-    snapshots: dict[int, Snapshot] = dataclasses.field(default_factory=dict)
+    was_read: bool = False
+    auto: AutoRow | None = None
+
+    @property
+    def module(self) -> ModuleType:
+        """Whose step() it takes next."""
+        return MODULES[self.record.request.params.mode if self.auto is None else self.auto.mode]
+
+    @property
+    def context_ids(self) -> tuple[int, ...]:
+        """What its context must hold before it starts to decode."""
+        ids: tuple[int, ...] = self.module.context_ids(self.request)
+        return ids
+
+    @property
+    def num_absorbed(self) -> int:
+        """How many of them its context holds."""
+        assert self.context is not None
+        return self.context.lengths[0]
 
     @property
     def request(self) -> Request:

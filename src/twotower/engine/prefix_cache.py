@@ -102,7 +102,10 @@ class PrefixCache:
         return sorted({n for n in wanted if match.length < n < length} | {length})
 
     def insert(self, ids: Sequence[int], table: Sequence[int], snapshots: Mapping[int, Snapshot]) -> None:
-        """Keeps the pages of `table` that ids fill, and snapshots by the number of tokens before them."""
+        """Keeps the pages of `table` that ids fill, and snapshots by the number of tokens before them.
+
+        May be called again as more ids of a prompt are absorbed.
+        """
         self._clock += 1
         path = [self._root]
         for first in range(0, len(ids) - PAGE_SIZE + 1, PAGE_SIZE):
@@ -112,6 +115,10 @@ class PrefixCache:
             if length % PAGE_SIZE:
                 node = self._child(node, tuple(ids[node.length : length]), table)
             self._attach(node, length, snapshots[length])
+            path.append(node)
+        self._clock += 1
+        for node in sorted(path, key=_length, reverse=True):
+            self._prune(node)
 
     def free_pages(self, count: int) -> None:
         """Drops leaves that nobody else uses until the pool has `count` free pages, or none is left."""
@@ -151,12 +158,14 @@ class PrefixCache:
             if node.snapshot.next_logits is not None or snapshot.next_logits is None:
                 return
             self._detach(node)
-        node.snapshot = snapshot
-        self.bytes_of_snapshots += snapshot.num_bytes
-        while self.bytes_of_snapshots > self._budget:
+        if snapshot.num_bytes > self._budget:
+            return
+        while self.bytes_of_snapshots + snapshot.num_bytes > self._budget:
             oldest = min((n for n in self._nodes() if n.snapshot is not None and n.snapshot.num_bytes), key=_age)
             self._detach(oldest)
             self._prune(oldest)
+        node.snapshot = snapshot
+        self.bytes_of_snapshots += snapshot.num_bytes
 
     def _detach(self, node: _Node) -> None:
         assert node.snapshot is not None
@@ -164,8 +173,10 @@ class PrefixCache:
         node.snapshot = None
 
     def _prune(self, node: _Node) -> None:
-        """Removes what leads to no state any more, from a leaf upwards."""
-        while not node.children and node.parent is not None and not self._is_usable(node, node.length + 1, False):
+        """Removes what leads to no state any more, from a leaf upwards; what is in use at this moment stays."""
+        while not node.children and node.parent is not None and node.used < self._clock:
+            if node.parent.children.get(node.tokens) is not node or self._is_usable(node, node.length + 1, False):
+                return
             parent = node.parent
             self._remove(node)
             node = parent

@@ -39,16 +39,19 @@ class PagedKeys:
         """The pages that hold the first `used` places of every row."""
         return Past(self.keys, self.values, self._table(-(-used // PAGE_SIZE)))
 
-    def append_(self, layer: int, starts: tuple[int, ...], key: Tensor, value: Tensor) -> None:
-        """Writes key and value (b, k, s, p) of one layer at each row's places from starts[b] on."""
-        s = key.shape[2]
+    def places(self, starts: tuple[int, ...], s: int) -> Tensor:
+        """Where s new tokens after `starts` go: (b·s,) int64 among all places of the pool."""
         place = torch.tensor(starts)[:, None] + torch.arange(s)  # (b, s)
         table = self._table((max(starts) + s - 1) // PAGE_SIZE + 1, on_cpu=True)
         index = table.gather(1, place // PAGE_SIZE) * PAGE_SIZE + place % PAGE_SIZE
-        index = index.flatten().to(key.device)
+        return index.flatten().to(self.keys[0].device)
+
+    def append_(self, layer: int, starts: tuple[int, ...], places: Tensor | None, key: Tensor, value: Tensor) -> None:
+        """Writes key and value (b, k, s, p) of one layer at `places`, which `starts` gave."""
+        assert places is not None
         for pool, new in ((self.keys[layer], key), (self.values[layer], value)):
             rows = pool.transpose(1, 2).flatten(0, 1)  # (n·PAGE_SIZE, k, p), a view
-            rows.index_copy_(0, index, new.transpose(1, 2).flatten(0, 1))
+            rows.index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
 
     def reserved(self, lengths: tuple[int, ...], extra: int) -> Self:
         """This object, whose tables the owner has extended."""

@@ -41,7 +41,10 @@ class KeyBuffer:
         """The first `used` places of every row."""
         return Past([k[:, :, :used] for k in self.keys], [v[:, :, :used] for v in self.values], None)
 
-    def append_(self, layer: int, starts: tuple[int, ...], key: Tensor, value: Tensor) -> None:
+    def places(self, starts: tuple[int, ...], s: int) -> None:
+        """Nothing more than `starts` is needed to append."""
+
+    def append_(self, layer: int, starts: tuple[int, ...], places: Tensor | None, key: Tensor, value: Tensor) -> None:
         """Writes key and value (b, k, s, p) of one layer at each row's places from starts[b] on."""
         keys, values, s = self.keys[layer], self.values[layer], key.shape[2]
         if len(set(starts)) == 1:

@@ -84,10 +84,11 @@ class Tower(nn.Module):
         s = ids.shape[1]
         state = state.reserve(s)
         rope = self._rotation(state.lengths, s, ids.device)
-        mask = None
+        mask = places = None
         t = state.padded_length(s)
         past = state.buffer.past(t)
         if state.buffer.keys:
+            places = state.buffer.places(state.lengths, s)
             mask = self.kernels.causal_mask(state.lengths, s, t, self.activation_dtype, ids.device)
         x = self.embed(ids)
         replays: list[Replay] = []
@@ -101,7 +102,7 @@ class Tower(nn.Module):
                 marked.append(states)
             elif isinstance(layer.mixer, Attention):
                 q, key, value = layer.mixer.project(entered, rope)
-                state.buffer.append_(num_attention, state.lengths, key, value)
+                state.buffer.append_(num_attention, state.lengths, places, key, value)
                 keys, values = past.keys[num_attention], past.values[num_attention]
                 mixed = layer.mixer.output(self.kernels.cached_attention(q, keys, values, mask, past.pages))
                 num_attention += 1

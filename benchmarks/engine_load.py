@@ -1,0 +1,193 @@
+"""What the engine gains from scheduling every step anew, on the shipped stories checkpoint.
+
+    python benchmarks/engine_load.py [--model PATH] [--new-tokens 96] [--repeats 3]
+
+Prints one JSON line, all from one process:
+
+- `tokens_per_second`: 16 requests (held-out prompts of stories_prompts.json, greedy, end tokens ignored) at 1, 2, 4, 8
+  and 16 at a time, for every fixed mode and for `auto` with and without loss; medians over repeats, modes alternating.
+  `sixteen_against_one` and `auto_against_best` follow from it.
+- `rounds`: 24 `diffusion` requests with long prompts, arriving every few rounds, against two schedulers that separate
+  prompts from decoding: `static` decodes a lot of requests to its end before it takes the next, `phases` lets requests
+  come and go but spends a round on prompts or on decoding, never on both. Counted, not timed.
+- `easy_p95`: seconds of requests that need one step a block, 16 at a time: with 8 requests beside them that need 16
+  steps a block, against 16 easy ones.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from hybrid_decode import commit, cpu_model
+
+import twotower
+
+PROMPTS = json.loads(Path(__file__).with_name("stories_prompts.json").read_text())
+CONCURRENT = (1, 2, 4, 8, 16)
+CHUNK = 64
+
+
+def fixed_modes(new_tokens: int) -> dict[str, twotower.SamplingParams]:
+    common = {"max_new_tokens": new_tokens, "ignore_eos": True}
+    modes = {mode: twotower.SamplingParams(mode=mode, **common) for mode in ("ar", "diffusion", "verified")}
+    modes["auto"] = twotower.SamplingParams(mode="auto", **common)
+    modes["auto, loss allowed"] = twotower.SamplingParams(mode="auto", allow_loss=True, **common)
+    return modes
+
+
+def speeds(model: twotower.TwoTower, new_tokens: int, repeats: int) -> dict[str, dict[int, float]]:
+    """Tokens per second of each mode at each concurrency."""
+    modes = fixed_modes(new_tokens)
+    runs: dict[tuple[str, int], list[float]] = {pair: [] for pair in itertools.product(modes, CONCURRENT)}
+    engines = {
+        pair: twotower.Engine(
+            model, twotower.EngineConfig(max_num_requests=pair[1], state_bytes=48 << 20, snapshot_bytes=0)
+        )
+        for pair in runs
+    }
+    for repeat in range(repeats + 1):  # the first warms up, and lets `auto` measure
+        for (name, concurrent), engine in engines.items():
+            began = time.perf_counter()
+            done = engine.generate(PROMPTS[:16], modes[name])
+            if repeat:
+                tokens = sum(len(g.token_ids) for g in done)
+                runs[name, concurrent].append(tokens / (time.perf_counter() - began))
+    return {name: {c: round(statistics.median(runs[name, c]), 1) for c in CONCURRENT} for name in modes}
+
+
+def rounds(model: twotower.TwoTower) -> dict[str, float]:
+    """Rounds that each scheduler takes for the same staggered requests."""
+    prompts = [list(itertools.islice(itertools.cycle(PROMPTS[i]), 128)) for i in range(24)]
+    params = twotower.SamplingParams(max_new_tokens=64, ignore_eos=True)
+    gap = 3
+    config = twotower.EngineConfig(max_num_requests=16, prompt_chunk=CHUNK, snapshot_bytes=0)
+    engine = twotower.Engine(model, config)
+    waiting, steps, now = list(enumerate(prompts)), [0] * len(prompts), 0
+    while waiting or engine.has_work:
+        while waiting and waiting[0][0] * gap <= now:
+            index, prompt = waiting.pop(0)
+            engine.add(prompt, params, request_id=str(index))
+        for event in engine.step():
+            if event.result is not None:
+                steps[int(event.request_id)] = event.result.stats.denoiser_calls
+        now += 1
+    arrivals = [i * gap for i in range(len(prompts))]
+    chunks = math.ceil(len(prompts[0]) / CHUNK)
+    static, phases = static_rounds(arrivals, steps, chunks), phase_rounds(arrivals, steps, chunks)
+    return {
+        "engine": now,
+        "static": static,
+        "phases": phases,
+        "against_static": round(now / static, 3),
+        "against_phases": round(now / phases, 3),
+    }
+
+
+def static_rounds(arrivals: list[int], steps: list[int], chunks: int, size: int = 16) -> int:
+    """A lot absorbs its prompts, then decodes until its last request is done."""
+    now, first = 0, 0
+    while first < len(arrivals):
+        now = max(now, arrivals[first])
+        lot = [i for i in range(first, min(first + size, len(arrivals))) if arrivals[i] <= now]
+        now += chunks * len(lot) + max(steps[i] for i in lot)
+        first += len(lot)
+    return now
+
+
+def phase_rounds(arrivals: list[int], steps: list[int], chunks: int, size: int = 16) -> int:
+    """Prompts first: a round absorbs one chunk if any is left, else everything that runs takes a step."""
+    now, coming, left = 0, 0, list(steps)
+    prompt: dict[int, int] = {}
+    running: list[int] = []
+    while coming < len(arrivals) or prompt or running:
+        while coming < len(arrivals) and arrivals[coming] <= now and len(prompt) + len(running) < size:
+            prompt[coming] = chunks
+            coming += 1
+        if prompt:
+            index = next(iter(prompt))
+            prompt[index] -= 1
+            if prompt[index] == 0:
+                del prompt[index]
+                running.append(index)
+        else:
+            for index in running:
+                left[index] -= 1
+            running = [index for index in running if left[index] > 0]
+        now += 1
+    return now
+
+
+def easy_p95(model: twotower.TwoTower, repeats: int) -> dict[str, float]:
+    """The 95th percentile of the easy requests' seconds, alone and beside hard ones."""
+    easy = twotower.SamplingParams(max_new_tokens=64, ignore_eos=True, confidence_threshold=0.0)
+    hard = twotower.SamplingParams(max_new_tokens=64, ignore_eos=True, confidence_threshold=1.0)
+    found: dict[str, list[float]] = {"easy_only": [], "mixed": []}
+    config = twotower.EngineConfig(max_num_requests=16, snapshot_bytes=0)
+    for repeat in range(repeats + 1):
+        for name, params in (("easy_only", [easy] * 48), ("mixed", [easy, hard] * 24)):
+            engine = twotower.Engine(model, config)
+            seconds = [latency for p, latency in closed_loop(engine, params) if p is easy]
+            if repeat:
+                found[name].append(statistics.quantiles(seconds, n=20)[-1])
+    p95 = {name: round(statistics.median(values), 4) for name, values in found.items()}
+    return {**p95, "ratio": round(p95["mixed"] / p95["easy_only"], 3)}
+
+
+def closed_loop(
+    engine: twotower.Engine, params: list[twotower.SamplingParams]
+) -> list[tuple[twotower.SamplingParams, float]]:
+    """Each request's seconds, 16 at a time."""
+    coming = iter(enumerate(params))
+    began: dict[str, tuple[twotower.SamplingParams, float]] = {}
+    done = []
+    while True:
+        while len(began) < 16 and (pair := next(coming, None)) is not None:
+            name = engine.add(PROMPTS[pair[0] % len(PROMPTS)], pair[1])
+            began[name] = (pair[1], time.perf_counter())
+        if not began:
+            return done
+        for event in engine.step():
+            if event.result is not None:
+                p, start = began.pop(event.request_id)
+                done.append((p, time.perf_counter() - start))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    model = twotower.load(arguments.model)
+    found = speeds(model, arguments.new_tokens, arguments.repeats)
+    exact = {c: max(found["ar"][c], found["verified"][c]) for c in CONCURRENT}
+    lossy = {c: max(exact[c], found["diffusion"][c]) for c in CONCURRENT}
+    out = {
+        "benchmark": "engine_load",
+        "tokens_per_second": found,
+        "sixteen_against_one": {name: round(by[16] / by[1], 2) for name, by in found.items()},
+        "best_at_sixteen_against_best_at_one": round(
+            max(by[16] for by in found.values()) / max(by[1] for by in found.values()), 2
+        ),
+        "auto_against_best": {c: round(found["auto"][c] / exact[c], 3) for c in CONCURRENT},
+        "lossy_auto_against_best": {c: round(found["auto, loss allowed"][c] / lossy[c], 3) for c in CONCURRENT},
+        "rounds": rounds(model),
+        "easy_p95": easy_p95(model, arguments.repeats),
+        "new_tokens": arguments.new_tokens,
+        "repeats": arguments.repeats,
+        "dtype": str(next(iter(model.parameters())).dtype),
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_model(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()
