@@ -3,12 +3,12 @@
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import Request
 from fastapi.responses import Response
 
-from twotower.decoding.params import MODES, Generation
+from twotower.decoding.params import Generation, Mode
 from twotower.decoding.step import BlockView, Token
 from twotower.server.protocol import WatchRequest
 from twotower.server.responses import EventStream
@@ -19,7 +19,7 @@ def about(service: Service) -> dict[str, Any]:
     """What a page needs to know before it asks for texts."""
     return {
         "model": service.config.model_name,
-        "modes": list(MODES),
+        "modes": list(get_args(Mode)),
         "default_mode": service.config.default_mode,
         "block_size": service.engine.model.config.block_size,
         "max_context": service.config.max_context,

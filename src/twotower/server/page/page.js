@@ -4,7 +4,7 @@ import { Panel, describe } from "./panel.js";
 
 const SHOWN_AT_FIRST = ["ar", "diffusion", "verified"];
 const STEPS_IN_LEGEND = 16;
-const REPLAY_SECONDS = 8;
+const REPLAY_SECONDS = 5;
 const byId = (id) => document.getElementById(id);
 
 let panels = [];

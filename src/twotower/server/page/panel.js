@@ -1,12 +1,14 @@
 // One mode's text: every step that came, and the view of any of them.
 
 const ABOUT = {
-  ar: "the context tower alone, one token a pass",
+  ar: "the context tower alone, token by token",
   diffusion: "whole blocks, the surest places first",
-  verified: "drafted blocks that the context tower checks: the text of ar",
+  verified: "drafts that the context tower checks",
   simulated_ar: "blocks from left to right",
-  mock_ar: "the denoiser as a second autoregressive model",
+  mock_ar: "the denoiser as a second ar model",
+  auto: "ar or verified, whichever is faster now",
 };
+const WITH_BLOCKS = ["diffusion", "simulated_ar"];
 
 export function describe(mode) {
   return ABOUT[mode] ?? "";
@@ -20,7 +22,9 @@ export class Panel {
     this.tokens = []; // {text, step, confidence, pass}: pass is whether a pass began with it
     this.result = null;
     this.find = (selector) => root.querySelector(selector);
+    this.fixed = []; // the step at which each place of the present block was fixed, null where it is masked
     this.find("h2").textContent = mode;
+    this.find(".block").hidden = !WITH_BLOCKS.includes(mode);
     this.find(".what").textContent = describe(mode);
     this.text = this.find(".text");
     this.text.setAttribute("aria-label", `Text of mode ${mode}`);
@@ -38,6 +42,12 @@ export class Panel {
 
   take(step) {
     step.tokens.forEach((token, i) => this.tokens.push({ ...token, pass: i === 0 }));
+    if (step.block) {
+      const before = step.block.step === 1 ? [] : this.fixed;
+      const now = step.block.step - 1;
+      this.fixed = step.block.places.map((place, i) => (place === null ? null : before[i] ?? now));
+      step.block.fixed = this.fixed;
+    }
     this.steps.push(step);
     this.counts.push(this.tokens.length);
     this.result = step.result ?? null;
@@ -51,9 +61,7 @@ export class Panel {
   }
 
   fail(message) {
-    const speed = this.find(".speed");
-    speed.classList.add("bad");
-    speed.textContent = message;
+    this.find(".failure").textContent = message;
   }
 
   get seconds() {
@@ -76,11 +84,11 @@ export class Panel {
       this.drawn -= 1;
     }
     while (this.drawn < wanted) {
-      this.text.append(this.span(this.tokens[this.drawn], ["ar", "verified"].includes(this.mode)));
+      this.text.append(this.span(this.tokens[this.drawn], this.mode === "verified"));
       this.drawn += 1;
     }
     const places = step?.block?.places ?? [];
-    this.open = places.map((place) => this.place(place, count));
+    this.open = places.map((place, i) => this.place(place, step.block.fixed[i]));
     this.text.append(...this.open);
     this.text.scrollTop = this.text.scrollHeight;
     this.drawBlock(step?.block);
@@ -96,8 +104,8 @@ export class Panel {
     return span;
   }
 
-  // A place of the unfinished block; the step at which it was fixed is the first that shows it.
-  place(place, count) {
+  // A place of the unfinished block, fixed at a step or masked.
+  place(place, fixed) {
     if (place === null) {
       const span = document.createElement("span");
       span.className = "token mask";
@@ -105,13 +113,13 @@ export class Panel {
       span.setAttribute("aria-hidden", "true");
       return span;
     }
-    const span = this.span({ ...place, step: this.steps[count - 1].block.step - 1 }, false);
+    const span = this.span({ ...place, step: fixed }, false);
     span.classList.add("open");
     return span;
   }
 
   drawBlock(block) {
-    const cells = (block?.places ?? []).map((place) => {
+    const cells = (block?.places ?? []).map((place, i) => {
       const cell = document.createElement("li");
       const piece = document.createElement("span");
       const sure = document.createElement("span");
@@ -119,7 +127,8 @@ export class Panel {
       sure.className = "sure";
       piece.textContent = place === null ? "masked" : (place.text ?? "·").trim() || "␣";
       sure.textContent = place === null ? "" : place.confidence.toFixed(2);
-      cell.className = place === null ? "masked" : "";
+      cell.className = place === null ? "masked" : "token";
+      cell.style.setProperty("--step", block.fixed[i] ?? 0);
       cell.append(piece, sure);
       if (place !== null) {
         const bar = document.createElement("span");
@@ -142,12 +151,20 @@ export class Panel {
     const words = `Step ${count} of ${total}${left}`;
     this.find(".at").textContent = words;
     this.slider.setAttribute("aria-valuetext", words);
-    const nfe = this.mode === "ar" ? 0 : count;
     const whole = this.result !== null && count === total;
     const seconds = whole ? this.result.seconds_total : step?.seconds ?? 0;
     const speed = document.createElement("b");
     speed.textContent = seconds > 0 ? (tokens / seconds).toFixed(0) : "0";
-    const rest = nfe ? `${nfe} NFE, ${(tokens / nfe).toFixed(2)} tokens per NFE` : "no NFE";
-    this.find(".speed").replaceChildren(speed, ` tokens/s · ${tokens} tokens in ${seconds.toFixed(2)} s · ${rest}`);
+    const counts = document.createElement("span");
+    counts.textContent = `${tokens} tokens in ${seconds.toFixed(2)} s, ${this.calls(count, tokens, whole)}`;
+    this.find(".speed").replaceChildren(speed, " tokens/s", counts);
+  }
+
+  // What the denoiser did for it: each step but those of ar is one NFE, and auto takes both kinds.
+  calls(count, tokens, whole) {
+    const nfe = whole ? this.result.denoiser_calls : this.mode === "ar" ? 0 : count;
+    if (this.mode === "auto" && !whole) return `${count} passes`;
+    if (nfe === 0) return "no NFE";
+    return tokens === 0 ? `${nfe} NFE` : `${nfe} NFE, ${(tokens / nfe).toFixed(1)} tokens each`;
   }
 }
