@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from twotower.decoding.params import Generation
+from twotower.decoding.params import Generation, SamplingParams
 from twotower.decoding.step import Token
 from twotower.server.errors import ApiError
 from twotower.server.logprobs import Scored, committed, score
@@ -91,12 +91,16 @@ def check_logprobs(order: Order, stream: bool) -> None:
     if stream:
         message = "log-probabilities of the prompt or of other tokens than the chosen come with stream: false only"
         raise ApiError(400, message, param="logprobs", code="invalid_value")
-    modes = {choice.params.mode for choice in order.choices}
-    if not order.wanted.echo and not modes <= {"ar", "verified"}:
+    if not order.wanted.echo and not all(_is_context_towers(choice.params) for choice in order.choices):
         message = (
             "the likeliest other tokens are known in modes ar and verified, or with echo; ask for those or for none"
         )
         raise ApiError(400, message, param="logprobs", code="invalid_value")
+
+
+def _is_context_towers(params: SamplingParams) -> bool:
+    """Whether the text is distributed as the context tower says."""
+    return params.mode in ("ar", "verified") or (params.mode == "auto" and not params.allow_loss)
 
 
 async def answer(

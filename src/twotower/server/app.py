@@ -1,12 +1,14 @@
 """The server's routes."""
 
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
+from fastapi.staticfiles import StaticFiles
 from pydantic_core import from_json
 
 from twotower.engine.aio import AsyncEngine
@@ -15,8 +17,9 @@ from twotower.server.completions import chat, complete
 from twotower.server.config import ServerConfig
 from twotower.server.errors import ApiError, install
 from twotower.server.middleware import ApiKeys, BodyLimit, RequestLog
-from twotower.server.protocol import ChatRequest, CompletionRequest
+from twotower.server.protocol import ChatRequest, CompletionRequest, WatchRequest
 from twotower.server.service import Service
+from twotower.server.watch import about, watch
 
 
 class _JsonRequest(Request):
@@ -39,6 +42,7 @@ class _JsonRoute(APIRoute):
         return handle
 
 
+_PAGE = Path(__file__).parent / "page"
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -84,4 +88,17 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
     async def metrics() -> Response:
         return Response(service.metrics.exposition(), media_type=_METRICS_TYPE)
 
+    @app.get("/twotower/about")
+    async def about_server() -> dict[str, Any]:
+        return about(service)
+
+    @app.post("/twotower/watch")
+    async def watch_text(body: WatchRequest, request: Request) -> Response:
+        return await watch(service, body, request)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(_PAGE / "index.html", headers={"Content-Security-Policy": "default-src 'self'"})
+
+    app.mount("/page", StaticFiles(directory=_PAGE))
     return app

@@ -1,8 +1,9 @@
 """What a server allows."""
 
 import dataclasses
+from typing import get_args
 
-from twotower.decoding.params import MODES, Mode
+from twotower.decoding.params import Mode
 
 MIB = 1 << 20
 
@@ -28,8 +29,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not self.model_name:
             raise ValueError("model_name is empty, must be a name that requests can give; choose one")
-        if self.default_mode not in MODES:
-            raise ValueError(f"default_mode is {self.default_mode!r}, must be one of {', '.join(MODES)}")
+        if self.default_mode not in get_args(Mode):
+            raise ValueError(f"default_mode is {self.default_mode!r}, must be one of {', '.join(get_args(Mode))}")
         for name, low in {"max_context": 2, "max_choices": 1, "max_body_bytes": 1024}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:

@@ -16,7 +16,8 @@ from twotower.server.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 # Without a key: whether the server is there, and the page's own files, which ask for the key themselves.
-OPEN_PATHS = ("/", "/health", "/page/page.css", "/page/page.js")
+_OPEN_PATHS = ("/", "/health")
+_OPEN_FOLDER = "/page/"
 # How much more than its limit of a too large body is read, so that the client has sent it and reads the answer.
 _DRAINED = 32
 
@@ -66,7 +67,7 @@ class ApiKeys:
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not _is_open(scope["path"]):
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
             sent = given.strip().encode("latin-1")
             if scheme.lower() != "bearer" or not any(hmac.compare_digest(sent, key) for key in self._keys):
@@ -75,6 +76,10 @@ class ApiKeys:
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _is_open(path: str) -> bool:
+    return path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER)
 
 
 class BodyLimit:

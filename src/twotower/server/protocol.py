@@ -83,6 +83,7 @@ class Sampling(_Strict):
     commit_rule: CommitRule | None = None
     top_k: int | None = None
     ignore_eos: bool | None = None
+    allow_loss: bool | None = None
 
     def sampling(self, default_mode: Mode, max_new_tokens: int, choice: int = 0) -> SamplingParams:
         """The settings of one text. Raises ApiError for a value out of range.
@@ -99,6 +100,7 @@ class Sampling(_Strict):
             "confidence_threshold": self.confidence_threshold,
             "commit_rule": self.commit_rule,
             "ignore_eos": self.ignore_eos,
+            "allow_loss": self.allow_loss,
             "top_k": self.top_k,
             "top_p": self.top_p,
             "seed": None if self.seed is None else self.seed + choice,
