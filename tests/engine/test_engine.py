@@ -46,6 +46,18 @@ def test_requests_decode_together_while_a_long_prompt_is_absorbed(tiny: Callable
     assert ends["long"] <= 200 / 8 + 3
 
 
+def test_small_requests_pass_one_that_needs_more_pages_than_there_are(tiny: Callable) -> None:
+    model = tiny("llama")
+    page = engine(model)._pool.page_bytes
+    e = engine(model, state_bytes=12 * page, snapshot_bytes=0)
+    for name, length in (("first", 70), ("large", 140), ("small", 5)):
+        e.add([5] * length, SamplingParams(mode="ar", max_new_tokens=12), request_id=name)
+    ends = []
+    while e.has_work:
+        ends += [event.request_id for event in e.step() if event.result is not None]
+    assert ends == ["first", "small", "large"] or ends == ["small", "first", "large"]
+
+
 def test_one_large_request_is_not_passed_for_ever(tiny: Callable) -> None:
     """It needs all pages; a stream of small ones must let it in some time."""
     model = tiny("llama")
@@ -116,6 +128,7 @@ def abort_at_random(model: TwoTower, count: int) -> None:
                 assert event.result.token_ids == generate(model, [prompts[which]], params[which])[0].token_ids
                 checked += 1
         rounds += 1
+        assert rounds < 50 * count, "the engine does not come to an end"
     e.clear_cache()
     assert e.stats().bytes_used == 0
     assert checked > 0

@@ -69,18 +69,18 @@ def test_logits_are_only_asked_for_where_they_are_read(tiny: Callable) -> None:
 def same_state(model: TwoTower, job: Job, prompt: list[int], close: Callable) -> None:
     context = job.context
     assert context is not None
-    fresh = model.prefill([prompt[: job.found]])
+    fresh = model.prefill([prompt[: job.num_absorbed]])
     for ours, theirs in zip(context.mamba, fresh.mamba, strict=True):
         close(ours.conv, theirs.conv, 1e-6)
         close(ours.ssm, theirs.ssm, 1e-6)
     if isinstance(context.buffer, PagedKeys):
-        past = context.buffer.past(job.found)
+        past = context.buffer.past(job.num_absorbed)
 
         def gathered(pool: Tensor) -> Tensor:
-            return pool[past.pages].transpose(1, 2).flatten(2, 3)[:, :, : job.found]
+            return pool[past.pages].transpose(1, 2).flatten(2, 3)[:, :, : job.num_absorbed]
 
         for ours, theirs in zip((*past.keys, *past.values), (*fresh.buffer.keys, *fresh.buffer.values), strict=True):
-            close(gathered(ours), theirs[:, :, : job.found], 1e-6)
+            close(gathered(ours), theirs[:, :, : job.num_absorbed], 1e-6)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -94,9 +94,9 @@ def test_a_state_after_a_hit_is_a_fresh_prefill(pattern: str, chunk: int, tiny: 
     hits = set()
     for prompt in prompts * 2:
         e.add(prompt, PARAMS)
-        e._admit()
-        (job,) = e._absorbing
-        hits.add(job.found)
+        e._intake.admit(0)
+        (job,) = e._intake.absorbing
+        hits.add(job.num_absorbed)
         same_state(model, job, prompt, close)
         while e.has_work:
             e.step()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from twotower.decoding.generate import generate
@@ -122,9 +122,7 @@ def play(engine: Engine, requests: list[Known], schedule: list[Arrival]) -> dict
     return done
 
 
-@settings(
-    max_examples=30, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     schedule=arrivals,
     pages=num_pages,

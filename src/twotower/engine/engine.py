@@ -8,18 +8,17 @@ from typing import NamedTuple
 
 import torch
 
-from twotower.decoding import ar, verified
 from twotower.decoding.generate import MODULES
 from twotower.decoding.params import Generation, SamplingParams
 from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
 from twotower.decoding.step import Request, Stepped
 from twotower.engine.auto import AutoRow, Chooser
 from twotower.engine.config import EngineConfig
+from twotower.engine.intake import Intake
 from twotower.engine.job import Batch, Event, Job
 from twotower.engine.pool import StatePool
-from twotower.engine.prefix_cache import Match, PrefixCache, Snapshot
-from twotower.model.pages import PAGE_SIZE
-from twotower.model.state import MambaState, join
+from twotower.engine.prefix_cache import PrefixCache
+from twotower.model.state import join
 from twotower.model.two_tower import TwoTower
 
 
@@ -55,11 +54,9 @@ class Engine:
         self._cache = PrefixCache(self._pool, self.config.snapshot_bytes)
         self._jobs: dict[str, Job] = {}
         self._num_added = 0
-        self._waiting: deque[Job] = deque()
-        self._absorbing: list[Job] = []
+        self._intake = Intake(model, self.config, self._pool, self._cache)
         self._batches: dict[ModuleType, Batch] = {}
-        self._num_rounds = self._num_preemptions = self._num_hit_tokens = 0
-        self._denoiser_calls = self._context_calls = 0
+        self._num_rounds = self._num_preemptions = self._denoiser_calls = self._context_calls = 0
 
     @property
     def has_work(self) -> bool:
@@ -102,7 +99,7 @@ class Engine:
         if request.params.mode == "auto":
             auto = AutoRow(("ar", "verified", "diffusion") if request.params.allow_loss else ("ar", "verified"))
         self._jobs[request_id] = Job(request_id, self._num_added, record, watch, auto=auto)
-        self._waiting.append(self._jobs[request_id])
+        self._intake.waiting.append(self._jobs[request_id])
         return request_id
 
     def abort(self, request_id: str) -> None:
@@ -119,8 +116,10 @@ class Engine:
         with torch.inference_mode():
             self._make_room()
             self._choose_modes()
-            events = self._admit()
-            started = self._absorb()
+            num_decoding = sum(len(batch.jobs) for batch in self._batches.values())
+            done = self._intake.admit(num_decoding)
+            events = [Event(job.id, "", (), (), None, job.record.result("length")) for job in done]
+            started = self._intake.absorb()
             for module in dict.fromkeys(MODULES.values()):
                 events += self._step_mode(module, [job for job in started if job.module is module])
         for event in events:
@@ -172,109 +171,20 @@ class Engine:
     def stats(self) -> EngineStats:
         """The engine's counts at this moment."""
         return EngineStats(
-            num_running=len(self._jobs) - len(self._waiting),
-            num_waiting=len(self._waiting),
+            num_running=len(self._jobs) - len(self._intake.waiting),
+            num_waiting=len(self._intake.waiting),
             bytes_used=self._pool.bytes_used + self._cache.bytes_of_snapshots,
             bytes_budget=self.config.state_bytes,
-            cache_hit_tokens=self._num_hit_tokens,
+            cache_hit_tokens=self._intake.num_hit_tokens,
             num_rounds=self._num_rounds,
             num_preemptions=self._num_preemptions,
             denoiser_calls=self._denoiser_calls,
-            context_calls=self._context_calls,
+            context_calls=self._context_calls + self._intake.context_calls,
         )
 
     def clear_cache(self) -> None:
         """Drops what the prefix cache holds."""
         self._cache.clear()
-
-    def _admit(self) -> list[Event]:
-        """Lets waiting requests in, in order, while there are slots, and pages for the whole of the next one's ids."""
-        done = []
-        while self._waiting:
-            job = self._waiting[0]
-            if job.record.request.params.max_new_tokens == 0:
-                done.append(Event(job.id, "", (), (), None, job.record.result("length")))
-                self._waiting.popleft()
-                continue
-            if len(self._jobs) - len(self._waiting) - len(done) >= self.config.max_num_requests:
-                break
-            if not self._open(job):
-                break
-            self._waiting.popleft()
-            self._absorbing.append(job)
-        return done
-
-    def _open(self, job: Job) -> bool:
-        """Gives a job its state, as far as the prefix cache knows its ids; False where there are too few pages."""
-        ids = job.context_ids
-        match = Match(0, (), None, 0)
-        if self.config.snapshot_bytes:
-            match = self._cache.match(ids, needs_logits=_needs_logits(job))
-            job.points = self._cache.points(match, len(ids))
-        for page in match.pages:
-            self._pool.hold_(page)
-        whole = match.length // PAGE_SIZE
-        job.table.extend(match.pages[:whole])
-        roomy = self._grow(job, len(ids) + job.record.request.params.block_size + 1)
-        for page in match.pages[whole:]:  # the job appends to this page: it needs a copy
-            if roomy:
-                self._pool.copy_page_(page, job.table[whole])
-            self._pool.drop_(page)
-        if not roomy:
-            self._pool.release_(job.table)
-            return False
-        mamba, logits = match.snapshot or Snapshot((), None)
-        job.context = self._pool.open(job.table, match.length, mamba, logits)
-        job.found = match.length
-        self._num_hit_tokens += match.length
-        return True
-
-    def _grow(self, job: Job, length: int) -> bool:
-        """Extends a job's table to hold `length` tokens, at the expense of the prefix cache."""
-        self._cache.free_pages(self._pool.pages_for(length) - len(job.table))
-        return self._pool.grow_(job.table, length)
-
-    def _absorb(self) -> list[Job]:
-        """Absorbs the round's prompt tokens, shared evenly, in one pass; returns the jobs that may start to decode."""
-        counts = _shares([len(job.context_ids) - job.num_absorbed for job in self._absorbing], self.config.prompt_chunk)
-        chosen = [(job, n) for job, n in zip(self._absorbing, counts, strict=True) if n > 0]
-        if chosen:
-            self._absorb_chunks([job for job, _ in chosen], tuple(n for _, n in chosen))
-        started = [job for job in self._absorbing if job.num_absorbed == len(job.context_ids)]
-        self._absorbing = [job for job in self._absorbing if job not in started]
-        for job in started:
-            if job.was_read:
-                job.record.context_calls += 1
-                self._context_calls += 1
-                job.was_read = False
-        return started
-
-    def _absorb_chunks(self, jobs: list[Job], counts: tuple[int, ...]) -> None:
-        """One pass over the next counts[i] ids of each job, which leaves snapshots where the job has points."""
-        firsts = [job.num_absorbed for job in jobs]
-        table = torch.zeros(len(jobs), max(counts), dtype=torch.long)
-        for row, (job, first, n) in enumerate(zip(jobs, firsts, counts, strict=True)):
-            table[row, :n] = torch.tensor(job.context_ids[first : first + n])
-        states = [job.context for job in jobs if job.context is not None]
-        inside = {p - f for job, f, n in zip(jobs, firsts, counts, strict=True) for p in job.points if f < p < f + n}
-        joined = states[0] if len(states) == 1 else join(states)
-        scored = self.model.score(table.to(self.model.context_device), joined, tuple(sorted(inside)))
-        ends = any(f + n == len(job.context_ids) for job, f, n in zip(jobs, firsts, counts, strict=True))
-        state = self.model.keep(scored, counts, with_logits=ends)
-        for row, (job, first, n) in enumerate(zip(jobs, firsts, counts, strict=True)):
-            job.context = state if len(jobs) == 1 else state.select([row])
-            job.was_read = True
-            ids, snapshots = job.context_ids[: first + n], {}
-            for point in job.points:
-                if first < point < first + n:
-                    mamba = scored.marks[point - first]
-                    rows = (MambaState(m.conv[row : row + 1].clone(), m.ssm[row : row + 1].clone()) for m in mamba)
-                    snapshots[point] = Snapshot(tuple(rows), None)
-                elif point == first + n:
-                    whole = point == len(job.context_ids)
-                    snapshots[point] = Snapshot(job.context.mamba, job.context.next_logits if whole else None)
-            if snapshots:
-                self._cache.insert(ids, job.table, snapshots)
 
     def _choose_modes(self) -> None:
         """Lets requests of mode `auto` that are between two blocks change over; their state goes with them."""
@@ -297,7 +207,7 @@ class Engine:
                 job.context = batch.rows.context.select([place])
                 self._keep(module, batch, [i for i in range(len(batch.jobs)) if i != place])
                 job.points = []
-                self._absorbing.append(job)
+                self._intake.absorbing.append(job)
 
     def _make_room(self) -> None:
         """Gives every decoding row pages for its next step, oldest request first; the youngest is preempted for it."""
@@ -307,29 +217,26 @@ class Engine:
                 continue
             length = batch.rows.context.lengths[batch.jobs.index(job)]
             wanted = length + job.record.request.params.block_size + 1
-            while job in batch.jobs and not self._grow(job, wanted):
-                running = [*self._absorbing, *(j for b in self._batches.values() for j in b.jobs)]
+            while job in batch.jobs and not self._intake.grow(job, wanted):
+                running = [*self._intake.absorbing, *(j for b in self._batches.values() for j in b.jobs)]
                 self._preempt(max(running, key=lambda j: j.order))
 
     def _preempt(self, job: Job) -> None:
         """Drops a job's state and queues it first; it absorbs its prompt and its own tokens anew, later."""
         self._num_preemptions += 1
         self._withdraw(job)
-        self._waiting.appendleft(job)
+        self._intake.waiting.appendleft(job)
 
     def _withdraw(self, job: Job) -> None:
         """Takes a job out of wherever it is and frees its state."""
-        if job in self._waiting:
-            self._waiting.remove(job)
-            return
-        if job in self._absorbing:
-            self._absorbing.remove(job)
+        self._intake.remove(job)
         for module, batch in list(self._batches.items()):
             if job in batch.jobs:
                 keep = [i for i, other in enumerate(batch.jobs) if other is not job]
                 self._keep(module, batch, keep)
-        job.context = None
-        self._pool.close_(job.table)
+        if job.has_slot:
+            self._pool.close_(job.table)
+        job.context, job.has_slot = None, False
 
     def _keep(self, module: ModuleType, batch: Batch, keep: list[int]) -> None:
         """Leaves only some rows in a batch, and no batch without rows."""
@@ -390,20 +297,5 @@ class Engine:
         return events
 
 
-def _needs_logits(job: Job) -> bool:
-    """Whether the first step reads the logits after the last of the job's `_context_ids`."""
-    return job.module in (ar, verified) and not job.record.tokens
-
-
 def _name(module: ModuleType) -> str:
     return module.__name__.rpartition(".")[2]
-
-
-def _shares(wanted: list[int], budget: int) -> list[int]:
-    """Splits `budget` tokens evenly over jobs that want so many; what one can't use goes to the others."""
-    shares = [0] * len(wanted)
-    left = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    for position, i in enumerate(left):
-        shares[i] = min(wanted[i], budget // (len(left) - position))
-        budget -= shares[i]
-    return shares

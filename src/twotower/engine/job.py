@@ -30,10 +30,11 @@ class Event(NamedTuple):
 class Job:
     """One request: what it has produced, and where its state is.
 
-    `order` is its place in the order of arrival. `table` lists its pages. `context` is its state while its prompt is
-    being absorbed; afterwards the state is in the batch of its mode. `points` are the lengths at which it leaves a
-    snapshot to the prefix cache; `found` tokens came from there. `was_read` says whether a pass has read ids of it
-    since it last decoded. `auto` has the modes of a request that leaves them to the engine.
+    `order` is its place in the order of arrival, and `num_passed` later ones came in first. `has_slot` says whether it
+    has a state in the pool; `table` lists its pages. `context` is its state while its prompt is being absorbed;
+    afterwards the state is in the batch of its mode. `points` are the lengths at which it leaves a snapshot to the
+    prefix cache. `was_read` says whether a pass has read ids of it since it last decoded. `auto` has the modes of a
+    request that leaves them to the engine.
     """
 
     id: str
@@ -42,7 +43,8 @@ class Job:
     watch: bool
     table: list[int] = dataclasses.field(default_factory=list)
     context: ContextState | None = None
-    found: int = 0
+    has_slot: bool = False
+    num_passed: int = 0
     points: list[int] = dataclasses.field(default_factory=list)
     was_read: bool = False
     auto: AutoRow | None = None
