@@ -1,8 +1,9 @@
-"""Schemathesis against the server's own OpenAPI schema: no 5xx for anything, and alive after.
+r"""Schemathesis against the server's own OpenAPI schema: no 5xx for anything, and alive after.
 
 Some cases run here. For 10,000 against a running server:
 
-    twotower serve & schemathesis run http://127.0.0.1:8000/openapi.json --checks not_a_server_error -n 2500
+    twotower serve & schemathesis run http://127.0.0.1:8000/openapi.json \
+        --checks not_a_server_error --phases coverage,fuzzing -n 2500
 """
 
 import hypothesis

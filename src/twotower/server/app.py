@@ -32,6 +32,18 @@ class _JsonRequest(Request):
             raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
 
 
+class _Api(FastAPI):
+    """Its OpenAPI schema says which model there is, so that what is made from the schema finds it."""
+
+    model_name: str
+
+    def openapi(self) -> dict[str, Any]:
+        schema = super().openapi()
+        for request in ("CompletionRequest", "ChatRequest"):
+            schema["components"]["schemas"][request]["properties"]["model"]["enum"] = [self.model_name]
+        return schema
+
+
 class _JsonRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -49,7 +61,8 @@ _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate | None = None) -> FastAPI:
     """The server over an engine that the caller starts and closes. Raises ValueError for a model without tokenizer."""
     service = Service(engine, config, template)
-    app = FastAPI(title="twotower", docs_url=None, redoc_url=None)
+    app = _Api(title="twotower", docs_url=None, redoc_url=None)
+    app.model_name = config.model_name
     app.router.route_class = _JsonRoute
     install(app)
     # The last one added is the outermost.
