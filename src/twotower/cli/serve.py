@@ -84,8 +84,8 @@ def command(
     )
     limits = EngineConfig(max_num_requests=max_requests, max_num_waiting=max_waiting, state_bytes=state_mib * MIB)
     engine = AsyncEngine(opened, limits)
-    log_to_stderr(log_level)
     server = make_app(engine, config, ChatTemplate.load(folder))
+    log_to_stderr(log_level)
     run(server, engine, host=host, port=port, has_keys=bool(config.api_keys), shutdown_seconds=shutdown_seconds)
 
 
