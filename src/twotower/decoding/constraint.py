@@ -1,7 +1,8 @@
 """Texts that must match a JSON schema, a regular expression or a grammar. Letters: b rows, s positions, v vocabulary.
 
 llguidance says which tokens may come next. A token that may not gets probability 0 before anything is sampled, so modes
-that decide from left to right stay what they are with another distribution: `verified` is still that of `ar`.
+that decide from left to right stay what they are with another distribution: `verified` is still that of `ar`. Where a
+text outgrows llguidance's limits, nothing but its end is allowed any more.
 """
 
 import dataclasses
@@ -131,6 +132,10 @@ def _matcher(vocabulary: "LLTokenizer", kind: str, text: str) -> "LLMatcher":
     else:
         grammar = LLMatcher.grammar_from_lark(text)
     problem = LLMatcher.validate_grammar(grammar, vocabulary)
+    if not problem:
+        first = LLMatcher(vocabulary, grammar, log_level=0)
+        first.compute_logit_bias()  # most of what is too large for its limits shows here
+        problem = first.get_error().split("<state>")[0]
     if problem:
         raise ValueError(f"{kind} can't be followed: {' '.join(problem.split())}; correct it")
-    return LLMatcher(vocabulary, grammar)
+    return LLMatcher(vocabulary, grammar, log_level=0)

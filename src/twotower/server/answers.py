@@ -109,7 +109,7 @@ async def answer(
     """The response to an order. A stream takes over what `held` holds, its places among it, until it has ended."""
     check_logprobs(order, stream)
     for choice in order.choices:
-        service.check(choice)
+        await service.check(choice)
     head = {
         "id": f"{order.shape.prefix}-{secrets.token_hex(12)}",
         "object": order.shape.object + (order.shape.chunk_suffix if stream else ""),

@@ -1,11 +1,12 @@
 """The requests that the server takes. Types are checked here, ranges by `SamplingParams`."""
 
 import dataclasses
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from twotower.decoding.params import CommitRule, Mode, SamplingParams
+from twotower.decoding.params import CONSTRAINED_MODES, CommitRule, Mode, SamplingParams
 from twotower.server.errors import ApiError, from_value_error
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
@@ -23,7 +24,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none",),
     "functions": ([],),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "store": (False,),
     "metadata": ({},),
@@ -39,7 +39,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 # SamplingParams' names -> the protocol's, where a complaint is passed on.
-_NAMES = {field.name: field.name for field in dataclasses.fields(SamplingParams)} | {"max_new_tokens": "max_tokens"}
+NAMES = {field.name: field.name for field in dataclasses.fields(SamplingParams)}
+NAMES |= {"max_new_tokens": "max_tokens", "json_schema": "response_format"}
 
 
 # A list of 100,000 wrong entries is one complaint, not 100,000.
@@ -69,8 +70,36 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
+class JsonSchema(_Strict):
+    """A schema with the name it has for its author; it is always followed strictly."""
+
+    name: str
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class TextFormat(_Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(_Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(_Strict):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
 class Sampling(_Strict):
-    """How to decode; `None` is the default."""
+    """How to decode; `None` is the default. At most one of the last three says what a text must match."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -84,11 +113,22 @@ class Sampling(_Strict):
     top_k: int | None = None
     ignore_eos: bool | None = None
     allow_loss: bool | None = None
+    response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+    @property
+    def json_schema(self) -> str | None:
+        """The schema that `response_format` asks for."""
+        if isinstance(self.response_format, SchemaFormat):
+            return json.dumps(self.response_format.json_schema.json_schema, ensure_ascii=False)
+        return '{"type": "object"}' if isinstance(self.response_format, ObjectFormat) else None
 
     def sampling(self, default_mode: Mode, max_new_tokens: int, choice: int = 0) -> SamplingParams:
         """The settings of one text. Raises ApiError for a value out of range.
 
-        Texts of one prompt differ in their seed: the given one, then the next. OpenAI's default temperature is 1.
+        Texts of one prompt differ in their seed: the given one, then the next. OpenAI's default temperature is 1. Where
+        no mode is named and the default can't follow what the text must match, it is `ar`.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > MAX_STOPS or any(len(s) > MAX_STOP_CHARACTERS for s in stop):
@@ -101,20 +141,25 @@ class Sampling(_Strict):
             "commit_rule": self.commit_rule,
             "ignore_eos": self.ignore_eos,
             "allow_loss": self.allow_loss,
+            "json_schema": self.json_schema,
+            "regex": self.regex,
+            "grammar": self.grammar,
             "top_k": self.top_k,
             "top_p": self.top_p,
             "seed": None if self.seed is None else self.seed + choice,
         }
+        constrained = any(given[name] is not None for name in ("json_schema", "regex", "grammar"))
+        fitting: Mode = "ar" if constrained and default_mode not in CONSTRAINED_MODES else default_mode
         try:
             return SamplingParams(
-                mode=self.mode or default_mode,
+                mode=self.mode or fitting,
                 max_new_tokens=max_new_tokens,
                 temperature=1.0 if self.temperature is None else self.temperature,
                 stop=tuple(stop),
                 **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
             )
         except ValueError as error:
-            raise from_value_error(error, _NAMES) from error
+            raise from_value_error(error, NAMES) from error
 
 
 class Settings(Sampling):

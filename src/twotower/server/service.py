@@ -14,9 +14,10 @@ from twotower.engine.aio import AsyncEngine
 from twotower.engine.job import Event
 from twotower.server.chat_template import ChatTemplate
 from twotower.server.config import ServerConfig
-from twotower.server.errors import ApiError
+from twotower.server.errors import ApiError, from_value_error
 from twotower.server.logprobs import TokenNames
 from twotower.server.metrics import Metrics
+from twotower.server.protocol import NAMES
 
 # What an overloaded server tells clients to wait; a request takes about a second.
 _RETRY_SECONDS = "1"
@@ -121,12 +122,13 @@ class Service:
             raise self._too_long(len(prompt_ids), wanted or 1)
         return min(room, default) if wanted is None else wanted
 
-    def check(self, choice: Choice) -> None:
+    async def check(self, choice: Choice) -> None:
         """Raises ApiError for what the engine can't run."""
         try:
-            self.engine.prepare(choice.prompt_ids, choice.params)
+            # a large schema takes long enough to hold up all other requests
+            await asyncio.to_thread(self.engine.prepare, choice.prompt_ids, choice.params)
         except ValueError as error:
-            raise ApiError(400, str(error)) from error
+            raise from_value_error(error, NAMES) from error
 
     async def run(
         self, choices: Sequence[Choice], places: Places, *, watch: bool = False

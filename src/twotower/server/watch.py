@@ -33,7 +33,7 @@ async def watch(service: Service, body: WatchRequest, request: Request) -> Respo
         ids = await service.encode(body.prompt)
         room = service.room(ids, body.max_tokens, body.max_tokens)
         choice = Choice(ids, body.sampling(service.config.default_mode, room))
-        service.check(choice)
+        await service.check(choice)
         request.state.log |= {"mode": choice.params.mode, "prompt_tokens": len(ids)}
         return EventStream(_steps(service, choice, places), held.pop_all())
 
