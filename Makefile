@@ -1,6 +1,7 @@
 # Each target sets up what it needs: a virtual environment in $(VENV), the package, and for the checks its dev tools.
 #
 #   make demo     watch a story being written
+#   make serve    OpenAI's API and a page on http://127.0.0.1:8000 (ARGS="--port 9000" for another port)
 #   make test     run the tests
 #   make check    lint, types and tests, as CI does
 #
@@ -12,11 +13,15 @@ TORCH ?= torch
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+ARGS ?=
 
-.PHONY: demo test lint types check clean
+.PHONY: demo serve test lint types check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/twotower demo
+
+serve: $(VENV)/.serve-installed
+	$(BIN)/twotower serve $(ARGS)
 
 check: lint types test
 
@@ -41,6 +46,10 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(VENV)/.serve-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install -e ".[serve]"
 	touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.installed

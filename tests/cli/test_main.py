@@ -35,14 +35,14 @@ assert not heavy, heavy
 
 @pytest.mark.parametrize("name", _COMMANDS)
 def test_every_option_is_explained(run, name):
-    [command] = importlib.import_module(f"twotower.cli.{name}").app.registered_commands
-    result = run(*([name] if command.name == name else [name, command.name]), "--help")
-    assert result.exit_code == 0
-    shown = " ".join(result.stdout.split())
-    for parameter in inspect.signature(command.callback).parameters.values():
-        [described] = (m for m in parameter.annotation.__metadata__)
-        # a hyphenated word may be broken after its hyphen
-        assert described.help.replace(" ", "") in shown.replace(" ", ""), parameter.name
+    for command in importlib.import_module(f"twotower.cli.{name}").app.registered_commands:
+        result = run(*([name] if command.name == name else [name, command.name]), "--help")
+        assert result.exit_code == 0
+        shown = " ".join(result.stdout.split())
+        for parameter in inspect.signature(command.callback).parameters.values():
+            [described] = (m for m in parameter.annotation.__metadata__)
+            # a hyphenated word may be broken after its hyphen
+            assert described.help.replace(" ", "") in shown.replace(" ", ""), parameter.name
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path):

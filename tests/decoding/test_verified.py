@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower.decoding import verified
+from twotower.decoding.constraint import Guides
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import distribution, temper
@@ -33,7 +34,8 @@ def rows(
     context = model.prefill(table, [len(p) for p in prompts])
     requests = tuple(Request(tuple(p), params, seed) for seed, p in enumerate(prompts))
     settings = temper((params,) * len(prompts), model.config.vocab_size, CPU)
-    return VerifiedRows(requests, context, settings, (len(newest) and 1,) * len(prompts), tuple(newest))
+    free = Guides((None,) * len(prompts), -1)
+    return VerifiedRows(requests, context, settings, free, (len(newest) and 1,) * len(prompts), tuple(newest))
 
 
 def same_state(model: TwoTower, ours: ContextState, tokens: list[int], close: Callable) -> None:

@@ -1,4 +1,4 @@
-"""`twotower bench decode`: the decoding modes against each other and against the floor of reading the weights."""
+"""`twotower bench`; `decode` sets the modes against each other and against the floor of reading the weights."""
 
 import json
 import statistics
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from twotower.cli import bench_serve
 from twotower.cli.accounting import pass_bytes, released_tensors
 from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_model
 from twotower.decoding.generate import generate
@@ -49,6 +50,9 @@ class Calls(NamedTuple):
     context: int
     ms_per_denoiser_call: float | None
     ms_per_context_call: float | None
+
+
+app.command("serve")(bench_serve.command)
 
 
 @app.callback()

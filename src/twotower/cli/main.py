@@ -23,7 +23,8 @@ _COMMANDS = {
     "train": "Train the denoiser tower on a corpus of tokens.",
     "eval": "Measure what each mode keeps of ar's quality, and its speed.",
     "sweep": "Measure both over a grid of settings, with tables and pictures.",
-    "bench": "Measure the speed of the decoding modes.",
+    "serve": "Serve OpenAI's API and a page, every mode behind one port.",
+    "bench": "Measure the speed of the decoding modes, or of a server.",
 }
 
 # What the library raises at a user's mistake. Anything else is our defect and shows its traceback.

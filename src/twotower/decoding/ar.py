@@ -5,7 +5,8 @@ from typing import Self
 
 import torch
 
-from twotower.decoding.sampling import Temper, fetch, propose, temper, uniforms
+from twotower.decoding.constraint import Guides, guides
+from twotower.decoding.sampling import Temper, fetch, probability, propose, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
@@ -18,6 +19,7 @@ class ArRows:
     requests: tuple[Request, ...]
     context: ContextState
     settings: Temper
+    guides: Guides
     newest: tuple[int, ...] = ()
 
     @property
@@ -30,6 +32,7 @@ class ArRows:
             requests=tuple(self.requests[r] for r in rows),
             context=self.context.select(rows),
             settings=self.settings.select(rows),
+            guides=self.guides.select(rows),
             newest=tuple(self.newest[r] for r in rows) if self.newest else (),
         )
 
@@ -41,6 +44,7 @@ class ArRows:
             requests=self.requests + others.requests,
             context=join((self.context, others.context)),
             settings=self.settings.join(others.settings),
+            guides=self.guides.join(others.guides),
             newest=self.newest + others.newest,
         )
 
@@ -58,7 +62,8 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.context_device)
     newest = tuple(r.produced[-1] for r in requests if r.produced)
     assert len(newest) in (0, len(requests))
-    return ArRows(requests, context, settings, newest)
+    held = guides(model, [r.params for r in requests], [r.produced for r in requests])
+    return ArRows(requests, context, settings, held, newest)
 
 
 def step(model: TwoTower, rows: ArRows) -> Stepped:
@@ -73,11 +78,14 @@ def step(model: TwoTower, rows: ArRows) -> Stepped:
         # the token's position in the sequence names its draw: a resumed row uses the same
         pairs = zip(rows.requests, context.lengths, strict=True)
         draws = torch.stack([uniforms(r.seed, n, 0, 1) for r, n in pairs]).to(model.context_device)
-    proposal = propose(context.next_logits.unsqueeze(1), rows.settings, draws)
-    ids, confidences = fetch(proposal.tokens[:, 0], proposal.confidence[:, 0])
+    logits = context.next_logits.unsqueeze(1)  # (b, 1, v)
+    proposal = propose(rows.guides.mask(logits, [()] * len(rows.requests)), rows.settings, draws)
+    # the probability without a constraint, as it is without temperature and filters
+    confidence = probability(logits, proposal.tokens) if rows.guides.any else proposal.confidence
+    ids, confidences = fetch(proposal.tokens[:, 0], confidence[:, 0])
     absorbed = (1 if rows.newest else 0,) * len(rows.requests)
     return Stepped(
-        dataclasses.replace(rows, context=context, newest=tuple(ids)),
+        dataclasses.replace(rows, context=context, newest=tuple(ids), guides=rows.guides.after([[i] for i in ids])),
         tuple((Token(i, 0, c),) for i, c in zip(ids, confidences, strict=True)),
         (0,) * len(rows.requests),
         absorbed,

@@ -8,6 +8,8 @@ Mode = Literal[StepMode, "auto"]
 CommitRule = Literal["confidence", "margin", "entropy", "fixed", "leftmost", "posterior", "remask"]
 FinishReason = Literal["stop", "length"]
 MODES: tuple[str, ...] = get_args(StepMode)
+# Modes that decide tokens from left to right, given all before: only they can hold a text to a grammar.
+CONSTRAINED_MODES = ("ar", "verified", "auto")
 COMMIT_RULES: tuple[str, ...] = get_args(CommitRule)
 
 
@@ -19,6 +21,8 @@ class SamplingParams:
     off); `steps_per_block` is T, the most denoising steps a block may take; `confidence_threshold` is γ. `temperature`
     0 is greedy. `seed` None draws one.
     `stop` strings end the text before them; an end token ends it unless `ignore_eos`.
+
+    At most one of `json_schema` (its text), `regex` and `grammar` (llguidance's Lark) is what the text must match.
 
     `auto` leaves the mode to an engine, step by step: `ar` or `verified`, whose output is distributed alike, and where
     `allow_loss` says so `diffusion`, whose output is not.
@@ -38,6 +42,9 @@ class SamplingParams:
     ignore_eos: bool = False
     allow_loss: bool = False
     adaptive_draft: bool = True
+    json_schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
@@ -69,6 +76,29 @@ class SamplingParams:
         for name in ("ignore_eos", "allow_loss", "adaptive_draft"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, must be True or False")
+        self._check_constraint()
+
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """Which of `json_schema`, `regex` and `grammar` is given, and its text."""
+        given = (("json_schema", self.json_schema), ("regex", self.regex), ("grammar", self.grammar))
+        return next(((name, text) for name, text in given if text is not None), None)
+
+    def _check_constraint(self) -> None:
+        if self.constraint is None:
+            return
+        name = self.constraint[0]
+        for other in ("json_schema", "regex", "grammar"):
+            value = getattr(self, other)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"{other} is {value!r}, must be a text that is not empty; leave it None for none")
+            if value is not None and other != name:
+                raise ValueError(f"{other} is given beside {name}, and a text can follow only one; drop one of them")
+        if self.mode not in CONSTRAINED_MODES or self.allow_loss:
+            what = f"mode {self.mode!r}" + (" with allow_loss" if self.allow_loss else "")
+            raise ValueError(f"{name} is given in {what}, which can't follow it; use mode 'ar' or 'verified'")
+        if self.ignore_eos:
+            raise ValueError(f"ignore_eos is True, but an end token is how a text that matches {name} ends; drop one")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from twotower.decoding.constraint import check_constraint
 from twotower.decoding.params import FinishReason, Generation, GenerationStats, SamplingParams
 from twotower.decoding.step import Request, Stepped, Token
 from twotower.decoding.text import TextStream
@@ -32,6 +33,7 @@ def make_request(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Req
     strange = [i for i in ids if not 0 <= i < v]
     if strange:
         raise ValueError(f"prompt has token id {strange[0]}, must be in [0, {v - 1}]; was another tokenizer used?")
+    check_constraint(model, params)
     seed = secrets.randbits(63) if params.seed is None else params.seed
     return Request(ids, params, seed)
 

@@ -68,15 +68,19 @@ def propose(logits: Tensor, settings: Temper, uniforms: Tensor | None) -> Propos
     logits (b, s, v) float32; uniforms (b, s) in [0, 1), unread if all rows are greedy. The confidence is the
     probability without temperature and filters.
     """
-    log_total = logits.logsumexp(-1)
     best = logits.max(-1)
     if settings.all_greedy:
-        return Proposal(best.indices, (best.values - log_total).exp())
+        return Proposal(best.indices, (best.values - logits.logsumexp(-1)).exp())
     assert uniforms is not None
     tokens = inverse_sample(distribution(logits, settings), uniforms)
     tokens = torch.where(settings.greedy[:, None], best.indices, tokens)
+    return Proposal(tokens, probability(logits, tokens))
+
+
+def probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """softmax(logits) at some tokens: (b, s, v), (b, s) to (b, s)."""
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return Proposal(tokens, (chosen - log_total).exp())
+    return (chosen - logits.logsumexp(-1)).exp()
 
 
 def distribution(logits: Tensor, settings: Temper) -> Tensor:

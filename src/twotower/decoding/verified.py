@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.decoding.sampling import Temper, distribution, fetch, inverse_sample, temper, uniforms
+from twotower.decoding.constraint import Guides, guides
+from twotower.decoding.sampling import Temper, distribution, fetch, inverse_sample, probability, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
@@ -27,6 +28,7 @@ class VerifiedRows:
     requests: tuple[Request, ...]
     context: ContextState
     settings: Temper
+    guides: Guides
     produced: tuple[int, ...]
     newest: tuple[int, ...] = ()
 
@@ -40,6 +42,7 @@ class VerifiedRows:
             requests=tuple(self.requests[r] for r in rows),
             context=self.context.select(rows),
             settings=self.settings.select(rows),
+            guides=self.guides.select(rows),
             produced=tuple(self.produced[r] for r in rows),
             newest=tuple(self.newest[r] for r in rows) if self.newest else (),
         )
@@ -52,6 +55,7 @@ class VerifiedRows:
             requests=self.requests + others.requests,
             context=join((self.context, others.context)),
             settings=self.settings.join(others.settings),
+            guides=self.guides.join(others.guides),
             produced=self.produced + others.produced,
             newest=self.newest + others.newest,
         )
@@ -92,7 +96,8 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.context_device)
     newest = tuple(r.produced[-1] for r in requests if r.produced)
     assert len(newest) in (0, len(requests))
-    return VerifiedRows(requests, context, settings, tuple(len(r.produced) for r in requests), newest)
+    held = guides(model, [r.params for r in requests], [r.produced for r in requests])
+    return VerifiedRows(requests, context, settings, held, tuple(len(r.produced) for r in requests), newest)
 
 
 def step(model: TwoTower, rows: VerifiedRows) -> Stepped:
@@ -114,6 +119,7 @@ def step(model: TwoTower, rows: VerifiedRows) -> Stepped:
         rows,
         requests=tuple(r._replace(draft=n) for r, n in zip(rows.requests, lengths, strict=True)),
         context=context,
+        guides=rows.guides.after([[token.id for token in tokens] for tokens in emitted]),
         produced=tuple(n + len(t) for n, t in zip(rows.produced, emitted, strict=True)),
         newest=verdict.bonus,
     )
@@ -163,7 +169,9 @@ def verify(model: TwoTower, rows: VerifiedRows, draft: Draft) -> VerifiedContext
     else:
         assert rows.context.next_logits is not None
         first = rows.context.next_logits.unsqueeze(1)
-    target = torch.cat((first, logits), dim=1)  # (b, s+1, v): row i is the context tower's view of place i
+    own = torch.cat((first, logits), dim=1)  # (b, s+1, v): row i is the context tower's view of place i
+    drafts = draft.ids[:, num_known:].tolist() if rows.guides.any else [()] * len(rows.requests)
+    target = rows.guides.mask(own, drafts, num_known)
     widths, s = rows.widths, draft.ids.shape[1]
     places = torch.arange(s, device=draft.ids.device)
     inside = places < torch.tensor(widths, device=places.device)[:, None]  # (b, s)
@@ -182,8 +190,7 @@ def verify(model: TwoTower, rows: VerifiedRows, draft: Draft) -> VerifiedContext
     else:
         after = _correction(rows, draft.probabilities, p, accepted, widths)
     emitted = torch.cat((draft.ids, draft.ids[:, :1]), dim=1).scatter(1, accepted[:, None], after[:, None])
-    chosen = target.gather(-1, emitted.unsqueeze(-1)).squeeze(-1)
-    confidence = (chosen - target.logsumexp(-1)).exp()  # (b, s+1)
+    confidence = probability(own, emitted)  # (b, s+1), without a constraint as without temperature and filters
     # the count beside its row, so that one copy to the host has it all
     ids, confidences = fetch(torch.cat((accepted[:, None], emitted), dim=1), F.pad(confidence, (1, 0)))
     counts = tuple(row.pop(0) for row in ids)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import NamedTuple, Self
 
 from twotower.decoding.params import SamplingParams
@@ -90,9 +90,13 @@ class AsyncEngine:
         with self._wake:
             return self._stats._replace(num_waiting=self._stats.num_waiting + len(self._arrived))
 
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """As `Engine.prepare`: raises ValueError for what `stream` would refuse; may run in any thread."""
+        return self._engine.prepare(prompt, params)
+
     async def stream(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, watch: bool = False
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """The events of one request as they come; the last has its result. Closing the iterator aborts the request.
 
         Raises ValueError for a bad request, Overloaded past the queue's limit, EngineFailed where nothing runs.

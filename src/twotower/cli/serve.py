@@ -1,0 +1,101 @@
+"""`twotower serve`: an HTTP server for OpenAI's clients, with every decoding mode behind one port."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from twotower.checkpoints.hf import resolve
+from twotower.checkpoints.load import DEFAULT_CHECKPOINT
+from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_model
+from twotower.decoding.params import Mode
+from twotower.engine.aio import AsyncEngine
+from twotower.engine.config import MIB, EngineConfig
+from twotower.model.two_tower import TwoTower
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+_ENGINE = EngineConfig()
+# For checkpoints that do not say how long a text they were trained for.
+_MAX_CONTEXT = 4096
+
+
+@app.command("serve")
+def command(
+    model: ModelOption = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What requests call the model.", show_default="the checkpoint's directory or hub id"),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    mode: Annotated[Mode, typer.Option(help="Mode of requests that name none.")] = "diffusion",
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="TWOTOWER_API_KEY", help="Key that requests must carry; several may be given.", show_default="none"
+        ),
+    ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Most tokens of a prompt and its answer.", show_default=f"the checkpoint's, or {_MAX_CONTEXT}"
+        ),
+    ] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="Most texts written at a time.")] = _ENGINE.max_num_requests,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="Most texts that wait; what comes beyond is told to try later.")
+    ] = _ENGINE.max_num_waiting,
+    state_mib: Annotated[
+        int, typer.Option(min=1, help="MiB for keys, values and states of all texts.")
+    ] = _ENGINE.state_bytes // MIB,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Web site whose pages may use the server; several may be given.", show_default="none"),
+    ] = None,
+    shutdown_seconds: Annotated[
+        int, typer.Option(min=0, help="How long running requests may take to finish when the server is stopped.")
+    ] = 30,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(help="Least level of log lines.")
+    ] = "info",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+) -> None:
+    """Serve OpenAI's completions and chat API, and a page at / that shows the modes at work.
+
+    SIGTERM or Ctrl-C lets running requests finish.
+    """
+    try:
+        from twotower.server.app import make_app
+        from twotower.server.chat_template import ChatTemplate
+        from twotower.server.config import ServerConfig
+        from twotower.server.run import log_to_stderr, run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the server needs the package {error.name}; pip install 'twotower[serve]'") from error
+    folder = DEFAULT_CHECKPOINT if model is None else resolve(model)
+    opened = open_model(model, device=device, dtype=dtype)
+    config = ServerConfig(
+        model_name=name or _name(model, folder),
+        default_mode=mode,
+        max_context=max_context or _trained_context(opened) or _MAX_CONTEXT,
+        api_keys=tuple(api_key or ()),
+        cors_origins=tuple(cors_origin or ()),
+    )
+    limits = EngineConfig(max_num_requests=max_requests, max_num_waiting=max_waiting, state_bytes=state_mib * MIB)
+    engine = AsyncEngine(opened, limits)
+    server = make_app(engine, config, ChatTemplate.load(folder))
+    log_to_stderr(log_level)
+    run(server, engine, host=host, port=port, has_keys=bool(config.api_keys), shutdown_seconds=shutdown_seconds)
+
+
+def _name(model: str | None, folder: Path) -> str:
+    if model is None:
+        return "stories"
+    return folder.resolve().name if Path(model).is_dir() else model
+
+
+def _trained_context(model: TwoTower) -> int | None:
+    """How long the checkpoint says that its texts were."""
+    length = model.config.carried.get("max_position_embeddings")
+    return length if isinstance(length, int) else None

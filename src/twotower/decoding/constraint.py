@@ -1,0 +1,141 @@
+"""Texts that must match a JSON schema, a regular expression or a grammar. Letters: b rows, s positions, v vocabulary.
+
+llguidance says which tokens may come next. A token that may not gets probability 0 before anything is sampled, so modes
+that decide from left to right stay what they are with another distribution: `verified` is still that of `ar`. Where a
+text outgrows llguidance's limits, nothing but its end is allowed any more.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from twotower.decoding.params import SamplingParams
+from twotower.model.two_tower import TwoTower
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
+
+# One way to write each value: a model that is unsure would fill its answer with the blanks that JSON allows.
+_JSON_STYLE: "JsonCompileOptions" = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclasses.dataclass(frozen=True)
+class Guides:
+    """What each row (b) must match, None where it is free; those of the rows have seen all tokens produced so far."""
+
+    rows: "tuple[LLMatcher | None, ...]"
+    end: int
+
+    @property
+    def any(self) -> bool:
+        return any(guide is not None for guide in self.rows)
+
+    def select(self, rows: list[int]) -> Self:
+        return dataclasses.replace(self, rows=tuple(self.rows[r] for r in rows))
+
+    def join(self, others: Self) -> Self:
+        return dataclasses.replace(self, rows=self.rows + others.rows)
+
+    def after(self, tokens: Sequence[Sequence[int]]) -> Self:
+        """The guides when each row has produced these tokens as well; what follows an end token does not count."""
+        return dataclasses.replace(
+            self, rows=tuple(self._follow(guide, ids) for guide, ids in zip(self.rows, tokens, strict=True))
+        )
+
+    def mask(self, logits: Tensor, drafts: Sequence[Sequence[int]], first: int = 0) -> Tensor:
+        """logits (b, s, v) with -inf for tokens that may not come at their place; a new tensor where any row is guided.
+
+        Place `first` + k follows the first k tokens of a row's draft. Places behind a token that may not come are left
+        as they are: no draft is accepted that far.
+        """
+        if not self.any:
+            return logits
+        logits = logits.clone()
+        for row, (guide, draft) in enumerate(zip(self.rows, drafts, strict=True)):
+            if guide is None:
+                continue
+            ahead = guide.deep_copy()
+            for k, place in enumerate(range(first, logits.shape[1])):
+                # a bytearray, because torch wants memory that it may write to
+                allowed = torch.frombuffer(bytearray(ahead.compute_logit_bias()), dtype=torch.uint8) > 0
+                logits[row, place].masked_fill_(~allowed.to(logits.device), -torch.inf)
+                if k >= len(draft) or not allowed[draft[k]] or draft[k] == self.end:
+                    break
+                ahead.consume_token(draft[k])
+        return logits
+
+    def _follow(self, guide: "LLMatcher | None", ids: Sequence[int]) -> "LLMatcher | None":
+        if guide is None or not ids:
+            return guide
+        ahead = guide.deep_copy()
+        for i in ids:
+            if ahead.is_stopped():
+                break
+            ahead.consume_token(i)
+        return ahead
+
+
+def guides(model: TwoTower, params: Sequence[SamplingParams], produced: Sequence[Sequence[int]]) -> Guides:
+    """The guides of rows that have produced some tokens already."""
+    end = next(iter(model.config.eos_token_ids), -1)
+    fresh = tuple(None if p.constraint is None else _matcher(_vocabulary(model), *p.constraint) for p in params)
+    return Guides(fresh, end).after(produced)
+
+
+def check_constraint(model: TwoTower, params: SamplingParams) -> None:
+    """Raises ValueError where the model can't follow the request's constraint, or nobody could."""
+    if params.constraint is None:
+        return
+    kind, text = params.constraint
+    if model.tokenizer is None or not model.config.eos_token_ids:
+        raise ValueError(f"{kind} needs a checkpoint with a tokenizer.json and an eos_token_id; drop it")
+    try:
+        import llguidance  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{kind} needs the package llguidance; pip install 'twotower[guide]'") from error
+    _matcher(_vocabulary(model), kind, text)
+
+
+def _vocabulary(model: TwoTower) -> "LLTokenizer":
+    assert model.tokenizer is not None
+    return _read_vocabulary(model.tokenizer, model.config.vocab_size, model.config.eos_token_ids)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_vocabulary(tokenizer: tokenizers.Tokenizer, size: int, ends: tuple[int, ...]) -> "LLTokenizer":
+    """What llguidance knows of a tokenizer; a tenth of a second and more for large ones."""
+    from llguidance import LLTokenizer
+
+    return LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=list(ends))
+
+
+@functools.lru_cache(maxsize=64)
+def _matcher(vocabulary: "LLTokenizer", kind: str, text: str) -> "LLMatcher":
+    """A matcher before its first token, to be copied and never moved. Raises ValueError for what is no constraint."""
+    from llguidance import LLMatcher
+
+    if kind == "json_schema":
+        try:
+            json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"json_schema is not JSON: {error}; correct it") from error
+        grammar = LLMatcher.grammar_from_json_schema(text, defaults=_JSON_STYLE)
+    elif kind == "regex":
+        grammar = LLMatcher.grammar_from_regex(text)
+    else:
+        grammar = LLMatcher.grammar_from_lark(text)
+    problem = LLMatcher.validate_grammar(grammar, vocabulary)
+    if not problem:
+        first = LLMatcher(vocabulary, grammar, log_level=0)
+        first.compute_logit_bias()  # most of what is too large for its limits shows here
+        problem = first.get_error().split("<state>")[0]
+    if problem:
+        raise ValueError(f"{kind} can't be followed: {' '.join(problem.split())}; correct it")
+    return LLMatcher(vocabulary, grammar, log_level=0)

@@ -1,0 +1,117 @@
+"""The server's routes."""
+
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
+from fastapi.staticfiles import StaticFiles
+from pydantic_core import from_json
+
+from twotower.engine.aio import AsyncEngine
+from twotower.server.chat_template import ChatTemplate
+from twotower.server.completions import chat, complete
+from twotower.server.config import ServerConfig
+from twotower.server.errors import ApiError, install
+from twotower.server.middleware import ApiKeys, BodyLimit, RequestLog
+from twotower.server.protocol import ChatRequest, CompletionRequest, WatchRequest
+from twotower.server.service import Service
+from twotower.server.watch import about, watch
+
+
+class _JsonRequest(Request):
+    """A request whose JSON is read by pydantic, which unlike Python refuses lone surrogates, NaN and deep nesting."""
+
+    async def json(self) -> Any:
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
+
+
+class _Api(FastAPI):
+    """Its OpenAPI schema says which model there is, so that what is made from the schema finds it."""
+
+    model_name: str
+
+    def openapi(self) -> dict[str, Any]:
+        schema = super().openapi()
+        for request in ("CompletionRequest", "ChatRequest"):
+            schema["components"]["schemas"][request]["properties"]["model"]["enum"] = [self.model_name]
+        return schema
+
+
+class _JsonRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(_JsonRequest(request.scope, request.receive))
+
+        return handle
+
+
+_PAGE = Path(__file__).parent / "page"
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate | None = None) -> FastAPI:
+    """The server over an engine that the caller starts and closes. Raises ValueError for a model without tokenizer."""
+    service = Service(engine, config, template)
+    app = _Api(title="twotower", docs_url=None, redoc_url=None)
+    app.model_name = config.model_name
+    app.router.route_class = _JsonRoute
+    install(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, limit=config.max_body_bytes)
+    if config.api_keys:
+        app.add_middleware(ApiKeys, keys=config.api_keys)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(config.cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(RequestLog, metrics=service.metrics)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await complete(service, body, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await chat(service, body, request)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.model_card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return service.model_card
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        ready = engine.is_running
+        return JSONResponse({"status": "ready" if ready else "stopped"}, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.exposition(), media_type=_METRICS_TYPE)
+
+    @app.get("/twotower/about")
+    async def about_server() -> dict[str, Any]:
+        return about(service)
+
+    @app.post("/twotower/watch")
+    async def watch_text(body: WatchRequest, request: Request) -> Response:
+        return await watch(service, body, request)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(_PAGE / "index.html", headers={"Content-Security-Policy": "default-src 'self'"})
+
+    app.mount("/page", StaticFiles(directory=_PAGE))
+    return app

@@ -1,0 +1,84 @@
+"""Chat messages to a prompt, by the template that a checkpoint brings."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from jinja2 import Template, TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+
+
+class Turn(NamedTuple):
+    """One message."""
+
+    role: str
+    content: str
+
+
+class ChatTemplate:
+    """A checkpoint's jinja template, run in a sandbox: it comes from whoever made the checkpoint."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        self._special_tokens = special_tokens
+        # The settings and names that templates are written for: those of transformers' apply_chat_template.
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = _now
+        try:
+            self._template: Template = environment.from_string(source)
+        except TemplateError as error:
+            raise ValueError(f"the checkpoint's chat template is broken: {error}; correct it, or remove it") from error
+
+    @classmethod
+    def load(cls, directory: Path) -> Self | None:
+        """The template of a checkpoint directory, from chat_template.jinja or else tokenizer_config.json; None without.
+
+        Raises ValueError for a file that can't be read as one.
+        """
+        config_file = directory / TOKENIZER_CONFIG_FILE
+        config: dict[str, Any] = {}
+        if config_file.is_file():
+            try:
+                config = json.loads(config_file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{config_file} is not JSON ({error}); download it again") from error
+        source = config.get("chat_template")
+        if isinstance(source, list):  # several under names
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        if (directory / TEMPLATE_FILE).is_file():
+            source = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
+        if source is None:
+            return None
+        special = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
+        return cls(source, {k: v for k, v in special.items() if isinstance(v, str)})
+
+    def render(self, turns: Sequence[Turn]) -> str:
+        """The prompt that asks for the next assistant message. Raises ValueError where the template refuses."""
+        try:
+            return self._template.render(
+                messages=[{"role": turn.role, "content": turn.content} for turn in turns],
+                add_generation_prompt=True,
+                tools=None,
+                **self._special_tokens,
+            )
+        except (TemplateError, TypeError) as error:  # TypeError: a template that takes for granted what is not there
+            raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from error
+
+
+def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _now(format: str) -> str:
+    return datetime.now().strftime(format)

@@ -1,0 +1,110 @@
+"""Every error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from twotower.engine.aio import EngineFailed
+
+logger = logging.getLogger(__name__)
+
+# Names that pydantic gives the branches of a union; they are no part of the path that a client knows.
+_BRANCHES = ("str", "int", "float", "bool")
+
+
+class ApiError(HTTPException):
+    """An answer other than success: its status, what is wrong and, where one is to blame, the field `param`."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, dict(headers or {}))
+        self.param = param
+        self.code = code
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer was ready."""
+
+
+def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The error object of a response or of an event in a stream."""
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def from_value_error(error: ValueError, names: Mapping[str, str]) -> ApiError:
+    """A 400 for a setting that the library refused; its messages begin with the setting's name.
+
+    `names` says what the protocol calls it.
+    """
+    message = str(error)
+    first, _, rest = message.partition(" ")
+    if first not in names:
+        return ApiError(400, message)
+    return ApiError(400, f"{names[first]} {rest}", param=names[first], code="invalid_value")
+
+
+def install(app: FastAPI) -> None:
+    """Makes every way in which a request can fail an answer in this shape."""
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(EngineFailed, _failed)
+    app.add_exception_handler(ClientGone, _gone)
+    app.add_exception_handler(Exception, _defect)
+
+
+async def _invalid(_: Request, error: Exception) -> JSONResponse:
+    """Names the first field that is wrong; of a union's branches, all complaints."""
+    assert isinstance(error, RequestValidationError)
+    first, *others = error.errors()
+    param = _path(first["loc"])
+    if first["type"] == "extra_forbidden":
+        message = f"{param} is not supported by this server; leave it out"
+        return JSONResponse(body(400, message, param, "unsupported_parameter"), 400)
+    if first["type"] == "missing":
+        missing = "a body that is a JSON object, with content-type application/json," if param is None else param
+        return JSONResponse(body(400, f"{missing} is missing", param, "missing_required_parameter"), 400)
+    told = dict.fromkeys(e["msg"] for e in (first, *others) if _path(e["loc"]) == param)
+    message = f"{param or 'the body'}: {' or '.join(told)}"
+    return JSONResponse(body(400, message, param, "invalid_value"), 400)
+
+
+def _path(loc: tuple[int | str, ...]) -> str | None:
+    """Where in the body an error is: messages.0.content."""
+    parts: list[str] = []
+    for part in loc[1:]:
+        if isinstance(part, str) and ("[" in part or part in _BRANCHES):
+            break
+        parts.append(str(part))
+    return ".".join(parts) or None
+
+
+async def _refused(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    param, code = (error.param, error.code) if isinstance(error, ApiError) else (None, None)
+    return JSONResponse(body(error.status_code, error.detail, param, code), error.status_code, error.headers)
+
+
+async def _failed(_: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(body(503, str(error), code="engine_failed"), 503)
+
+
+async def _gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; the log does
+
+
+async def _defect(_: Request, error: Exception) -> JSONResponse:
+    logger.error("a request failed on a defect of the server", exc_info=error)
+    return JSONResponse(body(500, "the server failed on this request", code="internal_error"), 500)

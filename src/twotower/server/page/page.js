@@ -1,0 +1,144 @@
+// The form, the streams and the replay.
+
+import { Panel, describe } from "./panel.js";
+
+const SHOWN_AT_FIRST = ["ar", "diffusion", "verified"];
+const STEPS_IN_LEGEND = 16;
+const REPLAY_SECONDS = 5;
+const byId = (id) => document.getElementById(id);
+
+let panels = [];
+let stopping = null; // ends the streams that run
+let replaying = 0; // the running replay, or 0
+
+function headers() {
+  const key = byId("key").value;
+  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+}
+
+function say(message, bad = false) {
+  byId("status").textContent = message;
+  byId("status").classList.toggle("bad", bad);
+}
+
+async function explain(response) {
+  const body = await response.json().catch(() => null);
+  return body?.error?.message ?? `the server answered ${response.status}`;
+}
+
+// The objects of a stream of server-sent events.
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) yield JSON.parse(part.replace(/^data: /, ""));
+  }
+}
+
+function settings() {
+  const number = (id) => byId(id).valueAsNumber;
+  const names = ["max_tokens", "temperature", "seed", "block_size", "confidence_threshold"];
+  return { prompt: byId("prompt").value, ...Object.fromEntries(names.map((name) => [name, number(name)])) };
+}
+
+async function write(panel, request, signal) {
+  const body = JSON.stringify({ ...request, mode: panel.mode });
+  const response = await fetch("twotower/watch", { method: "POST", headers: headers(), body, signal });
+  if (!response.ok) throw new Error(await explain(response));
+  for await (const event of events(response)) {
+    if (event.error) throw new Error(event.error.message);
+    panel.take(event);
+  }
+  if (panel.result === null) throw new Error("the connection broke before the text was finished");
+}
+
+async function run() {
+  cancelAnimationFrame(replaying);
+  const request = settings();
+  const modes = [...document.querySelectorAll("#modes input:checked")].map((box) => box.value);
+  if (modes.length === 0) return say("Choose at least one mode.", true);
+  panels = modes.map((mode) => {
+    const root = byId("panel").content.firstElementChild.cloneNode(true);
+    byId("panels").append(root);
+    return new Panel(mode, request.prompt, root);
+  });
+  byId("panels").replaceChildren(...[...byId("panels").children].slice(-panels.length));
+  stopping = new AbortController();
+  busy(true);
+  say("Writing…");
+  const outcomes = await Promise.allSettled(panels.map((panel) => write(panel, request, stopping.signal)));
+  busy(false);
+  const failed = outcomes.map((outcome, i) => [outcome, panels[i]]).filter(([outcome]) => outcome.reason);
+  failed.forEach(([outcome, panel]) => panel.fail(outcome.reason.name === "AbortError" ? "stopped" : outcome.reason.message));
+  const finished = panels.filter((panel) => panel.result !== null);
+  const words = finished.map((panel) => `${panel.mode} ${panel.result.num_tokens} tokens in ${panel.result.seconds_total.toFixed(2)} s`);
+  say(failed.length ? `Not finished: ${failed.map(([, panel]) => panel.mode).join(", ")}.` : `Done: ${words.join("; ")}.`, failed.length > 0);
+}
+
+function busy(is) {
+  byId("run").disabled = is;
+  byId("stop").disabled = !is;
+  byId("replay").disabled = is || panels.every((panel) => panel.steps.length === 0);
+}
+
+// Shows all texts again as they came, stretched to the same few seconds.
+function replay() {
+  cancelAnimationFrame(replaying);
+  const whole = Math.max(...panels.map((panel) => panel.seconds));
+  const began = performance.now();
+  const frame = (now) => {
+    const at = ((now - began) / 1000 / REPLAY_SECONDS) * whole;
+    panels.forEach((panel) => panel.show(panel.stepsAt(at)));
+    replaying = at < whole ? requestAnimationFrame(frame) : 0;
+  };
+  replaying = requestAnimationFrame(frame);
+}
+
+function offer(about) {
+  byId("model").textContent = `The model here is ${about.model}.`;
+  byId("block_size").value = about.block_size;
+  const boxes = about.modes.map((mode) => {
+    const label = document.createElement("label");
+    const box = document.createElement("input");
+    box.type = "checkbox";
+    box.value = mode;
+    box.checked = SHOWN_AT_FIRST.includes(mode);
+    label.title = describe(mode);
+    label.append(box, mode);
+    return label;
+  });
+  byId("modes").querySelectorAll("label").forEach((label) => label.remove());
+  byId("modes").append(...boxes);
+}
+
+async function begin() {
+  const response = await fetch("twotower/about", { headers: headers() });
+  if (!response.ok) return say(response.status === 401 ? "This server wants an API key." : await explain(response), true);
+  offer(await response.json());
+  return say("");
+}
+
+byId("legend").append(
+  ...Array.from({ length: STEPS_IN_LEGEND }, (_, step) => {
+    const item = document.createElement("li");
+    item.className = "token";
+    item.style.setProperty("--step", step);
+    item.textContent = step + 1;
+    return item;
+  }),
+);
+byId("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  run();
+});
+byId("stop").addEventListener("click", () => stopping.abort());
+byId("replay").addEventListener("click", replay);
+byId("key").addEventListener("change", begin);
+document.addEventListener("input", (event) => {
+  if (event.target.type === "range") cancelAnimationFrame(replaying); // the hand wins over the replay
+});
+begin();

@@ -1,0 +1,264 @@
+"""The requests that the server takes. Types are checked here, ranges by `SamplingParams`."""
+
+import dataclasses
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from twotower.decoding.params import CONSTRAINED_MODES, CommitRule, Mode, SamplingParams
+from twotower.server.errors import ApiError, from_value_error
+
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
+MAX_ALTERNATIVES = 20
+
+# Settings of OpenAI's protocol that this server lacks, with the values that ask for nothing. Any other value is refused
+# as an unknown field is.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "best_of": (1,),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+    "parallel_tool_calls": (),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "safety_identifier": (),
+    "prompt_cache_key": (),
+}
+
+# SamplingParams' names -> the protocol's, where a complaint is passed on.
+NAMES = {field.name: field.name for field in dataclasses.fields(SamplingParams)}
+NAMES |= {"max_new_tokens": "max_tokens", "json_schema": "response_format"}
+
+
+# A list of 100,000 wrong entries is one complaint, not 100,000.
+_Entry = TypeVar("_Entry")
+_Many = Annotated[list[_Entry], Field(fail_fast=True)]
+
+
+class _Strict(BaseModel):
+    """Unknown fields are errors, and a number in quotes is no number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, raw: Any) -> Any:
+        """Keeps the first unknown field only, for the same reason."""
+        if not isinstance(raw, dict):
+            return raw
+        known = {name: value for name, value in raw.items() if name in cls.model_fields}
+        first = next(((k, v) for k, v in raw.items() if k not in known), None)
+        return known if first is None else known | dict([first])
+
+
+class StreamOptions(_Strict):
+    """`include_usage` adds a last chunk that has no choices but the usage."""
+
+    include_usage: bool = False
+
+
+class JsonSchema(_Strict):
+    """A schema with the name it has for its author; it is always followed strictly."""
+
+    name: str
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class TextFormat(_Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(_Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(_Strict):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class Sampling(_Strict):
+    """How to decode; `None` is the default. At most one of the last three says what a text must match."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | _Many[str] | None = None
+    mode: Mode | None = None
+    block_size: int | None = None
+    steps_per_block: int | None = None
+    confidence_threshold: float | None = None
+    commit_rule: CommitRule | None = None
+    top_k: int | None = None
+    ignore_eos: bool | None = None
+    allow_loss: bool | None = None
+    response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+    @property
+    def json_schema(self) -> str | None:
+        """The schema that `response_format` asks for."""
+        if isinstance(self.response_format, SchemaFormat):
+            return json.dumps(self.response_format.json_schema.json_schema, ensure_ascii=False)
+        return '{"type": "object"}' if isinstance(self.response_format, ObjectFormat) else None
+
+    def sampling(self, default_mode: Mode, max_new_tokens: int, choice: int = 0) -> SamplingParams:
+        """The settings of one text. Raises ApiError for a value out of range.
+
+        Texts of one prompt differ in their seed: the given one, then the next. OpenAI's default temperature is 1. Where
+        no mode is named and the default can't follow what the text must match, it is `ar`.
+        """
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stop) > MAX_STOPS or any(len(s) > MAX_STOP_CHARACTERS for s in stop):
+            message = f"stop must be at most {MAX_STOPS} strings of at most {MAX_STOP_CHARACTERS} characters"
+            raise ApiError(400, message, param="stop", code="invalid_value")
+        given = {
+            "block_size": self.block_size,
+            "steps_per_block": self.steps_per_block,
+            "confidence_threshold": self.confidence_threshold,
+            "commit_rule": self.commit_rule,
+            "ignore_eos": self.ignore_eos,
+            "allow_loss": self.allow_loss,
+            "json_schema": self.json_schema,
+            "regex": self.regex,
+            "grammar": self.grammar,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "seed": None if self.seed is None else self.seed + choice,
+        }
+        constrained = any(given[name] is not None for name in ("json_schema", "regex", "grammar"))
+        fitting: Mode = "ar" if constrained and default_mode not in CONSTRAINED_MODES else default_mode
+        try:
+            return SamplingParams(
+                mode=self.mode or fitting,
+                max_new_tokens=max_new_tokens,
+                temperature=1.0 if self.temperature is None else self.temperature,
+                stop=tuple(stop),
+                **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+            )
+        except ValueError as error:
+            raise from_value_error(error, NAMES) from error
+
+
+class Settings(Sampling):
+    """What a completion and a chat have in common. `user` goes to the log."""
+
+    model: str
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        return {k: v for k, v in raw.items() if k not in _NEUTRAL or not _asks_for_nothing(k, v)}
+
+    @property
+    def num_choices(self) -> int:
+        """How many texts to write for each prompt. Raises ApiError for less than one."""
+        n = 1 if self.n is None else self.n
+        if n < 1:
+            raise ApiError(400, f"n is {n}, must be at least 1", param="n", code="invalid_value")
+        return n
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with its usage. Raises ApiError where that is asked of what is no stream."""
+        if self.stream_options is None:
+            return False
+        if not self.stream:
+            message = "stream_options are only for stream: true; leave them out"
+            raise ApiError(400, message, param="stream_options", code="invalid_value")
+        return self.stream_options.include_usage
+
+
+class CompletionRequest(Settings):
+    """POST /v1/completions. `logprobs` n gives each token's log-probability and those of the n likeliest."""
+
+    prompt: str | _Many[str] | _Many[int] | _Many[_Many[int]]
+    max_tokens: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    echo: bool | None = None
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One entry per prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise ApiError(400, "prompt is an empty list, must have a text or token ids", param="prompt")
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+
+class TextPart(_Strict):
+    """A piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | _Many[TextPart]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Settings):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[_Many[Message], Field(min_length=1)]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The limit that was given. Raises ApiError for two."""
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            message = "max_tokens and max_completion_tokens are the same setting; give one of them"
+            raise ApiError(400, message, param="max_tokens", code="invalid_value")
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class WatchRequest(Sampling):
+    """POST /twotower/watch: one text, with every step of it."""
+
+    prompt: str
+    max_tokens: int = 128
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    # True == 1 and 0 == False in Python, but not in JSON
+    return value is None or any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in _NEUTRAL[name])

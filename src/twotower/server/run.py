@@ -1,0 +1,57 @@
+"""A server's life: its log, its socket, and an end that lets running requests finish."""
+
+import json
+import logging
+import time
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from twotower.engine.aio import AsyncEngine
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+logger = logging.getLogger(__name__)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per record: time, level, logger, message and the record's `fields`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {
+            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        fields: dict[str, Any] = getattr(record, "fields", {})
+        line |= {name: value for name, value in fields.items() if value is not None}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def log_to_stderr(level: str) -> None:
+    """Sends all records of this process, from `level` on, to stderr as lines of JSON."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def run(app: FastAPI, engine: AsyncEngine, *, host: str, port: int, has_keys: bool, shutdown_seconds: int) -> None:
+    """Serves until SIGINT or SIGTERM; then takes no more requests and ends when those that run have finished.
+
+    That is awaited for `shutdown_seconds` at most; a second signal ends it at once.
+    """
+    if host not in _LOOPBACK and not has_keys:
+        logger.warning("%s is reachable from other machines and there is no API key: anyone may use this server", host)
+    settings = uvicorn.Config(
+        app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=shutdown_seconds
+    )
+    engine.start()
+    try:
+        uvicorn.Server(settings).run()
+    finally:
+        engine.close()

@@ -1,0 +1,121 @@
+"""`twotower serve` as a process: it answers, it is killed under load and comes back, and it stops cleanly."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+COMMAND = [sys.executable, "-c", "from twotower.cli.main import app; app()", "serve"]
+
+
+@contextlib.contextmanager
+def process(checkpoint, port, tmp_path, *options):
+    """A server that answers, and its address; killed at the end if it still runs."""
+    log = tmp_path / f"log-{time.monotonic_ns()}"
+    arguments = ["--model", str(checkpoint), "--name", "tiny", "--port", str(port), "--max-requests", "2", *options]
+    with log.open("w") as stderr:
+        running = subprocess.Popen([*COMMAND, *arguments], stderr=stderr, stdout=subprocess.DEVNULL)
+        try:
+            url = None
+            while url is None:
+                assert running.poll() is None, log.read_text()
+                found = re.search(r"running on (http://\S+)", log.read_text())
+                url = found and found[1]
+                time.sleep(0.02)
+            yield running, url, log
+        finally:
+            running.kill()
+            running.wait()
+
+
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
+
+
+def test_killed_under_load_clients_see_clean_errors_and_it_comes_back(checkpoint, tmp_path):
+    outcomes = []
+    settings = {"model": "tiny", "prompt": "a", "max_tokens": 3000, "extra_body": {"mode": "ar", "ignore_eos": True}}
+
+    def ask(url, stream):
+        try:
+            answer = client(url).completions.create(**settings, stream=stream)
+            if stream:
+                for _ in answer:
+                    begun.release()
+            outcomes.append("finished")
+        except (openai.APIConnectionError, httpx.RemoteProtocolError, httpx.ReadError) as error:
+            outcomes.append(type(error).__name__)
+
+    begun = threading.Semaphore(0)
+    with process(checkpoint, 0, tmp_path) as (running, url, _):
+        # half of them run, the others wait; some stream and some do not
+        clients = [threading.Thread(target=ask, args=(url, i % 2 == 0)) for i in range(8)]
+        for one in clients:
+            one.start()
+        begun.acquire(timeout=30)
+        os.kill(running.pid, signal.SIGKILL)
+        began = time.monotonic()
+        for one in clients:
+            one.join(20)
+        assert time.monotonic() - began < 15
+    assert len(outcomes) == 8
+    assert "finished" not in outcomes
+    port = url.rsplit(":", 1)[1]
+    with process(checkpoint, port, tmp_path) as (running, again, log):
+        assert again == url
+        assert httpx.get(f"{url}/health").json() == {"status": "ready"}
+        done = client(url).completions.create(model="tiny", prompt="a", max_tokens=4)
+        assert done.usage.completion_tokens == 4
+        # SIGTERM lets what runs finish
+        stream = client(url).completions.create(**settings | {"max_tokens": 200}, stream=True)
+        first = next(stream)
+        running.terminate()
+        rest = list(stream)
+        assert rest[-1].choices[0].finish_reason == "length"
+        assert first.id == rest[-1].id
+        running.wait(20)
+        assert '"status": 200' in log.read_text()
+
+
+def test_options_reach_the_server(checkpoint, tmp_path):
+    options = ("--mode", "ar", "--max-context", "50", "--api-key", "k", "--max-waiting", "0")
+    with process(checkpoint, 0, tmp_path, *options) as (_, url, _):
+        headers = {"Authorization": "Bearer k"}
+        about = httpx.get(f"{url}/twotower/about", headers=headers).json()
+        assert (about["default_mode"], about["max_context"], about["model"]) == ("ar", 50, "tiny")
+        assert httpx.get(f"{url}/twotower/about").status_code == 401
+        ask = {"model": "tiny", "prompt": "a", "n": 3}
+        assert httpx.post(f"{url}/v1/completions", json=ask, headers=headers).status_code == 429
+        assert httpx.post(f"{url}/v1/completions", json=ask | {"n": 2}, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-context", "1"], "max-context"),
+        (["--api-key", ""], "API key"),
+        (["--mode", "fast"], "fast"),
+        (["--state-mib", "1", "--max-requests", "100000"], "state_bytes"),
+    ],
+)
+def test_a_bad_option_is_named(run, checkpoint, options, message):
+    result = run("serve", "--model", checkpoint, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_model_without_tokenizer_cannot_be_served(run, model, tmp_path):
+    from twotower.checkpoints import save
+
+    save(model, tmp_path)
+    result = run("serve", "--model", tmp_path)
+    assert result.exit_code == 2
+    assert "no tokenizer.json" in result.stderr

@@ -1,0 +1,115 @@
+"""What a text must match, as requests ask for it."""
+
+import json
+import re
+
+import httpx
+import openai
+import pytest
+
+from twotower.engine.aio import AsyncEngine
+from twotower.server.app import make_app
+from twotower.server.chat_template import ChatTemplate
+from twotower.server.config import ServerConfig
+
+pytest.importorskip("llguidance")
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "word": {"type": "string", "maxLength": 5}},
+    "required": ["ok", "word"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
+
+
+@pytest.fixture(scope="module")
+def url(tiny, byte_tokenizer, serve):
+    """A server of a model that can end its texts; its default mode is diffusion."""
+    model = tiny("M*-E", vocab_size=260, eos_token_id=2, block_size=8)
+    model.tokenizer = byte_tokenizer
+    engine = AsyncEngine(model).start()
+    with serve(
+        make_app(
+            engine, ServerConfig(model_name="tiny", max_context=500), ChatTemplate("{{ messages[0].content }}", {})
+        )
+    ) as s:
+        yield s.url
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def complete(client, extra, **settings):
+    return client.completions.create(model="tiny", prompt="ab", max_tokens=100, seed=1, extra_body=extra, **settings)
+
+
+@pytest.mark.parametrize("mode", ["ar", "verified", "auto", None])
+def test_a_chat_follows_the_schema_of_its_response_format(client, mode):
+    extra = {} if mode is None else {"mode": mode}
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "n": 3, "seed": 5}
+    answer = client.chat.completions.create(**asked, response_format=FORMAT, extra_body=extra)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        found = json.loads(choice.message.content)
+        assert isinstance(found["ok"], bool)
+        assert len(found["word"]) <= 5
+        assert found.keys() == {"ok", "word"}
+
+
+def test_a_stream_is_what_comes_at_once(client):
+    whole = complete(client, {"regex": "(🎉|é…){3,6}", "mode": "verified"}).choices[0].text
+    assert re.fullmatch("(🎉|é…){3,6}", whole)
+    pieces = complete(client, {"regex": "(🎉|é…){3,6}", "mode": "verified"}, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == whole
+
+
+def test_a_grammar_and_any_object(client):
+    assert complete(client, {"grammar": 'start: "x" | "yy"'}).choices[0].text in ("x", "yy")
+    # any object may be long: its beginning must be one
+    assert complete(client, {"response_format": {"type": "json_object"}}).choices[0].text.startswith("{")
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "simulated_ar", "mock_ar"])
+@pytest.mark.parametrize(("field", "value"), [("response_format", FORMAT), ("regex", "a"), ("grammar", 'start: "a"')])
+def test_modes_that_can_not_are_a_400_that_names_the_field(client, mode, field, value):
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, {field: value, "mode": mode})
+    assert caught.value.param == field
+    assert f"mode '{mode}'" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"regex": "("}, "regex"),
+        ({"regex": ""}, "regex"),
+        ({"regex": 3}, "regex"),
+        ({"grammar": "nonsense"}, "grammar"),
+        ({"regex": "a", "grammar": 'start: "a"'}, "grammar"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, None),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}},
+            "response_format",
+        ),
+        ({"response_format": {"type": "grammar"}}, "response_format"),
+        ({"response_format": {"type": "text", "more": 1}}, None),
+    ],
+)
+def test_what_can_not_be_followed_is_a_400(client, extra, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, extra)
+    assert caught.value.param == param if param else caught.value.param.startswith("response_format.")
+
+
+def test_the_watched_text_follows_too(url):
+    body = {"prompt": "ab", "max_tokens": 50, "mode": "verified", "regex": "(ab){4}c"}
+    with httpx.stream("POST", f"{url}/twotower/watch", json=body) as answer:
+        events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+    assert events[-1]["result"]
+    assert "".join(token["text"] or "" for event in events for token in event["tokens"]) == "ababababc"

@@ -1,0 +1,134 @@
+"""Log-probabilities: of the decoder's choice, of the context tower's pass, and what evaluation clients read."""
+
+import math
+import threading
+
+import pytest
+import torch
+
+from twotower.decoding.generate import generate
+from twotower.decoding.params import MODES, SamplingParams
+from twotower.server.logprobs import Cancelled, TokenNames, score
+
+
+@pytest.fixture(scope="module")
+def random_model(tiny):
+    return tiny("*-ME", vocab_size=260)
+
+
+@pytest.mark.parametrize("length", [1, 2, 64, 65, 66, 150])
+def test_scores_are_those_of_one_causal_pass(random_model, ids, length):
+    prompt = ids(1, length, vocab_size=260)[0].tolist()
+    scored = score(random_model, prompt, 3, threading.Event())
+    log_p = random_model.context_logits([prompt])[0].double().log_softmax(-1)
+    assert [s.id for s in scored] == prompt
+    assert scored[0].logprob is None
+    for i, one in enumerate(scored[1:], start=1):
+        assert one.logprob == pytest.approx(log_p[i - 1, prompt[i]].item(), abs=1e-4)  # float32 against float64
+        values = log_p[i - 1].topk(3).values.tolist()
+        assert [v for _, v in one.top] == pytest.approx(values, abs=1e-4)
+
+
+def test_scoring_stops_when_nobody_waits(random_model):
+    gone = threading.Event()
+    gone.set()
+    with pytest.raises(Cancelled):
+        score(random_model, [5, 6, 7], 0, gone)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_chosen_tokens_have_the_probability_they_were_committed_with(client, model, mode):
+    settings = {"model": "tiny", "prompt": "a", "max_tokens": 15, "seed": 4, "logprobs": 0}
+    settings["extra_body"] = {"mode": mode, "block_size": 6}
+    expected = generate(
+        model, ["a"], SamplingParams(mode=mode, max_new_tokens=15, seed=4, temperature=1.0, block_size=6)
+    )[0]
+    shown = client.completions.create(**settings).choices[0].logprobs
+    assert shown.token_logprobs == pytest.approx([math.log(c) for c in expected.confidences])
+    assert len(shown.tokens) == len(shown.text_offset) == 15
+    assert shown.top_logprobs is None
+    chunks = [c.choices[0].logprobs for c in client.completions.create(**settings, stream=True) if c.choices]
+    chunks = [c for c in chunks if c is not None]
+    assert [t for c in chunks for t in c.tokens] == shown.tokens
+    assert [t for c in chunks for t in c.token_logprobs] == shown.token_logprobs
+    assert [t for c in chunks for t in c.text_offset] == shown.text_offset
+
+
+def test_tops_are_the_context_towers_and_need_its_modes(client, model, http):
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 6, "logprobs": 3, "temperature": 0}
+    shown = http.post("/v1/completions", json=body | {"mode": "verified"}).json()["choices"][0]["logprobs"]
+    assert shown == http.post("/v1/completions", json=body | {"mode": "ar"}).json()["choices"][0]["logprobs"]
+    assert all(len(top) == 3 for top in shown["top_logprobs"])
+    assert shown["tokens"][0] == "b" == max(shown["top_logprobs"][0], key=shown["top_logprobs"][0].get)
+    for more in ({"mode": "diffusion"}, {"mode": "ar", "stream": True}):
+        error = http.post("/v1/completions", json=body | more).json()["error"]
+        assert error["param"] == "logprobs"
+
+
+def test_echo_gives_what_evaluation_clients_read(client, model, byte_tokenizer):
+    """The request and the reading of lm-evaluation-harness: the log-likelihood of a continuation."""
+    context, continuation = byte_tokenizer.encode("xa").ids, byte_tokenizer.encode("b zab").ids
+    done = client.completions.create(
+        model="tiny", prompt=[context + continuation], max_tokens=1, logprobs=1, echo=True, temperature=0, seed=1
+    )
+    shown = done.choices[0].logprobs
+    assert done.choices[0].text.startswith("xab zab")
+    log_p = model.context_logits([context + continuation])[0].log_softmax(-1)
+    places = range(len(context) - 1, len(context) + len(continuation) - 1)
+    truth = [log_p[i, t].item() for i, t in zip(places, continuation, strict=True)]
+    assert shown.token_logprobs[len(context) : -1] == pytest.approx(truth, abs=1e-4)
+    greedy = [
+        token == max(top, key=top.get)
+        for token, top in zip(shown.tokens[len(context) : -1], shown.top_logprobs[len(context) : -1], strict=True)
+    ]
+    assert greedy == [log_p[i].argmax().item() == t for i, t in zip(places, continuation, strict=True)]
+    assert True in greedy
+    assert False in greedy
+    assert shown.text_offset[:7] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_echo_without_new_tokens_is_the_prompt(client, http):
+    done = client.completions.create(model="tiny", prompt="xyz", max_tokens=0, logprobs=0, echo=True)
+    assert done.choices[0].text == "xyz"
+    assert done.choices[0].logprobs.tokens == ["x", "y", "z"]
+    assert done.choices[0].logprobs.token_logprobs[0] is None
+    plain = {"model": "tiny", "prompt": "zé", "max_tokens": 3, "echo": True, "mode": "ar", "temperature": 0}
+    whole = http.post("/v1/completions", json=plain).json()["choices"][0]["text"]
+    stream = client.completions.create(
+        **{k: v for k, v in plain.items() if k != "mode"}, extra_body={"mode": "ar"}, stream=True
+    )
+    assert "".join(c.choices[0].text for c in stream) == whole
+    assert whole.startswith("zé")
+
+
+def test_chat_logprobs(client):
+    ask = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 8, "temperature": 0}
+    ask |= {"logprobs": True, "extra_body": {"mode": "ar"}}
+    content = client.chat.completions.create(**ask, top_logprobs=2).choices[0].logprobs.content
+    assert [t.token for t in content][:2] == ["b", " "]
+    assert content[0].bytes == [ord("b")]
+    assert content[2].bytes is None  # one of an emoji's four tokens
+    assert [len(t.top_logprobs) for t in content] == [2] * 8
+    assert content[0].top_logprobs[0].token == "b"
+    plain = client.chat.completions.create(**ask).choices[0].logprobs.content
+    assert [t.logprob for t in plain] == pytest.approx([t.logprob for t in content], abs=1e-4)
+    streamed = [c.choices[0].logprobs for c in client.chat.completions.create(**ask, stream=True)]
+    assert [t.token for part in streamed if part for t in part.content] == [t.token for t in plain]
+
+
+def test_names_of_tokens(byte_tokenizer):
+    names = TokenNames(byte_tokenizer)
+    byte = byte_tokenizer.encode("é").ids[0]
+    assert (names.text(4 + ord("a")), names.name(4 + ord("a"))) == ("a", "a")
+    assert names.text(byte) is None
+    assert names.name(byte)
+    assert (names.text(2), names.name(2)) == (None, "</s>")
+    assert names.name(10_000) == "<10000>"
+
+
+def test_zero_probability_is_a_number():
+    from twotower.decoding.step import Token
+    from twotower.server.logprobs import committed
+
+    assert committed([Token(1, 0, 0.0)])[0].logprob == -9999.0
+    assert torch.isfinite(torch.tensor(committed([Token(1, 0, 1e-30)])[0].logprob))

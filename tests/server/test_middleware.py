@@ -1,0 +1,114 @@
+"""Keys, origins, request ids and log lines."""
+
+import json
+import logging
+
+import httpx
+import pytest
+
+from twotower.server.app import make_app
+from twotower.server.config import ServerConfig
+from twotower.server.run import JsonLines
+
+ASK = {"model": "tiny", "prompt": "a secret story", "max_tokens": 2, "user": "someone"}
+
+
+@pytest.fixture(scope="module")
+def guarded(engine, serve):
+    config = ServerConfig(model_name="tiny", api_keys=("one", "two"), cors_origins=("https://a.example",))
+    with serve(make_app(engine, config)) as served:
+        yield served.url
+
+
+def test_a_key_opens_everything_else_but_a_few_things(guarded):
+    for key in ("one", "two"):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert httpx.get(f"{guarded}/v1/models", headers=headers).status_code == 200
+        assert httpx.post(f"{guarded}/v1/completions", json=ASK, headers=headers).status_code == 200
+    for path in ("/v1/models", "/metrics", "/twotower/about", "/nowhere", "/openapi.json"):
+        for value in (None, "Bearer", "Bearer three", "Basic one", "one", "Bearer ön".encode()):
+            response = httpx.get(f"{guarded}{path}", headers={} if value is None else {"Authorization": value})
+            assert response.status_code == 401, (path, value)
+            assert response.json()["error"]["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
+    for path in ("/", "/health", "/page/page.css"):
+        assert httpx.get(f"{guarded}{path}").status_code == 200
+    # a path that only looks open
+    assert httpx.get(f"{guarded}/page/../metrics").status_code in (401, 404)
+    assert httpx.get(f"{guarded}/page/%2e%2e/app.py").status_code == 404
+
+
+def test_only_chosen_origins_may_read_answers(guarded, url):
+    def allowed(base, origin):
+        response = httpx.get(f"{base}/health", headers={"Origin": origin})
+        return response.headers.get("access-control-allow-origin")
+
+    assert allowed(guarded, "https://a.example") == "https://a.example"
+    assert allowed(guarded, "https://b.example") is None
+    assert allowed(url, "https://a.example") is None
+
+
+def test_each_response_has_an_id_and_a_line_without_texts(http, caplog):
+    caplog.set_level(logging.INFO, logger="twotower.server.middleware")
+    response = http.post("/v1/completions", json=ASK)
+    http.get("/v1/nowhere")
+    done, lost = (json.loads(JsonLines().format(r)) for r in caplog.records if r.name.startswith("twotower.server"))
+    assert done["request_id"] == response.headers["x-request-id"] != lost["request_id"]
+    assert (done["path"], done["status"], done["mode"]) == ("/v1/completions", 200, "diffusion")
+    assert (done["prompt_tokens"], done["user"]) == (14, "someone")
+    assert done["id"] == response.json()["id"]
+    assert done["seconds"] > 0
+    assert lost["status"] == 404
+    assert "secret" not in json.dumps(done)
+
+
+def test_a_record_with_an_exception_is_one_line():
+    try:
+        raise RuntimeError("no\nway")
+    except RuntimeError as error:
+        record = logging.LogRecord("n", logging.ERROR, "f", 1, "bad %s", ("luck",), (type(error), error, None))
+    line = JsonLines().format(record)
+    assert "\n" not in line
+    assert json.loads(line)["message"] == "bad luck"
+    assert "no" in json.loads(line)["exception"]
+
+
+def test_metrics_count_texts_tokens_and_calls(http):
+    def read():
+        lines = [line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines}
+
+    before = read()
+    body = {"model": "tiny", "prompt": "abc", "max_tokens": 9, "mode": "verified", "ignore_eos": True, "n": 2}
+    usage = http.post("/v1/completions", json=body).json()["usage"]
+    after = read()
+
+    def added(name):
+        return after[name] - before.get(name, 0)
+
+    assert added('twotower_texts_total{mode="verified",outcome="length"}') == 2
+    assert added('twotower_prompt_tokens_total{mode="verified"}') == 6
+    assert added('twotower_new_tokens_total{mode="verified"}') == 18
+    assert added("twotower_denoiser_calls_total") == usage["denoiser_calls"]
+    assert added('twotower_time_to_first_token_seconds_count{mode="verified"}') == 2
+    assert added('twotower_tokens_per_nfe_sum{mode="verified"}') > 0
+    assert added('twotower_http_responses_total{path="/v1/completions",status="200"}') == 1
+    assert after["twotower_batch_occupancy"] == 0
+    assert after["twotower_state_bytes"] <= after["twotower_state_bytes_limit"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"model_name": ""}, "model_name"),
+        ({"default_mode": "fast"}, "default_mode"),
+        ({"max_context": 1}, "max_context"),
+        ({"max_choices": 0}, "max_choices"),
+        ({"max_body_bytes": 10}, "max_body_bytes"),
+        ({"api_keys": ("",)}, "API key"),
+        ({"api_keys": ("ü",)}, "API key"),
+    ],
+)
+def test_bad_settings_are_named(settings, word):
+    with pytest.raises(ValueError, match=word):
+        ServerConfig(**({"model_name": "tiny"} | settings))

@@ -1,0 +1,153 @@
+"""Clients that leave, that read slowly, and a server that stops while they are served."""
+
+import asyncio
+import json
+import re
+import threading
+
+import httpx
+import pytest
+
+from twotower.decoding.generate import generate
+from twotower.decoding.params import SamplingParams
+from twotower.engine.aio import AsyncEngine
+from twotower.engine.config import EngineConfig
+from twotower.server.app import make_app
+from twotower.server.config import ServerConfig
+from twotower.server.service import Choice, Service
+
+LONG = {"model": "tiny", "prompt": "a", "max_tokens": 1900, "mode": "ar", "temperature": 0}
+
+
+def metric(http, name):
+    lines = http.get("/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def test_closing_a_run_frees_it_within_two_rounds(engine):
+    service = Service(engine, ServerConfig(model_name="tiny"), None)
+    choice = Choice((97,), SamplingParams(mode="ar", max_new_tokens=100_000, ignore_eos=True))
+
+    async def leave() -> int:
+        with service.admit(2) as places:
+            run = service.run([choice, choice], places)
+            for _ in range(6):
+                await anext(run)
+            assert service.num_unfinished == 2
+            await run.aclose()
+            before = engine.stats().num_rounds
+        assert service.num_unfinished == 0
+        while engine.stats().num_running + engine.stats().num_waiting:
+            await asyncio.sleep(0.001)
+        return engine.stats().num_rounds - before
+
+    assert asyncio.run(leave()) <= 2
+    assert engine.stats().num_running == 0
+
+
+def test_places_are_given_back_once():
+    class Counted:
+        num_unfinished = 5
+
+    from twotower.server.service import Places
+
+    counted = Counted()
+    with Places(counted, 3) as places:
+        places.give_back()
+        assert counted.num_unfinished == 4
+    assert counted.num_unfinished == 2
+    places.give_back()
+    assert counted.num_unfinished == 2
+
+
+@pytest.mark.parametrize("body", [LONG, LONG | {"n": 3, "mode": "diffusion"}])
+def test_a_client_that_leaves_its_stream_frees_the_engine(url, http, engine, wait_until, body):
+    name = f'twotower_texts_total{{mode="{body["mode"]}",outcome="cancelled"}}'
+    before = metric(http, name)
+    with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True, "ignore_eos": True}) as stream:
+        next(stream.iter_lines())
+        assert engine.stats().num_running > 0
+    wait_until(lambda: engine.stats().num_running + engine.stats().num_waiting == 0, 5)
+    assert metric(http, name) - before == body.get("n", 1)
+
+
+def test_a_client_that_gives_up_waiting_frees_the_engine(url, http, engine, wait_until):
+    before = metric(http, 'twotower_http_responses_total{path="/v1/completions",status="499"}')
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=LONG | {"n": 4, "echo": True, "logprobs": 1}, timeout=0.2)
+    wait_until(lambda: engine.stats().num_running == 0)
+    wait_until(lambda: metric(http, 'twotower_http_responses_total{path="/v1/completions",status="499"}') == before + 1)
+
+
+class StuckClient:
+    """A request straight to the app whose sends wait until `reads` is set."""
+
+    def __init__(self, body):
+        content = json.dumps(body).encode()
+        self.requests = [{"type": "http.request", "body": content, "more_body": False}]
+        self.reads = asyncio.Event()
+        self.received = b""
+        headers = [(b"content-type", b"application/json")]
+        self.scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "query_string": b"",
+            "headers": headers,
+        }
+
+    async def receive(self):
+        return self.requests.pop() if self.requests else await asyncio.Event().wait()
+
+    async def send(self, message):
+        await self.reads.wait()
+        self.received += message.get("body", b"")
+
+
+def test_slow_readers_do_not_hold_up_others(app, engine, model):
+    async def run():
+        stuck = [StuckClient(LONG | {"stream": True, "max_tokens": 60}) for _ in range(6)]  # more than run at a time
+        tasks = [asyncio.create_task(app(s.scope, s.receive, s.send)) for s in stuck]
+        await asyncio.sleep(0.1)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            answer = await client.post("/v1/completions", json=LONG | {"max_tokens": 5})
+        assert answer.json()["usage"]["completion_tokens"] == 5
+        # all texts are finished although nobody has read them
+        while engine.stats().num_running + engine.stats().num_waiting:
+            await asyncio.sleep(0.01)
+        assert not any(task.done() for task in tasks)
+        for client in stuck:
+            client.reads.set()
+        await asyncio.gather(*tasks)
+        return [client.received.decode() for client in stuck]
+
+    expected = generate(model, ["a"], SamplingParams(mode="ar", max_new_tokens=60))[0].text
+    for received in asyncio.run(run()):
+        events = re.findall(r"^data: (\{.*\})$", received, re.MULTILINE)
+        assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == expected
+
+
+def test_stopping_finishes_what_runs(model, serve):
+    engine = AsyncEngine(model, EngineConfig(max_num_requests=2)).start()
+    texts = []
+    with serve(make_app(engine, ServerConfig(model_name="tiny"))) as served:
+
+        def read():
+            with httpx.stream(
+                "POST", f"{served.url}/v1/completions", json=LONG | {"stream": True, "max_tokens": 300}
+            ) as stream:
+                started.set()
+                texts.append([line for line in stream.iter_lines() if line])
+
+        started = threading.Event()
+        reader = threading.Thread(target=read)
+        reader.start()
+        started.wait(10)
+        served.server.should_exit = True
+        served.thread.join(30)
+        reader.join(10)
+    assert texts[0][-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in texts[0][-2]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{served.url}/health")
+    engine.close()
