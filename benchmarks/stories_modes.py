@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None)
     parser.add_argument("--threshold", type=float, default=0.8)
-    parser.add_argument("--draft", type=int, default=16, help="block size of `verified`")
+    parser.add_argument("--draft", type=int, default=16, help="longest draft of `verified`, which adapts")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--new-tokens", type=int, default=192)
     arguments = parser.parse_args()
