@@ -74,11 +74,16 @@ def test_a_client_that_leaves_its_stream_frees_the_engine(url, http, engine, wai
 
 
 def test_a_client_that_gives_up_waiting_frees_the_engine(url, http, engine, wait_until):
-    before = metric(http, 'twotower_http_responses_total{path="/v1/completions",status="499"}')
+    left, cancelled = (
+        'twotower_http_responses_total{path="/v1/completions",status="499"}',
+        'twotower_texts_total{mode="ar",outcome="cancelled"}',
+    )
+    before, texts = metric(http, left), metric(http, cancelled)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{url}/v1/completions", json=LONG | {"n": 4, "echo": True, "logprobs": 1}, timeout=0.2)
     wait_until(lambda: engine.stats().num_running == 0)
-    wait_until(lambda: metric(http, 'twotower_http_responses_total{path="/v1/completions",status="499"}') == before + 1)
+    wait_until(lambda: metric(http, left) == before + 1)
+    assert metric(http, cancelled) == texts + 4
 
 
 class StuckClient:
