@@ -1,6 +1,6 @@
 """Random JSON schemas in every mode that can be held to one, on the shipped checkpoint: how many texts are valid.
 
-    python benchmarks/constrained_json.py              one JSON line per mode; needs twotower[guide] and jsonschema-rs
+python benchmarks/constrained_json.py              one JSON line per mode; needs twotower[guide] and jsonschema-rs
 """
 
 import argparse
