@@ -7,14 +7,18 @@ Prints one JSON line, all from one process:
 - `tokens_per_second`: 16 requests (held-out prompts of stories_prompts.json, greedy, end tokens ignored) at 1, 2, 4, 8
   and 16 at a time, for every fixed mode and for `auto` with and without loss; medians over repeats, modes alternating.
   `sixteen_against_one` and `auto_against_best` follow from it.
-- `rounds`: 24 `diffusion` requests with long prompts, arriving every few rounds, against two schedulers that separate
-  prompts from decoding: `static` decodes a lot of requests to its end before it takes the next, `phases` lets requests
-  come and go but spends a round on prompts or on decoding, never on both. Counted, not timed.
+- `rounds`: 72 `diffusion` requests of 16 to 128 new tokens with prompts of 128, one every three rounds, against three
+  schedulers that separate prompts from decoding: `phases` lets requests come and go but spends a round on prompts or on
+  decoding, never on both; `static` decodes a lot of requests to its end before it takes the next; `aligned` is `phases`
+  where a batch holds only rows that are at the same step of their blocks. Counted, not timed.
 - `easy_p95`: seconds of requests that need one step a block, 16 at a time: with 8 requests beside them that need 16
   steps a block, against 16 easy ones.
+- `prefix`: seconds to the first token of a prompt of 2048 + 8 tokens, cold and where an earlier one had the same 2048;
+  and tokens per second of prompts that share nothing, with the cache on against off.
 """
 
 import argparse
+import collections
 import itertools
 import json
 import math
@@ -62,30 +66,33 @@ def speeds(model: twotower.TwoTower, new_tokens: int, repeats: int) -> dict[str,
 
 def rounds(model: twotower.TwoTower) -> dict[str, float]:
     """Rounds that each scheduler takes for the same staggered requests."""
-    prompts = [list(itertools.islice(itertools.cycle(PROMPTS[i]), 128)) for i in range(24)]
-    params = twotower.SamplingParams(max_new_tokens=64, ignore_eos=True)
+    prompts = [list(itertools.islice(itertools.cycle(PROMPTS[i % len(PROMPTS)][i % 7 :]), 128)) for i in range(72)]
+    lengths = itertools.cycle((16, 128, 32, 16, 64, 32))
+    params = [
+        twotower.SamplingParams(max_new_tokens=n, ignore_eos=True) for n in itertools.islice(lengths, len(prompts))
+    ]
     gap = 3
     config = twotower.EngineConfig(max_num_requests=16, prompt_chunk=CHUNK, snapshot_bytes=0)
     engine = twotower.Engine(model, config)
-    waiting, steps, now = list(enumerate(prompts)), [0] * len(prompts), 0
+    waiting, now = list(enumerate(prompts)), 0
+    blocks: list[list[int]] = [[] for _ in prompts]  # steps of each block of each request
     while waiting or engine.has_work:
         while waiting and waiting[0][0] * gap <= now:
             index, prompt = waiting.pop(0)
-            engine.add(prompt, params, request_id=str(index))
+            engine.add(prompt, params[index], request_id=str(index))
         for event in engine.step():
             if event.result is not None:
-                steps[int(event.request_id)] = event.result.stats.denoiser_calls
+                at = event.result.commit_steps
+                blocks[int(event.request_id)] = [max(at[i : i + 16]) + 1 for i in range(0, len(at), 16)]
         now += 1
     arrivals = [i * gap for i in range(len(prompts))]
     chunks = math.ceil(len(prompts[0]) / CHUNK)
-    static, phases = static_rounds(arrivals, steps, chunks), phase_rounds(arrivals, steps, chunks)
-    return {
-        "engine": now,
-        "static": static,
-        "phases": phases,
-        "against_static": round(now / static, 3),
-        "against_phases": round(now / phases, 3),
+    others = {
+        "phases": phase_rounds(arrivals, blocks, chunks, aligned=False),
+        "static": static_rounds(arrivals, [sum(steps) for steps in blocks], chunks),
+        "aligned": phase_rounds(arrivals, blocks, chunks, aligned=True),
     }
+    return {"engine": now, **others, **{f"against_{name}": round(now / n, 3) for name, n in others.items()}}
 
 
 def static_rounds(arrivals: list[int], steps: list[int], chunks: int, size: int = 16) -> int:
@@ -99,9 +106,13 @@ def static_rounds(arrivals: list[int], steps: list[int], chunks: int, size: int 
     return now
 
 
-def phase_rounds(arrivals: list[int], steps: list[int], chunks: int, size: int = 16) -> int:
-    """Prompts first: a round absorbs one chunk if any is left, else everything that runs takes a step."""
-    now, coming, left = 0, 0, list(steps)
+def phase_rounds(arrivals: list[int], blocks: list[list[int]], chunks: int, *, aligned: bool, size: int = 16) -> int:
+    """Prompts first: a round absorbs one chunk if any is left, else what runs takes a step.
+
+    Where `aligned`, that is only the largest group of rows that are at the same step of their blocks.
+    """
+    left = [[step for steps in request for step in range(steps)] for request in blocks]
+    now, coming = 0, 0
     prompt: dict[int, int] = {}
     running: list[int] = []
     while coming < len(arrivals) or prompt or running:
@@ -114,10 +125,12 @@ def phase_rounds(arrivals: list[int], steps: list[int], chunks: int, size: int =
             if prompt[index] == 0:
                 del prompt[index]
                 running.append(index)
-        else:
+        elif running:
+            step = collections.Counter(left[index][0] for index in running).most_common(1)[0][0]
             for index in running:
-                left[index] -= 1
-            running = [index for index in running if left[index] > 0]
+                if not aligned or left[index][0] == step:
+                    left[index].pop(0)
+            running = [index for index in running if left[index]]
         now += 1
     return now
 
@@ -157,6 +170,35 @@ def closed_loop(
                 done.append((p, time.perf_counter() - start))
 
 
+def prefix(model: twotower.TwoTower, repeats: int) -> dict[str, float]:
+    """What the prefix cache saves where it hits, and costs where it does not."""
+    one = twotower.SamplingParams(mode="ar", max_new_tokens=1, ignore_eos=True)
+    seconds: dict[str, list[float]] = {"cold": [], "cached": []}
+    on, off = (twotower.EngineConfig(state_bytes=96 << 20, snapshot_bytes=n << 20) for n in (8, 0))
+    for _ in range(repeats):
+        engine = twotower.Engine(model, on)
+        stem = list(itertools.islice(itertools.cycle(itertools.chain(*PROMPTS)), 2048))
+        for name, tail in (("cold", PROMPTS[0][:8]), ("cached", PROMPTS[1][:8])):
+            (result,) = engine.generate([stem + tail], one)
+            seconds[name].append(result.stats.seconds_to_first_token)
+    some = twotower.SamplingParams(mode="ar", max_new_tokens=32, ignore_eos=True)
+    ratios = []
+    for _ in range(repeats):
+        taken = []
+        for config in (on, off):
+            engine = twotower.Engine(model, config)
+            began = time.perf_counter()
+            engine.generate(PROMPTS, some)
+            taken.append(time.perf_counter() - began)
+        ratios.append(taken[1] / taken[0])
+    medians = {name: round(statistics.median(values), 4) for name, values in seconds.items()}
+    return {
+        **medians,
+        "cached_against_cold": round(medians["cached"] / medians["cold"], 3),
+        "speed_on_against_off": round(statistics.median(ratios), 3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None)
@@ -178,6 +220,7 @@ def main() -> None:
         "lossy_auto_against_best": {c: round(found["auto, loss allowed"][c] / lossy[c], 3) for c in CONCURRENT},
         "rounds": rounds(model),
         "easy_p95": easy_p95(model, arguments.repeats),
+        "prefix": prefix(model, arguments.repeats),
         "new_tokens": arguments.new_tokens,
         "repeats": arguments.repeats,
         "dtype": str(next(iter(model.parameters())).dtype),
