@@ -10,7 +10,9 @@ from twotower.cli import train
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("*/*train.yaml")), ids=lambda file: f"{file.parent.name}-{file.stem}")
+@pytest.mark.parametrize(
+    "file", sorted(RECIPES.glob("*/*train.yaml")), ids=lambda file: f"{file.parent.name}-{file.stem}"
+)
 def test_shipped_recipes_pass_their_dry_run(run, file, monkeypatch):
     monkeypatch.chdir(RECIPES.parent)
     model = DEFAULT_CHECKPOINT if file.parent.name == "stories" else file.parent

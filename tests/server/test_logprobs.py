@@ -44,13 +44,14 @@ def test_chosen_tokens_have_the_probability_they_were_committed_with(client, mod
         model, ["a"], SamplingParams(mode=mode, max_new_tokens=15, seed=4, temperature=1.0, block_size=6)
     )[0]
     shown = client.completions.create(**settings).choices[0].logprobs
-    assert shown.token_logprobs == pytest.approx([math.log(c) for c in expected.confidences])
+    # float32 sums in another order, where what is cached begins elsewhere
+    assert shown.token_logprobs == pytest.approx([math.log(c) for c in expected.confidences], abs=1e-5)
     assert len(shown.tokens) == len(shown.text_offset) == 15
     assert shown.top_logprobs is None
     chunks = [c.choices[0].logprobs for c in client.completions.create(**settings, stream=True) if c.choices]
     chunks = [c for c in chunks if c is not None]
     assert [t for c in chunks for t in c.tokens] == shown.tokens
-    assert [t for c in chunks for t in c.token_logprobs] == shown.token_logprobs
+    assert [t for c in chunks for t in c.token_logprobs] == pytest.approx(shown.token_logprobs, abs=1e-5)
     assert [t for c in chunks for t in c.text_offset] == shown.text_offset
 
 

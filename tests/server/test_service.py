@@ -4,6 +4,8 @@ import asyncio
 import json
 import re
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -72,11 +74,16 @@ def test_a_client_that_leaves_its_stream_frees_the_engine(url, http, engine, wai
 
 
 def test_a_client_that_gives_up_waiting_frees_the_engine(url, http, engine, wait_until):
-    before = metric(http, 'twotower_http_responses_total{path="/v1/completions",status="499"}')
+    left, cancelled = (
+        'twotower_http_responses_total{path="/v1/completions",status="499"}',
+        'twotower_texts_total{mode="ar",outcome="cancelled"}',
+    )
+    before, texts = metric(http, left), metric(http, cancelled)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{url}/v1/completions", json=LONG | {"n": 4, "echo": True, "logprobs": 1}, timeout=0.2)
     wait_until(lambda: engine.stats().num_running == 0)
-    wait_until(lambda: metric(http, 'twotower_http_responses_total{path="/v1/completions",status="499"}') == before + 1)
+    wait_until(lambda: metric(http, left) == before + 1)
+    assert metric(http, cancelled) == texts + 4
 
 
 class StuckClient:
@@ -125,6 +132,20 @@ def test_slow_readers_do_not_hold_up_others(app, engine, model):
     for received in asyncio.run(run()):
         events = re.findall(r"^data: (\{.*\})$", received, re.MULTILINE)
         assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == expected
+
+
+def test_a_huge_prompt_does_not_hold_up_others(url, http):
+    huge = {"model": "tiny", "prompt": "a🎉" * 250_000}
+    waits = []
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(httpx.post, f"{url}/v1/completions", json=huge, timeout=60)
+        while not refused.done():
+            began = time.perf_counter()
+            assert http.get("/health").status_code == 200
+            waits.append(time.perf_counter() - began)
+    assert refused.result().status_code == 400
+    # most of the time goes into making tokens of it
+    assert max(waits) < 0.4 * sum(waits)
 
 
 def test_stopping_finishes_what_runs(model, serve):

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractContextManager, aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any, NamedTuple
 
 import tokenizers
@@ -21,6 +21,8 @@ from twotower.server.protocol import NAMES
 
 # What an overloaded server tells clients to wait; a request takes about a second.
 _RETRY_SECONDS = "1"
+# Characters of a prompt above which one is made into tokens at a time: it takes 200 times its size in memory.
+_LONG_TEXT = 100_000
 
 
 class Choice(NamedTuple):
@@ -67,6 +69,7 @@ class Service:
         self.started = int(time.time())
         self.num_unfinished = 0
         self.scoring = asyncio.Lock()
+        self._long_texts = asyncio.Lock()
 
     @property
     def model_card(self) -> dict[str, Any]:
@@ -98,9 +101,10 @@ class Service:
     async def encode(self, prompt: Prompt, *, special: bool = True) -> tuple[int, ...]:
         """The ids of a prompt, at least one. Raises ApiError if they fill the context or are no tokens."""
         if isinstance(prompt, str):
-            # a whole book takes long enough to hold up all other requests
-            encoded = await asyncio.to_thread(self.tokenizer.encode, prompt, add_special_tokens=special)
-            prompt = encoded.ids
+            # A whole book takes seconds. Of the library's calls only encode_batch lets other threads run meanwhile.
+            async with self._long_texts if len(prompt) > _LONG_TEXT else nullcontext():
+                encoded = await asyncio.to_thread(self.tokenizer.encode_batch, [prompt], add_special_tokens=special)
+            prompt = encoded[0].ids
         v = self.engine.model.config.vocab_size
         strange = next((i for i in prompt if not 0 <= i < v), None)
         if strange is not None:
