@@ -112,6 +112,7 @@ def test_errors_are_counted_by_kind_and_are_never_good(run, endpoint, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("busy\nbroken\n\ncut\ngarbled\nfine\n")
     options = ("--prompts", prompts, "--requests", 40, "--concurrency", 20, "--warmup", 0)
+    options += ("--ttft-goal", 6e5, "--tpot-goal", 6e5)  # a busy machine must not decide
     [line] = lines(run("bench", "serve", "--url", endpoint.url, *options))
     sent = Counter(body["prompt"] for body in endpoint.bodies)
     kinds = {"429": "busy", "stream": "broken", "cut": "cut", "JSONDecodeError": "garbled"}
