@@ -47,7 +47,10 @@ def test_only_the_newest_whole_state_is_kept(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_leaves_half_written_is_no_state(tmp_path: Path) -> None:
-    Checkpoints(tmp_path, Ranks()).save(3, tensors(3), {})  # not finished
+    killed = Checkpoints(tmp_path, Ranks())
+    killed.save(3, tensors(3), {})  # and never finished
+    assert killed._pending is not None
+    killed._pending.future.result()  # a dead process would not write on beside the next
     latest = latest_state(tmp_path)
     assert latest is None
     again = Checkpoints(tmp_path, Ranks())
