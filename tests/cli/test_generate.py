@@ -76,6 +76,15 @@ def test_each_setting_reaches_the_decoder(run, checkpoint, loaded, option, value
     assert (plain.token_ids, plain.commit_steps) != (expected.token_ids, expected.commit_steps)
 
 
+def test_a_fixed_draft_reaches_the_decoder(run):
+    """The shipped model knows this beginning well: a whole block at once saves the rounds in which a draft grows."""
+    flags = ["--mode", "verified", "--max-new-tokens", 40, "--json"]
+    [adaptive] = lines(run("generate", "Once upon a time", *flags))
+    [fixed] = lines(run("generate", "Once upon a time", *flags, "--fixed-draft"))
+    assert fixed["token_ids"] == adaptive["token_ids"]
+    assert fixed["denoiser_calls"] < adaptive["denoiser_calls"]
+
+
 def test_sampling_settings_reach_the_decoder(run, checkpoint, loaded):
     options = {"temperature": 2.0, "top_k": 5, "top_p": 0.7, "seed": 3}
     others = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 4}

@@ -75,7 +75,6 @@ def test_one_large_request_is_not_passed_for_ever(tiny: Callable) -> None:
 
 @pytest.mark.parametrize("mode", ["ar", "verified"])
 def test_the_youngest_is_preempted_and_all_end(mode: str, tiny: Callable) -> None:
-    """`verified` goes on with the draft's length it had: at a temperature the tokens depend on it."""
     model = tiny("M*-E", vocab_size=6, seed=1)
     e = engine(model)
     pages = e._pool.page_bytes * 15 + e._pool.slot_bytes * 4
@@ -92,6 +91,18 @@ def test_the_youngest_is_preempted_and_all_end(mode: str, tiny: Callable) -> Non
     assert e.stats().num_preemptions > 0
     for name, prompt in zip(names, prompts, strict=True):
         assert ends[name].token_ids == generate(model, [prompt], params)[0].token_ids
+
+
+def test_a_request_that_would_start_anew_keeps_its_draft(tiny: Callable) -> None:
+    """At a temperature the tokens of `verified` depend on the draft's length, so preemption must not lose it."""
+    e, lengths = engine(tiny("M*-E", vocab_size=6, seed=1)), set()
+    e.add([4, 1], SamplingParams(mode="verified", max_new_tokens=60), request_id="a")
+    for _ in range(12):
+        e.step()
+        [batch] = e._batches.values()
+        assert e._jobs["a"].request.draft == batch.rows.requests[0].draft
+        lengths.add(batch.rows.requests[0].draft)
+    assert len(lengths) > 1
 
 
 def test_aborts_at_random_phases_leave_nothing_behind_and_others_unchanged(tiny: Callable) -> None:
