@@ -45,8 +45,8 @@ def check_decoding(model: TwoTower, trained: Tensor, x0: Tensor, xt: Tensor, t: 
             place = (block == index).nonzero()[:, 0]
             state = model.prefill(x0[row : row + 1, int(first[place[0]]) : int(place[0])])
             with torch.no_grad():
-                modulations = model.time_conditioning(t[row, place[:1]])
-                decoded = model.lm_head(model.denoiser_tower.block(xt[row : row + 1, place], state, modulations))
+                modulation = model.time_conditioning(t[row, place[:1]])
+                decoded = model.lm_head(model.denoiser_tower.block(xt[row : row + 1, place], state, modulation))
             largest = decoded.abs().max()
             assert (trained[row : row + 1, place] - decoded).abs().max() <= 1e-10 * largest  # float64, sums reordered
 

@@ -55,7 +55,7 @@ class Layer(nn.Module):
 
     def leave(self, x: Tensor, mixed: Tensor, modulation: Modulation | None) -> Tensor:
         """The residual sum."""
-        return x + mixed if modulation is None else torch.addcmul(x, mixed, modulation.gate)
+        return self.kernels.residual_sum(x, mixed, None if modulation is None else modulation.gate)
 
     def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
         self.kernels = kernels(backend)

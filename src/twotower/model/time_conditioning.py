@@ -38,10 +38,9 @@ class TimeConditioning(nn.Module):
         j = torch.arange(NUM_FREQUENCIES, dtype=torch.float32)
         self.register_buffer("frequencies", torch.exp(j * (-math.log(10000.0) / NUM_FREQUENCIES)), persistent=False)
 
-    def forward(self, t: Tensor) -> list[Modulation]:
-        """Masked fractions t (b,) in [0, 1] to each layer's modulation."""
-        every = self.tables[:, None, :, None] + self.shared(t)[None, :, :, None]  # (i, b, 3, 1, d)
-        return [Modulation(*layer.unbind(1)) for layer in every.unbind(0)]
+    def forward(self, t: Tensor) -> Tensor:
+        """Masked fractions t (b,) in [0, 1] to every layer's shift, scale and gate: (i, b, 3, 1, d)."""
+        return self.tables[:, None, :, None] + self.shared(t)[None, :, :, None]
 
     def shared(self, t: Tensor) -> Tensor:
         """(b, 3, d): what t (b,) adds to every layer's own table."""

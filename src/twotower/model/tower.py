@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.attention import Attention, Rotation, rotation
+from twotower.model.fused import FusedCausal, FusedTower
 from twotower.model.layer import Layer
 from twotower.model.mamba2 import Mamba2, Prepared
 from twotower.model.state import ContextState, KeyBuffer, MambaState
 from twotower.model.time_conditioning import Modulation
 from twotower.ops.backend import Backend
+from twotower.ops.conv import next_past
 from twotower.ops.kernels import REFERENCE, kernels
 from twotower.ops.ssd import CHUNK
 
@@ -49,6 +51,19 @@ class _CausalMamba(NamedTuple):
     marked: tuple[MambaState, ...]
 
 
+def _scored(done: FusedCausal, state: ContextState, marks: tuple[int, ...]) -> Scored:
+    """What the loop over layers would have given for `state`."""
+    ends = done.ends or (None,) * len(state.mamba)
+    by_mark = {
+        mark: tuple(
+            MambaState(next_past(p.xbc[:, :mark], before.conv, None), ssm)
+            for p, before, ssm in zip(done.prepared, state.mamba, states, strict=True)
+        )
+        for mark, states in zip(marks, done.marked, strict=True)
+    }
+    return Scored(done.hidden, state, tuple(map(Replay, done.prepared, state.mamba, ends)), by_mark)
+
+
 class Tower(nn.Module):
     """Embedding, layers and last norm; the head belongs to `TwoTower`."""
 
@@ -60,6 +75,7 @@ class Tower(nn.Module):
         self.norm_f = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
         self.activation_dtype = dtype
         self.kernels = REFERENCE
+        self.fused: FusedTower | None = None
 
     def initial_state(self, batch_size: int, capacity: int = 0) -> ContextState:
         """The state before any token, with room for `capacity` tokens per row."""
@@ -84,13 +100,17 @@ class Tower(nn.Module):
         s = ids.shape[1]
         state = state.reserve(s)
         rope = self._rotation(state.lengths, s, ids.device)
-        mask = places = None
         t = state.padded_length(s)
         past = state.buffer.past(t)
-        if state.buffer.keys:
-            places = state.buffer.places(state.lengths, s)
-            mask = self.kernels.causal_mask(state.lengths, s, t, self.activation_dtype, ids.device)
+        places = state.buffer.places(state.lengths, s) if state.buffer.keys else None
         x = self.embed(ids)
+        if self.fused is not None and self.fused.usable:
+            done = self.fused.causal(x, state, past, places, rope, marks)
+            state.buffer.tip = None
+            return _scored(done, state, marks)
+        mask = None
+        if state.buffer.keys:
+            mask = self.kernels.causal_mask(state.lengths, s, t, self.activation_dtype, ids.device)
         replays: list[Replay] = []
         marked: list[tuple[MambaState, ...]] = []
         num_attention = 0
@@ -136,26 +156,28 @@ class Tower(nn.Module):
         self,
         ids: Tensor,
         seed: ContextState,
-        modulations: list[Modulation] | None,
+        modulation: Tensor | None,
         widths: tuple[int, ...] | None = None,
     ) -> Tensor:
         """The denoiser over one block ids (b, s), seeded by the context state, to hidden (b, s, d); only reads.
 
-        `widths` are the rows' own block lengths where they differ; places beyond are padding that nobody sees.
+        `modulation` (i, b, 3, 1, d) is what `TimeConditioning` gives for every layer; `widths` are the rows' own block lengths where they differ; places beyond are padding that nobody sees.
         """
         s = ids.shape[1]
         rope = self._rotation(seed.lengths, s, ids.device)
         used = seed.padded_length()
         past = seed.buffer.past(used)
+        widths = widths or (s,) * len(seed.lengths)
+        x = self.embed(ids)
+        if self.fused is not None and self.fused.usable:
+            return self.fused.block(x, seed, past, rope, modulation, widths)
         mask = None
         if seed.buffer.keys:
-            widths = widths or (s,) * len(seed.lengths)
             mask = self.kernels.block_mask(seed.lengths, widths, s, used, self.activation_dtype, ids.device)
-        x = self.embed(ids)
         num_mamba = num_attention = 0
         for i, layer in enumerate(self.stack):
-            modulation = None if modulations is None else modulations[i]
-            entered = layer.enter(x, modulation, self.activation_dtype)
+            own = None if modulation is None else Modulation(*modulation[i].unbind(1))
+            entered = layer.enter(x, own, self.activation_dtype)
             if isinstance(layer.mixer, Mamba2):
                 start = seed.mamba[num_mamba]
                 mixed = layer.mixer.outputs(layer.mixer.prepare(entered, start.conv), start, self.activation_dtype)
@@ -168,7 +190,7 @@ class Tower(nn.Module):
                 num_attention += 1
             else:
                 mixed = layer.mixer(entered)
-            x = layer.leave(x, mixed, modulation)
+            x = layer.leave(x, mixed, own)
         return self.finish(x)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -202,6 +224,8 @@ class Tower(nn.Module):
         for layer in self.stack:
             layer.pack_(activation_dtype, backend)
         self.norm_f.data = self.norm_f.data.to(torch.promote_types(activation_dtype, torch.float32))
+        if backend is Backend.NATIVE:
+            self.fused = FusedTower(self.config, self.stack, self.norm_f)
 
     def released_tensors(self) -> dict[str, Tensor]:
         found = {"embeddings.weight": self.embeddings.data}

@@ -127,8 +127,8 @@ class TwoTower(nn.Module):
 
         `widths` are the rows' block lengths where they are not all s.
         """
-        modulations = None if t is None else self.time_conditioning(t)
-        return self.lm_head(self.denoiser_tower.block(ids, seed, modulations, widths)).float()
+        modulation = None if t is None else self.time_conditioning(t)
+        return self.lm_head(self.denoiser_tower.block(ids, seed, modulation, widths)).float()
 
     def score(self, ids: Tensor, state: ContextState, marks: tuple[int, ...] = ()) -> Scored:
         """The context tower over ids (b, s) without deciding how many of them stay; see `accept`, and `Scored`."""

@@ -17,6 +17,7 @@ class Kernels(NamedTuple):
     rms_norm: Callable[..., Tensor]
     modulated_rms_norm: Callable[..., Tensor]
     gated_group_rms_norm: Callable[..., Tensor]
+    residual_sum: Callable[..., Tensor]
     conv_silu: Callable[..., Tensor]
     time_steps: Callable[..., Tensor]
     ssd_scan: Callable[..., ScanOutput]
@@ -36,6 +37,7 @@ REFERENCE = Kernels(
     rms_norm=norm.rms_norm,
     modulated_rms_norm=norm.modulated_rms_norm,
     gated_group_rms_norm=norm.gated_group_rms_norm,
+    residual_sum=norm.residual_sum,
     conv_silu=conv.conv_silu,
     time_steps=ssd.time_steps,
     ssd_scan=ssd.ssd_scan,
@@ -67,6 +69,7 @@ def kernels(backend: Backend) -> Kernels:
         rms_norm=n_norm.rms_norm,
         modulated_rms_norm=n_norm.modulated_rms_norm,
         gated_group_rms_norm=n_norm.gated_group_rms_norm,
+        residual_sum=n_norm.residual_sum,
         conv_silu=n_conv.conv_silu,
         time_steps=n_ssd.time_steps,
         ssd_scan=n_ssd.ssd_scan,

@@ -32,3 +32,8 @@ def gated_group_rms_norm(y: Tensor, z: Tensor, weight: Tensor, num_groups: int, 
     gated = y * F.silu(z.to(y.dtype))
     grouped = gated.unflatten(-1, (num_groups, -1))  # (…, g, d/g)
     return F.rms_norm(grouped, grouped.shape[-1:], None, eps).flatten(-2) * weight
+
+
+def residual_sum(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """x + y, or x + y · gate; x and y (b, s, d), gate (b, 1 or s, d)."""
+    return x + y if gate is None else torch.addcmul(x, y, gate)

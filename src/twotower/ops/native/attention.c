@@ -1,4 +1,4 @@
-#include "common.h"
+#include "kernels.h"
 
 /* x (b, s, heads, p; strides in floats) with its halves rotated by cos, sin (b or 1, s, p/2) to out (b, s, heads, p) */
 API void tt_rotate(const float *x, long batch, long token, const float *cosine, const float *sine, long angle_batch,

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "kernels.h"
 
 /* out (b, s, c) = silu(bias + sum_j taps[j] * row[t - w + 1 + j]) over the rows of x (b, s, c; strides in floats) preceded
  * by `past` (b, w-1, c); taps (w, c) */

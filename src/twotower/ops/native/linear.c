@@ -1,3 +1,4 @@
+#include "kernels.h"
 #include "linear.h"
 
 #include <omp.h>
@@ -6,6 +7,8 @@ INLINE const void *panel_at(const Weight *w, long panel) {
     const long offset = panel * w->inputs * NR;
     return w->bf16 ? (const void *)((const uint16_t *)w->data + offset) : (const void *)((const float *)w->data + offset);
 }
+
+#define AHEAD 16384 /* bytes that a lone tile fetches ahead of its reading */
 
 /* What a tile fetches into the cache on its way: `step` bytes from `from` for each of its inputs. */
 typedef struct {
@@ -90,9 +93,11 @@ void panels(const Weight *w, long from, long to, const float *const *rows, float
     for (long panel = from; panel < to; panel += step) {
         const int np = to - panel < step ? (int)(to - panel) : step;
         /* The first tile reads the panel faster than memory gives it, the others find it in the cache: they share the
-         * fetching of the next panel. */
-        const long bytes = w->inputs * NR * (w->bf16 ? 2 : 4);
-        Ahead ahead = {panel_at(w, panel + (tiles > 1 && panel + 1 < to)), tiles > 1 ? bytes / tiles / w->inputs : 0};
+         * fetching of the next panel. A lone tile fetches what it will read itself: the CPU's own prefetching stops at
+         * every page. */
+        const long per_input = NR * (w->bf16 ? 2 : 4);
+        Ahead ahead = {(const char *)panel_at(w, panel) + AHEAD, per_input};
+        if (tiles > 1) ahead = (Ahead){panel_at(w, panel + (panel + 1 < to)), per_input / tiles};
         for (long m = 0; m < r; m += height) {
             const long left = r - m < height ? r - m : height;
             if (w->bf16)

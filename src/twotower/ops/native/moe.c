@@ -1,3 +1,4 @@
+#include "kernels.h"
 #include "linear.h"
 
 #include <omp.h>

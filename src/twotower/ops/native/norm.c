@@ -1,4 +1,4 @@
-#include "common.h"
+#include "kernels.h"
 
 /* One pass over d floats, VL at a time: EACH(i, n) body, n of them at i. */
 #define EACH(d) for (long i = 0, n = VL < (d) ? VL : (d); i < (d); i += VL, n = (d) - i < VL ? (d) - i : VL)
@@ -8,7 +8,8 @@ static float inverse_rms(const float *x, long d, float eps) { return 1.0f / sqrt
 /* y (r, d) = x / sqrt(mean(x^2) + eps) * weight. `order` 1 modulates x by x + shift + x * scale before, 2 after;
  * the rows of one sequence, `per` of them, share shift and scale, which lie `stride` apart. */
 API void tt_rms_norm(const float *x, long r, long d, const float *weight, float eps, int order, const float *shift,
-                     const float *scale, long stride, long per, float *y) {
+                     const float *scale, long stride, long per, float *y, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && r * d >= 32768)
     for (long m = 0; m < r; m++) {
         const float *in = x + m * d, *a = shift + m / per * stride, *b = scale + m / per * stride;
         float *out = y + m * d;
@@ -24,6 +25,18 @@ API void tt_rms_norm(const float *x, long r, long d, const float *weight, float 
             vf v = load_part(in + i, n) * factor * load_part(weight + i, n);
             if (order == 2) v = v + load_part(a + i, n) + v * load_part(b + i, n);
             store_part(out + i, v, n);
+        }
+    }
+}
+
+/* x (b, s, d) += y, or += y * gate (b, d; rows `stride` apart) unless it is null */
+API void tt_residual(float *x, const float *y, const float *gate, long stride, long b, long s, long d, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && b * s * d >= 32768)
+    for (long m = 0; m < b * s; m++) {
+        const float *g = gate ? gate + m / s * stride : 0;
+        EACH(d) {
+            const vf part = load_part(y + m * d + i, n);
+            store_part(x + m * d + i, load_part(x + m * d + i, n) + (g ? part * load_part(g + i, n) : part), n);
         }
     }
 }

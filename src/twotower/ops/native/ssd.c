@@ -1,4 +1,4 @@
-#include "common.h"
+#include "kernels.h"
 
 /* out (b, s, h) = softplus(dt + bias) clamped; dt (b, s, h) by strides in floats */
 API void tt_time_steps(const float *dt, long batch, long token, const float *bias, float low, float high, long b, long s,
@@ -52,10 +52,11 @@ static void scan_row_any(float *H, const Head *in, long i, float *y) {
 }
 
 /* Token by token from `state` (b, h, p, n): y (b, s, h, p) and the state after the last token, each unless null.
- * x (b, s, h, p), B and C (b, s, g, n), dt (b, s, h) by strides in floats, heads and groups dense; A (h,), D (h,). */
+ * x (b, s, h, p), B and C (b, s, g, n), dt (b, s, h) by strides in floats, heads and groups dense, y's rows `y_batch`
+ * apart; A (h,), D (h,). */
 API void tt_ssd(const float *x, long x_batch, long x_token, const float *B, const float *C, long bc_batch, long bc_token,
                 const float *dt, long dt_batch, long dt_token, const float *A, const float *D, const float *state,
-                long b, long s, long h, long p, long g, long n, float *y, float *end, int threads) {
+                long b, long s, long h, long p, long g, long n, float *y, long y_batch, float *end, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1 && b * s * h * p * n >= 65536)
     {
         /* A head's x and y lie dense while it is scanned: apart by whole pages, its tokens would share a cache set. */
@@ -81,7 +82,7 @@ API void tt_ssd(const float *x, long x_batch, long x_token, const float *B, cons
                 else scan_row_any(H, &in, i, dense_y);
             }
             for (long t = 0; y && t < s; t++)
-                memcpy(y + ((row * s + t) * h + head) * p, dense_y + t * p, p * sizeof(float));
+                memcpy(y + row * y_batch + (t * h + head) * p, dense_y + t * p, p * sizeof(float));
         }
         free(decay);
     }

@@ -47,12 +47,12 @@ def _scan(inputs: ScanInputs, A: Tensor, D: Tensor, state: Tensor, y: Tensor | N
     assert B.stride()[2:] == (n, 1)
     assert dt.stride(2) == 1
     state = state.contiguous()
-    call = function("tt_ssd", "pll ppll pll ppp llllll ppi")
+    call = function("tt_ssd", "pll ppll pll ppp llllll plpi")
     call(
         *(x.data_ptr(), x.stride(0), x.stride(1)),
         *(B.data_ptr(), C.data_ptr(), B.stride(0), B.stride(1)),
         *(dt.data_ptr(), dt.stride(0), dt.stride(1)),
         *(A.data_ptr(), D.data_ptr(), state.data_ptr()),
         *(b, s, h, p, g, n),
-        *(None if y is None else y.data_ptr(), None if end is None else end.data_ptr(), threads()),
+        *(None if y is None else y.data_ptr(), s * h * p, None if end is None else end.data_ptr(), threads()),
     )
