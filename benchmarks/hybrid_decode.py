@@ -151,7 +151,7 @@ def main() -> None:
     square = torch.randn(1024, 1024, dtype=activation_dtype("cpu", dtype, choose_backend("cpu", dtype)))
     with torch.inference_mode():
         states = {tower: tower.prefill(ids, capacity=CONTEXT + 64) for tower in (model, reference)}
-        level = torch.tensor([0.5])
+        level = (0.5,)
 
         def ar(tower: TwoTower) -> Tensor | None:
             # the state is extended and thrown away: give its places back, as a growing context would not need

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from twotower.model.time_conditioning import TimeConditioning
+from twotower.model.time_conditioning import MAX_LEVELS, TimeConditioning
 
 
 def test_each_layer_is_its_table_plus_what_all_share(tiny: Callable, close: Callable) -> None:
@@ -64,3 +64,20 @@ def test_neutral_tables_make_the_denoiser_its_backbone(tiny: Callable, ids: Call
         logits = model.denoise([[7]], state, t)[0, 0]
         torch.testing.assert_close(logits, model.extend([[7]], state).next_logits[0], rtol=1e-4, atol=1e-4)
     assert math.isfinite(logits.sum().item())
+
+
+def test_known_levels_are_what_would_be_computed(tiny: Callable) -> None:
+    model = tiny("M*")
+    conditioning: TimeConditioning = model.time_conditioning
+    levels = tuple((i + 1) / 100 for i in range(MAX_LEVELS + 3))  # the first ones are forgotten on the way
+    weight = conditioning.tables.data
+    for packed in (False, True):
+        if packed:
+            model.pack_()
+        with torch.no_grad():
+            for some in (levels[:1], levels[:3], levels, levels[:2]):
+                torch.testing.assert_close(conditioning.at(some), conditioning(torch.tensor(some)))
+            assert len(conditioning._known) <= (MAX_LEVELS if packed else 0)
+            weight += 1  # weights that may change are read each time
+            changed = conditioning(torch.tensor(levels[:1]))
+            assert torch.equal(conditioning.at(levels[:1]), changed) is not packed

@@ -145,9 +145,8 @@ def test_block_widths_hide_a_rows_padding(pattern: str, tiny: Callable, ids: Cal
     model = tiny(pattern, dtype=torch.float64)
     state = model.prefill(ids(3, 9), [9, 4, 0])
     block, widths = ids(3, 16, seed=1), (5, 16, 1)
-    t = torch.full((3,), 0.5)
     with torch.no_grad():
-        logits = model.denoiser_logits(block, state, t, widths)
+        logits = model.denoiser_logits(block, state, (0.5,) * 3, widths)
         for row, width in enumerate(widths):
             alone = model.denoise(block[row : row + 1, :width], state.select([row]), 0.5)
             close(logits[row, :width], alone[0], EXACT)

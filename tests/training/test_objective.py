@@ -43,7 +43,9 @@ def test_reductions_are_what_cached_decoding_gives(complementary: bool, tiny: Ca
             place = (block == index).nonzero()[:, 0]
             state = model.prefill(clean[None, : place[0]])
             with torch.no_grad():
-                logits = model.denoiser_logits(noisy.xt[row : row + 1, place], state, noisy.told[row, place[:1]])[0]
+                logits = model.denoiser_logits(
+                    noisy.xt[row : row + 1, place], state, tuple(noisy.told[row, place[:1]].tolist())
+                )[0]
             picked = noisy.masked[row, place]
             losses = F.cross_entropy(logits[picked], clean[place][picked], reduction="none")
             by_row[-1] += losses.tolist()
@@ -246,7 +248,9 @@ def test_distilling_is_the_divergence_from_what_the_context_tower_expects(tiny: 
                 place = (noisy.layout.block[row] == index).nonzero()[:, 0]
                 state = model.prefill(x0[row : row + 1, start : place[0]])
                 with torch.no_grad():
-                    logits = model.denoiser_logits(noisy.xt[view : view + 1, place], state, noisy.told[view, place[:1]])
+                    logits = model.denoiser_logits(
+                        noisy.xt[view : view + 1, place], state, tuple(noisy.told[view, place[:1]].tolist())
+                    )
                 for at in place[noisy.masked[view, place]].tolist():
                     if at > start:  # a document's first token has nothing before it
                         log_q, log_p = logits[0, at - place[0]].log_softmax(-1), taught[at - 1 - start]

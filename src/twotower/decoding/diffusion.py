@@ -150,9 +150,8 @@ def step(model: TwoTower, rows: DiffusionRows) -> Stepped:
     rows = _begin_blocks(model, rows)
     block = rows.block
     assert block is not None
-    device = block.xt.device
     absorbed = tuple(int(before is not None and left == 0) for left in (before or block).left)
-    level = torch.tensor([left / width for left, width in zip(block.left, block.widths, strict=True)], device=device)
+    level = tuple(left / width for left, width in zip(block.left, block.widths, strict=True))
     ragged = block.widths if min(block.widths) < block.xt.shape[1] else None
     logits = model.denoiser_logits(block.xt, block.seed, level, ragged)
     logits[..., model.config.mask_token_id] = -torch.inf

@@ -135,7 +135,7 @@ def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
     num_known = 1 if rows.newest else 0
     if rows.newest:
         block[:, 0] = torch.tensor(rows.newest, device=device)
-    level = torch.tensor([(w - num_known) / w for w in widths], device=device)
+    level = tuple((w - num_known) / w for w in widths)
     ragged = widths if min(widths) < size else None
     seed = rows.context.to(device)
     logits = model.denoiser_logits(block, seed, level, ragged)

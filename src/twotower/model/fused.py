@@ -1,7 +1,6 @@
-"""A packed tower's layers in one call to C. Letters: b batch, s tokens, d width, m `M` layers, w in_proj's outputs, c conv
-channels, h heads, p head width, n state width."""
+"""A packed tower's layers in one call to C. Letters: b batch, s tokens, d width, i layers, m `M` layers, w in_proj's
+outputs, c conv channels, h heads, p head width, n state width."""
 
-import ctypes
 from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,8 +24,8 @@ from twotower.ops.ssd import CHUNK, ScanInputs
 
 
 class FusedCausal(NamedTuple):
-    """hidden (b, s, d) after the last norm; per `M` layer what the scan read, and the SSM states (b, h, p, n) after each
-    of the marks and, where they are known, after all tokens."""
+    """hidden (b, s, d) after the last norm; per `M` layer what the scan read, and the SSM states (b, h, p, n) after
+    each of the marks and, where they are known, after all tokens."""
 
     hidden: Tensor
     prepared: tuple[Prepared, ...]
@@ -37,8 +36,8 @@ class FusedCausal(NamedTuple):
 class FusedTower:
     """What `Tower.causal` and `Tower.block` compute, from the embedding to the last norm, to the same bits.
 
-    Holds addresses of the layers' packed weights, so those must stay as they are. A layer that is watched by a hook or was
-    replaced would not be seen: `usable` says so.
+    Holds addresses of the layers' packed weights, so those must stay as they are. A hook on a layer, or a part that was
+    replaced, would not be seen: `usable` says so.
     """
 
     def __init__(self, config: TwoTowerConfig, stack: Sequence[Layer], norm: Tensor) -> None:
@@ -48,15 +47,25 @@ class FusedTower:
         self.shape = _shape(config, stack)
         self.layers = (LayerWeights * len(stack))(*(_weights(layer) for layer in stack))
         modules = [module for layer in stack for module in layer.modules()]
-        self._children = [(module._modules, dict(module._modules)) for module in modules]
+        self._children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy takes the addresses of its own weights."""
+        return FusedTower, (self.config, self.stack, self.norm)
 
     @property
     def usable(self) -> bool:
         return not any(self._hooks) and all(now == then for now, then in self._children)
 
     def causal(
-        self, x: Tensor, state: ContextState, past: Past, places: Tensor | None, rope: Rotation | None, marks: Sequence[int]
+        self,
+        x: Tensor,
+        state: ContextState,
+        past: Past,
+        places: Tensor | None,
+        rope: Rotation | None,
+        marks: Sequence[int],
     ) -> FusedCausal:
         """The context tower over embedded tokens x (b, s, d), which is overwritten; appends keys to `past`."""
         c, (b, s, _) = self.config, x.shape
@@ -112,7 +121,8 @@ class FusedTower:
             memory.extend((0, 0) if pair is None else (pair[0].data_ptr(), pair[1].data_ptr()))
         tensors = dict(zip(("projected", "convolved", "steps"), saved, strict=True), x=x, hidden=hidden, norm=self.norm)
         if rope is not None:
-            more |= {"cosine": rope.cos, "sine": rope.sin, "angle_batch": rope.cos.stride(0)}
+            shared = rope.cos.shape[0] == 1
+            more |= {"cosine": rope.cos, "sine": rope.sin, "angle_batch": 0 if shared else rope.cos.stride(0)}
         if past.keys:
             batch, head, token, _ = past.keys[0].stride()
             more |= {"key_batch": batch, "key_head": head, "key_token": token, "page_size": past.keys[0].shape[2]}
@@ -139,12 +149,13 @@ class FusedTower:
 
 def _shape(config: TwoTowerConfig, stack: Sequence[Layer]) -> Shape:
     c = config
-    packed = next(p for layer in stack for m in layer.modules() if isinstance(m, Linear) and (p := m.packed) is not None)
+    some = next(m for layer in stack for m in layer.modules() if isinstance(m, Linear))
+    assert isinstance(some.packed, PackedWeight)
     low, high = c.time_step_limit
     return Shape(
         num_layers=len(stack),
         width=c.hidden_size,
-        bf16=packed.data.dtype == torch.bfloat16,
+        bf16=some.packed.data.dtype == torch.bfloat16,
         eps=c.layer_norm_epsilon,
         mamba_heads=c.mamba_num_heads,
         mamba_head=c.mamba_head_dim,

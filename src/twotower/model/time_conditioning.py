@@ -12,6 +12,7 @@ from twotower.model.linear import Linear
 from twotower.ops.backend import Backend
 
 NUM_FREQUENCIES = 128
+MAX_LEVELS = 64  # modulations that are remembered; 0.8 MB each at the released size in bf16
 
 
 class Modulation(NamedTuple):
@@ -36,11 +37,29 @@ class TimeConditioning(nn.Module):
         self.tables = nn.Parameter(torch.empty(config.num_layers, 3, d, dtype=dtype))
         self.released_dtype = dtype
         j = torch.arange(NUM_FREQUENCIES, dtype=torch.float32)
+        self.constant = False  # true once the weights no longer change
+        self._known: dict[float, Tensor] = {}
         self.register_buffer("frequencies", torch.exp(j * (-math.log(10000.0) / NUM_FREQUENCIES)), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         """Masked fractions t (b,) in [0, 1] to every layer's shift, scale and gate: (i, b, 3, 1, d)."""
         return self.tables[:, None, :, None] + self.shared(t)[None, :, :, None]
+
+    def at(self, t: tuple[float, ...]) -> Tensor:
+        """What `forward` gives for levels known on the host, (i, b, 3, 1, d). With constant weights a level met before
+        is not computed again: a block of s positions has s of them."""
+        if not self.constant:
+            return self(torch.tensor(t, device=self.frequencies.device))
+        every = [self._remembered(level) for level in t]
+        return every[0] if len(t) == 1 else torch.cat(every, dim=1)
+
+    def _remembered(self, level: float) -> Tensor:
+        found = self._known.get(level)
+        if found is None:
+            if len(self._known) == MAX_LEVELS:
+                del self._known[next(iter(self._known))]  # the one met first
+            found = self._known[level] = self(torch.tensor([level], device=self.frequencies.device))
+        return found
 
     def shared(self, t: Tensor) -> Tensor:
         """(b, 3, d): what t (b,) adds to every layer's own table."""
@@ -56,6 +75,7 @@ class TimeConditioning(nn.Module):
         for layer in (self.embed_in, self.embed_out, self.block):
             layer.pack_(dtype, backend)
         self.tables.data = self.tables.data.to(dtype)
+        self.constant = True
 
     def released_tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

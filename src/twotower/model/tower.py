@@ -76,6 +76,7 @@ class Tower(nn.Module):
         self.activation_dtype = dtype
         self.kernels = REFERENCE
         self.fused: FusedTower | None = None
+        self._rotations: Rotation | None = None  # RoPE's for all positions met so far
 
     def initial_state(self, batch_size: int, capacity: int = 0) -> ContextState:
         """The state before any token, with room for `capacity` tokens per row."""
@@ -161,7 +162,8 @@ class Tower(nn.Module):
     ) -> Tensor:
         """The denoiser over one block ids (b, s), seeded by the context state, to hidden (b, s, d); only reads.
 
-        `modulation` (i, b, 3, 1, d) is what `TimeConditioning` gives for every layer; `widths` are the rows' own block lengths where they differ; places beyond are padding that nobody sees.
+        `modulation` (i, b, 3, 1, d) is what `TimeConditioning` gives; `widths` are the rows' own block lengths where
+        they differ, and places beyond are padding that nobody sees.
         """
         s = ids.shape[1]
         rope = self._rotation(seed.lengths, s, ids.device)
@@ -205,8 +207,15 @@ class Tower(nn.Module):
         c = self.config
         if not c.use_rope:
             return None
-        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(s, device=device)
-        return rotation(positions, c.head_dim, c.rope_theta, self.activation_dtype)
+        known, end = self._rotations, max(starts) + s
+        if known is None or known.cos.shape[1] < end or known.cos.dtype != self.activation_dtype:
+            with torch.inference_mode(False):  # a later pass may want gradients
+                positions = torch.arange(max(2 * end, 512), device=device)[None]  # twice: a context grows
+                known = self._rotations = rotation(positions, c.head_dim, c.rope_theta, self.activation_dtype)
+        if len(set(starts)) == 1:
+            return Rotation(*(part[:, starts[0] : end] for part in known))
+        index = torch.tensor(starts, device=device)[:, None] + torch.arange(s, device=device)
+        return Rotation(*(part[0, index] for part in known))
 
     def _causal_mamba(self, mixer: Mamba2, x: Tensor, start: MambaState, marks: tuple[int, ...]) -> _CausalMamba:
         prepared = mixer.prepare(x, start.conv)

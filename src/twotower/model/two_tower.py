@@ -111,7 +111,7 @@ class TwoTower(nn.Module):
             if not bool(((level >= 0) & (level <= 1)).all()):
                 raise ValueError(f"t is {t}, must be in [0, 1]")
             level = level.expand(ids.shape[0])
-        return self.denoiser_logits(ids, state.to(self.denoiser_device), level)
+        return self.denoiser_logits(ids, state.to(self.denoiser_device), tuple(level.tolist()))
 
     @torch.no_grad()
     def extend(self, block_ids: Tensor | Sequence[Sequence[int]], state: ContextState) -> ContextState:
@@ -121,13 +121,14 @@ class TwoTower(nn.Module):
         return self.absorb(ids, state, with_logits=True)
 
     def denoiser_logits(
-        self, ids: Tensor, seed: ContextState, t: Tensor | None, widths: tuple[int, ...] | None = None
+        self, ids: Tensor, seed: ContextState, t: tuple[float, ...] | None, widths: tuple[int, ...] | None = None
     ) -> Tensor:
         """Unchecked `denoise` with `seed` on the denoiser's device; t None leaves time modulation out (mock-AR's way).
 
-        `widths` are the rows' block lengths where they are not all s.
+        t is on the host, where decoding knows it: a level met before then costs nothing. `widths` are the rows' block
+        lengths where they are not all s.
         """
-        modulation = None if t is None else self.time_conditioning(t)
+        modulation = None if t is None else self.time_conditioning.at(t)
         return self.lm_head(self.denoiser_tower.block(ids, seed, modulation, widths)).float()
 
     def score(self, ids: Tensor, state: ContextState, marks: tuple[int, ...] = ()) -> Scored:

@@ -18,11 +18,11 @@ class Product(ctypes.Structure):
 
 
 class LayerWeights(ctypes.Structure):
-    """One layer. `kind` is its letter; `first` and `second` are in and out projections (M), qkv and o (*), up and down (-)
-    or the shared expert's (E); what a kind does not have is null."""
+    """One layer. `kind` is its letter; `first` and `second` are in and out projections (M), qkv and o (*), up and down
+    (-) or the shared expert's (E); what a kind does not have is null."""
 
     _fields_ = [
-        *_fields("kind", pointers=""),
+        *_fields("kind"),
         *_fields(pointers="norm"),
         ("first", Product),
         ("second", Product),
