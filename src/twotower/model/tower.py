@@ -18,6 +18,7 @@ from twotower.model.time_conditioning import Modulation
 from twotower.ops.backend import Backend
 from twotower.ops.kernels import REFERENCE, kernels
 from twotower.ops.ssd import CHUNK
+from twotower.ops.transfer import to_device
 
 
 class Replay(NamedTuple):
@@ -121,7 +122,7 @@ class Tower(nn.Module):
         """
         state = scored.state
         lengths = tuple(n + c for n, c in zip(state.lengths, counts, strict=True))
-        index = torch.tensor(counts, device=scored.hidden.device)
+        index = to_device(counts, scored.hidden.device)
         mamba = []
         mixers = [layer.mixer for layer in self.stack if isinstance(layer.mixer, Mamba2)]
         whole = all(c == scored.hidden.shape[1] for c in counts)
@@ -183,7 +184,7 @@ class Tower(nn.Module):
         c = self.config
         if not c.use_rope:
             return None
-        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(s, device=device)
+        positions = to_device(starts, device)[:, None] + torch.arange(s, device=device)
         return rotation(positions, c.head_dim, c.rope_theta, self.activation_dtype)
 
     def _causal_mamba(self, mixer: Mamba2, x: Tensor, start: MambaState, marks: tuple[int, ...]) -> _CausalMamba:
