@@ -84,6 +84,12 @@ def fill(model: TwoTower, seed: int) -> None:
 
 
 @pytest.fixture(scope="session")
+def sizes() -> dict[str, Any]:
+    """What `tiny` gives a config beside its pattern."""
+    return dict(SIZES)
+
+
+@pytest.fixture(scope="session")
 def tiny() -> Callable[..., TwoTower]:
     """tiny("M*-E", dtype=…, seed=…, **config) makes a small random model; tiny("llama") a Llama-family one."""
 
@@ -165,3 +171,22 @@ def close() -> Callable[..., None]:
         )
 
     return check
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the calls so far that brought a tensor's value to the host: each would wait for a GPU to have done
+    all that it was asked to do before."""
+    names: list[str] = []
+
+    def counted(name: str, reader: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            names.append(name)
+            return reader(*arguments, **keywords)
+
+        return call
+
+    readers = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__iter__")
+    for name in readers:
+        monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+    return names

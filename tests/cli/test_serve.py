@@ -105,6 +105,8 @@ def test_options_reach_the_server(checkpoint, tmp_path):
         (["--max-context", "1"], "max-context"),
         (["--api-key", ""], "API key"),
         (["--mode", "fast"], "fast"),
+        (["--context-device", "cuda:97"], "cuda:97"),
+        (["--denoiser-device", "cuda:98"], "cuda:98"),
         (["--state-mib", "1", "--max-requests", "100000"], "state_bytes"),
     ],
 )

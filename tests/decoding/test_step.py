@@ -10,7 +10,7 @@ import torch
 from twotower.decoding.generate import MODULES, generate
 from twotower.decoding.params import MODES, SamplingParams
 from twotower.decoding.record import make_request
-from twotower.decoding.step import Rows
+from twotower.decoding.step import Rows, read, step
 from twotower.model.pages import PagedKeys
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
@@ -55,7 +55,7 @@ def test_rows_join_and_leave_at_any_step(mode: Any, pattern: str, tiny: Callable
     with torch.inference_mode():
         while singles or batch is not None:
             if batch is not None:
-                stepped = MODULES[mode].step(model, batch)
+                stepped = step(MODULES[mode], model, batch)
                 for place, row in enumerate(members):
                     tokens[row] += [t.id for t in stepped.tokens[place]]
                 keep = [p for p, row in enumerate(members) if len(tokens[row]) < params[row].max_new_tokens]
@@ -63,7 +63,7 @@ def test_rows_join_and_leave_at_any_step(mode: Any, pattern: str, tiny: Callable
                 members = [members[p] for p in keep]
             if singles:
                 row = len(params) - len(singles)
-                stepped = MODULES[mode].step(model, singles.pop(0))
+                stepped = step(MODULES[mode], model, singles.pop(0))
                 tokens[row] += [t.id for t in stepped.tokens[0]]
                 batch = stepped.rows if batch is None else batch.join(stepped.rows)
                 members.append(row)
@@ -74,34 +74,33 @@ def test_rows_join_and_leave_at_any_step(mode: Any, pattern: str, tiny: Callable
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_step_waits_for_the_device_once(
-    mode: Any, temperature: float, tiny: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever brings a tensor's value to the host waits for all that the device was asked to do before.
-
-    Without experts: the reference op of `E` layers reads its routing back, the C kernel does not.
-    """
+def test_a_step_waits_for_the_device_once(mode: Any, temperature: float, tiny: Callable, waits: list[str]) -> None:
+    """Without experts: the reference op of `E` layers reads its routing back, the C kernel does not."""
     model = tiny("M*-")
     params = [
         SamplingParams(mode=mode, max_new_tokens=40, block_size=4, temperature=temperature, top_k=5, seed=i)
         for i in range(2)
     ]
-    waits = []
-
-    def counted(name: str, read: Callable) -> Callable:
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            waits.append(name)
-            return read(*arguments, **keywords)
-
-        return call
-
-    readers = ("tolist", "item", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__iter__")
     with torch.inference_mode():
-        one, other = (MODULES[mode].step(model, rows).rows for rows in start(model, params))
+        one, other = (step(MODULES[mode], model, rows).rows for rows in start(model, params))
         batch = one.join(other)
-        for name in readers:
-            monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
         for _ in range(8):
             waits.clear()
-            batch = MODULES[mode].step(model, batch).rows
+            launched = MODULES[mode].launch(model, batch)
+            assert waits == []
+            [values] = read([launched])
             assert waits == ["tolist"]
+            batch = launched.finish(values).rows
+            assert waits == ["tolist"]
+
+
+def test_steps_of_several_modes_are_read_at_once(tiny: Callable, waits: list[str]) -> None:
+    """Results of every shape come back as if each was read alone."""
+    model = tiny("M*-E")
+    with torch.inference_mode():
+        params = [SamplingParams(mode=mode, block_size=4 + i) for i, mode in enumerate(MODES)]
+        launched = [MODULES[p.mode].launch(model, start(model, [p])[0]) for p in params]
+        expected = [one.results.tolist() for one in launched]
+        waits.clear()
+        assert read(launched) == expected
+        assert waits == ["tolist"]

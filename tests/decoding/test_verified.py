@@ -13,8 +13,8 @@ from twotower.decoding.constraint import Guides
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import distribution, temper
-from twotower.decoding.step import Request
-from twotower.decoding.verified import Draft, VerifiedRows
+from twotower.decoding.step import Request, read, step
+from twotower.decoding.verified import Draft, Verdict, VerifiedRows
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
 
@@ -36,6 +36,20 @@ def rows(
     settings = temper((params,) * len(prompts), model.config.vocab_size, CPU)
     free = Guides((None,) * len(prompts), -1)
     return VerifiedRows(requests, context, settings, free, (len(newest) and 1,) * len(prompts), tuple(newest))
+
+
+class Verified(NamedTuple):
+    """What the context tower decided, and its state with what was accepted."""
+
+    verdict: Verdict
+    context: ContextState
+
+
+def verify(model: TwoTower, batch: VerifiedRows, draft: Draft) -> Verified:
+    judged = verified.judge(model, batch, draft)
+    [values] = read([judged])
+    found = verified.verdict(values)
+    return Verified(found, model.accept(judged.scored, found.accepted))
 
 
 def same_state(model: TwoTower, ours: ContextState, tokens: list[int], close: Callable) -> None:
@@ -76,14 +90,14 @@ def test_rejection_at_every_offset(pattern: str, known: bool, tiny: Callable, cl
         draft = torch.tensor([ar[:16]])
         if offset < 16:
             draft[0, offset] = (draft[0, offset] + 1) % 40
-        verdict, context = verified.verify(model, batch, Draft(draft, None))
+        verdict, context = verify(model, batch, Draft(draft, None))
         assert verdict.accepted == (offset,)
         assert verdict.bonus == (ar[offset],)
         same_state(model, context, PROMPT + ar[:offset], close)
         after = dataclasses.replace(batch, context=context, produced=(offset + 1,), newest=verdict.bonus)
         tokens = ar[: offset + 1]
         for _ in range(3):
-            stepped = verified.step(model, after)
+            stepped = step(verified, model, after)
             tokens, after = tokens + [t.id for t in stepped.tokens[0]], stepped.rows
         assert tokens == ar[: len(tokens)]
         same_state(model, after.context, PROMPT + tokens[:-1], close)
@@ -93,7 +107,7 @@ def test_a_draft_grows_with_what_was_accepted(tiny: Callable) -> None:
     model, params = tiny("M*-E", vocab_size=6, seed=1), SamplingParams(mode="verified", max_new_tokens=200)
     batch, lengths = rows(model, [[4], [5, 0, 1], [2] * 9], params, []), []
     for _ in range(12):
-        widths, stepped = batch.widths, verified.step(model, batch)
+        widths, stepped = batch.widths, step(verified, model, batch)
         batch = stepped.rows
         for width, tokens, draft in zip(widths, stepped.tokens, batch.widths, strict=True):
             expected = 2 * width if len(tokens) >= width else len(tokens) + 2
@@ -113,7 +127,7 @@ def test_a_request_made_anew_goes_on_with_its_draft(tiny: Callable) -> None:
     while len(produced) < 40:
         request = request._replace(produced=produced)
         context = model.prefill([verified.context_ids(request)])
-        stepped = verified.step(model, verified.start(model, (request,), context))
+        stepped = step(verified, model, verified.start(model, (request,), context))
         produced += tuple(t.id for t in stepped.tokens[0])
         request = stepped.rows.requests[0]
     assert list(produced) == never_stopped
@@ -131,7 +145,7 @@ def test_rows_reject_at_their_own_offsets(tiny: Callable, close: Callable) -> No
     draft = torch.tensor([c[:8] for c in continuations])
     for row, offset in ((0, 0), (1, 5)):
         draft[row, offset] = (draft[row, offset] + 1) % 40
-    verdict, context = verified.verify(model, rows(model, prompts, params, []), Draft(draft, None))
+    verdict, context = verify(model, rows(model, prompts, params, []), Draft(draft, None))
     assert verdict.accepted == (0, 5, 8)
     assert verdict.bonus == tuple(c[n] for c, n in zip(continuations, (0, 5, 8), strict=True))
     for row, offset in enumerate((0, 5, 8)):
@@ -169,14 +183,14 @@ def test_probabilities_of_one_draft_decide_between_accept_and_residual(tiny: Cal
     ids = torch.tensor([[1, 2, 0, 5]])
     logits = torch.cat((batch.context.next_logits[:, None], model.context_logits([[4, 5, 1, 2, 0, 5]])[:, 2:]), 1)
     p = logits.softmax(-1)
-    verdict, _ = verified.verify(model, batch, Draft(ids, p[:, :4]))
+    verdict, _ = verify(model, batch, Draft(ids, p[:, :4]))
     assert verdict.accepted == (4,)
     torch.testing.assert_close(torch.tensor(verdict.confidence[0][:4]), p[0, range(4), ids[0]], rtol=1e-4, atol=1e-6)
     narrow = SamplingParams(mode="verified", max_new_tokens=50, block_size=4, temperature=1.0, top_k=1)
     batch = rows(model, [[4, 5]], narrow, [])
     worst = p[0, 0].argmin()
     one_hot = torch.nn.functional.one_hot(worst.expand(1, 4), 8).float()
-    verdict, _ = verified.verify(model, batch, Draft(worst.expand(1, 4), one_hot))
+    verdict, _ = verify(model, batch, Draft(worst.expand(1, 4), one_hot))
     assert verdict.accepted == (0,)
     assert verdict.bonus == (int(p[0, 0].argmax()),)
 

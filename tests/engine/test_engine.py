@@ -177,6 +177,21 @@ def test_watched_requests_have_an_event_for_every_step(tiny: Callable) -> None:
     assert all(event.block is None and event.token_ids for event in events if event.request_id == "request-2")
 
 
+def test_a_round_waits_for_the_device_once(tiny: Callable, waits: list[str]) -> None:
+    """Whatever runs in it: every mode, requests that come and go, and a prompt that is being absorbed."""
+    e, rounds = engine(tiny("M*-"), prompt_chunk=64, max_num_requests=12), 0
+    for i, mode in enumerate(MODES * 2):
+        params = SamplingParams(mode=mode, max_new_tokens=8 + i, block_size=5, temperature=i % 2, top_k=9, seed=i)
+        e.add([5, 6, 7, 8 + i], params)
+    e.add([9] * 200, SamplingParams(mode="auto", max_new_tokens=8, allow_loss=True))
+    while e.has_work:
+        waits.clear()
+        e.step()
+        assert waits == ["tolist"]
+        rounds += 1
+    assert rounds > 8
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("max_num_requests", 0), ("prompt_chunk", 0), ("state_bytes", 0), ("snapshot_bytes", -1), ("max_num_waiting", -1)],

@@ -11,7 +11,15 @@ from rich.console import Console
 
 from twotower.cli.batch import Job, record, write_batch
 from twotower.cli.live import show
-from twotower.cli.options import DeviceOption, DtypeOption, MaxNewTokensOption, ModelOption, open_model
+from twotower.cli.options import (
+    ContextDeviceOption,
+    DenoiserDeviceOption,
+    DeviceOption,
+    DtypeOption,
+    MaxNewTokensOption,
+    ModelOption,
+    open_model,
+)
 from twotower.decoding.generate import generate, stream
 from twotower.decoding.params import CommitRule, Mode, SamplingParams
 from twotower.engine.config import MIB, EngineConfig
@@ -82,12 +90,8 @@ def command(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Write on after an end token.")] = False,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
-    context_device: Annotated[
-        str | None, typer.Option(help="Where the context tower runs.", show_default="--device")
-    ] = None,
-    denoiser_device: Annotated[
-        str | None, typer.Option(help="Where the denoiser tower runs.", show_default="--device")
-    ] = None,
+    context_device: ContextDeviceOption = None,
+    denoiser_device: DenoiserDeviceOption = None,
     allow_loss: Annotated[bool, typer.Option("--allow-loss", help="Let auto choose diffusion too.")] = False,
     max_num_requests: Annotated[
         int, typer.Option(help="With --out: prompts at a time, 1 or more.")

@@ -22,6 +22,12 @@ ModelOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where both towers run: cpu, cuda, cuda:N or mps.")]
+ContextDeviceOption = Annotated[
+    str | None, typer.Option("--context-device", help="Where the context tower runs.", show_default="--device")
+]
+DenoiserDeviceOption = Annotated[
+    str | None, typer.Option("--denoiser-device", help="Where the denoiser tower runs.", show_default="--device")
+]
 DtypeOption = Annotated[
     Dtype | None, typer.Option("--dtype", help="Type of the weights in memory.", show_default="the checkpoint's")
 ]

@@ -7,7 +7,14 @@ import typer
 
 from twotower.checkpoints.hf import resolve
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
-from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_model
+from twotower.cli.options import (
+    ContextDeviceOption,
+    DenoiserDeviceOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    open_model,
+)
 from twotower.decoding.params import Mode
 from twotower.engine.aio import AsyncEngine
 from twotower.engine.config import MIB, EngineConfig
@@ -60,6 +67,8 @@ def command(
         Literal["debug", "info", "warning", "error"], typer.Option(help="Least level of log lines.")
     ] = "info",
     device: DeviceOption = "cpu",
+    context_device: ContextDeviceOption = None,
+    denoiser_device: DenoiserDeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
     """Serve OpenAI's completions and chat API, and a page at / that shows the modes at work.
@@ -74,7 +83,9 @@ def command(
     except ModuleNotFoundError as error:
         raise ValueError(f"the server needs the package {error.name}; pip install 'twotower[serve]'") from error
     folder = DEFAULT_CHECKPOINT if model is None else resolve(model)
-    opened = open_model(model, device=device, dtype=dtype)
+    opened = open_model(
+        model, device=device, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
+    )
     config = ServerConfig(
         model_name=name or _name(model, folder),
         default_mode=mode,

@@ -1,15 +1,17 @@
 """Mode `ar`: the context tower alone, one token at a time. Letters: b rows, v vocabulary."""
 
 import dataclasses
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import torch
+from torch import Tensor
 
 from twotower.decoding.constraint import Guides, guides
-from twotower.decoding.sampling import Temper, fetch, probability, propose, temper, uniforms
+from twotower.decoding.sampling import Temper, probability, propose, results, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
+from twotower.ops.transfer import to_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,27 +68,38 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     return ArRows(requests, context, settings, held, newest)
 
 
-def step(model: TwoTower, rows: ArRows) -> Stepped:
+class _Launched(NamedTuple):
+    """`results` are those of each row's next token, (2, b); `rows` have absorbed the newest one of each."""
+
+    rows: ArRows
+    results: Tensor
+
+    def finish(self, values: list[Any]) -> Stepped:
+        rows, (numbers, confidences) = self.rows, values
+        ids = [int(i) for i in numbers]
+        absorbed = (1 if rows.newest else 0,) * len(rows.requests)
+        return Stepped(
+            dataclasses.replace(rows, newest=tuple(ids), guides=rows.guides.after([[i] for i in ids])),
+            tuple((Token(i, 0, c),) for i, c in zip(ids, confidences, strict=True)),
+            (0,) * len(rows.requests),
+            absorbed,
+        )
+
+
+def launch(model: TwoTower, rows: ArRows) -> _Launched:
     """Absorbs the newest token of each row, then samples the next from the context tower's logits."""
     context = rows.context
     if rows.newest:
-        newest = torch.tensor(rows.newest, device=model.context_device).unsqueeze(1)
+        newest = to_device(rows.newest, model.context_device).unsqueeze(1)
         context = model.absorb(newest, context, with_logits=True)
     assert context.next_logits is not None
     draws = None
     if not rows.settings.all_greedy:
         # the token's position in the sequence names its draw: a resumed row uses the same
         pairs = zip(rows.requests, context.lengths, strict=True)
-        draws = torch.stack([uniforms(r.seed, n, 0, 1) for r, n in pairs]).to(model.context_device)
+        draws = to_device(torch.stack([uniforms(r.seed, n, 0, 1) for r, n in pairs]), model.context_device)
     logits = context.next_logits.unsqueeze(1)  # (b, 1, v)
     proposal = propose(rows.guides.mask(logits, [()] * len(rows.requests)), rows.settings, draws)
     # the probability without a constraint, as it is without temperature and filters
     confidence = probability(logits, proposal.tokens) if rows.guides.any else proposal.confidence
-    ids, confidences = fetch(proposal.tokens[:, 0], confidence[:, 0])
-    absorbed = (1 if rows.newest else 0,) * len(rows.requests)
-    return Stepped(
-        dataclasses.replace(rows, context=context, newest=tuple(ids), guides=rows.guides.after([[i] for i in ids])),
-        tuple((Token(i, 0, c),) for i, c in zip(ids, confidences, strict=True)),
-        (0,) * len(rows.requests),
-        absorbed,
-    )
+    return _Launched(dataclasses.replace(rows, context=context), results(proposal.tokens[:, 0], confidence[:, 0]))

@@ -1,7 +1,7 @@
 """Modes `diffusion` and `simulated_ar`: block-wise mask diffusion. Letters: b rows, s positions of the block."""
 
 import dataclasses
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from twotower.decoding.sampling import Proposal, Temper, propose, temper, unifor
 from twotower.decoding.step import BlockView, Request, Stepped, Token
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
+from twotower.ops.transfer import to_device
 
 # Steps of `posterior` coins are kept apart from steps of token draws in the counter-based generator.
 _COIN_STEP = 1 << 20
@@ -38,13 +39,14 @@ class Block:
     mask_token_id: int
 
     def select(self, rows: list[int]) -> "Block":
+        index = to_device(rows, self.xt.device)
         return dataclasses.replace(
             self,
-            xt=self.xt[rows],
-            valid=self.valid[rows],
-            masked=self.masked[rows],
-            confidence=self.confidence[rows],
-            committed_at=self.committed_at[rows],
+            xt=self.xt[index],
+            valid=self.valid[index],
+            masked=self.masked[index],
+            confidence=self.confidence[index],
+            committed_at=self.committed_at[index],
             widths=tuple(self.widths[r] for r in rows),
             steps=tuple(self.steps[r] for r in rows),
             left=tuple(self.left[r] for r in rows),
@@ -140,7 +142,33 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     return DiffusionRows(requests, context, settings, tuple(len(r.produced) for r in requests))
 
 
-def step(model: TwoTower, rows: DiffusionRows) -> Stepped:
+class _Launched(NamedTuple):
+    """`rows` after the step, but for each block's `left`; `results` (4, b, s) are the blocks' ids, steps, confidences
+    and masks, and `absorbed` says which rows took a context call."""
+
+    rows: DiffusionRows
+    results: Tensor
+    absorbed: tuple[int, ...]
+
+    def finish(self, values: list[Any]) -> Stepped:
+        block = self.rows.block
+        assert block is not None
+        xt, committed_at, confidence, masked = values
+        left = tuple(int(sum(row)) for row in masked)
+        tokens = tuple(
+            ()
+            if count
+            else tuple(
+                Token(int(i), int(j), p)
+                for i, j, p in zip(xt[row][:width], committed_at[row][:width], confidence[row][:width], strict=True)
+            )
+            for row, (count, width) in enumerate(zip(left, block.widths, strict=True))
+        )
+        rows = dataclasses.replace(self.rows, block=dataclasses.replace(block, left=left))
+        return Stepped(rows, tokens, (1,) * len(left), self.absorbed)
+
+
+def launch(model: TwoTower, rows: DiffusionRows) -> _Launched:
     """One NFE: proposals for every masked position, of which some commit. A finished block gives its tokens.
 
     Every row walks through its blocks at its own pace. The context tower absorbs a finished block at the start of the
@@ -157,8 +185,9 @@ def step(model: TwoTower, rows: DiffusionRows) -> Stepped:
     logits[..., model.config.mask_token_id] = -torch.inf
     draws = None if rows.settings.all_greedy else _uniforms(rows.requests, block, 0)
     after = _unmask(rows.requests, block, propose(logits, rows.settings, draws), logits)
-    emitted, after = _finished(after)
-    return Stepped(dataclasses.replace(rows, block=after), emitted, (1,) * len(absorbed), absorbed)
+    columns = (after.xt, after.committed_at, after.confidence, after.masked)
+    found = torch.stack([c.double() for c in columns])
+    return _Launched(dataclasses.replace(rows, block=after), found, absorbed)
 
 
 def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
@@ -170,7 +199,7 @@ def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
         return rows
     if rows.block is not None:
         widths = tuple(block.widths[row] for row in full)
-        ids = block.xt[full, : max(widths)].to(model.context_device)
+        ids = block.xt[to_device(full, block.xt.device), : max(widths)].to(model.context_device, non_blocking=True)
         context = model.absorb(ids, context, widths, with_logits=False, rows=full)
         produced = tuple(
             n + (w if left == 0 else 0) for n, w, left in zip(produced, block.widths, block.left, strict=True)
@@ -182,8 +211,8 @@ def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
     assert min(widths) > 0, "a row that is done was not taken out"
     old = block.resized(max(widths))
     device = model.denoiser_device
-    fresh = torch.tensor([left == 0 for left in block.left], device=device)[:, None]
-    valid = torch.arange(max(widths), device=device) < torch.tensor(widths, device=device)[:, None]  # (b, s)
+    fresh = to_device([left == 0 for left in block.left], device)[:, None]
+    valid = torch.arange(max(widths), device=device) < to_device(widths, device)[:, None]  # (b, s)
     begun = Block(
         xt=old.xt.masked_fill(fresh, block.mask_token_id),
         valid=valid,
@@ -220,14 +249,14 @@ def _no_block(model: TwoTower, context: ContextState) -> Block:
 def _unmask(requests: tuple[Request, ...], block: Block, proposal: Proposal, logits: Tensor) -> Block:
     """The blocks after this step; `left` is still the count before it."""
     params = tuple(r.params for r in requests)
-    steps = torch.tensor(block.steps, device=block.xt.device)
+    steps = to_device(block.steps, block.xt.device)
     at = unmasking.schedule(params, steps, block.xt.device)
     rules = [_rule(p) for p in params]
     fixed = torch.zeros_like(block.masked)  # positions fixed after this step
     xt = torch.where(block.masked, proposal.tokens, block.xt)
     sure = torch.where(block.masked, proposal.confidence, block.confidence)
     for rule in sorted(set(rules)):
-        ours = torch.tensor([r == rule for r in rules], device=block.xt.device)[:, None]
+        ours = to_device([r == rule for r in rules], block.xt.device)[:, None]
         if rule == "remask":
             kept = unmasking.remask(sure, block.valid, at)
         else:
@@ -247,31 +276,6 @@ def _unmask(requests: tuple[Request, ...], block: Block, proposal: Proposal, log
     )
 
 
-class _Finished(NamedTuple):
-    """The tokens of every row whose block is full now, and the blocks with `left` brought up to date."""
-
-    tokens: tuple[tuple[Token, ...], ...]
-    block: Block
-
-
-def _finished(block: Block) -> _Finished:
-    """Reads the blocks back: the step's one wait for the device."""
-    columns = (block.xt, block.committed_at, block.confidence, block.masked)
-    # fp64 holds any id and any float32 exactly
-    xt, committed_at, confidence, masked = torch.stack([c.double() for c in columns]).tolist()
-    left = tuple(int(sum(row)) for row in masked)
-    tokens = tuple(
-        ()
-        if count
-        else tuple(
-            Token(int(i), int(j), p)
-            for i, j, p in zip(xt[row][:width], committed_at[row][:width], confidence[row][:width], strict=True)
-        )
-        for row, (count, width) in enumerate(zip(left, block.widths, strict=True))
-    )
-    return _Finished(tokens, dataclasses.replace(block, left=left))
-
-
 def _rule(params: SamplingParams) -> str:
     return "leftmost" if params.mode == "simulated_ar" else params.commit_rule
 
@@ -282,4 +286,4 @@ def _uniforms(requests: tuple[Request, ...], block: Block, first_step: int) -> T
     for row, (request, start) in enumerate(zip(requests, block.seed.lengths, strict=True)):
         width = block.widths[row]
         table[row, :width] = uniforms(request.seed, start, first_step + block.steps[row], width)
-    return table.to(block.xt.device)
+    return to_device(table, block.xt.device)

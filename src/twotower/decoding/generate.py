@@ -1,4 +1,4 @@
-"""The plain driver: a loop over each mode's `step`, for whole batches or one stream."""
+"""The plain driver: a loop over steps of each mode, for whole batches or one stream."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -10,10 +10,10 @@ import torch
 from twotower.decoding import ar, diffusion, mock_ar, verified
 from twotower.decoding.params import FinishReason, Generation, SamplingParams
 from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
-from twotower.decoding.step import BlockView, Request, Rows, Stepped
+from twotower.decoding.step import BlockView, Request, Rows, step
 from twotower.model.two_tower import TwoTower
 
-# Mode -> the module whose step() it is.
+# Mode -> the module whose launch() it is.
 MODULES: dict[str, ModuleType] = {
     "ar": ar,
     "mock_ar": mock_ar,
@@ -124,7 +124,7 @@ def _drive(model: TwoTower, module: ModuleType, requests: list[Request], watch: 
         records[row].context_calls += 1
     while active:
         with torch.inference_mode():
-            stepped: Stepped = module.step(model, rows)
+            stepped = step(module, model, rows)
         rows = stepped.rows
         keep = []
         for place, row in enumerate(active):

@@ -2,14 +2,16 @@
 the context state before that token; then the context tower absorbs the token. Letters: b rows."""
 
 import dataclasses
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import torch
+from torch import Tensor
 
-from twotower.decoding.sampling import Temper, fetch, propose, temper, uniforms
+from twotower.decoding.sampling import Temper, propose, results, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
+from twotower.ops.transfer import to_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,22 +61,30 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     return MockArRows(requests, context, settings, tuple((r.prompt_ids + r.produced)[-1] for r in requests))
 
 
-def step(model: TwoTower, rows: MockArRows) -> Stepped:
+class _Launched(NamedTuple):
+    """`results` are those of each row's next token, (2, b); `rows` have absorbed the newest one of each."""
+
+    rows: MockArRows
+    results: Tensor
+
+    def finish(self, values: list[Any]) -> Stepped:
+        numbers, confidences = values
+        ids = tuple(int(i) for i in numbers)
+        ones = (1,) * len(ids)
+        tokens = tuple((Token(i, 0, c),) for i, c in zip(ids, confidences, strict=True))
+        return Stepped(dataclasses.replace(self.rows, newest=ids), tokens, ones, ones)
+
+
+def launch(model: TwoTower, rows: MockArRows) -> _Launched:
     """One token per row."""
     newest = torch.tensor(rows.newest).unsqueeze(1)  # (b, 1)
     seed = rows.context.to(model.denoiser_device)
-    logits = model.denoiser_logits(newest.to(model.denoiser_device), seed, None)
+    logits = model.denoiser_logits(to_device(newest, model.denoiser_device), seed, None)
     draws = None
     if not rows.settings.all_greedy:
         pairs = zip(rows.requests, rows.context.lengths, strict=True)
-        draws = torch.stack([uniforms(r.seed, n + 1, 0, 1) for r, n in pairs]).to(model.denoiser_device)
+        draws = to_device(torch.stack([uniforms(r.seed, n + 1, 0, 1) for r, n in pairs]), model.denoiser_device)
     proposal = propose(logits, rows.settings, draws)
-    context = model.absorb(newest.to(model.context_device), rows.context, with_logits=False)
-    ids, confidences = fetch(proposal.tokens[:, 0], proposal.confidence[:, 0])
-    ones = (1,) * len(rows.requests)
-    return Stepped(
-        dataclasses.replace(rows, context=context, newest=tuple(ids)),
-        tuple((Token(i, 0, c),) for i, c in zip(ids, confidences, strict=True)),
-        ones,
-        ones,
-    )
+    context = model.absorb(to_device(newest, model.context_device), rows.context, with_logits=False)
+    found = results(proposal.tokens[:, 0], proposal.confidence[:, 0])
+    return _Launched(dataclasses.replace(rows, context=context), found)

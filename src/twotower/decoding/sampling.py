@@ -1,11 +1,12 @@
 """Logits to proposals. Letters: b rows, s positions, v vocabulary."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from twotower.decoding.params import SamplingParams
+from twotower.ops.transfer import to_device
 
 
 class Proposal(NamedTuple):
@@ -32,7 +33,8 @@ class Temper(NamedTuple):
 
     def select(self, rows: list[int]) -> "Temper":
         """The settings of some rows; the flags stay true of more than them, which changes no result."""
-        temperature, greedy, top_k, top_p = (v[rows] for v in self[:4])
+        index = to_device(rows, self.greedy.device)
+        temperature, greedy, top_k, top_p = (v[index] for v in self[:4])
         return Temper(temperature, greedy, top_k, top_p, self.all_greedy, self.any_greedy, self.filtered)
 
     def join(self, others: "Temper") -> "Temper":
@@ -52,10 +54,10 @@ class Temper(NamedTuple):
 def temper(params: tuple[SamplingParams, ...], vocab_size: int, device: torch.device) -> Temper:
     """Collects the sampling settings of a batch."""
     return Temper(
-        torch.tensor([p.temperature or 1.0 for p in params], device=device),
-        torch.tensor([p.temperature == 0 for p in params], device=device),
-        torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=device),
-        torch.tensor([torch.inf if p.top_p in (None, 1) else p.top_p for p in params], device=device),
+        to_device([p.temperature or 1.0 for p in params], device),
+        to_device([p.temperature == 0 for p in params], device),
+        to_device([min(p.top_k or vocab_size, vocab_size) for p in params], device),
+        to_device([torch.inf if p.top_p in (None, 1) else p.top_p for p in params], device),
         all(p.temperature == 0 for p in params),
         any(p.temperature == 0 for p in params),
         any(p.top_k is not None or p.top_p is not None for p in params),
@@ -116,22 +118,9 @@ def inverse_sample(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     return index.clamp_(max=probabilities.shape[-1] - 1)
 
 
-class Fetched(NamedTuple):
-    """Rows of ids and of confidences on the host, nested as the tensors were."""
-
-    ids: list[Any]
-    confidences: list[Any]
-
-
-def fetch(ids: Tensor, confidences: Tensor) -> Fetched:
-    """Both tensors of one shape in a single copy to the host, which is a step's one wait for the device."""
-    # fp64 holds any id and any float32 exactly
-    table = torch.stack((ids.double(), confidences.double())).tolist()
-    return Fetched(_integers(table[0]), table[1])
-
-
-def _integers(values: list[Any]) -> list[Any]:
-    return [_integers(v) if isinstance(v, list) else int(v) for v in values]
+def results(ids: Tensor, confidences: Tensor) -> Tensor:
+    """Both tensors of one shape as a step's results for the host, (2, …) float64."""
+    return torch.stack((ids.double(), confidences.double()))
 
 
 _MASK64 = (1 << 64) - 1

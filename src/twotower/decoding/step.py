@@ -1,9 +1,19 @@
-"""What every mode's `step` takes and gives. Letters: b rows."""
+"""What a step of any mode takes and gives. Letters: b rows.
 
-from typing import NamedTuple, Protocol, Self
+Each mode's `launch` gives the devices a step's work and waits for nothing; `read` then waits for any number of steps at
+once, and each one's `finish` makes tokens of what came. Values on the host in between would be waits of their own.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor
 
 from twotower.decoding.params import SamplingParams
 from twotower.model.state import ContextState
+from twotower.model.two_tower import TwoTower
 
 
 class Request(NamedTuple):
@@ -74,3 +84,43 @@ class Stepped(NamedTuple):
     tokens: tuple[tuple[Token, ...], ...]
     denoiser_calls: tuple[int, ...]
     context_calls: tuple[int, ...]
+
+
+class Launched(Protocol):
+    """A step whose work the devices have been given."""
+
+    @property
+    def results(self) -> Tensor:
+        """What the host must know of it, float64, which holds any id and any float32 exactly."""
+        ...
+
+    def finish(self, values: list[Any]) -> Stepped:
+        """What came of the step, given its `results` as nested lists; may launch more, and waits for nothing."""
+        ...
+
+
+def read(launched: Sequence[Launched]) -> list[list[Any]]:
+    """Every step's results as nested lists: one wait for the devices, however many steps and devices there are."""
+    device = launched[0].results.device
+    flat = [one.results.flatten().to(device, non_blocking=True) for one in launched]
+    values: list[float] = torch.cat(flat).tolist()
+    nested, start = [], 0
+    for one in launched:
+        end = start + one.results.numel()
+        nested.append(_nest(values[start:end], one.results.shape))
+        start = end
+    return nested
+
+
+def _nest(values: list[Any], shape: Sequence[int]) -> list[Any]:
+    """A flat list in the shape of a tensor."""
+    for size in reversed(shape[1:]):
+        values = [values[i : i + size] for i in range(0, len(values), size)]
+    return values
+
+
+def step(mode: ModuleType, model: TwoTower, rows: Rows) -> Stepped:
+    """One step of a mode's batch, launched, waited for and finished."""
+    launched: Launched = mode.launch(model, rows)
+    [values] = read([launched])
+    return launched.finish(values)

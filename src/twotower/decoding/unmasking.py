@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import Proposal
+from twotower.ops.transfer import to_device
 
 
 class Schedule(NamedTuple):
@@ -25,8 +26,8 @@ class Schedule(NamedTuple):
 def schedule(params: tuple[SamplingParams, ...], step: Tensor | int, device: torch.device) -> Schedule:
     """Collects T and γ of a batch. `simulated_ar` takes one step per position."""
     steps = [p.block_size if p.mode == "simulated_ar" else p.steps_per_block for p in params]
-    thresholds = torch.tensor([p.confidence_threshold for p in params], device=device)
-    return Schedule(step, torch.tensor(steps, device=device), thresholds)
+    thresholds = to_device([p.confidence_threshold for p in params], device)
+    return Schedule(step, to_device(steps, device), thresholds)
 
 
 def certainty(rule: str, logits: Tensor, proposal: Proposal) -> Tensor:

@@ -5,17 +5,19 @@ The output is distributed exactly as `ar` (speculative sampling, Leviathan et al
 """
 
 import dataclasses
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.decoding.constraint import Guides, guides
-from twotower.decoding.sampling import Temper, distribution, fetch, inverse_sample, probability, temper, uniforms
+from twotower.decoding.sampling import Temper, distribution, inverse_sample, probability, results, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
 from twotower.model.state import ContextState, join
+from twotower.model.tower import Scored
 from twotower.model.two_tower import TwoTower
+from twotower.ops.transfer import to_device
 
 # Draws of one round are kept apart in the counter-based generator: draft tokens, acceptances, corrections.
 _DRAFT, _ACCEPT, _CORRECT = 1 << 21, 1 << 22, 1 << 23
@@ -100,30 +102,42 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     return VerifiedRows(requests, context, settings, held, tuple(len(r.produced) for r in requests), newest)
 
 
-def step(model: TwoTower, rows: VerifiedRows) -> Stepped:
+class Judged(NamedTuple):
+    """The context tower over a draft: `results` (2, b, s+2) are each row's number of leading draft ids that it keeps,
+    then the draft with the token after those in its place; beside ids, their probabilities."""
+
+    model: TwoTower
+    rows: VerifiedRows
+    scored: Scored
+    results: Tensor
+
+    def finish(self, values: list[Any]) -> Stepped:
+        rows, found = self.rows, verdict(values)
+        num_known = 1 if rows.newest else 0
+        emitted = []
+        for count, ids, confidence in zip(found.accepted, found.ids, found.confidence, strict=True):
+            new = slice(num_known, count + 1)
+            emitted.append(tuple(Token(i, 0, c) for i, c in zip(ids[new], confidence[new], strict=True)))
+        ones = (1,) * len(emitted)
+        lengths = (_next_draft(w, len(t)) for w, t in zip(rows.widths, emitted, strict=True))
+        after = dataclasses.replace(
+            rows,
+            requests=tuple(r._replace(draft=n) for r, n in zip(rows.requests, lengths, strict=True)),
+            context=self.model.accept(self.scored, found.accepted),
+            guides=rows.guides.after([[token.id for token in tokens] for tokens in emitted]),
+            produced=tuple(n + len(t) for n, t in zip(rows.produced, emitted, strict=True)),
+            newest=found.bonus,
+        )
+        return Stepped(after, tuple(emitted), ones, ones)
+
+
+def launch(model: TwoTower, rows: VerifiedRows) -> Judged:
     """One round: a draft (one NFE), one context pass over it, and the accepted tokens with their bonus.
 
     The first place of a block is the newest token, already decided and not yet absorbed, so that one context pass
     both absorbs it and verifies what follows; the very first round has none and drafts every place.
     """
-    num_known = 1 if rows.newest else 0
-    draft = propose_draft(model, rows)
-    verdict, context = verify(model, rows, draft)
-    emitted = []
-    for count, ids, confidence in zip(verdict.accepted, verdict.ids, verdict.confidence, strict=True):
-        new = slice(num_known, count + 1)
-        emitted.append(tuple(Token(i, 0, c) for i, c in zip(ids[new], confidence[new], strict=True)))
-    ones = (1,) * len(emitted)
-    lengths = (_next_draft(w, len(t)) for w, t in zip(rows.widths, emitted, strict=True))
-    after = dataclasses.replace(
-        rows,
-        requests=tuple(r._replace(draft=n) for r, n in zip(rows.requests, lengths, strict=True)),
-        context=context,
-        guides=rows.guides.after([[token.id for token in tokens] for tokens in emitted]),
-        produced=tuple(n + len(t) for n, t in zip(rows.produced, emitted, strict=True)),
-        newest=verdict.bonus,
-    )
-    return Stepped(after, tuple(emitted), ones, ones)
+    return judge(model, rows, propose_draft(model, rows))
 
 
 def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
@@ -134,7 +148,7 @@ def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
     block = torch.full((len(widths), size), model.config.mask_token_id, device=device)
     num_known = 1 if rows.newest else 0
     if rows.newest:
-        block[:, 0] = torch.tensor(rows.newest, device=device)
+        block[:, 0] = to_device(rows.newest, device)
     level = tuple((w - num_known) / w for w in widths)
     ragged = widths if min(widths) < size else None
     seed = rows.context.to(device)
@@ -151,16 +165,12 @@ def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
     return Draft(ids, probabilities)
 
 
-class VerifiedContext(NamedTuple):
-    """A verdict and the context state that holds what it accepted."""
-
-    verdict: Verdict
-    context: ContextState
-
-
-def verify(model: TwoTower, rows: VerifiedRows, draft: Draft) -> VerifiedContext:
+def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
     """The context tower's pass over the draft: greedy rows keep the prefix that equals its argmax, the others accept
-    x with probability min(1, p/q) and else sample the normalised positive part of p − q."""
+    x with probability min(1, p/q) and else sample the normalised positive part of p − q.
+
+    What a constraint allows depends on the draft, so rows with one wait for it here.
+    """
     num_known = 1 if rows.newest else 0
     scored = model.score(draft.ids, rows.context)
     logits = model.scored_logits(scored)  # (b, s, v): position i predicts place i + 1
@@ -174,7 +184,7 @@ def verify(model: TwoTower, rows: VerifiedRows, draft: Draft) -> VerifiedContext
     target = rows.guides.mask(own, drafts, num_known)
     widths, s = rows.widths, draft.ids.shape[1]
     places = torch.arange(s, device=draft.ids.device)
-    inside = places < torch.tensor(widths, device=places.device)[:, None]  # (b, s)
+    inside = places < to_device(widths, places.device)[:, None]  # (b, s)
     if draft.probabilities is None:
         best = target.argmax(-1)  # (b, s+1)
         agrees = draft.ids == best[:, :s]
@@ -192,18 +202,24 @@ def verify(model: TwoTower, rows: VerifiedRows, draft: Draft) -> VerifiedContext
     emitted = torch.cat((draft.ids, draft.ids[:, :1]), dim=1).scatter(1, accepted[:, None], after[:, None])
     confidence = probability(own, emitted)  # (b, s+1), without a constraint as without temperature and filters
     # the count beside its row, so that one copy to the host has it all
-    ids, confidences = fetch(torch.cat((accepted[:, None], emitted), dim=1), F.pad(confidence, (1, 0)))
-    counts = tuple(row.pop(0) for row in ids)
+    found = results(torch.cat((accepted[:, None], emitted), dim=1), F.pad(confidence, (1, 0)))
+    return Judged(model, rows, scored, found)
+
+
+def verdict(values: list[Any]) -> Verdict:
+    """What the context tower decided, from its `results` on the host."""
+    numbers, confidences = values
+    counts = tuple(int(row[0]) for row in numbers)
+    ids = [[int(i) for i in row[1:]] for row in numbers]
     bonus = tuple(row[count] for row, count in zip(ids, counts, strict=True))
-    verdict = Verdict(counts, bonus, ids, [row[1:] for row in confidences])
-    return VerifiedContext(verdict, model.accept(scored, counts))
+    return Verdict(counts, bonus, ids, [row[1:] for row in confidences])
 
 
 def _correction(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widths: tuple[int, ...]) -> Tensor:
     """The token after the accepted prefix: from (p − q)⁺ at a rejection, from p after a whole draft; (b,)."""
     row = torch.arange(len(widths), device=p.device)
     there = p[row, accepted]  # (b, v)
-    rejected = accepted < torch.tensor(widths, device=p.device)
+    rejected = accepted < to_device(widths, p.device)
     drafted = q[row, accepted.clamp(max=q.shape[1] - 1)]
     residual = (there - drafted).clamp(min=0)
     # p = q up to rounding leaves nothing; a rejection there has probability ~0 and p is its right limit
@@ -215,7 +231,7 @@ def _correction(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widt
     for r, (request, n, width) in enumerate(zip(rows.requests, rows.context.lengths, widths, strict=True)):
         if request.params.temperature > 0:
             table[r, : width + 1] = torch.cat([uniforms(request.seed, n + k, _CORRECT, 1) for k in range(width + 1)])
-    draws = table.to(p.device).gather(1, accepted[:, None])
+    draws = to_device(table, p.device).gather(1, accepted[:, None])
     return inverse_sample(weights.unsqueeze(1), draws)[:, 0]
 
 
@@ -238,4 +254,4 @@ def _table(rows: VerifiedRows, purpose: int, widths: tuple[int, ...], size: int)
     table = torch.zeros(len(widths), size)
     for row, (request, start) in enumerate(zip(rows.requests, rows.context.lengths, strict=True)):
         table[row, : widths[row]] = uniforms(request.seed, start, purpose, widths[row])
-    return table.to(rows.settings.top_k.device)
+    return to_device(table, rows.settings.top_k.device)

@@ -1,4 +1,4 @@
-"""The scheduler over step(): requests join and leave between steps."""
+"""The scheduler over steps: requests join and leave between them."""
 
 import time
 from collections import deque
@@ -11,7 +11,7 @@ import torch
 from twotower.decoding.generate import MODULES
 from twotower.decoding.params import Generation, SamplingParams
 from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
-from twotower.decoding.step import Request, Stepped
+from twotower.decoding.step import Launched, Request, Stepped, read
 from twotower.engine.auto import AutoRow, Chooser
 from twotower.engine.config import EngineConfig
 from twotower.engine.intake import Intake
@@ -37,6 +37,15 @@ class EngineStats(NamedTuple):
     num_preemptions: int
     denoiser_calls: int
     context_calls: int
+
+
+class _Launch(NamedTuple):
+    """A step of one mode's batch that the devices are at, and the seconds that launching it took."""
+
+    module: ModuleType
+    batch: Batch
+    launched: Launched
+    seconds: float
 
 
 class Engine:
@@ -120,8 +129,11 @@ class Engine:
             done = self._intake.admit(num_decoding)
             events = [Event(job.id, "", (), (), None, job.record.result("length")) for job in done]
             started = self._intake.absorb()
-            for module in dict.fromkeys(MODULES.values()):
-                events += self._step_mode(module, [job for job in started if job.module is module])
+            launches: list[_Launch] = []
+            # Backwards from `verified`: its towers wait for one another, and what is launched after it fills the gaps.
+            for module in reversed(dict.fromkeys(MODULES.values())):
+                launches += self._launch_mode(module, [job for job in started if job.module is module])
+            events += self._finish(launches)
         for event in events:
             if event.result is not None:
                 del self._jobs[event.request_id]
@@ -247,29 +259,48 @@ class Engine:
             batch.rows = batch.rows.select(keep)
             batch.jobs = [batch.jobs[i] for i in keep]
 
-    def _step_mode(self, module: ModuleType, started: list[Job]) -> list[Event]:
-        """One step of a mode's batch and of those that start, which join it afterwards."""
-        events = []
-        batch = self._batches.get(module)
-        if batch is not None:
-            events += self._step_batch(module, batch)
+    def _launch_mode(self, module: ModuleType, started: list[Job]) -> list[_Launch]:
+        """Launches one step of a mode's batch and of those that start, which join it afterwards."""
+        launches = []
+        if module in self._batches:
+            launches.append(self._launch(module, self._batches[module]))
         # a first step is not like the others: some rows have a newest token by then, some have none
         for fresh in ([job for job in started if not job.record.tokens], [job for job in started if job.record.tokens]):
             if not fresh:
                 continue
             contexts = [job.context for job in fresh if job.context is not None]
             state = contexts[0] if len(contexts) == 1 else join(contexts)
-            new = Batch(fresh, module.start(self.model, tuple(job.request for job in fresh), state))
+            launches.append(
+                self._launch(module, Batch(fresh, module.start(self.model, tuple(job.request for job in fresh), state)))
+            )
             for job in fresh:
                 job.context = None
-            events += self._step_batch(module, new)
+        return launches
+
+    def _launch(self, module: ModuleType, batch: Batch) -> _Launch:
+        began = time.perf_counter()
+        launched = module.launch(self.model, batch.rows)
+        return _Launch(module, batch, launched, time.perf_counter() - began)
+
+    def _finish(self, launches: list[_Launch]) -> list[Event]:
+        """Waits for the devices, once in a round, and takes what came of every step."""
+        if not launches:
+            return []
+        began = time.perf_counter()
+        values = read([launch.launched for launch in launches])
+        # how long each step kept the devices is not known; what took long to launch has much to do
+        waited = (time.perf_counter() - began) / sum(launch.seconds for launch in launches)
+        events = []
+        for launch, found in zip(launches, values, strict=True):
+            began = time.perf_counter()
+            stepped = launch.launched.finish(found)
+            seconds = launch.seconds * (1 + waited) + time.perf_counter() - began
+            self._chooser.observe(_name(launch.module), len(launch.batch.jobs), seconds, sum(map(len, stepped.tokens)))
+            events += self._take(launch.module, launch.batch, stepped)
         return events
 
-    def _step_batch(self, module: ModuleType, batch: Batch) -> list[Event]:
-        began = time.perf_counter()
-        stepped: Stepped = module.step(self.model, batch.rows)
-        seconds = time.perf_counter() - began
-        self._chooser.observe(_name(module), len(batch.jobs), seconds, sum(map(len, stepped.tokens)))
+    def _take(self, module: ModuleType, batch: Batch, stepped: Stepped) -> list[Event]:
+        """Hands a step's tokens to its requests; those that are unfinished stay in the batch of their mode."""
         batch.rows = stepped.rows
         self._denoiser_calls += sum(stepped.denoiser_calls)
         self._context_calls += sum(stepped.context_calls)

@@ -12,6 +12,7 @@ from twotower.engine.prefix_cache import Match, PrefixCache, Snapshot
 from twotower.model.pages import PAGE_SIZE
 from twotower.model.state import MambaState, join
 from twotower.model.two_tower import TwoTower
+from twotower.ops.transfer import to_device
 
 # Requests that may come in before one that arrived earlier and needs more pages than there are.
 _MOST_PASSED = 8
@@ -116,7 +117,7 @@ class Intake:
         states = [job.context for job in jobs if job.context is not None]
         inside = {p - f for job, f, n in zip(jobs, firsts, counts, strict=True) for p in job.points if f < p < f + n}
         joined = states[0] if len(states) == 1 else join(states)
-        scored = self._model.score(table.to(self._model.context_device), joined, tuple(sorted(inside)))
+        scored = self._model.score(to_device(table, self._model.context_device), joined, tuple(sorted(inside)))
         ends = any(f + n == len(job.context_ids) for job, f, n in zip(jobs, firsts, counts, strict=True))
         state = self._model.keep(scored, counts, with_logits=ends)
         for row, (job, first, n) in enumerate(zip(jobs, firsts, counts, strict=True)):

@@ -51,7 +51,7 @@ class Job:
 
     @property
     def module(self) -> ModuleType:
-        """Whose step() it takes next."""
+        """Whose launch() it takes next."""
         return MODULES[self.record.request.params.mode if self.auto is None else self.auto.mode]
 
     @property

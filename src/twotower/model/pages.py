@@ -8,6 +8,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from twotower.ops.transfer import to_device
+
 # Tokens of a page: the usual block, so that a shared prefix is reused to the last whole block.
 PAGE_SIZE = 16
 
@@ -44,7 +46,7 @@ class PagedKeys:
         place = torch.tensor(starts)[:, None] + torch.arange(s)  # (b, s)
         table = self._table((max(starts) + s - 1) // PAGE_SIZE + 1, on_cpu=True)
         index = table.gather(1, place // PAGE_SIZE) * PAGE_SIZE + place % PAGE_SIZE
-        return index.flatten().to(self.keys[0].device)
+        return to_device(index.flatten(), self.keys[0].device)
 
     def append_(self, layer: int, starts: tuple[int, ...], places: Tensor | None, key: Tensor, value: Tensor) -> None:
         """Writes key and value (b, k, s, p) of one layer at `places`, which `starts` gave."""
@@ -78,7 +80,8 @@ class PagedKeys:
     def _table(self, num_pages: int, *, on_cpu: bool = False) -> Tensor:
         """(b, num_pages) int64, 0 behind a row's last page."""
         rows = [table[:num_pages] + [0] * (num_pages - len(table)) for table in self.tables]
-        return torch.tensor(rows, dtype=torch.long, device="cpu" if on_cpu else self.keys[0].device)
+        table = torch.tensor(rows, dtype=torch.long)
+        return table if on_cpu else to_device(table, self.keys[0].device)
 
 
 def join_pages(buffers: Sequence[PagedKeys], lengths: tuple[int, ...]) -> PagedKeys:

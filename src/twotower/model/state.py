@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower.model.pages import PagedKeys, Past, join_pages
+from twotower.ops.transfer import to_device
 
 # Key lengths are rounded up to this: oneDNN compiles a kernel per shape, so a length that grows by one is slow.
 KEY_TILE = 64
@@ -69,7 +70,7 @@ class KeyBuffer:
 
     def select(self, rows: Sequence[int], lengths: tuple[int, ...]) -> "KeyBuffer":
         """A copy of some rows, which have `lengths` tokens."""
-        index = torch.tensor(rows, device=self.keys[0].device) if self.keys else None
+        index = to_device(rows, self.keys[0].device) if self.keys else None
         return KeyBuffer([k[index] for k in self.keys], [v[index] for v in self.values], lengths)
 
     def put_(
@@ -143,7 +144,7 @@ class ContextState:
 
     def select(self, rows: Sequence[int]) -> Self:
         """A copy that holds only the given rows; keys in pages are shared, not copied."""
-        index = torch.tensor(rows, device=self.device)
+        index = to_device(rows, self.device)
         lengths = tuple(self.lengths[r] for r in rows)
         return dataclasses.replace(
             self,
@@ -165,7 +166,7 @@ class ContextState:
         state = self.reserve(max(n - s for n, s in zip(newer.lengths, starts, strict=True)))
         state.buffer.put_(rows, newer.buffer, starts, newer.lengths)
         state.buffer.tip = tuple(lengths)
-        index = torch.tensor(rows, device=self.device)
+        index = to_device(rows, self.device)
         mamba = tuple(
             MambaState(old.conv.index_copy(0, index, new.conv), old.ssm.index_copy(0, index, new.ssm))
             for old, new in zip(self.mamba, newer.mamba, strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from twotower.config import TwoTowerConfig
 from twotower.model.linear import Linear
 from twotower.ops.backend import Backend
+from twotower.ops.transfer import to_device
 
 NUM_FREQUENCIES = 128
 MAX_LEVELS = 64  # modulations that are remembered; 0.8 MB each at the released size in bf16
@@ -49,7 +50,7 @@ class TimeConditioning(nn.Module):
         """What `forward` gives for levels known on the host, (i, b, 3, 1, d). With constant weights a level met before
         is not computed again: a block of s positions has s of them."""
         if not self.constant:
-            return self(torch.tensor(t, device=self.frequencies.device))
+            return self(to_device(t, self.frequencies.device))
         every = [self._remembered(level) for level in t]
         return every[0] if len(t) == 1 else torch.cat(every, dim=1)
 
@@ -58,7 +59,7 @@ class TimeConditioning(nn.Module):
         if found is None:
             if len(self._known) == MAX_LEVELS:
                 del self._known[next(iter(self._known))]  # the one met first
-            found = self._known[level] = self(torch.tensor([level], device=self.frequencies.device))
+            found = self._known[level] = self(to_device((level,), self.frequencies.device))
         return found
 
     def shared(self, t: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from twotower.ops.backend import Backend
 from twotower.ops.conv import next_past
 from twotower.ops.kernels import REFERENCE, kernels
 from twotower.ops.ssd import CHUNK
+from twotower.ops.transfer import to_device
 
 
 class Replay(NamedTuple):
@@ -142,7 +143,7 @@ class Tower(nn.Module):
         """
         state = scored.state
         lengths = tuple(n + c for n, c in zip(state.lengths, counts, strict=True))
-        index = torch.tensor(counts, device=scored.hidden.device)
+        index = to_device(counts, scored.hidden.device)
         mamba = []
         mixers = [layer.mixer for layer in self.stack if isinstance(layer.mixer, Mamba2)]
         whole = all(c == scored.hidden.shape[1] for c in counts)
@@ -214,7 +215,7 @@ class Tower(nn.Module):
                 known = self._rotations = rotation(positions, c.head_dim, c.rope_theta, self.activation_dtype)
         if len(set(starts)) == 1:
             return Rotation(*(part[:, starts[0] : end] for part in known))
-        index = torch.tensor(starts, device=device)[:, None] + torch.arange(s, device=device)
+        index = to_device(starts, device)[:, None] + torch.arange(s, device=device)
         return Rotation(*(part[0, index] for part in known))
 
     def _causal_mamba(self, mixer: Mamba2, x: Tensor, start: MambaState, marks: tuple[int, ...]) -> _CausalMamba:

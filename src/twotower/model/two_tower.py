@@ -13,6 +13,7 @@ from twotower.model.state import ContextState
 from twotower.model.time_conditioning import TimeConditioning
 from twotower.model.tower import Scored, Tower
 from twotower.ops.backend import Backend, activation_dtype, choose_backend
+from twotower.ops.transfer import to_device
 
 # Tokens of a prompt absorbed at a time: bounds the (s, t) attention scores.
 PREFILL_CHUNK = 256
@@ -167,7 +168,7 @@ class TwoTower(nn.Module):
         counts = (s,) * b if counts is None else counts
         logits = None
         if with_logits:
-            index = torch.tensor(counts, device=scored.hidden.device)
+            index = to_device(counts, scored.hidden.device)
             last = scored.hidden[torch.arange(b, device=index.device), (index - 1).clamp_(min=0)]  # (b, d)
             logits = self.context_lm_head(last).float()
             if min(counts) == 0:  # rows that ended in an earlier chunk keep their logits

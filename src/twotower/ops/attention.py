@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.ops.transfer import to_device
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on x (b, s, heads, p), halves paired as in Hugging Face's Llama; cos, sin (b or 1, s, 1, p/2)."""
@@ -13,7 +15,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def causal_mask(starts: tuple[int, ...], s: int, t: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """For `cached_attention` of s new tokens after `starts` (b) earlier ones: (b, 1, s, t), -inf at later keys."""
-    last = torch.tensor(starts, device=device)[:, None] + torch.arange(s, device=device)  # (b, s): newest key seen
+    last = to_device(starts, device)[:, None] + torch.arange(s, device=device)  # (b, s): newest key seen
     later = torch.arange(t, device=device) > last.unsqueeze(-1)  # (b, s, t)
     return torch.zeros(later.shape, dtype=dtype, device=device).masked_fill_(later, -torch.inf).unsqueeze(1)
 
@@ -25,8 +27,8 @@ def block_mask(
     `widths` (b) on; None if there are neither."""
     if all(n == t for n in starts) and all(n == s for n in widths):
         return None
-    past = torch.arange(t, device=device) >= torch.tensor(starts, device=device)[:, None]
-    own = torch.arange(s, device=device) >= torch.tensor(widths, device=device)[:, None]
+    past = torch.arange(t, device=device) >= to_device(starts, device)[:, None]
+    own = torch.arange(s, device=device) >= to_device(widths, device)[:, None]
     hidden = torch.cat((past, own), dim=1)[:, None, None]
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
