@@ -1,12 +1,12 @@
 """What the engine gains from scheduling every step anew, on the shipped stories checkpoint.
 
-    python benchmarks/engine_load.py [--model PATH] [--new-tokens 96] [--repeats 3]
+    python benchmarks/engine_load.py [--model PATH] [--new-tokens 96] [--repeats 3] [--part speeds]
 
-Prints one JSON line, all from one process:
+Prints one JSON line, all from one process; each of the four parts can be had alone:
 
-- `tokens_per_second`: 16 requests (held-out prompts of stories_prompts.json, greedy, end tokens ignored) at 1, 2, 4, 8
+- `speeds`: 16 requests (held-out prompts of stories_prompts.json, greedy, end tokens ignored) at 1, 2, 4, 8
   and 16 at a time, for every fixed mode and for `auto` with and without loss; medians over repeats, modes alternating.
-  `sixteen_against_one` and `auto_against_best` follow from it.
+  `auto_against_best` is the median of the ratios of runs that followed one another.
 - `rounds`: 72 `diffusion` requests of 16 to 128 new tokens with prompts of 128, one every three rounds, against three
   schedulers that separate prompts from decoding: `phases` lets requests come and go but spends a round on prompts or on
   decoding, never on both; `static` decodes a lot of requests to its end before it takes the next; `aligned` is `phases`
@@ -24,6 +24,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ import twotower
 PROMPTS = json.loads(Path(__file__).with_name("stories_prompts.json").read_text())
 CONCURRENT = (1, 2, 4, 8, 16)
 CHUNK = 64
+WARM = 3  # runs before those that count: `auto` measures, and tries less and less of what does not pay
 
 
 def fixed_modes(new_tokens: int) -> dict[str, twotower.SamplingParams]:
@@ -44,24 +46,46 @@ def fixed_modes(new_tokens: int) -> dict[str, twotower.SamplingParams]:
     return modes
 
 
-def speeds(model: twotower.TwoTower, new_tokens: int, repeats: int) -> dict[str, dict[int, float]]:
-    """Tokens per second of each mode at each concurrency."""
+def speeds(model: twotower.TwoTower, new_tokens: int, repeats: int) -> dict[str, object]:
+    """Tokens per second of each mode at each concurrency, and what follows from them."""
     modes = fixed_modes(new_tokens)
-    runs: dict[tuple[str, int], list[float]] = {pair: [] for pair in itertools.product(modes, CONCURRENT)}
+    # modes that are compared run one after the other
+    runs: dict[tuple[str, int], list[float]] = {(mode, c): [] for c, mode in itertools.product(CONCURRENT, modes)}
     engines = {
         pair: twotower.Engine(
             model, twotower.EngineConfig(max_num_requests=pair[1], state_bytes=48 << 20, snapshot_bytes=0)
         )
         for pair in runs
     }
-    for repeat in range(repeats + 1):  # the first warms up, and lets `auto` measure
+    for repeat in range(-WARM, repeats):
         for (name, concurrent), engine in engines.items():
             began = time.perf_counter()
             done = engine.generate(PROMPTS[:16], modes[name])
-            if repeat:
+            if repeat >= 0:
                 tokens = sum(len(g.token_ids) for g in done)
                 runs[name, concurrent].append(tokens / (time.perf_counter() - began))
-    return {name: {c: round(statistics.median(runs[name, c]), 1) for c in CONCURRENT} for name in modes}
+    found = {name: {c: round(statistics.median(runs[name, c]), 1) for c in CONCURRENT} for name in modes}
+    return {
+        "tokens_per_second": found,
+        "sixteen_against_one": {name: round(by[16] / by[1], 2) for name, by in found.items()},
+        "best_at_sixteen_against_best_at_one": round(
+            max(by[16] for by in found.values()) / max(by[1] for by in found.values()), 2
+        ),
+        "auto_against_best": against_best(runs, "auto", ("ar", "verified")),
+        "lossy_auto_against_best": against_best(runs, "auto, loss allowed", ("ar", "verified", "diffusion")),
+    }
+
+
+def against_best(
+    runs: dict[tuple[str, int], list[float]], name: str, fixed: tuple[str, ...]
+) -> dict[int, dict[str, float | str]]:
+    """At each concurrency the best of the fixed modes, by its median, and how `name` stood to it in the same repeat."""
+    found: dict[int, dict[str, float | str]] = {}
+    for c in CONCURRENT:
+        best = max(fixed, key=lambda mode, c=c: statistics.median(runs[mode, c]))
+        ratios = [ours / theirs for ours, theirs in zip(runs[name, c], runs[best, c], strict=True)]
+        found[c] = {"best": best, "ratio": round(statistics.median(ratios), 3), "lowest": round(min(ratios), 3)}
+    return found
 
 
 def rounds(model: twotower.TwoTower) -> dict[str, float]:
@@ -204,25 +228,19 @@ def main() -> None:
     parser.add_argument("--model", default=None)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    model = twotower.load(arguments.model)
-    found = speeds(model, arguments.new_tokens, arguments.repeats)
-    exact = {c: max(found["ar"][c], found["verified"][c]) for c in CONCURRENT}
-    lossy = {c: max(exact[c], found["diffusion"][c]) for c in CONCURRENT}
-    out = {
-        "benchmark": "engine_load",
-        "tokens_per_second": found,
-        "sixteen_against_one": {name: round(by[16] / by[1], 2) for name, by in found.items()},
-        "best_at_sixteen_against_best_at_one": round(
-            max(by[16] for by in found.values()) / max(by[1] for by in found.values()), 2
-        ),
-        "auto_against_best": {c: round(found["auto"][c] / exact[c], 3) for c in CONCURRENT},
-        "lossy_auto_against_best": {c: round(found["auto, loss allowed"][c] / lossy[c], 3) for c in CONCURRENT},
-        "rounds": rounds(model),
-        "easy_p95": easy_p95(model, arguments.repeats),
-        "prefix": prefix(model, arguments.repeats),
-        "new_tokens": arguments.new_tokens,
-        "repeats": arguments.repeats,
+    parser.add_argument("--part", choices=("speeds", "rounds", "easy_p95", "prefix"), help="instead of all four")
+    a = parser.parse_args()
+    model = twotower.load(a.model)
+    parts: dict[str, Callable[[], object]] = {
+        "speeds": lambda: speeds(model, a.new_tokens, a.repeats),
+        "rounds": lambda: rounds(model),
+        "easy_p95": lambda: easy_p95(model, a.repeats),
+        "prefix": lambda: prefix(model, a.repeats),
+    }
+    out = {"benchmark": "engine_load"} | {name: run() for name, run in parts.items() if a.part in (None, name)}
+    out |= {
+        "new_tokens": a.new_tokens,
+        "repeats": a.repeats,
         "dtype": str(next(iter(model.parameters())).dtype),
         "threads": torch.get_num_threads(),
         "cpu": cpu_model(),

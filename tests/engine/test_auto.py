@@ -1,5 +1,6 @@
 """Mode `auto`: what it chooses from given costs, and that a change of mode changes no token."""
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from twotower.decoding.generate import generate, stream
 from twotower.decoding.params import SamplingParams
-from twotower.engine.auto import AutoRow, Chooser, Cost
+from twotower.engine.auto import AutoRow, Chooser, Cost, Yield
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine
 
@@ -17,13 +18,17 @@ EXACT, LOSSY = ("ar", "verified"), ("ar", "verified", "diffusion")
 
 def run(chooser: Chooser, rows: Sequence[AutoRow], cost: Callable[[str, int], float], gives: dict[str, int]) -> None:
     """Many rounds of a machine whose steps cost and give so much."""
-    for _ in range(150):
-        chooser.choose(rows, {})
+    for _ in range(300):
+        if chooser.due():
+            chooser.choose(rows, {})
+        for row in rows:
+            row.mode = row.wanted
         for mode in {row.mode for row in rows}:
             mine = [row for row in rows if row.mode == mode]
-            chooser.observe(mode, len(mine), cost(mode, len(mine)), gives[mode] * len(mine))
+            chooser.observe(mode, len(mine), cost(mode, len(mine)))
             for row in mine:
-                row.took_step(gives[mode])
+                row.took_step()
+                chooser.observe_yield(mode, row, gives[mode], 1)
 
 
 def memory_bound(mode: str, rows: int) -> float:
@@ -45,8 +50,9 @@ def compute_bound(mode: str, rows: int) -> float:
     ],
 )
 def test_the_fastest_mode_wins(cost: Callable, modes: tuple[str, ...], expected: str, num_rows: int) -> None:
-    rows = [AutoRow(modes) for _ in range(num_rows)]
-    run(Chooser(), rows, cost, {"ar": 1, "verified": 5, "diffusion": 4})
+    chooser = Chooser()
+    rows = [chooser.first(modes) for _ in range(num_rows)]
+    run(chooser, rows, cost, {"ar": 1, "verified": 5, "diffusion": 4})
     assert [row.mode for row in rows] == [expected] * num_rows
 
 
@@ -57,7 +63,7 @@ def test_the_choice_turns_with_the_load() -> None:
         return max(1.0, 0.1 * rows * (1 if mode == "ar" else 16)) * (1 if mode == "ar" else 1.5)
 
     chooser, gives = Chooser(), {"ar": 1, "verified": 4}
-    alone, crowd = [AutoRow(EXACT)], [AutoRow(EXACT) for _ in range(16)]
+    alone, crowd = [chooser.first(EXACT)], [chooser.first(EXACT) for _ in range(16)]
     run(chooser, alone, cost, gives)
     assert alone[0].mode == "verified"
     run(chooser, crowd, cost, gives)
@@ -68,15 +74,20 @@ def test_the_choice_turns_with_the_load() -> None:
 
 def test_requests_differ_in_what_a_draft_gives_them() -> None:
     """Beside each other in one round: the one whose drafts are right verifies, the other does not."""
-    chooser, rows = Chooser(), [AutoRow(EXACT), AutoRow(EXACT)]
+    chooser = Chooser()
+    rows = [chooser.first(EXACT), chooser.first(EXACT)]
     for _ in range(300):
-        chooser.choose(rows, {})
+        if chooser.due():
+            chooser.choose(rows, {})
+        for row in rows:
+            row.mode = row.wanted
         for mode in {row.mode for row in rows}:
             mine = [row for row in rows if row.mode == mode]
             gives = [1 if mode == "ar" else (9 if row is rows[0] else 1) for row in mine]
-            chooser.observe(mode, len(mine), len(mine) * {"ar": 1.0, "verified": 3.0}[mode], sum(gives))
+            chooser.observe(mode, len(mine), len(mine) * {"ar": 1.0, "verified": 3.0}[mode])
             for row, given in zip(mine, gives, strict=True):
-                row.took_step(given)
+                row.took_step()
+                chooser.observe_yield(mode, row, given, 1)
     assert [row.mode for row in rows] == ["verified", "ar"]
 
 
@@ -85,6 +96,53 @@ def test_a_line_through_steps_of_several_sizes() -> None:
     for rows in (1, 2, 8, 16, 4) * 20:
         cost.observe(rows, 3.0 + 0.5 * rows)
     assert cost.line() == pytest.approx((3.0, 0.5), rel=1e-3)
+
+
+def test_what_is_hoped_comes_down_to_the_mean() -> None:
+    seen = Yield(keep=0.9995)
+    seen.observe(2, 1)
+    assert seen.hoped() == pytest.approx(3, rel=1e-3)  # one step says little
+    for tokens in (1, 2, 3, 2, 4, 0) * 50:
+        seen.observe(tokens, 1)
+    assert 2.0 < seen.hoped() < 2.1
+    lumps = Yield(keep=0.9995)
+    for steps in (10, 12, 11) * 20:
+        lumps.observe(16, steps)
+    assert lumps.hoped() == pytest.approx(16 / 11, rel=0.02)  # a block after 11 steps is not a rare stroke of luck
+
+
+def test_a_mode_that_never_pays_is_tried_less_and_less() -> None:
+    chooser = Chooser()
+    rows = [chooser.first(EXACT) for _ in range(4)]
+    tried = []
+    for i in range(8000):
+        if chooser.due():
+            chooser.choose(rows, {})
+        for row in rows:
+            row.mode = row.wanted
+        for mode in {row.mode for row in rows}:
+            mine = [row for row in rows if row.mode == mode]
+            if mode == "verified" and (not tried or i - tried[-1] > 50):
+                tried.append(i)
+            chooser.observe(mode, len(mine), compute_bound(mode, len(mine)))
+            for row in mine:
+                row.took_step()
+                chooser.observe_yield(mode, row, {"ar": 1, "verified": 2}[mode], 1)
+    between = [b - a for a, b in itertools.pairwise(tried)]
+    assert len(between) >= 4
+    assert all(b > 1.5 * a for a, b in itertools.pairwise(between[1:]))
+
+
+def test_a_step_that_takes_far_too_long_is_reason_to_choose_at_once() -> None:
+    chooser = Chooser()
+    rows = [chooser.first(EXACT)]
+    assert chooser.due()
+    chooser.choose(rows, {})
+    for seconds in (1.0, 1.1, 0.9):
+        chooser.observe("ar", 1, seconds)
+        assert not chooser.due()
+    chooser.observe("ar", 1, 9.0)
+    assert chooser.due()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -99,11 +157,12 @@ def test_changing_over_changes_no_token_of_greedy_text(
 
     def choose(rows: Sequence[AutoRow], others: Any) -> None:
         for row in rows:
-            row.mode = rng.choice(row.modes)
-            seen.add(row.mode)
+            row.wanted = rng.choice(row.modes)
+            seen.add(row.wanted)
 
     engine = Engine(model, EngineConfig(state_bytes=1 << 17, snapshot_bytes=1 << 14, max_num_requests=6))
     monkeypatch.setattr(engine._chooser, "choose", choose)
+    monkeypatch.setattr(engine._chooser, "due", lambda: True)
     prompts = [[4, 5, i % 3, *([2] * i)] for i in range(12)]
     exact = SamplingParams(mode="auto", max_new_tokens=40, block_size=6, temperature=temperature, seed=1)
     lossy = SamplingParams(mode="auto", max_new_tokens=40, block_size=6, allow_loss=True)

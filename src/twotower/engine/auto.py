@@ -1,24 +1,35 @@
 """Mode `auto`: which mode each request takes next, from what steps have cost and given so far.
 
-A round costs the sum over its modes of t_m(b) = fixed_m + b · each_m, for b rows, and gives row i the tokens y_{i,m}
-that a step of its mode m gives it. The choice maximises tokens per second. With λ the best rate so far, that is the
-choice with the largest Σ y − λ · Σ t (Dinkelbach 1967): given which modes run at all, every row chooses for itself.
+The choice is made anew every few rounds, and where a step cost far more than it should have. A round costs what it
+costs whatever runs, and the sum over its modes of t_m(b) = fixed_m + b · each_m, for b rows; it gives row i the tokens
+y_{i,m} that a step of its mode m gives it. The choice maximises tokens per second. With λ the best rate so far, that is
+the choice with the largest Σ y − λ · Σ t (Dinkelbach 1967): given which modes run at all, every row chooses for itself.
+
+What a mode gives is known up to chance, and a mode that nobody takes is never known better. So a standard error is
+added to the mean: where two modes can't be told apart, the less known one runs and becomes known.
 """
 
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-# Weight that an observation keeps when the next one comes: costs and yields drift with the load and the text.
-_KEEP = 0.95
-# Rounds after which a mode that nobody takes is tried by one request, and for how many of its steps.
-_RETRY, _TRIAL = 200, 2
-# Steps at the rate of all requests that a request's own rate starts with.
-_PRIOR_STEPS = 4
+# Weight that a step's cost keeps when the next one comes, and a row's yield: costs drift with the load, yields with the
+# text, and one step's says little of a mean.
+_KEEP, _KEEP_YIELD = 0.95, 0.9995
+# Rounds from one choice to the next; making it costs as much as a twentieth of a round.
+_PERIOD = 8
+# A step that takes so many times what was expected is a reason to choose at once.
+_SURPRISE = 3.0
+# Rounds after which a mode that nobody takes is tried by one request, at first and, where trials change nothing, at
+# most; and for how many of its steps.
+_RETRY, _LONGEST_RETRY, _TRIAL = 200, 6400, 8
+# Steps at the rate of all requests that a request's own rate starts with: requests differ less than steps do.
+_PRIOR_STEPS = 12
 # A choice must promise so much more than the present one: changing over is not free.
-_MARGIN = 1.05
+_MARGIN = 1.02
 
 
 class Line(NamedTuple):
@@ -65,34 +76,43 @@ class Cost:
 
 @dataclasses.dataclass
 class Yield:
-    """Tokens per step of one row, old steps fading."""
+    """Tokens per step of one row, old steps fading; `keep` is the weight that a step keeps when the next one comes."""
 
+    keep: float
     tokens: float = 0.0
     steps: float = 0.0
+    deviations: float = 1.0  # squared, of tokens from the mean; at first as if a step had been a token off
 
-    def observe(self, num_tokens: int, num_steps: int = 1) -> None:
-        """Steps that gave so many tokens together."""
-        self.tokens = _KEEP * self.tokens + num_tokens
-        self.steps = _KEEP * self.steps + num_steps
+    def observe(self, num_tokens: int, num_steps: int) -> None:
+        """A row got so many tokens after so many steps, and none in between."""
+        off = num_tokens - num_steps * self.tokens / self.steps if self.steps else 0.0
+        kept = self.keep**num_steps
+        self.tokens = kept * self.tokens + num_tokens
+        self.steps = kept * self.steps + num_steps
+        self.deviations = kept * self.deviations + off**2
+
+    def hoped(self) -> float:
+        """The mean and its standard error."""
+        return (self.tokens + math.sqrt(self.deviations)) / self.steps
 
     def per_step(self, before: float) -> float:
-        """The rate, as if a few steps at the rate `before` had been seen first."""
+        """The rate, as if some steps at the rate `before` had been seen first."""
         return (self.tokens + _PRIOR_STEPS * before) / (self.steps + _PRIOR_STEPS)
 
 
 class AutoRow:
-    """One request of mode `auto`: the modes it may take, in which it is, and what their steps gave it."""
+    """One request of mode `auto`: the modes it may take, in which it is and in which it should be, and what their steps
+    gave it."""
 
-    def __init__(self, modes: Sequence[str]) -> None:
+    def __init__(self, modes: Sequence[str], mode: str) -> None:
         self.modes = tuple(modes)
-        self.mode = self.modes[0]
+        self.mode = self.wanted = mode
         self.trial = 0  # steps for which it stays in a mode to try it
-        self.yields = {mode: Yield() for mode in modes}
+        self.yields = {mode: Yield(_KEEP) for mode in modes}
 
-    def took_step(self, num_tokens: int) -> None:
-        """A step of its mode gave it so many tokens."""
-        self.trial = max(self.trial - 1, 0)
-        self.yields[self.mode].observe(num_tokens)
+    def took_step(self) -> None:
+        if self.mode == self.wanted:
+            self.trial = max(self.trial - 1, 0)
 
 
 class _Plan(NamedTuple):
@@ -108,43 +128,73 @@ class Chooser:
 
     def __init__(self) -> None:
         self._costs: dict[str, Cost] = {}
+        self._beside = Cost()
         self._yields: dict[str, Yield] = {}
         self._seen: dict[str, int] = {}
-        self._round = 0
+        self._patience: dict[str, int] = {}
+        self._round = self._next = 0
+        self._usual = ""
 
-    def observe(self, mode: str, num_rows: int, seconds: float, num_tokens: int) -> None:
+    def first(self, modes: Sequence[str]) -> AutoRow:
+        """A request that begins, in the mode that most others are in."""
+        return AutoRow(modes, self._usual if self._usual in modes else modes[0])
+
+    def observe(self, mode: str, num_rows: int, seconds: float) -> None:
         """One step of a mode's batch."""
-        self._costs.setdefault(mode, Cost()).observe(num_rows, seconds)
-        self._yields.setdefault(mode, Yield()).observe(num_tokens, num_rows)
+        cost = self._costs.setdefault(mode, Cost())
+        if cost.weight and seconds > _SURPRISE * (cost.line().fixed + num_rows * cost.line().each):
+            self._next = self._round
+        cost.observe(num_rows, seconds)
         self._seen[mode] = self._round
 
-    def choose(self, rows: Sequence[AutoRow], others: Mapping[str, int]) -> None:
-        """Sets the mode of rows that are between two steps; `others` counts the rows that stay in each mode."""
+    def observe_yield(self, mode: str, row: AutoRow | None, num_tokens: int, num_steps: int) -> None:
+        """A request got so many tokens after so many steps of a mode, and none in between."""
+        self._yields.setdefault(mode, Yield(_KEEP_YIELD)).observe(num_tokens, num_steps)
+        if row is not None:
+            row.yields[mode].observe(num_tokens, num_steps)
+
+    def observe_round(self, num_rows: int, seconds: float) -> None:
+        """What a round of so many rows took beside its steps."""
+        self._beside.observe(num_rows, seconds)
+
+    def due(self) -> bool:
+        """Whether to choose in this round; asked once in each."""
         self._round += 1
+        return self._round > self._next
+
+    def choose(self, rows: Sequence[AutoRow], others: Mapping[str, int]) -> None:
+        """Says which mode each row should be in, once it rests; `others` counts the rows that have no choice."""
+        self._next = self._round + _PERIOD - 1
         staying = collections.Counter(others)
-        staying.update(row.mode for row in rows if row.trial)
+        staying.update(row.wanted for row in rows if row.trial)
         free = [row for row in rows if not row.trial]
         if not free:
             return
         self._try_one(free, staying)
         free = [row for row in free if not row.trial]
         known = [m for m in dict.fromkeys(m for row in free for m in row.modes) if m in self._costs]
-        if not free or not all(row.mode in known for row in free):
+        if not free or not all(row.wanted in known for row in free):
             return
-        present = self._plan([row.mode for row in free], free, staying)
+        present = self._plan([row.wanted for row in free], free, staying)
         best = self._best(free, staying, known, present)
         if best.tokens / best.seconds > _MARGIN * present.tokens / present.seconds:
             for row, mode in zip(free, best.modes, strict=True):
-                row.mode = mode
+                row.wanted = mode
+        taken = collections.Counter(row.wanted for row in free)
+        self._patience.update(dict.fromkeys(taken, _RETRY))
+        self._usual = taken.most_common(1)[0][0]
 
     def _try_one(self, rows: Sequence[AutoRow], staying: collections.Counter[str]) -> None:
         """Puts one row on trial in a mode that nothing is known of, or nothing recent."""
         for row in rows:
             for mode in row.modes:
-                stale = self._round - self._seen.get(mode, -_RETRY) >= _RETRY
-                if mode != row.mode and stale and not staying[mode]:
-                    row.mode, row.trial = mode, _TRIAL
+                patience = self._patience.get(mode, _RETRY)
+                stale = self._round - self._seen.get(mode, -_LONGEST_RETRY) >= patience
+                if mode != row.wanted and stale and not staying[mode]:
+                    row.wanted, row.trial = mode, _TRIAL
                     self._seen[mode] = self._round
+                    if mode in self._costs:
+                        self._patience[mode] = min(2 * patience, _LONGEST_RETRY)
                     staying[mode] += 1
                     return
 
@@ -172,6 +222,9 @@ class Chooser:
         counts = collections.Counter(modes)
         tokens = sum(self._row_yield(row, mode) for row, mode in zip(rows, modes, strict=True))
         seconds = 0.0
+        if self._beside.weight:
+            line = self._beside.line()
+            seconds = line.fixed + (len(rows) + sum(staying.values())) * line.each
         for mode, cost in self._costs.items():
             line = cost.line()
             tokens += staying.get(mode, 0) * self._mode_yield(mode)
@@ -184,4 +237,4 @@ class Chooser:
 
     def _mode_yield(self, mode: str) -> float:
         seen = self._yields.get(mode)
-        return 1.0 if seen is None else seen.tokens / seen.steps
+        return 1.0 if seen is None else seen.hoped()

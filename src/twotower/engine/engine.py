@@ -1,5 +1,6 @@
 """The scheduler over steps: requests join and leave between them."""
 
+import collections
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from twotower.decoding.generate import MODULES
 from twotower.decoding.params import Generation, SamplingParams
 from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
 from twotower.decoding.step import Launched, Request, Stepped, read
-from twotower.engine.auto import AutoRow, Chooser
+from twotower.engine.auto import Chooser
 from twotower.engine.config import EngineConfig
 from twotower.engine.intake import Intake
 from twotower.engine.job import Batch, Event, Job
@@ -106,7 +107,9 @@ class Engine:
         record = Record(self.model, request, time.perf_counter())
         auto = None
         if request.params.mode == "auto":
-            auto = AutoRow(("ar", "verified", "diffusion") if request.params.allow_loss else ("ar", "verified"))
+            auto = self._chooser.first(
+                ("ar", "verified", "diffusion") if request.params.allow_loss else ("ar", "verified")
+            )
         self._jobs[request_id] = Job(request_id, self._num_added, record, watch, auto=auto)
         self._intake.waiting.append(self._jobs[request_id])
         return request_id
@@ -122,6 +125,7 @@ class Engine:
         if not self._jobs:
             return []
         self._num_rounds += 1
+        began = time.perf_counter()
         with torch.inference_mode():
             self._make_room()
             self._choose_modes()
@@ -137,6 +141,9 @@ class Engine:
         for event in events:
             if event.result is not None:
                 del self._jobs[event.request_id]
+        if launches:
+            spent = time.perf_counter() - began - self._seconds_of_steps
+            self._chooser.observe_round(sum(len(launch.batch.jobs) for launch in launches), spent)
         return events
 
     def generate(
@@ -199,27 +206,26 @@ class Engine:
         self._cache.clear()
 
     def _choose_modes(self) -> None:
-        """Lets requests of mode `auto` that are between two blocks change over; their state goes with them."""
-        free: list[tuple[Job, Batch, AutoRow]] = []
-        staying: dict[str, int] = {}
-        for module, batch in self._batches.items():
-            rests = batch.rows.rests
-            for place, job in enumerate(batch.jobs):
-                if job.auto is not None and rests[place]:
-                    free.append((job, batch, job.auto))
-                else:
-                    staying[_name(module)] = staying.get(_name(module), 0) + 1
+        """Chooses for requests of mode `auto`, and lets those change over that rest; their state goes with them."""
+        jobs = [job for batch in self._batches.values() for job in batch.jobs]
+        free = [job.auto for job in jobs if job.auto is not None]
         if not free:
             return
-        before = [job.module for job, _, _ in free]
-        self._chooser.choose([auto for _, _, auto in free], staying)
-        for (job, batch, _), module in zip(free, before, strict=True):
-            if job.module is not module:
-                place = batch.jobs.index(job)
+        if self._chooser.due():
+            self._chooser.choose(free, collections.Counter(_name(job.module) for job in jobs if job.auto is None))
+        for module, batch in list(self._batches.items()):
+            if all(job.auto is None or job.auto.mode == job.auto.wanted for job in batch.jobs):
+                continue
+            rests, keep = batch.rows.rests, []
+            for place, job in enumerate(batch.jobs):
+                if job.auto is None or job.auto.mode == job.auto.wanted or not rests[place]:
+                    keep.append(place)
+                    continue
+                job.auto.mode = job.auto.wanted
                 job.context = batch.rows.context.select([place])
-                self._keep(module, batch, [i for i in range(len(batch.jobs)) if i != place])
                 job.points = []
                 self._intake.absorbing.append(job)
+            self._keep(module, batch, keep)
 
     def _make_room(self) -> None:
         """Gives every decoding row pages for its next step, oldest request first; the youngest is preempted for it."""
@@ -248,7 +254,7 @@ class Engine:
                 self._keep(module, batch, keep)
         if job.has_slot:
             self._pool.close_(job.table)
-        job.context, job.has_slot = None, False
+        job.context, job.has_slot, job.silent_steps = None, False, 0
 
     def _keep(self, module: ModuleType, batch: Batch, keep: list[int]) -> None:
         """Leaves only some rows in a batch, and no batch without rows."""
@@ -289,13 +295,15 @@ class Engine:
         began = time.perf_counter()
         values = read([launch.launched for launch in launches])
         # how long each step kept the devices is not known; what took long to launch has much to do
+        self._seconds_of_steps = 0.0
         waited = (time.perf_counter() - began) / sum(launch.seconds for launch in launches)
         events = []
         for launch, found in zip(launches, values, strict=True):
             began = time.perf_counter()
             stepped = launch.launched.finish(found)
             seconds = launch.seconds * (1 + waited) + time.perf_counter() - began
-            self._chooser.observe(_name(launch.module), len(launch.batch.jobs), seconds, sum(map(len, stepped.tokens)))
+            self._seconds_of_steps += seconds
+            self._chooser.observe(_name(launch.module), len(launch.batch.jobs), seconds)
             events += self._take(launch.module, launch.batch, stepped)
         return events
 
@@ -307,8 +315,12 @@ class Engine:
         events, keep = [], []
         for place, job in enumerate(batch.jobs):
             taken = job.record.take(stepped, place)
+            job.silent_steps += 1
             if job.auto is not None:
-                job.auto.took_step(len(stepped.tokens[place]))
+                job.auto.took_step()
+            if stepped.tokens[place]:
+                self._chooser.observe_yield(_name(module), job.auto, len(stepped.tokens[place]), job.silent_steps)
+                job.silent_steps = 0
             block = batch.rows.view(place) if job.watch else None
             if taken.result is None:
                 keep.append(place)

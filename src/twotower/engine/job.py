@@ -34,7 +34,7 @@ class Job:
     has a state in the pool; `table` lists its pages. `context` is its state while its prompt is being absorbed;
     afterwards the state is in the batch of its mode. `points` are the lengths at which it leaves a snapshot to the
     prefix cache. `was_read` says whether a pass has read ids of it since it last decoded. `auto` has the modes of a
-    request that leaves them to the engine.
+    request that leaves them to the engine. `silent_steps` are those since its last tokens.
     """
 
     id: str
@@ -48,6 +48,7 @@ class Job:
     points: list[int] = dataclasses.field(default_factory=list)
     was_read: bool = False
     auto: AutoRow | None = None
+    silent_steps: int = 0
 
     @property
     def module(self) -> ModuleType:
