@@ -7,8 +7,8 @@ Prints one JSON line, all from one process; each of the four parts can be had al
 - `speeds`: 16 requests (held-out prompts of stories_prompts.json, greedy, end tokens ignored) at 1, 2, 4, 8
   and 16 at a time, for every fixed mode and for `auto` with and without loss; medians over repeats, modes alternating.
   `auto_against_best` is the median of the ratios of runs that followed one another.
-- `rounds`: 72 `diffusion` requests of 16 to 128 new tokens with prompts of 128, one every three rounds, against three
-  schedulers that separate prompts from decoding: `phases` lets requests come and go but spends a round on prompts or on
+- `rounds`: 72 `diffusion` requests of 16 to 128 new tokens with prompts of 128, one every two rounds, which is about what
+  the engine sustains, and one every three; against three schedulers that separate prompts from decoding: `phases` lets requests come and go but spends a round on prompts or on
   decoding, never on both; `static` decodes a lot of requests to its end before it takes the next; `aligned` is `phases`
   where a batch holds only rows that are at the same step of their blocks. Counted, not timed.
 - `easy_p95`: seconds of requests that need one step a block, 16 at a time: with 8 requests beside them that need 16
@@ -88,14 +88,13 @@ def against_best(
     return found
 
 
-def rounds(model: twotower.TwoTower) -> dict[str, float]:
-    """Rounds that each scheduler takes for the same staggered requests."""
+def rounds(model: twotower.TwoTower, gap: int) -> dict[str, float]:
+    """Rounds that each scheduler takes for the same requests, one every `gap` rounds."""
     prompts = [list(itertools.islice(itertools.cycle(PROMPTS[i % len(PROMPTS)][i % 7 :]), 128)) for i in range(72)]
     lengths = itertools.cycle((16, 128, 32, 16, 64, 32))
     params = [
         twotower.SamplingParams(max_new_tokens=n, ignore_eos=True) for n in itertools.islice(lengths, len(prompts))
     ]
-    gap = 3
     config = twotower.EngineConfig(max_num_requests=16, prompt_chunk=CHUNK, snapshot_bytes=0)
     engine = twotower.Engine(model, config)
     waiting, now = list(enumerate(prompts)), 0
@@ -233,7 +232,7 @@ def main() -> None:
     model = twotower.load(a.model)
     parts: dict[str, Callable[[], object]] = {
         "speeds": lambda: speeds(model, a.new_tokens, a.repeats),
-        "rounds": lambda: rounds(model),
+        "rounds": lambda: {f"one_every_{gap}": rounds(model, gap) for gap in (2, 3)},
         "easy_p95": lambda: easy_p95(model, a.repeats),
         "prefix": lambda: prefix(model, a.repeats),
     }
