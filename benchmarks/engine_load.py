@@ -7,10 +7,11 @@ Prints one JSON line, all from one process; each of the four parts can be had al
 - `speeds`: 16 requests (held-out prompts of stories_prompts.json, greedy, end tokens ignored) at 1, 2, 4, 8
   and 16 at a time, for every fixed mode and for `auto` with and without loss; medians over repeats, modes alternating.
   `auto_against_best` is the median of the ratios of runs that followed one another.
-- `rounds`: 72 `diffusion` requests of 16 to 128 new tokens with prompts of 128, one every two rounds, which is about what
-  the engine sustains, and one every three; against three schedulers that separate prompts from decoding: `phases` lets requests come and go but spends a round on prompts or on
-  decoding, never on both; `static` decodes a lot of requests to its end before it takes the next; `aligned` is `phases`
-  where a batch holds only rows that are at the same step of their blocks. Counted, not timed.
+- `rounds`: 72 `diffusion` requests of 16 to 128 new tokens with prompts of 128, one every two rounds, which is about
+  what the engine sustains, and one every three; against three schedulers that separate prompts from decoding: `phases`
+  lets requests come and go but spends a round on prompts or on decoding, never on both; `static` decodes a lot of
+  requests to its end before it takes the next; `aligned` is `phases` where a batch holds only rows that are at the same
+  step of their blocks. Counted, not timed.
 - `easy_p95`: seconds of requests that need one step a block, 16 at a time: with 8 requests beside them that need 16
   steps a block, against 16 easy ones.
 - `prefix`: seconds to the first token of a prompt of 2048 + 8 tokens, cold and where an earlier one had the same 2048;
