@@ -78,3 +78,8 @@ class Batch:
 
     jobs: list[Job]
     rows: Rows
+
+    def join(self, others: "Batch") -> None:
+        """Takes in the jobs of another batch of the mode."""
+        self.rows = self.rows.join(others.rows)
+        self.jobs = self.jobs + others.jobs
