@@ -1,6 +1,7 @@
 """What an engine does beside giving `generate`'s results; test_schedules.py has those."""
 
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -175,6 +176,29 @@ def test_watched_requests_have_an_event_for_every_step(tiny: Callable) -> None:
     assert watched[-1].result is not None
     assert len(watched) == watched[-1].result.stats.denoiser_calls
     assert all(event.block is None and event.token_ids for event in events if event.request_id == "request-2")
+
+
+def test_an_event_says_how_long_its_request_waited(tiny: Callable) -> None:
+    e, params = engine(tiny("M*-E"), max_num_requests=1), SamplingParams(mode="ar", max_new_tokens=9)
+    began = time.perf_counter()
+    for name in ("first", "second"):
+        e.add([5, 6], params, request_id=name)
+    e.add([5], SamplingParams(max_new_tokens=0), request_id="nothing")
+    waited: dict[str, set[float]] = {}
+    while e.has_work:
+        for event in e.step():
+            waited.setdefault(event.request_id, set()).add(event.seconds_queued)
+            took = event.result.stats.seconds_total if event.result else None
+            if event.request_id == "first" and took:
+                first = took
+    assert all(len(times) == 1 for times in waited.values())
+    # it waited until the first was done, which came a little before it
+    assert min(waited["second"]) > first / 2 > min(waited["first"])
+    assert max(waited["nothing"]) < max(waited["second"]) < time.perf_counter() - began
+    e.add_request(e.prepare([5], params), arrived=time.perf_counter() - 7)
+    [event] = e.step()
+    assert 7 <= event.seconds_queued < 8
+    e.abort(event.request_id)
 
 
 def test_a_round_waits_for_the_device_once(tiny: Callable, waits: list[str]) -> None:

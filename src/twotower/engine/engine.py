@@ -99,14 +99,16 @@ class Engine:
         warn_about_block_size(self.model, [params])
         return self.add_request(self.prepare(prompt, params), request_id=request_id, watch=watch)
 
-    def add_request(self, request: Request, *, request_id: str | None = None, watch: bool = False) -> str:
-        """`add` for what `prepare` gave."""
+    def add_request(
+        self, request: Request, *, request_id: str | None = None, watch: bool = False, arrived: float | None = None
+    ) -> str:
+        """`add` for what `prepare` gave; it `arrived` at that time of time.perf_counter, by default now."""
         self._num_added += 1
         if request_id is None:
             request_id = f"request-{self._num_added}"
         if request_id in self._jobs:
             raise ValueError(f"request_id is {request_id!r}, which an unfinished request has; choose another")
-        record = Record(self.model, request, time.perf_counter())
+        record = Record(self.model, request, time.perf_counter() if arrived is None else arrived)
         auto = None
         if request.params.mode == "auto":
             auto = AutoRow(("ar", "verified", "diffusion") if request.params.allow_loss else ("ar", "verified"))
@@ -132,7 +134,7 @@ class Engine:
                 self._set_aside()
             num_decoding = sum(len(batch.jobs) for batch in self._batches.values())
             done = self._intake.admit(num_decoding)
-            events = [Event(job.id, "", (), (), None, job.record.result("length")) for job in done]
+            events = [job.event("", (), None, job.record.result("length")) for job in done]
             if not self._commits_apart:
                 self._intake.absorb()
             started = self._intake.start()
@@ -339,8 +341,7 @@ class Engine:
             else:
                 self._pool.close_(job.table)
             if job.watch or taken.text or taken.tokens or taken.result is not None:
-                ids = tuple(t.id for t in taken.tokens)
-                events.append(Event(job.id, taken.text, ids, taken.tokens, block, taken.result))
+                events.append(job.event(taken.text, taken.tokens, block, taken.result))
         joined = self._batches.get(module)
         if joined is batch or joined is None:
             self._batches[module] = batch

@@ -129,7 +129,7 @@ async def _whole(
     """The body of an answer that is no stream."""
     results: dict[int, Generation] = {}
     tokens: dict[int, list[Token]] = {i: [] for i in range(len(order.choices))}
-    async with aclosing(service.run(order.choices, places)) as events:
+    async with aclosing(service.run(order.choices, places, log)) as events:
         async for index, event in events:
             tokens[index] += event.tokens
             if event.result is not None:
@@ -158,7 +158,7 @@ async def _chunks(
     for i in range(len(order.choices)):
         for beginning in shape.beginning(i):
             yield head | {"choices": [beginning]}
-    async with aclosing(service.run(order.choices, places)) as events:
+    async with aclosing(service.run(order.choices, places, log)) as events:
         async for index, event in events:
             logprobs = None if order.wanted is None else committed(event.tokens)
             if event.text or logprobs:
