@@ -227,6 +227,8 @@ def test_limits_are_checked(field: str, value: Any) -> None:
 
 def test_what_cannot_run_raises_before_anything_does(tiny: Callable) -> None:
     model = tiny("M*-E")
+    with pytest.raises(ValueError, match="commits_apart is 'yes', must be True, False or None"):
+        EngineConfig(commits_apart="yes")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="snapshot_bytes is 7, must be below state_bytes, 7"):
         EngineConfig(state_bytes=7, snapshot_bytes=7)
     with pytest.raises(ValueError, match=r"must be at least \d+ for 16 requests of this model; raise state_bytes"):

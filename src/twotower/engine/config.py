@@ -32,6 +32,8 @@ class EngineConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} is {value!r}, must be an integer of at least {low}")
+        if self.commits_apart not in (None, True, False):
+            raise ValueError(f"commits_apart is {self.commits_apart!r}, must be True, False or None to choose")
         if self.snapshot_bytes >= self.state_bytes:
             raise ValueError(
                 f"snapshot_bytes is {self.snapshot_bytes}, must be below state_bytes, {self.state_bytes}, which it is "
