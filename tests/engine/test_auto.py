@@ -195,3 +195,27 @@ def test_only_the_engine_takes_it(tiny: Callable) -> None:
         next(stream(model, [5], params))
     with pytest.raises(ValueError, match="allow_loss is True, which only mode 'auto' reads"):
         SamplingParams(allow_loss=True)
+
+
+def test_a_change_after_a_block_has_room_for_block_and_draft(tiny: Callable) -> None:
+    """The block that diffusion has just finished is absorbed in the round in which the first draft is verified."""
+    model = tiny("M*-E", vocab_size=6, seed=1)  # drafts are often right
+    greedy = SamplingParams(mode="auto", max_new_tokens=40, block_size=16, allow_loss=True)
+    prompts = [[i % 6, *[(i + j) % 5 for j in range(30)]] for i in range(12)]
+    engine = Engine(model, EngineConfig(snapshot_bytes=0))
+    names, tokens = [engine.add(prompt, greedy) for prompt in prompts], {}
+    engine._chooser.choose = lambda rows, others: [  # type: ignore[method-assign]
+        setattr(row, "mode", "verified" if any(tokens.values()) else "diffusion") for row in rows
+    ]
+    for name in names:
+        engine._jobs[name].auto.mode = "diffusion"
+    at_change = {}
+    while engine.has_work:
+        for event in engine.step():
+            tokens.setdefault(event.request_id, []).extend(event.token_ids)
+            at_change.setdefault(event.request_id, len(tokens[event.request_id]))
+    assert set(at_change.values()) == {16}
+    for name, prompt in zip(names, prompts, strict=True):
+        before = prompt + tokens[name][:16]
+        expected = generate(model, [before], SamplingParams(mode="ar", max_new_tokens=24))[0].token_ids
+        assert tokens[name][16:] == expected

@@ -1,6 +1,7 @@
 """What an engine does beside giving `generate`'s results; test_schedules.py has those."""
 
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -177,6 +178,29 @@ def test_watched_requests_have_an_event_for_every_step(tiny: Callable) -> None:
     assert all(event.block is None and event.token_ids for event in events if event.request_id == "request-2")
 
 
+def test_an_event_says_how_long_its_request_waited(tiny: Callable) -> None:
+    e, params = engine(tiny("M*-E"), max_num_requests=1), SamplingParams(mode="ar", max_new_tokens=9)
+    began = time.perf_counter()
+    for name in ("first", "second"):
+        e.add([5, 6], params, request_id=name)
+    e.add([5], SamplingParams(max_new_tokens=0), request_id="nothing")
+    waited: dict[str, set[float]] = {}
+    while e.has_work:
+        for event in e.step():
+            waited.setdefault(event.request_id, set()).add(event.seconds_queued)
+            took = event.result.stats.seconds_total if event.result else None
+            if event.request_id == "first" and took:
+                first = took
+    assert all(len(times) == 1 for times in waited.values())
+    # it waited until the first was done, which came a little before it
+    assert min(waited["second"]) > first / 2 > min(waited["first"])
+    assert max(waited["nothing"]) < max(waited["second"]) < time.perf_counter() - began
+    e.add_request(e.prepare([5], params), arrived=time.perf_counter() - 7)
+    [event] = e.step()
+    assert 7 <= event.seconds_queued < 8
+    e.abort(event.request_id)
+
+
 def test_a_round_waits_for_the_device_once(tiny: Callable, waits: list[str]) -> None:
     """Whatever runs in it: every mode, requests that come and go, and a prompt that is being absorbed."""
     e, rounds = engine(tiny("M*-"), prompt_chunk=64, max_num_requests=12), 0
@@ -203,6 +227,8 @@ def test_limits_are_checked(field: str, value: Any) -> None:
 
 def test_what_cannot_run_raises_before_anything_does(tiny: Callable) -> None:
     model = tiny("M*-E")
+    with pytest.raises(ValueError, match="commits_apart is 'yes', must be True, False or None"):
+        EngineConfig(commits_apart="yes")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="snapshot_bytes is 7, must be below state_bytes, 7"):
         EngineConfig(state_bytes=7, snapshot_bytes=7)
     with pytest.raises(ValueError, match=r"must be at least \d+ for 16 requests of this model; raise state_bytes"):

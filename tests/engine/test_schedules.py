@@ -129,6 +129,7 @@ def play(engine: Engine, requests: list[Known], schedule: list[Arrival]) -> dict
     snapshots=st.sampled_from([0, 2, 40]),
     num_running=st.integers(1, 8),
     chunk=st.sampled_from([1, 7, 16, 64]),
+    apart=st.booleans(),
 )
 def test_every_finished_request_is_generate_alone(
     schedule: list[Arrival],
@@ -136,10 +137,11 @@ def test_every_finished_request_is_generate_alone(
     snapshots: int,
     num_running: int,
     chunk: int,
+    apart: bool,
     model: TwoTower,
     requests: list[Known],
 ) -> None:
-    engine = engine_with(model, pages, snapshots, max_num_requests=num_running, prompt_chunk=chunk)
+    engine = engine_with(model, pages, snapshots, max_num_requests=num_running, prompt_chunk=chunk, commits_apart=apart)
     for arrival, events in play(engine, requests, schedule).values():
         known, result = requests[arrival.known], events[-1].result
         assert result is not None

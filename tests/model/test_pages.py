@@ -46,6 +46,26 @@ def test_join_select_and_put_keep_every_row(pattern: str, tiny: Callable, ids: C
             close(model.denoise(BLOCK, moved), model.denoise(BLOCK, fresh), 1e-10)
 
 
+def test_copies_in_pools_of_their_own_can_be_joined(tiny: Callable, ids: Callable, close: Callable) -> None:
+    """As a denoiser on another device has them; also after some rows have left."""
+    model, tokens, lengths = tiny("M*-E", dtype=torch.float64), ids(3, 90), (20, 70, 33)
+    with torch.inference_mode():
+        states = paged(model, [[9, 4, 7, 30, 8, 1], [2, 3, 39, 5, 6, 11], [12, 20, 13, 19, 14, 18]])
+        copies = []
+        for row, n in enumerate(lengths):
+            state = model.absorb(tokens[row : row + 1, :n], states[row], with_logits=False)
+            copies.append(dataclasses.replace(state, buffer=state.buffer.moved(n, state.lengths, "cpu")))
+        joined = join((join(copies[:2]), copies[2]))
+        again = join((joined.select([2, 1]), copies[0]))
+        assert again.lengths == (33, 70, 20)
+        assert again.buffer.keys[0].shape[0] < 3 * joined.buffer.keys[0].shape[0]
+        for state, order in ((joined, (0, 1, 2)), (again, (2, 1, 0))):
+            seen = model.denoise(BLOCK * 3, state)
+            for place, row in enumerate(order):
+                fresh = model.denoise(BLOCK, model.prefill(tokens[row : row + 1, : lengths[row]]))
+                close(seen[place : place + 1], fresh, 1e-10)
+
+
 def test_put_into_a_row_buffer_is_an_extension(tiny: Callable, ids: Callable, close: Callable) -> None:
     """`generate` keeps its keys in one buffer: rows that go on alone are copied out and back."""
     model, tokens = tiny("M*-E", dtype=torch.float64), ids(3, 90)

@@ -44,20 +44,40 @@ def test_a_completion_is_what_the_library_gives(client, model, mode):
 
 # What `ar` writes up to each of the stops; without any, 37 tokens: two rounds of 13 bytes and 11 of the third.
 STOPS = {(): (CYCLE * 3).encode()[:37].decode(), ("🎉",): "b ", ("zab", "é…"): "b 🎉", ("z", "ab"): "b 🎉é…"}
-CASES = list(itertools.product(MODES, (0, 1), STOPS))
+CASES = list(itertools.product((*MODES, "auto", "auto with allow_loss"), (0, 1), STOPS))
+
+
+@pytest.fixture
+def turns(engine, monkeypatch):
+    """Makes `auto` take its modes in turn, two steps of each, whatever they cost: the same in every run. Their names as
+    they are taken."""
+    steps, taken = {}, []
+
+    def choose(rows, others):
+        for row in rows:
+            steps[row] = steps.get(row, 0) + 1
+            row.mode = row.modes[steps[row] // 2 % len(row.modes)]
+            taken.append(row.mode)
+
+    monkeypatch.setattr(engine._engine._chooser, "choose", choose)
+    return taken
 
 
 @pytest.mark.parametrize(("mode", "temperature", "stop"), CASES)
-def test_a_stream_is_the_whole_text_byte_for_byte(client, mode, temperature, stop):
+def test_a_stream_is_the_whole_text_byte_for_byte(client, turns, mode, temperature, stop):
     settings = {"model": "tiny", "prompt": ["a", "xyz b"], "seed": 3, "max_tokens": 37}
-    settings |= {"temperature": temperature, "stop": list(stop), "extra_body": {"mode": mode, "block_size": 5}}
+    mode, lossy = mode.partition(" ")[::2]
+    extra = {"mode": mode, "block_size": 5, **({"allow_loss": True} if lossy else {})}
+    settings |= {"temperature": temperature, "stop": list(stop), "extra_body": extra}
     whole = client.completions.create(**settings)
     texts, reasons = joined(client.completions.create(**settings, stream=True))
     assert [texts[i] for i in range(2)] == [choice.text for choice in whole.choices]
     assert [reasons[i] for i in range(2)] == [choice.finish_reason for choice in whole.choices]
     for text in texts.values():
         assert not any(s in text for s in stop)
-    if mode in ("ar", "verified") and temperature == 0:
+    if mode == "auto" and not stop:
+        assert set(turns) == ({"ar", "verified", "diffusion"} if lossy else {"ar", "verified"})
+    if mode in ("ar", "verified", "auto") and not lossy and temperature == 0:
         assert whole.choices[0].text == STOPS[stop]
         assert whole.choices[0].finish_reason == ("stop" if stop else "length")
 

@@ -1,5 +1,6 @@
 """Log-probabilities: of the decoder's choice, of the context tower's pass, and what evaluation clients read."""
 
+import itertools
 import math
 import threading
 
@@ -8,7 +9,8 @@ import torch
 
 from twotower.decoding.generate import generate
 from twotower.decoding.params import MODES, SamplingParams
-from twotower.server.logprobs import Cancelled, TokenNames, score
+from twotower.ops.native.build import library
+from twotower.server.logprobs import Cancelled, Scorer, TokenNames
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def random_model(tiny):
 @pytest.mark.parametrize("length", [1, 2, 64, 65, 66, 150])
 def test_scores_are_those_of_one_causal_pass(random_model, ids, length):
     prompt = ids(1, length, vocab_size=260)[0].tolist()
-    scored = score(random_model, prompt, 3, threading.Event())
+    scored = Scorer(random_model, 3, length).push(prompt, threading.Event())
     log_p = random_model.context_logits([prompt])[0].double().log_softmax(-1)
     assert [s.id for s in scored] == prompt
     assert scored[0].logprob is None
@@ -29,11 +31,27 @@ def test_scores_are_those_of_one_causal_pass(random_model, ids, length):
         assert [v for _, v in one.top] == pytest.approx(values, abs=1e-4)
 
 
+def test_scores_of_pieces_are_those_of_the_whole(tiny, ids):
+    """To the bit, with the C kernels: no sum of theirs depends on where a text is cut."""
+    model = tiny("*-ME", vocab_size=260)
+    model.pack_()
+    prompt = ids(1, 100, vocab_size=260)[0].tolist()
+    whole = Scorer(model, 3, 100).push(prompt, threading.Event())
+    scorer, pieces = Scorer(model, 3, 1), []
+    for first, last in itertools.pairwise((0, 1, 2, 30, 99, 99, 100)):
+        pieces += scorer.push(prompt[first:last], threading.Event())
+    if library() is not None:
+        assert pieces == whole
+    assert [s.id for s in pieces] == [s.id for s in whole]
+    for ours, theirs in zip(pieces[1:], whole[1:], strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
 def test_scoring_stops_when_nobody_waits(random_model):
     gone = threading.Event()
     gone.set()
     with pytest.raises(Cancelled):
-        score(random_model, [5, 6, 7], 0, gone)
+        Scorer(random_model, 0, 3).push([5, 6, 7], gone)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -61,9 +79,32 @@ def test_tops_are_the_context_towers_and_need_its_modes(client, model, http):
     assert shown == http.post("/v1/completions", json=body | {"mode": "ar"}).json()["choices"][0]["logprobs"]
     assert all(len(top) == 3 for top in shown["top_logprobs"])
     assert shown["tokens"][0] == "b" == max(shown["top_logprobs"][0], key=shown["top_logprobs"][0].get)
-    for more in ({"mode": "diffusion"}, {"mode": "ar", "stream": True}):
-        error = http.post("/v1/completions", json=body | more).json()["error"]
+    for stream in (False, True):
+        error = http.post("/v1/completions", json=body | {"mode": "diffusion", "stream": stream}).json()["error"]
         assert error["param"] == "logprobs"
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("prompt", ["a", "xé", ""])
+def test_a_stream_has_the_tops_that_come_at_once(client, prompt, echo):
+    ask = {"model": "tiny", "prompt": [prompt, "zab"], "max_tokens": 11, "logprobs": 2, "temperature": 0, "echo": echo}
+    ask["extra_body"] = {"mode": "verified", "block_size": 4}
+    whole = client.completions.create(**ask).choices
+    parts = [c.choices[0] for c in client.completions.create(**ask, stream=True)]
+    for choice in whole:
+        mine = [part for part in parts if part.index == choice.index]
+        assert "".join(part.text for part in mine) == choice.text
+        shown = [part.logprobs for part in mine if part.logprobs is not None]
+        assert len(shown) > 2
+        for name in ("tokens", "text_offset"):
+            assert [value for part in shown for value in getattr(part, name)] == getattr(choice.logprobs, name)
+        values = [value for part in shown for value in part.token_logprobs]
+        for ours, theirs in zip(values, choice.logprobs.token_logprobs, strict=True):
+            # float32 sums in another order
+            assert ours == (None if theirs is None else pytest.approx(theirs, abs=1e-4))
+        tops = [top for part in shown for top in part.top_logprobs]
+        for ours, theirs in zip(tops, choice.logprobs.top_logprobs, strict=True):
+            assert ours == (None if theirs is None else pytest.approx(theirs, abs=1e-4))
 
 
 def test_echo_gives_what_evaluation_clients_read(client, model, byte_tokenizer):
@@ -115,6 +156,10 @@ def test_chat_logprobs(client):
     assert [t.logprob for t in plain] == pytest.approx([t.logprob for t in content], abs=1e-4)
     streamed = [c.choices[0].logprobs for c in client.chat.completions.create(**ask, stream=True)]
     assert [t.token for part in streamed if part for t in part.content] == [t.token for t in plain]
+    streamed = [c.choices[0].logprobs for c in client.chat.completions.create(**ask, top_logprobs=2, stream=True)]
+    found = [t for part in streamed if part for t in part.content]
+    assert [[x.token for x in t.top_logprobs] for t in found] == [[x.token for x in t.top_logprobs] for t in content]
+    assert [t.logprob for t in found] == pytest.approx([t.logprob for t in content], abs=1e-4)
 
 
 def test_names_of_tokens(byte_tokenizer):

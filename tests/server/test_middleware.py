@@ -48,16 +48,21 @@ def test_only_chosen_origins_may_read_answers(guarded, url):
     assert allowed(url, "https://a.example") is None
 
 
-def test_each_response_has_an_id_and_a_line_without_texts(http, caplog):
+def test_each_response_has_an_id_and_a_line_without_texts(http, caplog, wait_until):
+    def lines():
+        return [json.loads(JsonLines().format(r)) for r in caplog.records if r.name.startswith("twotower.server")]
+
     caplog.set_level(logging.INFO, logger="twotower.server.middleware")
     response = http.post("/v1/completions", json=ASK)
+    wait_until(lambda: len(lines()) == 1)  # a line is written after the response has been sent
     http.get("/v1/nowhere")
-    done, lost = (json.loads(JsonLines().format(r)) for r in caplog.records if r.name.startswith("twotower.server"))
+    wait_until(lambda: len(lines()) == 2)
+    done, lost = lines()
     assert done["request_id"] == response.headers["x-request-id"] != lost["request_id"]
     assert (done["path"], done["status"], done["mode"]) == ("/v1/completions", 200, "diffusion")
     assert (done["prompt_tokens"], done["user"]) == (14, "someone")
     assert done["id"] == response.json()["id"]
-    assert done["seconds"] > 0
+    assert done["seconds"] > done["seconds_queued"] >= 0
     assert lost["status"] == 404
     assert "secret" not in json.dumps(done)
 
@@ -91,6 +96,7 @@ def test_metrics_count_texts_tokens_and_calls(http):
     assert added('twotower_new_tokens_total{mode="verified"}') == 18
     assert added("twotower_denoiser_calls_total") == usage["denoiser_calls"]
     assert added('twotower_time_to_first_token_seconds_count{mode="verified"}') == 2
+    assert added('twotower_queue_time_seconds_count{mode="verified"}') == 2
     assert added('twotower_tokens_per_nfe_sum{mode="verified"}') > 0
     assert added('twotower_http_responses_total{path="/v1/completions",status="200"}') == 1
     assert after["twotower_batch_occupancy"] == 0

@@ -32,7 +32,7 @@ def test_closing_a_run_frees_it_within_two_rounds(engine):
 
     async def leave() -> int:
         with service.admit(2) as places:
-            run = service.run([choice, choice], places)
+            run = service.run([choice, choice], places, {})
             for _ in range(6):
                 await anext(run)
             assert service.num_unfinished == 2
@@ -67,7 +67,8 @@ def test_a_client_that_leaves_its_stream_frees_the_engine(url, http, engine, wai
     name = f'twotower_texts_total{{mode="{body["mode"]}",outcome="cancelled"}}'
     before = metric(http, name)
     with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True, "ignore_eos": True}) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # held: the connection is closed with its iterator
+        next(lines)
         assert engine.stats().num_running > 0
     wait_until(lambda: engine.stats().num_running + engine.stats().num_waiting == 0, 5)
     assert metric(http, name) - before == body.get("n", 1)

@@ -28,6 +28,10 @@ class ArRows:
     def rests(self) -> tuple[bool, ...]:
         return (True,) * len(self.requests)
 
+    @property
+    def joins(self) -> bool:
+        return bool(self.newest)
+
     def select(self, rows: list[int]) -> Self:
         return dataclasses.replace(
             self,

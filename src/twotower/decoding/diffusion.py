@@ -53,7 +53,9 @@ class Block:
             seed=self.seed.select(rows),
         )
 
-    def join(self, others: "Block", seed: ContextState) -> "Block":
+    def join(self, others: "Block", context: ContextState) -> "Block":
+        """Both, over the joined rows' `context`, or the copies that the denoiser's device has of it."""
+        here = context.device == self.seed.device
         size = max(self.xt.shape[1], others.xt.shape[1])
         ours, theirs = self.resized(size), others.resized(size)
         return Block(
@@ -65,7 +67,7 @@ class Block:
             widths=self.widths + others.widths,
             steps=self.steps + others.steps,
             left=self.left + others.left,
-            seed=seed,
+            seed=context if here else join((self.seed, others.seed)),
             mask_token_id=self.mask_token_id,
         )
 
@@ -84,17 +86,21 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionRows:
-    """Rows whose context holds everything before `block`; `block` None before the first."""
+    """Rows whose context holds everything before `block`."""
 
     requests: tuple[Request, ...]
     context: ContextState
     settings: Temper
     produced: tuple[int, ...]  # new tokens of each row before the block
-    block: Block | None = None
+    block: Block
 
     @property
     def rests(self) -> tuple[bool, ...]:
-        return (True,) * len(self.requests) if self.block is None else tuple(n == 0 for n in self.block.left)
+        return tuple(n == 0 for n in self.block.left)
+
+    @property
+    def joins(self) -> bool:
+        return True
 
     def select(self, rows: list[int]) -> Self:
         return dataclasses.replace(
@@ -103,12 +109,10 @@ class DiffusionRows:
             context=self.context.select(rows),
             settings=self.settings.select(rows),
             produced=tuple(self.produced[r] for r in rows),
-            block=None if self.block is None else self.block.select(rows),
+            block=self.block.select(rows),
         )
 
     def join(self, others: Self) -> Self:
-        assert self.block is not None
-        assert others.block is not None
         context = join((self.context, others.context))
         return dataclasses.replace(
             self,
@@ -116,12 +120,10 @@ class DiffusionRows:
             context=context,
             settings=self.settings.join(others.settings),
             produced=self.produced + others.produced,
-            block=self.block.join(others.block, context.to(self.block.seed.device)),
+            block=self.block.join(others.block, context),
         )
 
     def view(self, row: int) -> BlockView | None:
-        if self.block is None:
-            return None
         width = self.block.widths[row]
         return BlockView(
             tuple(self.block.xt[row, :width].tolist()),
@@ -139,7 +141,10 @@ def context_ids(request: Request) -> tuple[int, ...]:
 def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> DiffusionRows:
     """Rows whose `context_ids` are absorbed."""
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.denoiser_device)
-    return DiffusionRows(requests, context, settings, tuple(len(r.produced) for r in requests))
+    rows = DiffusionRows(
+        requests, context, settings, tuple(len(r.produced) for r in requests), _no_block(model, context)
+    )
+    return _begin_blocks(model, rows)
 
 
 class _Launched(NamedTuple):
@@ -152,7 +157,6 @@ class _Launched(NamedTuple):
 
     def finish(self, values: list[Any]) -> Stepped:
         block = self.rows.block
-        assert block is not None
         xt, committed_at, confidence, masked = values
         left = tuple(int(sum(row)) for row in masked)
         tokens = tuple(
@@ -174,11 +178,9 @@ def launch(model: TwoTower, rows: DiffusionRows) -> _Launched:
     Every row walks through its blocks at its own pace. The context tower absorbs a finished block at the start of the
     row's next step, so the last block of a request costs no context call.
     """
-    before = rows.block
+    absorbed = tuple(int(left == 0) for left in rows.block.left)
     rows = _begin_blocks(model, rows)
     block = rows.block
-    assert block is not None
-    absorbed = tuple(int(before is not None and left == 0) for left in (before or block).left)
     level = tuple(left / width for left, width in zip(block.left, block.widths, strict=True))
     ragged = block.widths if min(block.widths) < block.xt.shape[1] else None
     logits = model.denoiser_logits(block.xt, block.seed, level, ragged)
@@ -192,12 +194,11 @@ def launch(model: TwoTower, rows: DiffusionRows) -> _Launched:
 
 def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
     """Absorbs every finished block and masks that row's next one; rows in the middle of a block stay as they are."""
-    context, produced = rows.context, rows.produced
-    block = rows.block or _no_block(model, context)
+    context, produced, block = rows.context, rows.produced, rows.block
     full = [row for row, left in enumerate(block.left) if left == 0]
     if not full:
         return rows
-    if rows.block is not None:
+    if block.xt.shape[1]:
         widths = tuple(block.widths[row] for row in full)
         ids = block.xt[to_device(full, block.xt.device), : max(widths)].to(model.context_device, non_blocking=True)
         context = model.absorb(ids, context, widths, with_logits=False, rows=full)

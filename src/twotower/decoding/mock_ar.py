@@ -27,6 +27,10 @@ class MockArRows:
     def rests(self) -> tuple[bool, ...]:
         return (True,) * len(self.requests)
 
+    @property
+    def joins(self) -> bool:
+        return True
+
     def select(self, rows: list[int]) -> Self:
         requests = tuple(self.requests[r] for r in rows)
         return dataclasses.replace(

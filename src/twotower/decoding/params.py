@@ -8,6 +8,8 @@ Mode = Literal[StepMode, "auto"]
 CommitRule = Literal["confidence", "margin", "entropy", "fixed", "leftmost", "posterior", "remask"]
 FinishReason = Literal["stop", "length"]
 MODES: tuple[str, ...] = get_args(StepMode)
+# Most positions of a block and most steps that it may take: far more than is of use, and what tensors can count.
+MAX_BLOCK = 1 << 16
 # Modes that decide tokens from left to right, given all before: only they can hold a text to a grammar.
 CONSTRAINED_MODES = ("ar", "verified", "auto")
 COMMIT_RULES: tuple[str, ...] = get_args(CommitRule)
@@ -53,8 +55,8 @@ class SamplingParams:
         _one_of("mode", self.mode, (*MODES, "auto"))
         _one_of("commit_rule", self.commit_rule, COMMIT_RULES)
         _integer("max_new_tokens", self.max_new_tokens, 0)
-        _integer("block_size", self.block_size, 1)
-        _integer("steps_per_block", self.steps_per_block, 1)
+        _integer("block_size", self.block_size, 1, MAX_BLOCK)
+        _integer("steps_per_block", self.steps_per_block, 1, MAX_BLOCK)
         _number("confidence_threshold", self.confidence_threshold, 0.0, 1.0, "[0, 1]")
         _number("temperature", self.temperature, 0.0, 100.0, "[0, 100]; 0 is greedy")
         if 0 < self.temperature < 1e-6:  # logits divided by it must stay finite in float32
@@ -106,9 +108,10 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}, must be one of {', '.join(allowed)}")
 
 
-def _integer(name: str, value: object, low: int, fix: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} is {value!r}, must be an integer of at least {low}{fix}")
+def _integer(name: str, value: object, low: int, high: int | None = None, fix: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        allowed = f"of at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} is {value!r}, must be an integer {allowed}{fix}")
 
 
 def _number(name: str, value: object, low: float, high: float, allowed: str) -> None:

@@ -64,12 +64,17 @@ class Rows(Protocol):
         """Whether each row is between two blocks, so that it may go on in another mode."""
         ...
 
+    @property
+    def joins(self) -> bool:
+        """Whether the batch can be joined with another; any can after a step."""
+        ...
+
     def select(self, rows: list[int]) -> Self:
         """The batch without the rows that are done."""
         ...
 
     def join(self, others: Self) -> Self:
-        """This batch with the rows of another behind its own; both have seen a step, and keys lie in one pool."""
+        """This batch with the rows of another behind its own; both say that they join, and keys lie in one pool."""
         ...
 
     def view(self, row: int) -> BlockView | None:

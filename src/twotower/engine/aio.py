@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from typing import NamedTuple, Self
@@ -50,7 +51,7 @@ class AsyncEngine:
         self._engine = Engine(model, config)
         self.config = self._engine.config
         self._wake = threading.Condition()
-        self._arrived: deque[tuple[str, Request, bool]] = deque()
+        self._arrived: deque[tuple[str, Request, bool, float]] = deque()
         self._aborted: deque[str] = deque()
         self._clients: dict[str, _Client] = {}  # by number
         self._numbers: dict[str, str] = {}  # of each request id
@@ -137,7 +138,7 @@ class AsyncEngine:
             self._numbers[request_id] = number
             client = _Client(number, request_id, asyncio.get_running_loop(), asyncio.Queue())
             self._clients[number] = client
-            self._arrived.append((number, request, watch))
+            self._arrived.append((number, request, watch, time.perf_counter()))
             self._wake.notify()
         return client
 
@@ -166,8 +167,8 @@ class AsyncEngine:
             while not (self._closing or self._arrived or self._aborted or self._engine.has_work):
                 self._wake.wait()
             while self._arrived:
-                number, request, watch = self._arrived.popleft()
-                self._engine.add_request(request, request_id=number, watch=watch)
+                number, request, watch, arrived = self._arrived.popleft()
+                self._engine.add_request(request, request_id=number, watch=watch, arrived=arrived)
             while self._aborted:
                 self._engine.abort(self._aborted.popleft())
             self._stats = self._engine.stats()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from twotower.decoding import diffusion
 from twotower.decoding.generate import MODULES
 from twotower.decoding.params import Generation, SamplingParams
 from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
@@ -66,6 +67,8 @@ class Engine:
         self._num_added = 0
         self._intake = Intake(model, self.config, self._pool, self._cache)
         self._batches: dict[ModuleType, Batch] = {}
+        apart = self.config.commits_apart
+        self._commits_apart = model.context_device != model.denoiser_device if apart is None else apart
         self._num_rounds = self._num_preemptions = self._denoiser_calls = self._context_calls = 0
 
     @property
@@ -97,14 +100,16 @@ class Engine:
         warn_about_block_size(self.model, [params])
         return self.add_request(self.prepare(prompt, params), request_id=request_id, watch=watch)
 
-    def add_request(self, request: Request, *, request_id: str | None = None, watch: bool = False) -> str:
-        """`add` for what `prepare` gave."""
+    def add_request(
+        self, request: Request, *, request_id: str | None = None, watch: bool = False, arrived: float | None = None
+    ) -> str:
+        """`add` for what `prepare` gave; it `arrived` at that time of time.perf_counter, by default now."""
         self._num_added += 1
         if request_id is None:
             request_id = f"request-{self._num_added}"
         if request_id in self._jobs:
             raise ValueError(f"request_id is {request_id!r}, which an unfinished request has; choose another")
-        record = Record(self.model, request, time.perf_counter())
+        record = Record(self.model, request, time.perf_counter() if arrived is None else arrived)
         auto = None
         if request.params.mode == "auto":
             auto = self._chooser.first(
@@ -129,14 +134,20 @@ class Engine:
         with torch.inference_mode():
             self._make_room()
             self._choose_modes()
+            if self._commits_apart:
+                self._set_aside()
             num_decoding = sum(len(batch.jobs) for batch in self._batches.values())
             done = self._intake.admit(num_decoding)
-            events = [Event(job.id, "", (), (), None, job.record.result("length")) for job in done]
-            started = self._intake.absorb()
+            events = [job.event("", (), None, job.record.result("length")) for job in done]
+            if not self._commits_apart:
+                self._intake.absorb()
+            started = self._intake.start()
             launches: list[_Launch] = []
             # Backwards from `verified`: its towers wait for one another, and what is launched after it fills the gaps.
             for module in reversed(dict.fromkeys(MODULES.values())):
                 launches += self._launch_mode(module, [job for job in started if job.module is module])
+            if self._commits_apart:
+                self._intake.absorb()
             events += self._finish(launches)
         for event in events:
             if event.result is not None:
@@ -216,16 +227,25 @@ class Engine:
         for module, batch in list(self._batches.items()):
             if all(job.auto is None or job.auto.mode == job.auto.wanted for job in batch.jobs):
                 continue
-            rests, keep = batch.rows.rests, []
-            for place, job in enumerate(batch.jobs):
-                if job.auto is None or job.auto.mode == job.auto.wanted or not rests[place]:
-                    keep.append(place)
-                    continue
-                job.auto.mode = job.auto.wanted
-                job.context = batch.rows.context.select([place])
-                job.points = []
-                self._intake.absorbing.append(job)
-            self._keep(module, batch, keep)
+            for job, rests in zip(tuple(batch.jobs), batch.rows.rests, strict=True):
+                if job.auto is not None and rests and job.auto.mode != job.auto.wanted:
+                    job.auto.mode = job.auto.wanted
+                    self._take_out(module, batch, job)
+
+    def _set_aside(self) -> None:
+        """Lets the intake absorb every finished block; the request starts anew behind it."""
+        batch = self._batches.get(diffusion)
+        if batch is not None:
+            for job in [job for job, rests in zip(batch.jobs, batch.rows.rests, strict=True) if rests]:
+                self._take_out(diffusion, batch, job)
+
+    def _take_out(self, module: ModuleType, batch: Batch, job: Job) -> None:
+        """From its batch to the intake, which absorbs what its context lacks."""
+        place = batch.jobs.index(job)
+        job.context = batch.rows.context.select([place])
+        self._keep(module, batch, [i for i in range(len(batch.jobs)) if i != place])
+        job.points = []
+        self._intake.absorbing.append(job)
 
     def _make_room(self) -> None:
         """Gives every decoding row pages for its next step, oldest request first; the youngest is preempted for it."""
@@ -233,7 +253,8 @@ class Engine:
         for job, batch in sorted(decoding, key=lambda pair: pair[0].order):
             if job not in batch.jobs:  # preempted for an older one
                 continue
-            length = batch.rows.context.lengths[batch.jobs.index(job)]
+            # what its context still lacks, a finished block or its newest token, and then a step of any mode
+            length = len(job.record.request.prompt_ids) + len(job.record.tokens)
             wanted = length + job.record.request.params.block_size + 1
             while job in batch.jobs and not self._intake.grow(job, wanted):
                 running = [*self._intake.absorbing, *(j for b in self._batches.values() for j in b.jobs)]
@@ -266,22 +287,25 @@ class Engine:
             batch.jobs = [batch.jobs[i] for i in keep]
 
     def _launch_mode(self, module: ModuleType, started: list[Job]) -> list[_Launch]:
-        """Launches one step of a mode's batch and of those that start, which join it afterwards."""
-        launches = []
-        if module in self._batches:
-            launches.append(self._launch(module, self._batches[module]))
-        # a first step is not like the others: some rows have a newest token by then, some have none
-        for fresh in ([job for job in started if not job.record.tokens], [job for job in started if job.record.tokens]):
+        """Launches one step of a mode's batch, which those that start join before it or, where they can't, after it."""
+        alone = []
+        # a row's first token of all is unlike the others: there is no newest one before it
+        for fresh in ([job for job in started if job.record.tokens], [job for job in started if not job.record.tokens]):
             if not fresh:
                 continue
             contexts = [job.context for job in fresh if job.context is not None]
             state = contexts[0] if len(contexts) == 1 else join(contexts)
-            launches.append(
-                self._launch(module, Batch(fresh, module.start(self.model, tuple(job.request for job in fresh), state)))
-            )
+            new = Batch(fresh, module.start(self.model, tuple(job.request for job in fresh), state))
             for job in fresh:
                 job.context = None
-        return launches
+            if not new.rows.joins:
+                alone.append(new)
+            elif module in self._batches:
+                self._batches[module].join(new)
+            else:
+                self._batches[module] = new
+        joined = [self._batches[module]] if module in self._batches else []
+        return [self._launch(module, batch) for batch in joined + alone]
 
     def _launch(self, module: ModuleType, batch: Batch) -> _Launch:
         began = time.perf_counter()
@@ -327,16 +351,14 @@ class Engine:
             else:
                 self._pool.close_(job.table)
             if job.watch or taken.text or taken.tokens or taken.result is not None:
-                ids = tuple(t.id for t in taken.tokens)
-                events.append(Event(job.id, taken.text, ids, taken.tokens, block, taken.result))
+                events.append(job.event(taken.text, taken.tokens, block, taken.result))
         joined = self._batches.get(module)
         if joined is batch or joined is None:
             self._batches[module] = batch
             self._keep(module, batch, keep)
         elif keep:
             rows = batch.rows if len(keep) == len(batch.jobs) else batch.rows.select(keep)
-            joined.rows = joined.rows.join(rows)
-            joined.jobs = joined.jobs + [batch.jobs[i] for i in keep]
+            joined.join(Batch([batch.jobs[i] for i in keep], rows))
         return events
 
 

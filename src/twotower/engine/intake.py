@@ -40,12 +40,15 @@ class Intake:
         Returns the jobs that want no tokens: they are done.
         """
         done = [job for job in self.waiting if job.record.request.params.max_new_tokens == 0]
+        for job in done:
+            job.leave_queue()
         self.waiting = deque(job for job in self.waiting if job not in done) if done else self.waiting
         passed: list[Job] = []
         for job in list(self.waiting):
             if num_decoding + len(self.absorbing) >= self._config.max_num_requests:
                 break
             if self._open(job):
+                job.leave_queue()
                 self.waiting.remove(job)
                 self.absorbing.append(job)
                 for other in passed:
@@ -93,12 +96,15 @@ class Intake:
         self._cache.free_pages(self._pool.pages_for(length) - len(job.table))
         return self._pool.grow_(job.table, length)
 
-    def absorb(self) -> list[Job]:
-        """Absorbs the round's prompt tokens, shared evenly, in one pass; returns the jobs that may start to decode."""
+    def absorb(self) -> None:
+        """Absorbs the round's tokens, shared evenly, in one pass."""
         counts = _shares([len(job.context_ids) - job.num_absorbed for job in self.absorbing], self._config.prompt_chunk)
         chosen = [(job, n) for job, n in zip(self.absorbing, counts, strict=True) if n > 0]
         if chosen:
             self._absorb_chunks([job for job, _ in chosen], tuple(n for _, n in chosen))
+
+    def start(self) -> list[Job]:
+        """Takes out the jobs that have nothing left to absorb: they may start to decode."""
         started = [job for job in self.absorbing if job.num_absorbed == len(job.context_ids)]
         self.absorbing = [job for job in self.absorbing if job not in started]
         for job in started:

@@ -85,7 +85,27 @@ class PagedKeys:
 
 
 def join_pages(buffers: Sequence[PagedKeys], lengths: tuple[int, ...]) -> PagedKeys:
-    """One object with the rows of all, which have `lengths` tokens and lie in one pool."""
+    """One object with the rows of all, which have `lengths` tokens; what is in several pools is copied to a new one."""
     first = buffers[0]
-    assert all(b.keys is first.keys for b in buffers), "rows of different pools can't be joined"
+    if any(b.keys is not first.keys for b in buffers):
+        buffers = _in_one_pool(buffers)
+        first = buffers[0]
     return PagedKeys(first.keys, first.values, tuple(table for b in buffers for table in b.tables), lengths)
+
+
+def _in_one_pool(buffers: Sequence[PagedKeys]) -> list[PagedKeys]:
+    """Copies of what the rows have in their tables, numbered anew."""
+    compact = []
+    for buffer in buffers:
+        assert buffer.tip is not None
+        compact.append(buffer.moved(max(buffer.tip), buffer.tip, buffer.keys[0].device))
+    keys, values = (
+        [torch.cat(pools) for pools in zip(*sides, strict=True)]
+        for sides in ([b.keys for b in compact], [b.values for b in compact])
+    )
+    joined, start = [], 0
+    for buffer in compact:
+        tables = tuple([page + start for page in table] for table in buffer.tables)
+        joined.append(PagedKeys(keys, values, tables, buffer.tip))
+        start += buffer.keys[0].shape[0]
+    return joined

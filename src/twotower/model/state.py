@@ -197,7 +197,7 @@ class ContextState:
 
 
 def join(states: Sequence[ContextState]) -> ContextState:
-    """One state with the rows of all, in order. Their keys must lie in pages of one pool."""
+    """One state with the rows of all, in order. Their keys must lie in pages, which one pool lets them share."""
     first = states[0]
     mamba = tuple(
         MambaState(torch.cat([m.conv for m in layer]), torch.cat([m.ssm for m in layer]))

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from twotower.decoding.params import Generation, SamplingParams
 from twotower.decoding.step import Token
 from twotower.server.errors import ApiError
-from twotower.server.logprobs import Scored, committed, score
+from twotower.server.logprobs import Scored, Scorer, committed
 from twotower.server.responses import EventStream, unless_gone
 from twotower.server.service import Choice, Places, Service
 
@@ -48,8 +48,8 @@ class Shape(Protocol):
         """A whole choice."""
         ...
 
-    def beginning(self, index: int) -> list[dict[str, Any]]:
-        """The choices of chunks before any text is written."""
+    def beginning(self, index: int, logprobs: Sequence[Scored] | None) -> list[dict[str, Any]]:
+        """The choices of chunks before any text is written; the log-probabilities are those of an echoed prompt."""
         ...
 
     def chunk(self, index: int, text: str, logprobs: Sequence[Scored] | None) -> dict[str, Any]:
@@ -84,13 +84,10 @@ class Order(NamedTuple):
         }
 
 
-def check_logprobs(order: Order, stream: bool) -> None:
+def check_logprobs(order: Order) -> None:
     """Raises ApiError for log-probabilities that can't be given."""
     if order.wanted is None or not order.wanted.by_scoring:
         return
-    if stream:
-        message = "log-probabilities of the prompt or of other tokens than the chosen come with stream: false only"
-        raise ApiError(400, message, param="logprobs", code="invalid_value")
     if not order.wanted.echo and not all(_is_context_towers(choice.params) for choice in order.choices):
         message = (
             "the likeliest other tokens are known in modes ar and verified, or with echo; ask for those or for none"
@@ -107,7 +104,7 @@ async def answer(
     service: Service, request: Request, order: Order, stream: bool, places: Places, held: ExitStack
 ) -> Response:
     """The response to an order. A stream takes over what `held` holds, its places among it, until it has ended."""
-    check_logprobs(order, stream)
+    check_logprobs(order)
     for choice in order.choices:
         await service.check(choice)
     head = {
@@ -129,7 +126,7 @@ async def _whole(
     """The body of an answer that is no stream."""
     results: dict[int, Generation] = {}
     tokens: dict[int, list[Token]] = {i: [] for i in range(len(order.choices))}
-    async with aclosing(service.run(order.choices, places)) as events:
+    async with aclosing(service.run(order.choices, places, log)) as events:
         async for index, event in events:
             tokens[index] += event.tokens
             if event.result is not None:
@@ -140,7 +137,9 @@ async def _whole(
         if order.wanted is not None:
             logprobs = committed(tokens[i])
             if order.wanted.by_scoring:
-                logprobs = await _score(service, choice, results[i], order.wanted)
+                scorer = _scorer(service, choice, order.wanted)
+                scored = await _score(service, scorer, [*choice.prompt_ids, *results[i].token_ids])
+                logprobs = scored if order.wanted.echo else scored[len(choice.prompt_ids) :]
         choices.append(order.shape.choice(i, results[i], logprobs))
     usage = order.usage([results[i] for i in range(len(choices))])
     log |= usage
@@ -155,12 +154,19 @@ async def _chunks(
         head = head | {"usage": None}
     shape = order.shape
     results: dict[int, Generation] = {}
-    for i in range(len(order.choices)):
-        for beginning in shape.beginning(i):
+    scorers: list[Scorer] = []
+    for i, choice in enumerate(order.choices):
+        prompt = None
+        if order.wanted is not None and order.wanted.by_scoring:
+            scorers.append(_scorer(service, choice, order.wanted))
+            prompt = await _score(service, scorers[i], choice.prompt_ids)
+        for beginning in shape.beginning(i, prompt if order.wanted is not None and order.wanted.echo else None):
             yield head | {"choices": [beginning]}
-    async with aclosing(service.run(order.choices, places)) as events:
+    async with aclosing(service.run(order.choices, places, log)) as events:
         async for index, event in events:
             logprobs = None if order.wanted is None else committed(event.tokens)
+            if scorers:
+                logprobs = await _score(service, scorers[index], event.token_ids)
             if event.text or logprobs:
                 yield head | {"choices": [shape.chunk(index, event.text, logprobs)]}
             if event.result is not None:
@@ -172,13 +178,15 @@ async def _chunks(
         yield head | {"choices": [], "usage": usage}
 
 
-async def _score(service: Service, choice: Choice, result: Generation, wanted: Wanted) -> list[Scored]:
-    """The log-probabilities of one text by a pass of the context tower; one pass runs at a time."""
-    ids = [*choice.prompt_ids, *result.token_ids]
+def _scorer(service: Service, choice: Choice, wanted: Wanted) -> Scorer:
+    return Scorer(service.engine.model, wanted.num_top, len(choice.prompt_ids) + choice.params.max_new_tokens)
+
+
+async def _score(service: Service, scorer: Scorer, ids: Sequence[int]) -> list[Scored]:
+    """The log-probabilities of a text's next tokens by a pass of the context tower; one pass runs at a time."""
     cancelled = threading.Event()
     async with service.scoring:
         try:
-            scored = await asyncio.to_thread(score, service.engine.model, ids, wanted.num_top, cancelled)
+            return await asyncio.to_thread(scorer.push, ids, cancelled)
         finally:
             cancelled.set()
-    return scored if wanted.echo else scored[len(choice.prompt_ids) :]

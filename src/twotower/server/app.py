@@ -19,6 +19,7 @@ from twotower.server.errors import ApiError, install
 from twotower.server.middleware import ApiKeys, BodyLimit, RequestLog
 from twotower.server.protocol import ChatRequest, CompletionRequest, WatchRequest
 from twotower.server.service import Service
+from twotower.server.tracing import note_parent, open_tracer
 from twotower.server.watch import about, watch
 
 
@@ -33,15 +34,32 @@ class _JsonRequest(Request):
 
 
 class _Api(FastAPI):
-    """Its OpenAPI schema says which model there is, so that what is made from the schema finds it."""
+    """Its OpenAPI schema has this server's model and limits: what is made from the schema finds and fits them."""
 
-    model_name: str
+    config: ServerConfig
+    vocab_size: int
 
     def openapi(self) -> dict[str, Any]:
         schema = super().openapi()
-        for request in ("CompletionRequest", "ChatRequest"):
-            schema["components"]["schemas"][request]["properties"]["model"]["enum"] = [self.model_name]
+        room = self.config.max_context - 1
+        most = {"prompt": self.vocab_size - 1, "n": self.config.max_choices}
+        most |= {"max_tokens": room, "max_completion_tokens": room}
+        for request in (CompletionRequest, ChatRequest, WatchRequest):
+            fields = schema["components"]["schemas"][request.__name__]["properties"]
+            if "model" in fields:
+                fields["model"]["enum"] = [self.config.model_name]
+            for name in most.keys() & fields.keys():
+                _limit_integers(fields[name], most[name])
         return schema
+
+
+def _limit_integers(schema: dict[str, Any], most: int) -> None:
+    """Writes the limit into every branch of a field's schema that takes integers, or lists of them."""
+    for branch in schema.get("anyOf", [schema]):
+        if branch["type"] == "array":
+            _limit_integers(branch["items"], most)
+        elif branch["type"] == "integer":
+            branch["maximum"] = most
 
 
 class _JsonRoute(APIRoute):
@@ -49,6 +67,7 @@ class _JsonRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
+            note_parent(request.scope)
             return await handler(_JsonRequest(request.scope, request.receive))
 
         return handle
@@ -62,7 +81,7 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
     """The server over an engine that the caller starts and closes. Raises ValueError for a model without tokenizer."""
     service = Service(engine, config, template)
     app = _Api(title="twotower", docs_url=None, redoc_url=None)
-    app.model_name = config.model_name
+    app.config, app.vocab_size = config, engine.model.config.vocab_size
     app.router.route_class = _JsonRoute
     install(app)
     # The last one added is the outermost.
@@ -73,7 +92,7 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(RequestLog, metrics=service.metrics)
+    app.add_middleware(RequestLog, metrics=service.metrics, tracer=open_tracer())
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:

@@ -38,14 +38,18 @@ class CompletionShape:
         text = self._echoes[index] + result.text
         return {"index": index, "text": text, "logprobs": shown, "finish_reason": result.finish_reason}
 
-    def beginning(self, index: int) -> list[dict[str, Any]]:
-        return [self.chunk(index, self._echoes[index], None)] if self._echoes[index] else []
+    def beginning(self, index: int, logprobs: Sequence[Scored] | None) -> list[dict[str, Any]]:
+        if logprobs is not None:
+            self._offsets[index] = 0  # echoed tokens count on from here
+        return [self.chunk(index, self._echoes[index], logprobs)] if self._echoes[index] or logprobs else []
 
     def chunk(self, index: int, text: str, logprobs: Sequence[Scored] | None) -> dict[str, Any]:
         shown = None
         if logprobs is not None:
             shown = self._logprobs(logprobs, self._offsets[index])
-            self._offsets[index] += sum(self._names.width(t.id, first=False) for t in logprobs)
+            for token in logprobs:
+                is_first = bool(self._echoes[0]) and self._offsets[index] == 0
+                self._offsets[index] += self._names.width(token.id, first=is_first)
         return {"index": index, "text": text, "logprobs": shown, "finish_reason": None}
 
     def end(self, index: int, result: Generation) -> dict[str, Any]:
@@ -69,7 +73,7 @@ class ChatShape:
         shown = None if logprobs is None else chat_logprobs(self.names, logprobs)
         return {"index": index, "message": message, "logprobs": shown, "finish_reason": result.finish_reason}
 
-    def beginning(self, index: int) -> list[dict[str, Any]]:
+    def beginning(self, index: int, logprobs: Sequence[Scored] | None) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import tokenizers
 import torch
+from torch import Tensor
 
 from twotower.decoding.step import Token
+from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
 
 # Positions scored at a time: bounds the (t, v) logits.
@@ -34,29 +36,47 @@ def committed(tokens: Sequence[Token]) -> list[Scored]:
     return [Scored(t.id, math.log(t.confidence) if t.confidence > 0 else _LEAST) for t in tokens]
 
 
-def score(model: TwoTower, ids: Sequence[int], num_top: int, cancelled: threading.Event) -> list[Scored]:
-    """The context tower's log-probability of each of ids given those before it, and its `num_top` likeliest tokens.
+class Scorer:
+    """The context tower's log-probabilities of a text that comes piece by piece: of each token, given those before it,
+    and of the `num_top` likeliest at its place. `length` is how many tokens are expected."""
 
-    Raises Cancelled soon after the event is set.
-    """
-    scored = [Scored(ids[0], None)]
-    tower = model.context_tower
-    with torch.inference_mode():
-        state = tower.initial_state(1, len(ids))
-        for first in range(0, len(ids) - 1, _CHUNK):
-            if cancelled.is_set():
-                raise Cancelled
-            chunk = torch.tensor([ids[first : min(first + _CHUNK, len(ids) - 1)]], device=model.context_device)
-            passed = tower.causal(chunk, state)
-            log_p = model.scored_logits(passed)[0].log_softmax(-1)  # (t, v)
-            after = list(ids[first + 1 : first + 1 + chunk.shape[1]])
-            own = log_p.gather(-1, torch.tensor(after, device=log_p.device)[:, None])[:, 0].tolist()
-            best = log_p.topk(min(num_top, log_p.shape[-1]), dim=-1)
-            for i, (token, value) in enumerate(zip(after, own, strict=True)):
-                pairs = zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True)
-                scored.append(Scored(token, max(value, _LEAST), tuple((t, max(v, _LEAST)) for t, v in pairs)))
-            state = tower.commit(passed, (chunk.shape[1],), None)
-    return scored
+    def __init__(self, model: TwoTower, num_top: int, length: int) -> None:
+        self._model = model
+        self._num_top = num_top
+        self._length = length
+        self._state: ContextState | None = None
+        self._next: Tensor | None = None  # (1, v) log-probabilities of the token after those taken
+
+    def push(self, ids: Sequence[int], cancelled: threading.Event) -> list[Scored]:
+        """The scores of the text's next tokens. Raises Cancelled soon after the event is set."""
+        scored: list[Scored] = []
+        tower = self._model.context_tower
+        with torch.inference_mode():
+            for first in range(0, len(ids), _CHUNK):
+                if cancelled.is_set():
+                    raise Cancelled
+                chunk = list(ids[first : first + _CHUNK])
+                state = tower.initial_state(1, self._length) if self._state is None else self._state
+                passed = tower.causal(torch.tensor([chunk], device=self._model.context_device), state)
+                log_p = self._model.scored_logits(passed)[0].log_softmax(-1)  # (t, v): row i is of token i + 1
+                self._state = tower.commit(passed, (len(chunk),), None)
+                if self._next is None:
+                    scored.append(Scored(chunk[0], None))
+                    scored += self._read(chunk[1:], log_p[:-1])
+                else:
+                    scored += self._read(chunk, torch.cat((self._next, log_p[:-1])))
+                self._next = log_p[-1:]
+        return scored
+
+    def _read(self, ids: Sequence[int], log_p: Tensor) -> list[Scored]:
+        """The scores of ids under log_p (t, v), a row for each."""
+        own = log_p.gather(-1, torch.tensor(ids, dtype=torch.long, device=log_p.device)[:, None])[:, 0].tolist()
+        best = log_p.topk(min(self._num_top, log_p.shape[-1]), dim=-1)
+        tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [
+            Scored(i, max(value, _LEAST), tuple((t, max(v, _LEAST)) for t, v in zip(*top, strict=True)))
+            for i, value, top in zip(ids, own, tops, strict=True)
+        ]
 
 
 class TokenNames:

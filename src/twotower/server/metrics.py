@@ -27,6 +27,13 @@ class Metrics:
         )
         self.prompt_tokens = Counter("twotower_prompt_tokens", "Tokens of prompts.", by_mode, registry=self._registry)
         self.new_tokens = Counter("twotower_new_tokens", "Tokens written.", by_mode, registry=self._registry)
+        self.queued = Histogram(
+            "twotower_queue_time_seconds",
+            "From arrival until the engine took the text up.",
+            by_mode,
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
         self.first = Histogram(
             "twotower_time_to_first_token_seconds",
             "From arrival to the first token.",
@@ -74,11 +81,15 @@ class Observed:
         self._mode = mode
         self._began = time.perf_counter()
         self._first: float | None = None
+        self._seen = False
         self.outcome = "cancelled"
 
     def take(self, event: Event, num_prompt: int) -> None:
         metrics, mode = self._metrics, self._mode
         now = time.perf_counter()
+        if not self._seen:
+            self._seen = True
+            metrics.queued.labels(mode).observe(event.seconds_queued)
         metrics.new_tokens.labels(mode).inc(len(event.tokens))
         if self._first is None and event.tokens:
             self._first = now

@@ -4,7 +4,7 @@ import hmac
 import logging
 import secrets
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -12,6 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twotower.server.errors import ApiError, body
 from twotower.server.metrics import Metrics
+from twotower.server.tracing import record_span
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +29,15 @@ _DRAINED = 32
 class RequestLog:
     """Gives each request an id, counts its response, and logs one line when it has been sent.
 
+    Where there is a tracer, a span is made of each that asks for something.
+
     Handlers add what they know to `request.state.log`. Prompts and texts are never logged.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracer: "Tracer | None") -> None:
         self._app = app
         self._metrics = metrics
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,8 +62,10 @@ class RequestLog:
             route = scope.get("route")
             self._metrics.responses.labels(getattr(route, "path", "other"), status).inc()
             known = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
-            seconds = round(time.perf_counter() - began, 4)
-            logger.info("request", extra={"fields": known | {"seconds": seconds} | log})
+            seconds = time.perf_counter() - began
+            logger.info("request", extra={"fields": known | {"seconds": round(seconds, 4)} | log})
+            if self._tracer is not None and scope["method"] == "POST":
+                record_span(self._tracer, scope, known | log, seconds)
 
 
 class ApiKeys:

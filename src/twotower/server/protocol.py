@@ -1,4 +1,7 @@
-"""The requests that the server takes. Types are checked here, ranges by `SamplingParams`."""
+"""The requests that the server takes.
+
+Types are checked here, ranges by `SamplingParams`, whose complaints say more; the OpenAPI schema shows both.
+"""
 
 import dataclasses
 import json
@@ -6,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from twotower.decoding.params import CONSTRAINED_MODES, CommitRule, Mode, SamplingParams
+from twotower.decoding.params import CONSTRAINED_MODES, MAX_BLOCK, CommitRule, Mode, SamplingParams
 from twotower.server.errors import ApiError, from_value_error
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
@@ -46,6 +49,17 @@ NAMES |= {"max_new_tokens": "max_tokens", "json_schema": "response_format"}
 # A list of 100,000 wrong entries is one complaint, not 100,000.
 _Entry = TypeVar("_Entry")
 _Many = Annotated[list[_Entry], Field(fail_fast=True)]
+
+
+def _shown(**keywords: Any) -> Any:
+    """Keywords of JSON Schema that the OpenAPI schema has and nothing here checks."""
+    return Field(json_schema_extra=keywords)
+
+
+_Count = Annotated[int, _shown(minimum=1)]
+_BlockCount = Annotated[int, _shown(minimum=1, maximum=MAX_BLOCK)]
+_Tokens = Annotated[int, _shown(minimum=0)]
+_Stop = Annotated[str, _shown(minLength=1, maxLength=MAX_STOP_CHARACTERS)]
 
 
 class _Strict(BaseModel):
@@ -101,21 +115,21 @@ class SchemaFormat(_Strict):
 class Sampling(_Strict):
     """How to decode; `None` is the default. At most one of the last three says what a text must match."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: str | _Many[str] | None = None
+    temperature: Annotated[float, _shown(minimum=0, maximum=100)] | None = None
+    top_p: Annotated[float, _shown(exclusiveMinimum=0, maximum=1)] | None = None
+    seed: Annotated[int, _shown(minimum=0, exclusiveMaximum=2**63)] | None = None
+    stop: _Stop | Annotated[_Many[_Stop], _shown(maxItems=MAX_STOPS)] | None = None
     mode: Mode | None = None
-    block_size: int | None = None
-    steps_per_block: int | None = None
-    confidence_threshold: float | None = None
+    block_size: _BlockCount | None = None
+    steps_per_block: _BlockCount | None = None
+    confidence_threshold: Annotated[float, _shown(minimum=0, maximum=1)] | None = None
     commit_rule: CommitRule | None = None
-    top_k: int | None = None
+    top_k: _Count | None = None
     ignore_eos: bool | None = None
     allow_loss: bool | None = None
     response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    regex: str | None = None
-    grammar: str | None = None
+    regex: Annotated[str, _shown(minLength=1, format="regex")] | None = None
+    grammar: Annotated[str, _shown(minLength=1, format="lark")] | None = None
 
     @property
     def json_schema(self) -> str | None:
@@ -166,7 +180,7 @@ class Settings(Sampling):
     """What a completion and a chat have in common. `user` goes to the log."""
 
     model: str
-    n: int | None = None
+    n: _Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -197,11 +211,15 @@ class Settings(Sampling):
         return self.stream_options.include_usage
 
 
+_Texts = Annotated[_Many[str], _shown(minItems=1)]
+_Ids = Annotated[_Many[_Tokens], _shown(minItems=1)]
+
+
 class CompletionRequest(Settings):
     """POST /v1/completions. `logprobs` n gives each token's log-probability and those of the n likeliest."""
 
-    prompt: str | _Many[str] | _Many[int] | _Many[_Many[int]]
-    max_tokens: int | None = None
+    prompt: str | _Texts | _Ids | Annotated[_Many[_Ids], _shown(minItems=1)]
+    max_tokens: _Tokens | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
     echo: bool | None = None
 
@@ -238,8 +256,8 @@ class ChatRequest(Settings):
     """POST /v1/chat/completions."""
 
     messages: Annotated[_Many[Message], Field(min_length=1)]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: _Tokens | None = None
+    max_completion_tokens: _Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
 
@@ -256,7 +274,7 @@ class WatchRequest(Sampling):
     """POST /twotower/watch: one text, with every step of it."""
 
     prompt: str
-    max_tokens: int = 128
+    max_tokens: _Tokens | None = None
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:

@@ -135,10 +135,11 @@ class Service:
             raise from_value_error(error, NAMES) from error
 
     async def run(
-        self, choices: Sequence[Choice], places: Places, *, watch: bool = False
+        self, choices: Sequence[Choice], places: Places, log: dict[str, Any], *, watch: bool = False
     ) -> AsyncGenerator[Indexed, None]:
         """The events of all choices as they come. Closing the iterator aborts what is unfinished.
 
+        The request's `log` is told how long the text that waited longest has waited.
         Texts go on at their own pace however slowly the events are taken. Raises EngineFailed where nothing runs.
         """
         queue: asyncio.Queue[Indexed | asyncio.Task[None]] = asyncio.Queue()
@@ -148,6 +149,7 @@ class Service:
                 async with aclosing(self.engine.stream(choice.prompt_ids, choice.params, watch=watch)) as events:
                     async for event in events:
                         observed.take(event, len(choice.prompt_ids))
+                        log["seconds_queued"] = max(log.get("seconds_queued", 0.0), round(event.seconds_queued, 4))
                         queue.put_nowait(Indexed(index, event))
 
         tasks = [asyncio.create_task(pump(i, choice)) for i, choice in enumerate(choices)]

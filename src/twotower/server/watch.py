@@ -14,6 +14,9 @@ from twotower.server.protocol import WatchRequest
 from twotower.server.responses import EventStream
 from twotower.server.service import Choice, Places, Service
 
+# New tokens of a request that does not say how many, or as many as the context has room for.
+_MAX_TOKENS = 128
+
 
 def about(service: Service) -> dict[str, Any]:
     """What a page needs to know before it asks for texts."""
@@ -31,17 +34,19 @@ async def watch(service: Service, body: WatchRequest, request: Request) -> Respo
     with ExitStack() as held:
         places = held.enter_context(service.admit(1))
         ids = await service.encode(body.prompt)
-        room = service.room(ids, body.max_tokens, body.max_tokens)
+        room = service.room(ids, body.max_tokens, _MAX_TOKENS)
         choice = Choice(ids, body.sampling(service.config.default_mode, room))
         await service.check(choice)
         request.state.log |= {"mode": choice.params.mode, "prompt_tokens": len(ids)}
-        return EventStream(_steps(service, choice, places), held.pop_all())
+        return EventStream(_steps(service, choice, places, request.state.log), held.pop_all())
 
 
-async def _steps(service: Service, choice: Choice, places: Places) -> AsyncGenerator[dict[str, Any], None]:
+async def _steps(
+    service: Service, choice: Choice, places: Places, log: dict[str, Any]
+) -> AsyncGenerator[dict[str, Any], None]:
     """An event per step: seconds since the start, the tokens it committed, and the block that it left unfinished."""
     began = time.perf_counter()
-    async with aclosing(service.run([choice], places, watch=True)) as events:
+    async with aclosing(service.run([choice], places, log, watch=True)) as events:
         async for _, event in events:
             step: dict[str, Any] = {
                 "seconds": round(time.perf_counter() - began, 4),
