@@ -83,6 +83,23 @@ def test_evaluation(render):
     assert lines[-1].endswith("`ar` itself scores 0 on b: no share of that is defined.")
 
 
+def test_ablations(render):
+    variants = ("base", "tied", "joint", "unseeded", "untimed", "curriculum", "distilled")
+    measures = ("loss", "drafted_right", "right", "passes", "ar_right")
+
+    def own(start, half):
+        return {m: {"mean": start + i, "half_width_95": half} for i, m in enumerate(measures)}
+
+    whole = {v: {"values": own(n, 0.5), "minus_base": own(-n, None)} for n, v in enumerate(variants)}
+    shape = {"tokens_per_run": 4096, "seeds": 3, "answers": 7, "threshold": 0.8, "command": "ablations.py A"}
+    lines = render("ablations", MACHINE | shape | {"variants": whole, "machine": {"cpu": "a CPU", "threads": 1}})
+    assert lines[0].startswith("| 4,096 tokens each | loss, t = 1 | first draft right | answers right, γ 0.8 |")
+    assert lines[2].endswith("| 0.000 ± 0.500 | 1.000 ± 0.500 | 2.000 ± 0.500 |  | 3.00 ± 0.50 | 4.000 ± 0.500 |")
+    assert lines[3].startswith("| one tower for both | 1.000 ± 0.500 | 2.000 ± 0.500 | 3.000 ± 0.500 | 1.000 | 4.00")
+    assert "(`ablations.py A`, abc, a CPU, one thread, torch 2; means of 3 seeds" in lines[-1]
+    assert lines[-1].endswith("7 answers)")
+
+
 def test_unknown_tables_and_files_are_named(tables, tmp_path):
     with pytest.raises(ValueError, match="'poem'"):
         tables.rendered("<!-- table: poem a.json -->\n<!-- end of table -->")
