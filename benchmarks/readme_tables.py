@@ -123,6 +123,21 @@ def evaluation(results: list[Result]) -> str:
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
+def evaluation_settings(results: list[Result]) -> str:
+    """Of `twotower eval --json` with several thresholds: a line per setting, with its score in every task."""
+    [result] = results
+    rows = []
+    for setting, overall in result["overall"].items():
+        scores = [f"{task['settings'][setting]['score']:.2f}" for task in result["tasks"].values()]
+        gains = ["" if gain is None else f"{gain:.2f}" for gain in overall["gain"].values()]
+        mode, *threshold = setting.split(" ", 1)
+        kept = "" if setting == "ar" else _interval(overall["retention"])
+        rows.append([" ".join([f"`{mode}`", *threshold]), *scores, kept, *gains])
+    sizes = next(iter(result["overall"].values()))["gain"]
+    header = ["mode", *result["tasks"], "of `ar`'s scores (95 %)", *(f"times `ar`, batch {size}" for size in sizes)]
+    return f"{markdown(header, rows)}\n\n{origin(result['command'], result | result['machine'])}"
+
+
 def ablations(results: list[Result]) -> str:
     """Of benchmarks/ablations.py: denoisers trained on equal tokens with one thing changed."""
     [result] = results
@@ -163,6 +178,7 @@ TABLES: dict[str, Callable[[list[Result]], str]] = {
     "hybrid_decode": hybrid_decode,
     "training_pass": training_pass,
     "evaluation": evaluation,
+    "evaluation_settings": evaluation_settings,
     "ablations": ablations,
 }
 

@@ -83,6 +83,29 @@ def test_evaluation(render):
     assert lines[-1].endswith("`ar` itself scores 0 on b: no share of that is defined.")
 
 
+def test_evaluation_settings(render):
+    def overall(gain):
+        return {"retention": {"value": 0.75, "low": 0.5, "high": 1.0}, "gain": {"1": gain}}
+
+    names = ("ar", "diffusion γ 0.6", "verified")
+    lines = render(
+        "evaluation_settings",
+        MACHINE
+        | {
+            "command": "twotower eval",
+            "machine": {},
+            "overall": {name: overall(gain) for name, gain in zip(names, (1.0, 1.25, None), strict=True)},
+            "tasks": {task: {"settings": {n: {"score": 0.5} for n in names}} for task in ("a", "b")},
+        },
+    )
+    assert lines[0] == "| mode | a | b | of `ar`'s scores (95 %) | times `ar`, batch 1 |"
+    assert lines[2:5] == [
+        "| `ar` | 0.50 | 0.50 |  | 1.00 |",
+        "| `diffusion` γ 0.6 | 0.50 | 0.50 | 75.0% (50.0%–100.0%) | 1.25 |",
+        "| `verified` | 0.50 | 0.50 | 75.0% (50.0%–100.0%) |  |",
+    ]
+
+
 def test_ablations(render):
     variants = ("base", "tied", "joint", "unseeded", "untimed", "curriculum", "distilled")
     measures = ("loss", "drafted_right", "right", "passes", "ar_right")
