@@ -47,6 +47,7 @@ from twotower.training.trainer import TrainConfig, Trainer
 # two-sided 95 % quantiles of Student's t by degrees of freedom
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 THRESHOLD = 0.8  # γ
+HELD_OUT = 24  # rows
 Change = Callable[[Corrupted], Corrupted]
 Line = dict[str, Any]
 
@@ -131,10 +132,12 @@ def measure(model: TwoTower, held_out: Answers, change: Change, threshold: float
     scored = per_block(rows.scored.float(), block)
     out: dict[str, float] = {}
     while bool(masked.any()):
-        level = per_block(masked.float(), block) / scored.clamp(min=1)
-        noisy = change(Corrupted(xt, masked, level, level, rows.scored, layout))
-        hidden = block_parallel_hidden(model, ids, xt, noisy.told, noisy.layout, with_context=not out)
-        logits = model.lm_head(hidden.denoiser[masked])
+        left = masked.any(1) if out else torch.ones(len(ids), dtype=torch.bool)  # rows; the first pass takes all
+        level = (per_block(masked.float(), block) / scored.clamp(min=1))[left]
+        where = Layout(layout.block[left], layout.document[left])
+        noisy = change(Corrupted(xt[left], masked[left], level, level, rows.scored[left], where))
+        hidden = block_parallel_hidden(model, ids[left], noisy.xt, noisy.told, noisy.layout, with_context=not out)
+        logits = model.lm_head(hidden.denoiser[noisy.masked])
         logits[:, mask] = -torch.inf
         sure, token = (
             torch.zeros(ids.shape, dtype=d).masked_scatter(masked, v)
@@ -221,7 +224,7 @@ def main() -> None:
     a = parser.parse_args()
     start = twotower.load(a.start, pack=False)
     corpus, held = (Corpus(folder, vocab_size=start.config.vocab_size) for folder in (a.corpus, a.held_out))
-    held_out = answers(held.batch(range(len(held)), 0), start.config)
+    held_out = answers(held.batch(range(min(HELD_OUT, len(held))), 0), start.config)
     settings = {k: getattr(a, k) for k in ("steps", "batch_size", "learning_rate")}
     runs: list[Line] = [json.loads(line) for line in a.runs.read_text().splitlines()] if a.runs.exists() else []
     if any(line["settings"] != settings for line in runs):
