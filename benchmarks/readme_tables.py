@@ -144,7 +144,6 @@ def ablations(results: list[Result]) -> str:
     names = {
         "base": "frozen context tower, separate denoiser",
         "tied": "one tower for both",
-        "joint": "both towers trained",
         "unseeded": "no seeding",
         "untimed": "no time conditioning",
         "curriculum": "blocks of 32, then 16",

@@ -107,7 +107,7 @@ def test_evaluation_settings(render):
 
 
 def test_ablations(render):
-    variants = ("base", "tied", "joint", "unseeded", "untimed", "curriculum", "distilled")
+    variants = ("base", "tied", "unseeded", "untimed", "curriculum", "distilled")
     measures = ("loss", "drafted_right", "right", "passes", "ar_right")
 
     def own(start, half):

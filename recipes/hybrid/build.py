@@ -16,6 +16,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<mask>"]
 ENDS = 15
 SHARES = {"lists": 24, "json": 14, "arithmetic": 14, "dialogue": 14, "recall": 10, "sums": 8, "python": 6}
 PLAIN_SHARES = {"stories": 6, "english": 4}
+# What this backbone learns to answer in the time it is given; a denoiser can't keep what its context tower lacks
+ANSWER_SHARES = {"lists": 55, "json": 30, "dialogue": 15}
 FUNCTIONS = {
     "the sum of {a} and {b}": "{a} + {b}",
     "the difference of {a} and {b}": "{a} - {b}",
@@ -126,14 +129,16 @@ def question(task: str, prompt: str) -> str:
     return prompt if count is None else "\n".join(prompt.split("\n")[-count:])
 
 
-def documents(task: str, seed: int, banned: set[str], filler: tokenizers.Tokenizer) -> Iterator[Document]:
-    """Endless documents of a task: one question, or up to eight where they have lines of their own."""
+def documents(
+    task: str, seed: int, banned: set[str], filler: tokenizers.Tokenizer, most: int = 1
+) -> Iterator[Document]:
+    """Endless documents of a task: one question, or up to `most` where they have lines of their own."""
     draw = random.Random(f"{task} of hybrid {seed}")
     while True:
         lines = [line for line in MAKERS[task](draw) if question(task, line["prompt"]) not in banned]
         draw.shuffle(lines)
         while lines:
-            taken = [lines.pop() for _ in range(min(len(lines), draw.choice((1, 2, 4, 8))))]
+            taken = [lines.pop() for _ in range(min(len(lines), most, draw.choice((1, 2, 4, 8))))]
             if task not in QUESTION_LINES:
                 taken = taken[:1]
             prompts = [taken[0]["prompt"], *(question(task, line["prompt"]) for line in taken[1:])]
@@ -217,28 +222,29 @@ def main() -> None:
     banned = {task: {question(task, line["prompt"]) for line in lines} for task, lines in held_out.items()}
 
     plain = {"stories": stories(a.stories, banned["stories"]), "english": english(a.packages)}
-    learnt: list[tuple[str, Document]] = []
+    text: list[Document] = []
+    for task, percent in PLAIN_SHARES.items():
+        source = list(plain[task])
+        random.Random(task).shuffle(source)
+        text += source[: a.documents * percent // 100]
+    for task, percent in SHARES.items():
+        text += islice(documents(task, 0, banned[task], filler, most=8), a.documents * percent // 100)
+    answers: list[Document] = []
     unseen: list[Document] = []
-    for share, made in ((PLAIN_SHARES, plain), (SHARES, {})):
-        for task, percent in share.items():
-            source = list(made[task]) if made else documents(task, 0, banned[task], filler)
-            if isinstance(source, list):
-                random.Random(task).shuffle(source)
-            learnt += [
-                (task, document) for document, _ in zip(source, range(a.documents * percent // 100), strict=False)
-            ]
-            if not made:
-                seen = {question(task, document.prompt) for name, document in learnt if name == task}
-                fresh = (d for d in documents(task, 1, banned[task], filler) if question(task, d.prompt) not in seen)
-                unseen += [document for document, _ in zip(fresh, range(percent * 2), strict=False)]
-    random.Random(0).shuffle(learnt)
-    random.Random(1).shuffle(unseen)
+    for task, percent in ANSWER_SHARES.items():
+        own = list(islice(documents(task, 1, banned[task], filler), a.documents * percent // 100))
+        seen = {question(task, document.prompt) for document in own}
+        fresh = (d for d in documents(task, 2, banned[task], filler) if question(task, d.prompt) not in seen)
+        answers += own
+        unseen += islice(fresh, percent * 3)
+    for seed, part in enumerate((text, answers, unseen)):
+        random.Random(seed).shuffle(part)
 
     end = SPECIAL[2] * ENDS
-    write(a.out / "text.jsonl", [{"text": d.prompt + d.answer} for _, d in learnt])
-    for name, kept in (("answers", [d for _, d in learnt]), ("held_out_answers", unseen)):
-        write(a.out / f"{name}.jsonl", [{"prompt": d.prompt, "text": d.answer + end} for d in kept])
-    train_tokenizer([d.prompt + d.answer for _, d in learnt]).save(str(a.out / "tokenizer.json"))
+    write(a.out / "text.jsonl", [{"text": d.prompt + d.answer} for d in text])
+    for name, part in (("answers", answers), ("held_out_answers", unseen)):
+        write(a.out / f"{name}.jsonl", [{"prompt": d.prompt, "text": d.answer + end} for d in part])
+    train_tokenizer([d.prompt + d.answer for d in text]).save(str(a.out / "tokenizer.json"))
 
 
 if __name__ == "__main__":
