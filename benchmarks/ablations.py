@@ -49,7 +49,6 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 THRESHOLD = 0.8  # γ
 HELD_OUT = 16  # rows
 Change = Callable[[Corrupted], Corrupted]
-Line = dict[str, Any]
 
 
 def unseeded(noisy: Corrupted) -> Corrupted:
@@ -135,7 +134,7 @@ def measure(model: TwoTower, held_out: Answers, change: Change, threshold: float
         level = (per_block(masked.float(), block) / scored.clamp(min=1))[left]
         where = Layout(layout.block[left], layout.document[left])
         noisy = change(Corrupted(xt[left], masked[left], level, level, rows.scored[left], where))
-        hidden = block_parallel_hidden(model, ids[left], noisy.xt, noisy.told, noisy.layout, with_context=not out)
+        hidden = block_parallel_hidden(model, ids[left], noisy.xt, noisy.told, noisy.layout)
         logits = model.lm_head(hidden.denoiser[noisy.masked])
         logits[:, mask] = -torch.inf
         sure, token = (
@@ -146,8 +145,10 @@ def measure(model: TwoTower, held_out: Answers, change: Change, threshold: float
             judged = held_out.judged[masked]
             out["loss"] = float(F.cross_entropy(logits[judged], ids[masked][judged]))
             out["drafted_right"] = leading(token == ids, held_out)
-            assert hidden.context is not None
-            following = model.context_lm_head(hidden.context).argmax(-1).roll(1, dims=1)
+            # Of the rows as they are, whatever is taken from the denoiser's
+            context = block_parallel_hidden(model, ids, xt, level, layout, with_context=True).context
+            assert context is not None
+            following = model.context_lm_head(context).argmax(-1).roll(1, dims=1)
             out["ar_right"] = share_right(following != ids, held_out)
         commit = masked & ((sure > threshold) | (sure == per_block(sure, block, "amax")))
         passes += per_block(masked.float(), block) > 0
@@ -195,7 +196,7 @@ def summary(values: list[float]) -> dict[str, float | None]:
     return {"mean": statistics.mean(values), "half_width_95": half}
 
 
-def summaries(runs: list[Line]) -> dict[str, Line]:
+def summaries(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """By variant: its measures, and their differences from the base's of the same seed."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for line in runs:
@@ -225,7 +226,9 @@ def main() -> None:
     corpus, held = (Corpus(folder, vocab_size=start.config.vocab_size) for folder in (a.corpus, a.held_out))
     held_out = answers(held.batch(range(min(HELD_OUT, len(held))), 0), start.config)
     settings = {k: getattr(a, k) for k in ("steps", "batch_size", "learning_rate")}
-    runs: list[Line] = [json.loads(line) for line in a.runs.read_text().splitlines()] if a.runs.exists() else []
+    runs: list[dict[str, Any]] = (
+        [json.loads(line) for line in a.runs.read_text().splitlines()] if a.runs.exists() else []
+    )
     if any(line["settings"] != settings for line in runs):
         raise ValueError(f"{a.runs} has runs of other settings than {settings}; give those or another file")
     done = {(line["variant"], line["seed"]) for line in runs}

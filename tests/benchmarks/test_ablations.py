@@ -138,6 +138,18 @@ def test_it_measures_what_decoding_does(ablations, start, ids, threshold):
     assert found["passes"] == pytest.approx((sum(calls) + len(calls)) / (2 * len(calls)))  # the fillers take one each
 
 
+def test_the_context_towers_own_share_is_the_same_whatever_the_denoiser_sees(ablations, start, ids):
+    model = twotower.load(start, dtype=torch.float32, pack=False)
+    prompts = [[BOS, *line] for line in ids(4, 7, seed=5).tolist()]
+    greedy = twotower.SamplingParams(mode="ar", max_new_tokens=BLOCK, ignore_eos=True)
+    answers = [list(twotower.generate(model, [prompt], greedy)[0].token_ids) for prompt in prompts]
+    answers[0][1] = 4 + (answers[0][1] == 4)
+    rows = batch(*(row((p, a), ([BOS, 4], [EOS])) for p, a in zip(prompts, answers, strict=True)))
+    held_out = ablations.answers(rows, CONFIG)
+    for change in (lambda noisy: noisy, ablations.unseeded):
+        assert ablations.measure(model, held_out, change, 0.8)["ar_right"] == pytest.approx(3 / 4)
+
+
 def test_leading_places_are_counted_up_to_the_first_wrong_one(ablations):
     held_out = ablations.answers(batch(row(([BOS, 5], [6, 7, 8, 9, 6, EOS]), ([BOS], [5]))), CONFIG)
     right = torch.tensor([[False, False, True, True, False, True, True, True, False, False]])
