@@ -161,7 +161,7 @@ def ablations(results: list[Result]) -> str:
         "loss, t = 1",
         "first draft right",
         f"answers right, γ {result['threshold']:g}",
-        "less the first line's",
+        "against the first line's",
         "NFEs per block",
         "`ar` right",
     ]
