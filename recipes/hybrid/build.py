@@ -4,9 +4,9 @@
 
 PACKAGES is a directory into which the Debian packages of README.md are unpacked, STORIES a corpus that `twotower
 sample` wrote with the shipped checkpoint. In OUT come `text.jsonl`, to pretrain on; `answers.jsonl`, whose records have
-a prompt that is not learnt, for the denoiser; the same of neither, `held_out_answers.jsonl`; `tokenizer.json`; and
-questions for `twotower eval`, `sums.jsonl` and `python.jsonl`. No question of these, nor of the tasks that come with
-the package, is in what is trained on.
+a prompt that is not learnt, for the denoiser; `held_out_answers.jsonl` with other questions than that;
+`tokenizer.json`; and questions for `twotower eval`, `sums.jsonl` and `python.jsonl`. No question of these, nor of the
+tasks that come with the package, is in what is trained on.
 """
 
 import argparse
