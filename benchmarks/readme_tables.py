@@ -123,11 +123,62 @@ def evaluation(results: list[Result]) -> str:
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
+def evaluation_settings(results: list[Result]) -> str:
+    """Of `twotower eval --json` with several thresholds: a line per setting, with its score in every task."""
+    [result] = results
+    rows = []
+    for setting, overall in result["overall"].items():
+        scores = [f"{task['settings'][setting]['score']:.2f}" for task in result["tasks"].values()]
+        gains = ["" if gain is None else f"{gain:.2f}" for gain in overall["gain"].values()]
+        mode, *threshold = setting.split(" ", 1)
+        kept = "" if setting == "ar" else _interval(overall["retention"])
+        rows.append([" ".join([f"`{mode}`", *threshold]), *scores, kept, *gains])
+    sizes = next(iter(result["overall"].values()))["gain"]
+    header = ["mode", *result["tasks"], "of `ar`'s scores (95 %)", *(f"times `ar`, batch {size}" for size in sizes)]
+    return f"{markdown(header, rows)}\n\n{origin(result['command'], result | result['machine'])}"
+
+
+def ablations(results: list[Result]) -> str:
+    """Of benchmarks/ablations.py: denoisers trained on equal tokens with one thing changed."""
+    [result] = results
+    names = {
+        "base": "frozen context tower, separate denoiser",
+        "tied": "one tower for both",
+        "unseeded": "no seeding",
+        "untimed": "no time conditioning",
+        "curriculum": "blocks of 32, then 16",
+        "distilled": "with distillation",
+    }
+    measures = {"loss": 3, "drafted_right": 3, "right": 3, "passes": 2, "ar_right": 3}
+    rows = []
+    for variant, name in names.items():
+        own = result["variants"][variant]
+        cells = [_plus_minus(own["values"][m], digits) for m, digits in measures.items()]
+        against = "" if variant == "base" else _plus_minus(own["minus_base"]["right"], 3)
+        rows.append([name, *cells[:3], against, *cells[3:]])
+    header = [
+        f"{result['tokens_per_run']:,} tokens each",
+        "loss, t = 1",
+        "first draft right",
+        f"answers right, γ {result['threshold']:g}",
+        "against the first line's",
+        "NFEs per block",
+        "`ar` right",
+    ]
+    caption = origin(result["command"], result | result["machine"]).replace(
+        "medians with quartiles",
+        f"means of {result['seeds']} seeds ± half of a 95 % t-interval, {result['answers']} answers",
+    )
+    return f"{markdown(header, rows)}\n\n{caption}"
+
+
 TABLES: dict[str, Callable[[list[Result]], str]] = {
     "stories_modes": stories_modes,
     "hybrid_decode": hybrid_decode,
     "training_pass": training_pass,
     "evaluation": evaluation,
+    "evaluation_settings": evaluation_settings,
+    "ablations": ablations,
 }
 
 
@@ -152,6 +203,11 @@ def spread(median: float, quartiles: list[float], digits: int) -> str:
 
 def _quartiles(found: dict[str, float] | None, digits: int) -> str:
     return "" if found is None else spread(found["median"], [found["q1"], found["q3"]], digits)
+
+
+def _plus_minus(found: dict[str, float | None], digits: int) -> str:
+    half = found["half_width_95"]
+    return f"{found['mean']:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
 def _interval(found: dict[str, float | None]) -> str:

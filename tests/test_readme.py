@@ -83,6 +83,46 @@ def test_evaluation(render):
     assert lines[-1].endswith("`ar` itself scores 0 on b: no share of that is defined.")
 
 
+def test_evaluation_settings(render):
+    def overall(gain):
+        return {"retention": {"value": 0.75, "low": 0.5, "high": 1.0}, "gain": {"1": gain}}
+
+    names = ("ar", "diffusion γ 0.6", "verified")
+    lines = render(
+        "evaluation_settings",
+        MACHINE
+        | {
+            "command": "twotower eval",
+            "machine": {},
+            "overall": {name: overall(gain) for name, gain in zip(names, (1.0, 1.25, None), strict=True)},
+            "tasks": {task: {"settings": {n: {"score": 0.5} for n in names}} for task in ("a", "b")},
+        },
+    )
+    assert lines[0] == "| mode | a | b | of `ar`'s scores (95 %) | times `ar`, batch 1 |"
+    assert lines[2:5] == [
+        "| `ar` | 0.50 | 0.50 |  | 1.00 |",
+        "| `diffusion` γ 0.6 | 0.50 | 0.50 | 75.0% (50.0%–100.0%) | 1.25 |",
+        "| `verified` | 0.50 | 0.50 | 75.0% (50.0%–100.0%) |  |",
+    ]
+
+
+def test_ablations(render):
+    variants = ("base", "tied", "unseeded", "untimed", "curriculum", "distilled")
+    measures = ("loss", "drafted_right", "right", "passes", "ar_right")
+
+    def own(start, half):
+        return {m: {"mean": start + i, "half_width_95": half} for i, m in enumerate(measures)}
+
+    whole = {v: {"values": own(n, 0.5), "minus_base": own(-n, None)} for n, v in enumerate(variants)}
+    shape = {"tokens_per_run": 4096, "seeds": 3, "answers": 7, "threshold": 0.8, "command": "ablations.py A"}
+    lines = render("ablations", MACHINE | shape | {"variants": whole, "machine": {"cpu": "a CPU", "threads": 1}})
+    assert lines[0].startswith("| 4,096 tokens each | loss, t = 1 | first draft right | answers right, γ 0.8 |")
+    assert lines[2].endswith("| 0.000 ± 0.500 | 1.000 ± 0.500 | 2.000 ± 0.500 |  | 3.00 ± 0.50 | 4.000 ± 0.500 |")
+    assert lines[3].startswith("| one tower for both | 1.000 ± 0.500 | 2.000 ± 0.500 | 3.000 ± 0.500 | 1.000 | 4.00")
+    assert "(`ablations.py A`, abc, a CPU, one thread, torch 2; means of 3 seeds" in lines[-1]
+    assert lines[-1].endswith("7 answers)")
+
+
 def test_unknown_tables_and_files_are_named(tables, tmp_path):
     with pytest.raises(ValueError, match="'poem'"):
         tables.rendered("<!-- table: poem a.json -->\n<!-- end of table -->")

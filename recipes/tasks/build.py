@@ -45,8 +45,9 @@ def arithmetic(draw: random.Random) -> list[Line]:
         total = draw.randint(10, 60)
         told = [f"{name} has {total} {thing}."]
         for _ in range(steps):
-            kind = draw.choice(("buys", "gives away", "doubles") if total < 100 else ("gives away",))
-            number = draw.randint(2, min(total, 30) - 1)
+            kinds = ("buys", "doubles") if total < 3 else ("buys", "gives away", "doubles")
+            kind = draw.choice(kinds if total < 100 else ("gives away",))
+            number = draw.randint(2, max(2, min(total, 30) - 1))
             if kind == "doubles":
                 total *= 2
                 told.append(f"Then {name} gets as many {thing} again.")

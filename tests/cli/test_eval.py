@@ -50,6 +50,15 @@ def test_modes_limits_and_no_speed(run, checkpoint, task, tmp_path):
     assert mine["settings"]["ar"]["speed"] == {}
 
 
+def test_several_thresholds_are_settings_of_diffusion(run, checkpoint, task, tmp_path):
+    out = tmp_path / "out.json"
+    result = run("eval", checkpoint, "--tasks", task, "--no-speed", "--json", out, "--threshold", "0.25,0.9")
+    assert result.exit_code == 0, result.output
+    settings = json.loads(out.read_text())["settings"]
+    assert list(settings) == ["ar", "diffusion γ 0.25", "diffusion γ 0.9", "verified"]
+    assert [s["confidence_threshold"] for n, s in settings.items() if "γ" in n] == [0.25, 0.9]
+
+
 def test_what_does_not_fit_is_left_out_and_said(run, checkpoint, task, tmp_path):
     out = tmp_path / "out.json"
     result = run("eval", checkpoint, "--tasks", task, "--no-speed", "--json", out, "--longest", 14)
@@ -77,7 +86,14 @@ def test_programs_are_announced(run, checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [("--tasks", "chess"), ("--modes", "fast"), ("--repeats", 4), ("--batch-sizes", "1,x"), ("--batch-sizes", "64")],
+    [
+        ("--threshold", "0.5,high"),
+        ("--tasks", "chess"),
+        ("--modes", "fast"),
+        ("--repeats", 4),
+        ("--batch-sizes", "1,x"),
+        ("--batch-sizes", "64"),
+    ],
 )
 def test_mistakes_are_one_line(run, checkpoint, options):
     result = run("eval", checkpoint, *options)

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -174,3 +175,17 @@ def test_gradients_reach_experts_and_router() -> None:
         return apply_experts(x, route(x, gate, correction, **SETTINGS), ExpertWeights(up, down))
 
     assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_compiled_bfloat16_gradients_are_the_plain_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(128, 64, generator=generator).bfloat16()  # too many for all experts at once
+    weights = [torch.randn(2, 64, 64, generator=generator).bfloat16().requires_grad_() for _ in "ud"]
+    routing = Routing(torch.arange(128)[:, None] % 2, torch.ones(128, 1, dtype=torch.float64))
+
+    def gradients(apply: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        loss = apply(x, routing, ExpertWeights(*weights)).float().square().sum()
+        return torch.autograd.grad(loss, weights)
+
+    for compiled, plain in zip(gradients(torch.compile(apply_experts)), gradients(apply_experts), strict=True):
+        torch.testing.assert_close(compiled, plain)

@@ -53,8 +53,11 @@ def command(
         ),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(help="A token above this probability is fixed at once, 0 to 1.")
-    ] = _DEFAULTS.confidence_threshold,
+        str,
+        typer.Option(
+            help="A token above this probability is fixed at once, 0 to 1; with commas: diffusion runs with each."
+        ),
+    ] = f"{_DEFAULTS.confidence_threshold:g}",
     block_size: Annotated[int, typer.Option(help="Tokens filled together, 1 or more.")] = _DEFAULTS.block_size,
     steps_per_block: Annotated[
         int, typer.Option(help="Most denoising steps for one block, 1 or more.")
@@ -80,16 +83,19 @@ def command(
     Both compare a mode with ar of the same checkpoint, prompts and stop rules. An answer that falls into a loop scores
     nothing, and prompts where any mode's answer does are not timed.
     """
+    thresholds = numbers("thresholds", threshold)
     settings = {
-        mode: SamplingParams(
+        f"{mode} γ {value:g}" if len(values) > 1 else mode: SamplingParams(
             mode=cast(Mode, mode),
             block_size=block_size,
             steps_per_block=steps_per_block,
-            confidence_threshold=threshold,
+            confidence_threshold=value,
             temperature=temperature,
             seed=seed,
         )
         for mode in dict.fromkeys(["ar", *modes.split(",")])
+        for values in [thresholds if mode == "diffusion" else thresholds[:1]]
+        for value in values
     }
     sizes = integers("batch sizes", batch_sizes)
     timing = SpeedConfig(prompts=speed_prompts, repeats=repeats, batch_sizes=sizes) if speed else None

@@ -92,7 +92,8 @@ def _grouped_experts(x: Tensor, routing: Routing, experts: ExpertWeights, num_ex
     weights = routing.weights.to(x.dtype)
     # All experts' views at once: backward then stacks their gradients instead of adding one padded with zeros for each
     ups = experts.packed_up or experts.up.unbind()
-    downs = experts.packed_down or experts.down.mT.unbind()
+    # Transposed one by one: torch 2.13 compiles the bfloat16 gradient of a transposed stack to reads of unset memory
+    downs = experts.packed_down or [weight.mT for weight in experts.down.unbind()]
 
     def up(piece: Tensor, e: int) -> Tensor:
         return linear(piece, ups[e], None if experts.up_bias is None else experts.up_bias[e])

@@ -1,0 +1,252 @@
+"""What each part of the recipe is worth: denoisers for one backbone, trained on equal tokens with and without it.
+
+    python benchmarks/ablations.py START CORPUS HELD_OUT RUNS.jsonl --steps 100 > benchmarks/results/ablations.json
+
+START is a checkpoint of two equal towers (from `twotower init`), CORPUS and HELD_OUT shards of `twotower tokenize`
+with a prompt field: the scored tokens of a document are an answer. Every variant starts from the same weights and sees
+the same rows with the same noise. Each run adds a line to RUNS.jsonl; those that are there are not made again. Prints
+one JSON line: for each variant the mean over seeds with its 95 % t-interval, and the same of its difference from
+`base`, seed by seed.
+
+Measured on held-out answers whose blocks start where the answer does, as in decoding, earlier blocks being given: the
+loss of wholly masked blocks (nats per token), the share of places that the first draft gets right with nothing wrong
+before them in the block, and, decoding by confidence at γ, the share of answers that come out right and the passes that
+a block takes. An answer is judged up to its end, where a row's end doesn't cut it off. `ar_right` is the share that the
+context tower gets right greedily, which only `tied` can change.
+
+`tied` is one tower that is both, with the context tower's loss added; `unseeded` shows a block nothing before it;
+`untimed` says t = 1 always; `curriculum` has blocks of 32 for two thirds of the steps; `distilled` adds the divergence
+from the context tower.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import twotower
+from twotower.config import TwoTowerConfig
+from twotower.eval.provenance import provenance
+from twotower.model.block_parallel import block_parallel_hidden
+from twotower.model.layout import Layout, make_layout
+from twotower.model.two_tower import TwoTower
+from twotower.training.corruption import Corrupted
+from twotower.training.data import Batch, Corpus
+from twotower.training.denoising import Denoising, DenoisingConfig, NoisyRows, Phase
+from twotower.training.trainer import TrainConfig, Trainer
+
+# two-sided 95 % quantiles of Student's t by degrees of freedom
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+THRESHOLD = 0.8  # γ
+HELD_OUT = 16  # rows
+Change = Callable[[Corrupted], Corrupted]
+
+
+def unseeded(noisy: Corrupted) -> Corrupted:
+    """Every block a document of its own: keys and states never cross from one to the next."""
+    return noisy._replace(layout=Layout(noisy.layout.block, noisy.layout.block))
+
+
+def untimed(noisy: Corrupted) -> Corrupted:
+    return noisy._replace(told=torch.ones_like(noisy.told))
+
+
+class Variant(NamedTuple):
+    """Settings that differ from the base's, and what is taken from every row in training and measuring."""
+
+    settings: dict[str, Any]
+    change: Change = lambda noisy: noisy
+
+
+def variants(steps: int) -> dict[str, Variant]:
+    return {
+        "base": Variant({}),
+        "tied": Variant({"context": "tied", "ar_weight": 1.0}),
+        "unseeded": Variant({}, unseeded),
+        "untimed": Variant({}, untimed),
+        "curriculum": Variant({"phases": (Phase(0, 32), Phase(2 * steps // 3, 16))}),
+        "distilled": Variant({"distil_weight": 1.0}),
+    }
+
+
+class Ablated(Denoising):
+    """Denoising of rows from which something is taken."""
+
+    def __init__(self, model: TwoTower, variant: Variant) -> None:
+        super().__init__(model, DenoisingConfig(**variant.settings))
+        self.change = variant.change
+
+    def prepare(self, batch: Batch, step: int, seed: int, device: torch.device) -> NoisyRows:
+        rows = super().prepare(batch, step, seed, device)
+        return rows._replace(noisy=self.change(rows.noisy))
+
+
+class Answers(NamedTuple):
+    """Held-out rows, their blocks, which positions are judged, those of whole documents up to the answer's end, (b, t)
+    bool, and each position's answer (b, t), numbered over all rows."""
+
+    rows: Batch
+    layout: Layout
+    judged: Tensor
+    number: Tensor
+
+
+def answers(rows: Batch, config: TwoTowerConfig) -> Answers:
+    part = rows.document * 2 + rows.scored  # a document's prompt, then its answer
+    layout = Layout(make_layout(part, config.block_size).block, rows.document)
+    starts = layout.document_start
+    ends = (rows.ids == config.eos_token_ids[0]) & rows.scored
+    before = ends.long().cumsum(1) - ends.long()  # ends before each position, and below those before its document
+    after_end = before - before.gather(1, starts)
+    last = rows.document == rows.document[:, -1:]  # the row's end may cut it off
+    whole = (rows.ids.gather(1, starts) == config.bos_token_id) & ~last
+    number = rows.document + torch.arange(len(rows.ids))[:, None] * (int(rows.document.max()) + 1)
+    return Answers(rows, layout, rows.scored & whole & (after_end == 0), number)
+
+
+def share_right(wrong: Tensor, held_out: Answers) -> float:
+    """The share of answers of which no judged position is wrong (b, t) bool."""
+    failed = held_out.number[held_out.judged & wrong].unique()
+    return 1 - len(failed) / len(held_out.number[held_out.judged].unique())
+
+
+@torch.inference_mode()
+def measure(model: TwoTower, held_out: Answers, change: Change, threshold: float) -> dict[str, float]:
+    """The held-out measures of a denoiser, as the module describes them."""
+    rows, layout = held_out.rows, held_out.layout
+    ids, mask = rows.ids, model.config.mask_token_id
+    masked, passes = rows.scored.clone(), torch.zeros_like(layout.block)
+    block = layout.block + torch.arange(len(ids))[:, None] * (int(layout.block.max()) + 1)  # numbered over all rows
+    xt = ids.masked_fill(masked, mask)
+    scored = per_block(rows.scored.float(), block)
+    out: dict[str, float] = {}
+    while bool(masked.any()):
+        left = masked.any(1) if out else torch.ones(len(ids), dtype=torch.bool)  # rows; the first pass takes all
+        level = (per_block(masked.float(), block) / scored.clamp(min=1))[left]
+        where = Layout(layout.block[left], layout.document[left])
+        noisy = change(Corrupted(xt[left], masked[left], level, level, rows.scored[left], where))
+        hidden = block_parallel_hidden(model, ids[left], noisy.xt, noisy.told, noisy.layout)
+        logits = model.lm_head(hidden.denoiser[noisy.masked])
+        logits[:, mask] = -torch.inf
+        sure, token = (
+            torch.zeros(ids.shape, dtype=d).masked_scatter(masked, v)
+            for d, v in zip((torch.float32, torch.int64), logits.softmax(-1).max(-1), strict=True)
+        )
+        if not out:
+            judged = held_out.judged[masked]
+            out["loss"] = float(F.cross_entropy(logits[judged], ids[masked][judged]))
+            out["drafted_right"] = leading(token == ids, held_out)
+            # Of the rows as they are, whatever is taken from the denoiser's
+            context = block_parallel_hidden(model, ids, xt, level, layout, with_context=True).context
+            assert context is not None
+            following = model.context_lm_head(context).argmax(-1).roll(1, dims=1)
+            out["ar_right"] = share_right(following != ids, held_out)
+        commit = masked & ((sure > threshold) | (sure == per_block(sure, block, "amax")))
+        passes += per_block(masked.float(), block) > 0
+        xt, masked = torch.where(commit, token, xt), masked & ~commit
+    first = (layout.block_start == torch.arange(ids.shape[1])) & rows.scored
+    return out | {"right": share_right(xt != ids, held_out), "passes": float(passes[first].double().mean())}
+
+
+def per_block(values: Tensor, block: Tensor, reduce: str = "sum") -> Tensor:
+    """(b, t): each position's sum (or amax) over its block of values (b, t); `block` numbers blocks over all rows."""
+    found = values.new_zeros(int(block.max()) + 1).scatter_reduce(0, block.flatten(), values.flatten(), reduce)
+    return found[block]
+
+
+def leading(right: Tensor, held_out: Answers) -> float:
+    """The share of judged positions that are right and have nothing wrong before them in their block."""
+    errors = (~right).long()
+    so_far = errors.cumsum(1)
+    before_block = (so_far - errors).gather(1, held_out.layout.block_start)
+    return float((so_far == before_block)[held_out.judged].double().mean())
+
+
+def run(a: argparse.Namespace, corpus: Corpus, held_out: Answers, name: str, seed: int) -> dict[str, float]:
+    """Trains one variant and measures it."""
+    variant = variants(a.steps)[name]
+    model = twotower.load(a.start, dtype=torch.float32, pack=False)
+    config = TrainConfig(
+        steps=a.steps,
+        batch_size=a.batch_size,
+        learning_rate=a.learning_rate,
+        warmup_steps=a.steps // 10,
+        decay_steps=a.steps // 2,
+        checkpoint_every=a.steps,
+        seed=seed,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(Ablated(model, variant), corpus, config, folder).run(lambda report: None)
+    return measure(model.eval(), held_out, variant.change, THRESHOLD)
+
+
+def summary(values: list[float]) -> dict[str, float | None]:
+    """Mean and half-width of its 95 % t-interval, None for a single value."""
+    n = len(values)
+    half = T_95[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    return {"mean": statistics.mean(values), "half_width_95": half}
+
+
+def summaries(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """By variant: its measures, and their differences from the base's of the same seed."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for line in runs:
+        found.setdefault(line["variant"], {})[line["seed"]] = line["measures"]
+    base = found["base"]
+    return {
+        name: {
+            "values": {m: summary([own[m] for own in seeds.values()]) for m in base[0]},
+            "minus_base": {m: summary([own[m] - base[seed][m] for seed, own in seeds.items()]) for m in base[0]},
+        }
+        for name, seeds in found.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("start")
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("held_out", type=Path)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, default=3, help="1 to 5")
+    a = parser.parse_args()
+    start = twotower.load(a.start, pack=False)
+    corpus, held = (Corpus(folder, vocab_size=start.config.vocab_size) for folder in (a.corpus, a.held_out))
+    held_out = answers(held.batch(range(min(HELD_OUT, len(held))), 0), start.config)
+    settings = {k: getattr(a, k) for k in ("steps", "batch_size", "learning_rate")}
+    runs: list[dict[str, Any]] = (
+        [json.loads(line) for line in a.runs.read_text().splitlines()] if a.runs.exists() else []
+    )
+    if any(line["settings"] != settings for line in runs):
+        raise ValueError(f"{a.runs} has runs of other settings than {settings}; give those or another file")
+    done = {(line["variant"], line["seed"]) for line in runs}
+    for seed in range(a.seeds):  # seed by seed, so that what a kill leaves can be compared
+        for name in variants(a.steps):
+            if (name, seed) not in done:
+                made = {"variant": name, "seed": seed, "settings": settings}
+                runs.append(made | {"measures": run(a, corpus, held_out, name, seed)})
+                with a.runs.open("a") as file:
+                    file.write(json.dumps(runs[-1]) + "\n")
+                print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+    sizes = {
+        "tokens_per_run": a.steps * a.batch_size * corpus.length,
+        "answers": len(held_out.number[held_out.judged].unique()),
+    }
+    shared = {"benchmark": "ablations", **settings, "seeds": a.seeds, "threshold": THRESHOLD, **sizes}
+    print(json.dumps(shared | {"variants": summaries(runs)} | provenance(start)))
+
+
+if __name__ == "__main__":
+    main()
