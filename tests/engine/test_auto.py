@@ -19,7 +19,7 @@ EXACT, LOSSY = ("ar", "verified"), ("ar", "verified", "diffusion")
 def run(chooser: Chooser, rows: Sequence[AutoRow], cost: Callable[[str, int], float], gives: dict[str, int]) -> None:
     """Many rounds of a machine whose steps cost and give so much."""
     for _ in range(300):
-        if chooser.due():
+        if chooser.due(len(rows)):
             chooser.choose(rows, {})
         for row in rows:
             row.mode = row.wanted
@@ -77,7 +77,7 @@ def test_requests_differ_in_what_a_draft_gives_them() -> None:
     chooser = Chooser()
     rows = [chooser.first(EXACT), chooser.first(EXACT)]
     for _ in range(300):
-        if chooser.due():
+        if chooser.due(len(rows)):
             chooser.choose(rows, {})
         for row in rows:
             row.mode = row.wanted
@@ -98,6 +98,16 @@ def test_a_line_through_steps_of_several_sizes() -> None:
     assert cost.line() == pytest.approx((3.0, 0.5), rel=1e-3)
 
 
+def test_a_line_through_steps_of_several_lengths_is_their_mean() -> None:
+    """Throughput follows from the mean: drafts of one mode take from two to six milliseconds, and one a stall."""
+    cost = Cost()
+    for i in range(400):
+        cost.observe(2, 2.0 if i % 2 else 6.0)
+    assert cost.expected(2) == pytest.approx(4.0, rel=0.05)
+    cost.observe(2, 1000.0)
+    assert cost.expected(2) < 5.0
+
+
 def test_what_is_hoped_comes_down_to_the_mean() -> None:
     seen = Yield(keep=0.9995)
     seen.observe(2, 1)
@@ -116,7 +126,7 @@ def test_a_mode_that_never_pays_is_tried_less_and_less() -> None:
     rows = [chooser.first(EXACT) for _ in range(4)]
     tried = []
     for i in range(8000):
-        if chooser.due():
+        if chooser.due(len(rows)):
             chooser.choose(rows, {})
         for row in rows:
             row.mode = row.wanted
@@ -136,13 +146,15 @@ def test_a_mode_that_never_pays_is_tried_less_and_less() -> None:
 def test_a_step_that_takes_far_too_long_is_reason_to_choose_at_once() -> None:
     chooser = Chooser()
     rows = [chooser.first(EXACT)]
-    assert chooser.due()
+    assert chooser.due(1)
     chooser.choose(rows, {})
     for seconds in (1.0, 1.1, 0.9):
         chooser.observe("ar", 1, seconds)
-        assert not chooser.due()
+        assert not chooser.due(1)
+    assert chooser.due(2)  # so is a load that has doubled
+    assert not chooser.due(1)
     chooser.observe("ar", 1, 9.0)
-    assert chooser.due()
+    assert chooser.due(1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -162,7 +174,7 @@ def test_changing_over_changes_no_token_of_greedy_text(
 
     engine = Engine(model, EngineConfig(state_bytes=1 << 17, snapshot_bytes=1 << 14, max_num_requests=6))
     monkeypatch.setattr(engine._chooser, "choose", choose)
-    monkeypatch.setattr(engine._chooser, "due", lambda: True)
+    monkeypatch.setattr(engine._chooser, "due", lambda num_rows: True)
     prompts = [[4, 5, i % 3, *([2] * i)] for i in range(12)]
     exact = SamplingParams(mode="auto", max_new_tokens=40, block_size=6, temperature=temperature, seed=1)
     lossy = SamplingParams(mode="auto", max_new_tokens=40, block_size=6, allow_loss=True)

@@ -1,9 +1,10 @@
 """Mode `auto`: which mode each request takes next, from what steps have cost and given so far.
 
-The choice is made anew every few rounds, and where a step cost far more than it should have. A round costs what it
-costs whatever runs, and the sum over its modes of t_m(b) = fixed_m + b · each_m, for b rows; it gives row i the tokens
-y_{i,m} that a step of its mode m gives it. The choice maximises tokens per second. With λ the best rate so far, that is
-the choice with the largest Σ y − λ · Σ t (Dinkelbach 1967): given which modes run at all, every row chooses for itself.
+The choice is made anew every few rounds, and where the load or the cost of a step is another than it was. A round costs
+what it costs whatever runs, and the sum over its modes of t_m(b) = fixed_m + b · each_m, for b rows; it gives row i the
+tokens y_{i,m} that a step of its mode m gives it. The choice maximises tokens per second. With λ the best rate so far,
+that is the choice with the largest Σ y − λ · Σ t (Dinkelbach 1967): given which modes run at all, every row chooses for
+itself.
 
 What a mode gives is known up to chance, and a mode that nobody takes is never known better. So a standard error is
 added to the mean: where two modes can't be told apart, the less known one runs and becomes known.
@@ -21,8 +22,9 @@ from typing import NamedTuple
 _KEEP, _KEEP_YIELD = 0.95, 0.9995
 # Rounds from one choice to the next; making it costs as much as a twentieth of a round.
 _PERIOD = 8
-# A step that takes so many times what was expected is a reason to choose at once.
-_SURPRISE = 3.0
+# Reasons to choose at once: a step that takes so many times what was expected; a load that has changed by one row in so
+# many.
+_SURPRISE, _LOAD_CHANGE = 3.0, 4
 # Rounds after which a mode that nobody takes is tried by one request, at first and, where trials change nothing, at
 # most; and for how many of its steps.
 _RETRY, _LONGEST_RETRY, _TRIAL = 200, 6400, 8
@@ -41,7 +43,12 @@ class Line(NamedTuple):
 
 @dataclasses.dataclass
 class Cost:
-    """Seconds of a step as a line over the number of rows: least squares of the relative error, old steps fading."""
+    """Seconds of a step as a line over the number of rows: weighted least squares, old steps fading.
+
+    The weights know nothing of the seconds, or the line would lie below the mean where steps differ, as drafts of
+    different lengths do. A step that the machine held up counts as `_SURPRISE` times what was expected, unless it has
+    many more rows than those before it, of which nothing can be expected.
+    """
 
     weight: float = 0.0
     rows: float = 0.0
@@ -52,7 +59,9 @@ class Cost:
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """One step of `num_rows` rows took so long."""
-        w = 1.0 / seconds**2
+        if num_rows * self.weight < 1.5 * self.rows:
+            seconds = min(seconds, _SURPRISE * self.expected(num_rows))
+        w = 1.0 / num_rows
         self.weight = _KEEP * self.weight + w
         self.rows = _KEEP * self.rows + w * num_rows
         self.squares = _KEEP * self.squares + w * num_rows**2
@@ -62,6 +71,11 @@ class Cost:
         spread = self.squares / self.weight - mean_rows**2
         if spread > 0.05 * mean_rows**2:
             self.slope = max((self.products / self.weight - mean_rows * mean_seconds) / spread, 0.0)
+
+    def expected(self, num_rows: int) -> float:
+        """Seconds of a step of so many rows by the line."""
+        line = self.line()
+        return line.fixed + num_rows * line.each
 
     def line(self) -> Line:
         """The fit, neither part below 0.
@@ -132,7 +146,7 @@ class Chooser:
         self._yields: dict[str, Yield] = {}
         self._seen: dict[str, int] = {}
         self._patience: dict[str, int] = {}
-        self._round = self._next = 0
+        self._round = self._next = self._num_rows = 0
         self._usual = ""
 
     def first(self, modes: Sequence[str]) -> AutoRow:
@@ -142,7 +156,7 @@ class Chooser:
     def observe(self, mode: str, num_rows: int, seconds: float) -> None:
         """One step of a mode's batch."""
         cost = self._costs.setdefault(mode, Cost())
-        if cost.weight and seconds > _SURPRISE * (cost.line().fixed + num_rows * cost.line().each):
+        if cost.weight and seconds > _SURPRISE * cost.expected(num_rows):
             self._next = self._round
         cost.observe(num_rows, seconds)
         self._seen[mode] = self._round
@@ -157,36 +171,34 @@ class Chooser:
         """What a round of so many rows took beside its steps."""
         self._beside.observe(num_rows, seconds)
 
-    def due(self) -> bool:
-        """Whether to choose in this round; asked once in each."""
+    def due(self, num_rows: int) -> bool:
+        """Whether to choose in this round, of so many rows in all; asked once in each."""
         self._round += 1
-        return self._round > self._next
+        changed = abs(num_rows - self._num_rows) * _LOAD_CHANGE >= self._num_rows
+        return changed or self._round > self._next
 
     def choose(self, rows: Sequence[AutoRow], others: Mapping[str, int]) -> None:
         """Says which mode each row should be in, once it rests; `others` counts the rows that have no choice."""
         self._next = self._round + _PERIOD - 1
+        self._num_rows = len(rows) + sum(others.values())
         staying = collections.Counter(others)
-        staying.update(row.wanted for row in rows if row.trial)
-        free = [row for row in rows if not row.trial]
-        if not free:
-            return
-        self._try_one(free, staying)
-        free = [row for row in free if not row.trial]
-        known = [m for m in dict.fromkeys(m for row in free for m in row.modes) if m in self._costs]
-        if not free or not all(row.wanted in known for row in free):
-            return
-        present = self._plan([row.wanted for row in free], free, staying)
-        best = self._best(free, staying, known, present)
+        staying.update(row.wanted for row in rows)
+        self._try_one(rows, staying)
+        known = [m for m in dict.fromkeys(m for row in rows for m in row.modes) if m in self._costs]
+        if any(row.trial for row in rows) or not all(row.wanted in known for row in rows):
+            return  # beside one that tries a mode, the others would find that mode's fixed cost paid
+        present = self._plan([row.wanted for row in rows], rows, others)
+        best = self._best(rows, others, known, present)
         if best.tokens / best.seconds > _MARGIN * present.tokens / present.seconds:
-            for row, mode in zip(free, best.modes, strict=True):
+            for row, mode in zip(rows, best.modes, strict=True):
                 row.wanted = mode
-        taken = collections.Counter(row.wanted for row in free)
+        taken = collections.Counter(row.wanted for row in rows)
         self._patience.update(dict.fromkeys(taken, _RETRY))
         self._usual = taken.most_common(1)[0][0]
 
     def _try_one(self, rows: Sequence[AutoRow], staying: collections.Counter[str]) -> None:
-        """Puts one row on trial in a mode that nothing is known of, or nothing recent."""
-        for row in rows:
+        """Puts one row on trial in a mode that nothing is known of, or nothing recent; one row at a time."""
+        for row in () if any(row.trial for row in rows) else rows:
             for mode in row.modes:
                 patience = self._patience.get(mode, _RETRY)
                 stale = self._round - self._seen.get(mode, -_LONGEST_RETRY) >= patience
@@ -223,8 +235,7 @@ class Chooser:
         tokens = sum(self._row_yield(row, mode) for row, mode in zip(rows, modes, strict=True))
         seconds = 0.0
         if self._beside.weight:
-            line = self._beside.line()
-            seconds = line.fixed + (len(rows) + sum(staying.values())) * line.each
+            seconds = self._beside.expected(len(rows) + sum(staying.values()))
         for mode, cost in self._costs.items():
             line = cost.line()
             tokens += staying.get(mode, 0) * self._mode_yield(mode)

@@ -148,13 +148,14 @@ class Engine:
                 launches += self._launch_mode(module, [job for job in started if job.module is module])
             if self._commits_apart:
                 self._intake.absorb()
+            num_rows = sum(len(launch.batch.jobs) for launch in launches)
             events += self._finish(launches)
         for event in events:
             if event.result is not None:
                 del self._jobs[event.request_id]
         if launches:
             spent = time.perf_counter() - began - self._seconds_of_steps
-            self._chooser.observe_round(sum(len(launch.batch.jobs) for launch in launches), spent)
+            self._chooser.observe_round(num_rows, spent)
         return events
 
     def generate(
@@ -222,7 +223,7 @@ class Engine:
         free = [job.auto for job in jobs if job.auto is not None]
         if not free:
             return
-        if self._chooser.due():
+        if self._chooser.due(len(jobs)):
             self._chooser.choose(free, collections.Counter(_name(job.module) for job in jobs if job.auto is None))
         for module, batch in list(self._batches.items()):
             if all(job.auto is None or job.auto.mode == job.auto.wanted for job in batch.jobs):
