@@ -51,7 +51,7 @@ def compute_bound(mode: str, rows: int) -> float:
 )
 def test_the_fastest_mode_wins(cost: Callable, modes: tuple[str, ...], expected: str, num_rows: int) -> None:
     chooser = Chooser()
-    rows = [chooser.first(modes) for _ in range(num_rows)]
+    rows = [AutoRow(modes) for _ in range(num_rows)]
     run(chooser, rows, cost, {"ar": 1, "verified": 5, "diffusion": 4})
     assert [row.mode for row in rows] == [expected] * num_rows
 
@@ -63,7 +63,7 @@ def test_the_choice_turns_with_the_load() -> None:
         return max(1.0, 0.1 * rows * (1 if mode == "ar" else 16)) * (1 if mode == "ar" else 1.5)
 
     chooser, gives = Chooser(), {"ar": 1, "verified": 4}
-    alone, crowd = [chooser.first(EXACT)], [chooser.first(EXACT) for _ in range(16)]
+    alone, crowd = [AutoRow(EXACT)], [AutoRow(EXACT) for _ in range(16)]
     run(chooser, alone, cost, gives)
     assert alone[0].mode == "verified"
     run(chooser, crowd, cost, gives)
@@ -75,7 +75,7 @@ def test_the_choice_turns_with_the_load() -> None:
 def test_requests_differ_in_what_a_draft_gives_them() -> None:
     """Beside each other in one round: the one whose drafts are right verifies, the other does not."""
     chooser = Chooser()
-    rows = [chooser.first(EXACT), chooser.first(EXACT)]
+    rows = [AutoRow(EXACT), AutoRow(EXACT)]
     for _ in range(300):
         if chooser.due(len(rows)):
             chooser.choose(rows, {})
@@ -121,9 +121,24 @@ def test_what_is_hoped_comes_down_to_the_mean() -> None:
     assert lumps.hoped() == pytest.approx(16 / 11, rel=0.02)  # a block after 11 steps is not a rare stroke of luck
 
 
+def test_requests_begin_in_what_is_best_for_their_number() -> None:
+    """The last request of a lot verifies, since a step of 16 positions is nearly free for one; a new lot must not."""
+
+    def cost(mode: str, rows: int) -> float:
+        return max(1.0, 0.1 * rows * (1 if mode == "ar" else 16)) * (1 if mode == "ar" else 1.5)
+
+    chooser = Chooser()
+    for num_rows in (16, 1):
+        run(chooser, [AutoRow(EXACT) for _ in range(num_rows)], cost, {"ar": 1, "verified": 4})
+    for num_rows, mode in ((1, "verified"), (16, "ar")):
+        rows = [AutoRow(EXACT) for _ in range(num_rows)]
+        chooser.begin(rows, num_rows)
+        assert {row.mode for row in rows} == {row.wanted for row in rows} == {mode}
+
+
 def test_a_mode_that_never_pays_is_tried_less_and_less() -> None:
     chooser = Chooser()
-    rows = [chooser.first(EXACT) for _ in range(4)]
+    rows = [AutoRow(EXACT) for _ in range(4)]
     tried = []
     for i in range(8000):
         if chooser.due(len(rows)):
@@ -145,7 +160,7 @@ def test_a_mode_that_never_pays_is_tried_less_and_less() -> None:
 
 def test_a_step_that_takes_far_too_long_is_reason_to_choose_at_once() -> None:
     chooser = Chooser()
-    rows = [chooser.first(EXACT)]
+    rows = [AutoRow(EXACT)]
     assert chooser.due(1)
     chooser.choose(rows, {})
     for seconds in (1.0, 1.1, 0.9):
@@ -209,18 +224,26 @@ def test_only_the_engine_takes_it(tiny: Callable) -> None:
         SamplingParams(allow_loss=True)
 
 
-def test_a_change_after_a_block_has_room_for_block_and_draft(tiny: Callable) -> None:
+def test_a_change_after_a_block_has_room_for_block_and_draft(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The block that diffusion has just finished is absorbed in the round in which the first draft is verified."""
     model = tiny("M*-E", vocab_size=6, seed=1)  # drafts are often right
     greedy = SamplingParams(mode="auto", max_new_tokens=40, block_size=16, allow_loss=True)
     prompts = [[i % 6, *[(i + j) % 5 for j in range(30)]] for i in range(12)]
     engine = Engine(model, EngineConfig(snapshot_bytes=0))
-    names, tokens = [engine.add(prompt, greedy) for prompt in prompts], {}
-    engine._chooser.choose = lambda rows, others: [  # type: ignore[method-assign]
-        setattr(row, "mode", "verified" if any(tokens.values()) else "diffusion") for row in rows
-    ]
-    for name in names:
-        engine._jobs[name].auto.mode = "diffusion"
+    names = [engine.add(prompt, greedy) for prompt in prompts]
+    tokens: dict[str, list[int]] = {}
+
+    def begin(rows: Sequence[AutoRow], num_rows: int) -> None:
+        for row in rows:
+            row.mode = row.wanted = "diffusion"
+
+    def choose(rows: Sequence[AutoRow], others: Any) -> None:
+        for row in rows:
+            row.wanted = "verified" if any(tokens.values()) else "diffusion"
+
+    monkeypatch.setattr(engine._chooser, "begin", begin)
+    monkeypatch.setattr(engine._chooser, "choose", choose)
+    monkeypatch.setattr(engine._chooser, "due", lambda num_rows: True)
     at_change = {}
     while engine.has_work:
         for event in engine.step():

@@ -31,7 +31,7 @@ _RETRY, _LONGEST_RETRY, _TRIAL = 200, 6400, 8
 # Steps at the rate of all requests that a request's own rate starts with: requests differ less than steps do.
 _PRIOR_STEPS = 12
 # A choice must promise so much more than the present one: changing over is not free.
-_MARGIN = 1.02
+_MARGIN = 1.05
 
 
 class Line(NamedTuple):
@@ -118,9 +118,9 @@ class AutoRow:
     """One request of mode `auto`: the modes it may take, in which it is and in which it should be, and what their steps
     gave it."""
 
-    def __init__(self, modes: Sequence[str], mode: str) -> None:
+    def __init__(self, modes: Sequence[str]) -> None:
         self.modes = tuple(modes)
-        self.mode = self.wanted = mode
+        self.mode = self.wanted = self.modes[0]
         self.trial = 0  # steps for which it stays in a mode to try it
         self.yields = {mode: Yield(_KEEP) for mode in modes}
 
@@ -147,11 +147,12 @@ class Chooser:
         self._seen: dict[str, int] = {}
         self._patience: dict[str, int] = {}
         self._round = self._next = self._num_rows = 0
-        self._usual = ""
 
-    def first(self, modes: Sequence[str]) -> AutoRow:
-        """A request that begins, in the mode that most others are in."""
-        return AutoRow(modes, self._usual if self._usual in modes else modes[0])
+    def begin(self, rows: Sequence[AutoRow], num_rows: int) -> None:
+        """Sets the mode of requests that are about to begin: the one that is best where all of `num_rows` are in it."""
+        known = {mode: self._rate(mode, num_rows) for mode in self._costs}
+        for row in rows:
+            row.mode = row.wanted = max(row.modes, key=lambda mode: known.get(mode, 0.0))
 
     def observe(self, mode: str, num_rows: int, seconds: float) -> None:
         """One step of a mode's batch."""
@@ -192,9 +193,7 @@ class Chooser:
         if best.tokens / best.seconds > _MARGIN * present.tokens / present.seconds:
             for row, mode in zip(rows, best.modes, strict=True):
                 row.wanted = mode
-        taken = collections.Counter(row.wanted for row in rows)
-        self._patience.update(dict.fromkeys(taken, _RETRY))
-        self._usual = taken.most_common(1)[0][0]
+        self._patience.update(dict.fromkeys((row.wanted for row in rows), _RETRY))
 
     def _try_one(self, rows: Sequence[AutoRow], staying: collections.Counter[str]) -> None:
         """Puts one row on trial in a mode that nothing is known of, or nothing recent; one row at a time."""
@@ -242,6 +241,11 @@ class Chooser:
             num_rows = counts[mode] + staying.get(mode, 0)
             seconds += line.fixed + num_rows * line.each if num_rows else 0.0
         return _Plan(tuple(modes), tokens, seconds)
+
+    def _rate(self, mode: str, num_rows: int) -> float:
+        """Tokens per second of rows that are all in one mode."""
+        beside = self._beside.expected(num_rows) if self._beside.weight else 0.0
+        return num_rows * self._mode_yield(mode) / (beside + self._costs[mode].expected(num_rows))
 
     def _row_yield(self, row: AutoRow, mode: str) -> float:
         return row.yields[mode].per_step(self._mode_yield(mode))

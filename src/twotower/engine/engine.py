@@ -1,6 +1,7 @@
 """The scheduler over steps: requests join and leave between them."""
 
 import collections
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from twotower.decoding.generate import MODULES
 from twotower.decoding.params import Generation, SamplingParams
 from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
 from twotower.decoding.step import Launched, Request, Stepped, read
-from twotower.engine.auto import Chooser
+from twotower.engine.auto import AutoRow, Chooser
 from twotower.engine.config import EngineConfig
 from twotower.engine.intake import Intake
 from twotower.engine.job import Batch, Event, Job
@@ -112,9 +113,7 @@ class Engine:
         record = Record(self.model, request, time.perf_counter() if arrived is None else arrived)
         auto = None
         if request.params.mode == "auto":
-            auto = self._chooser.first(
-                ("ar", "verified", "diffusion") if request.params.allow_loss else ("ar", "verified")
-            )
+            auto = AutoRow(("ar", "verified", "diffusion") if request.params.allow_loss else ("ar", "verified"))
         self._jobs[request_id] = Job(request_id, self._num_added, record, watch, auto=auto)
         self._intake.waiting.append(self._jobs[request_id])
         return request_id
@@ -219,6 +218,10 @@ class Engine:
 
     def _choose_modes(self) -> None:
         """Chooses for requests of mode `auto`, and lets those change over that rest; their state goes with them."""
+        most = self.config.max_num_requests
+        coming = [job.auto for job in itertools.islice(self._intake.waiting, most) if job.auto is not None]
+        if coming:
+            self._chooser.begin(coming, min(len(self._jobs), most))
         jobs = [job for batch in self._batches.values() for job in batch.jobs]
         free = [job.auto for job in jobs if job.auto is not None]
         if not free:
