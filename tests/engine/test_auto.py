@@ -18,7 +18,7 @@ EXACT, LOSSY = ("ar", "verified"), ("ar", "verified", "diffusion")
 
 def run(chooser: Chooser, rows: Sequence[AutoRow], cost: Callable[[str, int], float], gives: dict[str, int]) -> None:
     """Many rounds of a machine whose steps cost and give so much."""
-    for _ in range(300):
+    for _ in range(600):
         if chooser.due(len(rows)):
             chooser.choose(rows, {})
         for row in rows:
@@ -76,7 +76,7 @@ def test_requests_differ_in_what_a_draft_gives_them() -> None:
     """Beside each other in one round: the one whose drafts are right verifies, the other does not."""
     chooser = Chooser()
     rows = [AutoRow(EXACT), AutoRow(EXACT)]
-    for _ in range(300):
+    for _ in range(600):
         if chooser.due(len(rows)):
             chooser.choose(rows, {})
         for row in rows:
