@@ -135,7 +135,8 @@ def evaluation_settings(results: list[Result]) -> str:
         rows.append([" ".join([f"`{mode}`", *threshold]), *scores, kept, *gains])
     sizes = next(iter(result["overall"].values()))["gain"]
     header = ["mode", *result["tasks"], "of `ar`'s scores (95 %)", *(f"times `ar`, batch {size}" for size in sizes)]
-    return f"{markdown(header, rows)}\n\n{origin(result['command'], result | result['machine'])}"
+    caption = origin(result["command"], result | result["machine"]).replace("medians with quartiles", "medians")
+    return f"{markdown(header, rows)}\n\n{caption}"
 
 
 def ablations(results: list[Result]) -> str:
