@@ -27,11 +27,11 @@ _PERIOD = 8
 _SURPRISE, _LOAD_CHANGE = 3.0, 4
 # Rounds after which a mode that nobody takes is tried by one request, at first and, where trials change nothing, at
 # most; and for how many of its steps.
-_RETRY, _LONGEST_RETRY, _TRIAL = 400, 12800, 4
+_RETRY, _LONGEST_RETRY, _TRIAL = 400, 12800, 8
 # Steps at the rate of all requests that a request's own rate starts with: requests differ less than steps do.
 _PRIOR_STEPS = 12
 # A choice must promise so much more than the present one: changing over is not free.
-_MARGIN = 1.05
+_MARGIN = 1.02
 
 
 class Line(NamedTuple):
