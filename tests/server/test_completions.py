@@ -53,13 +53,21 @@ def turns(engine, monkeypatch):
     they are taken."""
     steps, taken = {}, []
 
+    def begin(rows, num_rows):
+        for row in rows:
+            row.mode = row.wanted = row.modes[0]
+            taken.append(row.mode)
+
     def choose(rows, others):
         for row in rows:
             steps[row] = steps.get(row, 0) + 1
-            row.mode = row.modes[steps[row] // 2 % len(row.modes)]
-            taken.append(row.mode)
+            row.wanted = row.modes[steps[row] // 2 % len(row.modes)]
+            taken.append(row.wanted)
 
-    monkeypatch.setattr(engine._engine._chooser, "choose", choose)
+    chooser = engine._engine._chooser
+    monkeypatch.setattr(chooser, "begin", begin)
+    monkeypatch.setattr(chooser, "choose", choose)
+    monkeypatch.setattr(chooser, "due", lambda num_rows: True)
     return taken
 
 
