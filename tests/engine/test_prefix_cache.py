@@ -163,3 +163,19 @@ def test_inference_tensors_of_the_cache_are_not_written(tiny: Callable) -> None:
     assert found(e, prompt, SamplingParams(max_new_tokens=40)) == 40
     for snapshot, tensors in zip(kept, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip((t for m in snapshot.mamba for t in m), tensors, strict=True))
+
+
+def test_pages_with_several_snapshots_are_given_back_too(tiny: Callable) -> None:
+    """Two points in one page are two nodes that hold it; a request that needs every page must get them all."""
+    pool = StatePool(tiny("M*-E"), 1 << 18, num_slots=1)
+    cache, table, prompt = PrefixCache(pool, 1 << 20), [], ids(3 * PAGE_SIZE - 3, 0)
+    free = pool.num_free
+    assert pool.grow_(table, len(prompt))
+    snapshots = {n: Snapshot((), None) for n in (len(prompt) - 5, len(prompt) - 2, len(prompt))}
+    cache.insert(prompt, table, snapshots)
+    cache.free_pages(free)
+    assert pool.num_free == free - 3  # the owner still has them
+    pool.release_(table)
+    assert pool.num_free < free
+    cache.free_pages(free)
+    assert pool.num_free == free

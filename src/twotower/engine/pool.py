@@ -99,6 +99,6 @@ class StatePool:
         if self._uses[page] == 0:
             self._free.append(page)
 
-    def is_last(self, page: int) -> bool:
-        """Whether a page has a single use."""
-        return self._uses[page] == 1
+    def num_uses(self, page: int) -> int:
+        """How many tables and nodes of the prefix cache a page is in."""
+        return self._uses[page]

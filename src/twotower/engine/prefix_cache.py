@@ -5,6 +5,7 @@ states only where another request is likely to go on: on a sparse grid, at the e
 the path of an earlier one. A request goes on from the longest prefix that has both.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -123,7 +124,10 @@ class PrefixCache:
     def free_pages(self, count: int) -> None:
         """Drops leaves that nobody else uses until the pool has `count` free pages, or none is left."""
         while self._pool.num_free < count:
-            leaves = [n for n in self._nodes() if not n.children and n.page is not None and self._pool.is_last(n.page)]
+            held = [(node, node.page) for node in self._nodes() if node.page is not None]
+            # nodes share a page where a prompt left several snapshots within it
+            ours = collections.Counter(page for _, page in held)
+            leaves = [node for node, page in held if not node.children and self._pool.num_uses(page) == ours[page]]
             if not leaves:
                 return
             self._remove(min(leaves, key=_used))
