@@ -108,6 +108,16 @@ def test_a_line_through_steps_of_several_lengths_is_their_mean() -> None:
     assert cost.expected(2) < 5.0
 
 
+def test_the_first_step_of_many_rows_is_taken_as_it_is() -> None:
+    """It is no stall: what 16 rows cost must show at once, before more steps of as many are taken."""
+    cost = Cost()
+    for _ in range(8):
+        cost.observe(1, 2.0)
+    assert cost.expected(16) == pytest.approx(2.0)  # hope, where only one row was ever seen
+    cost.observe(16, 40.0)
+    assert cost.expected(16) == pytest.approx(40.0, rel=0.05)
+
+
 def test_what_is_hoped_comes_down_to_the_mean() -> None:
     seen = Yield(keep=0.9995)
     seen.observe(2, 1)
