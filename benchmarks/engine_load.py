@@ -4,8 +4,9 @@
 
 Prints one JSON line, all from one process; each of the four parts can be had alone:
 
-- `speeds`: 16 requests (held-out prompts of stories_prompts.json, greedy, end tokens ignored) at 1, 2, 4, 8
-  and 16 at a time, for every fixed mode and for `auto` with and without loss; medians over repeats, modes alternating.
+- `speeds`: requests (held-out prompts of stories_prompts.json, greedy, end tokens ignored) at 1, 2, 4, 8 and 16 at a
+  time, 16 of them or 4 for each place, for every fixed mode and for `auto` with and without loss; medians over repeats,
+  modes alternating.
   `auto_against_best` is the median of the ratios of runs that followed one another.
 - `rounds`: 72 `diffusion` requests of 16 to 128 new tokens with prompts of 128, one every two rounds, which is about
   what the engine sustains, and one every three; against three schedulers that separate prompts from decoding: `phases`
@@ -61,7 +62,8 @@ def speeds(model: twotower.TwoTower, new_tokens: int, repeats: int) -> dict[str,
     for repeat in range(-WARM, repeats):
         for (name, concurrent), engine in engines.items():
             began = time.perf_counter()
-            done = engine.generate(PROMPTS[:16], modes[name])
+            prompts = itertools.islice(itertools.cycle(PROMPTS), max(16, 4 * concurrent))
+            done = engine.generate(list(prompts), modes[name])
             if repeat >= 0:
                 tokens = sum(len(g.token_ids) for g in done)
                 runs[name, concurrent].append(tokens / (time.perf_counter() - began))

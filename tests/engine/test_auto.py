@@ -146,11 +146,12 @@ def test_requests_begin_in_what_is_best_for_their_number() -> None:
         assert {row.mode for row in rows} == {row.wanted for row in rows} == {mode}
 
 
-def test_a_mode_that_never_pays_is_tried_less_and_less() -> None:
+def trials(verified: float, num_rounds: int) -> list[int]:
+    """Rounds at which one of 4 requests begins to verify, which costs four times as much and gives so many tokens."""
     chooser = Chooser()
     rows = [AutoRow(EXACT) for _ in range(4)]
-    tried = []
-    for i in range(8000):
+    tried: list[int] = []
+    for i in range(num_rounds):
         if chooser.due(len(rows)):
             chooser.choose(rows, {})
         for row in rows:
@@ -159,13 +160,23 @@ def test_a_mode_that_never_pays_is_tried_less_and_less() -> None:
             mine = [row for row in rows if row.mode == mode]
             if mode == "verified" and (not tried or i - tried[-1] > 50):
                 tried.append(i)
-            chooser.observe(mode, len(mine), compute_bound(mode, len(mine)))
+            chooser.observe(mode, len(mine), 1.0 if mode == "ar" else 4.0)
             for row in mine:
                 row.took_step()
-                chooser.observe_yield(mode, row, {"ar": 1, "verified": 2}[mode], 1)
-    between = [b - a for a, b in itertools.pairwise(tried)]
+                chooser.observe_yield(mode, row, 1 if mode == "ar" else verified, 1)
+    return tried
+
+
+def test_a_mode_that_never_pays_is_tried_less_and_less() -> None:
+    between = [b - a for a, b in itertools.pairwise(trials(3.5, 20000))]
     assert len(between) >= 4
     assert all(b > 1.5 * a for a, b in itertools.pairwise(between[1:]))
+
+
+def test_a_mode_is_tried_the_less_the_further_it_is_from_paying() -> None:
+    near, far = (trials(tokens, 4000) for tokens in (3.5, 1.5))
+    assert near[:1] == far[:1]
+    assert len(far) < len(near)
 
 
 def test_a_step_that_takes_far_too_long_is_reason_to_choose_at_once() -> None:
@@ -220,6 +231,20 @@ def test_left_alone_it_runs_and_measures(tiny: Callable) -> None:
     params = SamplingParams(mode="auto", max_new_tokens=60, allow_loss=True, block_size=4)
     assert all(len(r.token_ids) == 60 for r in engine.generate([[4], [5]], params))
     assert set(engine._chooser._costs) == set(LOSSY)
+
+
+def test_one_that_begins_in_the_place_of_another_is_no_change_of_load(
+    tiny: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(tiny("M*-E"), EngineConfig(max_num_requests=2))
+    loads = []
+    monkeypatch.setattr(engine._chooser, "due", lambda num_rows: loads.append(num_rows))
+    params = [SamplingParams(mode="auto", max_new_tokens=n, ignore_eos=True) for n in (6, 9, 8, 4, 7)]
+    engine.generate([[5, 6, 7]] * 5, params)
+    alone = loads.index(1)
+    assert set(loads[:alone]) == {2}
+    assert set(loads[alone:]) == {1}
+    assert alone >= 13
 
 
 def test_only_the_engine_takes_it(tiny: Callable) -> None:

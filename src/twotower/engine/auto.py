@@ -26,7 +26,8 @@ _PERIOD = 8
 # many.
 _SURPRISE, _LOAD_CHANGE = 3.0, 4
 # Rounds after which a mode that nobody takes is tried by one request, at first and, where trials change nothing, at
-# most; and for how many of its steps.
+# most; and for how many of its steps. A mode that is n times slower by what is known waits n² times as long: a trial of
+# it costs more, and is less likely to change anything.
 _RETRY, _LONGEST_RETRY, _TRIAL = 400, 12800, 8
 # Steps at the rate of all requests that a request's own rate starts with: requests differ less than steps do.
 _PRIOR_STEPS = 12
@@ -179,7 +180,10 @@ class Chooser:
         return changed or self._round > self._next
 
     def choose(self, rows: Sequence[AutoRow], others: Mapping[str, int]) -> None:
-        """Says which mode each row should be in, once it rests; `others` counts the rows that have no choice."""
+        """Says which mode each row should be in, once it rests.
+
+        `others` counts by mode the rows that have no choice, or have not begun.
+        """
         self._next = self._round + _PERIOD - 1
         self._num_rows = len(rows) + sum(others.values())
         staying = collections.Counter(others)
@@ -197,10 +201,13 @@ class Chooser:
 
     def _try_one(self, rows: Sequence[AutoRow], staying: collections.Counter[str]) -> None:
         """Puts one row on trial in a mode that nothing is known of, or nothing recent; one row at a time."""
+        rates = {mode: self._rate(mode, self._num_rows) for mode in self._costs}
+        fastest = max(rates.values(), default=1.0)
         for row in () if any(row.trial for row in rows) else rows:
             for mode in row.modes:
                 patience = self._patience.get(mode, _RETRY)
-                stale = self._round - self._seen.get(mode, -_LONGEST_RETRY) >= patience
+                wait = min(patience * (fastest / rates.get(mode, fastest)) ** 2, _LONGEST_RETRY)
+                stale = self._round - self._seen.get(mode, -_LONGEST_RETRY) >= wait
                 if mode != row.wanted and stale and not staying[mode]:
                     row.wanted, row.trial = mode, _TRIAL
                     self._seen[mode] = self._round

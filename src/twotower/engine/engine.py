@@ -70,6 +70,7 @@ class Engine:
         self._batches: dict[ModuleType, Batch] = {}
         apart = self.config.commits_apart
         self._commits_apart = model.context_device != model.denoiser_device if apart is None else apart
+        self._load = 0  # requests that decode, and those that are about to in the place of others
         self._num_rounds = self._num_preemptions = self._denoiser_calls = self._context_calls = 0
 
     @property
@@ -218,16 +219,21 @@ class Engine:
 
     def _choose_modes(self) -> None:
         """Chooses for requests of mode `auto`, and lets those change over that rest; their state goes with them."""
-        most = self.config.max_num_requests
-        coming = [job.auto for job in itertools.islice(self._intake.waiting, most) if job.auto is not None]
-        if coming:
-            self._chooser.begin(coming, min(len(self._jobs), most))
         jobs = [job for batch in self._batches.values() for job in batch.jobs]
+        most = self.config.max_num_requests
+        waiting = list(itertools.islice(self._intake.waiting, most - len(jobs)))
+        beginning = [job.auto for job in waiting if job.auto is not None]
+        if beginning:
+            self._chooser.begin(beginning, min(len(self._jobs), most))
+        # The load is that of the round before: in the place of a request that has left, another begins in this round
+        coming = [*self._intake.absorbing, *waiting][: max(self._load - len(jobs), 0)]
+        self._load = len(jobs) + len(coming)
         free = [job.auto for job in jobs if job.auto is not None]
         if not free:
             return
-        if self._chooser.due(len(jobs)):
-            self._chooser.choose(free, collections.Counter(_name(job.module) for job in jobs if job.auto is None))
+        if self._chooser.due(self._load):
+            others = [job.module for job in jobs if job.auto is None] + [job.module for job in coming]
+            self._chooser.choose(free, collections.Counter(map(_name, others)))
         for module, batch in list(self._batches.items()):
             if all(job.auto is None or job.auto.mode == job.auto.wanted for job in batch.jobs):
                 continue
