@@ -12,11 +12,12 @@ Measured on held-out answers whose blocks start where the answer does, as in dec
 loss of wholly masked blocks (nats per token), the share of places that the first draft gets right with nothing wrong
 before them in the block, and, decoding by confidence at γ, the share of answers that come out right and the passes that
 a block takes. An answer is judged up to its end, where a row's end doesn't cut it off. `ar_right` is the share that the
-context tower gets right greedily, which only `tied` can change.
+context tower gets right greedily, which only `tied` and `joint` can change.
 
-`tied` is one tower that is both, with the context tower's loss added; `unseeded` shows a block nothing before it;
-`untimed` says t = 1 always; `curriculum` has blocks of 32 for two thirds of the steps; `distilled` adds the divergence
-from the context tower.
+`tied` is one tower that is both, with the context tower's loss added; `joint` is two that both train, with that loss
+too, which tells the sharing from the further training; `unseeded` shows a block nothing before it; `untimed` says t = 1
+always; `curriculum` has blocks of 32 for two thirds of the steps; `distilled` adds the divergence from the context
+tower.
 """
 
 import argparse
@@ -71,6 +72,7 @@ def variants(steps: int) -> dict[str, Variant]:
     return {
         "base": Variant({}),
         "tied": Variant({"context": "tied", "ar_weight": 1.0}),
+        "joint": Variant({"context": "trained", "ar_weight": 1.0}),
         "unseeded": Variant({}, unseeded),
         "untimed": Variant({}, untimed),
         "curriculum": Variant({"phases": (Phase(0, 32), Phase(2 * steps // 3, 16))}),

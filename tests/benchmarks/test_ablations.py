@@ -77,8 +77,8 @@ def test_no_variant_is_the_base(command, ablations):
     assert set(found) == set(ablations.variants(6))
     losses = {name: own["values"]["loss"]["mean"] for name, own in found.items()}
     assert len({round(loss, 6) for loss in losses.values()}) == len(losses)
-    frozen = {name: own["minus_base"]["ar_right"]["mean"] for name, own in found.items() if name != "tied"}
-    assert set(frozen.values()) == {0.0}
+    ar_right = {name: own["minus_base"]["ar_right"]["mean"] for name, own in found.items()}
+    assert {name for name, change in ar_right.items() if change} <= {"tied", "joint"}
 
 
 def test_runs_that_are_there_are_not_made_again(command, ablations, monkeypatch):
