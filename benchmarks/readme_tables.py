@@ -145,6 +145,7 @@ def ablations(results: list[Result]) -> str:
     names = {
         "base": "frozen context tower, separate denoiser",
         "tied": "one tower for both",
+        "joint": "separate towers, both trained",
         "unseeded": "no seeding",
         "untimed": "no time conditioning",
         "curriculum": "blocks of 32, then 16",
