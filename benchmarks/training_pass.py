@@ -182,7 +182,7 @@ def boundary_step(model: TwoTower, case: Case) -> None:
     levels, index = noisy.told.unique(return_inverse=True)
     x = model.denoiser_tower.embed(noisy.xt)
     for layer, seed, modulation in zip(model.denoiser_tower.stack, kept, model.time_conditioning(levels), strict=True):
-        own = Modulation(*(F.embedding(index, part[:, 0]) for part in modulation))
+        own = Modulation(*(F.embedding(index, part[:, 0]) for part in modulation.unbind(1)))
         entered = layer.enter(x, own, torch.float32)
         if isinstance(seed, Boundary):
             assert isinstance(layer.mixer, Mamba2)

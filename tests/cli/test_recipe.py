@@ -50,12 +50,13 @@ def test_what_is_given_wins_over_the_recipe(run, checkpoint, seen, tmp_path, mon
     monkeypatch.setattr(train, "open_corpus", lambda *arguments: None)
     recipe = tmp_path / "a.yaml"
     lines = ("model: nowhere", "corpus: there", "out: result", "steps: 7", "learning_rate: 3e-4", "bf16: true",
-             "phases: '0:8,3:4'", "reduction: example_mean", "warmup_steps: 0")  # fmt: skip
+             "phases: '0:8,3:4'", "reduction: example_mean", "warmup_steps: 0", "complementary: true")  # fmt: skip
     recipe.write_text("\n".join(lines))
-    run("train", checkpoint, "--recipe", recipe, "--steps", 9, "--warmup-steps", 5)
+    run("train", checkpoint, "--recipe", recipe, "--steps", 9, "--warmup-steps", 5, "--no-complementary")
     config, what, folder = seen.pop()
     assert (config.steps, config.learning_rate, config.bf16, config.warmup_steps) == (9, 3e-4, True, 5)
     assert (what.reduction, [tuple(phase) for phase in what.phases]) == ("example_mean", [(0, 8), (3, 4)])
+    assert not what.complementary
     assert folder == Path("result")
 
 

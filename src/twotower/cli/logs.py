@@ -10,7 +10,8 @@ import typer
 from twotower.training.trainer import StepReport
 
 TensorBoardOption = Annotated[
-    bool, typer.Option("--tensorboard", help="Also write OUT/tensorboard; needs the package tensorboard.")
+    bool,
+    typer.Option("--tensorboard/--no-tensorboard", help="Also write OUT/tensorboard; needs the package tensorboard."),
 ]
 WandbOption = Annotated[
     str | None,

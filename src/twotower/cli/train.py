@@ -87,7 +87,10 @@ def command(
         float, typer.Option(help="Mask later positions of a block more often, by exp(this x (1 - level) x place).")
     ] = _DEFAULTS.later_weight,
     complementary: Annotated[
-        bool, typer.Option("--complementary", help="Also train on each row with the other positions masked.")
+        bool,
+        typer.Option(
+            "--complementary/--no-complementary", help="Also train on each row with the other positions masked."
+        ),
     ] = False,
     phases: Annotated[
         str,

@@ -57,9 +57,11 @@ SpikeFactorOption = Annotated[
 SkipLimitOption = Annotated[
     int, typer.Option("--skip-limit", help="Stop when more of the last 100 steps were skipped, 0 or more.")
 ]
-Bf16Option = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; weights and optimiser stay float32.")]
+Bf16Option = Annotated[
+    bool, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; weights and optimiser stay float32.")
+]
 ShardOption = Annotated[
-    bool, typer.Option("--shard", help="Under torchrun: spread weights and optimiser over the ranks.")
+    bool, typer.Option("--shard/--no-shard", help="Under torchrun: spread weights and optimiser over the ranks.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Decides the rows and masks of every step.")]
 CheckpointEveryOption = Annotated[
@@ -77,9 +79,11 @@ ExportOnlyOption = Annotated[
     typer.Option("--export-only", help="Write the last saved state as a checkpoint without training, at any time."),
 ]
 RecomputeOption = Annotated[
-    bool, typer.Option("--recompute", help="Compute layers again in backward: less memory, more time.")
+    bool, typer.Option("--recompute/--no-recompute", help="Compute layers again in backward: less memory, more time.")
 ]
-CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the towers; needs a C++ compiler.")]
+CompileOption = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="Compile the towers; needs a C++ compiler.")
+]
 RowLengthOption = Annotated[
     int | None,
     typer.Option(
