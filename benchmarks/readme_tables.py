@@ -174,6 +174,24 @@ def ablations(results: list[Result]) -> str:
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
+def engine_load(results: list[Result]) -> str:
+    """Of benchmarks/engine_load.py: every mode's speed by how many requests run at a time."""
+    [result] = results
+    found = result["speeds"]
+    best = {"auto": found["auto_against_best"], "auto, loss allowed": found["lossy_auto_against_best"]}
+    rows = []
+    for mode, by_load in found["tokens_per_second"].items():
+        cells = [f"{rate:,.0f}" for rate in by_load.values()]
+        if mode in best:
+            cells = [f"{cell} ({best[mode][n]['ratio']:.2f})" for cell, n in zip(cells, by_load, strict=True)]
+        name, *rest = mode.split(",")
+        rows.append([",".join([f"`{name}`", *rest]), *cells])
+    loads = next(iter(found["tokens_per_second"].values()))
+    header = ["tokens/s", *("one request" if n == "1" else f"{n} at a time" for n in loads)]
+    caption = origin("python benchmarks/engine_load.py", result).replace("medians with quartiles", "medians")
+    return f"{markdown(header, rows)}\n\n{caption}"
+
+
 TABLES: dict[str, Callable[[list[Result]], str]] = {
     "stories_modes": stories_modes,
     "hybrid_decode": hybrid_decode,
@@ -181,6 +199,7 @@ TABLES: dict[str, Callable[[list[Result]], str]] = {
     "evaluation": evaluation,
     "evaluation_settings": evaluation_settings,
     "ablations": ablations,
+    "engine_load": engine_load,
 }
 
 

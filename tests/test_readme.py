@@ -107,7 +107,7 @@ def test_evaluation_settings(render):
 
 
 def test_ablations(render):
-    variants = ("base", "tied", "unseeded", "untimed", "curriculum", "distilled")
+    variants = ("base", "tied", "joint", "unseeded", "untimed", "curriculum", "distilled")
     measures = ("loss", "drafted_right", "right", "passes", "ar_right")
 
     def own(start, half):
@@ -121,6 +121,23 @@ def test_ablations(render):
     assert lines[3].startswith("| one tower for both | 1.000 ± 0.500 | 2.000 ± 0.500 | 3.000 ± 0.500 | 1.000 | 4.00")
     assert "(`ablations.py A`, abc, a CPU, one thread, torch 2; means of 3 seeds" in lines[-1]
     assert lines[-1].endswith("7 answers)")
+
+
+def test_engine_load(render):
+    rates = {
+        "ar": {"1": 900.4, "16": 5000.0},
+        "auto": {"1": 950.0, "16": 4900.0},
+        "auto, loss allowed": {"1": 1, "16": 2},
+    }
+    exact, lossy = ({n: {"best": "ar", "ratio": r} for n in ("1", "16")} for r in (0.98, 0.5))
+    found = {"tokens_per_second": rates, "auto_against_best": exact, "lossy_auto_against_best": lossy}
+    lines = render("engine_load", MACHINE | {"speeds": found})
+    assert lines[0] == "| tokens/s | one request | 16 at a time |"
+    assert lines[2:5] == [
+        "| `ar` | 900 | 5,000 |",
+        "| `auto` | 950 (0.98) | 4,900 (0.98) |",
+        "| `auto`, loss allowed | 1 (0.50) | 2 (0.50) |",
+    ]
 
 
 def test_unknown_tables_and_files_are_named(tables, tmp_path):
