@@ -11,11 +11,16 @@ from torch import Tensor
 
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import Proposal
-from twotower.decoding.unmasking import Schedule, certainty, commit, ranks, remask, schedule
+from twotower.decoding.unmasking import Schedule, certainty, commit, remask, schedule
+from twotower.ops.backend import Backend
+from twotower.ops.kernels import REFERENCE, Kernels, kernels
+from twotower.ops.native.build import library
+from twotower.ops.unmask import ranks
 
 CPU = torch.device("cpu")
 SURE_RULES = ("confidence", "margin", "entropy")
 COUNTED_RULES = (*SURE_RULES, "fixed", "leftmost")
+OPS = {"reference": REFERENCE} | ({} if library() is None else {"native": kernels(Backend.NATIVE)})
 
 
 class Rows(NamedTuple):
@@ -50,11 +55,12 @@ def wanted(rule: str, r: Rows, row: int) -> int:
     return min(count, remaining)
 
 
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("rule", COUNTED_RULES)
 @settings(max_examples=30, deadline=None)
 @given(rows())
-def test_the_right_number_of_the_right_positions_commit(rule: str, r: Rows) -> None:
-    now = commit(rule, r.sure, r.masked, r.at, None)
+def test_the_right_number_of_the_right_positions_commit(rule: str, ops: Kernels, r: Rows) -> None:
+    now = commit(rule, r.sure, r.masked, r.at, None, ops)
     assert not bool((now & ~r.masked).any())
     for row in range(len(r.masked)):
         places = r.masked[row].nonzero()[:, 0].tolist()
@@ -69,7 +75,7 @@ def test_the_right_number_of_the_right_positions_commit(rule: str, r: Rows) -> N
 def test_progress_never_stops_and_the_last_step_commits_all(rule: str, r: Rows) -> None:
     masked = r.masked
     for step in range(r.at.step, int(r.at.num_steps.max())):
-        now = commit(rule, r.sure, masked, r.at._replace(step=step), None)
+        now = commit(rule, r.sure, masked, r.at._replace(step=step), None, REFERENCE)
         assert torch.equal(now.any(-1), masked.any(-1))
         masked = masked & ~now
         assert not bool(masked[r.at.num_steps <= step + 1].any())
@@ -78,11 +84,11 @@ def test_progress_never_stops_and_the_last_step_commits_all(rule: str, r: Rows) 
 def test_gamma_itself_is_not_enough() -> None:
     sure = torch.tensor([[0.8, 0.8, 0.81, 0.5]])
     at = Schedule(0, torch.tensor([16]), torch.tensor([0.8]))
-    assert commit("confidence", sure, torch.ones(1, 4, dtype=torch.bool), at, None).tolist() == [
+    assert commit("confidence", sure, torch.ones(1, 4, dtype=torch.bool), at, None, REFERENCE).tolist() == [
         [False, False, True, False]
     ]
     above = Schedule(0, torch.tensor([16]), torch.tensor([0.79]))
-    assert commit("confidence", sure, torch.ones(1, 4, dtype=torch.bool), above, None).sum() == 3
+    assert commit("confidence", sure, torch.ones(1, 4, dtype=torch.bool), above, None, REFERENCE).sum() == 3
 
 
 @settings(max_examples=30, deadline=None)
@@ -90,7 +96,7 @@ def test_gamma_itself_is_not_enough() -> None:
 def test_posterior_commits_by_coins_alone(r: Rows, seed: int) -> None:
     torch.manual_seed(seed)
     coins = torch.rand(r.masked.shape)
-    now = commit("posterior", r.sure, r.masked, r.at, coins)
+    now = commit("posterior", r.sure, r.masked, r.at, coins, REFERENCE)
     for row in range(len(r.masked)):
         left = int(r.at.num_steps[row]) - r.at.step
         assert now[row].tolist() == [
@@ -105,7 +111,7 @@ def test_posterior_rate_is_that_of_absorbing_diffusion() -> None:
     for step, steps in ((0, 4), (1, 4), (2, 4), (3, 4)):
         at = Schedule(step, torch.tensor([steps]), torch.tensor([0.8]))
         t, s = (steps - step) / steps, (steps - step - 1) / steps
-        rate = commit("posterior", torch.zeros(1, 20_000), masked, at, torch.rand(1, 20_000)).float().mean()
+        rate = commit("posterior", torch.zeros(1, 20_000), masked, at, torch.rand(1, 20_000), REFERENCE).float().mean()
         assert abs(rate - (t - s) / t) < 0.015  # 4 standard deviations of 0.0035
 
 

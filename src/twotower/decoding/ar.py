@@ -103,7 +103,10 @@ def launch(model: TwoTower, rows: ArRows) -> _Launched:
         pairs = zip(rows.requests, context.lengths, strict=True)
         draws = to_device(torch.stack([uniforms(r.seed, n, 0, 1) for r, n in pairs]), model.context_device)
     logits = context.next_logits.unsqueeze(1)  # (b, 1, v)
-    proposal = propose(rows.guides.mask(logits, [()] * len(rows.requests)), rows.settings, draws)
+    kernels = model.context_tower.kernels
+    proposal = propose(rows.guides.mask(logits, [()] * len(rows.requests)), rows.settings, draws, kernels)
     # the probability without a constraint, as it is without temperature and filters
-    confidence = probability(logits, proposal.tokens) if rows.guides.any else proposal.confidence
+    confidence = proposal.confidence
+    if rows.guides.any:
+        confidence = probability(logits, proposal.tokens, kernels.best(logits).log_sum)
     return _Launched(dataclasses.replace(rows, context=context), results(proposal.tokens[:, 0], confidence[:, 0]))

@@ -13,7 +13,9 @@ from twotower.decoding.sampling import Proposal, Temper, propose, temper, unifor
 from twotower.decoding.step import BlockView, Request, Stepped, Token
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
+from twotower.ops.kernels import Kernels
 from twotower.ops.transfer import to_device
+from twotower.ops.unmask import Places
 
 # Steps of `posterior` coins are kept apart from steps of token draws in the counter-based generator.
 _COIN_STEP = 1 << 20
@@ -186,7 +188,9 @@ def launch(model: TwoTower, rows: DiffusionRows) -> _Launched:
     logits = model.denoiser_logits(block.xt, block.seed, level, ragged)
     logits[..., model.config.mask_token_id] = -torch.inf
     draws = None if rows.settings.all_greedy else _uniforms(rows.requests, block, 0)
-    after = _unmask(rows.requests, block, propose(logits, rows.settings, draws), logits)
+    kernels = model.denoiser_tower.kernels
+    proposal = propose(logits, rows.settings, draws, kernels)
+    after = _unmask(rows.requests, block, proposal, logits, kernels)
     columns = (after.xt, after.committed_at, after.confidence, after.masked)
     found = torch.stack([c.double() for c in columns])
     return _Launched(dataclasses.replace(rows, block=after), found, absorbed)
@@ -247,34 +251,28 @@ def _no_block(model: TwoTower, context: ContextState) -> Block:
     )
 
 
-def _unmask(requests: tuple[Request, ...], block: Block, proposal: Proposal, logits: Tensor) -> Block:
+def _unmask(requests: tuple[Request, ...], block: Block, proposal: Proposal, logits: Tensor, kernels: Kernels) -> Block:
     """The blocks after this step; `left` is still the count before it."""
     params = tuple(r.params for r in requests)
     steps = to_device(block.steps, block.xt.device)
     at = unmasking.schedule(params, steps, block.xt.device)
     rules = [_rule(p) for p in params]
-    fixed = torch.zeros_like(block.masked)  # positions fixed after this step
-    xt = torch.where(block.masked, proposal.tokens, block.xt)
-    sure = torch.where(block.masked, proposal.confidence, block.confidence)
+    fixed: Tensor | None = None  # positions fixed after this step
     for rule in sorted(set(rules)):
-        ours = to_device([r == rule for r in rules], block.xt.device)[:, None]
         if rule == "remask":
+            sure = torch.where(block.masked, proposal.confidence, block.confidence)
             kept = unmasking.remask(sure, block.valid, at)
         else:
             coins = _uniforms(requests, block, _COIN_STEP) if rule == "posterior" else None
             ranked = unmasking.certainty(rule, logits, proposal)
-            kept = (block.valid & ~block.masked) | unmasking.commit(rule, ranked, block.masked, at, coins)
-        fixed = torch.where(ours, kept, fixed)
-    new = fixed & block.masked
-    masked = block.valid & ~fixed
-    return dataclasses.replace(
-        block,
-        xt=torch.where(fixed, xt, block.mask_token_id),
-        masked=masked,
-        confidence=torch.where(new, proposal.confidence, block.confidence).masked_fill(masked, 0.0),
-        committed_at=torch.where(new, steps[:, None], block.committed_at),
-        steps=tuple(n + 1 for n in block.steps),
-    )
+            new = unmasking.commit(rule, ranked, block.masked, at, coins, kernels)
+            kept = (block.valid & ~block.masked) | new
+        ours = to_device([r == rule for r in rules], block.xt.device)[:, None]
+        fixed = kept if fixed is None else torch.where(ours, kept, fixed)
+    assert fixed is not None, "a batch has rows"
+    before = Places(block.xt, block.masked, block.confidence, block.committed_at)
+    after = kernels.fix(before, block.valid, fixed, *proposal, steps, block.mask_token_id)
+    return dataclasses.replace(block, **after._asdict(), steps=tuple(n + 1 for n in block.steps))
 
 
 def _rule(params: SamplingParams) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from twotower.decoding.params import SamplingParams
+from twotower.ops.kernels import Kernels
 from twotower.ops.transfer import to_device
 
 
@@ -64,25 +65,25 @@ def temper(params: tuple[SamplingParams, ...], vocab_size: int, device: torch.de
     )
 
 
-def propose(logits: Tensor, settings: Temper, uniforms: Tensor | None) -> Proposal:
+def propose(logits: Tensor, settings: Temper, uniforms: Tensor | None, kernels: Kernels) -> Proposal:
     """Argmax in greedy rows, else a sample of softmax(logits/temperature) after top-k and top-p.
 
     logits (b, s, v) float32; uniforms (b, s) in [0, 1), unread if all rows are greedy. The confidence is the
     probability without temperature and filters.
     """
-    best = logits.max(-1)
+    best = kernels.best(logits)
     if settings.all_greedy:
-        return Proposal(best.indices, (best.values - logits.logsumexp(-1)).exp())
+        return Proposal(best.tokens, (best.logits - best.log_sum).exp())
     assert uniforms is not None
     tokens = inverse_sample(distribution(logits, settings), uniforms)
-    tokens = torch.where(settings.greedy[:, None], best.indices, tokens)
-    return Proposal(tokens, probability(logits, tokens))
+    tokens = torch.where(settings.greedy[:, None], best.tokens, tokens)
+    return Proposal(tokens, probability(logits, tokens, best.log_sum))
 
 
-def probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """softmax(logits) at some tokens: (b, s, v), (b, s) to (b, s)."""
+def probability(logits: Tensor, tokens: Tensor, log_sum: Tensor) -> Tensor:
+    """softmax(logits) at some tokens: logits (b, s, v), tokens and log Σ exp(logits) (b, s), to (b, s)."""
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return (chosen - logits.logsumexp(-1)).exp()
+    return (chosen - log_sum).exp()
 
 
 def distribution(logits: Tensor, settings: Temper) -> Tensor:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import Proposal
+from twotower.ops.kernels import Kernels
 from twotower.ops.transfer import to_device
+from twotower.ops.unmask import ranks
 
 
 class Schedule(NamedTuple):
@@ -45,7 +47,7 @@ def certainty(rule: str, logits: Tensor, proposal: Proposal) -> Tensor:
     return proposal.confidence
 
 
-def commit(rule: str, sure: Tensor, masked: Tensor, at: Schedule, coins: Tensor | None) -> Tensor:
+def commit(rule: str, sure: Tensor, masked: Tensor, at: Schedule, coins: Tensor | None, kernels: Kernels) -> Tensor:
     """The masked positions (b, s) bool that commit now, for every rule but `remask`.
 
     sure (b, s) from `certainty`; masked (b, s) bool; coins (b, s) uniforms for `posterior`.
@@ -55,14 +57,8 @@ def commit(rule: str, sure: Tensor, masked: Tensor, at: Schedule, coins: Tensor 
         # q(x_s | x_t, x0) of absorbing diffusion from t = left/T to s = (left−1)/T: unmask with (t − s)/t = 1/left
         assert coins is not None
         return masked & (coins < 1.0 / left.clamp(min=1)[:, None])
-    remaining = masked.sum(-1)  # (b,)
-    wanted = torch.ceil(remaining / left.clamp(min=1)).long()
-    if rule in ("confidence", "margin", "entropy"):
-        sure_enough = (masked & (sure > at.threshold[:, None])).sum(-1)
-        wanted = torch.maximum(wanted, sure_enough)
-    wanted = torch.where(left <= 1, remaining, wanted.clamp(min=1))
-    order = masked.cumsum(-1) - 1 if rule == "leftmost" else ranks(sure.masked_fill(~masked, -torch.inf))
-    return masked & (order < wanted[:, None])
+    threshold = at.threshold if rule in ("confidence", "margin", "entropy") else None
+    return kernels.commit(sure, masked, left, threshold, leftmost=rule == "leftmost")
 
 
 def remask(sure: Tensor, valid: Tensor, at: Schedule) -> Tensor:
@@ -75,8 +71,3 @@ def remask(sure: Tensor, valid: Tensor, at: Schedule) -> Tensor:
     keep = width - torch.ceil(width * left / at.num_steps).long()
     keep = keep.clamp(min=1)
     return valid & (ranks(sure.masked_fill(~valid, -torch.inf)) < keep[:, None])
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Each value's place in its row's descending order, (b, s) int64; equal values keep their order."""
-    return values.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

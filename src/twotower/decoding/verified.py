@@ -160,7 +160,7 @@ def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
     logits[..., model.config.mask_token_id] = -torch.inf
     logits = logits.to(model.context_device)
     if rows.settings.all_greedy:
-        ids, probabilities = logits.argmax(-1), None
+        ids, probabilities = model.context_tower.kernels.best(logits).tokens, None
     else:
         probabilities = distribution(logits, rows.settings)
         ids = inverse_sample(probabilities, _table(rows, _DRAFT, widths, size))
@@ -186,12 +186,13 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
     own = torch.cat((first, logits), dim=1)  # (b, s+1, v): row i is the context tower's view of place i
     drafts = draft.ids[:, num_known:].tolist() if rows.guides.any else [()] * len(rows.requests)
     target = rows.guides.mask(own, drafts, num_known)
+    best = model.context_tower.kernels.best(own)
     widths, s = rows.widths, draft.ids.shape[1]
     places = torch.arange(s, device=draft.ids.device)
     inside = places < to_device(widths, places.device)[:, None]  # (b, s)
     if draft.probabilities is None:
-        best = target.argmax(-1)  # (b, s+1)
-        agrees = draft.ids == best[:, :s]
+        greedy = target.argmax(-1) if rows.guides.any else best.tokens  # (b, s+1)
+        agrees = draft.ids == greedy[:, :s]
     else:
         p = distribution(target, rows.settings)
         drafted = draft.ids.unsqueeze(-1)
@@ -200,11 +201,13 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
     agrees = (agrees & inside) | (places < num_known)
     accepted = agrees.long().cumprod(-1).sum(-1)  # (b,)
     if draft.probabilities is None:
-        after = best.gather(1, accepted[:, None])[:, 0]
+        after = greedy.gather(1, accepted[:, None])[:, 0]
     else:
         after = _correction(rows, draft.probabilities, p, accepted, widths)
     emitted = torch.cat((draft.ids, draft.ids[:, :1]), dim=1).scatter(1, accepted[:, None], after[:, None])
-    confidence = probability(own, emitted)  # (b, s+1), without a constraint as without temperature and filters
+    confidence = probability(
+        own, emitted, best.log_sum
+    )  # (b, s+1), without a constraint as without temperature and filters
     # the count beside its row, so that one copy to the host has it all
     found = results(torch.cat((accepted[:, None], emitted), dim=1), F.pad(confidence, (1, 0)))
     return Judged(model, rows, scored, found)

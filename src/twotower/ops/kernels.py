@@ -1,14 +1,15 @@
-"""The ops that models call, as one value: the reference or a backend with the same signatures."""
+"""The ops that models and decoding call, as one value: the reference or a backend with the same signatures."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from twotower.ops import attention, conv, mlp, moe, norm, ssd
+from twotower.ops import attention, conv, mlp, moe, norm, ssd, unmask
 from twotower.ops.backend import Backend
 from twotower.ops.moe import Routing
 from twotower.ops.ssd import ScanOutput
+from twotower.ops.unmask import Best, Places
 
 
 class Kernels(NamedTuple):
@@ -31,6 +32,9 @@ class Kernels(NamedTuple):
     mlp: Callable[..., Tensor]
     route: Callable[..., Routing]
     apply_experts: Callable[..., Tensor]
+    best: Callable[..., Best]
+    commit: Callable[..., Tensor]
+    fix: Callable[..., Places]
 
 
 REFERENCE = Kernels(
@@ -51,6 +55,9 @@ REFERENCE = Kernels(
     mlp=mlp.mlp,
     route=moe.route,
     apply_experts=moe.apply_experts,
+    best=unmask.best,
+    commit=unmask.commit,
+    fix=unmask.fix,
 )
 
 
@@ -64,6 +71,7 @@ def kernels(backend: Backend) -> Kernels:
     from twotower.ops.native import moe as n_moe
     from twotower.ops.native import norm as n_norm
     from twotower.ops.native import ssd as n_ssd
+    from twotower.ops.native import unmask as n_unmask
 
     return Kernels(
         rms_norm=n_norm.rms_norm,
@@ -83,4 +91,7 @@ def kernels(backend: Backend) -> Kernels:
         mlp=n_mlp.mlp,
         route=n_moe.route,
         apply_experts=n_moe.apply_experts,
+        best=n_unmask.best,
+        commit=n_unmask.commit,
+        fix=n_unmask.fix,
     )

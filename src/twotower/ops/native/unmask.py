@@ -1,0 +1,41 @@
+"""A block's next state, see `twotower.ops.unmask`. Letters: b rows, s positions, v vocabulary."""
+
+import torch
+from torch import Tensor
+
+from twotower.ops.native.call import function, threads
+from twotower.ops.unmask import Best, Places
+
+_CANDIDATE = 2  # 4-byte words of a struct Candidate
+
+
+def best(logits: Tensor) -> Best:
+    logits = logits.contiguous()
+    shape, v = logits.shape[:-1], logits.shape[-1]
+    found = Best(logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape), logits.new_empty(shape))
+    call = function("tt_best", "pll ppp i")
+    call(logits.data_ptr(), shape.numel(), v, *(x.data_ptr() for x in found), threads())
+    return found
+
+
+def commit(sure: Tensor, masked: Tensor, left: Tensor, threshold: Tensor | None, *, leftmost: bool) -> Tensor:
+    sure, masked = sure.contiguous(), masked.contiguous()
+    b, s = masked.shape
+    out, room = torch.empty_like(masked), sure.new_empty(s, _CANDIDATE)
+    limit = None if threshold is None else threshold.data_ptr()
+    call = function("tt_commit", "pppp i ll pp")
+    call(
+        *(sure.data_ptr(), masked.data_ptr(), left.data_ptr(), limit, leftmost, b, s),
+        *(room.data_ptr(), out.data_ptr()),
+    )
+    return out
+
+
+def fix(
+    places: Places, valid: Tensor, fixed: Tensor, tokens: Tensor, confidence: Tensor, step: Tensor, mask_token_id: int
+) -> Places:
+    after = Places(*(torch.empty(x.shape, dtype=x.dtype) for x in places))
+    read = [x.contiguous() for x in (*places, valid, fixed, tokens, confidence, step)]
+    call = function("tt_fix", "pppp ppppp lll pppp")
+    call(*(x.data_ptr() for x in read), mask_token_id, *fixed.shape, *(x.data_ptr() for x in after))
+    return after

@@ -1,0 +1,66 @@
+"""From logits to the next state of a block. Letters: b rows, s positions, v vocabulary."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Best(NamedTuple):
+    """Of logits (…, v): the first token with the largest int64, its logit, and log Σ exp(logits), (…) each."""
+
+    tokens: Tensor
+    logits: Tensor
+    log_sum: Tensor
+
+
+class Places(NamedTuple):
+    """A block's ids (b, s) int64 with masks, which places are masked (b, s) bool, and the probability and the step of
+    each fixed place's commit, (b, s) float32 and int64."""
+
+    xt: Tensor
+    masked: Tensor
+    confidence: Tensor
+    committed_at: Tensor
+
+
+def best(logits: Tensor) -> Best:
+    """The greedy tokens of logits (…, v) float32, and what turns a logit into a probability."""
+    values, tokens = logits.max(-1)
+    return Best(tokens, values, logits.logsumexp(-1))
+
+
+def commit(sure: Tensor, masked: Tensor, left: Tensor, threshold: Tensor | None, *, leftmost: bool) -> Tensor:
+    """The masked places (b, s) bool that commit when `left` (b,) int64 steps are left, this one included.
+
+    An equal share of the masked places at least, and all in the last step; with a threshold (b,) also every place of
+    which `sure` (b, s) is above it. They are the first ones where `leftmost`, else the surest, the earlier of equals.
+    """
+    remaining = masked.sum(-1)  # (b,)
+    share = left.clamp(min=1)
+    wanted = (remaining + share - 1) // share
+    if threshold is not None:
+        wanted = torch.maximum(wanted, (masked & (sure > threshold[:, None])).sum(-1))
+    wanted = torch.where(left <= 1, remaining, wanted.clamp(min=1))
+    order = masked.cumsum(-1) - 1 if leftmost else ranks(sure.masked_fill(~masked, -torch.inf))
+    return masked & (order < wanted[:, None])
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Each value's place in its row's descending order, (b, s) int64; equal values keep their order."""
+    return values.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+def fix(
+    places: Places, valid: Tensor, fixed: Tensor, tokens: Tensor, confidence: Tensor, step: Tensor, mask_token_id: int
+) -> Places:
+    """The block after `step` (b,) int64, in which the places `fixed` (b, s) bool have a token and the others, but for
+    padding where `valid` (b, s) is false, are masked. A place that was masked takes its token and confidence (b, s)."""
+    new = fixed & places.masked
+    masked = valid & ~fixed
+    return Places(
+        torch.where(fixed, torch.where(places.masked, tokens, places.xt), mask_token_id),
+        masked,
+        torch.where(new, confidence, places.confidence).masked_fill(masked, 0.0),
+        torch.where(new, step[:, None], places.committed_at),
+    )
