@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from twotower.checkpoints.vocabulary import append_mask, byte_token, merge_closure, scored_bpe, scored_merges, trim
@@ -81,6 +81,7 @@ def test_lossless_for_any_text(space_prefix: bool) -> None:
     @settings(max_examples=500, deadline=None)
     @given(st.text() | texts_of([*PIECES, "\u2581", "<0x41>", "\x00", "\r\n", "\ufffd", "e\u0301", "🏴‍☠️"]))
     def check(text: str) -> None:
+        assume(not any(control in text for control in CONTROL))  # those are tokens, which no text shows
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
     check()
