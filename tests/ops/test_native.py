@@ -136,6 +136,24 @@ def test_ssd(s: int, n: int) -> None:
     assert torch.equal(n_ssd.ssd_state(inputs, A, state), actual.state)
 
 
+def test_a_rows_first_tokens_give_the_state_that_they_give_alone() -> None:
+    inputs, A, _, state = scan_case(6, 16)
+    found = n_ssd.ssd_state(inputs, A, state, torch.tensor([4, 0]))
+    first = ssd.ScanInputs(*(v[:1, :4] for v in inputs))
+    assert torch.equal(found[:1], n_ssd.ssd_state(first, A, state[:1]))
+    assert torch.equal(found[1], state[1])
+    expected = ssd.ssd_state(inputs, A, state, torch.tensor([4, 0]))
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("s", [1, 2, 5])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_next_past(s: int, width: int) -> None:
+    x, past = normal(3, s, 20)[..., 5:14], normal(3, width - 1, 9)
+    for counts in (None, torch.tensor([0, s, s // 2])):
+        assert torch.equal(n_conv.next_past(x, past, counts), conv.next_past(x, past, counts))
+
+
 def test_a_token_with_dt_zero_leaves_the_state_to_the_bit() -> None:
     inputs, A, _, state = scan_case(6, 16)
     inputs.dt[:, 3:] = 0

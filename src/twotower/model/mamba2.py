@@ -10,7 +10,6 @@ from twotower.config import TwoTowerConfig
 from twotower.model.linear import Linear
 from twotower.model.state import MambaState
 from twotower.ops.backend import Backend
-from twotower.ops.conv import next_past
 from twotower.ops.kernels import REFERENCE, kernels
 from twotower.ops.ssd import ScanInputs
 
@@ -93,7 +92,7 @@ class Mamba2(nn.Module):
             ssm = out.state
             pieces.append(out.y)
             if last in marks:
-                marked.append(MambaState(next_past(prepared.xbc[:, :last], state.conv, None), ssm))
+                marked.append(MambaState(self.kernels.next_past(prepared.xbc[:, :last], state.conv, None), ssm))
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         return Scanned(self._project(y, prepared.z, dtype), ssm, tuple(marked))
 
@@ -102,12 +101,10 @@ class Mamba2(nn.Module):
 
         This is the replay of an accepted prefix; `end` is the SSM state after all tokens, if already known.
         """
-        conv = next_past(prepared.xbc, state.conv, counts)
-        scan = prepared.scan
-        if counts is not None:
-            taken = torch.arange(scan.dt.shape[1], device=counts.device) < counts[:, None]  # (b, s)
-            scan, end = scan._replace(dt=scan.dt * taken.unsqueeze(-1)), None
-        return MambaState(conv, self.kernels.ssd_state(scan, self.A, state.ssm) if end is None else end)
+        conv = self.kernels.next_past(prepared.xbc, state.conv, counts)
+        if end is None or counts is not None:
+            end = self.kernels.ssd_state(prepared.scan, self.A, state.ssm, counts)
+        return MambaState(conv, end)
 
     @property
     def A(self) -> Tensor:

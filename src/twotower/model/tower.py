@@ -17,8 +17,7 @@ from twotower.model.mamba2 import Mamba2, Prepared
 from twotower.model.state import ContextState, KeyBuffer, MambaState
 from twotower.model.time_conditioning import Modulation
 from twotower.ops.backend import Backend
-from twotower.ops.conv import next_past
-from twotower.ops.kernels import REFERENCE, kernels
+from twotower.ops.kernels import REFERENCE, Kernels, kernels
 from twotower.ops.ssd import CHUNK
 from twotower.ops.transfer import to_device
 
@@ -52,12 +51,12 @@ class _CausalMamba(NamedTuple):
     marked: tuple[MambaState, ...]
 
 
-def _scored(done: FusedCausal, state: ContextState, marks: tuple[int, ...]) -> Scored:
+def _scored(done: FusedCausal, state: ContextState, marks: tuple[int, ...], kernels: Kernels) -> Scored:
     """What the loop over layers would have given for `state`."""
     ends = done.ends or (None,) * len(state.mamba)
     by_mark = {
         mark: tuple(
-            MambaState(next_past(p.xbc[:, :mark], before.conv, None), ssm)
+            MambaState(kernels.next_past(p.xbc[:, :mark], before.conv, None), ssm)
             for p, before, ssm in zip(done.prepared, state.mamba, states, strict=True)
         )
         for mark, states in zip(marks, done.marked, strict=True)
@@ -109,7 +108,7 @@ class Tower(nn.Module):
         if self.fused is not None and self.fused.usable:
             done = self.fused.causal(x, state, past, places, rope, marks)
             state.buffer.tip = None
-            return _scored(done, state, marks)
+            return _scored(done, state, marks, self.kernels)
         mask = None
         if state.buffer.keys:
             mask = self.kernels.causal_mask(state.lengths, s, t, self.activation_dtype, ids.device)
@@ -143,12 +142,12 @@ class Tower(nn.Module):
         """
         state = scored.state
         lengths = tuple(n + c for n, c in zip(state.lengths, counts, strict=True))
-        index = to_device(counts, scored.hidden.device)
+        whole = min(counts) == scored.hidden.shape[1]
+        index = None if whole else to_device(counts, scored.hidden.device)
         mamba = []
         mixers = [layer.mixer for layer in self.stack if isinstance(layer.mixer, Mamba2)]
-        whole = all(c == scored.hidden.shape[1] for c in counts)
         for mixer, replay in zip(mixers, scored.replays, strict=True):
-            advanced = mixer.advance(replay.prepared, replay.start, None if whole else index, replay.end)
+            advanced = mixer.advance(replay.prepared, replay.start, index, replay.end)
             mamba.append(advanced)
         assert state.buffer.tip is None, "these scored tokens were committed before"
         state.buffer.tip = lengths

@@ -168,13 +168,11 @@ class TwoTower(nn.Module):
         counts = (s,) * b if counts is None else counts
         logits = None
         if with_logits:
-            index = to_device(counts, scored.hidden.device)
-            last = scored.hidden[torch.arange(b, device=index.device), (index - 1).clamp_(min=0)]  # (b, d)
-            logits = self.context_lm_head(last).float()
+            logits = self.context_lm_head(_last_of(scored.hidden, counts)).float()
             if min(counts) == 0:  # rows that ended in an earlier chunk keep their logits
                 before = scored.state.next_logits
                 before = torch.zeros_like(logits) if before is None else before
-                logits = torch.where(index[:, None] > 0, logits, before)
+                logits = torch.where(to_device(counts, logits.device)[:, None] > 0, logits, before)
         return self.context_tower.commit(scored, counts, logits)
 
     def _checked(self, ids: Tensor | Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -223,3 +221,11 @@ class TwoTower(nn.Module):
             found["context_lm_head.weight"] = self.context_lm_head.weight.data
             found["lm_head.weight"] = self.lm_head.weight.data
         return found | self.time_conditioning.released_tensors()
+
+
+def _last_of(hidden: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Position counts[b] - 1 of each row of hidden (b, s, d), the first where that is 0: (b, d)."""
+    if min(counts) == hidden.shape[1]:
+        return hidden[:, -1]
+    index = to_device([max(n - 1, 0) for n in counts], hidden.device)
+    return hidden[torch.arange(len(counts), device=index.device), index]

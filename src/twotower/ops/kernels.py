@@ -20,6 +20,7 @@ class Kernels(NamedTuple):
     gated_group_rms_norm: Callable[..., Tensor]
     residual_sum: Callable[..., Tensor]
     conv_silu: Callable[..., Tensor]
+    next_past: Callable[..., Tensor]
     time_steps: Callable[..., Tensor]
     ssd_scan: Callable[..., ScanOutput]
     ssd_output: Callable[..., Tensor]
@@ -43,6 +44,7 @@ REFERENCE = Kernels(
     gated_group_rms_norm=norm.gated_group_rms_norm,
     residual_sum=norm.residual_sum,
     conv_silu=conv.conv_silu,
+    next_past=conv.next_past,
     time_steps=ssd.time_steps,
     ssd_scan=ssd.ssd_scan,
     ssd_output=ssd.ssd_output,
@@ -79,6 +81,7 @@ def kernels(backend: Backend) -> Kernels:
         gated_group_rms_norm=n_norm.gated_group_rms_norm,
         residual_sum=n_norm.residual_sum,
         conv_silu=n_conv.conv_silu,
+        next_past=n_conv.next_past,
         time_steps=n_ssd.time_steps,
         ssd_scan=n_ssd.ssd_scan,
         ssd_output=n_ssd.ssd_output,

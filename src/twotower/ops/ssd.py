@@ -77,10 +77,13 @@ def ssd_output(inputs: ScanInputs, A: Tensor, D: Tensor, state: Tensor) -> Tenso
     return torch.addcmul(y, x, D[:, None])
 
 
-def ssd_state(inputs: ScanInputs, A: Tensor, state: Tensor) -> Tensor:
-    """The state (b, h, p, n) after all tokens: exp(u_s)·H + Σ_j exp(u_s − u_j)·dt_j·x_j ⊗ B_j."""
+def ssd_state(inputs: ScanInputs, A: Tensor, state: Tensor, counts: Tensor | None = None) -> Tensor:
+    """The state (b, h, p, n) after all tokens, or the first counts[b] (b,) int64 of each row:
+    exp(u_s)·H + Σ_j exp(u_s − u_j)·dt_j·x_j ⊗ B_j."""
     x, dt, B, _ = inputs
     b, s, h, p = x.shape
+    if counts is not None:
+        dt = dt * (torch.arange(s, device=dt.device) < counts[:, None]).unsqueeze(-1)
     g, n = B.shape[2:]
     u = (dt * A).cumsum(1)  # (b, s, h)
     scaled = x * ((u[:, -1:] - u).exp() * dt).unsqueeze(-1)  # (b, s, h, p)

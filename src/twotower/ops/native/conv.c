@@ -19,3 +19,14 @@ API void tt_conv_silu(const float *x, long batch_stride, long row_stride, const 
         }
     }
 }
+
+/* out (b, w-1, c): the last w-1 rows of [past | first counts[b] rows of x], all s of them where counts is null */
+API void tt_next_past(const float *x, long batch_stride, long row_stride, const float *past, const int64_t *counts, long b,
+                      long s, long c, long w, float *out) {
+    for (long row = 0; row < b; row++)
+        for (long j = 0; j < w - 1; j++) {
+            const long at = (counts ? counts[row] : s) + j - (w - 1); /* of x, where it is not of past */
+            const float *from = at >= 0 ? x + row * batch_stride + at * row_stride : past + (row * (w - 1) + w - 1 + at) * c;
+            memcpy(out + (row * (w - 1) + j) * c, from, c * sizeof(float));
+        }
+}

@@ -20,13 +20,16 @@ API void tt_mlp(const float *x, long r, const void *up, int up_bf16, long f, con
 API void tt_conv_silu(const float *x, long batch_stride, long row_stride, const float *past, const float *taps, const
                       float *bias, long b, long s, long c, long w, float *out, int threads);
 
+API void tt_next_past(const float *x, long batch_stride, long row_stride, const float *past, const int64_t *counts, long
+                      b, long s, long c, long w, float *out);
+
 /* ssd.c */
 API void tt_time_steps(const float *dt, long batch, long token, const float *bias, float low, float high, long b, long
                        s, long h, float *out);
 API void tt_ssd(const float *x, long x_batch, long x_token, const float *B, const float *C, long bc_batch, long
                 bc_token, const float *dt, long dt_batch, long dt_token, const float *A, const float *D, const float
-                *state, long b, long s, long h, long p, long g, long n, float *y, long y_batch, float *end, int
-                threads);
+                *state, const int64_t *counts, long b, long s, long h, long p, long g, long n, float *y, long y_batch,
+                float *end, int threads);
 
 /* attention.c */
 API void tt_rotate(const float *x, long batch, long token, const float *cosine, const float *sine, long angle_batch,

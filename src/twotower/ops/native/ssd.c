@@ -53,10 +53,10 @@ static void scan_row_any(float *H, const Head *in, long i, float *y) {
 
 /* Token by token from `state` (b, h, p, n): y (b, s, h, p) and the state after the last token, each unless null.
  * x (b, s, h, p), B and C (b, s, g, n), dt (b, s, h) by strides in floats, heads and groups dense, y's rows `y_batch`
- * apart; A (h,), D (h,). */
+ * apart; A (h,), D (h,). Of row b only the first counts[b] tokens, unless that is null. */
 API void tt_ssd(const float *x, long x_batch, long x_token, const float *B, const float *C, long bc_batch, long bc_token,
                 const float *dt, long dt_batch, long dt_token, const float *A, const float *D, const float *state,
-                long b, long s, long h, long p, long g, long n, float *y, long y_batch, float *end, int threads) {
+                const int64_t *counts, long b, long s, long h, long p, long g, long n, float *y, long y_batch, float *end, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1 && b * s * h * p * n >= 65536)
     {
         /* A head's x and y lie dense while it is scanned: apart by whole pages, its tokens would share a cache set. */
@@ -65,12 +65,13 @@ API void tt_ssd(const float *x, long x_batch, long x_token, const float *B, cons
 #pragma omp for
         for (long item = 0; item < b * h; item++) {
             const long row = item / h, head = item % h, first = row * bc_batch + head / (h / g) * n;
-            for (long t = 0; t < s; t++) {
+            const long own = counts ? counts[row] : s;
+            for (long t = 0; t < own; t++) {
                 step[t] = dt[row * dt_batch + t * dt_token + head];
                 decay[t] = expf(step[t] * A[head]);
                 memcpy(dense_x + t * p, x + row * x_batch + t * x_token + head * p, p * sizeof(float));
             }
-            const Head in = {B + first, C + first, decay, step, dense_x, bc_token, s, p, n, D[head]};
+            const Head in = {B + first, C + first, decay, step, dense_x, bc_token, own, p, n, D[head]};
             for (long i = 0; i < p; i++) {
                 const long at = (item * p + i) * n;
                 float *H = end ? end + at : spare;
@@ -81,7 +82,7 @@ API void tt_ssd(const float *x, long x_batch, long x_token, const float *B, cons
                 else if (n == 16 * VL) scan_row(H, 16, &in, i, dense_y);
                 else scan_row_any(H, &in, i, dense_y);
             }
-            for (long t = 0; y && t < s; t++)
+            for (long t = 0; y && t < own; t++)
                 memcpy(y + row * y_batch + (t * h + head) * p, dense_y + t * p, p * sizeof(float));
         }
         free(decay);

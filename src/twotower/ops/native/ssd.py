@@ -22,23 +22,31 @@ def time_steps(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float]) -> Tenso
 
 def ssd_scan(inputs: ScanInputs, A: Tensor, D: Tensor, state: Tensor) -> ScanOutput:
     y, end = torch.empty(inputs.x.shape), torch.empty(state.shape)
-    _scan(inputs, A, D, state, y, end)
+    _scan(inputs, A, D, state, None, y, end)
     return ScanOutput(y, end)
 
 
 def ssd_output(inputs: ScanInputs, A: Tensor, D: Tensor, state: Tensor) -> Tensor:
     y = torch.empty(inputs.x.shape)
-    _scan(inputs, A, D, state, y, None)
+    _scan(inputs, A, D, state, None, y, None)
     return y
 
 
-def ssd_state(inputs: ScanInputs, A: Tensor, state: Tensor) -> Tensor:
+def ssd_state(inputs: ScanInputs, A: Tensor, state: Tensor, counts: Tensor | None = None) -> Tensor:
     end = torch.empty(state.shape)
-    _scan(inputs, A, A, state, None, end)  # D only enters y
+    _scan(inputs, A, A, state, counts, None, end)  # D only enters y
     return end
 
 
-def _scan(inputs: ScanInputs, A: Tensor, D: Tensor, state: Tensor, y: Tensor | None, end: Tensor | None) -> None:
+def _scan(
+    inputs: ScanInputs,
+    A: Tensor,
+    D: Tensor,
+    state: Tensor,
+    counts: Tensor | None,
+    y: Tensor | None,
+    end: Tensor | None,
+) -> None:
     x, dt, B, C = inputs
     b, s, h, p = x.shape
     g, n = B.shape[2:]
@@ -47,12 +55,12 @@ def _scan(inputs: ScanInputs, A: Tensor, D: Tensor, state: Tensor, y: Tensor | N
     assert B.stride()[2:] == (n, 1)
     assert dt.stride(2) == 1
     state = state.contiguous()
-    call = function("tt_ssd", "pll ppll pll ppp llllll plpi")
+    call = function("tt_ssd", "pll ppll pll pppp llllll plpi")
     call(
         *(x.data_ptr(), x.stride(0), x.stride(1)),
         *(B.data_ptr(), C.data_ptr(), B.stride(0), B.stride(1)),
         *(dt.data_ptr(), dt.stride(0), dt.stride(1)),
-        *(A.data_ptr(), D.data_ptr(), state.data_ptr()),
+        *(A.data_ptr(), D.data_ptr(), state.data_ptr(), None if counts is None else counts.data_ptr()),
         *(b, s, h, p, g, n),
         *(None if y is None else y.data_ptr(), s * h * p, None if end is None else end.data_ptr(), threads()),
     )

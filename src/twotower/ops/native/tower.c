@@ -84,7 +84,7 @@ static void mamba(const Shape *t, const Layer *l, const Pass *in, const Room *ro
         float *end = in->num_cuts ? in->ends + (cut * num_mamba + index) * size : 0;
         const float *first = convolved + from * channels;
         tt_ssd(first, s * channels, channels, first + inner, first + inner + bc, s * channels, channels, steps + from * h,
-               s * h, h, l->A, l->D, before, b, to - from, h, t->mamba_head, t->mamba_groups, t->state, y + from * inner,
+               s * h, h, l->A, l->D, before, 0, b, to - from, h, t->mamba_head, t->mamba_groups, t->state, y + from * inner,
                s * inner, end, in->threads);
         before = end;
         from = to;
