@@ -13,7 +13,6 @@ from torch import Tensor
 from twotower.model.mlp import MLP
 from twotower.model.pages import PAGE_SIZE, PagedKeys
 from twotower.model.state import ContextState
-from twotower.model.tower import Scored
 from twotower.model.two_tower import TwoTower
 from twotower.ops.backend import Backend
 from twotower.ops.native import build
@@ -98,10 +97,11 @@ def test_causal(
     model.pack_(Backend.NATIVE)
     marks = tuple(mark for mark in marks if mark <= s)
 
-    def run() -> tuple[Scored, ContextState, Tensor]:
+    def run() -> tuple[tuple[Any, ...], ContextState, Tensor]:
         scored = model.score(ids(2, s, seed=1), prefilled(model, tokens, [30, 13]), marks)
+        ends = [scored.advance(None if n is None else torch.tensor(n)) for n in (None, [s, s], [0, s // 2])]
         state = model.keep(scored, (s, s - 1), with_logits=True)
-        return scored, state, model.denoiser_logits(ids(2, 4), state, (0.5, 1.0))
+        return (scored.hidden, scored.marks, ends), state, model.denoiser_logits(ids(2, 4), state, (0.5, 1.0))
 
     with torch.inference_mode():
         fused, plain = run(), one_by_one(model, run)

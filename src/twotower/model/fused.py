@@ -12,25 +12,48 @@ from twotower.config import TwoTowerConfig
 from twotower.model.attention import Attention, Rotation
 from twotower.model.layer import Layer
 from twotower.model.linear import Linear
-from twotower.model.mamba2 import Mamba2, Prepared
+from twotower.model.mamba2 import Mamba2
 from twotower.model.mlp import MLP
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.pages import Past
 from twotower.model.state import ContextState, MambaState
 from twotower.ops.linear import PackedWeight
 from twotower.ops.native.call import threads
-from twotower.ops.native.tower import LayerWeights, Pass, Product, Shape, run
-from twotower.ops.ssd import CHUNK, ScanInputs
+from twotower.ops.native.tower import LayerWeights, Pass, Product, Shape, advance, run
+from twotower.ops.ssd import CHUNK
 
 
 class FusedCausal(NamedTuple):
-    """hidden (b, s, d) after the last norm; per `M` layer what the scan read, and the SSM states (b, h, p, n) after
-    each of the marks and, where they are known, after all tokens."""
+    """hidden (b, s, d) after the last norm, and what the states after some of the tokens are made of.
 
+    `before` are the states before the tokens, whose addresses are in `memory`; `saved` is what the scans read, see
+    `Pass`; `ends` has the SSM states (m, b, h, p, n) after the numbers of tokens for which they are known.
+    """
+
+    tower: "FusedTower"
     hidden: Tensor
-    prepared: tuple[Prepared, ...]
-    marked: list[tuple[Tensor, ...]]
-    ends: tuple[Tensor, ...] | None
+    before: list[MambaState]
+    memory: "array[int]"
+    saved: list[Tensor]
+    ends: dict[int, Tensor]
+
+    def advance(self, counts: Tensor | None) -> tuple[MambaState, ...]:
+        """The states after each row's first counts[b] (b,) int64 tokens, all of them where `counts` is None."""
+        return self._states(counts, self.ends.get(self.hidden.shape[1]) if counts is None else None)
+
+    def marked(self, mark: int) -> tuple[MambaState, ...]:
+        """The states after `mark` tokens, of those that were asked for."""
+        return self._states(torch.full(self.hidden.shape[:1], mark), self.ends[mark])
+
+    def _states(self, counts: Tensor | None, ssm: Tensor | None) -> tuple[MambaState, ...]:
+        if not self.before:
+            return ()
+        num, (conv, state), known = len(self.before), self.before[0], ssm is not None
+        conv = conv.new_empty(num, *conv.shape)
+        ssm = state.new_empty(num, *state.shape) if ssm is None else ssm
+        where = self.memory.buffer_info()[0]
+        advance(self.tower.shape, self.tower.layers, where, self.saved, counts, conv, None if known else ssm)
+        return tuple(map(MambaState, conv.unbind(), ssm.unbind()))
 
 
 class FusedTower:
@@ -69,7 +92,8 @@ class FusedTower:
     ) -> FusedCausal:
         """The context tower over embedded tokens x (b, s, d), which is overwritten; appends keys to `past`."""
         c, (b, s, _) = self.config, x.shape
-        num = len(state.mamba)
+        before, memory = self._memory(state, past)
+        num = len(before)
         sizes = (c.mamba_width, c.conv_width, c.mamba_num_heads)
         saved = [x.new_empty(num, b, s, width) for width in (sum(sizes), *sizes[1:])]
         # A block's end state waits until it is known how much of the block stays.
@@ -77,7 +101,7 @@ class FusedTower:
         ends = x.new_empty(len(cuts), num, b, c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_size)
         hidden = self._run(
             x,
-            state,
+            memory,
             past,
             rope,
             saved,
@@ -88,8 +112,7 @@ class FusedTower:
             keeps=True,
             causal=True,
         )
-        by_cut = [cut.unbind() for cut in ends.unbind()]
-        return FusedCausal(hidden, self._prepared(*saved), by_cut[: len(marks)], by_cut[-1] if cuts else None)
+        return FusedCausal(self, hidden, before, memory, saved, dict(zip(cuts, ends.unbind(), strict=True)))
 
     def block(
         self,
@@ -105,20 +128,25 @@ class FusedTower:
         sizes = (c.mamba_width, c.conv_width, c.mamba_num_heads)
         room = [x.new_empty(b, s, width) for width in (sum(sizes), *sizes[1:])] if seed.mamba else [x, x, x]
         starts, own = torch.tensor((seed.lengths, widths))
-        return self._run(x, seed, past, rope, room, starts=starts, widths=own, modulation=modulation)
+        _dense, memory = self._memory(seed, past)  # the tensors live as long as their addresses are used
+        return self._run(x, memory, past, rope, room, starts=starts, widths=own, modulation=modulation)
 
-    def _run(
-        self, x: Tensor, state: ContextState, past: Past, rope: Rotation | None, saved: list[Tensor], **more: Any
-    ) -> Tensor:
-        """The last norm's output (b, s, d). `more` are fields of `Pass`."""
-        b, s, _ = x.shape
-        hidden = torch.empty_like(x)
+    def _memory(self, state: ContextState, past: Past) -> "tuple[list[MambaState], array[int]]":
+        """The `M` layers' states without gaps, and the addresses of what every layer remembers, two per layer."""
         dense = [MambaState(m.conv.contiguous(), m.ssm.contiguous()) for m in state.mamba]
         mamba, keys = iter(dense), zip(past.keys, past.values, strict=True)
         memory = array("Q")
         for layer in self.stack:
             pair = next(mamba) if layer.kind == "M" else next(keys) if layer.kind == "*" else None
             memory.extend((0, 0) if pair is None else (pair[0].data_ptr(), pair[1].data_ptr()))
+        return dense, memory
+
+    def _run(
+        self, x: Tensor, memory: "array[int]", past: Past, rope: Rotation | None, saved: list[Tensor], **more: Any
+    ) -> Tensor:
+        """The last norm's output (b, s, d). `more` are fields of `Pass`."""
+        b, s, _ = x.shape
+        hidden = torch.empty_like(x)
         tensors = dict(zip(("projected", "convolved", "steps"), saved, strict=True), x=x, hidden=hidden, norm=self.norm)
         if rope is not None:
             shared = rope.cos.shape[0] == 1
@@ -134,17 +162,6 @@ class FusedTower:
         what = Pass(b=b, s=s, threads=threads(), memory=memory.buffer_info()[0], **fields)
         run(self.shape, self.layers, what)
         return hidden
-
-    def _prepared(self, projected: Tensor, convolved: Tensor, steps: Tensor) -> tuple[Prepared, ...]:
-        """Views of what all layers' scans read: (m, b, s, w), (m, b, s, c) and (m, b, s, h), taken apart."""
-        c = self.config
-        group = c.mamba_num_groups * c.mamba_state_size
-        z, xbc, _ = projected.split((c.mamba_width, c.conv_width, c.mamba_num_heads), dim=-1)
-        states, B, C = convolved.split((c.mamba_width, group, group), dim=-1)
-        heads = states.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim)).unbind()
-        Bs, Cs = (v.unflatten(-1, (c.mamba_num_groups, c.mamba_state_size)).unbind() for v in (B, C))
-        scans = map(ScanInputs, heads, steps.unbind(), Bs, Cs)
-        return tuple(map(Prepared, z.unbind(), xbc.unbind(), scans))
 
 
 def _shape(config: TwoTowerConfig, stack: Sequence[Layer]) -> Shape:

@@ -3,6 +3,8 @@
 Letters: b batch, s tokens, t cached tokens rounded up, d width, h heads, k KV heads, p head width.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -11,13 +13,13 @@ from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.attention import Attention, Rotation, rotation
-from twotower.model.fused import FusedCausal, FusedTower
+from twotower.model.fused import FusedTower
 from twotower.model.layer import Layer
 from twotower.model.mamba2 import Mamba2, Prepared
 from twotower.model.state import ContextState, KeyBuffer, MambaState
 from twotower.model.time_conditioning import Modulation
 from twotower.ops.backend import Backend
-from twotower.ops.kernels import REFERENCE, Kernels, kernels
+from twotower.ops.kernels import REFERENCE, kernels
 from twotower.ops.ssd import CHUNK
 from twotower.ops.transfer import to_device
 
@@ -34,12 +36,13 @@ class Scored(NamedTuple):
     """The context tower over s tokens, before it is decided how many of them stay.
 
     hidden (b, s, d) after the last norm; `state` is the one before the tokens, whose key buffer already holds them.
-    `marks` has the recurrent states, one per `M` layer, after each of the numbers of tokens that were asked for.
+    `advance` gives the recurrent states, one per `M` layer, after each row's first counts[b] (b,) int64 tokens, or all
+    of them for None; `marks` has those after each of the numbers of tokens that were asked for.
     """
 
     hidden: Tensor
     state: ContextState
-    replays: tuple[Replay, ...]
+    advance: Callable[[Tensor | None], tuple[MambaState, ...]]
     marks: dict[int, tuple[MambaState, ...]]
 
 
@@ -51,17 +54,10 @@ class _CausalMamba(NamedTuple):
     marked: tuple[MambaState, ...]
 
 
-def _scored(done: FusedCausal, state: ContextState, marks: tuple[int, ...], kernels: Kernels) -> Scored:
-    """What the loop over layers would have given for `state`."""
-    ends = done.ends or (None,) * len(state.mamba)
-    by_mark = {
-        mark: tuple(
-            MambaState(kernels.next_past(p.xbc[:, :mark], before.conv, None), ssm)
-            for p, before, ssm in zip(done.prepared, state.mamba, states, strict=True)
-        )
-        for mark, states in zip(marks, done.marked, strict=True)
-    }
-    return Scored(done.hidden, state, tuple(map(Replay, done.prepared, state.mamba, ends)), by_mark)
+def _replay(mixers: Sequence[Mamba2], replays: Sequence[Replay], counts: Tensor | None) -> tuple[MambaState, ...]:
+    """`Scored.advance`, layer by layer."""
+    pairs = zip(mixers, replays, strict=True)
+    return tuple(mixer.advance(r.prepared, r.start, counts, r.end) for mixer, r in pairs)
 
 
 class Tower(nn.Module):
@@ -108,7 +104,7 @@ class Tower(nn.Module):
         if self.fused is not None and self.fused.usable:
             done = self.fused.causal(x, state, past, places, rope, marks)
             state.buffer.tip = None
-            return _scored(done, state, marks, self.kernels)
+            return Scored(done.hidden, state, done.advance, {mark: done.marked(mark) for mark in marks})
         mask = None
         if state.buffer.keys:
             mask = self.kernels.causal_mask(state.lengths, s, t, self.activation_dtype, ids.device)
@@ -132,7 +128,8 @@ class Tower(nn.Module):
             x = layer.leave(x, mixed, None)
         state.buffer.tip = None
         by_mark = {mark: tuple(states[i] for states in marked) for i, mark in enumerate(marks)}
-        return Scored(self.finish(x), state, tuple(replays), by_mark)
+        mixers = [layer.mixer for layer in self.stack if isinstance(layer.mixer, Mamba2)]
+        return Scored(self.finish(x), state, functools.partial(_replay, mixers, replays), by_mark)
 
     def commit(self, scored: Scored, counts: tuple[int, ...], next_logits: Tensor | None) -> ContextState:
         """The state after the first counts[b] of the scored tokens of each row.
@@ -144,14 +141,10 @@ class Tower(nn.Module):
         lengths = tuple(n + c for n, c in zip(state.lengths, counts, strict=True))
         whole = min(counts) == scored.hidden.shape[1]
         index = None if whole else to_device(counts, scored.hidden.device)
-        mamba = []
-        mixers = [layer.mixer for layer in self.stack if isinstance(layer.mixer, Mamba2)]
-        for mixer, replay in zip(mixers, scored.replays, strict=True):
-            advanced = mixer.advance(replay.prepared, replay.start, index, replay.end)
-            mamba.append(advanced)
+        mamba = scored.advance(index)
         assert state.buffer.tip is None, "these scored tokens were committed before"
         state.buffer.tip = lengths
-        return ContextState(lengths, tuple(mamba), state.buffer, next_logits)
+        return ContextState(lengths, mamba, state.buffer, next_logits)
 
     def block(
         self,

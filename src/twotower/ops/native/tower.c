@@ -178,3 +178,24 @@ API void tt_tower(const Shape *t, const Layer *layers, const Pass *in) {
     tt_rms_norm(in->x, b * s, d, in->norm, t->eps, 0, 0, 0, 0, 1, in->hidden, in->threads);
     free(room);
 }
+
+/* Conv rows (M layers, b, w-1, c) and, unless null, SSM states (M layers, b, h, p, n) after each row's first counts[b]
+ * tokens of a pass, all s of them where counts is null; memory, projected, convolved and steps are that pass's. */
+API void tt_advance(const Shape *t, const Layer *layers, const void *const *memory, const float *projected,
+                    const float *convolved, const float *steps, long b, long s, const int64_t *counts, float *conv, float *ssm,
+                    int threads) {
+    const long h = t->mamba_heads, inner = h * t->mamba_head, bc = t->mamba_groups * t->state, channels = inner + 2 * bc;
+    const long wide = inner + channels + h, size = b * inner * t->state, rows = b * (t->kernel - 1) * channels;
+    long index = 0;
+    for (long i = 0; i < t->num_layers; i++) {
+        if (layers[i].kind != 'M') continue;
+        const float *A = layers[i].A, *x = convolved + index * b * s * channels;
+        tt_next_past(projected + index * b * s * wide + inner, s * wide, wide, memory[2 * i], counts, b, s, channels,
+                     t->kernel, conv + index * rows);
+        if (ssm) /* D only enters y */
+            tt_ssd(x, s * channels, channels, x + inner, x + inner + bc, s * channels, channels, steps + index * b * s * h,
+                   s * h, h, A, A, memory[2 * i + 1], counts, b, s, h, t->mamba_head, t->mamba_groups, t->state, 0, 0,
+                   ssm + index * size, threads);
+        index++;
+    }
+}

@@ -3,7 +3,9 @@
 import ctypes
 from typing import Any
 
-from twotower.ops.native.call import DOUBLE, LONG, POINTER, function
+from torch import Tensor
+
+from twotower.ops.native.call import DOUBLE, LONG, POINTER, function, threads
 
 
 def _fields(longs: str = "", *, pointers: str = "", doubles: str = "") -> list[tuple[str, Any]]:
@@ -58,3 +60,26 @@ class Pass(ctypes.Structure):
 
 def run(shape: Shape, layers: "ctypes.Array[LayerWeights]", what: Pass) -> None:
     function("tt_tower", "ppp")(ctypes.addressof(shape), ctypes.addressof(layers), ctypes.addressof(what))
+
+
+def advance(
+    shape: Shape,
+    layers: "ctypes.Array[LayerWeights]",
+    memory: int,
+    saved: list[Tensor],
+    counts: Tensor | None,
+    conv: Tensor,
+    ssm: Tensor | None,
+) -> None:
+    """Writes the `M` layers' states after some tokens of a pass to `conv` and, where it is given, `ssm`.
+
+    `memory` is the address of the pass's; `saved` are its projected, convolved and steps.
+    """
+    _, b, s, _ = saved[0].shape
+    call = function("tt_advance", "ppp ppp ll ppp i")
+    call(
+        *(ctypes.addressof(shape), ctypes.addressof(layers), memory),
+        *(v.data_ptr() for v in saved),
+        *(b, s, None if counts is None else counts.data_ptr()),
+        *(conv.data_ptr(), None if ssm is None else ssm.data_ptr(), threads()),
+    )
