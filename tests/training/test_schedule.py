@@ -1,5 +1,6 @@
 import json
 import math
+import random
 from typing import Any
 
 import pytest
@@ -42,10 +43,20 @@ def test_what_is_not_finite_is_a_fault_and_a_high_loss_once_others_are_known() -
     assert guard.judge(0, math.nan, 1.0) == "not finite"
     assert guard.judge(1, 1.0, math.inf) == "not finite"
     assert [guard.judge(2 + s, 5.0 + 0.1 * s, 1.0) for s in range(16)] == [None] * 16
-    assert guard.judge(18, 11.0, 1.0) is None  # the median is 5.8
-    assert guard.judge(19, 12.0, 1.0) == "spike"
+    assert guard.judge(18, 12.7, 1.0) is None  # nine in ten are below 6.4
+    assert guard.judge(19, 15.0, 1.0) == "spike"
     assert guard.num_skipped == 3
     assert all(Guard(spike_factor=0, skip_limit=0).judge(s, 10.0**s, 1.0) is None for s in range(30))
+
+
+def test_hard_rows_are_no_spikes() -> None:
+    """Losses as near the end of learning answers: one in thirty is three times their median."""
+    rng = random.Random(0)
+    losses = [0.04 * math.exp(0.6 * rng.gauss(0, 1)) for _ in range(2000)]
+    assert sum(loss > 0.12 for loss in losses) > 40
+    guard = Guard(spike_factor=3.0, skip_limit=10)
+    assert sum(guard.judge(step, loss, 1.0) is not None for step, loss in enumerate(losses)) <= 10
+    assert guard.judge(2000, 1.0, 1.0) == "spike"
 
 
 def test_too_many_skipped_steps_in_a_window_stop_the_run() -> None:

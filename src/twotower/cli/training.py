@@ -52,7 +52,10 @@ EmaDecayOption = Annotated[
 ]
 SpikeFactorOption = Annotated[
     float,
-    typer.Option("--spike-factor", help="Skip steps whose loss is this many times the recent median; 0 skips none."),
+    typer.Option(
+        "--spike-factor",
+        help="Skip steps of this many times the loss that nine in ten stay below; 0 skips none.",
+    ),
 ]
 SkipLimitOption = Annotated[
     int, typer.Option("--skip-limit", help="Stop when more of the last 100 steps were skipped, 0 or more.")
