@@ -165,7 +165,7 @@ def test_schedule_reads_the_settings() -> None:
         {"steps_per_block": 4, "confidence_threshold": 0.5},
         {"mode": "simulated_ar", "steps_per_block": 4, "block_size": 8},
     ]
-    at = schedule(tuple(SamplingParams(**p) for p in params), 3, CPU)
+    at = schedule(tuple(SamplingParams(**p) for p in params), CPU).at(3)
     assert at.step == 3
     assert at.num_steps.tolist() == [4, 8]
     assert at.threshold.tolist() == [0.5, pytest.approx(0.8)]

@@ -280,6 +280,7 @@ def test_best(shape: tuple[int, ...]) -> None:
     logits[..., -1] = -torch.inf if shape[-1] > 1 else 3.0
     found, expected = n_unmask.best(logits), unmask.best(logits)
     assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(n_unmask.argmax(logits), unmask.argmax(logits))
     assert torch.equal(found.logits, expected.logits)
     torch.testing.assert_close(found.log_sum, logits.double().logsumexp(-1).float(), rtol=1e-6, atol=1e-6)
     rows = logits.flatten(0, -2) if len(shape) > 1 else logits[None]
@@ -295,6 +296,7 @@ def test_best_of_what_is_no_distribution(strange: float) -> None:
     found, expected = n_unmask.best(logits), unmask.best(logits)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert torch.equal(n_unmask.argmax(logits), unmask.argmax(logits))
 
 
 @pytest.mark.parametrize("s", [1, 4, 16, 300])

@@ -45,6 +45,8 @@ class Guides:
 
     def after(self, tokens: Sequence[Sequence[int]]) -> Self:
         """The guides when each row has produced these tokens as well; what follows an end token does not count."""
+        if not self.any:
+            return self
         return dataclasses.replace(
             self, rows=tuple(self._follow(guide, ids) for guide, ids in zip(self.rows, tokens, strict=True))
         )

@@ -1,6 +1,5 @@
 """Modes `diffusion` and `simulated_ar`: block-wise mask diffusion. Letters: b rows, s positions of the block."""
 
-import dataclasses
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -11,6 +10,7 @@ from twotower.decoding import unmasking
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import Proposal, Temper, propose, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
+from twotower.decoding.unmasking import Schedule
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
 from twotower.ops.kernels import Kernels
@@ -21,8 +21,7 @@ from twotower.ops.unmask import Places
 _COIN_STEP = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """The rows' blocks: xt (b, s) int64 with masks, `valid` (b, s) bool false at padding, and for fixed positions the
     probability and the step of their commit, (b, s) each. `seed` is the context state on the denoiser's device.
 
@@ -42,8 +41,7 @@ class Block:
 
     def select(self, rows: list[int]) -> "Block":
         index = to_device(rows, self.xt.device)
-        return dataclasses.replace(
-            self,
+        return self._replace(
             xt=self.xt[index],
             valid=self.valid[index],
             masked=self.masked[index],
@@ -75,9 +73,10 @@ class Block:
 
     def resized(self, size: int) -> "Block":
         """With `size` columns; those that come or go are padding."""
+        if size == self.xt.shape[1]:
+            return self
         extra = (0, size - self.xt.shape[1])
-        return dataclasses.replace(
-            self,
+        return self._replace(
             xt=F.pad(self.xt, extra, value=self.mask_token_id),
             valid=F.pad(self.valid, extra),
             masked=F.pad(self.masked, extra),
@@ -86,13 +85,13 @@ class Block:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class DiffusionRows:
+class DiffusionRows(NamedTuple):
     """Rows whose context holds everything before `block`."""
 
     requests: tuple[Request, ...]
     context: ContextState
     settings: Temper
+    schedule: Schedule
     produced: tuple[int, ...]  # new tokens of each row before the block
     block: Block
 
@@ -105,22 +104,22 @@ class DiffusionRows:
         return True
 
     def select(self, rows: list[int]) -> Self:
-        return dataclasses.replace(
-            self,
+        return self._replace(
             requests=tuple(self.requests[r] for r in rows),
             context=self.context.select(rows),
             settings=self.settings.select(rows),
+            schedule=self.schedule.select(rows),
             produced=tuple(self.produced[r] for r in rows),
             block=self.block.select(rows),
         )
 
     def join(self, others: Self) -> Self:
         context = join((self.context, others.context))
-        return dataclasses.replace(
-            self,
+        return self._replace(
             requests=self.requests + others.requests,
             context=context,
             settings=self.settings.join(others.settings),
+            schedule=self.schedule.join(others.schedule),
             produced=self.produced + others.produced,
             block=self.block.join(others.block, context),
         )
@@ -142,11 +141,11 @@ def context_ids(request: Request) -> tuple[int, ...]:
 
 def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> DiffusionRows:
     """Rows whose `context_ids` are absorbed."""
-    settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.denoiser_device)
-    rows = DiffusionRows(
-        requests, context, settings, tuple(len(r.produced) for r in requests), _no_block(model, context)
-    )
-    return _begin_blocks(model, rows)
+    params, device = tuple(r.params for r in requests), model.denoiser_device
+    settings = temper(params, model.config.vocab_size, device)
+    produced = tuple(len(r.produced) for r in requests)
+    block = _masks(model, _widths(requests, produced), context.to(device))
+    return DiffusionRows(requests, context, settings, unmasking.schedule(params, device), produced, block)
 
 
 class _Launched(NamedTuple):
@@ -170,8 +169,7 @@ class _Launched(NamedTuple):
             )
             for row, (count, width) in enumerate(zip(left, block.widths, strict=True))
         )
-        rows = dataclasses.replace(self.rows, block=dataclasses.replace(block, left=left))
-        return Stepped(rows, tokens, (1,) * len(left), self.absorbed)
+        return Stepped(self.rows._replace(block=block._replace(left=left)), tokens, (1,) * len(left), self.absorbed)
 
 
 def launch(model: TwoTower, rows: DiffusionRows) -> _Launched:
@@ -186,93 +184,105 @@ def launch(model: TwoTower, rows: DiffusionRows) -> _Launched:
     level = tuple(left / width for left, width in zip(block.left, block.widths, strict=True))
     ragged = block.widths if min(block.widths) < block.xt.shape[1] else None
     logits = model.denoiser_logits(block.xt, block.seed, level, ragged)
-    logits[..., model.config.mask_token_id] = -torch.inf
+    logits.select(-1, model.config.mask_token_id).fill_(-torch.inf)
     draws = None if rows.settings.all_greedy else _uniforms(rows.requests, block, 0)
     kernels = model.denoiser_tower.kernels
     proposal = propose(logits, rows.settings, draws, kernels)
-    after = _unmask(rows.requests, block, proposal, logits, kernels)
+    after = _unmask(rows, proposal, logits, kernels)
     columns = (after.xt, after.committed_at, after.confidence, after.masked)
     found = torch.stack([c.double() for c in columns])
-    return _Launched(dataclasses.replace(rows, block=after), found, absorbed)
+    return _Launched(rows._replace(block=after), found, absorbed)
 
 
 def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
     """Absorbs every finished block and masks that row's next one; rows in the middle of a block stay as they are."""
-    context, produced, block = rows.context, rows.produced, rows.block
+    block = rows.block
     full = [row for row, left in enumerate(block.left) if left == 0]
     if not full:
         return rows
-    if block.xt.shape[1]:
-        widths = tuple(block.widths[row] for row in full)
-        ids = block.xt[to_device(full, block.xt.device), : max(widths)].to(model.context_device, non_blocking=True)
-        context = model.absorb(ids, context, widths, with_logits=False, rows=full)
-        produced = tuple(
-            n + (w if left == 0 else 0) for n, w, left in zip(produced, block.widths, block.left, strict=True)
+    every = len(full) == len(block.left)
+    done = tuple(block.widths[row] for row in full)
+    ids = block.xt if every else block.xt[to_device(full, block.xt.device)]
+    if max(done) < ids.shape[1]:
+        ids = ids[:, : max(done)]
+    ids = ids.to(model.context_device, non_blocking=True)
+    context = model.absorb(ids, rows.context, done, with_logits=False, rows=full)
+    produced = tuple(n + (0 if left else w) for n, w, left in zip(rows.produced, block.widths, block.left, strict=True))
+    seed = context.to(model.denoiser_device)
+    next_widths = _widths(rows.requests, produced)
+    widths = tuple(w if left else n for n, w, left in zip(next_widths, block.widths, block.left, strict=True))
+    begun = _masks(model, widths, seed)
+    if not every:
+        old = block.resized(max(widths))
+        goes_on = to_device([left > 0 for left in block.left], block.xt.device)[:, None]
+        begun = begun._replace(
+            xt=torch.where(goes_on, old.xt, begun.xt),
+            masked=torch.where(goes_on, old.masked, begun.masked),
+            confidence=torch.where(goes_on, old.confidence, begun.confidence),
+            committed_at=torch.where(goes_on, old.committed_at, begun.committed_at),
+            steps=tuple(n if left else 0 for n, left in zip(block.steps, block.left, strict=True)),
+            left=tuple(left or w for left, w in zip(block.left, widths, strict=True)),
         )
-    widths = tuple(
-        min(r.params.block_size, r.params.max_new_tokens - n) if left == 0 else w
-        for r, n, w, left in zip(rows.requests, produced, block.widths, block.left, strict=True)
-    )
+    return rows._replace(context=context, produced=produced, block=begun)
+
+
+def _widths(requests: tuple[Request, ...], produced: tuple[int, ...]) -> tuple[int, ...]:
+    """How long each row's next block is after `produced` new tokens, 0 for a row that has them all."""
+    return tuple(min(r.params.block_size, r.params.max_new_tokens - n) for r, n in zip(requests, produced, strict=True))
+
+
+def _masks(model: TwoTower, widths: tuple[int, ...], seed: ContextState) -> Block:
+    """Blocks of `widths`, all masks."""
     assert min(widths) > 0, "a row that is done was not taken out"
-    old = block.resized(max(widths))
-    device = model.denoiser_device
-    fresh = to_device([left == 0 for left in block.left], device)[:, None]
-    valid = torch.arange(max(widths), device=device) < to_device(widths, device)[:, None]  # (b, s)
-    begun = Block(
-        xt=old.xt.masked_fill(fresh, block.mask_token_id),
-        valid=valid,
-        masked=torch.where(fresh, valid, old.masked),
-        confidence=old.confidence.masked_fill(fresh, 0.0),
-        committed_at=old.committed_at.masked_fill(fresh, 0),
-        widths=widths,
-        steps=tuple(0 if left == 0 else n for n, left in zip(block.steps, block.left, strict=True)),
-        left=tuple(left or w for left, w in zip(block.left, widths, strict=True)),
-        seed=context.to(device),
-        mask_token_id=block.mask_token_id,
-    )
-    return dataclasses.replace(rows, context=context, produced=produced, block=begun)
-
-
-def _no_block(model: TwoTower, context: ContextState) -> Block:
-    """Blocks of no positions, which are full."""
-    none = torch.zeros(context.batch_size, 0, dtype=torch.long, device=model.denoiser_device)
-    zeros = (0,) * context.batch_size
+    shape, device = (len(widths), max(widths)), model.denoiser_device
+    valid = torch.ones(shape, dtype=torch.bool, device=device)
+    if min(widths) < max(widths):
+        valid = torch.arange(max(widths), device=device) < to_device(widths, device)[:, None]  # (b, s)
     return Block(
-        xt=none,
-        valid=none.bool(),
-        masked=none.bool(),
-        confidence=none.float(),
-        committed_at=none,
-        widths=zeros,
-        steps=zeros,
-        left=zeros,
-        seed=context,
+        xt=torch.full(shape, model.config.mask_token_id, device=device),
+        valid=valid,
+        masked=valid,
+        confidence=torch.zeros(shape, device=device),
+        committed_at=torch.zeros(shape, dtype=torch.long, device=device),
+        widths=widths,
+        steps=(0,) * len(widths),
+        left=widths,
+        seed=seed,
         mask_token_id=model.config.mask_token_id,
     )
 
 
-def _unmask(requests: tuple[Request, ...], block: Block, proposal: Proposal, logits: Tensor, kernels: Kernels) -> Block:
+def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, kernels: Kernels) -> Block:
     """The blocks after this step; `left` is still the count before it."""
-    params = tuple(r.params for r in requests)
+    block = rows.block
     steps = to_device(block.steps, block.xt.device)
-    at = unmasking.schedule(params, steps, block.xt.device)
-    rules = [_rule(p) for p in params]
+    at = rows.schedule.at(steps)
+    rules = [_rule(r.params) for r in rows.requests]
     fixed: Tensor | None = None  # positions fixed after this step
     for rule in sorted(set(rules)):
         if rule == "remask":
             sure = torch.where(block.masked, proposal.confidence, block.confidence)
             kept = unmasking.remask(sure, block.valid, at)
         else:
-            coins = _uniforms(requests, block, _COIN_STEP) if rule == "posterior" else None
+            coins = _uniforms(rows.requests, block, _COIN_STEP) if rule == "posterior" else None
             ranked = unmasking.certainty(rule, logits, proposal)
             new = unmasking.commit(rule, ranked, block.masked, at, coins, kernels)
-            kept = (block.valid & ~block.masked) | new
-        ours = to_device([r == rule for r in rules], block.xt.device)[:, None]
-        fixed = kept if fixed is None else torch.where(ours, kept, fixed)
+            kept = block.valid & (new | ~block.masked)
+        if fixed is None:
+            fixed = kept
+        else:
+            ours = to_device([r == rule for r in rules], block.xt.device)[:, None]
+            fixed = torch.where(ours, kept, fixed)
     assert fixed is not None, "a batch has rows"
     before = Places(block.xt, block.masked, block.confidence, block.committed_at)
     after = kernels.fix(before, block.valid, fixed, *proposal, steps, block.mask_token_id)
-    return dataclasses.replace(block, **after._asdict(), steps=tuple(n + 1 for n in block.steps))
+    return block._replace(
+        xt=after.xt,
+        masked=after.masked,
+        confidence=after.confidence,
+        committed_at=after.committed_at,
+        steps=tuple(n + 1 for n in block.steps),
+    )
 
 
 def _rule(params: SamplingParams) -> str:

@@ -27,7 +27,7 @@ class Request(NamedTuple):
     params: SamplingParams
     seed: int
     produced: tuple[int, ...] = ()
-    draft: int = 4
+    draft: int = 8
 
 
 class Token(NamedTuple):

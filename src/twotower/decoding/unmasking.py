@@ -24,12 +24,24 @@ class Schedule(NamedTuple):
     num_steps: Tensor
     threshold: Tensor
 
+    def at(self, step: Tensor | int) -> "Schedule":
+        return Schedule(step, self.num_steps, self.threshold)
 
-def schedule(params: tuple[SamplingParams, ...], step: Tensor | int, device: torch.device) -> Schedule:
-    """Collects T and γ of a batch. `simulated_ar` takes one step per position."""
+    def select(self, rows: list[int]) -> "Schedule":
+        """The first step of some rows."""
+        index = to_device(rows, self.num_steps.device)
+        return Schedule(0, self.num_steps[index], self.threshold[index])
+
+    def join(self, others: "Schedule") -> "Schedule":
+        """The first step of both batches' rows."""
+        return Schedule(0, torch.cat((self.num_steps, others.num_steps)), torch.cat((self.threshold, others.threshold)))
+
+
+def schedule(params: tuple[SamplingParams, ...], device: torch.device) -> Schedule:
+    """The first step of a batch, with its T and γ. `simulated_ar` takes one step per position."""
     steps = [p.block_size if p.mode == "simulated_ar" else p.steps_per_block for p in params]
     thresholds = to_device([p.confidence_threshold for p in params], device)
-    return Schedule(step, to_device(steps, device), thresholds)
+    return Schedule(0, to_device(steps, device), thresholds)
 
 
 def certainty(rule: str, logits: Tensor, proposal: Proposal) -> Tensor:

@@ -83,8 +83,8 @@ class Draft(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """How many leading draft ids each row keeps (b), the token after them (b), and for each row of the draft with that
-    token in its place the ids and their probabilities, (b, s+1) on the host."""
+    """How many leading draft ids each row keeps (b), the token after them (b), and for each row ids and their
+    probabilities (b, s+1) on the host, which count from the first that was not known to that token."""
 
     accepted: tuple[int, ...]
     bonus: tuple[int, ...]
@@ -108,7 +108,7 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 class Judged(NamedTuple):
     """The context tower over a draft: `results` (2, b, s+2) are each row's number of leading draft ids that it keeps,
-    then the draft with the token after those in its place; beside ids, their probabilities."""
+    then ids, which are those and the token after them, with anything behind it; beside ids, their probabilities."""
 
     model: TwoTower
     rows: VerifiedRows
@@ -157,15 +157,15 @@ def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
     ragged = widths if min(widths) < size else None
     seed = rows.context.to(device)
     logits = model.denoiser_logits(block, seed, level, ragged)
-    logits[..., model.config.mask_token_id] = -torch.inf
+    logits.select(-1, model.config.mask_token_id).fill_(-torch.inf)
     logits = logits.to(model.context_device)
     if rows.settings.all_greedy:
-        ids, probabilities = model.context_tower.kernels.best(logits).tokens, None
+        ids, probabilities = model.context_tower.kernels.argmax(logits), None
     else:
         probabilities = distribution(logits, rows.settings)
         ids = inverse_sample(probabilities, _table(rows, _DRAFT, widths, size))
-    ids = ids.to(model.context_device)
-    ids[:, :num_known] = block[:, :num_known].to(model.context_device)
+    if num_known:
+        ids[:, 0] = block[:, 0].to(model.context_device)
     return Draft(ids, probabilities)
 
 
@@ -188,8 +188,6 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
     target = rows.guides.mask(own, drafts, num_known)
     best = model.context_tower.kernels.best(own)
     widths, s = rows.widths, draft.ids.shape[1]
-    places = torch.arange(s, device=draft.ids.device)
-    inside = places < to_device(widths, places.device)[:, None]  # (b, s)
     if draft.probabilities is None:
         greedy = target.argmax(-1) if rows.guides.any else best.tokens  # (b, s+1)
         agrees = draft.ids == greedy[:, :s]
@@ -198,16 +196,22 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
         drafted = draft.ids.unsqueeze(-1)
         ratio = p[:, :s].gather(-1, drafted) / draft.probabilities.gather(-1, drafted).clamp(min=1e-38)
         agrees = _table(rows, _ACCEPT, widths, s) < ratio.squeeze(-1)
-    agrees = (agrees & inside) | (places < num_known)
-    accepted = agrees.long().cumprod(-1).sum(-1)  # (b,)
+    if min(widths) < s:
+        places = torch.arange(s, device=agrees.device)
+        agrees &= places < to_device(widths, places.device)[:, None]
+    if num_known:
+        agrees[:, 0] = True
+    accepted = agrees.cumprod(-1).sum(-1)  # (b,)
     if draft.probabilities is None:
-        after = greedy.gather(1, accepted[:, None])[:, 0]
+        emitted = greedy  # which a draft equals as far as it is accepted
     else:
         after = _correction(rows, draft.probabilities, p, accepted, widths)
-    emitted = torch.cat((draft.ids, draft.ids[:, :1]), dim=1).scatter(1, accepted[:, None], after[:, None])
-    confidence = probability(
-        own, emitted, best.log_sum
-    )  # (b, s+1), without a constraint as without temperature and filters
+        emitted = torch.cat((draft.ids, draft.ids[:, :1]), dim=1).scatter(1, accepted[:, None], after[:, None])
+    # without a constraint as without temperature and filters, (b, s+1)
+    if emitted is best.tokens:
+        confidence = (best.logits - best.log_sum).exp()
+    else:
+        confidence = probability(own, emitted, best.log_sum)
     # the count beside its row, so that one copy to the host has it all
     found = results(torch.cat((accepted[:, None], emitted), dim=1), F.pad(confidence, (1, 0)))
     return Judged(model, rows, scored, found)

@@ -34,6 +34,7 @@ class Kernels(NamedTuple):
     route: Callable[..., Routing]
     apply_experts: Callable[..., Tensor]
     best: Callable[..., Best]
+    argmax: Callable[..., Tensor]
     commit: Callable[..., Tensor]
     fix: Callable[..., Places]
 
@@ -58,6 +59,7 @@ REFERENCE = Kernels(
     route=moe.route,
     apply_experts=moe.apply_experts,
     best=unmask.best,
+    argmax=unmask.argmax,
     commit=unmask.commit,
     fix=unmask.fix,
 )
@@ -95,6 +97,7 @@ def kernels(backend: Backend) -> Kernels:
         route=n_moe.route,
         apply_experts=n_moe.apply_experts,
         best=n_unmask.best,
+        argmax=n_unmask.argmax,
         commit=n_unmask.commit,
         fix=n_unmask.fix,
     )

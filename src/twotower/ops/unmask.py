@@ -30,6 +30,11 @@ def best(logits: Tensor) -> Best:
     return Best(tokens, values, logits.logsumexp(-1))
 
 
+def argmax(logits: Tensor) -> Tensor:
+    """The tokens of `best` alone."""
+    return logits.argmax(-1)
+
+
 def commit(sure: Tensor, masked: Tensor, left: Tensor, threshold: Tensor | None, *, leftmost: bool) -> Tensor:
     """The masked places (b, s) bool that commit when `left` (b,) int64 steps are left, this one included.
 

@@ -27,7 +27,8 @@ static float largest(const float *x, long v) {
     return found;
 }
 
-/* Of each of r rows of v logits: the first largest, its place, and log of the sum of all exp */
+/* Of each of r rows of v logits: the first largest's place, and unless `values` is null itself and the log of the sum of
+   all exp */
 API void tt_best(const float *logits, long r, long v, int64_t *tokens, float *values, float *log_sum, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && r * v >= 65536)
     for (long m = 0; m < r; m++) {
@@ -36,6 +37,7 @@ API void tt_best(const float *logits, long r, long v, int64_t *tokens, float *va
         long at = 0;
         while (at < v && x[at] != most && (most == most || x[at] == x[at])) at++;
         tokens[m] = at;
+        if (!values) continue;
         values[m] = log_sum[m] = most;
         if (!isfinite(most)) continue; /* nothing to add up: -inf, inf and nan are their own sums */
         double total = 0;

@@ -18,6 +18,14 @@ def best(logits: Tensor) -> Best:
     return found
 
 
+def argmax(logits: Tensor) -> Tensor:
+    logits = logits.contiguous()
+    tokens = logits.new_empty(logits.shape[:-1], dtype=torch.int64)
+    call = function("tt_best", "pll ppp i")
+    call(logits.data_ptr(), tokens.numel(), logits.shape[-1], tokens.data_ptr(), None, None, threads())
+    return tokens
+
+
 def commit(sure: Tensor, masked: Tensor, left: Tensor, threshold: Tensor | None, *, leftmost: bool) -> Tensor:
     sure, masked = sure.contiguous(), masked.contiguous()
     b, s = masked.shape
