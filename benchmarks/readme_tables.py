@@ -124,19 +124,20 @@ def evaluation(results: list[Result]) -> str:
 
 
 def evaluation_settings(results: list[Result]) -> str:
-    """Of `twotower eval --json` with several thresholds: a line per setting, with its score in every task."""
-    [result] = results
+    """Of `twotower eval --json` with several thresholds: a line per setting, with its score in every task and its
+    gain at batch 1 in every file; scores are the first file's, the others are the same run on other threads."""
+    first = results[0]
     rows = []
-    for setting, overall in result["overall"].items():
-        scores = [f"{task['settings'][setting]['score']:.2f}" for task in result["tasks"].values()]
-        gains = ["" if gain is None else f"{gain:.2f}" for gain in overall["gain"].values()]
+    for setting, overall in first["overall"].items():
+        scores = [f"{task['settings'][setting]['score']:.2f}" for task in first["tasks"].values()]
+        gains = [f"{result['overall'][setting]['gain']['1']:.2f}" for result in results]
         mode, *threshold = setting.split(" ", 1)
         kept = "" if setting == "ar" else _interval(overall["retention"])
         rows.append([" ".join([f"`{mode}`", *threshold]), *scores, kept, *gains])
-    sizes = next(iter(result["overall"].values()))["gain"]
-    header = ["mode", *result["tasks"], "of `ar`'s scores (95 %)", *(f"times `ar`, batch {size}" for size in sizes)]
-    caption = origin(result["command"], result | result["machine"]).replace("medians with quartiles", "medians")
-    return f"{markdown(header, rows)}\n\n{caption}"
+    threads = [_threads(result["machine"]["threads"]) for result in results]
+    header = ["mode", *first["tasks"], "of `ar`'s scores (95 %)", *(f"times `ar`, {count}" for count in threads)]
+    captions = [origin(r["command"], r | r["machine"]).replace("medians with quartiles", "medians") for r in results]
+    return "\n\n".join([markdown(header, rows), "\n".join(captions)])
 
 
 def ablations(results: list[Result]) -> str:
@@ -210,11 +211,13 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def origin(command: str, result: Result) -> str:
     """Command, commit and machine, for below a table."""
-    where = (
-        f"{result['cpu']}, {result['threads']} threads" if result["threads"] != 1 else f"{result['cpu']}, one thread"
-    )
+    where = f"{result['cpu']}, {_threads(result['threads'])}"
     commit = "an unknown commit" if result["commit"] is None else result["commit"]
     return f"(`{command}`, {commit}, {where}, torch {result['torch']}; medians with quartiles)"
+
+
+def _threads(count: int) -> str:
+    return "one thread" if count == 1 else f"{count} threads"
 
 
 def spread(median: float, quartiles: list[float], digits: int) -> str:

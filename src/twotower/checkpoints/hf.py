@@ -17,6 +17,9 @@ from twotower.model.two_tower import TwoTower
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 
+# The checkpoints that come with the package, by the names under which they are opened.
+SHIPPED = {name: Path(__file__).parents[1] / "data" / name for name in ("stories", "hybrid")}
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
 _DTYPES = {
@@ -41,7 +44,7 @@ _EXPERT_PARTS = (".mixer.experts.", ".mixer.gate.", ".mixer.shared_experts.")
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
-    """The local directory of a checkpoint: the path itself, else a download from the Hugging Face hub.
+    """The local directory of a checkpoint: the path itself, or of a name in `SHIPPED`, else a download from the hub.
 
     Only JSON, safetensors and chat template files are downloaded. Raises FileNotFoundError if it is neither.
     """
@@ -50,8 +53,13 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         return path
     if path.exists():
         raise ValueError(f"{path} is a file, must be a checkpoint directory; give the directory that holds it")
+    if str(path_or_hub_id) in SHIPPED:
+        return SHIPPED[str(path_or_hub_id)]
     if not _HUB_ID.fullmatch(str(path_or_hub_id)):
-        raise FileNotFoundError(f"there is no directory {path}; give an existing one, or a hub id such as owner/name")
+        raise FileNotFoundError(
+            f"there is no directory {path}; give an existing one, a hub id such as owner/name, "
+            f"or a shipped checkpoint: {', '.join(SHIPPED)}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -6,12 +6,11 @@ from typing import Literal
 
 import torch
 
-from twotower.checkpoints.hf import load_model, load_tokenizer, resolve
+from twotower.checkpoints.hf import SHIPPED, load_model, load_tokenizer, resolve
 from twotower.model.two_tower import TwoTower
 from twotower.ops.backend import Backend
 
-# The stories checkpoint that ships with the package.
-DEFAULT_CHECKPOINT = Path(__file__).parents[1] / "data" / "stories"
+DEFAULT_CHECKPOINT = SHIPPED["stories"]
 
 
 def load(
@@ -25,7 +24,8 @@ def load(
     backend: Literal["reference", "native"] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TwoTower:
-    """Opens a two-tower checkpoint: a local directory, a hub id, or the shipped stories checkpoint by default.
+    """Opens a two-tower checkpoint: a local directory, a hub id, or the name of one that comes with the package,
+    "stories" (the default) or "hybrid".
 
     `dtype` None keeps the checkpoint's. The towers go to `context_device` and `denoiser_device`, each `device` unless
     given. `pack` gives constant weights the layout that is fastest for inference; pack=False keeps plain tensors, to

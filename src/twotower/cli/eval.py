@@ -30,7 +30,7 @@ def command(
         str | None,
         typer.Argument(
             help="Checkpoint directory or Hugging Face id.",
-            show_default="the stories checkpoint that comes with the package",
+            show_default="stories, which comes with the package",
         ),
     ] = None,
     tasks: Annotated[

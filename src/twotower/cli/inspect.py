@@ -42,7 +42,7 @@ def command(
         str | None,
         typer.Argument(
             help="Checkpoint directory, or the id of a Hugging Face repository, which is downloaded first.",
-            show_default="the stories checkpoint that comes with the package",
+            show_default="stories, which comes with the package",
         ),
     ] = None,
     context_length: Annotated[

@@ -18,7 +18,7 @@ ModelOption = Annotated[
         "--model",
         metavar="PATH",
         help="Checkpoint directory, or the id of a Hugging Face repository.",
-        show_default="the stories checkpoint that comes with the package",
+        show_default="stories, which comes with the package",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where both towers run: cpu, cuda, cuda:N or mps.")]

@@ -1,0 +1,43 @@
+"""The shipped hybrid: it answers what it was taught, and `verified` answers as `ar` does."""
+
+import pytest
+
+import twotower
+from twotower.checkpoints.hf import SHIPPED, resolve
+from twotower.eval.quality import answer, mean_score
+from twotower.eval.tasks import read_task
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> twotower.TwoTower:
+    return twotower.load("hybrid")
+
+
+def test_both_towers_fit_in_25_mb() -> None:
+    assert sum(f.stat().st_size for f in SHIPPED["hybrid"].glob("*.safetensors")) < 25e6
+
+
+def test_its_name_opens_it_unless_a_directory_has_that_name(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve("hybrid") == SHIPPED["hybrid"]
+    (tmp_path / "hybrid").mkdir()
+    assert resolve("hybrid").resolve() == tmp_path / "hybrid"
+
+
+def test_it_has_every_kind_of_layer(hybrid: twotower.TwoTower) -> None:
+    assert set(hybrid.config.pattern) == set("M*-E")
+
+
+@pytest.mark.parametrize("task", ["lists", "json"])
+def test_answers(hybrid: twotower.TwoTower, task: str) -> None:
+    questions = read_task(task, limit=24)
+    ar, verified, diffusion = (
+        answer(hybrid, questions, twotower.SamplingParams(mode=mode, confidence_threshold=0.95, seed=0))
+        for mode in ("ar", "verified", "diffusion")
+    )
+    assert mean_score(ar) == 1
+    assert [a.text for a in verified] == [a.text for a in ar]
+    assert mean_score(diffusion) > 0.85
+    # more than one token a pass, in both ways of drafting
+    for answers in (verified, diffusion):
+        assert sum(a.stats.num_tokens for a in answers) > 2 * sum(a.stats.denoiser_calls for a in answers)
