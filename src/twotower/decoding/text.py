@@ -14,10 +14,13 @@ class TextStream:
         self._tokenizer = tokenizer
         self._ids = list(prompt_ids)
         self._start = self._window()  # ids before this one are settled and no longer decoded
-        # The prompt may end inside a character: if its bytes are completed it belongs to the new text.
-        ends = (self._decode(self._ids[self._start : len(self._ids) - n]) for n in range(4))
-        self._shown = max(len(text.rstrip("\ufffd")) for text in ends)
-        self._dangling = self._decode(self._ids[self._start :])[self._shown :]
+        whole = self._decode(self._ids[self._start :])
+        self._shown = len(whole)
+        if whole.endswith("\ufffd"):
+            # The prompt may end inside a character: if its bytes are completed it belongs to the new text.
+            ends = (self._decode(self._ids[self._start : len(self._ids) - n]) for n in range(4))
+            self._shown = max(len(text.rstrip("\ufffd")) for text in ends)
+        self._dangling = whole[self._shown :]
         self.text = ""
 
     def push(self, ids: list[int]) -> str:
