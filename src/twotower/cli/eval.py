@@ -9,7 +9,7 @@ from typing import Annotated, cast
 import typer
 from rich.console import Console
 
-from twotower.cli.options import DeviceOption, DtypeOption, open_model
+from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, open_model
 from twotower.decoding.params import Mode, SamplingParams
 from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig, evaluate
 from twotower.eval.provenance import provenance
@@ -26,13 +26,7 @@ _TIMING = SpeedConfig()
 
 @app.command("eval")
 def command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Checkpoint directory or Hugging Face id.",
-            show_default="stories, which comes with the package",
-        ),
-    ] = None,
+    model: ModelArgument = None,
     tasks: Annotated[
         str,
         typer.Option(

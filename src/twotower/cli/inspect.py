@@ -16,6 +16,7 @@ from twotower.checkpoints.hf import read_config, released_shapes, resolve
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
 from twotower.checkpoints.tensor_files import TensorFiles, scan
 from twotower.cli.accounting import PARTS, Place, parameters, released_tensors, state_bytes
+from twotower.cli.options import ModelArgument
 from twotower.config import TwoTowerConfig
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -38,13 +39,7 @@ class Differences:
 
 @app.command("inspect")
 def command(
-    path: Annotated[
-        str | None,
-        typer.Argument(
-            help="Checkpoint directory, or the id of a Hugging Face repository, which is downloaded first.",
-            show_default="stories, which comes with the package",
-        ),
-    ] = None,
+    model: ModelArgument = None,
     context_length: Annotated[
         list[int] | None,
         typer.Option(
@@ -57,7 +52,7 @@ def command(
 ) -> None:
     """Show parameters per part and tower, memory per dtype and context length, and every tensor that differs from what
     the config asks for; then the exit code is 1. Reads no weights."""
-    directory = DEFAULT_CHECKPOINT if path is None else resolve(path)
+    directory = DEFAULT_CHECKPOINT if model is None else resolve(model)
     config = read_config(directory)
     files = scan(directory)
     differences = compare(released_shapes(config), files)

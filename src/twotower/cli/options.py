@@ -7,20 +7,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from twotower.checkpoints.load import load
+from twotower.checkpoints.hf import SHIPPED
+from twotower.checkpoints.load import DEFAULT_CHECKPOINT, load
 from twotower.model.two_tower import TwoTower
 
 Dtype = Literal["float32", "bfloat16"]
 
+_MODEL = f"Checkpoint directory, Hugging Face id, or the name of one that comes with the package: {', '.join(SHIPPED)}."
 ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="PATH",
-        help="Checkpoint directory, or the id of a Hugging Face repository.",
-        show_default="stories, which comes with the package",
-    ),
+    str | None, typer.Option("--model", metavar="PATH", help=_MODEL, show_default=DEFAULT_CHECKPOINT.name)
 ]
+ModelArgument = Annotated[str | None, typer.Argument(help=_MODEL, show_default=DEFAULT_CHECKPOINT.name)]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where both towers run: cpu, cuda, cuda:N or mps.")]
 ContextDeviceOption = Annotated[
     str | None, typer.Option("--context-device", help="Where the context tower runs.", show_default="--device")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from twotower.cli.eval import fitted, integers, numbers, telling, warn_about_programs
-from twotower.cli.options import DeviceOption, DtypeOption, open_model
+from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, open_model
 from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig
 from twotower.eval.provenance import provenance
 from twotower.eval.sweep import Point, SweepConfig, sweep
@@ -29,13 +29,7 @@ def _listed(values: Sequence[object]) -> str:
 
 @app.command("sweep")
 def command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Checkpoint directory or Hugging Face id.",
-            show_default="stories, which comes with the package",
-        ),
-    ] = None,
+    model: ModelArgument = None,
     *,
     out: Annotated[Path, typer.Option(help="Directory for sweep.csv, sweep.json and the pictures; new or empty.")],
     task: Annotated[
