@@ -1,9 +1,14 @@
 """The shipped hybrid: it answers what it was taught, and `verified` answers as `ar` does."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
+import torch
 
 import twotower
 from twotower.checkpoints.hf import SHIPPED, resolve
+from twotower.decoding.params import Mode
 from twotower.eval.quality import answer, mean_score
 from twotower.eval.tasks import read_task
 
@@ -20,6 +25,8 @@ def test_both_towers_fit_in_25_mb() -> None:
 def test_its_name_opens_it_unless_a_directory_has_that_name(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert resolve("hybrid") == SHIPPED["hybrid"]
+    with pytest.raises(FileNotFoundError, match="hybrid"):
+        resolve(Path("./hybrid"))
     (tmp_path / "hybrid").mkdir()
     assert resolve("hybrid").resolve() == tmp_path / "hybrid"
 
@@ -41,3 +48,32 @@ def test_answers(hybrid: twotower.TwoTower, task: str) -> None:
     # more than one token a pass, in both ways of drafting
     for answers in (verified, diffusion):
         assert sum(a.stats.num_tokens for a in answers) > 2 * sum(a.stats.denoiser_calls for a in answers)
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "verified", "simulated_ar"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("watched", [False, True])
+def test_neither_a_whole_number_nor_the_default_dtype_changes_an_answer(
+    hybrid: twotower.TwoTower, mode: Mode, temperature: float, watched: bool
+) -> None:
+    """C kernels read float32, whatever PyTorch would make of a Python number. A hook makes layers run one by one."""
+    towers = (hybrid.context_tower, hybrid.denoiser_tower) if watched else ()
+    hooks = [tower.stack[0].register_forward_hook(lambda *_: None) for tower in towers]
+    prompt = read_task("lists", limit=1).examples[0].prompt
+    exact = twotower.SamplingParams(
+        mode=mode, max_new_tokens=20, confidence_threshold=1.0, temperature=temperature, seed=3
+    )
+    whole = dataclasses.replace(exact, confidence_threshold=1, temperature=int(temperature))
+    [expected] = twotower.generate(hybrid, [prompt], exact)
+    [found] = twotower.generate(hybrid, [prompt], whole)
+    torch.set_default_dtype(torch.float64)
+    try:
+        [wide] = twotower.generate(hybrid, [prompt], exact)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        for hook in hooks:
+            hook.remove()
+    for other in (found, wide):
+        assert other.token_ids == expected.token_ids
+        assert other.confidences == expected.confidences
+        assert other.commit_steps == expected.commit_steps

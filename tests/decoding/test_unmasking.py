@@ -169,3 +169,7 @@ def test_schedule_reads_the_settings() -> None:
     assert at.step == 3
     assert at.num_steps.tolist() == [4, 8]
     assert at.threshold.tolist() == [0.5, pytest.approx(0.8)]
+
+
+def test_a_whole_threshold_is_a_float_to_the_kernels() -> None:
+    assert schedule((SamplingParams(confidence_threshold=1),), CPU).threshold.dtype == torch.float32

@@ -53,8 +53,8 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         return path
     if path.exists():
         raise ValueError(f"{path} is a file, must be a checkpoint directory; give the directory that holds it")
-    if str(path_or_hub_id) in SHIPPED:
-        return SHIPPED[str(path_or_hub_id)]
+    if isinstance(path_or_hub_id, str) and path_or_hub_id in SHIPPED:  # Path("./hybrid") is a place
+        return SHIPPED[path_or_hub_id]
     if not _HUB_ID.fullmatch(str(path_or_hub_id)):
         raise FileNotFoundError(
             f"there is no directory {path}; give an existing one, a hub id such as owner/name, "

@@ -242,7 +242,7 @@ def _masks(model: TwoTower, widths: tuple[int, ...], seed: ContextState) -> Bloc
         xt=torch.full(shape, model.config.mask_token_id, device=device),
         valid=valid,
         masked=valid,
-        confidence=torch.zeros(shape, device=device),
+        confidence=torch.zeros(shape, dtype=torch.float32, device=device),
         committed_at=torch.zeros(shape, dtype=torch.long, device=device),
         widths=widths,
         steps=(0,) * len(widths),
@@ -291,7 +291,7 @@ def _rule(params: SamplingParams) -> str:
 
 def _uniforms(requests: tuple[Request, ...], block: Block, first_step: int) -> Tensor:
     """(b, s) uniforms named by each row's step: as many per row as its block is wide, whatever the batch's width."""
-    table = torch.zeros(block.valid.shape)
+    table = torch.zeros(block.valid.shape, dtype=torch.float32)
     for row, (request, start) in enumerate(zip(requests, block.seed.lengths, strict=True)):
         width = block.widths[row]
         table[row, :width] = uniforms(request.seed, start, first_step + block.steps[row], width)

@@ -54,11 +54,13 @@ class Temper(NamedTuple):
 
 def temper(params: tuple[SamplingParams, ...], vocab_size: int, device: torch.device) -> Temper:
     """Collects the sampling settings of a batch."""
+    temperatures = [p.temperature or 1.0 for p in params]
+    sums = [torch.inf if p.top_p in (None, 1) else p.top_p for p in params]
     return Temper(
-        to_device([p.temperature or 1.0 for p in params], device),
+        to_device(torch.tensor(temperatures, dtype=torch.float32), device),
         to_device([p.temperature == 0 for p in params], device),
         to_device([min(p.top_k or vocab_size, vocab_size) for p in params], device),
-        to_device([torch.inf if p.top_p in (None, 1) else p.top_p for p in params], device),
+        to_device(torch.tensor(sums, dtype=torch.float32), device),
         all(p.temperature == 0 for p in params),
         any(p.temperature == 0 for p in params),
         any(p.top_k is not None or p.top_p is not None for p in params),
@@ -139,4 +141,4 @@ def uniforms(seed: int, position: int, step: int, count: int) -> Tensor:
         key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
         key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK64
         key ^= key >> 31
-    return torch.rand(count, generator=torch.Generator().manual_seed(key >> 1))
+    return torch.rand(count, dtype=torch.float32, generator=torch.Generator().manual_seed(key >> 1))

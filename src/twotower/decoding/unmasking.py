@@ -40,8 +40,9 @@ class Schedule(NamedTuple):
 def schedule(params: tuple[SamplingParams, ...], device: torch.device) -> Schedule:
     """The first step of a batch, with its T and γ. `simulated_ar` takes one step per position."""
     steps = [p.block_size if p.mode == "simulated_ar" else p.steps_per_block for p in params]
-    thresholds = to_device([p.confidence_threshold for p in params], device)
-    return Schedule(0, to_device(steps, device), thresholds)
+    # a γ of 1 is an integer to PyTorch, and kernels read float32
+    thresholds = torch.tensor([p.confidence_threshold for p in params], dtype=torch.float32)
+    return Schedule(0, to_device(steps, device), to_device(thresholds, device))
 
 
 def certainty(rule: str, logits: Tensor, proposal: Proposal) -> Tensor:

@@ -238,7 +238,7 @@ def _correction(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widt
     weights = torch.where(usable[:, None], residual, there)
     # Named by the token's own position: a first round that accepts nothing starts where the next one does. Drawn for
     # every count there may be, because the host does not know it yet.
-    table = torch.zeros(len(widths), q.shape[1] + 1)
+    table = torch.zeros(len(widths), q.shape[1] + 1, dtype=torch.float32)
     for r, (request, n, width) in enumerate(zip(rows.requests, rows.context.lengths, widths, strict=True)):
         if request.params.temperature > 0:
             table[r, : width + 1] = torch.cat([uniforms(request.seed, n + k, _CORRECT, 1) for k in range(width + 1)])
@@ -262,7 +262,7 @@ def _next_draft(width: int, num_emitted: int) -> int:
 
 def _table(rows: VerifiedRows, purpose: int, widths: tuple[int, ...], size: int) -> Tensor:
     """(b, size) uniforms named by each row's context length and the purpose of the draw."""
-    table = torch.zeros(len(widths), size)
+    table = torch.zeros(len(widths), size, dtype=torch.float32)
     for row, (request, start) in enumerate(zip(rows.requests, rows.context.lengths, strict=True)):
         table[row, : widths[row]] = uniforms(request.seed, start, purpose, widths[row])
     return to_device(table, rows.settings.top_k.device)

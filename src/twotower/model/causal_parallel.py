@@ -65,5 +65,5 @@ def _layer(layer: Layer, x: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Ten
 def _load(mixer: MixtureOfExperts, entered: Tensor) -> Tensor:
     """(1, e): routed once more, which costs little beside the experts."""
     chosen = mixer.route(entered.flatten(0, 1)).experts.flatten()
-    counts = torch.zeros(mixer.config.num_experts, device=chosen.device)
+    counts = torch.zeros(mixer.config.num_experts, dtype=torch.float32, device=chosen.device)
     return counts.index_add_(0, chosen, torch.ones_like(chosen, dtype=counts.dtype)).unsqueeze(0)

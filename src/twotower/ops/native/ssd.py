@@ -21,21 +21,25 @@ def time_steps(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float]) -> Tenso
 
 
 def ssd_scan(inputs: ScanInputs, A: Tensor, D: Tensor, state: Tensor) -> ScanOutput:
-    y, end = torch.empty(inputs.x.shape), torch.empty(state.shape)
+    y, end = _floats(inputs.x.shape), _floats(state.shape)
     _scan(inputs, A, D, state, None, y, end)
     return ScanOutput(y, end)
 
 
 def ssd_output(inputs: ScanInputs, A: Tensor, D: Tensor, state: Tensor) -> Tensor:
-    y = torch.empty(inputs.x.shape)
+    y = _floats(inputs.x.shape)
     _scan(inputs, A, D, state, None, y, None)
     return y
 
 
 def ssd_state(inputs: ScanInputs, A: Tensor, state: Tensor, counts: Tensor | None = None) -> Tensor:
-    end = torch.empty(state.shape)
+    end = _floats(state.shape)
     _scan(inputs, A, A, state, counts, None, end)  # D only enters y
     return end
+
+
+def _floats(shape: torch.Size) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)
 
 
 def _scan(
