@@ -39,21 +39,25 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def _pareto(points: Sequence[Point]) -> Figure | None:
-    """Score against tokens per second with quartiles; a line joins what is not beaten under its condition."""
+    """Score against tokens per second with quartiles; a line joins what is not beaten under its condition, and that
+    and ar have their names."""
     if not points:
         return None
     figure, axes = _figure(9, 6)
     for condition in dict.fromkeys(p.condition for p in points):
         own = [p for p in points if p.condition == condition]
         low, high = ([abs(_rate(p) - end) for p, end in zip(own, _ends(own, i), strict=True)] for i in (0, 2))
-        drawn = axes.errorbar([_rate(p) for p in own], [p.score for p in own], xerr=[low, high], fmt="o")
+        drawn = axes.errorbar([_rate(p) for p in own], [p.score for p in own], xerr=[low, high], fmt="o", alpha=0.4)
         best = front(own)
-        axes.plot([_rate(p) for p in best], [p.score for p in best], color=drawn[0].get_color(), label=condition)
-        for point in own:
-            axes.annotate(point.label, (_rate(point), point.score), (4, 4), textcoords="offset points", fontsize=7)
+        colour = drawn[0].get_color()
+        axes.plot([_rate(p) for p in best], [p.score for p in best], "o-", color=colour, label=condition)
+        for point in [*best, *(p for p in own if p.params.mode == "ar" and p not in best)]:
+            place = (_rate(point), point.score)
+            axes.annotate(point.label, place, (2, 6), textcoords="offset points", fontsize=7, rotation=25)
+    axes.margins(x=0.1, y=0.12)
     axes.set_xlabel("tokens per second without prefill (median and quartiles)")
     axes.set_ylabel(f"score on {points[0].task}")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")
     return figure
 
 
