@@ -72,6 +72,21 @@ def test_the_choice_turns_with_the_load() -> None:
     assert alone[0].mode == "verified"
 
 
+def test_what_two_rows_cost_is_found_out_again() -> None:
+    """A price learnt from steps that the machine held up, which steps of one row don't put right."""
+    chooser, rows = Chooser(), [AutoRow(EXACT), AutoRow(EXACT)]
+    for _ in range(20):
+        chooser.observe("ar", 1, 1.0)
+        chooser.observe("ar", 2, 2.5)
+
+    def cost(mode: str, num_rows: int) -> float:
+        return {"ar": 0.9 + 0.1 * num_rows, "verified": 1.2 + 1.2 * num_rows}[mode]
+
+    for _ in range(4):
+        run(chooser, rows, cost, {"ar": 1, "verified": 2})
+    assert [row.mode for row in rows] == ["ar", "ar"]
+
+
 def test_requests_differ_in_what_a_draft_gives_them() -> None:
     """Beside each other in one round: the one whose drafts are right verifies, the other does not."""
     chooser = Chooser()

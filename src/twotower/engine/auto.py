@@ -25,7 +25,7 @@ _PERIOD = 8
 # Reasons to choose at once: a step that takes so many times what was expected; a load that has changed by one row in so
 # many.
 _SURPRISE, _LOAD_CHANGE = 3.0, 4
-# Rounds after which a mode that nobody takes is tried by one request, at first and, where trials change nothing, at
+# Rounds after which a mode that nobody takes is tried, at first and, where trials change nothing, at
 # most; and for how many of its steps. A mode that is n times slower by what is known waits n² times as long: a trial of
 # it costs more, and is less likely to change anything.
 _RETRY, _LONGEST_RETRY, _TRIAL = 400, 12800, 8
@@ -200,7 +200,11 @@ class Chooser:
         self._patience.update(dict.fromkeys((row.wanted for row in rows), _RETRY))
 
     def _try_one(self, rows: Sequence[AutoRow], staying: collections.Counter[str]) -> None:
-        """Puts one row on trial in a mode that nothing is known of, or nothing recent; one row at a time."""
+        """Puts one row on trial in a mode that nothing is known of, or nothing recent; one row at a time.
+
+        Both where there are two and something is known: that costs less than a step of each mode, and no trial of one
+        would put right what is wrongly thought of a step of two.
+        """
         rates = {mode: self._rate(mode, self._num_rows) for mode in self._costs}
         fastest = max(rates.values(), default=1.0)
         for row in () if any(row.trial for row in rows) else rows:
@@ -209,7 +213,10 @@ class Chooser:
                 wait = min(patience * (fastest / rates.get(mode, fastest)) ** 2, _LONGEST_RETRY)
                 stale = self._round - self._seen.get(mode, -_LONGEST_RETRY) >= wait
                 if mode != row.wanted and stale and not staying[mode]:
-                    row.wanted, row.trial = mode, _TRIAL
+                    both = mode in self._costs and self._num_rows == len(rows) == 2
+                    for one in rows if both else [row]:
+                        if mode in one.modes:
+                            one.wanted, one.trial = mode, _TRIAL
                     self._seen[mode] = self._round
                     if mode in self._costs:
                         self._patience[mode] = min(2 * patience, _LONGEST_RETRY)
