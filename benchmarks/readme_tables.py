@@ -130,7 +130,8 @@ def evaluation_settings(results: list[Result]) -> str:
     rows = []
     for setting, overall in first["overall"].items():
         scores = [f"{task['settings'][setting]['score']:.2f}" for task in first["tasks"].values()]
-        gains = [f"{result['overall'][setting]['gain']['1']:.2f}" for result in results]
+        measured = [result["overall"][setting]["gain"]["1"] for result in results]
+        gains = ["" if gain is None else f"{gain:.2f}" for gain in measured]
         mode, *threshold = setting.split(" ", 1)
         kept = "" if setting == "ar" else _interval(overall["retention"])
         rows.append([" ".join([f"`{mode}`", *threshold]), *scores, kept, *gains])

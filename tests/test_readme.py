@@ -88,22 +88,23 @@ def test_evaluation_settings(render):
         return {"retention": {"value": 0.75, "low": 0.5, "high": 1.0}, "gain": {"1": gain}}
 
     names = ("ar", "diffusion γ 0.6", "verified")
-    lines = render(
-        "evaluation_settings",
-        MACHINE
-        | {
-            "command": "twotower eval",
-            "machine": {},
-            "overall": {name: overall(gain) for name, gain in zip(names, (1.0, 1.25, None), strict=True)},
+
+    def on(threads, gains):
+        return MACHINE | {
+            "command": f"twotower eval --json {threads}",
+            "machine": {"cpu": "a CPU", "threads": threads},
+            "overall": {name: overall(gain) for name, gain in zip(names, gains, strict=True)},
             "tasks": {task: {"settings": {n: {"score": 0.5} for n in names}} for task in ("a", "b")},
-        },
-    )
-    assert lines[0] == "| mode | a | b | of `ar`'s scores (95 %) | times `ar`, batch 1 |"
+        }
+
+    lines = render("evaluation_settings", on(2, (1.0, 1.25, None)), on(1, (1.0, 1.5, 2.0)))
+    assert lines[0] == "| mode | a | b | of `ar`'s scores (95 %) | times `ar`, 2 threads | times `ar`, one thread |"
     assert lines[2:5] == [
-        "| `ar` | 0.50 | 0.50 |  | 1.00 |",
-        "| `diffusion` γ 0.6 | 0.50 | 0.50 | 75.0% (50.0%–100.0%) | 1.25 |",
-        "| `verified` | 0.50 | 0.50 | 75.0% (50.0%–100.0%) |  |",
+        "| `ar` | 0.50 | 0.50 |  | 1.00 | 1.00 |",
+        "| `diffusion` γ 0.6 | 0.50 | 0.50 | 75.0% (50.0%–100.0%) | 1.25 | 1.50 |",
+        "| `verified` | 0.50 | 0.50 | 75.0% (50.0%–100.0%) |  | 2.00 |",
     ]
+    assert [line.split("`")[1] for line in lines[6:8]] == ["twotower eval --json 2", "twotower eval --json 1"]
 
 
 def test_ablations(render):
