@@ -8,6 +8,7 @@ import torch
 
 import twotower
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
+from twotower.ops.native.build import library
 
 PROMPTS = Path(__file__).parents[1] / "benchmarks" / "stories_prompts.json"
 
@@ -35,14 +36,26 @@ def test_ar_writes_a_story(stories: twotower.TwoTower) -> None:
     assert text.startswith(", there was a little girl named Lily. She loved to play outside in the")
 
 
+def check_tie(stories: twotower.TwoTower, prompt: tuple[int, ...], one: list[int], other: list[int]) -> None:
+    """Where two texts part, both tokens are the likeliest but for the last bit of a bf16 logit."""
+    at = next(n for n, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    logits = stories.context_logits([[*prompt, *one[:at]]])[0, -1]
+    assert logits[[one[at], other[at]]].min() >= logits.max() - 2**-7 * logits.max().abs()
+
+
 def test_verified_equals_ar_on_200_prompts(stories: twotower.TwoTower) -> None:
     beginnings = (tuple(p[:n]) for p in json.loads(PROMPTS.read_text()) for n in (17, 20, 23, 26, 29, 32))
     rows = list(dict.fromkeys(beginnings))[:200]
     assert len(rows) == 200
     ar = twotower.generate(stories, rows, twotower.SamplingParams(mode="ar", max_new_tokens=24))
     verified = twotower.generate(stories, rows, twotower.SamplingParams(mode="verified", max_new_tokens=24))
-    assert [g.token_ids for g in verified] == [g.token_ids for g in ar]
-    assert [g.finish_reason for g in verified] == [g.finish_reason for g in ar]
+    differ = [i for i in range(200) if verified[i].token_ids != ar[i].token_ids]
+    if library() is not None:  # no sum depends on how many tokens a pass has
+        assert not differ
+        assert [g.finish_reason for g in verified] == [g.finish_reason for g in ar]
+    assert len(differ) <= 10
+    for i in differ:
+        check_tie(stories, rows[i], ar[i].token_ids, verified[i].token_ids)
     # the drafts are worth something: more than one token a round
     assert sum(len(g.token_ids) for g in verified) > 1.5 * sum(g.stats.denoiser_calls for g in verified)
 
