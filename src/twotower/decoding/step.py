@@ -20,8 +20,8 @@ class Request(NamedTuple):
     """A prompt's ids (at least one) with its settings; `seed` is settled.
 
     `produced` are new tokens that it has already, where it goes on with a context state that was made anew. `draft` is
-    the length of the next draft of mode `verified`, which depends on what became of those before; the first is long enough
-    for a short answer to need one round.
+    the length of the next draft of mode `verified`, which depends on what became of those before; the first is long
+    enough for a short answer to need one round.
     """
 
     prompt_ids: tuple[int, ...]

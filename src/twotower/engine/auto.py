@@ -25,9 +25,9 @@ _PERIOD = 8
 # Reasons to choose at once: a step that takes so many times what was expected; a load that has changed by one row in so
 # many.
 _SURPRISE, _LOAD_CHANGE = 3.0, 4
-# Rounds after which a mode that nobody takes is tried, at first and, where trials change nothing, at most; and for how
-# many of its steps. A mode that is n times slower by what is known waits n² times as long: a trial of it costs more, and
-# is less likely to change anything.
+# Rounds after which a mode that nobody takes is tried, at first and, where trials change nothing, at most; and for
+# how many of its steps. A mode that is n times slower by what is known waits n² times as long: a trial of it costs
+# more, and is less likely to change anything.
 _RETRY, _LONGEST_RETRY, _TRIAL = 400, 12800, 8
 # Steps at the rate of all requests that a request's own rate starts with: requests differ less than steps do.
 _PRIOR_STEPS = 12
@@ -202,8 +202,8 @@ class Chooser:
     def _try_one(self, rows: Sequence[AutoRow], staying: collections.Counter[str]) -> None:
         """Puts a row on trial in a mode that nothing is known of, or nothing recent; one trial at a time.
 
-        Both rows where there are two and something is known: that costs less than a step of each mode, and no trial of one
-        would put right what is wrongly thought of a step of two.
+        Both rows where there are two and something is known: that costs less than a step of each mode, and no trial of
+        one would put right what is wrongly thought of a step of two.
         """
         rates = {mode: self._rate(mode, self._num_rows) for mode in self._costs}
         fastest = max(rates.values(), default=1.0)
