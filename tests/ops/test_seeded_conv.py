@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from twotower.ops import seeded_conv as module
 from twotower.ops.seeded_conv import make_reach, seeded_conv
 
 TOKENS, CHANNELS = 13, 3
@@ -38,8 +39,44 @@ def test_blocks_see_the_context_before_them_and_documents_nothing(width: int, bi
     close(alone, naive(context, None, DOCUMENT, taps, bias), 1e-14)
 
 
-def test_gradients_reach_everything() -> None:
+@pytest.mark.parametrize("piece", [1, 5 * 2 * 2, module.PIECE])  # one token at a time, five, and the whole row
+def test_gradients_reach_everything(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE", piece)
     torch.manual_seed(0)
     reach = make_reach(DOCUMENT, BLOCK, 4)
     inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 13, 2), (2, 13, 2), (4, 2), (2,))]
     assert torch.autograd.gradcheck(lambda x, context, taps, bias: seeded_conv(x, context, reach, taps, bias), inputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize("biased", [True, False])
+def test_rows_shorter_than_the_kernel_have_gradients(tokens: int, biased: bool) -> None:
+    torch.manual_seed(0)
+    reach = make_reach(torch.zeros(1, tokens).long(), torch.arange(tokens)[None], 4)
+    shapes = ((2, tokens, 2), (2, tokens, 2), (4, 2), (2,))
+    x, context, taps, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    assert torch.autograd.gradcheck(
+        lambda *i: seeded_conv(*i[:2], reach, i[2], i[3] if biased else None), (x, context, taps, bias)
+    )
+
+
+def test_a_frozen_context_gets_no_gradient_and_changes_no_other() -> None:
+    torch.manual_seed(0)
+    reach = make_reach(DOCUMENT, BLOCK, 4)
+    inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 13, 2), (2, 13, 2), (4, 2), (2,))]
+    x, context, taps, bias = inputs
+    weight = torch.randn(2, 13, 2).double()
+    both = torch.autograd.grad((seeded_conv(x, context, reach, taps, bias) * weight).sum(), inputs)
+    frozen = (seeded_conv(x, context.detach(), reach, taps, bias) * weight).sum()
+    for a, b in zip(torch.autograd.grad(frozen, (x, taps, bias)), (both[0], both[2], both[3]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_it_keeps_its_inputs_and_nothing_of_their_size() -> None:
+    reach = make_reach(DOCUMENT, BLOCK, 4)
+    x, context = torch.randn(2, 2, TOKENS, CHANNELS)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: (saved.append(v), v)[1], lambda v: v):
+        seeded_conv(x.requires_grad_(), context, reach, torch.randn(4, CHANNELS), None)
+    large = [v.data_ptr() for v in saved if v.numel() == x.numel() and v.is_floating_point()]
+    assert sorted(large) == sorted([x.data_ptr(), context.data_ptr()])

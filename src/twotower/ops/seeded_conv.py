@@ -1,11 +1,14 @@
 """The causal convolution of the training pass. Letters: b batch, r rows of the layout (b or 1), t tokens, c channels,
 w kernel width."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+# Elements of a piece of the rows: 1 MB of float32, half of what a CPU's core keeps at hand.
+PIECE = 1 << 18
 
 
 class Reach(NamedTuple):
@@ -32,16 +35,80 @@ def seeded_conv(x: Tensor, context: Tensor | None, reach: Reach, taps: Tensor, b
     taps (w, c), bias (c,) or None; returns (b, t, c). Each block's first tokens thus see the context tower's last w-1
     rows before it. `context` None is a stream without one: the context tower's own.
     """
-    t, width = x.shape[1], taps.shape[0]
-    zero = x.new_zeros(())
-    rows = F.pad(x, (0, 0, width - 1, 0))  # (b, w-1+t, c)
-    past = None if context is None else F.pad(context, (0, 0, width - 1, 0))
-    y = x * taps[-1] if bias is None else torch.addcmul(bias, x, taps[-1])
-    for back in range(1, width):
-        piece = slice(width - 1 - back, width - 1 - back + t)
-        other = zero
-        if past is not None:
-            other = torch.where(reach.past[back - 1].unsqueeze(-1), past[:, piece], zero)
-        seen = torch.where(reach.own[back - 1].unsqueeze(-1), rows[:, piece], other)
-        y = torch.addcmul(y, seen, taps[-1 - back])
+    y: Tensor = _SeededConv.apply(x, context, reach.own, reach.past, taps, bias)
     return y
+
+
+class _SeededConv(torch.autograd.Function):
+    """`seeded_conv` with its gradient written out.
+
+    Autograd's own would keep the rows that each tap read, w tensors of x's size, and pass over memory some thirty
+    times. This keeps the inputs, and goes over pieces of a few tokens that stay in a CPU's cache.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        context: Tensor | None,
+        own: Tensor,
+        past: Tensor,
+        taps: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, context, own, past, taps)
+        y, zero = torch.empty_like(x), x.new_zeros(())
+        for piece in _pieces(x):
+            if bias is None:
+                torch.mul(x[:, piece], taps[-1], out=y[:, piece])
+            else:
+                torch.addcmul(bias, x[:, piece], taps[-1], out=y[:, piece])
+            for back in range(1, min(taps.shape[0], piece.stop)):  # a row's first tokens have nothing before them
+                read = slice(max(piece.start, back), piece.stop)
+                rows = slice(read.start - back, read.stop - back)
+                other = zero
+                if context is not None:
+                    other = torch.where(past[back - 1, :, read].unsqueeze(-1), context[:, rows], zero)
+                seen = torch.where(own[back - 1, :, read].unsqueeze(-1), x[:, rows], other)
+                y[:, read].addcmul_(seen, taps[-1 - back])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Row j has the gradient Σ_δ taps[w-1-δ] · grad_{j+δ} over the tokens j+δ that read it, each tap their sum
+        times that row."""
+        x, context, own, past, taps = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        grad_x = torch.empty_like(x)
+        grad_context = torch.zeros_like(context) if wants[1] else None
+        streams = [(x, own, grad_x)] if context is None else [(x, own, grad_x), (context, past, grad_context)]
+        zero = grad.new_zeros(())
+        grad_taps = torch.zeros_like(taps, dtype=torch.promote_types(taps.dtype, torch.float32))
+        grad_bias = torch.zeros_like(grad_taps[0])
+        for piece in _pieces(x):
+            torch.mul(grad[:, piece], taps[-1], out=grad_x[:, piece])
+            grad_taps[-1] += _summed(grad[:, piece] * x[:, piece], grad_taps.dtype)
+            grad_bias += _summed(grad[:, piece], grad_taps.dtype)
+            for back in range(1, min(taps.shape[0], x.shape[1] - piece.start)):
+                reads = slice(piece.start + back, min(piece.stop + back, x.shape[1]))
+                rows = slice(piece.start, reads.stop - back)
+                for stream, reach, total in streams:
+                    read = torch.where(reach[back - 1, :, reads].unsqueeze(-1), grad[:, reads], zero)
+                    if total is not None:
+                        total[:, rows].addcmul_(read, taps[-1 - back])
+                    grad_taps[-1 - back] += _summed(read * stream[:, rows], grad_taps.dtype)
+        to_bias = grad_bias.to(taps.dtype) if wants[5] else None
+        return grad_x, grad_context, None, None, grad_taps.to(taps.dtype), to_bias
+
+
+def _pieces(x: Tensor) -> Iterator[slice]:
+    """The tokens of x (b, t, c) in turn, all at once where that is fused or has no cache to keep to."""
+    b, t, c = x.shape
+    whole = x.device.type != "cpu" or torch.compiler.is_compiling()
+    size = t if whole else max(PIECE // max(b * c, 1), 1)
+    return (slice(start, min(start + size, t)) for start in range(0, t, max(size, 1)))
+
+
+def _summed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Over batch and tokens: (b, t, c) to (c,)."""
+    return values.sum((0, 1), dtype=dtype)
