@@ -80,3 +80,20 @@ def test_it_keeps_its_inputs_and_nothing_of_their_size() -> None:
         seeded_conv(x.requires_grad_(), context, reach, torch.randn(4, CHANNELS), None)
     large = [v.data_ptr() for v in saved if v.numel() == x.numel() and v.is_floating_point()]
     assert sorted(large) == sorted([x.data_ptr(), context.data_ptr()])
+
+
+def test_compiled_without_a_break_it_has_the_same_values_and_gradients() -> None:
+    torch.manual_seed(0)
+    reach = make_reach(DOCUMENT, BLOCK, 4)
+    inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 13, 2), (2, 13, 2), (4, 2), (2,))]
+    weight = torch.randn(2, 13, 2).double()
+
+    def run(x: Tensor, context: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+        return seeded_conv(x, context, reach, taps, bias)
+
+    def results(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        y = function(*inputs)
+        return (y, *torch.autograd.grad((y * weight).sum(), inputs))
+
+    for compiled, plain in zip(results(torch.compile(run, fullgraph=True)), results(run), strict=True):
+        torch.testing.assert_close(compiled, plain)
