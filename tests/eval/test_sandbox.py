@@ -20,7 +20,15 @@ def test_a_program_that_ends_passes(program):
 
 @pytest.mark.parametrize(
     "program",
-    ["assert 0", "def f(:", "raise SystemExit", "import sys; sys.exit(0)", "import os; os._exit(0)", "input()"],
+    [
+        "assert 0",
+        "def f(:",
+        "raise SystemExit",
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "input()",
+        "import os; os.write(3, b'\\xff'); os._exit(0)",
+    ],
 )
 def test_a_program_that_fails_or_leaves_early_does_not(program):
     assert not passes(program)
@@ -62,6 +70,27 @@ def test_files_cannot_be_changed(tmp_path):
     kept = tmp_path / "kept"
     kept.write_text("here")
     assert not passes(f"import os; os.remove({str(kept)!r})")
+    assert kept.exists()
+
+
+@needs_walls
+def test_a_program_cannot_make_files_writable_again(tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("here")
+    # mount_setattr, clearing read-only; then the same in another namespace of its own, where it has every right
+    assert passes(f"""
+import ctypes, os, struct
+libc = ctypes.CDLL(None)
+clear = struct.pack("4Q", 0, 1, 0, 0)
+for flags in (0, 0x10000000 | 0x00020000):
+    libc.unshare(flags)
+    assert libc.syscall(442, -100, b"/", 0x8000, clear, len(clear)) != 0
+    assert libc.syscall(442, -100, b"/", 0, clear, len(clear)) != 0
+    try:
+        os.remove({str(kept)!r})
+    except OSError:
+        pass
+""")
     assert kept.exists()
 
 

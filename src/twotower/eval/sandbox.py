@@ -40,6 +40,7 @@ def _run(job: dict[str, str | None]) -> str:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
+                errors="replace",  # a program can reach the pipe and write anything
                 timeout=LIMITS["wall_seconds"] + 1,
                 cwd=folder,
                 env={},

@@ -14,6 +14,7 @@ import sys
 
 _NEW_MOUNTS, _NEW_USER, _NEW_PIDS, _NEW_NETWORK = 0x00020000, 0x10000000, 0x20000000, 0x40000000
 _MOUNT_SETATTR, _WHOLE_TREE, _READ_ONLY, _PRIVATE = 442, 0x8000, 1, 1 << 18
+_CAPABILITIES_V3 = 0x20080522
 _DIE_WITH_PARENT = 1  # of prctl
 
 
@@ -26,7 +27,10 @@ def shut_in() -> dict[str, bool]:
     if libc.unshare(_NEW_USER | _NEW_MOUNTS | _NEW_PIDS | _NEW_NETWORK) == 0:
         walls["no_network"] = walls["no_other_processes"] = True
         attributes = struct.pack("4Q", _READ_ONLY, 0, _PRIVATE, 0)
-        walls["no_writing"] = libc.syscall(_MOUNT_SETATTR, -100, b"/", _WHOLE_TREE, attributes, len(attributes)) == 0
+        read_only = libc.syscall(_MOUNT_SETATTR, -100, b"/", _WHOLE_TREE, attributes, len(attributes)) == 0
+        # This namespace's own rights go too, with which the program could make it writable again
+        no_rights = libc.capset(struct.pack("Ii", _CAPABILITIES_V3, 0), bytes(24)) == 0
+        walls["no_writing"] = read_only and no_rights
     return walls
 
 
