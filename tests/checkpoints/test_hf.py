@@ -167,6 +167,18 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert loaded.encode("ab").ids == [3]
 
 
+def test_a_tokenizer_encodes_whole_texts_whatever_its_last_user_set(
+    byte_tokenizer: tokenizers.Tokenizer, tmp_path: Path
+) -> None:
+    expected = byte_tokenizer.encode("Once upon a time").ids
+    byte_tokenizer.enable_truncation(4)
+    byte_tokenizer.enable_padding(length=32)
+    byte_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded is not None
+    assert [encoding.ids for encoding in loaded.encode_batch(["Once upon a time", "O"])] == [expected, expected[:1]]
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"<html>", b"[]", b"{}", b'{"model": {"type": "BPE"}}', b"\xff\xfe"])
 def test_broken_tokenizer(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)

@@ -112,7 +112,10 @@ def load_model(
 
 
 def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
-    """The tokenizer of a checkpoint directory or hub id; None if it has no tokenizer.json."""
+    """The tokenizer of a checkpoint directory or hub id; None if it has no tokenizer.json.
+
+    It encodes whole texts: the truncation and padding that a file may keep from somebody's last call are dropped.
+    """
     file = resolve(path) / TOKENIZER_FILE
     if not file.exists():
         return None
@@ -124,7 +127,10 @@ def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
         raise ValueError(f"{file} is not JSON ({error}); download it again") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or "vocab" not in raw["model"]:
         raise ValueError(f"{file} has no model with a vocabulary; download the repository's tokenizer.json again")
-    return tokenizers.Tokenizer.from_str(text)
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def save(
