@@ -171,9 +171,10 @@ def test_a_tokenizer_encodes_whole_texts_whatever_its_last_user_set(
     byte_tokenizer: tokenizers.Tokenizer, tmp_path: Path
 ) -> None:
     expected = byte_tokenizer.encode("Once upon a time").ids
-    byte_tokenizer.enable_truncation(4)
-    byte_tokenizer.enable_padding(length=32)
-    byte_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    others = tokenizers.Tokenizer.from_str(byte_tokenizer.to_str())  # the fixture is every test's
+    others.enable_truncation(4)
+    others.enable_padding(length=32)
+    others.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path)
     assert loaded is not None
     assert [encoding.ids for encoding in loaded.encode_batch(["Once upon a time", "O"])] == [expected, expected[:1]]
