@@ -37,6 +37,16 @@ def test_prompts_are_not_scored(run: Any, checkpoint: Path, source: Path, tmp_pa
     assert Corpus(tmp_path / "out", vocab_size=260).row(0).scored.tolist() == [False] * 5 + [True] * 7 + [False] * 4
 
 
+def test_names_of_control_tokens_are_text_unless_they_are_asked_for(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a</s>"}) + "\n")
+    assert "spells </s>" in run("tokenize", checkpoint, tmp_path / "a.jsonl", tmp_path / "text").stderr
+    assert "--control-tokens" in run("tokenize", "--help").stdout
+    result = run("tokenize", checkpoint, tmp_path / "a.jsonl", tmp_path / "tokens", "--control-tokens")
+    assert result.stderr == ""
+    assert Corpus(tmp_path / "text", vocab_size=260).row(0).scored.sum() == 5
+    assert Corpus(tmp_path / "tokens", vocab_size=260).row(0).ids[:3].tolist() == [1, 4 + ord("a"), 2]
+
+
 def test_mistakes_are_told_and_leave_nothing(run: Any, checkpoint: Path, source: Path, tmp_path: Path) -> None:
     for options, message in (
         (("--text-field", "body"), "no text in the field 'body'"),

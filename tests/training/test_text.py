@@ -47,8 +47,8 @@ def test_what_is_not_there_or_cannot_be_read_is_told(folder: Path) -> None:
         texts(folder / "d.bin")
 
 
-def rows(documents: list[Document], tokenizer: tokenizers.Tokenizer, length: int) -> list[tuple]:
-    packed = pack(documents, tokenizer, MODEL, TextConfig(length=length))
+def rows(documents: list[Document], tokenizer: tokenizers.Tokenizer, length: int, **config: bool) -> list[tuple]:
+    packed = pack(documents, tokenizer, MODEL, TextConfig(length=length, **config))
     return [tuple(part.tolist() for part in row) for row in packed]
 
 
@@ -66,6 +66,35 @@ def test_a_long_document_goes_on_as_another_one(byte_tokenizer: tokenizers.Token
     found = rows([Document("", "abcdefgh")], byte_tokenizer, 5)
     assert [row[0] for row in found] == [[1, *range(4 + 97, 4 + 101)], [*range(4 + 101, 4 + 105), 2]]
     assert [row[1] for row in found] == [[False, *[True] * 4], [True] * 5]
+
+
+def spelled(text: str) -> list[int]:
+    return [4 + byte for byte in text.encode()]
+
+
+def test_names_of_control_tokens_are_tokens_in_prompts_alone(byte_tokenizer: tokenizers.Tokenizer) -> None:
+    document = Document("</s><mask>", "a</s><mask>")
+    with pytest.warns(UserWarning, match="spells </s>, learnt as text; --control-tokens"):
+        ((ids, scored, _),) = rows([document], byte_tokenizer, 20)
+    assert ids == [1, 2, *spelled("<mask>a</s><mask>"), 2][:20]
+    assert scored == [False] * 8 + [True] * 12
+    assert byte_tokenizer.encode("</s>").ids == [2]  # the caller's tokenizer is as it was
+
+
+def test_texts_have_control_tokens_where_that_is_asked_for_but_no_mask(byte_tokenizer: tokenizers.Tokenizer) -> None:
+    ((ids, scored, _),) = rows([Document("", "a</s><mask>")], byte_tokenizer, 10, control_tokens=True)
+    assert ids == [1, *spelled("a"), 2, *spelled("<mask>"), 2]
+    assert scored == [False] + [True] * 9
+
+
+def test_a_mask_that_the_tokenizer_takes_for_a_word_is_not_scored(byte_tokenizer: tokenizers.Tokenizer) -> None:
+    raw = json.loads(byte_tokenizer.to_str())
+    for token in raw["added_tokens"]:
+        token["special"] = False
+    words = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    ((ids, scored, _),) = rows([Document("", "a<mask>b")], words, 5)
+    assert ids == [1, *spelled("a"), 3, *spelled("b"), 2]
+    assert scored == [False, True, False, True, True]
 
 
 def test_bad_length_raises() -> None:

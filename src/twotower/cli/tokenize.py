@@ -36,12 +36,26 @@ def command(
         str | None,
         typer.Option(help="Field that holds what comes before the text and is not learnt.", show_default="none"),
     ] = None,
+    control_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--control-tokens/--no-control-tokens",
+            help="Names of control tokens, such as </s>, are these tokens in texts too, not only in prompts; the "
+            "mask's name is always text.",
+        ),
+    ] = _DEFAULTS.control_tokens,
     split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = _DEFAULTS.split,
 ) -> None:
     """Write a corpus for `twotower train` from text: documents packed into rows, in the order they are read."""
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose a new directory")
-    config = TextConfig(length=length, text_field=text_field, prompt_field=prompt_field, split=split)
+    config = TextConfig(
+        length=length,
+        text_field=text_field,
+        prompt_field=prompt_field,
+        control_tokens=control_tokens,
+        split=split,
+    )
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:

@@ -1,7 +1,10 @@
 """Text to rows of tokens: reading documents, tokenising and packing them. Letters: r rows, t tokens."""
 
+import copy
 import dataclasses
 import itertools
+import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +36,16 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Rows of `length` tokens; the field of a record that holds its text, and the one that holds its prompt, if any."""
+    """Rows of `length` tokens; the field of a record that holds its text, and the one that holds its prompt, if any.
+
+    Names of control tokens, such as </s>, are those tokens in prompts, which chat templates write, and in texts with
+    `control_tokens`; without it they are text like any other. The mask's name is always text.
+    """
 
     length: int = 1024
     text_field: str = "text"
     prompt_field: str | None = None
+    control_tokens: bool = False
     split: str = "train"
 
     def __post_init__(self) -> None:
@@ -83,9 +91,10 @@ def pack(
 ) -> Iterator[Rows]:
     """Rows of `length` tokens, each (t,): documents one after the other, cut where a row ends.
 
-    A document is [BOS | prompt | text | EOS], BOS and EOS where the config has them; its BOS and prompt are not scored.
-    What is cut off goes on in the next row as a document of its own. The last row is filled up with unscored BOS (or
-    token 0). Documents without a token are left out.
+    A document is [BOS | prompt | text | EOS], BOS and EOS where the config has them; its BOS and prompt are not scored,
+    nor is a mask, which a text can hold only where tokenizer.json doesn't say that it is special. What is cut off goes
+    on in the next row as a document of its own. The last row is filled up with unscored BOS (or token 0). Documents
+    without a token are left out. Warns, once, where a text spells a control token that is taken as text.
     """
     bos = [] if model.bos_token_id is None else [model.bos_token_id]
     end = list(model.eos_token_ids[:1])
@@ -93,12 +102,14 @@ def pack(
     scored: list[bool] = []
     document: list[int] = []
     number = 0
-    for tokens, num_unscored in _tokens(documents, tokenizer, bos, end):
+    for prompt, text in _tokens(documents, tokenizer, model.mask_token_id, config.control_tokens):
+        tokens = [*bos, *prompt, *text, *end]
+        num_unscored = len(bos) + len(prompt)
         at = 0
         while at < len(tokens):
             take = min(config.length - len(ids), len(tokens) - at)
             ids += tokens[at : at + take]
-            scored += [place >= num_unscored for place in range(at, at + take)]
+            scored += [place >= num_unscored and tokens[place] != model.mask_token_id for place in range(at, at + take)]
             document += [number] * take
             at, number = at + take, number + 1
             if len(ids) == config.length:
@@ -114,15 +125,35 @@ def _row(ids: list[int], scored: list[bool], document: list[int]) -> Rows:
 
 
 def _tokens(
-    documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, bos: list[int], end: list[int]
-) -> Iterator[tuple[list[int], int]]:
-    """Each document's tokens and how many of the first are not scored."""
+    documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, mask_token_id: int, control_tokens: bool
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The tokens of each document's prompt and text, of documents whose text has any."""
+    plain, controlled = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    plain.encode_special_tokens, controlled.encode_special_tokens = True, False
+    mask = tokenizer.id_to_token(mask_token_id)
+    spelled = [] if mask is None else plain.encode(mask, add_special_tokens=False).ids
+
+    def encode(how: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
+        found = [encoding.ids for encoding in how.encode_batch(texts, add_special_tokens=False)]
+        return [
+            [part for i in ids for part in (spelled if i == mask_token_id else [i])] if mask_token_id in ids else ids
+            for ids in found
+        ]
+
+    names = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special and t.content != mask]
+    watched = None if control_tokens or not names else re.compile("|".join(map(re.escape, names)))
     for batch in _batches(documents, _BATCH):
-        prompts = tokenizer.encode_batch([d.prompt for d in batch], add_special_tokens=False)
-        texts = tokenizer.encode_batch([d.text for d in batch], add_special_tokens=False)
-        for prompt, text in zip(prompts, texts, strict=True):
-            if text.ids:
-                yield [*bos, *prompt.ids, *text.ids, *end], len(bos) + len(prompt.ids)
+        texts = [document.text for document in batch]
+        found = next(filter(None, map(watched.search, texts)), None) if watched else None
+        if found:
+            watched = None
+            warnings.warn(
+                f"a text spells {found[0]}, learnt as text; --control-tokens makes it the token", stacklevel=2
+            )
+        prompts = encode(controlled, [document.prompt for document in batch])
+        for prompt, text in zip(prompts, encode(controlled if control_tokens else plain, texts), strict=True):
+            if text:
+                yield prompt, text
 
 
 def _batches(items: Iterable[Document], size: int) -> Iterator[list[Document]]:
