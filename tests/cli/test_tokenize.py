@@ -37,6 +37,18 @@ def test_prompts_are_not_scored(run: Any, checkpoint: Path, source: Path, tmp_pa
     assert Corpus(tmp_path / "out", vocab_size=260).row(0).scored.tolist() == [False] * 5 + [True] * 7 + [False] * 4
 
 
+def test_padding_and_what_is_cut_are_told(run: Any, checkpoint: Path, source: Path, tmp_path: Path) -> None:
+    options = ("--length", 10, "--prompt-field", "question")
+    result = run("tokenize", checkpoint, source, tmp_path / "out", *options)
+    assert "20 rows of 10 tokens" in result.stdout
+    assert "0.0% padding" in result.stdout
+    # BOS, "why?" and 7 or 8 bytes of "story …" in 10
+    assert "20 documents were longer than a row and lost 50 tokens" in result.stdout
+    result = run("tokenize", checkpoint, source, tmp_path / "longer", "--length", 16, *options[2:])
+    assert "21.9% padding" in result.stdout
+    assert "lost" not in result.stdout
+
+
 def test_names_of_control_tokens_are_text_unless_they_are_asked_for(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a</s>"}) + "\n")
     assert "spells </s>" in run("tokenize", checkpoint, tmp_path / "a.jsonl", tmp_path / "text").stderr

@@ -14,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from twotower.checkpoints.hf import load_tokenizer, resolve
 from twotower.config import TwoTowerConfig
 from twotower.training.data import Rows, write_shard
-from twotower.training.text import TextConfig, pack, read_documents
+from twotower.training.text import Packed, TextConfig, pack, read_documents
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -34,7 +34,11 @@ def command(
     text_field: Annotated[str, typer.Option(help="Field of a record that holds its text.")] = _DEFAULTS.text_field,
     prompt_field: Annotated[
         str | None,
-        typer.Option(help="Field that holds what comes before the text and is not learnt.", show_default="none"),
+        typer.Option(
+            help="Field that holds what comes before the text and is not learnt. Documents are then kept whole, and "
+            "rows padded; one longer than a row loses its prompt's beginning, down to half a row, then its text's end.",
+            show_default="none",
+        ),
     ] = None,
     control_tokens: Annotated[
         bool,
@@ -46,7 +50,10 @@ def command(
     ] = _DEFAULTS.control_tokens,
     split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = _DEFAULTS.split,
 ) -> None:
-    """Write a corpus for `twotower train` from text: documents packed into rows, in the order they are read."""
+    """Write a corpus for `twotower train` from text: documents packed into rows, in the order they are read.
+
+    Without --prompt-field rows are full, and a document that a row's end cuts goes on in the next one.
+    """
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose a new directory")
     config = TextConfig(
@@ -66,21 +73,29 @@ def command(
     # A folder beside it until all is there: half a corpus would train without a word.
     building = out.with_name(out.name + ".partial")
     shutil.rmtree(building, ignore_errors=True)
-    total = scored = 0
+    total = scored = padding = num_cut = lost = 0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None, rows=0)
         for index, shard in enumerate(_shards(packed, rows)):
-            write_shard(building / f"{index:05d}.safetensors", shard)
-            total, scored = total + len(shard.ids), scored + int(shard.scored.sum())
+            stacked = Rows(*(np.stack(parts) for parts in zip(*(p.row for p in shard), strict=True)))
+            write_shard(building / f"{index:05d}.safetensors", stacked)
+            total, scored = total + len(shard), scored + int(stacked.scored.sum())
+            padding += sum(p.num_padding for p in shard)
+            lost, num_cut = lost + sum(p.num_lost for p in shard), num_cut + sum(p.num_lost > 0 for p in shard)
             progress.update(task, rows=total)
     if not total:
         raise ValueError(f"{source} has no document with a token; look at --text-field")
     if out.exists():
         out.rmdir()
     building.rename(out)
-    print(f"{out} holds {total:,} rows of {length} tokens, {scored:,} of them scored; train on it with: twotower train")
+    print(
+        f"{out} holds {total:,} rows of {length} tokens, {scored:,} of them scored and "
+        f"{padding / (total * length):.1%} padding; train on it with: twotower train {model} {out} RUN"
+    )
+    if num_cut:
+        print(f"{num_cut:,} documents were longer than a row and lost {lost:,} tokens; a larger --length keeps them")
 
 
-def _shards(rows: Iterator[Rows], size: int) -> Iterator[Rows]:
+def _shards(rows: Iterator[Packed], size: int) -> Iterator[list[Packed]]:
     while batch := list(itertools.islice(rows, size)):
-        yield Rows(*(np.stack(parts) for parts in zip(*batch, strict=True)))
+        yield batch
