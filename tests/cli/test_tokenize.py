@@ -8,8 +8,6 @@ import pytest
 
 from twotower.training.data import Corpus
 
-pytest.importorskip("datasets", reason="the datasets package isn't installed")
-
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
@@ -43,7 +41,7 @@ def test_padding_and_what_is_cut_are_told(run: Any, checkpoint: Path, source: Pa
     assert "20 rows of 10 tokens" in result.stdout
     assert "0.0% padding" in result.stdout
     # BOS, "why?" and 7 or 8 bytes of "story …" in 10
-    assert "20 documents were longer than a row and lost 50 tokens" in result.stdout
+    assert "20 documents longer than a row lost 50 tokens" in result.stdout
     result = run("tokenize", checkpoint, source, tmp_path / "longer", "--length", 16, *options[2:])
     assert "21.9% padding" in result.stdout
     assert "lost" not in result.stdout
@@ -70,4 +68,22 @@ def test_mistakes_are_told_and_leave_nothing(run: Any, checkpoint: Path, source:
         assert not (tmp_path / "out").exists()
     result = run("tokenize", checkpoint, source, source.parent)
     assert result.exit_code == 2
-    assert "is not empty" in " ".join(result.stderr.split())
+    assert "is not an empty directory" in " ".join(result.stderr.split())
+    (tmp_path / "file").touch()
+    result = run("tokenize", checkpoint, source, tmp_path / "file")
+    assert "file is there and is not an empty directory" in " ".join(result.stderr.split())
+
+
+def test_an_empty_folder_is_filled_and_others_are_left(
+    run: Any, checkpoint: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").touch()
+    monkeypatch.chdir(tmp_path / "out")
+    result = run("tokenize", checkpoint, source, ".", "--length", 16)
+    assert result.exit_code == 0, result.output
+    assert len(Corpus(tmp_path / "out", vocab_size=260)) > 0
+    assert Path.cwd().exists()
+    assert (tmp_path / "out.partial" / "mine").exists()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "out.partial", "source"]

@@ -2,9 +2,10 @@
 
 import itertools
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import typer
@@ -14,7 +15,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from twotower.checkpoints.hf import load_tokenizer, resolve
 from twotower.config import TwoTowerConfig
 from twotower.training.data import Rows, write_shard
-from twotower.training.text import Packed, TextConfig, pack, read_documents
+from twotower.training.packing import Packed, pack
+from twotower.training.text import TextConfig, read_documents
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -26,7 +28,10 @@ def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face id: its tokenizer and config.")],
     source: Annotated[
         str,
-        typer.Argument(help="A .txt, .md, .jsonl or .parquet file, a folder of them, or a Hugging Face dataset's id."),
+        typer.Argument(
+            help="A .txt, .md, .jsonl, .json (or one of these with .gz) or .parquet file, a folder of them, or a "
+            "Hugging Face dataset's id."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="Directory for the shards; it must be new or empty.")],
     length: Annotated[int, typer.Option(help="Tokens of a row, 2 or more.")] = _DEFAULTS.length,
@@ -54,8 +59,8 @@ def command(
 
     Without --prompt-field rows are full, and a document that a row's end cuts goes on in the next one.
     """
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty; choose a new directory")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is there and is not an empty directory; choose a new one")
     config = TextConfig(
         length=length,
         text_field=text_field,
@@ -68,34 +73,50 @@ def command(
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer.json to tokenize with; add one")
     packed = pack(read_documents(source, config), tokenizer, TwoTowerConfig.from_json(folder / "config.json"), config)
+    place = out.resolve()  # `.` has no name and no parent
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # A folder beside it until all is there: half a corpus would train without a word.
+    with tempfile.TemporaryDirectory(prefix=f"{place.name}.partial-", dir=place.parent) as building:
+        counts = _write(packed, rows, Path(building))
+        if not counts.rows:
+            raise ValueError(f"{source} has no document with a token; look at --text-field")
+        place.mkdir(exist_ok=True)
+        for file in sorted(Path(building).iterdir()):
+            shutil.move(file, place)
+    print(
+        f"{out} holds {counts.rows:,} rows of {length} tokens, {counts.scored:,} of them scored and "
+        f"{counts.padding / (counts.rows * length):.1%} padding; train on it with: twotower train {model} {out} RUN"
+    )
+    if counts.cut:
+        print(f"{counts.cut:,} documents longer than a row lost {counts.lost:,} tokens; a larger --length keeps them")
+
+
+class _Counts(NamedTuple):
+    """Rows, what of their tokens is scored and what padding, documents longer than a row, and the tokens they lost."""
+
+    rows: int
+    scored: int
+    padding: int
+    cut: int
+    lost: int
+
+
+def _write(packed: Iterator[Packed], size: int, folder: Path) -> _Counts:
+    """Writes shards of `size` rows."""
+    counts = _Counts(0, 0, 0, 0, 0)
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("Tokenising: {task.fields[rows]:,} rows"), TimeElapsedColumn())
-    # A folder beside it until all is there: half a corpus would train without a word.
-    building = out.with_name(out.name + ".partial")
-    shutil.rmtree(building, ignore_errors=True)
-    total = scored = padding = num_cut = lost = 0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None, rows=0)
-        for index, shard in enumerate(_shards(packed, rows)):
+        for index, shard in enumerate(iter(lambda: list(itertools.islice(packed, size)), [])):
             stacked = Rows(*(np.stack(parts) for parts in zip(*(p.row for p in shard), strict=True)))
-            write_shard(building / f"{index:05d}.safetensors", stacked)
-            total, scored = total + len(shard), scored + int(stacked.scored.sum())
-            padding += sum(p.num_padding for p in shard)
-            lost, num_cut = lost + sum(p.num_lost for p in shard), num_cut + sum(p.num_lost > 0 for p in shard)
-            progress.update(task, rows=total)
-    if not total:
-        raise ValueError(f"{source} has no document with a token; look at --text-field")
-    if out.exists():
-        out.rmdir()
-    building.rename(out)
-    print(
-        f"{out} holds {total:,} rows of {length} tokens, {scored:,} of them scored and "
-        f"{padding / (total * length):.1%} padding; train on it with: twotower train {model} {out} RUN"
-    )
-    if num_cut:
-        print(f"{num_cut:,} documents were longer than a row and lost {lost:,} tokens; a larger --length keeps them")
-
-
-def _shards(rows: Iterator[Packed], size: int) -> Iterator[list[Packed]]:
-    while batch := list(itertools.islice(rows, size)):
-        yield batch
+            write_shard(folder / f"{index:05d}.safetensors", stacked)
+            counts = _Counts(
+                counts.rows + len(shard),
+                counts.scored + int(stacked.scored.sum()),
+                counts.padding + sum(p.num_padding for p in shard),
+                counts.cut + sum(p.num_lost > 0 for p in shard),
+                counts.lost + sum(p.num_lost for p in shard),
+            )
+            progress.update(task, rows=counts.rows)
+    return counts

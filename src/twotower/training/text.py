@@ -1,32 +1,15 @@
-"""Text to rows of tokens: reading documents, tokenising and packing them. Letters: r rows, t tokens."""
+"""Reading documents: files, folders of them, and Hugging Face datasets."""
 
-import copy
 import dataclasses
-import itertools
-import re
+import gzip
+import json
 import warnings
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
-import numpy as np
-import tokenizers
-
-from twotower.config import TwoTowerConfig
-from twotower.training.data import Rows
-
-# The readers of the `datasets` library, and how they cut a file into documents.
-_READERS: dict[str, tuple[str, dict[str, str]]] = {
-    ".txt": ("text", {"sample_by": "document"}),
-    ".md": ("text", {"sample_by": "document"}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
-# Documents tokenised at a time; the tokenizer spreads a batch over the processor's cores.
-_BATCH = 512
-# Rows in which a document is looked a place for; more leave less padding.
-_OPEN_ROWS = 64
+Record = dict[str, Any]
 
 
 class Document(NamedTuple):
@@ -57,26 +40,29 @@ class TextConfig:
 
 def read_documents(source: str, config: TextConfig) -> Iterator[Document]:
     """The documents of a file, of every readable file below a folder in the order of their paths, or of a Hugging Face
-    dataset, streamed. Raises ValueError where there is nothing to read or a record lacks a field."""
-    from datasets import load_dataset
-
+    dataset, streamed. Warns of files that it skips. Raises ValueError where there is nothing to read, a file is broken
+    or a record lacks a field."""
     path = Path(source)
     if not path.exists():
-        if path.suffix in _READERS or source.startswith((".", "/")):
+        if _reader(path) or source.startswith((".", "/")):
             raise FileNotFoundError(f"{source} is not there; give a file, a folder or the id of a Hugging Face dataset")
-        records: Iterable[dict[str, object]] = load_dataset(source, split=config.split, streaming=True)
-        yield from _documents(records, source, config)
+        yield from _documents(_dataset(source, config.split), source, config)
         return
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _READERS)
-    if not files or (path.suffix not in _READERS and path.is_file()):
-        raise ValueError(f"{source} holds no file ending in {', '.join(_READERS)}; convert it to one of them")
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    skipped = [file for file in files if _reader(file) is None]
+    if len(skipped) == len(files):
+        held = ", ".join(file.name for file in skipped[:3])
+        raise ValueError(f"{source} holds no file ending in {_ENDINGS}, but {held or 'nothing'}; convert it to one")
+    if skipped:
+        names = ", ".join(str(file) for file in skipped[:3])
+        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        warnings.warn(f"skipped {names}{more}: not ending in {_ENDINGS}", stacklevel=2)
     for file in files:
-        reader, options = _READERS[file.suffix]
-        records = load_dataset(reader, data_files=[str(file)], split="train", streaming=True, **options)
-        yield from _documents(records, str(file), config)
+        if _reader(file):
+            yield from _documents(_records(file), str(file), config)
 
 
-def _documents(records: Iterable[dict[str, object]], source: str, config: TextConfig) -> Iterator[Document]:
+def _documents(records: Iterable[Record], source: str, config: TextConfig) -> Iterator[Document]:
     fields = [config.text_field] if config.prompt_field is None else [config.text_field, config.prompt_field]
     for number, record in enumerate(records, 1):
         for field in fields:
@@ -88,148 +74,101 @@ def _documents(records: Iterable[dict[str, object]], source: str, config: TextCo
         yield Document(prompt, str(record[config.text_field]))
 
 
-class Packed(NamedTuple):
-    """A row's arrays (t,), how many of its tokens are padding, and how many of its document's it has no place for."""
-
-    row: Rows
-    num_padding: int
-    num_lost: int
-
-
-def pack(
-    documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, model: TwoTowerConfig, config: TextConfig
-) -> Iterator[Packed]:
-    """Rows of `length` tokens: documents one after the other, cut where a row ends; with a `prompt_field` whole.
-
-    A document is [BOS | prompt | text | EOS], BOS and EOS where the config has them; its BOS and prompt are not scored,
-    nor is a mask, which a text can hold only where tokenizer.json doesn't say that it is special. What a row's end cuts
-    off goes on in the next row as a document of its own. With prompts that would part texts from their questions, so
-    each document goes where there is room for all of it, and one longer than a row loses the beginning of its prompt,
-    but no more than leaves half a row of it, then the end of its text. Rows are filled up with unscored BOS (or token
-    0). Documents without a token are left out. Warns, once, where a text spells a control token that is taken as text.
-    """
-    bos = [] if model.bos_token_id is None else [model.bos_token_id]
-    end = list(model.eos_token_ids[:1])
-    found = _tokens(documents, tokenizer, model.mask_token_id, config.control_tokens)
-    parts = (_Parts([*bos], prompt, [*text, *end]) for prompt, text in found)
-    if config.prompt_field is None:
-        rows = _cut_rows(parts, config.length, model.mask_token_id)
-    else:
-        rows = _whole_rows(parts, config.length, model.mask_token_id)
-    for row in rows:
-        yield row.packed((bos or [0])[0])
+def _dataset(name: str, split: str) -> Iterable[Record]:
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{name} is no file here, and a Hugging Face dataset needs the package {error.name}; "
+            "pip install 'twotower[data]'"
+        ) from error
+    try:
+        return load_dataset(name, split=split, streaming=True)
+    except ConnectionError as error:
+        raise FileNotFoundError(
+            f"{name} is neither a file or folder here nor a dataset that can be reached ({error}); check the spelling "
+            "and the connection"
+        ) from error
 
 
-class _Parts(NamedTuple):
-    """A document's tokens."""
-
-    bos: list[int]
-    prompt: list[int]
-    text: list[int]
-
-    def cut(self, length: int) -> "_Parts":
-        """At most `length` of the tokens: without the prompt's beginning and the text's end."""
-        room = length - len(self.bos)
-        kept = max(room // 2, room - len(self.text))
-        prompt = self.prompt[max(len(self.prompt) - kept, 0) :]
-        return _Parts(self.bos, prompt, self.text[: room - len(prompt)])
-
-
-class _OpenRow:
-    """A row that is being filled."""
-
-    def __init__(self, length: int, mask_token_id: int) -> None:
-        self._mask_token_id = mask_token_id
-        self._ids: list[int] = []
-        self._scored: list[bool] = []
-        self._document: list[int] = []
-        self.room = length
-        self.num_lost = 0
-
-    def add(self, ids: list[int], num_unscored: int) -> None:
-        """Adds a document whose first tokens are not scored; there must be room for it."""
-        number = self._document[-1] + 1 if self._document else 0
-        self._ids += ids
-        self._scored += [n >= num_unscored and i != self._mask_token_id for n, i in enumerate(ids)]
-        self._document += [number] * len(ids)
-        self.room -= len(ids)
-
-    def packed(self, padding: int) -> Packed:
-        ids = self._ids + [padding] * self.room
-        scored = self._scored + [False] * self.room
-        document = self._document + [self._document[-1] + 1] * self.room
-        row = Rows(np.array(ids, np.int32), np.array(scored, bool), np.array(document, np.int32))
-        return Packed(row, self.room, self.num_lost)
+def _records(file: Path) -> Iterator[Record]:
+    """A file's records, with errors that name it."""
+    reader = _reader(file)
+    assert reader is not None
+    try:
+        yield from reader(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 text ({error}); convert it, as with: iconv -f LATIN1 -t UTF-8"
+        ) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{file} is not a whole gzip file ({error}); make or download it again") from error
 
 
-def _cut_rows(documents: Iterable[_Parts], length: int, mask_token_id: int) -> Iterator[_OpenRow]:
-    row = _OpenRow(length, mask_token_id)
-    for bos, prompt, text in documents:
-        tokens = bos + prompt + text
-        at = 0
-        while at < len(tokens):
-            piece = tokens[at : at + row.room]
-            row.add(piece, len(bos) + len(prompt) - at)
-            at += len(piece)
-            if row.room == 0:
-                yield row
-                row = _OpenRow(length, mask_token_id)
-    if row.room < length:
-        yield row
+def _open_text(file: Path) -> IO[str]:
+    # utf-8-sig: without the mark that editors put before a text
+    return (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rt", encoding="utf-8-sig")
 
 
-def _whole_rows(documents: Iterable[_Parts], length: int, mask_token_id: int) -> Iterator[_OpenRow]:
-    rows: list[_OpenRow] = []
-    for whole in documents:
-        document = whole.cut(length)
-        tokens = document.bos + document.prompt + document.text
-        row = next((row for row in rows if row.room >= len(tokens)), None)
-        if row is None:
-            if len(rows) == _OPEN_ROWS:
-                yield rows.pop(min(range(len(rows)), key=lambda n: rows[n].room))
-            row = _OpenRow(length, mask_token_id)
-            rows.append(row)
-        row.add(tokens, len(document.bos) + len(document.prompt))
-        row.num_lost = sum(map(len, whole)) - len(tokens)  # above 0 for a document that fills a row by itself
-        if row.room == 0:
-            rows.remove(row)
-            yield row
-    yield from rows
+def _read_text(file: Path) -> Iterator[Record]:
+    with _open_text(file) as opened:
+        yield {"text": opened.read()}
 
 
-def _tokens(
-    documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, mask_token_id: int, control_tokens: bool
-) -> Iterator[tuple[list[int], list[int]]]:
-    """The tokens of each document's prompt and text, of documents whose text has any."""
-    plain, controlled = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
-    plain.encode_special_tokens, controlled.encode_special_tokens = True, False
-    mask = tokenizer.id_to_token(mask_token_id)
-    spelled = [] if mask is None else plain.encode(mask, add_special_tokens=False).ids
-
-    def encode(how: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
-        found = [encoding.ids for encoding in how.encode_batch(texts, add_special_tokens=False)]
-        return [
-            [part for i in ids for part in (spelled if i == mask_token_id else [i])] if mask_token_id in ids else ids
-            for ids in found
-        ]
-
-    names = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special and t.content != mask]
-    watched = None if control_tokens or not names else re.compile("|".join(map(re.escape, names)))
-    for batch in _batches(documents, _BATCH):
-        texts = [document.text for document in batch]
-        found = next(filter(None, map(watched.search, texts)), None) if watched else None
-        if found:
-            watched = None
-            warnings.warn(
-                f"a text spells {found[0]}, learnt as text; --control-tokens makes it the token", stacklevel=2
-            )
-        prompts = encode(controlled, [document.prompt for document in batch])
-        for prompt, text in zip(prompts, encode(controlled if control_tokens else plain, texts), strict=True):
-            if text:
-                yield prompt, text
+def _read_json(file: Path) -> Iterator[Record]:
+    """Objects, one a line, or a list of them."""
+    with _open_text(file) as opened:
+        for number, line in enumerate(opened, 1):
+            if line.lstrip().startswith("["):
+                values = _json(line + opened.read(), f"{file}, from line {number},")
+            elif line.strip():
+                values = [_json(line, f"{file} line {number}")]
+            else:
+                continue
+            for value in values:
+                if not isinstance(value, dict):
+                    raise ValueError(
+                        f"{file} holds a {type(value).__name__} at line {number} or behind it, must hold objects such "
+                        'as {"text": "…"}'
+                    )
+                yield value
 
 
-def _batches(items: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}; correct it") from error
+
+
+def _read_parquet(file: Path) -> Iterator[Record]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{file} needs the package {error.name}; pip install 'twotower[data]'") from error
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file} is not a whole .parquet file ({error}); make or download it again") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".txt.gz": _read_text,
+    ".md.gz": _read_text,
+    ".jsonl.gz": _read_json,
+    ".json.gz": _read_json,
+    ".parquet": _read_parquet,
+}
+_ENDINGS = ".txt, .md, .jsonl, .json (or these with .gz) or .parquet"
+
+
+def _reader(file: Path) -> Callable[[Path], Iterator[Record]] | None:
+    """What reads a file of this name, in capitals too; None for one that nothing reads."""
+    name = file.name.lower()
+    return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)
