@@ -19,7 +19,7 @@ import torch
 
 import twotower
 from twotower.checkpoints import init_two_tower, merge_closure, read_pieces
-from twotower.training.sampling import sample_rows
+from twotower.training.sampling import beginnings, sample_rows
 
 TOKENS = Path(__file__).with_name("tokens.json")
 VOCABULARY = 6143  # of the source's 32,000 tokens; the mask token makes 6,144
@@ -36,9 +36,10 @@ def vocabulary(source: Path) -> None:
         model = twotower.load(folder, dtype=torch.float32)
         counts = torch.zeros(model.config.vocab_size, dtype=torch.float64)
         for seed in range(2):
-            rows = sample_rows(model, rows=BATCH, length=LENGTH, prefix=LENGTH, seed=seed)
-            for chunk in rows.split(4):
-                counts += model.context_logits(chunk).softmax(-1).sum((0, 1), dtype=torch.float64)
+            sampled = sample_rows(model, beginnings(model, BATCH), length=LENGTH, prefix=LENGTH, seed=seed)
+            for chunk, lengths in zip(sampled.ids.split(4), sampled.lengths.split(4), strict=True):
+                told = torch.arange(LENGTH) < lengths[:, None]  # (b, t)
+                counts += model.context_logits(chunk).softmax(-1)[told].sum(0, dtype=torch.float64)
     pieces = read_pieces(source)
     control_and_bytes = range(3 + 256)
     letters = [i for i, piece in enumerate(pieces.pieces) if piece is not None and len(piece) == 1 and piece.isascii()]

@@ -1,5 +1,6 @@
 """`twotower sample`."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,89 @@ def test_writes_shards_that_train_reads_and_keeps_those_there(run: Any, checkpoi
     out = tmp_path / "corpus"
     result = run("sample", checkpoint, out, "--shards", 2, *SMALL)
     assert result.exit_code == 0, result.output
-    assert "2 shards of 3 rows" in result.stdout
+    # no end of text in this checkpoint: all but the prefixes is scored
+    corpus = Corpus(out, vocab_size=260)
+    scored = sum(int(corpus.row(n).scored.sum()) for n in range(6))
+    assert f"6 rows of 12 tokens, {scored} of them scored" in result.stdout
     first = out / "00000.safetensors"
     before = first.stat().st_mtime_ns
     assert run("sample", checkpoint, out, "--shards", 3, *SMALL).exit_code == 0
     assert first.stat().st_mtime_ns == before
-    assert sorted(f.name for f in out.iterdir()) == [f"0000{i}.safetensors" for i in range(3)]
+    assert sorted(f.name for f in out.iterdir()) == [*(f"0000{i}.safetensors" for i in range(3)), "settings.json"]
     assert len(Corpus(out, vocab_size=260)) == 9
+
+
+def test_other_settings_are_refused(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "corpus"
+    assert run("sample", checkpoint, out, "--shards", 1, *SMALL).exit_code == 0
+    for options, message in (
+        (("--seed", 5), "begun with seed 0, not seed 5; give the same again"),
+        (("--temperatures", "1"), "begun with temperatures [0.0, 0.0, 0.0, 1.0], not temperatures [1.0]"),
+        (("--dtype", "bfloat16"), "begun with dtype 'float32', not dtype 'bfloat16'"),
+    ):
+        result = run("sample", checkpoint, out, "--shards", 2, *SMALL, *options)
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
+
+
+def with_template(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint with a chat template."""
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).symlink_to(file)
+    template = "<s>{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_prompts_are_continued(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "not this"}]}
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ({"prompt": "ab"}, chat)))
+    (tmp_path / "p.txt").write_text("ab\n\ncd\n")
+    model = with_template(checkpoint, tmp_path / "model")
+    for name, expected in (("p.jsonl", (([], "ab"), ([1], "u:hi;a:"))), ("p.txt", (([], "ab"), ([], "cd")))):
+        out = tmp_path / name.replace(".", "-")
+        result = run("sample", model, out, "--prompts", tmp_path / name, "--length", 12)
+        assert result.exit_code == 0, result.output
+        corpus = Corpus(out, vocab_size=260)
+        assert len(corpus) == 2
+        for index, (control, text) in enumerate(expected):
+            ids, scored, _ = corpus.row(index)
+            prompt = [*control, *(4 + byte for byte in text.encode())]
+            assert ids[: len(prompt)].tolist() == prompt
+            assert scored.tolist() == [place >= len(prompt) for place in range(12)]
+    (tmp_path / "p.txt").write_text("ef\n")
+    result = run("sample", model, out, "--prompts", tmp_path / "p.txt", "--length", 12)
+    assert "begun with prompts 'p.txt, sha256" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("record", "options", "message"),
+    [
+        ({"text": "a"}, (), "prompt 1 of FILE has no text as prompt and no messages; its fields are ['text']"),
+        ({"prompt": "a" * 12}, (), "prompt 1 of FILE has 12 tokens, must have 1 to 11, below length=12"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, (), "prompt 1 of FILE must have messages to answer"),
+        ({"messages": "hi"}, (), "prompt 1 of FILE has messages that are no list of objects"),
+        ({"prompt": "a"}, ("--shards", 2), "shards is 2, must be 1 to 1: 1 prompts in shards of 512 rows"),
+        ({"prompt": "a"}, ("--longest-prefix", 2), "{'longest_prefix': 2} is given with --prompts"),
+    ],
+)
+def test_bad_prompts_are_told(
+    run: Any, checkpoint: Path, tmp_path: Path, record: dict, options: tuple, message: str
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps(record))
+    model = with_template(checkpoint, tmp_path / "model")
+    result = run("sample", model, tmp_path / "out", "--prompts", file, "--length", 12, *options)
+    assert result.exit_code == 2
+    assert message.replace("FILE", str(file)) in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_messages_need_a_template(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    result = run("sample", checkpoint, tmp_path / "out", "--prompts", tmp_path / "p.jsonl")
+    assert "has no chat template for messages; give each record a prompt" in " ".join(result.stderr.split())
 
 
 def test_temperatures_decide_what_is_scored(run: Any, checkpoint: Path, tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """`twotower sample`: a training corpus written by the context tower itself."""
 
+import dataclasses
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -7,54 +10,119 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from twotower.checkpoints.hf import resolve
 from twotower.cli.options import DeviceOption, Dtype, open_model
-from twotower.training.sampling import SampleConfig, sample_shard
+from twotower.cli.prompts import read_prompts
+from twotower.training.data import Corpus
+from twotower.training.sampling import SampleConfig, check_prompt, keep_settings, sample_shard
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _DEFAULTS = SampleConfig()
+_SHARDS = 16
 
 
 @app.command("sample")
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face id.")],
     out: Annotated[Path, typer.Argument(help="Directory for the shards; those already there are kept.")],
-    shards: Annotated[int, typer.Option(min=1, help="Number of shards, 1 or more.")] = 16,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Continue each line of this .txt file, or each record of this .jsonl file: its prompt, or its "
+            "messages by the checkpoint's chat template, but for a last one of the assistant's. Prompts aren't scored.",
+            show_default="rows begin with BOS alone",
+        ),
+    ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of shards, 1 or more.", show_default=f"{_SHARDS}, or all of --prompts"),
+    ] = None,
     rows: Annotated[int, typer.Option(help="Rows of a shard, written as one batch, 1 or more.")] = _DEFAULTS.rows,
     length: Annotated[int, typer.Option(help="Tokens of a row, 2 or more.")] = _DEFAULTS.length,
     temperatures: Annotated[
         str,
-        typer.Option(help="With commas: each shard draws one for what follows the prefix; 0 is greedy, 0 to 100."),
+        typer.Option(
+            help="With commas: each shard draws one for what follows the prefix or the prompts; 0 is greedy, 0 to 100."
+        ),
     ] = ",".join(f"{t:g}" for t in _DEFAULTS.temperatures),
     shortest_prefix: Annotated[
-        int, typer.Option(help="Fewest tokens sampled at temperature 1 before that, 1 or more.")
-    ] = _DEFAULTS.shortest_prefix,
-    longest_prefix: Annotated[int, typer.Option(help="Most of them, below --length.")] = _DEFAULTS.longest_prefix,
+        int | None,
+        typer.Option(
+            help="Fewest tokens sampled at temperature 1 before that, 1 or more; not with --prompts.",
+            show_default=str(_DEFAULTS.shortest_prefix),
+        ),
+    ] = None,
+    longest_prefix: Annotated[
+        int | None,
+        typer.Option(
+            help="Most of them, below --length; not with --prompts.", show_default=str(_DEFAULTS.longest_prefix)
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides every shard, 0 or more.")] = _DEFAULTS.seed,
     device: DeviceOption = "cpu",
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.", show_default="the checkpoint's")] = None,
 ) -> None:
-    """Write a corpus for `twotower train`: continuations that MODEL's context tower makes of its own beginnings.
+    """Write a corpus for `twotower train`: continuations that MODEL's context tower makes of its own beginnings, or of
+    prompts. A row ends where its text does.
 
     Call it again after an interruption: whole shards are kept, and each depends on the options and its number alone.
+    OUT/settings.json keeps these options, and a call with others is refused.
     """
+    prefixes = {"shortest_prefix": shortest_prefix, "longest_prefix": longest_prefix}
+    given = {name: value for name, value in prefixes.items() if value is not None}
+    if prompts is not None and given:
+        raise ValueError(f"{given} is given with --prompts, which are the rows' prefixes; drop one of them")
     config = SampleConfig(
         rows=rows,
         length=length,
         temperatures=_numbers(temperatures),
-        shortest_prefix=shortest_prefix,
-        longest_prefix=longest_prefix,
         seed=seed,
+        **({"shortest_prefix": 1, "longest_prefix": 1} if prompts is not None else given),
     )
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file, must be a directory; choose another")
     opened = open_model(model, device=device, dtype=dtype)
+    folder = resolve(model).resolve()
+    own = None if prompts is None else read_prompts(prompts, opened, folder)
+    for number, prompt in enumerate(own or [], 1):
+        check_prompt(prompt, f"prompt {number} of {prompts}", opened.config.vocab_size, length)
+    count = _num_shards(shards, own, rows)
+    settings = {
+        "model": str(folder),
+        "dtype": str(opened.context_tower.embeddings.dtype).removeprefix("torch."),
+        "prompts": None if prompts is None else f"{prompts.name}, sha256 {_digest(prompts)}",
+        **dataclasses.asdict(config),
+    }
+    keep_settings(out, settings)
     console = Console(stderr=True)
     columns = (TextColumn("Sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        for index in progress.track(range(shards)):
-            file = sample_shard(opened, out, index, config)
+        for index in progress.track(range(count)):
+            file = sample_shard(opened, out, index, config, own)
             if not console.is_terminal:
-                console.print(f"{file} ({index + 1} of {shards})", soft_wrap=True, highlight=False)
-    print(f"{out} holds {shards} shards of {rows} rows; train on it with: twotower train {model} {out} RUN")
+                console.print(f"{file} ({index + 1} of {count})", soft_wrap=True, highlight=False)
+    corpus = Corpus(out, vocab_size=opened.config.vocab_size)
+    scored = sum(int(corpus.row(index).scored.sum()) for index in range(len(corpus)))
+    print(
+        f"{out} holds {len(corpus):,} rows of {length} tokens, {scored:,} of them scored; "
+        f"train on it with: twotower train {model} {out} RUN"
+    )
+
+
+def _num_shards(asked: int | None, prompts: Sequence[Sequence[int]] | None, rows: int) -> int:
+    if prompts is None:
+        return asked or _SHARDS
+    most = -(-len(prompts) // rows)
+    if asked is not None and asked > most:
+        raise ValueError(f"shards is {asked}, must be 1 to {most}: {len(prompts)} prompts in shards of {rows} rows")
+    return asked or most
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -59,7 +59,7 @@ def read_documents(source: str, config: TextConfig) -> Iterator[Document]:
         warnings.warn(f"skipped {names}{more}: not ending in {_ENDINGS}", stacklevel=2)
     for file in files:
         if _reader(file):
-            yield from _documents(_records(file), str(file), config)
+            yield from _documents(read_records(file), str(file), config)
 
 
 def _documents(records: Iterable[Record], source: str, config: TextConfig) -> Iterator[Document]:
@@ -91,10 +91,12 @@ def _dataset(name: str, split: str) -> Iterable[Record]:
         ) from error
 
 
-def _records(file: Path) -> Iterator[Record]:
-    """A file's records, with errors that name it."""
+def read_records(file: Path) -> Iterator[Record]:
+    """A file's records; of a text the one whose `text` is all of it. Raises ValueError, naming the file, where it is
+    broken or of no known kind."""
     reader = _reader(file)
-    assert reader is not None
+    if reader is None:
+        raise ValueError(f"{file} must end in {_ENDINGS}; convert it to one")
     try:
         yield from reader(file)
     except UnicodeDecodeError as error:

@@ -1,0 +1,60 @@
+"""Files of prompts, to token ids."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from twotower.model.two_tower import TwoTower
+from twotower.training.text import read_records
+
+
+def read_prompts(file: Path, model: TwoTower, folder: Path) -> list[list[int]]:
+    """The prompts of a file: lines of a .txt, or records with a `prompt` or with chat `messages`, which the template of
+    the checkpoint in `folder` renders, but for a last one of the assistant's. Raises ValueError, naming the place."""
+    if model.tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer.json to read prompts with; add one")
+    prompts: list[list[int]] = []
+    render: Callable[[Any, str], str] | None = None
+    if file.suffix.lower() == ".txt":
+        lines = [line for record in read_records(file) for line in record["text"].splitlines()]
+        records = [{"prompt": line} for line in lines if line.strip()]
+    else:
+        records = list(read_records(file))
+    for number, record in enumerate(records, 1):
+        where = f"prompt {number} of {file}"
+        if isinstance(record.get("prompt"), str):
+            prompts.append(model.tokenizer.encode(record["prompt"]).ids)
+        elif "messages" in record:
+            render = render or _renderer(folder)
+            # templates write the control tokens that a prompt begins with
+            rendered = render(record["messages"], where)
+            prompts.append(model.tokenizer.encode(rendered, add_special_tokens=False).ids)
+        else:
+            raise ValueError(f"{where} has no text as prompt and no messages; its fields are {sorted(record)}")
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt; write one a line")
+    return prompts
+
+
+def _renderer(folder: Path) -> Callable[[Any, str], str]:
+    """What makes a prompt of messages."""
+    try:
+        from twotower.server.chat_template import ChatTemplate, Turn
+    except ModuleNotFoundError as error:
+        raise ValueError(f"chat messages need the package {error.name}; pip install 'twotower[serve]'") from error
+    template = ChatTemplate.load(folder)
+    if template is None:
+        raise ValueError(f"{folder} has no chat template for messages; give each record a prompt instead")
+
+    def render(messages: Any, where: str) -> str:
+        try:
+            turns = [Turn(message["role"], message["content"]) for message in messages]
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{where} has messages that are no list of objects with role and content") from error
+        if turns and turns[-1].role == "assistant":
+            turns.pop()
+        if not turns or not all(isinstance(part, str) for turn in turns for part in turn):
+            raise ValueError(f"{where} must have messages to answer, with texts as role and content")
+        return template.render(turns)
+
+    return render
