@@ -88,3 +88,10 @@ def test_a_missing_backbone_is_a_mistake(run, tmp_path):
     result = run("init", tmp_path / "nowhere", tmp_path / "out")
     assert result.exit_code == 2
     assert "nowhere" in result.stderr
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_that_torch_does_not_take_are_told(run, backbone, tmp_path, seed):
+    result = run("init", backbone, tmp_path / "out", "--seed", seed)
+    assert result.exit_code == 2
+    assert f"seed is {seed}, must be 0 to 9223372036854775807" in result.stderr

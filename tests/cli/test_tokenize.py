@@ -68,10 +68,22 @@ def test_mistakes_are_told_and_leave_nothing(run: Any, checkpoint: Path, source:
         assert not (tmp_path / "out").exists()
     result = run("tokenize", checkpoint, source, source.parent)
     assert result.exit_code == 2
-    assert "is not an empty directory" in " ".join(result.stderr.split())
-    (tmp_path / "file").touch()
-    result = run("tokenize", checkpoint, source, tmp_path / "file")
-    assert "file is there and is not an empty directory" in " ".join(result.stderr.split())
+    assert "is not empty" in " ".join(result.stderr.split())
+    (tmp_path / "a.txt").touch()
+    result = run("tokenize", checkpoint, tmp_path / "a.txt", tmp_path / "out")
+    assert "a.txt has no text to make tokens of" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("command", [("tokenize", "a.txt"), ("sample",), ("init",)])
+def test_out_cannot_be_a_file_or_under_one(
+    run: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    for out in ("a.txt", "a.txt/b"):
+        result = run(command[0], checkpoint, *command[1:], out)
+        assert result.exit_code == 2
+        assert f"a.txt is a file, and {out} must be a directory" in " ".join(result.stderr.split())
 
 
 def test_an_empty_folder_is_filled_and_others_are_left(

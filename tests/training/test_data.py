@@ -63,6 +63,8 @@ def test_a_broken_file_is_named(content: bytes | None, tmp_path: Path) -> None:
 
 
 def test_rows_of_two_lengths_and_no_rows_raise(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none is no directory; make a corpus there with"):
+        Corpus(tmp_path / "none", vocab_size=10)
     with pytest.raises(ValueError, match=r"holds no \.safetensors shard"):
         Corpus(tmp_path, vocab_size=12)
     shard(tmp_path, "a.safetensors")

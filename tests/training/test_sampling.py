@@ -165,7 +165,7 @@ def test_a_corpus_is_not_gone_on_with_in_another_way(tmp_path: Path) -> None:
         ({"temperatures": (0.5, -1)}, r"must be one or more numbers in \[0, 100\]"),
         ({"shortest_prefix": 0}, "prefixes are 0 to 159"),
         ({"shortest_prefix": 9, "longest_prefix": 8}, "prefixes are 9 to 8"),
-        ({"longest_prefix": 256}, "< length=256"),
+        ({"longest_prefix": 256}, "< length=256; give a --longest-prefix below it"),
         ({"seed": -1}, "seed is -1"),
     ],
 )

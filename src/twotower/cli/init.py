@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from twotower.checkpoints.backbone import init_two_tower
-from twotower.cli.options import Dtype, torch_dtype
+from twotower.cli.options import Dtype, check_out, torch_dtype
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -42,9 +42,12 @@ def command(
             show_default="all",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seeds the time embedder, the only random part.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seeds the time embedder, the only random part; 0 to 2^63 - 1.")] = 0,
 ) -> None:
     """Make a two-tower checkpoint whose towers both start as the given single-tower model."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}, must be 0 to {2**63 - 1}; the default is 0")
+    check_out(out)
     with Console(stderr=True).status(f"Writing {out}"):
         init_two_tower(
             backbone,
@@ -62,7 +65,7 @@ def _token_ids(file: Path) -> list[int]:
     try:
         ids = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise ValueError(f"{file} is not JSON ({error}); write a list of token ids, such as [0, 1, 2]") from error
     if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ValueError(f"{file} must hold a JSON list of token ids, such as [0, 1, 2]")
     return ids

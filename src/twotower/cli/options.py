@@ -1,5 +1,6 @@
 """Options that several sub-commands share, and opening a model as they ask."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -71,3 +72,10 @@ def open_device(name: str) -> torch.device:
         found = ", ".join(f"{count} {kind}" for kind, count in there.items())
         raise ValueError(f"device is {name!r}, but this machine and this build of torch have {found}; choose one there")
     return device
+
+
+def check_out(out: Path) -> None:
+    """Raises NotADirectoryError where a file is in the place of the directory `out`, or of one above it."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, and {out} must be a directory; choose another")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twotower.checkpoints.hf import resolve
-from twotower.cli.options import DeviceOption, Dtype, open_model
+from twotower.cli.options import DeviceOption, Dtype, check_out, open_model
 from twotower.cli.prompts import read_prompts
 from twotower.training.data import Corpus
 from twotower.training.sampling import SampleConfig, check_prompt, keep_settings, sample_shard
@@ -82,8 +82,7 @@ def command(
         seed=seed,
         **({"shortest_prefix": 1, "longest_prefix": 1} if prompts is not None else given),
     )
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file, must be a directory; choose another")
+    check_out(out)
     opened = open_model(model, device=device, dtype=dtype)
     folder = resolve(model).resolve()
     own = None if prompts is None else read_prompts(prompts, opened, folder)

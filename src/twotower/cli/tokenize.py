@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from twotower.checkpoints.hf import load_tokenizer, resolve
+from twotower.cli.options import check_out
 from twotower.config import TwoTowerConfig
 from twotower.training.data import Rows, write_shard
 from twotower.training.packing import Packed, pack
@@ -59,8 +60,9 @@ def command(
 
     Without --prompt-field rows are full, and a document that a row's end cuts goes on in the next one.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there and is not an empty directory; choose a new one")
+    check_out(out)
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; choose a new directory")
     config = TextConfig(
         length=length,
         text_field=text_field,
@@ -79,7 +81,7 @@ def command(
     with tempfile.TemporaryDirectory(prefix=f"{place.name}.partial-", dir=place.parent) as building:
         counts = _write(packed, rows, Path(building))
         if not counts.rows:
-            raise ValueError(f"{source} has no document with a token; look at --text-field")
+            raise ValueError(f"{source} has no text to make tokens of; give another, or another --text-field")
         place.mkdir(exist_ok=True)
         for file in sorted(Path(building).iterdir()):
             shutil.move(file, place)

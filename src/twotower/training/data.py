@@ -47,7 +47,12 @@ class Corpus:
     """The shards of a folder in the order of their names, as one table of rows."""
 
     def __init__(self, folder: str | Path, *, vocab_size: int) -> None:
-        """Opens every shard, reading headers only. Raises ValueError naming a bad file."""
+        """Opens every shard, reading headers only. Raises FileNotFoundError where there is no folder, and ValueError
+        naming a bad file."""
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(
+                f"{folder} is no directory; make a corpus there with: twotower tokenize, or twotower sample"
+            )
         files = sorted(f for f in Path(folder).glob("*.safetensors") if ".partial" not in f.name)
         if not files:
             raise ValueError(

@@ -40,13 +40,13 @@ class SampleConfig:
         if self.rows < 1:
             raise ValueError(f"rows is {self.rows}, must be at least 1")
         if self.length < 2:
-            raise ValueError(f"length is {self.length}, must be at least 2: the first token is BOS")
+            raise ValueError(f"length is {self.length}, must be at least 2: the first token is given")
         if not self.temperatures or not all(0 <= t <= 100 for t in self.temperatures):
             raise ValueError(f"temperatures are {self.temperatures}, must be one or more numbers in [0, 100]")
         if not 1 <= self.shortest_prefix <= self.longest_prefix < self.length:
             raise ValueError(
                 f"prefixes are {self.shortest_prefix} to {self.longest_prefix} tokens, must be "
-                f"1 <= shortest <= longest < length={self.length}"
+                f"1 <= shortest <= longest < length={self.length}; give a --longest-prefix below it"
             )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, must be 0 or more")

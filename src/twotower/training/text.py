@@ -51,8 +51,8 @@ def read_documents(source: str, config: TextConfig) -> Iterator[Document]:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     skipped = [file for file in files if _reader(file) is None]
     if len(skipped) == len(files):
-        held = ", ".join(file.name for file in skipped[:3])
-        raise ValueError(f"{source} holds no file ending in {_ENDINGS}, but {held or 'nothing'}; convert it to one")
+        held = f"only {', '.join(file.name for file in skipped[:3])}" if files else "nothing"
+        raise ValueError(f"{source} holds {held}, must hold a file ending in {_ENDINGS}; convert one, or give another")
     if skipped:
         names = ", ".join(str(file) for file in skipped[:3])
         more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
