@@ -58,7 +58,7 @@ def command(
             keep_tokens=None if keep_tokens is None else _token_ids(keep_tokens),
             seed=seed,
         )
-    print(f"wrote {out}; see it with: twotower inspect {out}")
+    print(f"wrote {out}; make a corpus to train it on with: twotower tokenize {out} TEXT CORPUS")
 
 
 def _token_ids(file: Path) -> list[int]:
