@@ -50,6 +50,13 @@ def test_texts_have_control_tokens_where_that_is_asked_for_but_no_mask(byte_toke
     assert scored == [False] + [True] * 9
 
 
+def test_a_prompt_that_brings_its_bos_gets_no_other(byte_tokenizer: tokenizers.Tokenizer) -> None:
+    ((ids, scored, _),) = rows([Document("<s>a", "b")], byte_tokenizer, 4)
+    assert (ids, scored) == ([1, *spelled("ab"), 2], [False, False, True, True])
+    ((ids, scored, _),) = rows([Document("", "<s>ab")], byte_tokenizer, 4, control_tokens=True)
+    assert (ids, scored) == ([1, *spelled("ab"), 2], [False, True, True, True])
+
+
 def test_a_mask_that_the_tokenizer_takes_for_a_word_is_not_scored(byte_tokenizer: tokenizers.Tokenizer) -> None:
     raw = json.loads(byte_tokenizer.to_str())
     for token in raw["added_tokens"]:

@@ -33,17 +33,18 @@ def pack(
 ) -> Iterator[Packed]:
     """Rows of `length` tokens: documents one after the other, cut where a row ends; with a `prompt_field` whole.
 
-    A document is [BOS | prompt | text | EOS], BOS and EOS where the config has them; its BOS and prompt are not scored,
-    nor is a mask, which a text can hold only where tokenizer.json doesn't say that it is special. What a row's end cuts
-    off goes on in the next row as a document of its own. With prompts that would part texts from their questions, so
-    each document goes where there is room for all of it, and one longer than a row loses the beginning of its prompt,
-    but no more than leaves half a row of it, then the end of its text. Rows are filled up with unscored BOS (or token
-    0). Documents without a token are left out. Warns, once, where a text spells a control token that is taken as text.
+    A document is [BOS | prompt | text | EOS], BOS and EOS where the config has them, one BOS even where the prompt
+    brings it. BOS and prompt are not scored, nor is a mask, which a text can hold only where tokenizer.json doesn't say
+    that it is special. What a row's end cuts off goes on in the next row as a document of its own. With prompts that
+    would part texts from their questions, so each document goes where there is room for all of it, and one longer than
+    a row loses the beginning of its prompt, but no more than leaves half a row of it, then the end of its text. Rows
+    are filled up with unscored BOS (or token 0). Documents without a token are left out. Warns, once, where a text
+    spells a control token that is taken as text.
     """
     bos = [] if model.bos_token_id is None else [model.bos_token_id]
     end = list(model.eos_token_ids[:1])
     found = _tokens(documents, tokenizer, model.mask_token_id, config.control_tokens)
-    parts = (_Parts([*bos], prompt, [*text, *end]) for prompt, text in found)
+    parts = (_parts(bos, prompt, text, end) for prompt, text in found)
     if config.prompt_field is None:
         rows = _cut_rows(parts, config.length, model.mask_token_id)
     else:
@@ -65,6 +66,15 @@ class _Parts(NamedTuple):
         kept = max(room // 2, room - len(self.text))
         prompt = self.prompt[max(len(self.prompt) - kept, 0) :]
         return _Parts(self.bos, prompt, self.text[: room - len(prompt)])
+
+
+def _parts(bos: list[int], prompt: list[int], text: list[int], end: list[int]) -> _Parts:
+    # Chat templates write a BOS themselves
+    if prompt:
+        prompt = prompt[len(bos) :] if prompt[: len(bos)] == bos else prompt
+    else:
+        text = text[len(bos) :] if text[: len(bos)] == bos else text
+    return _Parts(bos, prompt, text + end)
 
 
 class _OpenRow:
