@@ -1,6 +1,8 @@
 """Scorers, and what counts as a loop."""
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from twotower.eval.scoring import is_degenerate, score_text
 from twotower.eval.tasks import Example
@@ -21,8 +23,14 @@ def example(scorer, answer, prompt="?"):
     [
         ("exact", "blue", [" blue", "blue\n"], ["Blue", "blue sky", ""]),
         ("number", "1200", ["1,200", " 1200 apples", "1200.0", "is 1200."], ["120", "-1200", "a lot", "3 or 1200"]),
+        ("number", "34", ["34"], ["3,4", "3, 4"]),
+        ("number", "3", ["3,4", "3,4567"], ["4"]),
+        ("number", "1,234,567", ["1234567", "1,234,567."], ["1", "1,234"]),
+        ("number", "9007199254740993", ["9007199254740993"], ["9007199254740992"]),
         ("number", "-3.5", ["-3.5"], ["3.5"]),
         ("json", '{"a": 1, "b": [2]}', ['{"b":[2],"a":1}', ' {"a": 1,\n"b": [2]}'], ['{"a": 1}', '{"a": 1', "", "[]"]),
+        ("json", '{"a": 1}', ['{"a": 1.0}'], ['{"a": true}', '{"a": "1"}', '{"a": [1]}', '{"a": NaN}']),
+        ("json", "[false, 0]", ["[false,-0]"], ["[0, false]", "[0, 0]", "[false, false]"]),
         ("program", "assert f(2) == 4", ["    return 2 * x", "    return x + 2"], ["    return x", "    retrun", ""]),
     ],
 )
@@ -30,6 +38,45 @@ def test_right_and_wrong_answers(scorer, answer, right, wrong):
     asked = example(scorer, answer, prompt="def f(x):\n" if scorer == "program" else "?")
     assert [score_text(asked, text) for text in right] == [1.0] * len(right)
     assert [score_text(asked, text) for text in wrong] == [0.0] * len(wrong)
+
+
+# Texts that are almost JSON and numbers, and whatever else there is.
+REPLIES = st.text() | st.text(alphabet=st.characters()) | st.text(alphabet='[]{}",:0123456789eE+-.\\u ntrfalse')
+ANSWERS = {"exact": "blue", "number": "-1,200.5", "json": '{"a": [1, true]}', "program": "assert f"}
+
+
+@pytest.mark.parametrize("scorer", ANSWERS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "123" * 1700 + "4",
+        "[" * 100_000,
+        "1e99999999999999999999",
+        "-1e-99999999999999999999",
+        '"\\ud800"',
+        "\ud800",
+        "\0",
+        "٣",
+        "²",
+        "-Infinity",
+        "nan",
+    ],
+)
+def test_no_reply_ends_an_evaluation(scorer, text, monkeypatch):
+    monkeypatch.setattr("twotower.eval.scoring.is_degenerate", lambda text: False)  # which would keep some from scorers
+    assert score_text(example(scorer, ANSWERS[scorer]), text) == 0.0
+
+
+@pytest.mark.parametrize(("scorer", "times"), [("exact", 50), ("number", 300), ("json", 300), ("program", 10)])
+def test_any_reply_is_worth_0_or_1(scorer, times):
+    asked = example(scorer, ANSWERS[scorer])
+
+    @hypothesis.settings(deadline=None, derandomize=True, database=None, max_examples=times)
+    @hypothesis.given(REPLIES)
+    def check(text: str) -> None:
+        assert score_text(asked, text) in (0.0, 1.0)
+
+    check()
 
 
 def test_a_right_answer_with_a_loop_after_it_is_wrong():

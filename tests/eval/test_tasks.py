@@ -42,10 +42,17 @@ def test_a_limit_takes_examples_from_all_over_the_file(tmp_path):
         (LINE | {"extra": 1}, "'extra'"),
         ({"prompt": "a"}, "max_new_tokens"),
         (LINE | {"scorer": "vibes"}, "'vibes'"),
-        (LINE | {"max_new_tokens": 0}, "at least 1"),
-        (LINE | {"max_new_tokens": True}, "must be a int"),
-        (LINE | {"stop": "\n"}, "must be a list"),
+        ("[" * 100_000, "nested too deep"),
+        (LINE | {"max_new_tokens": 0}, "max_new_tokens is 0, must be in [1, 65536]"),
+        (LINE | {"max_new_tokens": 10**12}, "max_new_tokens is 1000000000000, must be in [1, 65536]"),
+        (LINE | {"max_new_tokens": True}, "must be an integer"),
+        (LINE | {"stop": "\n"}, "stop is '\\n', must be a list"),
+        (LINE | {"stop": [""]}, "stop is [''], must be a list of texts that are not empty"),
+        (LINE | {"stop": ["\n", 3]}, "stop is ['\\n', 3], must be a list of texts that are not empty"),
         (LINE | {"distance": 5}, FILLER),
+        (LINE | {"distance": -5}, "distance is -5, must be in [0, 1048576]"),
+        (LINE | {"distance": 10**12, "prompt": FILLER}, "distance is 1000000000000, must be in"),
+        (LINE | {"prompt": "\ud83d"}, "half of a surrogate pair"),
         (LINE | {"prompt": f"a {FILLER}"}, FILLER),
     ],
 )
@@ -53,6 +60,51 @@ def test_a_bad_line_is_named(tmp_path, line, complaint):
     with pytest.raises(ValueError, match=r"mine\.jsonl line 1") as caught:
         read_task(written(tmp_path, line))
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "answer", "fix"),
+    [
+        ("exact", " ", "write one"),
+        ("exact", "one\ntwo", "replies end before stop '\\n'"),
+        ("exact", "ha " * 20, "a loop"),
+        ("number", "four", "must be one number such as"),
+        ("number", "3 or 4", "must be one number such as"),
+        ("number", "nan", "must be one number such as"),
+        ("json", "", "write one"),
+        ("json", "{'a': 1}", "must be JSON"),
+        ("json", '{"a": NaN}', "must be JSON"),
+        ("json", "[" * 100_000, "must be JSON"),
+        ("json", "1e99999999999999999999", "must be JSON"),
+        ("program", "assert f(2) ==", "must be Python"),
+    ],
+)
+def test_an_answer_that_no_reply_can_match_is_named(tmp_path, scorer, answer, fix):
+    with pytest.raises(ValueError, match=r"mine\.jsonl line 2: answer is ") as caught:
+        read_task(written(tmp_path, LINE, LINE | {"scorer": scorer, "answer": answer}))
+    assert repr(answer) in str(caught.value)
+    assert fix in str(caught.value)
+
+
+def test_answers_in_other_spellings_are_read(tmp_path):
+    lines = [LINE | {"answer": " -1,200.50 "}, LINE | {"scorer": "exact", "answer": "\nblue\n"}]
+    lines += [{"prompt": "?", "scorer": "likelihood", "max_new_tokens": 1}]
+    assert len(read_task(written(tmp_path, *lines)).examples) == 3
+
+
+def test_bytes_that_are_no_utf8_are_named(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(json.dumps(LINE).encode() + b'\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=r"mine\.jsonl line 2: byte 16 is 0xe9, not UTF-8; save it as UTF-8"):
+        read_task(str(path))
+
+
+def test_only_line_feeds_end_lines(tmp_path):
+    prompts = ["one\u2028two", "three\x85four", "five"]
+    text = "\r\n".join(json.dumps(LINE | {"prompt": prompt}, ensure_ascii=False) for prompt in prompts)
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [example.prompt for example in read_task(str(path)).examples] == prompts
 
 
 def test_unknown_names_empty_files_and_missing_files_are_mistakes(tmp_path):

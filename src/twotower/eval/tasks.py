@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import tokenizers
+
+from twotower.eval.scoring import check_answer
 
 Scorer = Literal["exact", "number", "json", "likelihood", "program"]
 SCORERS: tuple[str, ...] = get_args(Scorer)
@@ -16,6 +19,9 @@ SHIPPED = Path(__file__).parents[1] / "data" / "tasks"
 HUMANEVAL = "humaneval"
 # What stands in a prompt for `distance` tokens of text that has nothing to do with the question.
 FILLER = "<filler>"
+_HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
+# Far more than is of use: what a typing error in a task file is told apart by before anything runs.
+MAX_NEW_TOKENS, MAX_DISTANCE = 1 << 16, 1 << 20
 
 _SUBJECTS = ("The old man", "A little bird", "The girl", "A brown dog", "My sister", "The farmer", "A boy", "The cat")
 _VERBS = ("looked at", "walked past", "liked", "ran to", "sat near", "found", "played with", "dreamed of")
@@ -42,14 +48,19 @@ class Example:
     def __post_init__(self) -> None:
         if self.scorer not in SCORERS:
             raise ValueError(f"scorer is {self.scorer!r}, must be one of {', '.join(SCORERS)}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, must be at least 1")
+        if not 1 <= self.max_new_tokens <= MAX_NEW_TOKENS:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, must be in [1, {MAX_NEW_TOKENS}]")
+        if not 0 <= self.distance <= MAX_DISTANCE:
+            raise ValueError(f"distance is {self.distance}, must be in [0, {MAX_DISTANCE}]; 0 is no filler")
+        if not all(isinstance(end, str) and end for end in self.stop):
+            raise ValueError(f"stop is {list(self.stop)}, must be a list of texts that are not empty")
         if self.prompt.count(FILLER) != (self.distance > 0):
             raise ValueError(f"distance is {self.distance}; a prompt has {FILLER} once where it is above 0, else never")
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Reads one line. Raises ValueError naming unknown or missing keys, or the bad value."""
+        """Reads one line. Raises ValueError naming unknown or missing keys, a bad value, or an answer that no reply can
+        match."""
         types = {field.name: field for field in dataclasses.fields(cls)}
         required = {name for name, field in types.items() if field.default is dataclasses.MISSING}
         if set(raw) - set(types) or required - set(raw):
@@ -57,12 +68,14 @@ class Example:
                 f"an example has the keys {sorted(raw)}, must have {sorted(required)} and may have "
                 f"{sorted(set(types) - required)}"
             )
-        kinds: dict[str, type] = {"max_new_tokens": int, "distance": int, "stop": list}
+        kinds = {"max_new_tokens": (int, "an integer"), "distance": (int, "an integer"), "stop": (list, "a list")}
         for name, value in raw.items():
-            kind = kinds.get(name, str)
+            kind, words = kinds.get(name, (str, "a text"))
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}, must be a {kind.__name__}")
-        return cls(**(dict(raw) | {"stop": tuple(raw.get("stop", ()))}))
+                raise ValueError(f"{name} is {value!r}, must be {words}")
+        example = cls(**(dict(raw) | {"stop": tuple(raw.get("stop", ()))}))
+        check_answer(example)
+        return example
 
 
 class Task(NamedTuple):
@@ -145,17 +158,33 @@ def _filler(example: Example, tokenizer: tokenizers.Tokenizer) -> str:
 
 def _read_lines(path: Path) -> tuple[Example, ...]:
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Bytes, whose lines end where JSON's do: a text's also end at U+2028, which may stand in a string
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            raw = json.loads(line)
-            if not isinstance(raw, dict):
-                raise ValueError("an example must be an object")
-            examples.append(Example.from_dict(raw))
-        except ValueError as error:  # a JSONDecodeError is one
+            examples.append(Example.from_dict(_object(line)))
+        except ValueError as error:
             raise ValueError(f"{path} line {number}: {error}") from error
     return tuple(examples)
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line. Raises ValueError for anything else."""
+    try:
+        raw = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} is {line[error.start]:#04x}, not UTF-8; save it as UTF-8") from error
+    except RecursionError as error:
+        raise ValueError("an example must be an object of texts and numbers, and this is nested too deep") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"an example is {raw!r}, must be an object")
+    half = _HALF_OF_A_PAIR.search(json.dumps(raw, ensure_ascii=False))
+    if half is not None:  # no tokenizer takes it
+        raise ValueError(
+            f"a text has the code point {half[0]!r}, half of a surrogate pair; write both halves or neither"
+        )
+    return raw
 
 
 def _humaneval() -> tuple[Example, ...]:
