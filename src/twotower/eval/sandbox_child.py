@@ -1,9 +1,11 @@
-"""The inside of `sandbox`: shuts this process in, then runs the program that stdin holds. Imports nothing of ours.
+"""The inside of `sandbox`: shuts this process in, runs the program that stdin holds in another one, and ends whatever
+that one leaves. Exits with 0 if the program came to its end. Imports nothing of ours.
 
 Linux namespaces keep the network, other processes and the writing of files away, where the kernel grants them to this
 user; resource limits hold on every POSIX system.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -11,17 +13,21 @@ import resource
 import signal
 import struct
 import sys
+from collections.abc import Iterator
+from typing import NamedTuple, NoReturn
 
 _NEW_MOUNTS, _NEW_USER, _NEW_PIDS, _NEW_NETWORK = 0x00020000, 0x10000000, 0x20000000, 0x40000000
 _MOUNT_SETATTR, _WHOLE_TREE, _READ_ONLY, _PRIVATE = 442, 0x8000, 1, 1 << 18
 _CAPABILITIES_V3 = 0x20080522
-_DIE_WITH_PARENT = 1  # of prctl
+_SIGNAL_AT_PARENTS_END, _ADOPT_ORPHANS = 1, 36  # of prctl
+_SIGN_BYTES = 16
+_ON_LINUX = sys.platform == "linux"
 
 
 def shut_in() -> dict[str, bool]:
     """Leaves the network, the other processes (for children) and the right to write files; says what succeeded."""
     walls = {"no_network": False, "no_other_processes": False, "no_writing": False}
-    if sys.platform != "linux":
+    if not _ON_LINUX:
         return walls
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_NEW_USER | _NEW_MOUNTS | _NEW_PIDS | _NEW_NETWORK) == 0:
@@ -34,35 +40,118 @@ def shut_in() -> dict[str, bool]:
     return walls
 
 
-def limit(cpu_seconds: int, memory_bytes: int, wall_seconds: int) -> None:
+class Process(NamedTuple):
+    pid: int
+    parent: int
+    owner: int
+    threads: int
+
+
+def processes() -> Iterator[Process]:
+    """All that Linux shows to this user."""
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:  # it may just have ended
+                fields = file.read().rpartition(b")")[2].split()  # its name, which ends there, may hold anything
+                yield Process(int(name), int(fields[1]), os.fstat(file.fileno()).st_uid, int(fields[17]))
+
+
+def limit(cpu_seconds: int, memory_bytes: int, most_threads: int) -> None:
     """Hard limits: nothing that runs later can raise them, unless it runs as root outside of a user namespace."""
-    signal.alarm(wall_seconds)  # where there are no namespaces; the first process of one never gets it
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limits = {
+        resource.RLIMIT_CPU: cpu_seconds,
+        resource.RLIMIT_AS: memory_bytes,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_CORE: 0,
+    }
+    if _ON_LINUX:
+        limits[resource.RLIMIT_NPROC] = most_threads
+    for which, value in limits.items():
+        hard = resource.getrlimit(which)[1]
+        lower = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(which, (lower, lower))
+
+
+def passes(program: str, cpu_seconds: int, memory_bytes: int, most_threads: int, wall_seconds: int) -> bool:
+    """Whether the program, in a process of its own, came to its end; nothing that it started is left.
+
+    Leaving early must differ from that, so what the process hands back after the program is a random sign, which this
+    process sends it by a pipe, so that the program doesn't find it among its variables.
+    """
+    signs, sign_in = os.pipe()
+    reports, report = os.pipe()
+    runner = os.fork()  # in a new namespace its first process: when it ends, so does whatever it started
+    if runner == 0:
+        os.close(sign_in)
+        os.close(reports)
+        run(program, signs, report, (cpu_seconds, memory_bytes, most_threads))
+    os.close(report)
+    sign = os.urandom(_SIGN_BYTES)
+    os.write(sign_in, sign)
+    end(runner, wall_seconds)
+    return os.read(reports, len(sign) + 1) == sign
+
+
+def run(program: str, signs: int, report: int, limits: tuple[int, int, int]) -> NoReturn:
+    """Runs the program in this process, under `limit`, and from its end hands the sign of `signs` on to `report`."""
+    os.setpgid(0, 0)
+    if _ON_LINUX:
+        ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_END, signal.SIGKILL)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for used in range(3):
+        os.dup2(nowhere, used)
+    limit(*limits)
+    exec(compile(program, "<answer>", "exec"), {"__name__": "__main__"})
+    os.write(report, os.read(signs, _SIGN_BYTES))
+    os._exit(0)
+
+
+def end(runner: int, wall_seconds: int) -> None:
+    """Waits until the process has ended, so long at most, or for SIGTERM; then kills it and whatever it started."""
+
+    def stop(*_: object) -> None:
+        ignore()
+        raise TimeoutError
+
+    def ignore() -> None:
+        for number in (signal.SIGALRM, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+    for number in (signal.SIGALRM, signal.SIGTERM):
+        signal.signal(number, stop)
+    signal.alarm(wall_seconds)
+    try:
+        os.waitpid(runner, 0)
+        ignore()
+    except TimeoutError:
+        os.kill(runner, signal.SIGKILL)
+    with contextlib.suppress(OSError):  # its group at once, which can't outrun that by forking, if there is one left
+        os.killpg(runner, signal.SIGKILL)
+    while True:  # what left the group comes to this process as its parents end
+        for process in processes() if _ON_LINUX else ():
+            if process.parent == os.getpid():
+                os.kill(process.pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
 
 
 def main() -> None:
     job = json.load(sys.stdin)
+    running = sum(p.threads for p in processes() if p.owner == os.getuid()) if _ON_LINUX else 0
     walls = shut_in()
-    child = os.fork()  # the first process of the new namespace: when it ends, so does whatever it started
-    if child:
-        _, status = os.waitpid(child, 0)
-        sys.exit(status != 0)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    report = os.dup(1)
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, 0)
-    os.dup2(nowhere, 1)
-    limit(job["cpu_seconds"], job["memory_bytes"], job["wall_seconds"])
     if job["program"] is None:
-        os.write(report, json.dumps(walls).encode())
-    else:
-        exec(compile(job["program"], "<answer>", "exec"), {"__name__": "__main__"})
-        os.write(report, job["sign"].encode())
-    os._exit(0)
+        sys.stdout.write(json.dumps(walls))
+        return
+    if _ON_LINUX:  # after the namespace, whose making resets it
+        libc = ctypes.CDLL(None)
+        libc.prctl(_ADOPT_ORPHANS, 1)
+        libc.prctl(_SIGNAL_AT_PARENTS_END, signal.SIGTERM)
+    # The kernel counts all that the user runs, in a namespace since Linux 5.14 only what is in there
+    most_threads = running + job["processes"]
+    passed = passes(job["program"], job["cpu_seconds"], job["memory_bytes"], most_threads, job["wall_seconds"])
+    sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__":
