@@ -4,10 +4,10 @@ from ray import serve
 from starlette.applications import Starlette
 
 import twotower
+from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.checkpoints.hf import resolve
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
 from twotower.server.app import make_app
-from twotower.server.chat_template import ChatTemplate
 from twotower.server.config import ServerConfig
 
 

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
+from tokenizers import processors
 
 from twotower.checkpoints import save
 from twotower.decoding.params import SamplingParams
@@ -141,6 +143,21 @@ def test_a_context_that_is_too_long_loses_its_start(model, adapted, monkeypatch)
     assert total == pytest.approx(log_probabilities(model, ids[5:8], ids[8:]).sum().item(), abs=1e-3)
 
 
+def test_a_continuation_that_is_too_long_is_scored_in_windows(model, adapted, monkeypatch):
+    ids = model.tokenizer.encode("0123456789abc").ids
+    monkeypatch.setattr(TwoTowerLM, "max_length", 4)
+    requests = [(("a", "b"), ids[:2], ids[2:]), (("c", "d"), ids[:8], ids[8:]), (("e", ""), ids[:1], [])]
+    [(total, is_greedy), other, nothing] = adapted._loglikelihood_tokens(requests)
+    # each token once, after at most 4 others
+    parts = [(ids[1:2], ids[2:6]), (ids[5:6], ids[6:10]), (ids[8:10], ids[10:])]
+    assert total == pytest.approx(sum(log_probabilities(model, *part).sum().item() for part in parts), abs=1e-3)
+    greedy = [adapted._score([part])[0].is_greedy for part in parts]
+    assert is_greedy == all(greedy)
+    second = [(ids[7:8], ids[8:12]), (ids[8:12], ids[12:])]
+    assert other[0] == pytest.approx(sum(adapted._score([part])[0].log_probability for part in second), abs=1e-3)
+    assert nothing == (0, True)
+
+
 def test_what_a_task_asks_of_a_generation_reaches_the_decoder(adapted):
     asked = {"until": "\n", "max_gen_toks": 5, "do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.9}
     params = adapted._params(asked, 7)
@@ -148,8 +165,74 @@ def test_what_a_task_asks_of_a_generation_reaches_the_decoder(adapted):
     assert (params.temperature, params.top_k, params.top_p) == (0.5, 3, 0.9)
     assert adapted._params(asked | {"do_sample": False}, 0).temperature == 0.0
     assert adapted._params({}, 0).max_new_tokens == 256
-    with pytest.raises(ValueError, match="num_beams"):
-        adapted._params({"num_beams": 4}, 0)
+    with pytest.raises(ValueError, match=r"\{'num_beams': 4\}"):
+        adapted._params({"num_beams": 4, "repetition_penalty": 1.0}, 0)
+
+
+def test_what_other_models_need_to_be_told_for_the_default_is_taken_as_that(adapted):
+    asked = {"num_beams": 1, "top_k": 0, "top_p": None, "repetition_penalty": 1.0, "use_cache": True, "until": None}
+    assert adapted._params(asked, 3) == adapted._params({}, 3)
+    assert adapted._params({"top_k": -1}, 3) == adapted._params({}, 3)
+    assert adapted._params({"do_sample": False, "top_p": 0.0}, 3) == adapted._params({"temperature": 0.0}, 3)
+    assert adapted._params({"max_new_tokens": 7}, 0).max_new_tokens == 7
+
+
+@pytest.fixture
+def chatting(checkpoint, tmp_path):
+    """A checkpoint with a template that trims messages, as many do."""
+    path = tmp_path / "owner" / "chatting"
+    shutil.copytree(checkpoint, path)
+    (path / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return path
+
+
+def test_lm_evals_chats_are_written_by_the_checkpoints_template(chatting, local_tasks, monkeypatch):
+    monkeypatch.setattr(adapter, "cli_evaluate", lambda: None)
+    adapter.main()
+    found = simple_evaluate(
+        model="twotower",
+        model_args={"pretrained": str(chatting), "block_size": 8},
+        tasks=["twotower_lists"],
+        task_manager=local_tasks,
+        device="cpu",
+        bootstrap_iters=0,
+        limit=2,
+        apply_chat_template=True,
+        system_instruction="be",
+    )
+    prompts = [sample["arguments"][0][0] for sample in found["samples"]["twotower_lists"]]
+    assert prompts == ["<system>be<user>ab<assistant>", "<system>be<user>the cat<assistant>"]
+
+
+def test_a_begun_answer_is_continued(chatting):
+    chat = TwoTowerLM(pretrained=str(chatting))
+    history = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": " 2 + 2 = "}]
+    assert chat.apply_chat_template(history, add_generation_prompt=False) == "<user>2 + 2<assistant>2 + 2 ="
+    assert chat.apply_chat_template(history[:1]) == "<user>2 + 2<assistant>"
+    assert chat.tokenizer_name == str(chatting).replace("/", "__")
+    assert chat.chat_template(True) == (chatting / "chat_template.jinja").read_text()
+    assert chat.chat_template(False) is None
+    with pytest.raises(ValueError, match="'tools'"):
+        chat.chat_template("tools")
+
+
+def test_without_a_template_there_are_no_chats(adapted):
+    with pytest.raises(ValueError, match="has no chat template; drop --apply_chat_template"):
+        adapted.apply_chat_template([{"role": "user", "content": "a"}])
+
+
+def test_a_text_that_begins_with_the_first_token_gets_no_second_one(model, checkpoint):
+    adapted = TwoTowerLM(pretrained=str(checkpoint))
+    first = model.config.bos_token_id
+    name = adapted.encoder.id_to_token(first)
+    template = [(name, first)]
+    adapted.encoder.post_processor = processors.TemplateProcessing(f"{name} $A", special_tokens=template)
+    assert adapted.tok_encode("a")[0] == first
+    assert adapted.tok_encode(f"{name}a") == adapted.tok_encode("a")
+    assert adapted.tok_encode(f"{name}a", add_special_tokens=True)[:2] == [first, first]
 
 
 @pytest.mark.parametrize(

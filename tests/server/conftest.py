@@ -14,11 +14,11 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
+from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.engine.aio import AsyncEngine
 from twotower.engine.config import EngineConfig
 from twotower.model.two_tower import TwoTower
 from twotower.server.app import make_app
-from twotower.server.chat_template import ChatTemplate
 from twotower.server.config import ServerConfig
 
 # All bytes are different, so that a byte says which one follows; characters have one to four.

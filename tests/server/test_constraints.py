@@ -7,9 +7,9 @@ import httpx
 import openai
 import pytest
 
+from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.engine.aio import AsyncEngine
 from twotower.server.app import make_app
-from twotower.server.chat_template import ChatTemplate
 from twotower.server.config import ServerConfig
 
 pytest.importorskip("llguidance")

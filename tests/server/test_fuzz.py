@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from hypothesis import strategies as st
 
 import twotower
+from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.engine.aio import AsyncEngine
 from twotower.server.app import make_app
-from twotower.server.chat_template import ChatTemplate
 from twotower.server.config import ServerConfig
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis makes the cases; pip install 'twotower[dev]'")

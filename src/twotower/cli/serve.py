@@ -76,8 +76,8 @@ def command(
     SIGTERM or Ctrl-C lets running requests finish.
     """
     try:
+        from twotower.checkpoints.chat_template import ChatTemplate
         from twotower.server.app import make_app
-        from twotower.server.chat_template import ChatTemplate
         from twotower.server.config import ServerConfig
         from twotower.server.run import log_to_stderr, run
     except ModuleNotFoundError as error:

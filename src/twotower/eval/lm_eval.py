@@ -7,6 +7,7 @@ stories checkpoint; every setting of SamplingParams is a model argument, and so 
 """
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,15 +20,32 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from twotower.checkpoints.load import load
+from twotower.checkpoints.chat_template import ChatTemplate, Turn
+from twotower.checkpoints.hf import resolve
+from twotower.checkpoints.load import DEFAULT_CHECKPOINT, load
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.eval.scoring import score_text
 from twotower.eval.tasks import Example
 
-# What a task may say about a generation; its length where the task says none.
-_GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+# What a task may say about a generation; its length, under all of its names, where the task says none.
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_GENERATION = ("until", *_LENGTHS, "do_sample", "temperature", "top_k", "top_p")
 _MAX_GEN_TOKS = 256
+# What tasks say for other models and means nothing but the default: other values are mistakes.
+_NEUTRAL: dict[str, float] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1,
+    "length_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "min_p": 0,
+    "typical_p": 1,
+    "early_stopping": False,
+    "use_cache": True,
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
 
 
@@ -68,6 +86,8 @@ class TwoTowerLM(TemplateLM):
             # what lm_eval passes where its user names no device
             warnings.warn(f"device is {device!r}, but this build of torch sees no GPU: running on cpu", stacklevel=2)
             device = "cpu"
+        self._name = pretrained or "stories"
+        self._template = ChatTemplate.load(DEFAULT_CHECKPOINT if pretrained is None else resolve(pretrained))
         self.model = load(pretrained, device=device or "cpu", dtype=_DTYPES[dtype])
         if self.model.tokenizer is None:
             raise ValueError("the checkpoint has no tokenizer.json, which lm_eval's texts need; add one")
@@ -91,8 +111,35 @@ class TwoTowerLM(TemplateLM):
         """Positions of the checkpoint; None where it names no limit."""
         return self.model.config.carried.get("max_position_embeddings")
 
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm_eval's cache of requests goes by."""
+        return self._name.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template itself, for lm_eval's record of a run; None where none is to be applied."""
+        if isinstance(chat_template, str):
+            raise ValueError(
+                f"apply_chat_template is {chat_template!r}, but only the default one is read; drop the name"
+            )
+        return self._chat().source if chat_template else None
+
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt for the next assistant message; without `add_generation_prompt` for the rest of the last one."""
+        turns = [Turn(message["role"], message["content"]) for message in chat_history]
+        return self._chat().render(turns, continue_last=not add_generation_prompt)
+
+    def _chat(self) -> ChatTemplate:
+        if self._template is None:
+            raise ValueError(f"checkpoint {self._name} has no chat template; drop --apply_chat_template")
+        return self._template
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return list(self.encoder.encode(string, add_special_tokens=add_special_tokens is not False).ids)
+        if add_special_tokens is None:  # chat templates write the token that texts begin with themselves
+            first = self.model.config.bos_token_id
+            written = None if first is None else self.encoder.id_to_token(first)
+            add_special_tokens = not written or not string.startswith(written)
+        return list(self.encoder.encode(string, add_special_tokens=add_special_tokens).ids)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers every (context, generation settings) pair; the request's number is added to the seed."""
@@ -120,13 +167,19 @@ class TwoTowerLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[Scored]:
-        found = []
-        for start in range(0, len(requests), self.batch_size):
-            batch = requests[start : start + self.batch_size]
-            found += self._score([(context, new) for _, context, new in batch])
+        windows = [self._windows(context, new) for _, context, new in requests]
+        pairs = [pair for own in windows for pair in own]
+        batches = (pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size))
+        scores = itertools.chain.from_iterable(map(self._score, batches))
+        found = [_joined(list(itertools.islice(scores, len(own)))) for own in windows]
         for (texts, _, _), scored in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, scored)
         return found
+
+    def _windows(self, context: list[int], new: list[int]) -> list[tuple[list[int], list[int]]]:
+        """The pair, or where its new tokens are more than the checkpoint positions several, each of as many as fit."""
+        most = self.max_length or max(1, len(new))
+        return [([*context, *new[:start]], new[start : start + most]) for start in range(0, len(new), most)]
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
         """The context tower over (context, new tokens) pairs as one batch; what is too long loses its start."""
@@ -145,21 +198,30 @@ class TwoTowerLM(TemplateLM):
 
     def _params(self, asked: Mapping[str, Any], index: int) -> SamplingParams:
         """The settings of request number `index`, whose task decides about length, stops and sampling."""
-        if set(asked) - set(_GENERATION):
-            raise ValueError(f"generation_kwargs have {sorted(set(asked) - set(_GENERATION))}, known are {_GENERATION}")
+        asked = {name: value for name, value in asked.items() if value is not None}
+        foreign = {k: v for k, v in asked.items() if k not in _GENERATION and (k not in _NEUTRAL or v != _NEUTRAL[k])}
+        if foreign:
+            raise ValueError(
+                f"generation_kwargs have {foreign}, known are {_GENERATION}, and at no other value {_NEUTRAL}"
+            )
         base = self.params
         assert base.seed is not None
         stops = asked.get("until", [])
-        greedy = asked.get("do_sample") is False
+        temperature = 0.0 if asked.get("do_sample") is False else asked.get("temperature", base.temperature)
+        top_k = asked.get("top_k", base.top_k)
         return dataclasses.replace(
             base,
-            max_new_tokens=asked.get("max_gen_toks", _MAX_GEN_TOKS),
+            max_new_tokens=next((asked[name] for name in _LENGTHS if name in asked), _MAX_GEN_TOKS),
             stop=(stops,) if isinstance(stops, str) else tuple(stops),
-            temperature=0.0 if greedy else asked.get("temperature", base.temperature),
-            top_k=asked.get("top_k", base.top_k),
-            top_p=asked.get("top_p", base.top_p),
+            temperature=temperature,
+            top_k=None if top_k in (0, -1) else top_k,  # that is how others say that every token is kept
+            top_p=None if temperature == 0 else asked.get("top_p", base.top_p),
             seed=base.seed + index,
         )
+
+
+def _joined(windows: Sequence[Scored]) -> Scored:
+    return Scored(sum(w.log_probability for w in windows), all(w.is_greedy for w in windows))
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:

@@ -11,8 +11,8 @@ from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from pydantic_core import from_json
 
+from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.engine.aio import AsyncEngine
-from twotower.server.chat_template import ChatTemplate
 from twotower.server.completions import chat, complete
 from twotower.server.config import ServerConfig
 from twotower.server.errors import ApiError, install

@@ -8,9 +8,9 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
+from twotower.checkpoints.chat_template import Turn
 from twotower.decoding.params import Generation
 from twotower.server.answers import Order, Wanted, answer
-from twotower.server.chat_template import Turn
 from twotower.server.errors import ApiError
 from twotower.server.logprobs import Scored, TokenNames, chat_logprobs, completion_logprobs
 from twotower.server.protocol import ChatRequest, CompletionRequest

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.record import Prompt
 from twotower.engine.aio import AsyncEngine
 from twotower.engine.job import Event
-from twotower.server.chat_template import ChatTemplate
 from twotower.server.config import ServerConfig
 from twotower.server.errors import ApiError, from_value_error
 from twotower.server.logprobs import TokenNames

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from twotower.server.chat_template import ChatTemplate, Turn
+from twotower.checkpoints.chat_template import ChatTemplate, Turn
 
 TURNS = [Turn("system", "be"), Turn("user", "hi")]
 
@@ -55,6 +55,27 @@ def test_a_jinja_file_wins_and_named_templates_have_a_default(tmp_path):
 def test_what_a_template_refuses_or_may_not_do_is_an_error(source):
     with pytest.raises(ValueError, match="chat template refuses"):
         ChatTemplate(source, {}).render(TURNS)
+
+
+@pytest.mark.parametrize("trim", ["", " | trim"])
+@pytest.mark.parametrize("last", ["a = ", " a =", "a", "hi"])
+def test_a_begun_message_is_continued_as_in_transformers(trim, last):
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content" + trim + " }}</>\n{% endfor %}"
+    source += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    turns = [*TURNS, Turn("assistant", last)]
+    ours = ChatTemplate(source, {}).render(turns, continue_last=True)
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [{"role": t.role, "content": t.content} for t in turns]
+    theirs = render_jinja_template(
+        conversations=[messages], chat_template=source, add_generation_prompt=False, continue_final_message=True
+    )
+    assert ours == theirs[0][0]
+
+
+def test_a_message_that_the_template_changes_cannot_be_continued():
+    with pytest.raises(ValueError, match="changes the message 'yes'"):
+        ChatTemplate("{{ messages[0].content | upper }}", {}).render([Turn("assistant", "yes")], continue_last=True)
 
 
 def test_broken_files_are_named(tmp_path):

@@ -25,6 +25,7 @@ class ChatTemplate:
     """A checkpoint's jinja template, run in a sandbox: it comes from whoever made the checkpoint."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        self.source = source
         self._special_tokens = special_tokens
         # The settings and names that templates are written for: those of transformers' apply_chat_template.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
@@ -59,17 +60,30 @@ class ChatTemplate:
         special = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
         return cls(source, {k: v for k, v in special.items() if isinstance(v, str)})
 
-    def render(self, turns: Sequence[Turn]) -> str:
-        """The prompt that asks for the next assistant message. Raises ValueError where the template refuses."""
+    def render(self, turns: Sequence[Turn], continue_last: bool = False) -> str:
+        """The prompt that asks for the next assistant message, or with `continue_last` for the rest of the last one.
+
+        Raises ValueError where the template refuses.
+        """
         try:
-            return self._template.render(
+            prompt = self._template.render(
                 messages=[{"role": turn.role, "content": turn.content} for turn in turns],
-                add_generation_prompt=True,
+                add_generation_prompt=not continue_last,
                 tools=None,
                 **self._special_tokens,
             )
         except (TemplateError, TypeError) as error:  # TypeError: a template that takes for granted what is not there
             raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from error
+        return _cut_behind(prompt, turns[-1].content) if continue_last else prompt
+
+
+def _cut_behind(prompt: str, message: str) -> str:
+    """The prompt up to the end of the last message, whose outer spaces the template may have trimmed."""
+    start = prompt.rfind(message.strip())
+    if start < 0:
+        raise ValueError(f"the checkpoint's chat template changes the message {message!r}, so it can't be continued")
+    whole = message.lstrip()
+    return prompt[: start + len(whole if prompt.startswith(whole, start) else whole.rstrip())]
 
 
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
