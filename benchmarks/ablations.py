@@ -4,9 +4,9 @@
 
 START is a checkpoint of two equal towers (from `twotower init`), CORPUS and HELD_OUT shards of `twotower tokenize`
 with a prompt field: the scored tokens of a document are an answer. Every variant starts from the same weights and sees
-the same rows with the same noise. Each run adds a line to RUNS.jsonl; those that are there are not made again. Prints
-one JSON line: for each variant the mean over seeds with its 95 % t-interval, and the same of its difference from
-`base`, seed by seed.
+the same rows with the same noise. Each run adds a line to RUNS.jsonl; those that are there are not made again, and a
+file with runs of other settings, weights or rows is refused. Prints one JSON line: for each variant the mean over seeds
+with its 95 % t-interval, and the same of its difference from `base`, seed by seed.
 
 Measured on held-out answers whose blocks start where the answer does, as in decoding, earlier blocks being given: the
 loss of wholly masked blocks (nats per token), the share of places that the first draft gets right with nothing wrong
@@ -21,6 +21,7 @@ tower.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import twotower
+from twotower.checkpoints.hf import resolve
 from twotower.config import TwoTowerConfig
 from twotower.eval.provenance import provenance
 from twotower.model.block_parallel import block_parallel_hidden
@@ -45,7 +47,7 @@ from twotower.training.data import Batch, Corpus
 from twotower.training.denoising import Denoising, DenoisingConfig, NoisyRows, Phase
 from twotower.training.trainer import TrainConfig, Trainer
 
-# two-sided 95 % quantiles of Student's t by degrees of freedom
+# two-sided 95 % quantiles of Student's t by degrees of freedom: one less than seeds
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 THRESHOLD = 0.8  # γ
 HELD_OUT = 16  # rows
@@ -213,6 +215,37 @@ def summaries(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def fingerprint(folder: Path) -> str:
+    """Of what a checkpoint or a corpus holds, wherever it lies."""
+    found = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        with path.open("rb") as file:
+            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def settings(a: argparse.Namespace) -> dict[str, Any]:
+    """All that two runs of a variant and seed must share to be the same run."""
+    chosen = {name: getattr(a, name) for name in ("steps", "batch_size", "learning_rate")}
+    data = {"start": resolve(a.start), "corpus": a.corpus, "held_out": a.held_out}
+    measured = {"threshold": THRESHOLD, "held_out_rows": HELD_OUT}
+    return chosen | measured | {f"{name}_sha256": fingerprint(folder) for name, folder in data.items()}
+
+
+def runs_of(file: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that a file holds, none where there is no file. Raises ValueError where one has other settings."""
+    runs: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for number, line in enumerate(runs, start=1):
+        names = line["settings"].keys() | wanted.keys()
+        other = [name for name in sorted(names) if line["settings"].get(name) != wanted.get(name)]
+        if other:
+            raise ValueError(
+                f"{file} line {number} is a run with {other[0]} {line['settings'].get(other[0])}, not "
+                f"{wanted.get(other[0])}; give what it was made with, or another file"
+            )
+    return runs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("start")
@@ -222,22 +255,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seeds", type=int, default=3, help="1 to 5")
+    parser.add_argument("--seeds", type=int, default=3, choices=range(1, len(T_95) + 2))
     a = parser.parse_args()
     start = twotower.load(a.start, pack=False)
     corpus, held = (Corpus(folder, vocab_size=start.config.vocab_size) for folder in (a.corpus, a.held_out))
     held_out = answers(held.batch(range(min(HELD_OUT, len(held))), 0), start.config)
-    settings = {k: getattr(a, k) for k in ("steps", "batch_size", "learning_rate")}
-    runs: list[dict[str, Any]] = (
-        [json.loads(line) for line in a.runs.read_text().splitlines()] if a.runs.exists() else []
-    )
-    if any(line["settings"] != settings for line in runs):
-        raise ValueError(f"{a.runs} has runs of other settings than {settings}; give those or another file")
+    wanted = settings(a)
+    runs = [made for made in runs_of(a.runs, wanted) if made["seed"] < a.seeds]
     done = {(line["variant"], line["seed"]) for line in runs}
     for seed in range(a.seeds):  # seed by seed, so that what a kill leaves can be compared
         for name in variants(a.steps):
             if (name, seed) not in done:
-                made = {"variant": name, "seed": seed, "settings": settings}
+                made = {"variant": name, "seed": seed, "settings": wanted}
                 runs.append(made | {"measures": run(a, corpus, held_out, name, seed)})
                 with a.runs.open("a") as file:
                     file.write(json.dumps(runs[-1]) + "\n")
@@ -246,7 +275,7 @@ def main() -> None:
         "tokens_per_run": a.steps * a.batch_size * corpus.length,
         "answers": len(held_out.number[held_out.judged].unique()),
     }
-    shared = {"benchmark": "ablations", **settings, "seeds": a.seeds, "threshold": THRESHOLD, **sizes}
+    shared = {"benchmark": "ablations", **wanted, "seeds": a.seeds, **sizes}
     print(json.dumps(shared | {"variants": summaries(runs)} | provenance(start)))
 
 

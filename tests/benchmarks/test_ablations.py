@@ -49,20 +49,23 @@ def batch(*rows):
     return Batch(ids, scored, document, torch.arange(len(ids)))
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
+def write_corpus(path, seed):
     """Rows of two documents, whose answers are of 6 tokens."""
-    path = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     documents = [[([BOS, *rng.integers(4, 40, 5)], [*rng.integers(4, 40, 5), EOS]) for _ in "ab"] for _ in range(8)]
     ids, scored, document = (np.array(part) for part in zip(*(row(*pair) for pair in documents), strict=True))
     write_shard(path / "0.safetensors", Rows(ids, scored, document))
     return path
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"), 0)
+
+
 @pytest.fixture
 def command(ablations, start, corpus, tmp_path, monkeypatch, capsys):
-    def call(*options: object) -> dict:
+    def call(*options: object, start: Path = start, corpus: Path = corpus) -> dict:
         paths = (start, corpus, corpus, tmp_path / "runs.jsonl")
         monkeypatch.setattr(sys, "argv", [str(o) for o in ("ablations.py", *paths, "--batch-size", 4, *options)])
         ablations.main()
@@ -81,7 +84,9 @@ def test_no_variant_is_the_base(command, ablations):
     assert {name for name, change in ar_right.items() if change} <= {"tied", "joint"}
 
 
-def test_runs_that_are_there_are_not_made_again(command, ablations, monkeypatch):
+def test_runs_that_are_there_are_not_made_again(command, ablations, monkeypatch, tiny, tmp_path):
+    other_start, other_corpus = tmp_path / "start", write_corpus(tmp_path / "corpus", 1)
+    save(tiny(block_size=BLOCK, eos_token_id=EOS, seed=1), other_start)
     first = command("--steps", 2, "--seeds", 1)
     lines = command.runs.read_text().splitlines()
     command.runs.write_text("\n".join(lines[:-1]) + "\n")  # as after a kill
@@ -90,8 +95,29 @@ def test_runs_that_are_there_are_not_made_again(command, ablations, monkeypatch)
     monkeypatch.setattr(ablations, "run", lambda *a: trained.append(a[-2:]) or run(*a))
     assert command("--steps", 2, "--seeds", 1)["variants"] == first["variants"]
     assert trained == [("distilled", 0)]
-    with pytest.raises(ValueError, match="runs of other settings"):
+    with pytest.raises(ValueError, match=r"runs\.jsonl line 1 is a run with steps 2, not 3; give"):
         command("--steps", 3, "--seeds", 1)
+    with pytest.raises(ValueError, match=r"line 1 is a run with start_sha256 \w{16}, not \w{16}"):
+        command("--steps", 2, "--seeds", 1, start=other_start)
+    with pytest.raises(ValueError, match=r"line 1 is a run with corpus_sha256 \w{16}, not \w{16}"):
+        command("--steps", 2, "--seeds", 1, corpus=other_corpus)
+    monkeypatch.setattr(ablations, "THRESHOLD", 0.9)
+    with pytest.raises(ValueError, match=r"line 1 is a run with threshold 0\.8, not 0\.9"):
+        command("--steps", 2, "--seeds", 1)
+
+
+def test_only_the_seeds_that_are_asked_for_count(command, ablations, monkeypatch):
+    monkeypatch.setattr(ablations, "run", lambda *a: {"loss": float(a[-1] ** 2)})
+    command("--seeds", 3)
+    assert command("--seeds", 2)["variants"]["base"]["values"]["loss"]["mean"] == 0.5
+    assert command("--seeds", 5)["variants"]["base"]["values"]["loss"]["mean"] == 6
+
+
+@pytest.mark.parametrize("seeds", [0, 6])
+def test_there_are_intervals_for_1_to_5_seeds(command, seeds, capsys):
+    with pytest.raises(SystemExit):
+        command("--seeds", seeds)
+    assert "choose from 1, 2, 3, 4, 5" in capsys.readouterr().err.replace("'", "")
 
 
 def test_what_is_taken_away(ablations, ids):
