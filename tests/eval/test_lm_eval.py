@@ -84,6 +84,11 @@ def test_lm_eval_gives_the_score_of_twotower_eval(model, checkpoint, task_file, 
     assert found["results"]["twotower_lists"]["score,none"] == ours == right / 10
 
 
+def test_a_line_of_a_file_whose_other_lines_say_more_is_scored():
+    line = {"prompt": "a", "answer": "b", "scorer": "exact", "max_new_tokens": 1, "stop": ["#"]}
+    assert adapter.process_results(line | {"group": None, "distance": None}, ["b"]) == {"score": 1.0}
+
+
 def test_the_committed_task_asks_as_the_task_file_does():
     class Loader(yaml.SafeLoader):
         pass

@@ -229,7 +229,10 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
 
     Such a task says `process_results: !function twotower.eval.lm_eval.process_results`.
     """
-    return {"score": score_text(Example.from_dict(doc), results[0])}
+    given = {
+        name: value for name, value in doc.items() if value is not None
+    }  # datasets puts None where a line has no key
+    return {"score": score_text(Example.from_dict(given), results[0])}
 
 
 def main() -> None:
