@@ -240,6 +240,8 @@ def _interval(found: dict[str, float | None]) -> str:
         return "undefined"
     if found["low"] is None:
         return f"{found['value']:.1%} (interval undefined)"
+    if found["low"] == found["high"] == 1:  # only where no answer differs from ar's
+        return "100.0% (identical texts)"
     return f"{found['value']:.1%} ({found['low']:.1%}–{found['high']:.1%})"
 
 

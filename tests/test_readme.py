@@ -61,6 +61,11 @@ def setting(value, gain):
     return {"retention": {"value": value, "low": 0.5, "high": 0.9}, "tokens_per_nfe": 1.25, "speed": speed}
 
 
+def test_a_mode_that_writes_ars_texts_has_no_interval(tables):
+    assert tables._interval({"value": 1.0, "low": 1.0, "high": 1.0}) == "100.0% (identical texts)"
+    assert tables._interval({"value": 1.0, "low": 0.9, "high": 1.0}) == "100.0% (90.0%–100.0%)"
+
+
 def test_evaluation(render):
     overall = {"retention": {"value": 0.75, "low": None, "high": None}, "tasks_in_retention": ["a"], "gain": {"1": 2.0}}
     lines = render(

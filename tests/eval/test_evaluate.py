@@ -32,7 +32,7 @@ def speed(gain):
 def result(name="t", gain=None, **answers):
     examples = tuple(Example(prompt=str(i), scorer="exact", max_new_tokens=1, group=f"g{i % 2}") for i in range(2))
     timed = {} if gain is None else {1: {"ar": speed(1), "diffusion": speed(gain)}}
-    return TaskResult(Task(name, examples), answers, timed, [0, 1])
+    return TaskResult(Task(name, examples), SETTINGS, answers, timed, [0, 1])
 
 
 def test_a_task_is_answered_and_timed(model, asking):
@@ -109,7 +109,7 @@ def test_groups_and_gains():
 def test_json_says_undefined_with_null():
     zero = result(ar=[reply(0), reply(0)], diffusion=[reply(1), reply(0)])
     one = result(name="u", ar=[reply(), reply()], diffusion=[reply(1), reply(0.5)], gain=1.5)
-    found = json.loads(json.dumps(to_json([zero, one], SETTINGS)))
+    found = json.loads(json.dumps(to_json([zero, one])))
     assert found["tasks"]["t"]["settings"]["diffusion"]["retention"] == {"value": None, "low": None, "high": None}
     assert found["overall"]["diffusion"]["retention"]["value"] == 0.75
     assert found["overall"]["diffusion"]["tasks_in_retention"] == ["u"]
@@ -127,3 +127,14 @@ def test_json_says_undefined_with_null():
 def test_the_table_says_that_a_share_of_nothing_is_undefined():
     column = quality_table([result(ar=[reply(0), reply(0)], diffusion=[reply(1), reply(0)])]).columns[4]
     assert "undefined: ar scores 0" in list(column.cells)
+
+
+def test_the_table_says_where_texts_are_identical():
+    def shown(mode):
+        found = result(ar=[reply()] * 2, diffusion=[reply()] * 2)
+        settings = SETTINGS | {"diffusion": SamplingParams(mode=mode, seed=0)}
+        return list(quality_table([found._replace(settings=settings)]).columns[4].cells)
+
+    assert shown("verified")[1:] == ["100.0% (identical texts)"] * 2
+    # two questions say little of what diffusion would make of others
+    assert shown("diffusion")[1:] == ["100.0% (25.0% to 100.0%)"] * 2

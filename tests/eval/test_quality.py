@@ -3,12 +3,23 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import twotower
 from twotower.decoding.params import MODES, SamplingParams
-from twotower.eval.quality import Answer, _batches, answer, likelihood_score, log_probabilities, retention
+from twotower.eval import quality
+from twotower.eval.quality import (
+    Answer,
+    Interval,
+    _batches,
+    answer,
+    likelihood_score,
+    log_probabilities,
+    mean_retention,
+    retention,
+)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -65,32 +76,79 @@ def test_likelihood_is_the_context_towers_own_step_by_step(model):
     assert likelihood_score(model, prompt, [], "") == 0.0
 
 
-def replies(*scores):
-    return [Answer("", score, False, None, []) for score in scores]
+def replies(*scores, text=""):
+    return [Answer(text, score, False, None, []) for score in scores]
 
 
-def test_retention_is_the_mean_over_tasks_of_ratios():
-    ar = {"a": replies(1, 1, 0, 0) * 25, "b": replies(0.5) * 10}
-    mode = {"a": replies(1, 0, 0, 0) * 25, "b": replies(0.45) * 10}
-    value, low, high = retention(mode, ar)
-    assert value == pytest.approx((0.5 + 0.9) / 2)
+def pairs(generator, count, share, ar_share):
+    """Answers of a mode that has `share` of what ar has right, and ar's."""
+    ar = generator.random(count) < ar_share
+    return replies(*(ar & (generator.random(count) < share))), replies(*ar)
+
+
+def test_retention_is_a_ratio_with_its_interval():
+    value, low, high = retention(replies(1, 0, 0, 0) * 50, replies(1, 1, 0, 0) * 50)
+    assert value == 0.5
+    # of the 100 that ar has right, half are the mode's: a spread of sqrt(0.5 · 0.5 / 100)
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.25 / 100), rel=0.15)
     assert low < value < high
-    # b's answers all agree, and of a's ratio the spread is sqrt(0.5 · 0.5 / 50) for 50 that ar has right, halved
-    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(0.25 / 50) / 2, rel=0.15)
 
 
 def test_pairs_are_drawn_together():
     scores = torch.rand(30, generator=torch.Generator().manual_seed(0)).tolist()
-    half = {"a": replies(*(s / 2 for s in scores))}
-    assert retention(half, {"a": replies(*scores)}) == pytest.approx((0.5, 0.5, 0.5))
+    assert retention(replies(*(s / 2 for s in scores)), replies(*scores)) == pytest.approx((0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("share", [0.95, 0.98, 1.0])
+@pytest.mark.parametrize(("count", "tasks"), [(24, 1), (48, 1), (48, 4)])
+def test_intervals_hold_the_true_share_near_100_percent(count, share, tasks, monkeypatch):
+    monkeypatch.setattr(quality, "_RESAMPLES", 400)
+    generator = np.random.default_rng(0)
+    held = []
+    for _ in range(150):
+        found = mean_retention([retention(*pairs(generator, count, share, ar_share=0.95)) for _ in range(tasks)])
+        held.append(found.low <= share + 1e-9 and share - 1e-9 <= found.high)
+    assert np.mean(held) >= 0.9
+
+
+def test_intervals_of_probabilities_hold_the_true_share():
+    generator = np.random.default_rng(0)
+    held = []
+    for _ in range(150):
+        ar = generator.uniform(0.5, 0.8, 48)
+        found = retention(replies(*(ar * generator.uniform(0.8, 1.1, 48))), replies(*ar))
+        held.append(found.low <= 0.95 <= found.high)
+        assert found.high - found.low < 0.08  # two failures among 50 would make it 0.11
+    assert np.mean(held) >= 0.9
+
+
+def test_only_a_mode_that_is_ar_by_construction_is_certain_of_questions_not_asked():
+    right = replies(*[1] * 48)
+    value, low, high = retention(right, right)
+    assert (value, high) == (1, 1)
+    assert 0.9 < low < 0.96
+    assert retention(right, right, exact=True) == (1, 1, 1)
+    few = replies(1, *[0] * 9)
+    assert retention(few, few, exact=True) == (1, 1, 1)
+    # its texts may differ after all, as samples do and at ties of rounded logits
+    assert retention(replies(*[1] * 48, text="other"), right, exact=True).low < 0.96
 
 
 def test_where_ar_scores_nothing_retention_is_undefined():
-    assert retention({"a": replies(1, 0)}, {"a": replies(0, 0)}) == (None, None, None)
-    both = retention({"a": replies(1, 0), "b": replies(1, 1)}, {"a": replies(0, 0), "b": replies(1, 1)})
-    assert both == (1.0, 1.0, 1.0)
+    assert retention(replies(1, 0), replies(0, 0)) == (None, None, None)
 
 
 def test_too_few_right_answers_of_ar_give_no_interval():
-    scores = replies(1, *[0] * 9)  # a third of the resamples has none
-    assert retention({"a": scores}, {"a": scores}) == (1.0, None, None)
+    scores = replies(1, *[0] * 9)  # one resample in thirty has none
+    assert retention(scores, scores) == (1.0, None, None)
+
+
+def test_the_mean_over_tasks():
+    one, two = Interval(0.9, 0.6, 1.0), Interval(0.7, 0.3, 0.7)
+    value, low, high = mean_retention([one, two])
+    assert value == pytest.approx(0.8)
+    assert value - low == pytest.approx(0.25)  # sqrt(0.3² + 0.4²) / 2
+    assert high - value == pytest.approx(0.05)
+    assert mean_retention([one]) == pytest.approx(one)
+    assert mean_retention([one, Interval(0.7, None, None)]) == (0.8, None, None)
+    assert mean_retention([one, Interval(None, None, None)]) == mean_retention([]) == (None, None, None)

@@ -93,8 +93,9 @@ def test_every_condition_has_its_own_ar(model, asking):
 
 
 def test_what_is_not_timed_has_no_speed(model, asking, monkeypatch):
-    monkeypatch.setattr(module, "evaluate", lambda *_: module.TaskResult(asking("exact"), answers, {}, []))
-    answers = {name: [Answer("", 0.0, False, None, [])] * 10 for name in grid(SweepConfig(), 0.0)}
+    settings = grid(SweepConfig(), 0.0)
+    answers = {name: [Answer("", 0.0, False, None, [])] * 10 for name in settings}
+    monkeypatch.setattr(module, "evaluate", lambda *_: module.TaskResult(asking("exact"), settings, answers, {}, []))
     monkeypatch.setattr(module, "tokens_per_call", lambda _: (None, None))
     [points] = sweep(model, asking("exact"), SweepConfig(), QUICK)
     assert {(p.batch_size, p.speed, p.retention.value) for p in points} == {(None, None, None)}

@@ -110,7 +110,7 @@ def command(
     if json_file is not None:
         left_out = {task.name: len(task.examples) - len(fit.examples) for task, fit in zip(chosen, kept, strict=True)}
         origin = {"model": model or "stories", **provenance(opened)}
-        whole = origin | {"questions_left_out": left_out} | to_json(results, settings)
+        whole = origin | {"questions_left_out": left_out} | to_json(results)
         json_file.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -32,7 +32,7 @@ class SpeedConfig:
 
 
 class TaskResult(NamedTuple):
-    """Answers by setting, and speeds by batch size and setting; a batch size that too few prompts fill is missing.
+    """Params and answers by setting, speeds by batch size and setting; a size that too few prompts fill is missing.
 
     Only what is worth reading is timed, because repetition is easy to predict and would count as speed: tasks where ar
     scores at all, settings with sound answers to at least half of the questions (neither empty nor degenerate), and
@@ -40,6 +40,7 @@ class TaskResult(NamedTuple):
     """
 
     task: Task
+    settings: Mapping[str, SamplingParams]
     answers: dict[str, list[Answer]]
     speeds: dict[int, dict[str, Speed]]
     timed: list[int]
@@ -61,7 +62,7 @@ def evaluate(
         advance(f"{task.name}: answers of {name}")
         answers[name] = answer(model, task, params)
     if timing is None or mean_score(answers["ar"]) == 0:
-        return TaskResult(task, answers, {}, [])
+        return TaskResult(task, settings, answers, {}, [])
     sound = {name: [_is_sound(reply) for reply in replies] for name, replies in answers.items()}
     readable = {name: p for name, p in settings.items() if name == "ar" or sum(sound[name]) >= len(sound[name]) / 2}
     examples = [i for i in range(len(task.examples)) if all(sound[name][i] for name in readable)][: timing.prompts]
@@ -71,7 +72,7 @@ def evaluate(
         if size <= len(examples):
             advance(f"{task.name}: speed at batch {size}")
             found[size] = speeds(model, work._replace(batch_size=size), timing.repeats)
-    return TaskResult(task, answers, found, examples)
+    return TaskResult(task, settings, answers, found, examples)
 
 
 def timed_work(model: TwoTower, task: Task, settings: Mapping[str, SamplingParams], examples: list[int]) -> Work:

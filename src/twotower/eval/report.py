@@ -2,23 +2,26 @@
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
 from twotower.decoding.params import SamplingParams
 from twotower.eval.evaluate import TaskResult
-from twotower.eval.quality import Answer, Interval, mean_score, retention
+from twotower.eval.quality import Answer, Interval, mean_retention, mean_score, retention
 
 _UNDEFINED = "undefined"
+# Modes whose output is ar's by their construction: text for text when greedy.
+_EXACT_MODES = ("ar", "verified")
 
 
-def to_json(results: Sequence[TaskResult], settings: Mapping[str, SamplingParams]) -> dict[str, Any]:
+def to_json(results: Sequence[TaskResult]) -> dict[str, Any]:
     """Everything that was measured: per setting, per task and setting, and every answer.
 
     A retention or an interval is null where it is undefined, a gain is missing where nothing could be timed.
     """
+    settings = results[0].settings
     return {
         "settings": {name: _own_settings(params) for name, params in settings.items()},
         "overall": {name: _overall(results, name) for name in settings},
@@ -27,13 +30,13 @@ def to_json(results: Sequence[TaskResult], settings: Mapping[str, SamplingParams
 
 
 def total_retention(results: Sequence[TaskResult], name: str) -> Interval:
-    """A setting's retention over all tasks."""
-    answers = {result.task.name: result.answers for result in results}
-    return retention({t: a[name] for t, a in answers.items()}, {t: a["ar"] for t, a in answers.items()})
+    """The mean of a setting's retention over the tasks where ar scores at all."""
+    return mean_retention([task_retention(r, name) for r in results if mean_score(r.answers["ar"]) > 0])
 
 
 def task_retention(result: TaskResult, name: str) -> Interval:
-    return total_retention([result], name)
+    exact = result.settings[name].mode in _EXACT_MODES
+    return retention(result.answers[name], result.answers["ar"], exact=exact)
 
 
 def total_gain(results: Sequence[TaskResult], name: str, batch_size: int) -> float | None:
@@ -167,6 +170,8 @@ def speed_table(results: Sequence[TaskResult]) -> Table:
 def _share(found: Interval) -> str:
     if found.value is None:
         return f"{_UNDEFINED}: ar scores 0"
+    if found == (1, 1, 1):  # only where no answer differs from ar's
+        return "100.0% (identical texts)"
     if found.low is None or found.high is None:
         return f"{found.value:.1%} (interval {_UNDEFINED}: ar scores too little)"
     return f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%})"
