@@ -109,7 +109,6 @@ def evaluation(results: list[Result]) -> str:
             rows.append([f"`{mode}`", task, _interval(own["retention"]), *gains, per_nfe])
         means = ["" if overall["gain"][size] is None else f"{overall['gain'][size]:.2f}" for size in sizes]
         rows.append([f"`{mode}`", "all", _interval(overall["retention"]), *means, ""])
-    unscored = [task for task in result["tasks"] if task not in result["overall"]["ar"]["tasks_in_retention"]]
     header = [
         "mode",
         "task",
@@ -118,8 +117,8 @@ def evaluation(results: list[Result]) -> str:
         "tokens per NFE",
     ]
     caption = origin(result["command"], result | result["machine"])
-    if unscored:
-        caption += f" `ar` itself scores 0 on {', '.join(unscored)}: no share of that is defined."
+    for task, reason in result["overall"]["ar"]["tasks_left_out"].items():
+        caption += f" {task} is left out: {reason}."
     return f"{markdown(header, rows)}\n\n{caption}"
 
 

@@ -67,7 +67,12 @@ def test_a_mode_that_writes_ars_texts_has_no_interval(tables):
 
 
 def test_evaluation(render):
-    overall = {"retention": {"value": 0.75, "low": None, "high": None}, "tasks_in_retention": ["a"], "gain": {"1": 2.0}}
+    overall = {
+        "retention": {"value": 0.75, "low": None, "high": None},
+        "tasks_in_retention": ["a"],
+        "tasks_left_out": {"b": "ar scores 0"},
+        "gain": {"1": 2.0},
+    }
     lines = render(
         "evaluation",
         {
@@ -85,7 +90,7 @@ def test_evaluation(render):
         "| `diffusion` | all | 75.0% (interval undefined) | 2.00 |  |",
     ]
     assert "`twotower eval`, an unknown commit, a CPU, one thread" in lines[-1]
-    assert lines[-1].endswith("`ar` itself scores 0 on b: no share of that is defined.")
+    assert lines[-1].endswith("b is left out: ar scores 0.")
 
 
 def test_evaluation_settings(render):

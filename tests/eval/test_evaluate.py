@@ -113,6 +113,7 @@ def test_json_says_undefined_with_null():
     assert found["tasks"]["t"]["settings"]["diffusion"]["retention"] == {"value": None, "low": None, "high": None}
     assert found["overall"]["diffusion"]["retention"]["value"] == 0.75
     assert found["overall"]["diffusion"]["tasks_in_retention"] == ["u"]
+    assert found["overall"]["diffusion"]["tasks_left_out"] == {"t": "ar scores 0"}
     assert found["overall"]["diffusion"]["gain"] == {"1": 1.5}
     assert found["tasks"]["u"]["settings"]["diffusion"]["speed"]["1"]["gain"]["median"] == 1.5
     assert found["tasks"]["u"]["settings"]["diffusion"]["answers"][1] == {
@@ -124,9 +125,27 @@ def test_json_says_undefined_with_null():
     assert "max_new_tokens" not in found["settings"]["diffusion"]
 
 
-def test_the_table_says_that_a_share_of_nothing_is_undefined():
-    column = quality_table([result(ar=[reply(0), reply(0)], diffusion=[reply(1), reply(0)])]).columns[4]
-    assert "undefined: ar scores 0" in list(column.cells)
+def test_the_table_names_the_tasks_of_its_means_and_why_others_are_not_there():
+    table = quality_table(
+        [
+            result(name="zero", ar=[reply(0), reply(0)], diffusion=[reply(1), reply(0)]),
+            result(name="lucky", ar=[reply(1), reply(0)], diffusion=[reply(1), reply(1)]),
+            result(name="one", ar=[reply(1), reply(1)], diffusion=[reply(1), reply(0)]),
+            result(name="two", ar=[reply(1), reply(1)], diffusion=[reply(0), reply(0)]),
+        ]
+    )
+    tasks, _, _, _, shares, _ = (list(column.cells) for column in table.columns)
+    assert tasks[-1] == "all: one, two"
+    assert shares[-1].startswith("25.0% (")
+    assert shares[1] == "undefined: ar scores 0"
+    assert shares[3].startswith("200.0%")
+    assert 'zero is not in "all": ar scores 0' in table.caption
+    assert 'lucky is not in "all": ar scores 0.500 with a standard error of 71% of that' in table.caption
+
+
+def test_where_no_task_counts_there_is_no_mean():
+    table = quality_table([result(ar=[reply(0), reply(0)], diffusion=[reply(1), reply(0)])])
+    assert list(table.columns[0].cells) == ["t", ""]
 
 
 def test_the_table_says_where_texts_are_identical():

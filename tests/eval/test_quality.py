@@ -18,6 +18,7 @@ from twotower.eval.quality import (
     likelihood_score,
     log_probabilities,
     mean_retention,
+    not_counted,
     retention,
 )
 
@@ -152,3 +153,15 @@ def test_the_mean_over_tasks():
     assert mean_retention([one]) == pytest.approx(one)
     assert mean_retention([one, Interval(0.7, None, None)]) == (0.8, None, None)
     assert mean_retention([one, Interval(None, None, None)]) == mean_retention([]) == (None, None, None)
+
+
+def test_a_score_that_is_mostly_luck_does_not_count():
+    def scoring(right, of):
+        return not_counted(replies(*[1] * right, *[0] * (of - right)))
+
+    assert scoring(0, 40) == "ar scores 0"
+    assert scoring(7, 40) == "ar scores 0.175 with a standard error of 34% of that, more than 25%"
+    assert [scoring(11, 40) is None, scoring(12, 40) is None] == [False, True]
+    assert [scoring(15, 4000) is None, scoring(16, 4000) is None] == [False, True]
+    assert scoring(2, 2) is None
+    assert not_counted(replies(0.4, 0.5, 0.6, 0.3)) is None

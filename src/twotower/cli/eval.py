@@ -76,6 +76,9 @@ def command(
 
     Both compare a mode with ar of the same checkpoint, prompts and stop rules. An answer that falls into a loop scores
     nothing, and prompts where any mode's answer does are not timed.
+
+    What a mode keeps is its score over ar's; "all" is the mean over tasks. A task is not in it where ar's own score is
+    0 or its standard error more than 25 % of it: a share of luck means nothing.
     """
     thresholds = numbers("thresholds", threshold)
     settings = {

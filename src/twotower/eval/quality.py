@@ -22,6 +22,8 @@ _MOST_ROWS, _MOST_TOKENS = 8, 8192
 _RESAMPLES = 2000
 # An interval that leaves out more than this share of the resamples would not be one.
 _UNDEFINED_SHARE = 0.01
+# A share of a score that is uncertain by more than this says more of ar's luck than of the mode.
+_MOST_UNCERTAIN = 0.25
 
 
 class Answer(NamedTuple):
@@ -105,6 +107,21 @@ def log_probabilities(model: TwoTower, prompt: Sequence[int], new: Sequence[int]
 
 def mean_score(answers: Sequence[Answer]) -> float:
     return statistics.mean(a.score for a in answers)
+
+
+def not_counted(ar: Sequence[Answer]) -> str | None:
+    """Why a task is left out of means over tasks; None where it isn't.
+
+    A share needs something to be a share of: the standard error of ar's mean score must be at most a quarter of it. Of
+    40 questions ar must get 12 right, of as many as one likes 16, and all of them of a few.
+    """
+    mean = mean_score(ar)
+    if mean == 0:
+        return "ar scores 0"
+    error = statistics.pstdev(a.score for a in ar) / math.sqrt(len(ar)) / mean
+    if error <= _MOST_UNCERTAIN:
+        return None
+    return f"ar scores {mean:.3f} with a standard error of {error:.0%} of that, more than {_MOST_UNCERTAIN:.0%}"
 
 
 def retention(mode: Sequence[Answer], ar: Sequence[Answer], *, exact: bool = False) -> Interval:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from twotower.decoding.params import SamplingParams
 from twotower.eval.evaluate import TaskResult
-from twotower.eval.quality import Answer, Interval, mean_retention, mean_score, retention
+from twotower.eval.quality import Answer, Interval, mean_retention, mean_score, not_counted, retention
 
 _UNDEFINED = "undefined"
 # Modes whose output is ar's by their construction: text for text when greedy.
@@ -30,8 +30,15 @@ def to_json(results: Sequence[TaskResult]) -> dict[str, Any]:
 
 
 def total_retention(results: Sequence[TaskResult], name: str) -> Interval:
-    """The mean of a setting's retention over the tasks where ar scores at all."""
-    return mean_retention([task_retention(r, name) for r in results if mean_score(r.answers["ar"]) > 0])
+    """The mean of a setting's retention over the tasks that `left_out` doesn't name."""
+    out = left_out(results)
+    return mean_retention([task_retention(r, name) for r in results if r.task.name not in out])
+
+
+def left_out(results: Sequence[TaskResult]) -> dict[str, str]:
+    """Tasks where ar scores too little for a share of it to mean anything, with what it scores."""
+    reasons = {result.task.name: not_counted(result.answers["ar"]) for result in results}
+    return {task: reason for task, reason in reasons.items() if reason is not None}
 
 
 def task_retention(result: TaskResult, name: str) -> Interval:
@@ -67,7 +74,8 @@ def _overall(results: Sequence[TaskResult], name: str) -> dict[str, Any]:
     sizes = dict.fromkeys(size for result in results for size in result.speeds)
     return {
         "retention": total_retention(results, name)._asdict(),
-        "tasks_in_retention": [r.task.name for r in results if mean_score(r.answers["ar"]) > 0],
+        "tasks_in_retention": [r.task.name for r in results if r.task.name not in left_out(results)],
+        "tasks_left_out": left_out(results),
         "gain": {size: total_gain(results, name, size) for size in sizes},
     }
 
@@ -106,8 +114,9 @@ def _setting(result: TaskResult, name: str) -> dict[str, Any]:
 
 
 def quality_table(results: Sequence[TaskResult]) -> Table:
-    """Scores and retention; where ar scores nothing, retention is undefined, and the table says so."""
-    table = Table(title="Quality")
+    """Scores and retention, and its means over the tasks that count; below the table why the others don't."""
+    out = left_out(results)
+    table = Table(title="Quality", caption=_reasons(out), caption_justify="left")
     for heading in ("task", "mode", "score", "degenerate", "of ar's score (95 %)", "tokens per NFE"):
         table.add_column(heading, justify="left" if heading in ("task", "mode") else "right", overflow="fold")
     for result in results:
@@ -118,10 +127,15 @@ def quality_table(results: Sequence[TaskResult]) -> Table:
             kept = "" if name == "ar" else _share(task_retention(result, name))
             table.add_row(label, name, f"{mean_score(answers):.3f}", bad, kept, _number(per_nfe, 2))
         table.add_section()
-    for name in results[0].answers:
+    counted = [r.task.name for r in results if r.task.name not in out]
+    for name in results[0].answers if counted else ():
         if name != "ar":
-            table.add_row("all", name, "", "", _share(total_retention(results, name)), "")
+            table.add_row(f"all: {', '.join(counted)}", name, "", "", _share(total_retention(results, name)), "")
     return table
+
+
+def _reasons(out: dict[str, str]) -> str | None:
+    return "\n".join(f'{task} is not in "all": {reason}' for task, reason in out.items()) or None
 
 
 def group_table(results: Sequence[TaskResult]) -> Table:
