@@ -107,8 +107,9 @@ def evaluation(results: list[Result]) -> str:
             gains = [_quartiles(own["speed"].get(size, {}).get("gain"), 2) for size in sizes]
             per_nfe = "" if own["tokens_per_nfe"] is None else f"{own['tokens_per_nfe']:.2f}"
             rows.append([f"`{mode}`", task, _interval(own["retention"]), *gains, per_nfe])
-        means = ["" if overall["gain"][size] is None else f"{overall['gain'][size]:.2f}" for size in sizes]
-        rows.append([f"`{mode}`", "all", _interval(overall["retention"]), *means, ""])
+        if len(overall["tasks_in_retention"]) > 1:
+            means = [_mean_gain(overall, size) for size in sizes]
+            rows.append([f"`{mode}`", "all", _interval(overall["retention"]), *means, ""])
     header = [
         "mode",
         "task",
@@ -120,6 +121,15 @@ def evaluation(results: list[Result]) -> str:
     for task, reason in result["overall"]["ar"]["tasks_left_out"].items():
         caption += f" {task} is left out: {reason}."
     return f"{markdown(header, rows)}\n\n{caption}"
+
+
+def _mean_gain(overall: Result, size: str) -> str:
+    """The mean over the tasks that count, with their names where they are not those of the retention."""
+    if overall["gain"][size] is None:
+        return ""
+    tasks = overall["tasks_in_gain"][size]
+    of = "" if tasks == overall["tasks_in_retention"] else f" ({', '.join(tasks)})"
+    return f"{overall['gain'][size]:.2f}{of}"
 
 
 def evaluation_settings(results: list[Result]) -> str:

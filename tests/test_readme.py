@@ -69,9 +69,10 @@ def test_a_mode_that_writes_ars_texts_has_no_interval(tables):
 def test_evaluation(render):
     overall = {
         "retention": {"value": 0.75, "low": None, "high": None},
-        "tasks_in_retention": ["a"],
+        "tasks_in_retention": ["a", "c"],
         "tasks_left_out": {"b": "ar scores 0"},
-        "gain": {"1": 2.0},
+        "gain": {"1": 2.0, "4": 3.0},
+        "tasks_in_gain": {"1": ["a", "c"], "4": ["c"]},
     }
     lines = render(
         "evaluation",
@@ -81,13 +82,20 @@ def test_evaluation(render):
             "torch": "2",
             "machine": {"cpu": "a CPU", "threads": 1},
             "overall": {"ar": overall, "diffusion": overall},
-            "tasks": {"a": {"settings": {"diffusion": setting(0.75, 2.0)}}, "b": {}},
+            "tasks": {
+                "a": {"settings": {"diffusion": setting(0.75, 2.0)}},
+                "b": {},
+                "c": {"settings": {"diffusion": setting(0.5, 2.0)}},
+            },
         },
     )
-    assert lines[0] == "| mode | task | of `ar`'s score (95 %) | times `ar`, batch 1 | tokens per NFE |"
-    assert lines[2:4] == [
-        "| `diffusion` | a | 75.0% (50.0%–90.0%) | 2.00 (1.90–2.10) | 1.25 |",
-        "| `diffusion` | all | 75.0% (interval undefined) | 2.00 |  |",
+    assert lines[0] == (
+        "| mode | task | of `ar`'s score (95 %) | times `ar`, batch 1 | times `ar`, batch 4 | tokens per NFE |"
+    )
+    assert lines[2:5] == [
+        "| `diffusion` | a | 75.0% (50.0%–90.0%) | 2.00 (1.90–2.10) |  | 1.25 |",
+        "| `diffusion` | c | 50.0% (50.0%–90.0%) | 2.00 (1.90–2.10) |  | 1.25 |",
+        "| `diffusion` | all | 75.0% (interval undefined) | 2.00 | 3.00 (c) |  |",
     ]
     assert "`twotower eval`, an unknown commit, a CPU, one thread" in lines[-1]
     assert lines[-1].endswith("b is left out: ar scores 0.")

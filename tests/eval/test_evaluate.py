@@ -99,11 +99,29 @@ def test_tokens_of_degenerate_answers_do_not_count():
 
 
 def test_groups_and_gains():
-    results = [result(ar=[reply(1), reply(0)], diffusion=[reply(0), reply(1)], gain=2.0)]
+    results = [result(ar=[reply(1), reply(1)], diffusion=[reply(0), reply(1)], gain=2.0)]
     results.append(result(name="u", ar=[reply(), reply()], diffusion=[reply(), reply()]))
     assert group_scores(results[0], "diffusion") == {"g0": 0, "g1": 1}
     assert total_gain(results, "diffusion", 1) == 2.0
     assert total_gain(results[1:], "diffusion", 1) is None
+
+
+def test_a_gain_counts_only_where_half_of_the_score_is_kept():
+    results = [
+        result(name="kept", ar=[reply(), reply()], diffusion=[reply(), reply(0)], gain=2.0),
+        result(name="lost", ar=[reply(), reply()], diffusion=[reply(0.9), reply(0)], gain=9.0),
+        result(name="lucky", ar=[reply(0), reply()], diffusion=[reply(), reply()], gain=7.0),
+    ]
+    assert total_gain(results, "diffusion", 1) == 2.0
+    assert total_gain(results[1:], "diffusion", 1) is None
+    assert to_json(results)["overall"]["diffusion"]["tasks_in_gain"] == {1: ["kept"]}
+    tasks, _, _, _, _, gains, _ = (list(column.cells) for column in speed_table(results).columns)
+    assert gains[1::2][:3] == [
+        "2.00 (1.90 to 2.10)",
+        "9.00 (8.90 to 9.10), not in all: keeps 45.0%",
+        "7.00 (6.90 to 7.10), not in all: ar scores too little",
+    ]
+    assert (tasks[-1], gains[-1]) == ("all: kept", "2.00")
 
 
 def test_json_says_undefined_with_null():

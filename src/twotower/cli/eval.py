@@ -78,7 +78,8 @@ def command(
     nothing, and prompts where any mode's answer does are not timed.
 
     What a mode keeps is its score over ar's; "all" is the mean over tasks. A task is not in it where ar's own score is
-    0 or its standard error more than 25 % of it: a share of luck means nothing.
+    0 or its standard error more than 25 % of it: a share of luck means nothing. In the mean of the speeds are those of
+    these tasks where the mode keeps at least half of ar's score.
     """
     thresholds = numbers("thresholds", threshold)
     settings = {

@@ -14,12 +14,15 @@ from twotower.eval.quality import Answer, Interval, mean_retention, mean_score, 
 _UNDEFINED = "undefined"
 # Modes whose output is ar's by their construction: text for text when greedy.
 _EXACT_MODES = ("ar", "verified")
+# A gain in speed is none for answers that mostly fail: the least share of ar's score with which it counts.
+LEAST_KEPT = 0.5
 
 
 def to_json(results: Sequence[TaskResult]) -> dict[str, Any]:
     """Everything that was measured: per setting, per task and setting, and every answer.
 
-    A retention or an interval is null where it is undefined, a gain is missing where nothing could be timed.
+    A retention or an interval is null where it is undefined, and so is a gain over all tasks where none counts; a
+    task's gain is missing where nothing could be timed.
     """
     settings = results[0].settings
     return {
@@ -47,9 +50,25 @@ def task_retention(result: TaskResult, name: str) -> Interval:
 
 
 def total_gain(results: Sequence[TaskResult], name: str, batch_size: int) -> float | None:
-    """The mean over the tasks that were timed of a setting's median gain, None where there are none."""
-    timed = [r.speeds[batch_size][name] for r in results if name in r.speeds.get(batch_size, {})]
-    return statistics.mean(speed.gain.median for speed in timed) if timed else None
+    """The mean of a setting's median gains over `tasks_in_gain`, None where there are none."""
+    counted = tasks_in_gain(results, name, batch_size)
+    gains = [r.speeds[batch_size][name].gain.median for r in results if r.task.name in counted]
+    return statistics.mean(gains) if gains else None
+
+
+def tasks_in_gain(results: Sequence[TaskResult], name: str, batch_size: int) -> list[str]:
+    """Tasks that were timed, count in the retention, and keep at least LEAST_KEPT of ar's score."""
+    timed = [r for r in results if name in r.speeds.get(batch_size, {})]
+    return [r.task.name for r in timed if _no_gain(r, name) is None]
+
+
+def _no_gain(result: TaskResult, name: str) -> str | None:
+    """Why a setting's gain on a task does not count; None where it does."""
+    if left_out([result]):
+        return "ar scores too little"
+    kept = task_retention(result, name).value
+    assert kept is not None
+    return None if kept >= LEAST_KEPT else f"keeps {kept:.1%}"
 
 
 def tokens_per_call(answers: Sequence[Answer]) -> tuple[float | None, float | None]:
@@ -77,6 +96,7 @@ def _overall(results: Sequence[TaskResult], name: str) -> dict[str, Any]:
         "tasks_in_retention": [r.task.name for r in results if r.task.name not in left_out(results)],
         "tasks_left_out": left_out(results),
         "gain": {size: total_gain(results, name, size) for size in sizes},
+        "tasks_in_gain": {size: tasks_in_gain(results, name, size) for size in sizes},
     }
 
 
@@ -152,7 +172,7 @@ def group_table(results: Sequence[TaskResult]) -> Table:
 
 
 def speed_table(results: Sequence[TaskResult]) -> Table:
-    """Medians with quartiles of the rounds, and the gains' mean over tasks."""
+    """Medians with quartiles of the rounds, and the gains' mean over the tasks that count; why others don't."""
     table = Table(title="Speed without prefill: medians (quartiles)")
     for heading in ("task", "prompts", "batch", "mode", "tokens/s", "times ar", "prefill, s"):
         table.add_column(heading, justify="left" if heading in ("task", "mode") else "right", overflow="fold")
@@ -169,15 +189,19 @@ def speed_table(results: Sequence[TaskResult]) -> Table:
             sizes[size] = None
             for name, speed in by_name.items():
                 prefill = _number(speed.prefill_seconds.median, 3)
-                parts = (_spread(speed.tokens_per_second, 0), _spread(speed.gain, 2), prefill)
+                uncounted = _no_gain(result, name)
+                gain = _spread(speed.gain, 2) + (f", not in all: {uncounted}" if uncounted and name != "ar" else "")
+                parts = (_spread(speed.tokens_per_second, 0), gain, prefill)
                 table.add_row(result.task.name, str(len(result.timed)), str(size), name, *parts)
             for name in result.answers.keys() - by_name.keys():
                 table.add_row(result.task.name, "", str(size), name, "not timed: most answers degenerate or empty")
         table.add_section()
     for size in sizes:
         for name in results[0].answers:
-            if name != "ar":
-                table.add_row("all", "", str(size), name, "", _number(total_gain(results, name, size), 2), "")
+            counted = tasks_in_gain(results, name, size)
+            if name != "ar" and counted:
+                label = f"all: {', '.join(counted)}"
+                table.add_row(label, "", str(size), name, "", _number(total_gain(results, name, size), 2), "")
     return table
 
 
