@@ -29,7 +29,7 @@ def test_the_json_file_has_everything(run, checkpoint, task, tmp_path):
     assert found["overall"]["ar"]["retention"]["value"] == 1.0
     assert found["overall"]["diffusion"]["gain"].keys() == {"1", "2"}
     mine = found["tasks"]["mine"]
-    assert mine["timed_prompts"] == 2
+    assert {size: len(examples) for size, examples in mine["timed_examples"].items()} == {"1": 2, "2": 2}
     for setting in mine["settings"].values():
         assert 0 < setting["score"] < 1
         assert setting["speed"]["1"]["tokens_per_second"]["median"] > 0

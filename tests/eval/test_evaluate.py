@@ -1,5 +1,6 @@
 """A task under several settings: which prompts are timed, and what the report says of it."""
 
+import dataclasses
 import json
 
 import pytest
@@ -32,7 +33,7 @@ def speed(gain):
 def result(name="t", gain=None, **answers):
     examples = tuple(Example(prompt=str(i), scorer="exact", max_new_tokens=1, group=f"g{i % 2}") for i in range(2))
     timed = {} if gain is None else {1: {"ar": speed(1), "diffusion": speed(gain)}}
-    return TaskResult(Task(name, examples), SETTINGS, answers, timed, [0, 1])
+    return TaskResult(Task(name, examples), SETTINGS, answers, timed, {size: [0, 1] for size in timed})
 
 
 def test_a_task_is_answered_and_timed(model, asking):
@@ -42,7 +43,7 @@ def test_a_task_is_answered_and_timed(model, asking):
     assert list(found.answers) == ["ar", "diffusion"]
     assert [len(a) for a in found.answers.values()] == [10, 10]
     assert list(found.speeds) == [1, 2]
-    assert found.timed == [0, 1]
+    assert {size: len(examples) for size, examples in found.timed.items()} == {1: 2, 2: 2}
     assert said == [
         "asked: answers of ar",
         "asked: answers of diffusion",
@@ -51,20 +52,55 @@ def test_a_task_is_answered_and_timed(model, asking):
     ]
 
 
-def test_prompts_where_any_answer_is_unsound_are_not_timed(model, asking, monkeypatch):
-    bad = {"ar": {0: reply(text=" ")}, "diffusion": {2: reply(degenerate=True)}}
+@pytest.fixture
+def timed(monkeypatch):
+    """What is timed, with every answer sound but those that the returned dict gives to a mode and an example."""
+    works = []
+    bad = {"ar": {}, "diffusion": {}}
 
     def answers(_, task, params):
         return [bad[params.mode].get(i, reply()) for i in range(len(task.examples))]
 
-    timed = []
     monkeypatch.setattr(module, "answer", answers)
-    monkeypatch.setattr(module, "speeds", lambda _, work, repeats: timed.append(work) or {})
+    monkeypatch.setattr(module, "speeds", lambda _, work, repeats: works.append(work) or {})
+    return works, bad
+
+
+def test_prompts_where_any_answer_is_unsound_are_not_timed(model, asking, timed):
+    works, bad = timed
+    bad["ar"][0] = reply(text=" ")
+    bad["diffusion"][2] = reply(degenerate=True)
     task = asking("exact")
-    evaluate(model, task, SETTINGS, SpeedConfig(prompts=3))
-    expected = [model.tokenizer.encode(task.examples[i].prompt).ids for i in (1, 3, 4)]
-    assert timed[0].prompts == expected
-    assert [p.seed for p in timed[0].settings["diffusion"]] == [1, 3, 4]
+    found = evaluate(model, task, SETTINGS, SpeedConfig(prompts=8))
+    sound = [1, 3, 4, 5, 6, 7, 8, 9]
+    assert found.timed == {1: sound}
+    assert works[0].prompts == [model.tokenizer.encode(task.examples[i].prompt).ids for i in sound]
+    assert [p.seed for p in works[0].settings["diffusion"]] == sound
+
+
+def test_timed_prompts_are_a_sample_by_the_seed_in_the_files_order(model, asking, timed):
+    def drawn(seed):
+        settings = {name: dataclasses.replace(params, seed=seed) for name, params in SETTINGS.items()}
+        return evaluate(model, asking("exact"), settings, SpeedConfig(prompts=4)).timed[1]
+
+    samples = [drawn(seed) for seed in range(20)]
+    assert drawn(0) == samples[0]
+    assert all(sample == sorted(set(sample)) and len(sample) == 4 for sample in samples)
+    assert {i for sample in samples for i in sample} == set(range(10))
+
+
+def test_batches_are_whole_and_one_that_is_not_filled_is_said(model, asking, timed):
+    works, bad = timed
+    bad["ar"] |= {i: reply(text="") for i in range(4)}
+    found = evaluate(model, asking("exact"), SETTINGS, SpeedConfig(prompts=8, batch_sizes=(1, 4, 8)))
+    assert [len(work.prompts) for work in works] == [6, 4]
+    assert found.timed[1] == [4, 5, 6, 7, 8, 9]
+    assert set(found.timed[4]) < set(found.timed[1])
+    assert found.timed[8] == []
+    assert list(found.speeds) == [1, 4]
+    _, prompts, sizes, _, said, _, _ = (list(column.cells) for column in speed_table([found]).columns)
+    place = said.index("not timed: sound answers in every mode to fewer than 8")
+    assert (prompts[place], sizes[place]) == ("0", "8")
 
 
 def test_a_setting_with_mostly_unsound_answers_is_not_timed(model, asking, monkeypatch):
@@ -75,16 +111,16 @@ def test_a_setting_with_mostly_unsound_answers_is_not_timed(model, asking, monke
     monkeypatch.setattr(module, "answer", answers)
     found = evaluate(model, asking("exact"), SETTINGS, SpeedConfig(prompts=2))
     assert list(found.speeds[1]) == ["ar"]
-    assert found.timed == [0, 1]
+    assert len(found.timed[1]) == 2
     assert "not timed: most answers degenerate or empty" in list(speed_table([found]).columns[4].cells)
     assert total_gain([found], "diffusion", 1) is None
 
 
 def test_where_answers_are_unsound_or_ar_scores_nothing_nothing_is_timed(model, asking, monkeypatch):
     monkeypatch.setattr(module, "answer", lambda _, task, params: [reply(degenerate=True)] * len(task.examples))
-    assert evaluate(model, asking("exact"), SETTINGS, SpeedConfig()).timed == []
+    assert evaluate(model, asking("exact"), SETTINGS, SpeedConfig()).timed == {1: []}
     monkeypatch.setattr(module, "answer", lambda _, task, params: [reply(score=0)] * len(task.examples))
-    assert evaluate(model, asking("exact"), SETTINGS, SpeedConfig()).timed == []
+    assert evaluate(model, asking("exact"), SETTINGS, SpeedConfig()).timed == {}
 
 
 @pytest.mark.parametrize("bad", [{"repeats": 4}, {"batch_sizes": ()}, {"batch_sizes": (9,)}, {"batch_sizes": (0,)}])
@@ -133,6 +169,7 @@ def test_json_says_undefined_with_null():
     assert found["overall"]["diffusion"]["tasks_in_retention"] == ["u"]
     assert found["overall"]["diffusion"]["tasks_left_out"] == {"t": "ar scores 0"}
     assert found["overall"]["diffusion"]["gain"] == {"1": 1.5}
+    assert found["tasks"]["u"]["timed_examples"] == {"1": [0, 1]}
     assert found["tasks"]["u"]["settings"]["diffusion"]["speed"]["1"]["gain"]["median"] == 1.5
     assert found["tasks"]["u"]["settings"]["diffusion"]["answers"][1] == {
         "text": "a",

@@ -95,11 +95,15 @@ def test_every_condition_has_its_own_ar(model, asking):
 def test_what_is_not_timed_has_no_speed(model, asking, monkeypatch):
     settings = grid(SweepConfig(), 0.0)
     answers = {name: [Answer("", 0.0, False, None, [])] * 10 for name in settings}
-    monkeypatch.setattr(module, "evaluate", lambda *_: module.TaskResult(asking("exact"), settings, answers, {}, []))
+    monkeypatch.setattr(module, "evaluate", lambda *_: module.TaskResult(asking("exact"), settings, answers, {}, timed))
+    timed = {}
     monkeypatch.setattr(module, "tokens_per_call", lambda _: (None, None))
     [points] = sweep(model, asking("exact"), SweepConfig(), QUICK)
     assert {(p.batch_size, p.speed, p.retention.value) for p in points} == {(None, None, None)}
     assert points[1].row()["gain_median"] is None
+    timed |= {1: [], 4: []}  # too few prompts for either size, which the table says
+    [points] = sweep(model, asking("exact"), SweepConfig(), QUICK)
+    assert {(p.batch_size, p.speed, p.timed_prompts) for p in points} == {(1, None, 0), (4, None, 0)}
 
 
 def test_filler_goes_where_the_prompt_wants_it(model, asking):

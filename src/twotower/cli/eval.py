@@ -57,15 +57,15 @@ def command(
         int, typer.Option(help="Most denoising steps for one block, 1 or more.")
     ] = _DEFAULTS.steps_per_block,
     temperature: Annotated[float, typer.Option(help="0 to 100; 0 is greedy.")] = _DEFAULTS.temperature,
-    seed: Annotated[int, typer.Option(help="Decides what is sampled, 0 or more.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides what is sampled and timed, 0 or more.")] = 0,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens per second too.")] = True,
     speed_prompts: Annotated[
-        int, typer.Option(help="Most prompts of each task that are timed, 1 or more.")
+        int, typer.Option(help="Most prompts of each task that are timed, 1 or more; a sample of them by --seed.")
     ] = _TIMING.prompts,
     repeats: Annotated[
         int, typer.Option(help=f"Rounds in which the modes take turns, {FEWEST_REPEATS} or more.")
     ] = _TIMING.repeats,
-    batch_sizes: Annotated[str, typer.Option(help="Prompts that run together, with commas.")] = "1",
+    batch_sizes: Annotated[str, typer.Option(help="Prompts that run together, with commas; whole batches only.")] = "1",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write everything here.", show_default="nowhere")
     ] = None,

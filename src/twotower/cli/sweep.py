@@ -48,7 +48,7 @@ def command(
     temperatures: Annotated[str, typer.Option(help="With commas: 0 to 100; 0 is greedy.")] = _listed(
         _DEFAULTS.temperatures
     ),
-    batch_sizes: Annotated[str, typer.Option(help="With commas: prompts that run together.")] = "1",
+    batch_sizes: Annotated[str, typer.Option(help="With commas: prompts that run together; whole batches only.")] = "1",
     distances: Annotated[
         str | None,
         typer.Option(
@@ -57,11 +57,13 @@ def command(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples, 1 or more.", show_default="all")] = None,
-    speed_prompts: Annotated[int, typer.Option(help="Most prompts that are timed, 1 or more.")] = _TIMING.prompts,
+    speed_prompts: Annotated[
+        int, typer.Option(help="Most prompts that are timed, 1 or more; a sample of them by --seed.")
+    ] = _TIMING.prompts,
     repeats: Annotated[
         int, typer.Option(help=f"Rounds in which the settings take turns, {FEWEST_REPEATS} or more.")
     ] = _TIMING.repeats,
-    seed: Annotated[int, typer.Option(help="Decides what is sampled, 0 or more.")] = _DEFAULTS.seed,
+    seed: Annotated[int, typer.Option(help="Decides what is sampled and timed, 0 or more.")] = _DEFAULTS.seed,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
 ) -> None:

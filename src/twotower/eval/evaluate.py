@@ -1,6 +1,7 @@
 """One task under several settings: what each answers, and how fast it is where all of them write sound text."""
 
 import dataclasses
+import random
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ FEWEST_REPEATS = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
-    """Timing: at most `prompts` of each task, in `repeats` rounds, at each of `batch_sizes`."""
+    """Timing: a sample of at most `prompts` of each task, in `repeats` rounds, at each of `batch_sizes`."""
 
     prompts: int = 8
     repeats: int = FEWEST_REPEATS
@@ -32,18 +33,20 @@ class SpeedConfig:
 
 
 class TaskResult(NamedTuple):
-    """Params and answers by setting, speeds by batch size and setting; a size that too few prompts fill is missing.
+    """Params and answers by setting, speeds by batch size and setting, and the examples timed at each batch size.
 
     Only what is worth reading is timed, because repetition is easy to predict and would count as speed: tasks where ar
-    scores at all, settings with sound answers to at least half of the questions (neither empty nor degenerate), and
-    `timed` examples, to which every one of those settings gives a sound answer.
+    scores at all (`timed` is empty for others), settings with sound answers to at least half of the questions (neither
+    empty nor degenerate), and examples to which every one of those settings gives a sound answer. `timed` are places in
+    the task, a sample of those, as files often begin with what is easy, in whole batches; a batch size that too few
+    examples fill has none of them and no speeds.
     """
 
     task: Task
     settings: Mapping[str, SamplingParams]
     answers: dict[str, list[Answer]]
     speeds: dict[int, dict[str, Speed]]
-    timed: list[int]
+    timed: dict[int, list[int]]
 
 
 def evaluate(
@@ -62,17 +65,19 @@ def evaluate(
         advance(f"{task.name}: answers of {name}")
         answers[name] = answer(model, task, params)
     if timing is None or mean_score(answers["ar"]) == 0:
-        return TaskResult(task, settings, answers, {}, [])
+        return TaskResult(task, settings, answers, {}, {})
     sound = {name: [_is_sound(reply) for reply in replies] for name, replies in answers.items()}
     readable = {name: p for name, p in settings.items() if name == "ar" or sum(sound[name]) >= len(sound[name]) / 2}
-    examples = [i for i in range(len(task.examples)) if all(sound[name][i] for name in readable)][: timing.prompts]
-    work = timed_work(model, task, readable, examples)
+    usable = [i for i in range(len(task.examples)) if all(sound[name][i] for name in readable)]
+    drawn = random.Random(settings["ar"].seed).sample(usable, min(timing.prompts, len(usable)))
+    timed = {size: sorted(drawn[: len(drawn) // size * size]) for size in timing.batch_sizes}
     found = {}
-    for size in timing.batch_sizes:
-        if size <= len(examples):
+    for size, examples in timed.items():
+        if examples:
             advance(f"{task.name}: speed at batch {size}")
-            found[size] = speeds(model, work._replace(batch_size=size), timing.repeats)
-    return TaskResult(task, settings, answers, found, examples)
+            work = timed_work(model, task, readable, examples)._replace(batch_size=size)
+            found[size] = speeds(model, work, timing.repeats)
+    return TaskResult(task, settings, answers, found, timed)
 
 
 def timed_work(model: TwoTower, task: Task, settings: Mapping[str, SamplingParams], examples: list[int]) -> Work:

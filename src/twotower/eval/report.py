@@ -108,7 +108,7 @@ def _own_settings(params: SamplingParams) -> dict[str, Any]:
 def _task(result: TaskResult) -> dict[str, Any]:
     return {
         "examples": len(result.task.examples),
-        "timed_prompts": len(result.timed),
+        "timed_examples": result.timed,
         "settings": {name: _setting(result, name) for name in result.answers},
     }
 
@@ -178,21 +178,21 @@ def speed_table(results: Sequence[TaskResult]) -> Table:
         table.add_column(heading, justify="left" if heading in ("task", "mode") else "right", overflow="fold")
     sizes: dict[int, None] = {}
     for result in results:
-        if not result.speeds:
-            why = (
-                "ar scores 0"
-                if not mean_score(result.answers["ar"])
-                else "too few prompts with sound answers in every mode"
-            )
-            table.add_row(result.task.name, "0", "", "", f"not timed: {why}")
-        for size, by_name in result.speeds.items():
+        if not result.timed:
+            table.add_row(result.task.name, "0", "", "", "not timed: ar scores 0")
+        for size, examples in result.timed.items():
             sizes[size] = None
+            if not examples:
+                why = f"not timed: sound answers in every mode to fewer than {size}"
+                table.add_row(result.task.name, "0", str(size), "", why)
+                continue
+            by_name = result.speeds[size]
             for name, speed in by_name.items():
                 prefill = _number(speed.prefill_seconds.median, 3)
                 uncounted = _no_gain(result, name)
                 gain = _spread(speed.gain, 2) + (f", not in all: {uncounted}" if uncounted and name != "ar" else "")
                 parts = (_spread(speed.tokens_per_second, 0), gain, prefill)
-                table.add_row(result.task.name, str(len(result.timed)), str(size), name, *parts)
+                table.add_row(result.task.name, str(len(examples)), str(size), name, *parts)
             for name in result.answers.keys() - by_name.keys():
                 table.add_row(result.task.name, "", str(size), name, "not timed: most answers degenerate or empty")
         table.add_section()

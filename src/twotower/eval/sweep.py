@@ -148,12 +148,16 @@ def points(
     """A result as points, with one more run of every timed setting for its phases."""
     assert model.tokenizer is not None
     lengths = [len(prompt_ids(example, model.tokenizer)) for example in result.task.examples]
-    work = timed_work(model, result.task, settings, result.timed)
     found = []
-    for size, (label, params) in itertools.product(result.speeds or (None,), settings.items()):
+    for size, (label, params) in itertools.product(result.timed or (None,), settings.items()):
         answers = result.answers[label]
         per_nfe, per_context_call = tokens_per_call(answers)
-        speed = result.speeds[size].get(label) if size is not None else None
+        examples = result.timed[size] if size else []
+        speed = result.speeds[size].get(label) if size and examples else None
+        phases = {}
+        if size and speed:
+            work = timed_work(model, result.task, {label: params}, examples)
+            phases = phase_seconds(model, work._replace(batch_size=size), label)
         point = Point(
             task=result.task.name,
             label=label,
@@ -165,11 +169,11 @@ def points(
             score=mean_score(answers),
             degenerate=sum(a.degenerate for a in answers),
             retention=task_retention(result, label),
-            timed_prompts=len(result.timed) if speed else 0,
+            timed_prompts=len(examples) if speed else 0,
             speed=speed,
             tokens_per_nfe=per_nfe,
             tokens_per_context_call=per_context_call,
-            phases=phase_seconds(model, work._replace(batch_size=size), label) if size and speed else {},
+            phases=phases,
             commits=commits(answers, params.block_size) if params.mode in BLOCKWISE else [],
         )
         found.append(point)
