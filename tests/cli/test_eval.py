@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from twotower.cli import eval as module
+
 LINE = {"prompt": "ab", "scorer": "likelihood", "max_new_tokens": 12}
 
 
@@ -52,11 +54,11 @@ def test_modes_limits_and_no_speed(run, checkpoint, task, tmp_path):
 
 def test_several_thresholds_are_settings_of_diffusion(run, checkpoint, task, tmp_path):
     out = tmp_path / "out.json"
-    result = run("eval", checkpoint, "--tasks", task, "--no-speed", "--json", out, "--threshold", "0.25,0.9")
+    result = run("eval", checkpoint, "--tasks", task, "--no-speed", "--json", out, "--threshold", "0.9,0.9000001,0.9")
     assert result.exit_code == 0, result.output
     settings = json.loads(out.read_text())["settings"]
-    assert list(settings) == ["ar", "diffusion γ 0.25", "diffusion γ 0.9", "verified"]
-    assert [s["confidence_threshold"] for n, s in settings.items() if "γ" in n] == [0.25, 0.9]
+    assert list(settings) == ["ar", "diffusion γ 0.9", "diffusion γ 0.9000001", "verified"]
+    assert [s["confidence_threshold"] for n, s in settings.items() if "γ" in n] == [0.9, 0.9000001]
 
 
 def test_what_does_not_fit_is_left_out_and_said(run, checkpoint, task, tmp_path):
@@ -90,12 +92,28 @@ def test_programs_are_announced(run, checkpoint, tmp_path):
         ("--threshold", "0.5,high"),
         ("--tasks", "chess"),
         ("--modes", "fast"),
+        ("--modes", "verified,auto"),
+        ("--tasks", "lists,json,lists"),
+        ("--json", "no such directory/out.json"),
+        ("--json", "."),
         ("--repeats", 4),
         ("--batch-sizes", "1,x"),
         ("--batch-sizes", "64"),
     ],
 )
-def test_mistakes_are_one_line(run, checkpoint, options):
+def test_mistakes_are_one_line_before_anything_is_answered(run, checkpoint, options, monkeypatch):
+    monkeypatch.setattr(module, "open_model", None)
     result = run("eval", checkpoint, *options)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
+
+
+def test_mistakes_name_what_is_wrong(run, checkpoint, task, tmp_path, monkeypatch):
+    assert "must be of ar, mock_ar, simulated_ar, diffusion, verified" in run("eval", "--modes", "auto").stderr
+    other = tmp_path / "other" / "mine.jsonl"
+    other.parent.mkdir()
+    other.write_text(task.read_text())
+    assert f"tasks {task} and {other} are both named mine" in run("eval", "--tasks", f"{task},{other}").stderr
+    monkeypatch.setattr(module.os, "access", lambda path, how: False)
+    refused = run("eval", checkpoint, "--tasks", task, "--json", tmp_path / "out.json")
+    assert (refused.exit_code, "may not be written" in refused.stderr) == (2, True)

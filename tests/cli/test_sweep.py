@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from twotower.cli import sweep as module
+
 LINE = {"scorer": "likelihood", "max_new_tokens": 4}
 
 
@@ -49,7 +51,9 @@ def test_distances_and_batches_are_conditions(run, checkpoint, task, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("options", [("--thresholds", "high"), ("--modes", "fast"), ("--task", "chess")])
+@pytest.mark.parametrize(
+    "options", [("--thresholds", "high"), ("--modes", "fast"), ("--modes", "auto"), ("--task", "chess")]
+)
 def test_mistakes_are_one_line(run, checkpoint, tmp_path, options):
     result = run("sweep", checkpoint, "--out", tmp_path / "out", *options)
     assert result.exit_code == 2
@@ -60,3 +64,13 @@ def test_results_are_not_written_over(run, checkpoint, task, tmp_path):
     result = run("sweep", checkpoint, "--out", tmp_path, "--task", task)
     assert result.exit_code == 2
     assert "not empty" in result.stderr
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(run, checkpoint, task, monkeypatch):
+    monkeypatch.setattr(module, "open_model", None)
+    result = run("sweep", checkpoint, "--out", task, "--task", task)
+    assert (result.exit_code, "is a file" in result.stderr) == (2, True)
+    assert run("sweep", checkpoint, "--out", task / "below", "--task", task).exit_code == 2
+    monkeypatch.setattr(module.os, "access", lambda path, how: False)
+    result = run("sweep", checkpoint, "--out", task.parent / "new", "--task", task)
+    assert (result.exit_code, "may not be written" in result.stderr) == (2, True)

@@ -60,6 +60,13 @@ def test_a_mode_is_run_with_the_values_that_it_reads():
     assert found["verified S 4"].block_size == 4
 
 
+def test_values_that_differ_little_are_settings_of_their_own():
+    found = grid(SweepConfig(thresholds=(0.9, 0.9000001)), 0.0)
+    assert list(found) == ["ar", "diffusion γ 0.9 S 16 T 16", "diffusion γ 0.9000001 S 16 T 16"]
+    warm = [point("p", 1, 1, params=SamplingParams(temperature=t)).condition for t in (0.7, 0.7000001)]
+    assert warm == ["temperature 0.7, batch 1", "temperature 0.7000001, batch 1"]
+
+
 def test_empty_axes_and_bad_distances_are_mistakes():
     with pytest.raises(ValueError, match="thresholds"):
         SweepConfig(thresholds=())

@@ -1,6 +1,7 @@
 """`twotower eval`: quality retention and throughput gain of the decoding modes."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 
 from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, open_model
-from twotower.decoding.params import Mode, SamplingParams
+from twotower.decoding.params import MODES, Mode, SamplingParams
 from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig, evaluate
 from twotower.eval.provenance import provenance
 from twotower.eval.report import group_table, quality_table, speed_table, to_json
@@ -83,21 +84,23 @@ def command(
     """
     thresholds = numbers("thresholds", threshold)
     settings = {
-        f"{mode} γ {value:g}" if len(values) > 1 else mode: SamplingParams(
-            mode=cast(Mode, mode),
+        f"{mode} γ {value}" if len(values) > 1 else mode: SamplingParams(
+            mode=mode,
             block_size=block_size,
             steps_per_block=steps_per_block,
             confidence_threshold=value,
             temperature=temperature,
             seed=seed,
         )
-        for mode in dict.fromkeys(["ar", *modes.split(",")])
+        for mode in listed_modes(modes)
         for values in [thresholds if mode == "diffusion" else thresholds[:1]]
         for value in values
     }
     sizes = integers("batch sizes", batch_sizes)
     timing = SpeedConfig(prompts=speed_prompts, repeats=repeats, batch_sizes=sizes) if speed else None
-    chosen = [read_task(name, limit) for name in tasks.split(",")]
+    chosen = _listed_tasks(tasks, limit)
+    if json_file is not None:
+        _check_writable(json_file)
     warn_about_programs(chosen)
     opened = open_model(model, device=device, dtype=dtype)
     kept = [fitted(opened, task, longest) for task in chosen]
@@ -131,18 +134,50 @@ def fitted(model: TwoTower, task: Task, longest: int | None) -> Task:
     return kept
 
 
+def listed_modes(text: str) -> list[Mode]:
+    """Modes with commas between them, after ar. Raises ValueError for what is no mode that decodes by itself."""
+    found = list(dict.fromkeys(["ar", *text.split(",")]))
+    unknown = [mode for mode in found if mode not in MODES]
+    if unknown:
+        why = "; auto is an engine's choice among them, request by request" if "auto" in unknown else ""
+        raise ValueError(f"modes are {text!r}, must be of {', '.join(MODES)}, with commas between them{why}")
+    return cast(list[Mode], found)
+
+
+def _listed_tasks(text: str, limit: int | None) -> list[Task]:
+    """Tasks with commas between them. Raises ValueError for two of one name, which results go by."""
+    found: dict[str, tuple[str, Task]] = {}
+    for source in text.split(","):
+        task = read_task(source, limit)
+        if task.name in found:
+            other = found[task.name][0]
+            raise ValueError(f"tasks {other} and {source} are both named {task.name}; drop one or rename its file")
+        found[task.name] = (source, task)
+    return [task for _, task in found.values()]
+
+
+def _check_writable(file: Path) -> None:
+    """Raises FileNotFoundError, IsADirectoryError or PermissionError where the file can't be written later."""
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"--json is {file}, but there is no directory {file.parent}; make it first")
+    if file.is_dir():
+        raise IsADirectoryError(f"--json is {file}, which is a directory; name a file in it")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise PermissionError(f"--json is {file}, which may not be written; name a file elsewhere")
+
+
 def integers(name: str, text: str) -> tuple[int, ...]:
-    """Integers with commas between them. Raises ValueError for anything else."""
+    """Integers with commas between them, each once. Raises ValueError for anything else."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError as error:
         raise ValueError(f"{name} are {text!r}, must be integers with commas between them, such as 1,4") from error
 
 
 def numbers(name: str, text: str) -> tuple[float, ...]:
-    """Numbers with commas between them. Raises ValueError for anything else."""
+    """Numbers with commas between them, each once. Raises ValueError for anything else."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
     except ValueError as error:
         raise ValueError(f"{name} are {text!r}, must be numbers with commas between them, such as 0,0.5") from error
 

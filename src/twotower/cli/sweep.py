@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from twotower.cli.eval import fitted, integers, numbers, telling, warn_about_programs
+from twotower.cli.eval import fitted, integers, listed_modes, numbers, telling, warn_about_programs
 from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, open_model
 from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig
 from twotower.eval.provenance import provenance
@@ -72,11 +73,9 @@ def command(
     A mode is run with the values that it reads: thresholds and steps are diffusion's. The files are written again after
     every temperature and distance.
     """
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty; choose a new directory")
     _check_matplotlib()
     config = SweepConfig(
-        modes=tuple(modes.split(",")),
+        modes=tuple(listed_modes(modes)),
         thresholds=numbers("thresholds", thresholds),
         block_sizes=integers("block sizes", block_sizes),
         steps_per_block=integers("steps", steps_per_block),
@@ -86,13 +85,13 @@ def command(
     )
     timing = SpeedConfig(prompts=speed_prompts, repeats=repeats, batch_sizes=integers("batch sizes", batch_sizes))
     chosen = read_task(task, limit)
+    _make_directory(out)
     warn_about_programs([chosen])
     opened = open_model(model, device=device, dtype=dtype)
     # where distances are swept, going beyond the checkpoint's positions is what was asked for
     kept = chosen if config.distances else fitted(opened, chosen, None)
     if not kept.examples:
         raise ValueError(f"no question of {task} fits in the checkpoint's positions; choose another task")
-    out.mkdir(parents=True, exist_ok=True)
     points: list[Point] = []
     with telling() as tell:
         for found in sweep(opened, kept, config, timing, tell):
@@ -115,6 +114,15 @@ def write(points: Sequence[Point], origin: dict[str, Any], out: Path) -> None:
     whole = origin | {"points": [row | {"commits": p.commits} for row, p in zip(rows, points, strict=True)]}
     (out / "sweep.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     draw(points, out)
+
+
+def _make_directory(out: Path) -> None:
+    """Raises FileExistsError where there is something, and the system's errors where nothing can be written."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is {'not empty' if out.is_dir() else 'a file'}; choose a new directory")
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"{out} may not be written; choose a directory elsewhere")
 
 
 def _check_matplotlib() -> None:

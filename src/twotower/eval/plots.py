@@ -120,7 +120,7 @@ def _bars(names: list[str]) -> tuple[Figure, Axes]:
 
 def _name(point: Point) -> str:
     where = "" if point.distance is None else f", distance {point.distance}"
-    return f"{point.label}, temperature {point.params.temperature:g}{where}"
+    return f"{point.label}, temperature {point.params.temperature}{where}"
 
 
 def _rate(point: Point) -> float:

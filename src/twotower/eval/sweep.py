@@ -72,7 +72,7 @@ class Point(NamedTuple):
     def condition(self) -> str:
         """What the setting shares with the ar that it is held against."""
         values = {"temperature": self.params.temperature, "batch": self.batch_size, "distance": self.distance}
-        return ", ".join(f"{name} {value:g}" for name, value in values.items() if value is not None)
+        return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
     def row(self) -> dict[str, Any]:
         """One flat line of a table; None is what a mode doesn't read or what wasn't measured."""
@@ -106,7 +106,7 @@ def sweep(
     """Points of one temperature and distance after another: of ar and every setting, at every batch size."""
     for temperature, distance in itertools.product(config.temperatures, config.distances or (None,)):
         asked = task
-        where = f"temperature {temperature:g}"
+        where = f"temperature {temperature}"
         if distance is not None:
             asked = Task(task.name, tuple(at_distance(example, distance) for example in task.examples))
             where += f", distance {distance}"
@@ -123,7 +123,7 @@ def grid(config: SweepConfig, temperature: float) -> dict[str, SamplingParams]:
         mode = dataclasses.replace(base, mode=cast(Mode, name))
         if name == "diffusion":
             for s, t, γ in itertools.product(config.block_sizes, config.steps_per_block, config.thresholds):
-                found[f"diffusion γ {γ:g} S {s} T {t}"] = dataclasses.replace(
+                found[f"diffusion γ {γ} S {s} T {t}"] = dataclasses.replace(
                     mode, block_size=s, steps_per_block=t, confidence_threshold=γ
                 )
         elif name in ("ar", "mock_ar"):
