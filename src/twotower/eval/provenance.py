@@ -15,14 +15,29 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def provenance(model: TwoTower) -> dict[str, Any]:
-    """What every published figure is published with; `commit` is None where the package isn't in its git checkout."""
+    """What every published figure is published with; `commit` is None where the package isn't in its git checkout.
+
+    The threads that PyTorch runs on are in `machine`.
+    """
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "commit": commit(),
         "machine": machine(model),
         "torch": torch.__version__,
         "dtype": str(model.context_tower.embeddings.dtype).removeprefix("torch."),
     }
+
+
+def command() -> str:
+    """What runs this process again: `twotower …`, `python -m MODULE …` or `python FILE …`."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None:  # of python -m; a package runs its __main__
+        start = ["python", "-m", spec.name.removesuffix(".__main__")]
+    elif sys.argv[0].endswith(".py"):
+        start = ["python", sys.argv[0]]
+    else:
+        start = [Path(sys.argv[0]).name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def machine(model: TwoTower) -> dict[str, Any]:
