@@ -1,9 +1,11 @@
 """`twotower bench decode`: one line per mode, and what its numbers are made of."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import twotower
 from twotower.cli import bench
@@ -25,7 +27,7 @@ def loaded(checkpoint):
 
 
 def measured(run, checkpoint, *options):
-    sizes = ("--prompts", 2, "--prompt-tokens", 5, "--new-tokens", NEW, "--repeats", 2, "--block-size", 4)
+    sizes = ("--prompts", 2, "--prompt-tokens", 5, "--new-tokens", NEW, "--block-size", 4)
     result = run("bench", "decode", "--model", checkpoint, *sizes, *options)
     assert result.exit_code == 0, result.output
     return {line["mode"]: line for line in map(json.loads, result.stdout.splitlines())}
@@ -35,25 +37,30 @@ def test_one_line_for_each_mode(run, checkpoint):
     lines = measured(run, checkpoint)
     assert list(lines) == list(MODES)
     keys = lines["ar"].keys()
+    assert {"command", "commit", "machine", "torch", "dtype", "model"} <= keys
     for mode, line in lines.items():
         assert line.keys() == keys
-        low, high = line["spread"]
-        assert 0 < low <= line["tokens_per_second"] <= high
-        assert line["ratio_to_ar"] > 0
+        assert line["repeats"] == 5
+        rate, ratio = line["tokens_per_second"], line["ratio_to_ar"]
+        assert 0 < rate["q1"] <= rate["median"] <= rate["q3"]
+        assert 0 < ratio["q1"] <= ratio["median"] <= ratio["q3"]
+        assert line["prefill_seconds"] > 0
         assert line["ms_per_context_call"] > 0
         assert line["floor_seconds"] > 0
-        assert line["ratio_to_floor"] > 0
+        seconds = line["tokens"] / rate["median"]
+        assert line["ratio_to_floor"] == pytest.approx(seconds / line["floor_seconds"])
         assert line["bandwidth_gb_s"] > 0
-        assert line["torch"] == torch.__version__
         assert line["dtype"] == "float32"
         assert line["machine"]["threads"] == torch.get_num_threads()
+        assert line["tokens"] == NEW
+        assert line["degenerate"] == 0
         if mode == "ar":
             assert (line["nfe"], line["tokens_per_nfe"], line["ms_per_nfe"]) == (0, None, None)
         else:
             assert line["tokens_per_nfe"] == pytest.approx(NEW / line["nfe"])
             assert line["ms_per_nfe"] > 0
-    assert lines["ar"]["ratio_to_ar"] == 1
-    assert lines["ar"]["context_calls"] == NEW
+    assert lines["ar"]["ratio_to_ar"] == {"q1": 1, "median": 1, "q3": 1}
+    assert lines["ar"]["context_calls"] == NEW - 1  # the prefill gives the first
     assert lines["simulated_ar"]["nfe"] == lines["mock_ar"]["nfe"] == NEW
 
 
@@ -72,8 +79,20 @@ def test_the_threshold_and_dtype_reach_the_decoder(run, checkpoint):
 def test_bad_modes_and_sizes_are_mistakes(run, checkpoint):
     wrong = run("bench", "decode", "--model", checkpoint, "--modes", "ar,fast")
     assert wrong.exit_code == 2
-    assert "'fast'" in wrong.stderr
+    assert "'ar,fast'" in wrong.stderr
     assert run("bench", "decode", "--model", checkpoint, "--prompts", 0).exit_code == 2
+    assert run("bench", "decode", "--model", checkpoint, "--repeats", 4).exit_code == 2
+
+
+def test_what_is_measured_ends_where_the_text_does(loaded, monkeypatch):
+    prompt = [1, 50, 60]
+    free = SamplingParams(mode="ar", max_new_tokens=NEW, block_size=4, ignore_eos=True)
+    tokens = twotower.generate(loaded, [prompt], free)[0].token_ids
+    monkeypatch.setattr(loaded, "config", dataclasses.replace(loaded.config, eos_token_id=tokens[5]))
+    monkeypatch.setattr(bench, "open_model", lambda *_, **__: loaded)
+    monkeypatch.setattr(bench, "sample_prompts", lambda *_: [prompt])
+    result = CliRunner().invoke(bench.app, ["decode", "--modes", "ar", "--prompts", "1", "--new-tokens", str(NEW)])
+    assert json.loads(result.stdout)["tokens"] == tokens.index(tokens[5]) + 1
 
 
 def test_prompts_are_sampled_repeatably_and_start_with_bos(loaded):
@@ -91,7 +110,7 @@ def test_the_clock_changes_nothing_and_sees_every_call(loaded, mode):
     params = SamplingParams(mode=mode, max_new_tokens=NEW, block_size=4, ignore_eos=True)
     calls = bench.count_calls(loaded, prompt, params)
     stats = twotower.generate(loaded, prompt, params)[0].stats
-    assert (calls.denoiser, calls.context) == (stats.denoiser_calls, stats.context_calls)
+    assert (calls.tokens, calls.denoiser, calls.context) == (NEW, stats.denoiser_calls, stats.context_calls - 1)
     timed = Timed(loaded)
     assert (
         twotower.generate(timed, prompt, params)[0].token_ids == twotower.generate(loaded, prompt, params)[0].token_ids
@@ -102,7 +121,9 @@ def test_the_clock_changes_nothing_and_sees_every_call(loaded, mode):
 
 
 def test_the_floor_is_the_bytes_of_all_passes_over_the_bandwidth(loaded):
-    calls = bench.Calls(denoiser=3, context=2, ms_per_denoiser_call=None, ms_per_context_call=None)
+    calls = bench.Calls(
+        tokens=9, degenerate=0, denoiser=3, context=2, ms_per_denoiser_call=None, ms_per_context_call=None
+    )
     tensors = released_tensors(loaded.config, torch.float32)
 
     def bytes_of(tower, tokens, head):

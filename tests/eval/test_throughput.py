@@ -39,8 +39,8 @@ def test_settings_take_turns_after_a_warm_up(model, monkeypatch):
         return twotower.generate(timed, prompts, params)
 
     monkeypatch.setattr(throughput, "generate", spy)
-    found = speeds(model, work(batch_size=2, ar=4, diffusion=4), repeats=5)
-    assert seen == [("ar", 2), ("ar", 1), ("diffusion", 2), ("diffusion", 1)] * 6
+    found = speeds(model, work(batch_size=2, ar=4, diffusion=4), repeats=5, advance=lambda: seen.append("done"))
+    assert seen == [("ar", 2), ("ar", 1), "done", ("diffusion", 2), ("diffusion", 1), "done"] * 6
     assert list(found) == ["ar", "diffusion"]
     assert found["ar"].gain == (1, 1, 1)
     assert all(q1 > 0 and q1 <= median <= q3 for speed in found.values() for q1, median, q3 in speed)

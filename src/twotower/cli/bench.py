@@ -2,7 +2,6 @@
 
 import json
 import statistics
-from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple, cast
 
 import torch
@@ -12,11 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from twotower.cli import bench_serve
 from twotower.cli.accounting import pass_bytes, released_tensors
+from twotower.cli.eval import listed_modes
 from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_model
 from twotower.decoding.generate import generate
-from twotower.decoding.params import MODES, Generation, Mode, SamplingParams
-from twotower.eval.provenance import machine
-from twotower.eval.throughput import Timed, clock
+from twotower.decoding.params import MODES, SamplingParams
+from twotower.eval.evaluate import FEWEST_REPEATS
+from twotower.eval.provenance import provenance
+from twotower.eval.scoring import is_degenerate
+from twotower.eval.throughput import Speed, Timed, Work, clock, speeds
 from twotower.model.two_tower import TwoTower
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -25,27 +27,14 @@ _DEFAULTS = SamplingParams()
 _PROBE_BYTES = 256 * 1024 * 1024  # beyond any cache
 
 
-class Sample(NamedTuple):
-    """One mode over all prompts, once."""
+class Calls(NamedTuple):
+    """New tokens of one mode over all prompts, its forward passes besides the prefills, and the milliseconds of one.
+
+    Milliseconds are None where there are no passes, `degenerate` texts where there is no tokenizer to read them with.
+    """
 
     tokens: int
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
-
-
-class Rounds(NamedTuple):
-    """Every mode's samples, one per round, and the median of the rounds' bandwidths in bytes per second."""
-
-    samples: dict[str, list[Sample]]
-    bandwidth: float
-
-
-class Calls(NamedTuple):
-    """Forward passes of one mode over all prompts, and the milliseconds of one; None where there are none."""
-
+    degenerate: int | None
     denoiser: int
     context: int
     ms_per_denoiser_call: float | None
@@ -65,35 +54,36 @@ def decode(
     model: ModelOption = None,
     prompts: Annotated[int, typer.Option(min=1, help="Number of prompts, 1 or more; each runs alone.")] = 4,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt, 1 or more.")] = 32,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written after each, 1 or more.")] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens written after each, 1 or more; an end token ends a text before.")
+    ] = 128,
     modes: Annotated[str, typer.Option(help="Modes to measure, with commas; ar always runs.")] = ",".join(MODES),
     block_size: Annotated[int, typer.Option(help="Tokens filled together, 1 or more.")] = _DEFAULTS.block_size,
     threshold: Annotated[
         float, typer.Option(help="A token above this probability is fixed at once, 0 to 1.")
     ] = _DEFAULTS.confidence_threshold,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which the modes take turns, 1 or more.")] = 3,
+    repeats: Annotated[
+        int,
+        typer.Option(min=FEWEST_REPEATS, help=f"Rounds in which the modes take turns, {FEWEST_REPEATS} or more."),
+    ] = FEWEST_REPEATS,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
 ) -> None:
     """Print one JSON line per mode: greedy decoding at batch 1 after prompts that the model sampled itself.
 
-    Ratios to ar compare runs of the same round; the floor is the bytes of weights that a mode's passes read, divided by
-    the memory bandwidth measured in the same rounds. Medians over the rounds.
+    Speeds and ratios to ar are without prefill, and medians with quartiles over rounds, ratios within a round. The
+    floor is the bytes of weights that a mode's passes read, divided by the memory bandwidth measured between the runs.
+    Texts that fall into a loop are counted: they are quicker to write than what one would want to read.
     """
-    chosen = dict.fromkeys(["ar", *modes.split(",")])
-    settings = {
+    settings: dict[str, SamplingParams] = {
         mode: SamplingParams(
-            mode=cast(Mode, mode),
-            max_new_tokens=new_tokens,
-            block_size=block_size,
-            confidence_threshold=threshold,
-            ignore_eos=True,
+            mode=mode, max_new_tokens=new_tokens, block_size=block_size, confidence_threshold=threshold
         )
-        for mode in chosen
+        for mode in listed_modes(modes)
     }
     opened = open_model(model, device=device, dtype=dtype)
     texts = sample_prompts(opened, prompts, prompt_tokens)
-    rounds = _rounds(opened, texts, settings, repeats)
+    found, bandwidth = _measure(opened, texts, settings, repeats)
     conditions = {
         "prompts": prompts,
         "prompt_tokens": prompt_tokens,
@@ -101,36 +91,33 @@ def decode(
         "block_size": block_size,
         "confidence_threshold": threshold,
         "repeats": repeats,
-        "bandwidth_gb_s": rounds.bandwidth / 1e9,
-        "machine": machine(opened),
-        "torch": torch.__version__,
-        "dtype": str(opened.context_tower.embeddings.dtype).removeprefix("torch."),
+        "bandwidth_gb_s": bandwidth / 1e9,
         "model": model or "stories",
+        **provenance(opened),
     }
-    for params in settings.values():
-        print(json.dumps(_results(opened, texts, params, rounds) | conditions), flush=True)
+    for mode, params in settings.items():
+        calls = count_calls(opened, texts, params)
+        floor = floor_seconds(opened, params, calls, bandwidth)
+        print(json.dumps(_results(mode, found[mode], calls, floor, prompts) | conditions), flush=True)
 
 
-def _results(model: TwoTower, prompts: list[list[int]], params: SamplingParams, rounds: Rounds) -> dict[str, Any]:
+def _results(mode: str, speed: Speed, calls: Calls, floor: float, prompts: int) -> dict[str, Any]:
     """One mode's numbers; counts and seconds are means per prompt."""
-    calls = count_calls(model, prompts, params)
-    own = rounds.samples[params.mode]
-    speeds = [sample.tokens_per_second for sample in own]
-    ratios = [a.tokens_per_second / b.tokens_per_second for a, b in zip(own, rounds.samples["ar"], strict=True)]
-    floor = floor_seconds(model, params, calls, rounds.bandwidth)
-    tokens = len(prompts) * params.max_new_tokens
+    seconds = calls.tokens / speed.tokens_per_second.median
     return {
-        "mode": params.mode,
-        "tokens_per_second": statistics.median(speeds),
-        "spread": [min(speeds), max(speeds)],
-        "nfe": calls.denoiser / len(prompts),
-        "context_calls": calls.context / len(prompts),
-        "tokens_per_nfe": tokens / calls.denoiser if calls.denoiser else None,
+        "mode": mode,
+        "tokens_per_second": speed.tokens_per_second._asdict(),
+        "ratio_to_ar": speed.gain._asdict(),
+        "prefill_seconds": speed.prefill_seconds.median / prompts,
+        "tokens": calls.tokens / prompts,
+        "degenerate": calls.degenerate,
+        "nfe": calls.denoiser / prompts,
+        "context_calls": calls.context / prompts,
+        "tokens_per_nfe": calls.tokens / calls.denoiser if calls.denoiser else None,
         "ms_per_nfe": calls.ms_per_denoiser_call,
         "ms_per_context_call": calls.ms_per_context_call,
-        "ratio_to_ar": statistics.median(ratios),
-        "floor_seconds": floor / len(prompts),
-        "ratio_to_floor": statistics.median(sample.seconds for sample in own) / floor,
+        "floor_seconds": floor / prompts,
+        "ratio_to_floor": seconds / floor if floor else None,
     }
 
 
@@ -149,22 +136,24 @@ def sample_prompts(model: TwoTower, count: int, length: int) -> list[list[int]]:
 def count_calls(model: TwoTower, prompts: list[list[int]], params: SamplingParams) -> Calls:
     """Runs each prompt once more with a clock around every call, which the measured runs are spared."""
     timed = Timed(model)
-    stats = [done.stats for done in _each_alone(cast(TwoTower, timed), prompts, params)]
-    denoiser, context = sum(s.denoiser_calls for s in stats), sum(s.context_calls for s in stats)
-    steps = context - len(prompts)  # a prefill counts as one context call, but reads many tokens
+    done = [generate(cast(TwoTower, timed), [prompt], params)[0] for prompt in prompts]
+    texts = [one.text for one in done if one.text is not None]
+    denoiser = sum(one.stats.denoiser_calls for one in done)
+    context = sum(one.stats.context_calls - 1 for one in done)
     return Calls(
-        denoiser,
-        context,
-        1e3 * timed.seconds["denoise"] / denoiser if denoiser else None,
-        1e3 * timed.seconds["extend"] / steps if steps else None,
+        tokens=sum(one.stats.num_tokens for one in done),
+        degenerate=sum(map(is_degenerate, texts)) if texts else None,
+        denoiser=denoiser,
+        context=context,
+        ms_per_denoiser_call=1e3 * timed.seconds["denoise"] / denoiser if denoiser else None,
+        ms_per_context_call=1e3 * timed.seconds["extend"] / context if context else None,
     )
 
 
 def floor_seconds(model: TwoTower, params: SamplingParams, calls: Calls, bandwidth: float) -> float:
     """Seconds that reading the weights of all passes takes at `bandwidth` bytes per second.
 
-    A prefill counts as a context pass like the others, and a draft of `verified` as a whole block. Only ar and verified
-    need logits of their context passes.
+    A draft of `verified` counts as a whole block. Only ar and verified need logits of their context passes.
     """
     config = model.config
     tensors = released_tensors(config, model.context_tower.embeddings.dtype)
@@ -176,10 +165,11 @@ def floor_seconds(model: TwoTower, params: SamplingParams, calls: Calls, bandwid
     return (calls.denoiser * denoiser + calls.context * context) / bandwidth
 
 
-def _rounds(model: TwoTower, prompts: list[list[int]], settings: dict[str, SamplingParams], repeats: int) -> Rounds:
-    """`repeats` rounds in which the modes take turns, after one to warm up."""
+def _measure(
+    model: TwoTower, prompts: list[list[int]], settings: dict[str, SamplingParams], repeats: int
+) -> tuple[dict[str, Speed], float]:
+    """Every mode's speed, and the memory bandwidth between its runs in bytes per second."""
     probe = torch.zeros(_PROBE_BYTES // 4, device=model.context_device)
-    samples: dict[str, list[Sample]] = {mode: [] for mode in settings}
     bandwidths = []
     console = Console(stderr=True)
     columns = (TextColumn("Measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -187,22 +177,13 @@ def _rounds(model: TwoTower, prompts: list[list[int]], settings: dict[str, Sampl
     with Progress(
         *columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task("", total=(repeats + 1) * len(settings))
-        for i in range(repeats + 1):
-            for mode, params in settings.items():
-                sample = _sample(_each_alone(model, prompts, params))
-                if i > 0:
-                    samples[mode].append(sample)
-                progress.advance(task)
-                progress.refresh()
+        bar = progress.add_task("", total=(repeats + 1) * len(settings))
+
+        def advance() -> None:
             bandwidths.append(_PROBE_BYTES / clock(model, probe.sum)[0])
-    return Rounds(samples, statistics.median(bandwidths[1:]))
+            progress.advance(bar)
+            progress.refresh()
 
-
-def _each_alone(model: TwoTower, prompts: list[list[int]], params: SamplingParams) -> list[Generation]:
-    return [generate(model, [prompt], params)[0] for prompt in prompts]
-
-
-def _sample(done: Iterable[Generation]) -> Sample:
-    stats = [one.stats for one in done]
-    return Sample(sum(s.num_tokens for s in stats), sum(s.seconds_total for s in stats))
+        work = Work(prompts, {mode: [params] * len(prompts) for mode, params in settings.items()}, 1)
+        found = speeds(model, work, repeats, advance)
+    return found, statistics.median(bandwidths)

@@ -77,10 +77,10 @@ class Speed(NamedTuple):
     prefill_seconds: Quartiles
 
 
-def speeds(model: TwoTower, work: Work, repeats: int) -> dict[str, Speed]:
+def speeds(model: TwoTower, work: Work, repeats: int, advance: Callable[[], None] = lambda: None) -> dict[str, Speed]:
     """Every setting's speed over `repeats` rounds in which they take turns, after one to warm up.
 
-    `work.settings` has "ar", which the gains compare with.
+    `work.settings` has "ar", which the gains compare with. `advance` is called after each setting of each round.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in work.settings}
     for round_number in range(repeats + 1):
@@ -88,6 +88,7 @@ def speeds(model: TwoTower, work: Work, repeats: int) -> dict[str, Speed]:
             sample = _sample(model, work, name)
             if round_number > 0:
                 own.append(sample)
+            advance()
     ar = [s.tokens / s.seconds for s in samples["ar"]]
     found = {}
     for name, own in samples.items():
