@@ -151,11 +151,14 @@ def test_a_gain_counts_only_where_half_of_the_score_is_kept():
     assert total_gain(results, "diffusion", 1) == 2.0
     assert total_gain(results[1:], "diffusion", 1) is None
     assert to_json(results)["overall"]["diffusion"]["tasks_in_gain"] == {1: ["kept"]}
-    tasks, _, _, _, _, gains, _ = (list(column.cells) for column in speed_table(results).columns)
+    table = speed_table(results)
+    tasks, _, _, _, _, gains, _ = (list(column.cells) for column in table.columns)
+    assert "less than 50% of ar's score is kept" in table.caption
+    assert speed_table(results[:1]).caption is None
     assert gains[1::2][:3] == [
         "2.00 (1.90 to 2.10)",
-        "9.00 (8.90 to 9.10), not in all: keeps 45.0%",
-        "7.00 (6.90 to 7.10), not in all: ar scores too little",
+        "9.00 (8.90 to 9.10)*",
+        "7.00 (6.90 to 7.10)*",
     ]
     assert (tasks[-1], gains[-1]) == ("all: kept", "2.00")
 

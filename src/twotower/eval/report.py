@@ -59,16 +59,12 @@ def total_gain(results: Sequence[TaskResult], name: str, batch_size: int) -> flo
 def tasks_in_gain(results: Sequence[TaskResult], name: str, batch_size: int) -> list[str]:
     """Tasks that were timed, count in the retention, and keep at least LEAST_KEPT of ar's score."""
     timed = [r for r in results if name in r.speeds.get(batch_size, {})]
-    return [r.task.name for r in timed if _no_gain(r, name) is None]
+    return [r.task.name for r in timed if _gain_counts(r, name)]
 
 
-def _no_gain(result: TaskResult, name: str) -> str | None:
-    """Why a setting's gain on a task does not count; None where it does."""
-    if left_out([result]):
-        return "ar scores too little"
+def _gain_counts(result: TaskResult, name: str) -> bool:
     kept = task_retention(result, name).value
-    assert kept is not None
-    return None if kept >= LEAST_KEPT else f"keeps {kept:.1%}"
+    return not left_out([result]) and kept is not None and kept >= LEAST_KEPT
 
 
 def tokens_per_call(answers: Sequence[Answer]) -> tuple[float | None, float | None]:
@@ -177,6 +173,7 @@ def speed_table(results: Sequence[TaskResult]) -> Table:
     for heading in ("task", "prompts", "batch", "mode", "tokens/s", "times ar", "prefill, s"):
         table.add_column(heading, justify="left" if heading in ("task", "mode") else "right", overflow="fold")
     sizes: dict[int, None] = {}
+    uncounted = False
     for result in results:
         if not result.timed:
             table.add_row(result.task.name, "0", "", "", "not timed: ar scores 0")
@@ -189,9 +186,9 @@ def speed_table(results: Sequence[TaskResult]) -> Table:
             by_name = result.speeds[size]
             for name, speed in by_name.items():
                 prefill = _number(speed.prefill_seconds.median, 3)
-                uncounted = _no_gain(result, name)
-                gain = _spread(speed.gain, 2) + (f", not in all: {uncounted}" if uncounted and name != "ar" else "")
-                parts = (_spread(speed.tokens_per_second, 0), gain, prefill)
+                mark = "" if name == "ar" or _gain_counts(result, name) else "*"
+                uncounted = uncounted or bool(mark)
+                parts = (_spread(speed.tokens_per_second, 0), _spread(speed.gain, 2) + mark, prefill)
                 table.add_row(result.task.name, str(len(examples)), str(size), name, *parts)
             for name in result.answers.keys() - by_name.keys():
                 table.add_row(result.task.name, "", str(size), name, "not timed: most answers degenerate or empty")
@@ -202,6 +199,9 @@ def speed_table(results: Sequence[TaskResult]) -> Table:
             if name != "ar" and counted:
                 label = f"all: {', '.join(counted)}"
                 table.add_row(label, "", str(size), name, "", _number(total_gain(results, name, size), 2), "")
+    if uncounted:
+        table.caption = f'* not in "all": less than {LEAST_KEPT:.0%} of ar\'s score is kept, or ar scores too little'
+        table.caption_justify = "left"
     return table
 
 
