@@ -39,7 +39,7 @@ def read_prompts(file: Path, model: TwoTower, folder: Path) -> list[list[int]]:
 def _renderer(folder: Path) -> Callable[[Any, str], str]:
     """What makes a prompt of messages."""
     try:
-        from twotower.server.chat_template import ChatTemplate, Turn
+        from twotower.checkpoints.chat_template import ChatTemplate, Turn
     except ModuleNotFoundError as error:
         raise ValueError(f"chat messages need the package {error.name}; pip install 'twotower[serve]'") from error
     template = ChatTemplate.load(folder)
