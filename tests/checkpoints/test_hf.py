@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import twotower
 from twotower.checkpoints import load_model, load_tokenizer, released_shapes, resolve, save
+from twotower.checkpoints.hf import save_rounded
 from twotower.config import TwoTowerConfig
 from twotower.model.two_tower import TwoTower
 
@@ -240,6 +241,7 @@ import re, sys
 from pathlib import Path
 import torch
 from twotower.checkpoints import load_model, released_shapes
+from twotower.checkpoints.hf import save_rounded
 from twotower.config import TwoTowerConfig
 
 def peak():
@@ -270,3 +272,15 @@ def test_backends_that_cannot_run_are_named() -> None:
         twotower.load(backend="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend is 'reference' with pack=False"):
         twotower.load(backend="reference", pack=False)
+
+
+def test_rounded_tensors_are_those_that_a_rounded_model_rounds(tiny: Model, tmp_path: Path) -> None:
+    model = tiny()
+    exact = model.released_tensors()
+    save_rounded(model.config, exact.items(), tmp_path, torch.bfloat16)
+    written = load_file(tmp_path / "model.safetensors")
+    expected = {name: t.dtype for name, t in TwoTower(model.config, dtype=torch.bfloat16).released_tensors().items()}
+    assert {name: tensor.dtype for name, tensor in written.items()} == expected
+    kept = {name for name, dtype in expected.items() if dtype == torch.float32}
+    assert {name for name in expected if ".gate." in name} <= kept  # routers choose the same experts
+    assert all(torch.equal(written[name], exact[name].to(expected[name])) for name in expected)

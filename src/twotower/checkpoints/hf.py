@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import tokenizers
 import torch
 
-from twotower.checkpoints.tensor_files import TensorSpec, check_shapes, scan
+from twotower.checkpoints.tensor_files import TensorFiles, TensorSpec, check_shapes, scan
 from twotower.checkpoints.tensor_writer import DEFAULT_SHARD_BYTES, write_tensors
 from twotower.config import TwoTowerConfig
 from twotower.model.two_tower import TwoTower
@@ -96,19 +96,31 @@ def load_model(
     """
     directory = resolve(path)
     config = read_config(directory)
-    expected = released_shapes(config)
-    files = scan(directory)
-    check_shapes(expected, files.specs, str(directory))
+    files = released_files(directory, config)
     if dtype is None:
         dtype = stored_dtype(config) or files.specs["context_tower.embeddings.weight"].dtype
     model = TwoTower(config, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device)
     parameters = model.released_tensors()
     with torch.no_grad():
-        for done, (name, tensor) in enumerate(files.stream(expected), start=1):
+        for done, (name, tensor) in enumerate(files.stream(files.specs), start=1):
             parameters[name].copy_(tensor)
             if progress is not None:
-                progress(done, len(expected))
+                progress(done, len(files.specs))
     return model
+
+
+def released_files(directory: Path, config: TwoTowerConfig) -> TensorFiles:
+    """The tensors of a checkpoint directory in the released order, none of which is read. Raises ValueError where they
+    aren't those of `config`."""
+    files, shapes = scan(directory), released_shapes(config)
+    check_shapes(shapes, files.specs, str(directory))
+    return dataclasses.replace(files, specs={name: files.specs[name] for name in shapes})
+
+
+def released_stream(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a checkpoint directory in its stored dtype, one at a time. Raises what `load_model` does."""
+    files = released_files(directory, read_config(directory))
+    yield from files.stream(files.specs)
 
 
 def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
@@ -146,11 +158,37 @@ def save(
     `tokenizer` is None. A dtype named by the config becomes the model's.
     """
     tensors = model.released_tensors()
-    specs = {n: TensorSpec(tensors[n].dtype, tuple(tensors[n].shape)) for n in sorted(tensors, key=_released_position)}
-    config = with_stored_dtype(model.config, specs["context_tower.embeddings.weight"].dtype)
-    documents = {} if tokenizer is None else {TOKENIZER_FILE: tokenizer.to_str(pretty=True).encode()}
-    documents[CONFIG_FILE] = config_bytes(config)
+    specs = _specs(tensors)
+    documents = _documents(model.config, specs, tokenizer)
     write_tensors(path, specs, tensors.items(), max_shard_bytes=max_shard_bytes, documents=documents)
+
+
+def save_rounded(
+    config: TwoTowerConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    path: str | Path,
+    dtype: torch.dtype,
+    *,
+    tokenizer: tokenizers.Tokenizer | None = None,
+) -> None:
+    """Writes a model of `dtype` as `save` does from released tensors of any dtype, which come one at a time; the parts
+    that no model rounds are float32."""
+    with torch.device("meta"):
+        specs = _specs(TwoTower(config, dtype=dtype).released_tensors())
+    rounded = ((name, tensor.to(specs[name].dtype)) for name, tensor in tensors)
+    write_tensors(path, specs, rounded, documents=_documents(config, specs, tokenizer))
+
+
+def _specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {n: TensorSpec(tensors[n].dtype, tuple(tensors[n].shape)) for n in sorted(tensors, key=_released_position)}
+
+
+def _documents(
+    config: TwoTowerConfig, specs: Mapping[str, TensorSpec], tokenizer: tokenizers.Tokenizer | None
+) -> dict[str, bytes]:
+    documents = {} if tokenizer is None else {TOKENIZER_FILE: tokenizer.to_str(pretty=True).encode()}
+    named = with_stored_dtype(config, specs["context_tower.embeddings.weight"].dtype)
+    return documents | {CONFIG_FILE: config_bytes(named)}
 
 
 def read_config(directory: Path) -> TwoTowerConfig:

@@ -1,7 +1,7 @@
 """Single-tower Nemotron-H directories: the tensors have our names under another prefix."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,21 @@ def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[
 
 
 def save_backbone(
-    model: OneTower, path: str | Path, dtype: torch.dtype, *, tokenizer: tokenizers.Tokenizer | None = None
+    config: TwoTowerConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    path: str | Path,
+    dtype: torch.dtype,
+    *,
+    tokenizer: tokenizers.Tokenizer | None = None,
 ) -> None:
-    """Writes a float32 model as a single-tower directory of `dtype` that `open_nemotron_h` reads; what no model rounds
-    stays float32."""
+    """Writes the released tensors of a `OneTower`, which come one at a time, as a single-tower directory of `dtype`
+    that `open_nemotron_h` reads; the parts that no model rounds are float32."""
     with torch.device("meta"):
-        rounded = OneTower(model.config, dtype=dtype).released_tensors()
+        rounded = OneTower(config, dtype=dtype).released_tensors()
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in rounded.items()}
     documents = {} if tokenizer is None else {TOKENIZER_FILE: tokenizer.to_str(pretty=True).encode()}
-    documents[CONFIG_FILE] = config_bytes(with_stored_dtype(model.config, dtype))
-    exact = model.released_tensors()
-    write_tensors(path, specs, ((n, exact[n].to(specs[n].dtype)) for n in specs), documents=documents)
+    documents[CONFIG_FILE] = config_bytes(with_stored_dtype(config, dtype))
+    write_tensors(path, specs, ((n, tensor.to(specs[n].dtype)) for n, tensor in tensors), documents=documents)
 
 
 def _config(raw: Mapping[str, Any]) -> TwoTowerConfig:

@@ -33,7 +33,7 @@ MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", help="Most 
 
 
 def open_model(
-    path: str | None,
+    path: str | Path | None,
     *,
     device: str = "cpu",
     dtype: Dtype | None = None,

@@ -1,9 +1,11 @@
 """`twotower pretrain`: train a backbone of any pattern from nothing."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from twotower.checkpoints.hf import load_tokenizer, read_config, resolve
@@ -43,9 +45,11 @@ from twotower.cli.training import (
     reporting,
     torchrun_ranks,
 )
+from twotower.config import TwoTowerConfig
 from twotower.model.one_tower import OneTower
 from twotower.training.next_token import NextToken, NextTokenConfig
 from twotower.training.trainer import TrainConfig, Trainer
+from twotower.training.weights import TensorStream
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -102,23 +106,42 @@ def command(
     if dry_run:
         print_estimate(shapes, run, what, corpus, row_length=row_length, num_ranks=num_ranks)
         return
-    model = OneTower(shapes)
-    model.initialise_(seed)
     with torchrun_ranks(device) as ranks:
         if not export_only:
             rows = open_corpus(corpus, shapes.vocab_size, row_length)
             measured = None if held_out is None else open_corpus(held_out, shapes.vocab_size, row_length)
-            trainer = Trainer(NextToken(model.to(ranks.device), what), rows, run, out, ranks, held_out=measured)
+            model = _open(shapes, seed, ranks.device, shard)
+            weights = functools.partial(_without_weights(shapes).initial_tensors, seed) if shard else None
+            trainer = Trainer(NextToken(model, what), rows, run, out, ranks, held_out=measured, weights=weights)
             with reporting(trainer, tensorboard=tensorboard, wandb=wandb, settings=given) as report:
                 trainer.run(report)
         if ranks.rank == 0:
-            trained = OneTower(shapes)
-            tokenizer = load_tokenizer(folder)
-            written = export_state(
-                NextToken(trained, NextTokenConfig()),
-                out,
-                lambda path: save_backbone(trained, path, torch_dtype(dtype), tokenizer=tokenizer),
-                name="backbone",
-            )
-            for path in written:
-                print(f"wrote {path}; give it a denoiser with: twotower init {path} START")
+            _export(folder, out, torch_dtype(dtype))
+
+
+def _open(shapes: TwoTowerConfig, seed: int, device: torch.device, shard: bool) -> OneTower:
+    """The model to train: whole, or without weights where each rank is to take only its shards of them."""
+    if shard:
+        return _without_weights(shapes)
+    model = OneTower(shapes)
+    model.initialise_(seed)
+    return model.to(device)
+
+
+def _without_weights(shapes: TwoTowerConfig) -> OneTower:
+    with torch.device("meta"):
+        return OneTower(shapes)
+
+
+def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
+    model = _without_weights(read_config(folder))
+    tokenizer = load_tokenizer(folder)
+
+    def write(tensors: TensorStream, path: Path) -> None:
+        save_backbone(model.config, tensors, path, dtype, tokenizer=tokenizer)
+
+    # All of it is trained: of what it started from only the names matter
+    released = model.released_tensors()
+    objective = NextToken(model, NextTokenConfig())
+    for path in export_state(objective, out, lambda: iter(released.items()), write, name="backbone"):
+        print(f"wrote {path}; give it a denoiser with: twotower init {path} START")

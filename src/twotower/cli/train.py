@@ -1,13 +1,14 @@
 """`twotower train`: train a denoiser tower and export the checkpoint."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from twotower.checkpoints.hf import read_config, resolve, save
+from twotower.checkpoints.hf import load_tokenizer, read_config, released_stream, resolve, save_rounded
 from twotower.cli.logs import TensorBoardOption, WandbOption
 from twotower.cli.options import DeviceOption, Dtype, open_model, torch_dtype
 from twotower.cli.recipe import RecipeOption
@@ -48,6 +49,7 @@ from twotower.training.corruption import LevelPer
 from twotower.training.denoising import ContextTraining, Denoising, DenoisingConfig, Phase
 from twotower.training.objective import Reduction
 from twotower.training.trainer import TrainConfig, Trainer
+from twotower.training.weights import TensorStream
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -146,37 +148,46 @@ def command(
         **{f.name: given[f.name] for f in dataclasses.fields(DenoisingConfig)} | {"phases": _phases(phases)}
     )
     if dry_run:
-        towers = read_config(resolve(model))
-        print_estimate(towers, config, what, corpus, row_length=row_length, num_ranks=num_ranks)
+        shapes = read_config(resolve(model))
+        print_estimate(shapes, config, what, corpus, row_length=row_length, num_ranks=num_ranks)
         return
+    folder = resolve(model)
     with torchrun_ranks(device) as ranks:
         if not export_only:
-            opened = open_model(model, dtype="float32", device=str(ranks.device), pack=False)
-            rows = open_corpus(corpus, opened.config.vocab_size, row_length)
-            measured = None if held_out is None else open_corpus(held_out, opened.config.vocab_size, row_length)
-            trainer = Trainer(Denoising(opened, what), rows, config, out, ranks, held_out=measured)
+            towers = _open(folder, ranks.device, shard)
+            rows = open_corpus(corpus, towers.config.vocab_size, row_length)
+            measured = None if held_out is None else open_corpus(held_out, towers.config.vocab_size, row_length)
+            weights = functools.partial(released_stream, folder) if shard else None
+            objective = Denoising(towers, what)
+            trainer = Trainer(objective, rows, config, out, ranks, held_out=measured, weights=weights)
             with reporting(trainer, tensorboard=tensorboard, wandb=wandb, settings=given) as report:
                 trainer.run(report)
         if ranks.rank == 0:
-            _export(model, out, what, torch_dtype(dtype))
+            _export(folder, out, what, torch_dtype(dtype))
 
 
-def _export(model: str, out: Path, what: DenoisingConfig, dtype: torch.dtype) -> None:
-    opened = open_model(model, dtype="float32", pack=False)
-    objective = Denoising(opened, what)
-    last = what.block_size(10**18, opened.config.block_size)
-    opened.config = dataclasses.replace(opened.config, block_size=last)
-    for folder in export_state(objective, out, lambda path: export(opened, path, dtype)):
-        print(f"wrote {folder}; try it with: twotower generate --model {folder}")
+def _open(folder: Path, device: torch.device, shard: bool) -> TwoTower:
+    """The model to train: whole, or without weights where each rank is to take only its shards of them."""
+    return _without_weights(folder) if shard else open_model(folder, dtype="float32", device=str(device), pack=False)
 
 
-def export(model: TwoTower, path: Path, dtype: torch.dtype) -> None:
-    """Writes a float32 model as a checkpoint of `dtype`; the parts that no model rounds stay float32."""
-    copy = TwoTower(model.config, dtype=dtype)
-    exact = model.released_tensors()
-    for name, tensor in copy.released_tensors().items():
-        tensor.copy_(exact[name])
-    save(copy, path, tokenizer=model.tokenizer)
+def _without_weights(folder: Path) -> TwoTower:
+    with torch.device("meta"):
+        return TwoTower(read_config(folder))
+
+
+def _export(folder: Path, out: Path, what: DenoisingConfig, dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        objective = Denoising(_without_weights(folder), what)
+    last = what.block_size(10**18, objective.model.config.block_size)
+    config = dataclasses.replace(objective.model.config, block_size=last)
+    tokenizer = load_tokenizer(folder)
+
+    def write(tensors: TensorStream, path: Path) -> None:
+        save_rounded(config, tensors, path, dtype, tokenizer=tokenizer)
+
+    for path in export_state(objective, out, functools.partial(released_stream, folder), write):
+        print(f"wrote {path}; try it with: twotower generate --model {path}")
 
 
 def _phases(text: str) -> tuple[Phase, ...]:

@@ -14,12 +14,13 @@ from twotower.cli.dry_run import estimate, lines
 from twotower.cli.logs import logging_to
 from twotower.cli.options import open_device
 from twotower.config import TwoTowerConfig
-from twotower.training.checkpointing import latest_state, read_tensors_, stored_groups
+from twotower.training.checkpointing import check_tensors, latest_state, stored_groups
 from twotower.training.data import Corpus
 from twotower.training.denoising import DenoisingConfig
 from twotower.training.next_token import NextTokenConfig
 from twotower.training.ranks import Ranks, joined
 from twotower.training.trainer import Objective, StepReport, TrainConfig, Trainer, trained_parameters
+from twotower.training.weights import TensorStream, trained_tensors
 
 DEFAULTS = TrainConfig(steps=1000)
 
@@ -143,21 +144,25 @@ def print_estimate(
 
 
 def export_state(
-    objective: Objective, out: Path, write: Callable[[Path], None], name: str = "checkpoint"
+    objective: Objective,
+    out: Path,
+    released: Callable[[], TensorStream],
+    write: Callable[[TensorStream, Path], None],
+    name: str = "checkpoint",
 ) -> list[Path]:
     """Writes the last saved state of `out`, and its running mean if it has one, as checkpoints; returns their folders.
 
-    `objective` holds the model that the run started from, in float32; `write` writes that model to a folder.
+    `objective` is on the meta device, `released` streams the tensors of the model that the run started from, and
+    `write` takes those of the trained one, of which only a few are in memory, and a folder.
     """
     state = latest_state(out)
     if state is None:
         raise FileNotFoundError(f"{out} has no saved state to export; train without --export-only first")
-    trained = {n: p.detach() for n, p in trained_parameters(objective).items()}
     written = []
     for group, folder in (("weights", out / name), ("ema", out / f"{name}-ema")):
         if group in stored_groups(state):
-            read_tensors_(state, {group: trained}, Ranks())
-            write(folder)
+            check_tensors(state, {group: trained_parameters(objective)})
+            write(trained_tensors(objective, state, group, released()), folder)
             written.append(folder)
     return written
 

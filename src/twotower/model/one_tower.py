@@ -1,6 +1,7 @@
 """A single tower with its head: the backbone that two towers start from. Letters: v vocabulary, d width."""
 
 import math
+from collections.abc import Iterator
 
 import tokenizers
 import torch
@@ -30,10 +31,18 @@ class OneTower(nn.Module):
 
     @torch.no_grad()
     def initialise_(self, seed: int) -> None:
-        """Random weights as this family starts: normal of deviation 0.02, narrower by √layers where a layer writes to
-        the residual stream; time steps log-uniform in [1e-3, 0.1], decay rates uniform in [1, 16]."""
+        """Sets the weights to `initial_tensors`."""
+        places = self.released_tensors()
+        for name, tensor in self.initial_tensors(seed):
+            places[name].copy_(tensor)
+
+    def initial_tensors(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Random weights as this family starts, one tensor at a time on the CPU, by its released name: normal of
+        deviation 0.02, narrower by √layers where a layer writes to the residual stream; time steps log-uniform in
+        [1e-3, 0.1], decay rates uniform in [1, 16]."""
         generator = torch.Generator().manual_seed(seed)
-        for name, tensor in self.released_tensors().items():
+        for name, place in self.released_tensors().items():
+            tensor = torch.empty_like(place, device="cpu")
             if name.endswith(("norm.weight", "norm_f.weight", ".D")):
                 tensor.fill_(1.0)
             elif name.endswith("dt_bias"):
@@ -51,6 +60,7 @@ class OneTower(nn.Module):
                 writes = name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight"))
                 std = _STD / self.config.num_layers**0.5 if writes else _STD
                 tensor.normal_(0, std, generator=generator)
+            yield name, tensor
 
     def released_tensors(self) -> dict[str, Tensor]:
         """Every tensor by the name it has in a single-tower checkpoint, as a view of this model's parameters."""

@@ -24,6 +24,12 @@ class Modulation(NamedTuple):
     gate: Tensor
 
 
+def frequencies(device: torch.device | None = None) -> Tensor:
+    """The sinusoids' (128,), on `device` or the default one."""
+    j = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=device)
+    return torch.exp(j * (-math.log(10000.0) / NUM_FREQUENCIES))
+
+
 class TimeConditioning(nn.Module):
     """t̂ -> sinusoidal embedding -> two MLPs -> (3, d), to which every layer adds its own table."""
 
@@ -37,10 +43,9 @@ class TimeConditioning(nn.Module):
         self.block = Linear(d, 3 * d, bias=True, dtype=dtype)
         self.tables = nn.Parameter(torch.empty(config.num_layers, 3, d, dtype=dtype))
         self.released_dtype = dtype
-        j = torch.arange(NUM_FREQUENCIES, dtype=torch.float32)
         self.constant = False  # true once the weights no longer change
         self._known: dict[float, Tensor] = {}
-        self.register_buffer("frequencies", torch.exp(j * (-math.log(10000.0) / NUM_FREQUENCIES)), persistent=False)
+        self.register_buffer("frequencies", frequencies(), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         """Masked fractions t (b,) in [0, 1] to every layer's shift, scale and gate: (i, b, 3, 1, d)."""

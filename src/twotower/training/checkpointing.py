@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -115,6 +116,25 @@ def stored_groups(state: Path) -> set[str]:
 
 def read_tensors_(state: Path, tensors: Tensors, ranks: Ranks) -> None:
     """Fills the given tensors, whole or sharded. Raises ValueError where they aren't those of the state."""
+    check_tensors(state, tensors)
+    _mean_one_process()
+    wanted_tensors = {group: dict(members) for group, members in tensors.items()}
+    load(wanted_tensors, checkpoint_id=state, no_dist=ranks.size == 1)
+
+
+def read_tensor(state: Path, name: str) -> Tensor:
+    """One whole tensor, such as weights.a.b, which must be there."""
+    _mean_one_process()
+    entry = FileSystemReader(state).read_metadata().state_dict_metadata[name]
+    assert isinstance(entry, TensorStorageMetadata)
+    wanted = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+    load(wanted, checkpoint_id=state, no_dist=True)
+    return wanted[name]
+
+
+def check_tensors(state: Path, tensors: Tensors) -> None:
+    """Raises ValueError where the given groups, maybe on the meta device, don't have the names and shapes of the
+    state's."""
     stored = _stored(state)
     for group, members in tensors.items():
         wanted = {f"{group}.{name}": tuple(tensor.shape) for name, tensor in members.items()}
@@ -124,9 +144,6 @@ def read_tensors_(state: Path, tensors: Tensors, ranks: Ranks) -> None:
                 f"{state} belongs to another model or other parameters of it: {_difference(wanted, found)}; choose an "
                 "empty output folder"
             )
-    _mean_one_process()
-    wanted_tensors = {group: dict(members) for group, members in tensors.items()}
-    load(wanted_tensors, checkpoint_id=state, no_dist=ranks.size == 1)
 
 
 def _stored(state: Path) -> dict[str, tuple[int, ...]]:

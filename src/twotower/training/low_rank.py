@@ -19,9 +19,11 @@ class LowRank(nn.Module):
         super().__init__()
         *experts, outputs, inputs = weight.shape
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.up = nn.Parameter(weight.new_zeros(*experts, outputs, rank, dtype=wide))
-        self.down = nn.Parameter(weight.new_empty(*experts, rank, inputs, dtype=wide))
-        if not weight.is_meta:  # nothing to draw there
+        # Weights that are still to come say nothing about the device
+        device = None if weight.is_meta else weight.device
+        self.up = nn.Parameter(torch.zeros(*experts, outputs, rank, dtype=wide, device=device))
+        self.down = nn.Parameter(torch.empty(*experts, rank, inputs, dtype=wide, device=device))
+        if not self.down.is_meta:  # nothing to draw there
             drawn = torch.randn(self.down.shape, generator=generator) * inputs**-0.5
             self.down.data.copy_(drawn)
 
@@ -42,4 +44,11 @@ def add_low_rank_(tower: Tower, rank: int) -> None:
             names = ("up", "down")
         for name in names:
             weight = getattr(module, name).requires_grad_(False)
-            parametrize.register_parametrization(module, name, LowRank(weight, rank, generator))
+            added = LowRank(weight, rank, generator)
+            # Unsafe only in that it isn't called once to see what it gives: weights may still be on the meta device
+            parametrize.register_parametrization(module, name, added, unsafe=True)
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what an addition to it puts around it."""
+    return name.replace(".parametrizations.", ".").removesuffix(".original")

@@ -9,6 +9,7 @@ from twotower.model.one_tower import OneTower
 from twotower.model.time_conditioning import TimeConditioning
 from twotower.model.tower import Tower
 from twotower.model.two_tower import TwoTower
+from twotower.training.low_rank import plain_name
 
 
 def coarse_parameters(model: TwoTower | OneTower, dtype: torch.dtype) -> list[nn.Parameter]:
@@ -16,12 +17,7 @@ def coarse_parameters(model: TwoTower | OneTower, dtype: torch.dtype) -> list[nn
     with torch.device("meta"):
         named = type(model)(model.config, dtype=dtype).named_parameters(remove_duplicate=False)
         coarse = {name for name, parameter in named if parameter.dtype == dtype}
-    return [parameter for name, parameter in model.named_parameters() if _plain(name) in coarse]
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without what an addition to it (`low_rank`) puts around it."""
-    return name.replace(".parametrizations.", ".").removesuffix(".original")
+    return [parameter for name, parameter in model.named_parameters() if plain_name(name) in coarse]
 
 
 def compute_in_(model: TwoTower | OneTower, dtype: torch.dtype, keep: Collection[nn.Parameter]) -> None:

@@ -23,6 +23,7 @@ from twotower.training.precision import coarse_parameters, compute_in_
 from twotower.training.ranks import Ranks
 from twotower.training.schedule import Fault, Guard, Schedule
 from twotower.training.sharding import shard_
+from twotower.training.weights import TensorStream, fill_
 
 # What is learnt: a module whose parameters that require a gradient are trained.
 Objective = Denoising | NextToken
@@ -102,7 +103,8 @@ class StepReport(NamedTuple):
 class Trainer:
     """Steps an objective over a corpus; `folder` holds the state to resume from and the metrics.
 
-    All ranks make one, each with the whole model, and call `run`.
+    All ranks make one and call `run`: each with the whole model or, to shard it, with a model on the meta device whose
+    released tensors `weights` gives one at a time, so that no rank ever holds more than its shards.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Trainer:
         ranks: Ranks | None = None,
         *,
         held_out: Corpus | None = None,
+        weights: Callable[[], TensorStream] | None = None,
     ) -> None:
         if (held_out is None) != (config.evaluate_every == 0):
             raise ValueError(f"evaluate_every is {config.evaluate_every}, must be above 0 with held-out rows, else 0")
@@ -124,7 +127,7 @@ class Trainer:
         self.objective, self.corpus, self.config, self.folder = objective, corpus, config, Path(folder)
         self.ranks, self.held_out = ranks or Ranks(), held_out
         self.share = self.ranks.share(config.batch_size)
-        self.optimiser = _optimiser(objective, config, self.ranks)
+        self.optimiser = _optimiser(objective, config, self.ranks, weights)
         self.guard, self.schedule = config.guard(), config.schedule
         self.checkpoints = Checkpoints(self.folder, self.ranks)
         self.step = self.samples = 0
@@ -223,7 +226,12 @@ class Trainer:
         self.guard = self.guard.restored(progress["guard"])
 
 
-def _optimiser(objective: Objective, config: TrainConfig, ranks: Ranks) -> Optimiser:
+def _optimiser(
+    objective: Objective,
+    config: TrainConfig,
+    ranks: Ranks,
+    weights: Callable[[], TensorStream] | None,
+) -> Optimiser:
     """Gives the objective's parameters the precision and place that the run asks for, and an optimiser."""
     model, exact = objective.model, {}
     coarse = {id(p) for p in coarse_parameters(model, torch.bfloat16)}
@@ -236,6 +244,8 @@ def _optimiser(objective: Objective, config: TrainConfig, ranks: Ranks) -> Optim
         dtype = torch.bfloat16 if config.bf16 else None
         whole = [p for p in model.parameters() if id(p) not in coarse]
         shard_(objective, objective.layer_groups(), ranks, dtype=dtype, whole=whole)
+        if weights is not None:
+            fill_(objective, weights(), ranks)
     return Optimiser(trained_parameters(objective), exact, weight_decay=config.weight_decay, ema_decay=config.ema_decay)
 
 
