@@ -4,11 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from twotower.cli.dry_run import estimate
+from twotower.config import TwoTowerConfig
+from twotower.model.one_tower import OneTower
 from twotower.model.two_tower import TwoTower
+from twotower.training.data import Batch
 from twotower.training.denoising import Denoising, DenoisingConfig
-from twotower.training.next_token import NextTokenConfig
+from twotower.training.next_token import NextToken, NextTokenConfig
 from twotower.training.trainer import TrainConfig, trained_parameters
 
 
@@ -28,27 +32,34 @@ def test_counts_are_those_of_the_model(config):
     assert (found.memory.gradients, found.memory.moments, found.memory.running_mean) == (4 * trained, 8 * trained, 0)
 
 
-def test_flops_are_those_that_torch_counts():
-    """For a tower of projections alone, where nothing is approximate but the head's share of masked positions."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from twotower.config import TwoTowerConfig
-    from twotower.model.one_tower import OneTower
-    from twotower.training.data import Batch
-    from twotower.training.next_token import NextToken
-
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "what",
+    [
+        NextTokenConfig(),
+        DenoisingConfig(),  # here no layer reads the context tower
+        DenoisingConfig(distil_weight=1.0),
+        DenoisingConfig(context="trained", ar_weight=1.0, complementary=True, level_per="example"),
+    ],
+)
+def test_flops_are_those_that_torch_counts(what, recompute):
+    """For towers of projections alone, where nothing is approximate."""
     config = TwoTowerConfig(vocab_size=50, hidden_size=32, pattern="--", intermediate_size=64)
-    model = OneTower(config)
-    model.initialise_(0)
-    ids = torch.randint(4, 50, (2, 33))
-    objective = NextToken(model, NextTokenConfig())
-    rows = objective.prepare(
-        Batch(ids, torch.ones_like(ids).bool(), ids * 0, torch.arange(2)), 0, 0, torch.device("cpu")
-    )
+    what = dataclasses.replace(what, recompute=recompute)
+    if isinstance(what, NextTokenConfig):
+        objective = NextToken(OneTower(config), what)
+    else:
+        what = dataclasses.replace(what, full_mask_fraction=0.0 if what.complementary else 1.0)
+        objective = Denoising(TwoTower(config), what)
+    for parameter in objective.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    ids = torch.randint(4, 50, (8, 129))
+    batch = Batch(ids, torch.ones_like(ids).bool(), ids * 0, torch.arange(8))
+    rows = objective.prepare(batch, 0, 0, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
-        objective(rows, slice(0, 2), rows.denominators).loss.backward()
-    found = estimate(config, TrainConfig(steps=1, batch_size=2), NextTokenConfig(), row_length=33, num_ranks=1)
-    assert found.flops == pytest.approx(counter.get_total_flops(), rel=0.02)  # the last of 33 tokens has no next one
+        objective(rows, slice(0, 8), rows.denominators).loss.backward()
+    found = estimate(config, TrainConfig(steps=1, batch_size=8), what, row_length=129, num_ranks=1)
+    assert found.flops == pytest.approx(counter.get_total_flops(), rel=0.02)  # the last of 129 tokens has no next one
 
 
 def test_what_saves_memory_saves_it(config):

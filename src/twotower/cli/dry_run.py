@@ -3,13 +3,17 @@
 Letters: t tokens of a row, d width, h heads, p head width, n state width, a active experts, e experts, v vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from twotower.config import TwoTowerConfig
+from twotower.model.attention import Attention
+from twotower.model.layer import Layer
+from twotower.model.mamba2 import Mamba2
+from twotower.model.moe import MixtureOfExperts
 from twotower.model.one_tower import OneTower
-from twotower.model.tower import Tower
 from twotower.model.two_tower import TwoTower
 from twotower.training.denoising import Denoising, DenoisingConfig
 from twotower.training.next_token import NextToken, NextTokenConfig
@@ -123,34 +127,59 @@ def _saved_per_token(c: TwoTowerConfig, kind: str) -> int:
 
 
 def _flops_per_token(objective: Objective, length: int) -> float:
-    """Backward is twice a forward pass, recomputing one more. Heads run on masked positions only, forward twice."""
+    """Backward is twice a forward pass, recomputing nearly one more. Heads run on masked positions only, forward twice,
+    and the context tower as far up as something reads it, as `block_parallel_hidden` says."""
     config, what = objective.model.config, objective.config
-    again = 1 if what.recompute else 0
     head = 2.0 * config.vocab_size * config.hidden_size * 4
     if isinstance(objective, NextToken):
-        return (3 + again) * _forward(objective.model.tower, config, length) + head
+        return _learning(objective.model.tower.stack, config, length, what.recompute) + head
     assert isinstance(what, DenoisingConfig)
     views = 2 if what.complementary else 1
     masked = 0.5 * (1 - what.full_mask_fraction) + what.full_mask_fraction
-    total = views * (3 + again) * _forward(objective.model.denoiser_tower, config, length) + views * masked * head
-    context = _forward(objective.model.context_tower, config, length)
-    total += context * ((1 if what.context == "frozen" else 3) + again)
+    again = 1 if what.recompute else 0
+    denoiser = (3 + again) * sum(_forward(layer, config, length) for layer in objective.model.denoiser_tower.stack)
+    top = max(config.pattern.rfind("M"), config.pattern.rfind("*"))
+    whole = what.ar_weight > 0 or what.distil_weight > 0
+    read = objective.model.context_tower.stack[: None if whole else top + 1]
+    if what.context == "frozen":
+        # What is recomputed is what seeds the denoiser
+        context = sum(_forward(layer, config, length) for layer in read)
+        context += again * sum(_forward(layer, config, length) - _output(layer) for layer in read if layer.kind in "M*")
+    else:
+        context = _learning(read, config, length, what.recompute)
+    total = views * denoiser + views * masked * head + context
     return total + (masked * views * head / 2 if what.distil_weight else 0) + (head if what.ar_weight else 0)
 
 
-def _forward(tower: Tower, config: TwoTowerConfig, length: int) -> float:
-    """A tower's layers: 2 per weight and token, 4·h·p per key, of which there are t/2, and 6·h·p·n of the scan."""
+def _learning(layers: Sequence[Layer], config: TwoTowerConfig, length: int, recompute: bool) -> float:
+    """Forward and backward. Recomputing stops before a layer's last product, whose result backward doesn't need: only
+    the denoiser's gates do."""
+    total = sum(3 * _forward(layer, config, length) for layer in layers)
+    return total + (sum(_forward(layer, config, length) - _output(layer) for layer in layers) if recompute else 0)
+
+
+def _output(layer: Layer) -> float:
+    """The product that writes to the residual stream, an expert layer's shared expert's."""
+    mixer = layer.mixer
+    if isinstance(mixer, Mamba2):
+        return 2.0 * mixer.out_proj.weight.numel()
+    if isinstance(mixer, Attention):
+        return 2.0 * mixer.o_proj.weight.numel()
+    return 2.0 * (mixer.shared if isinstance(mixer, MixtureOfExperts) else mixer).down_proj.weight.numel()
+
+
+def _forward(layer: Layer, config: TwoTowerConfig, length: int) -> float:
+    """2 per weight and token, 4·h·p per key, of which there are t/2, and 6·h·p·n of a scan."""
     used = config.num_experts_per_tok / config.num_experts if config.num_experts else 1.0
     total = 0.0
-    for layer in tower.stack:
-        for parameter in layer.parameters():
-            if parameter.ndim == 3:  # stacked experts
-                total += 2 * parameter.numel() * used
-            elif parameter.ndim == 2:
-                total += 2 * parameter.numel()
+    for parameter in layer.parameters():
+        if parameter.ndim == 3:  # stacked experts
+            total += 2 * parameter.numel() * used
+        elif parameter.ndim == 2:
+            total += 2 * parameter.numel()
     attention = 4 * config.num_attention_heads * config.head_dim * length / 2
     scan = 6 * config.mamba_width * config.mamba_state_size
-    return total + config.pattern.count("*") * attention + config.pattern.count("M") * scan
+    return total + {"*": attention, "M": scan}.get(layer.kind, 0)
 
 
 def lines(found: Estimate, what: DenoisingConfig | NextTokenConfig, block_size: int, num_ranks: int) -> list[str]:
