@@ -81,3 +81,11 @@ def test_dry_run_needs_no_corpus(run, inputs):
     assert result.exit_code == 0
     assert "tokens: 2,560" in result.stdout
     assert not (inputs / "run").exists()
+
+
+def test_a_state_is_not_exported_with_another_config(run, inputs):
+    pretrain(run, inputs, "--steps", 1)
+    (inputs / "config" / "config.json").write_text(json.dumps(CONFIG | {"time_step_limit": [0.0, 0.5]}))
+    result = run("pretrain", inputs / "config", inputs / "corpus", inputs / "run", "--export-only")
+    assert result.exit_code == 2
+    assert "config.time_step_limit is [0.0, 0.5]" in result.stderr

@@ -156,6 +156,26 @@ def test_a_low_rank_run_exports_whole_weights(run, backbone, corpus, tmp_path):
     assert torch.equal(before["denoiser_tower.embeddings.weight"], after["denoiser_tower.embeddings.weight"])
 
 
+def test_export_only_takes_the_run_s_settings_from_its_state(run, backbone, corpus, tmp_path):
+    options = ("--dtype", "float32", "--phases", "0:4,2:2,9:1", "--lora-rank", 2)
+    train_to(run, backbone, corpus, tmp_path, 3, *options)
+    written = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
+    assert twotower.load(tmp_path / "checkpoint").config.block_size == 2  # the phase of step 9 is still to come
+    train_to(run, backbone, corpus, tmp_path, 9, "--dtype", "float32", "--export-only")
+    assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == written
+    assert twotower.load(tmp_path / "checkpoint").config.block_size == 2
+
+
+def test_a_state_is_not_mixed_with_another_model(run, backbone, corpus, tmp_path, tiny, byte_tokenizer):
+    save(tiny("llama", vocab_size=260, block_size=4, seed=1), tmp_path / "other", tokenizer=byte_tokenizer)
+    train_to(run, backbone, corpus, tmp_path / "out", 2)
+    for options in (("--steps", 3), ("--export-only",)):
+        result = run("train", tmp_path / "other", corpus, tmp_path / "out", "--batch-size", 2, *options)
+        assert result.exit_code == 2
+        assert "weights is" in result.stderr
+        assert "another output folder" in result.stderr
+
+
 def test_numbers_go_to_tensorboard_and_to_wandb(run, backbone, corpus, tmp_path, monkeypatch):
     logged, started = [], []
 

@@ -326,7 +326,7 @@ def test_a_tied_head_is_one_parameter(tiny: Callable) -> None:
 def test_the_state_of_another_model_raises(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
     train(tiny("llama"), corpus, tmp_path)
     with pytest.raises(
-        ValueError, match=r"belongs to another model or other parameters of it: .*; choose an empty output folder"
+        ValueError, match=r"config.\w+ is .*, but .* is of a run with .*; give that again, or another output folder"
     ):
         train(tiny("*-"), corpus, tmp_path, steps=9)
 

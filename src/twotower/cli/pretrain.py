@@ -43,10 +43,13 @@ from twotower.cli.training import (
     open_corpus,
     print_estimate,
     reporting,
+    saved_state,
     torchrun_ranks,
 )
 from twotower.config import TwoTowerConfig
 from twotower.model.one_tower import OneTower
+from twotower.training.checkpointing import read_progress
+from twotower.training.identity import check_same, config_identity
 from twotower.training.next_token import NextToken, NextTokenConfig
 from twotower.training.trainer import TrainConfig, Trainer
 from twotower.training.weights import TensorStream
@@ -135,6 +138,9 @@ def _without_weights(shapes: TwoTowerConfig) -> OneTower:
 
 def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
     model = _without_weights(read_config(folder))
+    state = saved_state(out)
+    progress = read_progress(state)
+    check_same(state, progress["run"], progress["run"] | config_identity(model.config), progress["step"])
     tokenizer = load_tokenizer(folder)
 
     def write(tensors: TensorStream, path: Path) -> None:
@@ -143,5 +149,5 @@ def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
     # All of it is trained: of what it started from only the names matter
     released = model.released_tensors()
     objective = NextToken(model, NextTokenConfig())
-    for path in export_state(objective, out, lambda: iter(released.items()), write, name="backbone"):
+    for path in export_state(objective, state, out / "backbone", lambda: iter(released.items()), write):
         print(f"wrote {path}; give it a denoiser with: twotower init {path} START")

@@ -42,11 +42,14 @@ from twotower.cli.training import (
     open_corpus,
     print_estimate,
     reporting,
+    saved_state,
     torchrun_ranks,
 )
 from twotower.model.two_tower import TwoTower
+from twotower.training.checkpointing import read_progress
 from twotower.training.corruption import LevelPer
 from twotower.training.denoising import ContextTraining, Denoising, DenoisingConfig, Phase
+from twotower.training.identity import check_same, denoising_config, model_identity
 from twotower.training.objective import Reduction
 from twotower.training.trainer import TrainConfig, Trainer
 from twotower.training.weights import TensorStream
@@ -163,7 +166,7 @@ def command(
             with reporting(trainer, tensorboard=tensorboard, wandb=wandb, settings=given) as report:
                 trainer.run(report)
         if ranks.rank == 0:
-            _export(folder, out, what, torch_dtype(dtype))
+            _export(folder, out, torch_dtype(dtype))
 
 
 def _open(folder: Path, device: torch.device, shard: bool) -> TwoTower:
@@ -176,17 +179,23 @@ def _without_weights(folder: Path) -> TwoTower:
         return TwoTower(read_config(folder))
 
 
-def _export(folder: Path, out: Path, what: DenoisingConfig, dtype: torch.dtype) -> None:
+def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
+    """Writes the last state of a run that started from `folder`, with the block size that it was trained at last."""
+    state = saved_state(out)
+    progress = read_progress(state)
+    what = denoising_config(progress["run"])
     with torch.device("meta"):
         objective = Denoising(_without_weights(folder), what)
-    last = what.block_size(10**18, objective.model.config.block_size)
+    weights = functools.partial(released_stream, folder)
+    check_same(state, progress["run"], progress["run"] | model_identity(objective, weights), progress["step"])
+    last = what.block_size(progress["step"] - 1, objective.model.config.block_size)
     config = dataclasses.replace(objective.model.config, block_size=last)
     tokenizer = load_tokenizer(folder)
 
     def write(tensors: TensorStream, path: Path) -> None:
         save_rounded(config, tensors, path, dtype, tokenizer=tokenizer)
 
-    for path in export_state(objective, out, functools.partial(released_stream, folder), write):
+    for path in export_state(objective, state, out / "checkpoint", weights, write):
         print(f"wrote {path}; try it with: twotower generate --model {path}")
 
 

@@ -80,7 +80,9 @@ EvaluateEveryOption = Annotated[
 ]
 ExportOnlyOption = Annotated[
     bool,
-    typer.Option("--export-only", help="Write the last saved state as a checkpoint without training, at any time."),
+    typer.Option(
+        "--export-only", help="Write the last saved state, with its own settings, as a checkpoint without training."
+    ),
 ]
 RecomputeOption = Annotated[
     bool, typer.Option("--recompute/--no-recompute", help="Compute layers again in backward: less memory, more time.")
@@ -143,23 +145,28 @@ def print_estimate(
     print("\n".join(lines(found, what, config.block_size, num_ranks)))
 
 
+def saved_state(out: Path) -> Path:
+    """The last saved state of a run. Raises FileNotFoundError without one."""
+    state = latest_state(out)
+    if state is None:
+        raise FileNotFoundError(f"{out} has no saved state to export; train without --export-only first")
+    return state
+
+
 def export_state(
     objective: Objective,
+    state: Path,
     out: Path,
     released: Callable[[], TensorStream],
     write: Callable[[TensorStream, Path], None],
-    name: str = "checkpoint",
 ) -> list[Path]:
-    """Writes the last saved state of `out`, and its running mean if it has one, as checkpoints; returns their folders.
+    """Writes a state as the checkpoint `out`, and its running mean, if it has one, beside it; returns their folders.
 
     `objective` is on the meta device, `released` streams the tensors of the model that the run started from, and
     `write` takes those of the trained one, of which only a few are in memory, and a folder.
     """
-    state = latest_state(out)
-    if state is None:
-        raise FileNotFoundError(f"{out} has no saved state to export; train without --export-only first")
     written = []
-    for group, folder in (("weights", out / name), ("ema", out / f"{name}-ema")):
+    for group, folder in (("weights", out), ("ema", out.with_name(f"{out.name}-ema"))):
         if group in stored_groups(state):
             check_tensors(state, {group: trained_parameters(objective)})
             write(trained_tensors(objective, state, group, released()), folder)

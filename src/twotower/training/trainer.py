@@ -16,6 +16,7 @@ from twotower.training.checkpointing import Checkpoints, latest_state, read_prog
 from twotower.training.data import Batch, Corpus
 from twotower.training.denoising import Denoising
 from twotower.training.held_out import measure
+from twotower.training.identity import check_same, corpus_identity, model_identity, settings_identity
 from twotower.training.next_token import NextToken
 from twotower.training.objective import Piece
 from twotower.training.optimiser import Optimiser, total_norm
@@ -127,13 +128,16 @@ class Trainer:
         self.objective, self.corpus, self.config, self.folder = objective, corpus, config, Path(folder)
         self.ranks, self.held_out = ranks or Ranks(), held_out
         self.share = self.ranks.share(config.batch_size)
+        self._run = model_identity(objective, weights) | settings_identity(objective.config)
+        self._run |= {"seed": config.seed, "corpus": corpus_identity(corpus)}
         self.optimiser = _optimiser(objective, config, self.ranks, weights)
         self.guard, self.schedule = config.guard(), config.schedule
         self.checkpoints = Checkpoints(self.folder, self.ranks)
         self.step = self.samples = 0
 
     def run(self, report: Callable[[StepReport], None]) -> None:
-        """Trains to `config.steps`, resuming from `folder` if it holds a state; calls `report` after each step."""
+        """Trains to `config.steps`, resuming from `folder` if it holds a state; calls `report` after each step. Raises
+        ValueError where the state is that of a run with another model, corpus, seed or objective."""
         self.folder.mkdir(parents=True, exist_ok=True)
         state = latest_state(self.folder)
         if state is not None:
@@ -210,9 +214,11 @@ class Trainer:
         return self.ranks.total([total])[0], loads
 
     def _progress(self) -> dict[str, Any]:
-        return {"step": self.step, "samples": self.samples, "guard": self.guard.state()}
+        return {"step": self.step, "samples": self.samples, "guard": self.guard.state(), "run": self._run}
 
     def _resume(self, state: Path) -> None:
+        progress = read_progress(state)
+        check_same(state, progress["run"], self._run, progress["step"])
         tensors = self.optimiser.tensors()
         if "ema" not in stored_groups(state):
             tensors.pop("ema", None)
@@ -221,7 +227,6 @@ class Trainer:
         if "ema" not in tensors:  # begins here
             for name, mean in self.optimiser.ema.items():
                 mean.copy_(self.optimiser.masters[name])
-        progress = read_progress(state)
         self.step, self.samples = progress["step"], progress["samples"]
         self.guard = self.guard.restored(progress["guard"])
 

@@ -5,7 +5,7 @@ Released tensors are parts of parameters: projections that are rows of a fused o
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,12 +71,24 @@ def fill_(objective: Denoising | NextToken, tensors: TensorStream, ranks: Ranks)
         if isinstance(module, TimeConditioning):
             module.frequencies = frequencies(ranks.device)
     places, parameters = _places(objective.model), _parameters(objective.model)
-    # Where towers are tied, two released tensors have one place: the denoiser's, which comes later, is the one
-    owner = {(id(parameters[p.parameter]), p.offset): name for name, p in places.items()}
-    filled = set(owner.values())
+    own = _own(places, parameters)
     for name, tensor in tensors:
-        if name in filled:
+        if name in own:
             _copy_part_(parameters[places[name].parameter], places[name], tensor, ranks)
+
+
+def own_tensors(objective: Denoising | NextToken, weights: Callable[[], TensorStream] | None) -> TensorStream:
+    """The released tensors that a model starts from, each place once and without what is added to them; from `weights`
+    where the model is on the meta device."""
+    places, parameters = _places(objective.model), _parameters(objective.model)
+    own = _own(places, parameters)
+    stream = ((n, p.of(parameters[p.parameter].data)) for n, p in places.items()) if weights is None else weights()
+    return ((name, tensor) for name, tensor in stream if name in own)
+
+
+def _own(places: Mapping[str, _Place], parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """Names without those that others replace: of tied towers' tensors the denoiser's, which come later, stay."""
+    return set({(id(parameters[p.parameter]), p.offset): name for name, p in places.items()}.values())
 
 
 def _copy_part_(parameter: nn.Parameter, place: _Place, tensor: Tensor, ranks: Ranks) -> None:
