@@ -117,7 +117,7 @@ def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, cor
         level_per="example",
         full_mask_fraction=0.5,
         later_weight=0.25,
-        complementary=True,
+        complementary=False,
         context="trained",
         ar_weight=0.75,
         distil_weight=0.5,
@@ -131,9 +131,12 @@ def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, cor
         for name, value in dataclasses.asdict(config).items()
         if name != "phases"
         for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [value]))
+        if value is not False
     ]
     run("train", backbone, corpus, tmp_path, *flags, "--phases", "0:32,4:16", "--held-out", corpus)
     assert seen.pop() == (other, dataclasses.replace(what, phases=(Phase(0, 32), Phase(4, 16))), 12)
+    run("train", backbone, corpus, tmp_path, "--complementary")
+    assert seen.pop()[1] == DenoisingConfig(complementary=True)
 
 
 def test_the_running_mean_and_the_last_block_size_are_exported(run, backbone, corpus, tmp_path):

@@ -19,6 +19,10 @@ def test_phases_hold_from_their_first_step_on() -> None:
         ({"level_per": "row"}, "level_per is 'row', must be block or example"),
         ({"later_weight": -1.0}, "later_weight is -1.0, must be 0 or more"),
         ({"reduction": "sum"}, "reduction is 'sum', must be one of masked_mean, example_mean, elbo"),
+        (
+            {"later_weight": 0.1, "complementary": True},
+            "later_weight is 0.1 with complementary, must be 0: .*; drop one",
+        ),
         ({"reduction": "elbo"}, "reduction is elbo, .*; set full_mask_fraction and later_weight to 0"),
         ({"context": "half"}, "context is 'half', must be frozen, trained or tied"),
         ({"context": "trained", "ar_weight": -1.0}, "ar_weight is -1.0, must be 0 or more"),

@@ -106,7 +106,8 @@ def test_the_loss_goes_down_and_the_text_is_learnt(tiny: Callable, corpus: Corpu
     [
         {"reduction": "example_mean"},
         {"reduction": "elbo", "full_mask_fraction": 0.0},
-        {"complementary": True, "level_per": "example", "later_weight": 0.1},
+        {"complementary": True, "level_per": "example"},
+        {"later_weight": 0.1},
         {"context": "trained", "ar_weight": 0.5},
         {"distil_weight": 0.5, "complementary": True},
     ],

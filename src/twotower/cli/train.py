@@ -94,7 +94,8 @@ def command(
     complementary: Annotated[
         bool,
         typer.Option(
-            "--complementary/--no-complementary", help="Also train on each row with the other positions masked."
+            "--complementary/--no-complementary",
+            help="Also train on each row with the other positions masked; --later-weight must be 0.",
         ),
     ] = False,
     phases: Annotated[

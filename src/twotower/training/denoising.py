@@ -71,6 +71,11 @@ class DenoisingConfig:
             raise ValueError(
                 "reduction is elbo, a bound only where t̂ alone decides; set full_mask_fraction and later_weight to 0"
             )
+        if self.complementary and self.later_weight > 0:
+            raise ValueError(
+                f"later_weight is {self.later_weight} with complementary, must be 0: the two views of a row together "
+                "mask every position equally often; drop one"
+            )
         starts = [phase.start for phase in self.phases]
         if self.phases and (starts[0] != 0 or starts != sorted(set(starts))):
             raise ValueError(f"phases start at {starts}, must start at 0 and rise")
