@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import resource
 import sys
 import types
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -228,3 +230,40 @@ def test_a_bad_setting_is_a_mistake(run, backbone, corpus, tmp_path, flag, value
     result = run("train", backbone, corpus, tmp_path, "--steps", 5, flag, value)
     assert result.exit_code == 2
     assert flag.removeprefix("--").replace("-", "_") in result.stderr
+
+
+@contextmanager
+def files_of_at_most(num_bytes):
+    """A limit on the size of files stands for the full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "options"),
+    [
+        (50, ()),  # metrics.jsonl
+        (20_000, ("--export-only",)),  # the checkpoint
+    ],
+)
+def test_a_full_disk_is_one_line_and_no_loss(run, backbone, corpus, tmp_path, num_bytes, options):
+    train_to(run, backbone, corpus, tmp_path, 1)
+    arguments = ("train", backbone, corpus, tmp_path, "--steps", 2, "--batch-size", 2, *options)
+    with files_of_at_most(num_bytes):
+        result = run(*arguments)
+    assert result.exit_code == 2, result.exception
+    assert "make room and call again" in result.stderr
+    assert run(*arguments).exit_code == 0
+
+
+def test_a_damaged_state_is_named(run, backbone, corpus, tmp_path):
+    train_to(run, backbone, corpus, tmp_path, 1)
+    (tmp_path / "state" / "step-00000001" / "progress.json").unlink()
+    for option in ("--export-only", "--steps=2"):
+        result = run("train", backbone, corpus, tmp_path, "--batch-size", 2, option)
+        assert result.exit_code == 2
+        assert "step-00000001 is damaged" in result.stderr

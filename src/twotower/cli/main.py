@@ -1,5 +1,6 @@
 """The `twotower` command: its list of sub-commands, and what the user sees of an error."""
 
+import errno
 import importlib
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ _COMMANDS = {
 
 # What the library raises at a user's mistake. Anything else is our defect and shows its traceback.
 _MISTAKES = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+# A full disk, a full quota, a limit on files
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _LazyGroup(TyperGroup):
@@ -45,6 +48,11 @@ class _LazyGroup(TyperGroup):
                 return super().invoke(ctx)
         except _MISTAKES as error:
             _complain("Error", str(error), "bold red")
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            _complain("Error", f"{error}; make room and call again", "bold red")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None

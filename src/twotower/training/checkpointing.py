@@ -9,6 +9,7 @@ leaves a whole one. It can be read by any number of processes. The index is a pi
 
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -28,6 +29,18 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from twotower.training.ranks import Ranks
 
 PROGRESS_FILE = "progress.json"
+
+# What reading a broken pickle raises
+_NO_PICKLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+)
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 
@@ -52,7 +65,6 @@ class Checkpoints:
     def save(self, step: int, tensors: Tensors, progress: dict[str, Any]) -> None:
         """Starts to write a state: copies the tensors and returns; waits first for the write before it."""
         self.finish()
-        assert not self._whole(step).exists(), f"step {step} was saved before"
         partial = self._partial(step)
         if self.ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -85,6 +97,7 @@ class Checkpoints:
         if self.ranks.rank == 0:
             (self._partial(step) / PROGRESS_FILE).write_text(json.dumps(progress))
             whole = self._whole(step)
+            shutil.rmtree(whole, ignore_errors=True)  # one that was damaged
             os.replace(self._partial(step), whole)
             for other in self.folder.glob("step-*"):
                 if other != whole:
@@ -98,9 +111,40 @@ class Checkpoints:
 
 
 def latest_state(folder: Path) -> Path | None:
-    """The newest whole state of a run in `folder`, or None."""
-    found = sorted(p for p in (folder / "state").glob("step-*") if p.suffix != ".partial")
-    return found[-1] if found else None
+    """The newest whole state of a run in `folder`, or None. Warns of newer ones that are damaged; raises ValueError
+    where all are."""
+    damage: dict[Path, str] = {}
+    for state in sorted((p for p in (folder / "state").glob("step-*") if p.suffix != ".partial"), reverse=True):
+        found = _damage(state)
+        if found is None:
+            for other, what in damage.items():
+                warnings.warn(f"{other} is damaged ({what}); going on from {state.name}", stacklevel=2)
+            return state
+        damage[state] = found
+    if damage:
+        state, found = next(iter(damage.items()))
+        raise ValueError(f"{state} is damaged ({found}); restore it, or delete {state.parent} to begin again")
+    return None
+
+
+def _damage(state: Path) -> str | None:
+    """What keeps a state from being read, if anything: a copy that stopped, a disk that failed."""
+    try:
+        progress = read_progress(state)
+    except (OSError, ValueError) as error:
+        return f"{PROGRESS_FILE}: {error}"
+    try:
+        index = FileSystemReader(state).read_metadata()
+    except (OSError, *_NO_PICKLE) as error:
+        return f".metadata: {type(error).__name__} {error}"
+    needed: dict[str, int] = {}
+    for part in index.storage_data.values():
+        needed[part.relative_path] = max(needed.get(part.relative_path, 0), part.offset + part.length)
+    for name, size in needed.items():
+        if not (state / name).exists() or (state / name).stat().st_size < size:
+            return f"{name} is not whole"
+    lacks = [name for name in ("step", "run") if name not in progress]
+    return f"{PROGRESS_FILE} lacks {lacks}" if lacks else None
 
 
 def read_progress(state: Path) -> dict[str, Any]:
