@@ -38,7 +38,7 @@ def seen(monkeypatch):
     """The settings that a run would have had."""
     found = []
 
-    def stop(objective, corpus, config, folder, ranks, *, held_out):
+    def stop(objective, corpus, config, folder, ranks, **others):
         found.append((config, objective.config, folder))
         raise ValueError("seen")
 
@@ -78,3 +78,12 @@ def test_a_recipe_that_says_nonsense_is_a_mistake(run, tmp_path, text, message):
     result = run("train", "a", "b", "c", "--recipe", file)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
+
+
+def test_a_switch_s_value_is_no_number(run, checkpoint, tmp_path):
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text("steps: true")
+    result = run("train", checkpoint, tmp_path, tmp_path / "out", "--recipe", recipe)
+    assert result.exit_code == 2
+    assert "steps is True" in result.stderr
+    assert "must be a value of --steps" in result.stderr

@@ -38,3 +38,11 @@ def test_only_additions_of_low_rank_and_the_time_modules_change(
         assert (difference.abs().max() > 0) == projection, name
         if projection and not bf16:
             assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= 2
+
+
+def test_a_rank_above_the_smallest_projection_s_is_refused(tiny: Callable) -> None:
+    Denoising(tiny("*-"), DenoisingConfig(lora_rank=32))
+    with pytest.raises(
+        ValueError, match="lora_rank is 33, must be 1 to 32, the smallest projection's, or 0 to train all"
+    ):
+        Denoising(tiny("*-"), DenoisingConfig(lora_rank=33))

@@ -339,6 +339,9 @@ def test_the_state_of_another_model_raises(tiny: Callable, corpus: Corpus, tmp_p
         ({"checkpoint_every": 0}, "checkpoint_every is 0, must be at least 1"),
         ({"steps": 0}, "steps is 0, must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, must be above 0"),
+        ({"seed": -1}, r"seed is -1, must be in \[0, 2\*\*63\); give another"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0, must be 0 or more"),
+        ({"weight_decay": math.nan}, "weight_decay is nan, must be 0 or more"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0, must be above 0"),
         ({"ema_decay": 1.0}, r"ema_decay is 1.0, must be in \[0, 1\)"),
         ({"spike_factor": 0.5}, "spike_factor is 0.5, must be above 1"),
@@ -348,3 +351,9 @@ def test_the_state_of_another_model_raises(tiny: Callable, corpus: Corpus, tmp_p
 def test_bad_settings_raise(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**{"steps": 5} | changed)
+
+
+def test_an_output_folder_that_is_a_file_raises(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file, must be a folder to write to; give another"):
+        make(tiny("*"), corpus, tmp_path / "file")

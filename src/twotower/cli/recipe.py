@@ -7,8 +7,9 @@ import typer
 import yaml
 
 
-def read_recipe(file: Path, names: set[str]) -> dict[str, Any]:
-    """The file's values by option name, such as batch_size. Raises ValueError for a key that is in none of `names`."""
+def read_recipe(file: Path, names: set[str], switches: set[str]) -> dict[str, Any]:
+    """The file's values by option name, such as batch_size. Raises ValueError for a key that is in none of `names`, and
+    for true or false where the key isn't one of the `switches`."""
     try:
         values = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
@@ -21,13 +22,16 @@ def read_recipe(file: Path, names: set[str]) -> dict[str, Any]:
     for key, value in values.items():
         if not isinstance(value, str | int | float | bool):
             raise ValueError(f"{key} is {value!r} in {file}, must be one value; leave the line out for the default")
+        if isinstance(value, bool) and key not in switches:
+            raise ValueError(f"{key} is {value!r} in {file}, must be a value of --{key.replace('_', '-')}; correct it")
     return values
 
 
 def _use(context: typer.Context, file: Path | None) -> Path | None:
     if file is not None:
         names = {parameter.name for parameter in context.command.params if parameter.name} - {"recipe"}
-        context.default_map = read_recipe(file, names)
+        switches = {p.name for p in context.command.params if p.name and getattr(p, "is_flag", False)}
+        context.default_map = read_recipe(file, names, switches)
     return file
 
 

@@ -67,7 +67,7 @@ Bf16Option = Annotated[
 ShardOption = Annotated[
     bool, typer.Option("--shard/--no-shard", help="Under torchrun: spread weights and optimiser over the ranks.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Decides the rows and masks of every step.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Decides the rows and masks of every step, 0 or more.")]
 CheckpointEveryOption = Annotated[
     int, typer.Option("--checkpoint-every", help="Steps between two saved states, 1 or more.")
 ]

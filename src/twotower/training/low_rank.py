@@ -34,19 +34,25 @@ class LowRank(nn.Module):
 
 def add_low_rank_(tower: Tower, rank: int) -> None:
     """Gives every projection of a tower's layers an addition of `rank`, which starts at 0; the projections themselves
-    are frozen. The tower's `released_tensors` are the sums."""
+    are frozen. The tower's `released_tensors` are the sums. Raises ValueError for a rank that no projection could
+    have."""
+    projections = [(module, name) for module in tower.modules() for name in _projections(module)]
+    highest = min(size for module, name in projections for size in getattr(module, name).shape[-2:])
+    if rank > highest:
+        raise ValueError(f"lora_rank is {rank}, must be 1 to {highest}, the smallest projection's, or 0 to train all")
     generator = torch.Generator().manual_seed(0)
-    for module in list(tower.modules()):
-        names: tuple[str, ...] = ()
-        if isinstance(module, Linear):
-            names = ("weight",)
-        elif isinstance(module, MixtureOfExperts):
-            names = ("up", "down")
-        for name in names:
-            weight = getattr(module, name).requires_grad_(False)
-            added = LowRank(weight, rank, generator)
-            # Unsafe only in that it isn't called once to see what it gives: weights may still be on the meta device
-            parametrize.register_parametrization(module, name, added, unsafe=True)
+    for module, name in projections:
+        weight = getattr(module, name).requires_grad_(False)
+        added = LowRank(weight, rank, generator)
+        # Unsafe only in that it isn't called once to see what it gives: weights may still be on the meta device
+        parametrize.register_parametrization(module, name, added, unsafe=True)
+
+
+def _projections(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's own projections."""
+    if isinstance(module, Linear):
+        return ("weight",)
+    return ("up", "down") if isinstance(module, MixtureOfExperts) else ()
 
 
 def plain_name(name: str) -> str:

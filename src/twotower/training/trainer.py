@@ -68,6 +68,10 @@ class TrainConfig:
             raise ValueError(f"evaluate_every is {self.evaluate_every}, must be 0 (never) or more")
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {self.max_grad_norm}, must be above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}, must be 0 or more; 0 lets weights be")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, must be in [0, 2**63); give another")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}, must be in [0, 1); 0 keeps no running mean")
         self.schedule  # noqa: B018  checks the rates
@@ -126,6 +130,8 @@ class Trainer:
         if config.shard and objective.config.compile:
             raise ValueError("shard and compile are both set, must not be: gathered weights can't be traced; drop one")
         self.objective, self.corpus, self.config, self.folder = objective, corpus, config, Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file, must be a folder to write to; give another")
         self.ranks, self.held_out = ranks or Ranks(), held_out
         self.share = self.ranks.share(config.batch_size)
         self._run = model_identity(objective, weights) | settings_identity(objective.config)
