@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from twotower.model.block_parallel import Hidden, block_parallel_hidden
 from twotower.model.two_tower import TwoTower
+from twotower.training.compiling import compiled
 from twotower.training.corruption import Corrupted, LevelPer, Noise, corrupt
 from twotower.training.data import Batch
 from twotower.training.held_out import Measured
@@ -126,7 +127,7 @@ class Denoising(nn.Module):
             module.requires_grad_(True)
         # The heads stay as they are: how many rows are masked changes at every step
         self.towers: Callable[..., Hidden] = (
-            torch.compile(block_parallel_hidden) if config.compile else block_parallel_hidden
+            compiled(block_parallel_hidden) if config.compile else block_parallel_hidden
         )
 
     def layer_groups(self) -> list[list[nn.Module]]:

@@ -12,6 +12,7 @@ from twotower.model.causal_parallel import Causal, causal_hidden
 from twotower.model.layout import Layout, make_layout
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.one_tower import OneTower
+from twotower.training.compiling import compiled
 from twotower.training.data import Batch
 from twotower.training.held_out import Measured
 from twotower.training.objective import Piece, next_token_targets, token_sums
@@ -43,7 +44,7 @@ class NextToken(nn.Module):
     def __init__(self, model: OneTower, config: NextTokenConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.hidden: Callable[..., Causal] = torch.compile(causal_hidden) if config.compile else causal_hidden
+        self.hidden: Callable[..., Causal] = compiled(causal_hidden) if config.compile else causal_hidden
 
     def layer_groups(self) -> list[list[nn.Module]]:
         """One layer at a time."""
