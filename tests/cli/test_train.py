@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import shutil
 import sys
 import types
 from contextlib import contextmanager
@@ -201,11 +202,35 @@ def test_numbers_go_to_tensorboard_and_to_wandb(run, backbone, corpus, tmp_path,
     assert [entry[0] for entry in logged[:2]] == [1, 2]
     assert logged[1][1]["loss"] == reports[1]["loss"]
     assert logged[2] == "finished"
-    assert (started[0]["project"], started[0]["id"], started[0]["config"]["steps"]) == ("project", tmp_path.name, 2)
+    assert (started[0]["project"], started[0]["config"]["steps"]) == ("project", 2)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
     assert events.Scalars("train/loss")[0].value == pytest.approx(reports[0]["loss"])
+
+
+def test_curves_go_on_after_a_kill_and_belong_to_one_folder(run, backbone, corpus, tmp_path, monkeypatch):
+    ids = []
+
+    def init(**settings):
+        ids.append(settings["id"])
+        return types.SimpleNamespace(log=lambda *args, **kwargs: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    out, logs = tmp_path / "train", ("--tensorboard", "--wandb", "project")
+    train_to(run, backbone, corpus, out, 1, *logs)
+    shutil.copytree(out / "state", tmp_path / "saved")
+    train_to(run, backbone, corpus, out, 3, *logs)
+    shutil.rmtree(out / "state")
+    shutil.copytree(tmp_path / "saved", out / "state")  # as a kill after step 3 leaves it
+    train_to(run, backbone, corpus, out, 3, *logs)
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    train_to(run, backbone, corpus, tmp_path / "other" / "train", 1, *logs)
+    assert len(set(ids[:3])) == 1
+    assert ids[3] != ids[0]
+    assert ids[0].startswith("train-")
 
 
 @pytest.mark.parametrize(("flag", "module"), [("--tensorboard", "torch.utils.tensorboard"), ("--wandb=p", "wandb")])

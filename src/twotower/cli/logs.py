@@ -1,5 +1,6 @@
 """Other places that a run's numbers go to: TensorBoard, Weights & Biases."""
 
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from twotower.training.checkpointing import latest_state, read_progress
 from twotower.training.trainer import StepReport
 
 TensorBoardOption = Annotated[
@@ -23,8 +25,9 @@ WandbOption = Annotated[
 def logging_to(
     out: Path, *, tensorboard: bool, wandb: str | None, settings: dict[str, Any]
 ) -> Iterator[Callable[[StepReport], None]]:
-    """What takes each step's numbers there. Raises ValueError where a package is missing."""
-    writer = _writer(out / "tensorboard") if tensorboard else None
+    """What takes each step's numbers there, from the one after the saved state. Raises ValueError where a package is
+    missing."""
+    writer = _writer(out) if tensorboard else None
     run = _run(wandb, out, settings) if wandb else None
 
     def log(done: StepReport) -> None:
@@ -45,12 +48,15 @@ def logging_to(
             run.finish()
 
 
-def _writer(folder: Path) -> Any:
+def _writer(out: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise ValueError(f"--tensorboard needs a package ({error}); pip install tensorboard") from error
-    return SummaryWriter(folder)
+    state = latest_state(out)
+    done = 0 if state is None else read_progress(state)["step"]
+    # What a killed run wrote of later steps is run again, and would stand twice
+    return SummaryWriter(out / "tensorboard", purge_step=done + 1)
 
 
 def _run(project: str, out: Path, settings: dict[str, Any]) -> Any:
@@ -58,5 +64,13 @@ def _run(project: str, out: Path, settings: dict[str, Any]) -> Any:
         import wandb
     except ModuleNotFoundError as error:
         raise ValueError(f"--wandb needs a package ({error}); pip install wandb") from error
-    # The folder's name finds the run again, so that a resumed run goes on in the same curves
-    return wandb.init(project=project, id=out.resolve().name, resume="allow", dir=out, config=settings)
+    return wandb.init(project=project, id=_run_id(out), resume="allow", dir=out, config=settings)
+
+
+def _run_id(out: Path) -> str:
+    """Kept in the folder, so that a resumed run goes on in the same curves, and one in another folder doesn't."""
+    file = out / "wandb-run-id"
+    if not file.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{out.resolve().name}-{secrets.token_hex(4)}")
+    return file.read_text()
