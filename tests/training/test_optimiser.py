@@ -51,3 +51,18 @@ def test_a_state_has_all_moments_from_the_start_and_a_mean_if_asked_for() -> Non
     assert sorted(plain) == ["exp_avg", "exp_avg_sq", "step", "weights"]
     assert all(sorted(members) == ["a", "b"] for members in plain.values())
     assert "ema" in Optimiser(parameters(), {}, weight_decay=0.0, ema_decay=0.5).tensors()
+
+
+def test_the_running_mean_takes_the_weights_place_and_gives_it_back() -> None:
+    exact = torch.full((2,), 1 + 2**-10)
+    coarse, fine = nn.Parameter(exact.bfloat16()), nn.Parameter(torch.ones(3))
+    optimiser = Optimiser({"a": coarse, "b": fine}, {"a": exact}, weight_decay=0.0, ema_decay=0.5)
+    before = {name: master.detach().clone() for name, master in optimiser.masters.items()}
+    for mean in optimiser.ema.values():
+        mean.fill_(3 + 2**-10)
+    with optimiser.averaged():
+        assert torch.equal(fine.detach(), torch.full((3,), 3 + 2**-10))
+        assert torch.equal(coarse.detach(), torch.full((2,), 3.0, dtype=torch.bfloat16))
+    assert all(torch.equal(master, before[name]) for name, master in optimiser.masters.items())
+    assert torch.equal(coarse.detach(), before["a"].bfloat16())
+    assert all((mean == 3 + 2**-10).all() for mean in optimiser.ema.values())

@@ -218,6 +218,26 @@ def test_held_out_rows_are_measured_alike_however_they_are_cut(tiny: Callable, c
     assert found[2] == pytest.approx(found[0], rel=1e-6)
 
 
+def test_the_running_mean_is_measured_beside_the_weights(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
+    def last(ema_decay: float) -> tuple[Trainer, dict[str, float]]:
+        config = TrainConfig(steps=4, batch_size=4, learning_rate=1e-2, evaluate_every=4, ema_decay=ema_decay)
+        objective, folder = Denoising(tiny("M*", block_size=8), DenoisingConfig()), tmp_path / str(ema_decay)
+        trainer = Trainer(objective, corpus, config, folder, held_out=corpus)
+        reports: list[StepReport] = []
+        trainer.run(reports.append)
+        assert reports[-1].held_out is not None
+        return trainer, reports[-1].held_out
+
+    trainer, found = last(0.9)
+    assert {name: found[name] for name in ("elbo", "ar")} == last(0.0)[1]
+    assert found["ema_elbo"] > found["elbo"]  # it is behind
+    assert found["ema_ar"] == found["ar"]
+    with torch.no_grad():
+        for name, value in trainer.optimiser.ema.items():
+            trainer.optimiser.masters[name].copy_(value)
+    assert trainer.evaluate()["elbo"] == pytest.approx(found["ema_elbo"])
+
+
 def rows(corpus: Corpus) -> list[Batch]:
     """Each row, as tensors without a batch."""
     return [Batch(*(part[0] for part in corpus.batch(range(i, i + 1), 0))) for i in range(len(corpus))]

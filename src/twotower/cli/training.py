@@ -73,7 +73,11 @@ CheckpointEveryOption = Annotated[
 ]
 HeldOutOption = Annotated[
     Path | None,
-    typer.Option("--held-out", help="Corpus to measure, all of it, in nats per token.", show_default="none"),
+    typer.Option(
+        "--held-out",
+        help="Corpus to measure, all of it, in nats per token, with the running mean of the weights too.",
+        show_default="none",
+    ),
 ]
 EvaluateEveryOption = Annotated[
     int, typer.Option("--evaluate-every", help="Steps between two measurements of --held-out, 1 or more with it.")

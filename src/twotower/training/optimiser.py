@@ -1,6 +1,7 @@
 """The float32 weights that AdamW changes, their running mean, and the model's own, which may be coarser."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,23 @@ class Optimiser:
         decay = min(self.ema_decay, (1 + num_updates) / (10 + num_updates))
         for name, mean in self.ema.items():
             mean.lerp_(self.masters[name], 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Lets the model compute with the running mean for as long as the context lasts; then all is as it was."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, mean in self.ema.items():
+            kept = self.masters[name].detach().clone()
+            self.masters[name].copy_(mean)
+            mean.copy_(kept)
+        self.round_()
 
     def clear(self) -> None:
         """Forgets the gradients."""

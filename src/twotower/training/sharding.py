@@ -35,3 +35,10 @@ def shard_(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+def drop_gathered_(root: nn.Module) -> None:
+    """Lets go of the parameters that a sharded `root` keeps whole after a forward pass, so that they are gathered anew:
+    they have changed."""
+    if isinstance(root, FSDPModule):
+        root.reshard()

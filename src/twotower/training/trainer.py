@@ -23,7 +23,7 @@ from twotower.training.optimiser import Optimiser, total_norm
 from twotower.training.precision import coarse_parameters, compute_in_
 from twotower.training.ranks import Ranks
 from twotower.training.schedule import Fault, Guard, Schedule
-from twotower.training.sharding import shard_
+from twotower.training.sharding import drop_gathered_, shard_
 from twotower.training.weights import TensorStream, fill_
 
 # What is learnt: a module whose parameters that require a gradient are trained.
@@ -88,7 +88,7 @@ class TrainConfig:
 
 class StepReport(NamedTuple):
     """What one optimiser step did: `fault` says why it was skipped, if it was; `num_skipped` counts those so far;
-    `held_out` is nats per token of held-out rows where they were measured after it."""
+    `held_out` is what `Trainer.evaluate` gave, where it was called after it."""
 
     step: int
     loss: float
@@ -191,7 +191,17 @@ class Trainer:
         return StepReport(self.step, loss, norm, rate, fault, self.guard.num_skipped, speed)
 
     def evaluate(self) -> dict[str, float]:
-        """Nats per token of the held-out rows: `elbo` a bound for the denoiser, `ar` for the tower that is causal."""
+        """Nats per token of the held-out rows: `elbo` a bound for the denoiser, `ar` for the tower that is causal, and
+        the same with the running mean of the weights, if there is one, as `ema_elbo` and `ema_ar`."""
+        found = self._measured()
+        if self.optimiser.ema:
+            drop_gathered_(self.objective)
+            with self.optimiser.averaged():
+                found |= {f"ema_{name}": value for name, value in self._measured().items()}
+            drop_gathered_(self.objective)
+        return found
+
+    def _measured(self) -> dict[str, float]:
         assert self.held_out is not None
         at_once = self.config.micro_batch_size or len(self.share)
         step, device = self.step - 1, self.ranks.device
