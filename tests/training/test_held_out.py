@@ -1,10 +1,14 @@
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from twotower.decoding.generate import generate
+from twotower.decoding.params import SamplingParams
 from twotower.training.data import Batch, Corpus, Rows, write_shard
-from twotower.training.held_out import Measured, measure
+from twotower.training.held_out import Measured, answer, measure, questions
 from twotower.training.ranks import Ranks
 
 
@@ -30,3 +34,45 @@ def test_every_row_counts_once(at_once: int, corpus: Corpus) -> None:
 def test_fewer_rows_than_ranks_raise(corpus: Corpus) -> None:
     with pytest.raises(ValueError, match="has 7 rows, must have one for each of 8 ranks"):
         measure(corpus, 1, Ranks(0, 8), lambda batch: {})
+
+
+def test_questions_are_whole_documents_with_a_prompt(tmp_path: Path, tiny: Callable) -> None:
+    """BOS is 1 and the end 2: the rest of a document, a question, its answer with two ends, a text, what is cut off."""
+    ids = np.array([[8, 9, 2, 1, 5, 6, 7, 2, 2, 1, 9, 2, 1, 5, 6]])
+    document = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3]])
+    scored = np.array([[1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1, 1, 0, 0, 1]])
+    write_shard(tmp_path / "0.safetensors", Rows(ids, scored, document))
+    corpus, config = Corpus(tmp_path, vocab_size=40), tiny("*", eos_token_id=2).config
+    assert list(questions(corpus, config)) == [([1, 5], [6, 7, 2])]
+    endless = dataclasses.replace(config, eos_token_id=None)
+    assert list(questions(corpus, endless)) == [([1, 5], [6, 7, 2, 2]), ([1, 5], [6])]
+
+
+def test_answers_are_those_that_decoding_gives(tmp_path: Path, tiny: Callable) -> None:
+    model = tiny("M*", block_size=4)
+    prompts = [[1, 5 + i, 9, 7 + i] for i in range(6)]
+    params = SamplingParams(max_new_tokens=8, block_size=4)
+    results = generate(model, prompts, params)
+    ids = np.array([prompt + result.token_ids for prompt, result in zip(prompts, results, strict=True)])
+    ids[:2, -1] = (ids[:2, -1] + 1) % 40
+    scored = np.broadcast_to(np.arange(12) >= 4, ids.shape)
+    write_shard(tmp_path / "0.safetensors", Rows(ids, scored, ids * 0))
+    corpus = Corpus(tmp_path, vocab_size=40)
+    calls = sum(result.stats.denoiser_calls for result in results)
+    expected = {"tokens_per_nfe": 48 / calls, "exact_match": 4 / 6}
+    assert answer(model, corpus, 4, Ranks()) == pytest.approx(expected)
+    parts: list[Sequence[float]] = []
+
+    class OneOfSeveral(Ranks):
+        """Notes what it would add up with the others."""
+
+        def total(self, values: Sequence[float]) -> list[float]:
+            parts.append(values)
+            return [1.0] * 3
+
+    for rank in range(7):  # the last has no question
+        answer(model, corpus, 4, OneOfSeveral(rank, 7))
+    assert [sum(column) for column in zip(*parts, strict=True)] == [4, 48, calls]
+    ids[:, 0] = 9  # no BOS: continued from somewhere
+    write_shard(tmp_path / "none" / "0.safetensors", Rows(ids, scored, ids * 0))
+    assert answer(model, Corpus(tmp_path / "none", vocab_size=40), 4, Ranks()) == {}

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from twotower.decoding.generate import generate
-from twotower.decoding.params import SamplingParams
+from twotower.decoding.params import Generation, SamplingParams
 from twotower.model.two_tower import TwoTower
+from twotower.training import held_out
 from twotower.training.data import Batch, Corpus, Rows, write_shard
 from twotower.training.denoising import Denoising, DenoisingConfig, NoisyRows, Phase
 from twotower.training.objective import Piece
@@ -236,6 +237,25 @@ def test_the_running_mean_is_measured_beside_the_weights(tiny: Callable, corpus:
         for name, value in trainer.optimiser.ema.items():
             trainer.optimiser.masters[name].copy_(value)
     assert trainer.evaluate()["elbo"] == pytest.approx(found["ema_elbo"])
+
+
+def test_held_out_answers_are_decoded_at_the_phase_s_block_size(
+    tiny: Callable, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = tiny("M*", bos_token_id=None, block_size=8), []
+
+    def decode(model: TwoTower, prompts: list[list[int]], params: list[SamplingParams]) -> list[Generation]:
+        seen.append((len(prompts), {p.block_size for p in params}))
+        return generate(model, prompts, params)
+
+    monkeypatch.setattr(held_out, "generate", decode)
+    what = DenoisingConfig(phases=(Phase(0, 8), Phase(1, 4)))
+    config = TrainConfig(steps=2, batch_size=4, evaluate_every=1, ema_decay=0.5)
+    reports: list[StepReport] = []
+    Trainer(Denoising(model, what), corpus, config, tmp_path, held_out=corpus).run(reports.append)
+    assert seen == [(16, {8}), (16, {8}), (16, {4}), (16, {4})]
+    names = ["elbo", "ar", "tokens_per_nfe", "exact_match"]
+    assert [list(report.held_out or {}) for report in reports] == [[*names, *(f"ema_{n}" for n in names)]] * 2
 
 
 def rows(corpus: Corpus) -> list[Batch]:

@@ -75,7 +75,8 @@ HeldOutOption = Annotated[
     Path | None,
     typer.Option(
         "--held-out",
-        help="Corpus to measure, all of it, in nats per token, with the running mean of the weights too.",
+        help="Corpus to measure, all of it, in nats per token, and by decoding its first answers; with the weights' "
+        "running mean too.",
         show_default="none",
     ),
 ]

@@ -1,8 +1,13 @@
-"""Measuring rows that are not trained on."""
+"""Measuring rows that are not trained on: how likely their tokens are, and whether decoding gives them."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from twotower.config import TwoTowerConfig
+from twotower.decoding.generate import generate
+from twotower.decoding.params import SamplingParams
+from twotower.model.two_tower import TwoTower
 from twotower.training.data import Batch, Corpus
 from twotower.training.ranks import Ranks
 
@@ -33,3 +38,45 @@ def measure(
         total, count = ranks.total(values)
         found[name] = total / max(count, 1)
     return found
+
+
+# Questions that are answered, and the most tokens of an answer that are compared
+NUM_QUESTIONS = 16
+ANSWER_LENGTH = 64
+
+
+class Question(NamedTuple):
+    prompt: list[int]
+    answer: list[int]
+
+
+def answer(model: TwoTower, corpus: Corpus, block_size: int, ranks: Ranks) -> dict[str, float]:
+    """Decodes the answers to the first questions of a corpus in mode `diffusion`, greedy and with its default γ: new
+    tokens per pass of the denoiser, and the share of answers that are exactly those of the corpus. Each rank takes its
+    share; nothing where there is no question."""
+    every = list(itertools.islice(questions(corpus, model.config), NUM_QUESTIONS))
+    mine = every[ranks.rank :: ranks.size]
+    params = [SamplingParams(max_new_tokens=len(q.answer), block_size=block_size) for q in mine]
+    results = generate(model, [q.prompt for q in mine], params) if mine else []
+    right = sum(r.token_ids == q.answer for r, q in zip(results, mine, strict=True))
+    num_tokens = sum(r.stats.num_tokens for r in results)
+    calls = sum(r.stats.denoiser_calls for r in results)
+    all_right, all_tokens, all_calls = ranks.total([right, num_tokens, calls])
+    return {"tokens_per_nfe": all_tokens / all_calls, "exact_match": all_right / len(every)} if every else {}
+
+
+def questions(corpus: Corpus, config: TwoTowerConfig) -> Iterator[Question]:
+    """The documents of a corpus that begin with BOS and a prompt, which aren't scored, and have an end: a row cuts its
+    first and last. Answers reach to the end token, if the config has one, and at most `ANSWER_LENGTH`."""
+    start = [] if config.bos_token_id is None else [config.bos_token_id]
+    for number in range(len(corpus)):
+        row = corpus.row(number)
+        for document in range(int(row.document[-1]) + 1):
+            places = row.document == document
+            ids, scored = row.ids[places].tolist(), row.scored[places].tolist()
+            num_unscored = scored.index(True) if True in scored else len(ids)
+            text = ids[num_unscored:]
+            ends = [i for i, token in enumerate(text, 1) if token in config.eos_token_ids]
+            whole = bool(ends) if config.eos_token_ids else bool(text)
+            if ids[: len(start)] == start and num_unscored > len(start) and whole:
+                yield Question(ids[:num_unscored], text[: min([ANSWER_LENGTH, *ends])])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from twotower.training.checkpointing import Checkpoints, latest_state, read_progress, read_tensors_, stored_groups
 from twotower.training.data import Batch, Corpus
 from twotower.training.denoising import Denoising
-from twotower.training.held_out import measure
+from twotower.training.held_out import answer, measure
 from twotower.training.identity import check_same, corpus_identity, model_identity, settings_identity
 from twotower.training.next_token import NextToken
 from twotower.training.objective import Piece
@@ -191,8 +191,9 @@ class Trainer:
         return StepReport(self.step, loss, norm, rate, fault, self.guard.num_skipped, speed)
 
     def evaluate(self) -> dict[str, float]:
-        """Nats per token of the held-out rows: `elbo` a bound for the denoiser, `ar` for the tower that is causal, and
-        the same with the running mean of the weights, if there is one, as `ema_elbo` and `ema_ar`."""
+        """Nats per token of the held-out rows: `elbo` a bound for the denoiser, `ar` for the tower that is causal. Of a
+        denoiser that isn't sharded also what `held_out.answer` gives, where the rows hold questions. The same with the
+        running mean of the weights, if there is one, under names that begin with `ema_`."""
         found = self._measured()
         if self.optimiser.ema:
             drop_gathered_(self.objective)
@@ -205,7 +206,13 @@ class Trainer:
         assert self.held_out is not None
         at_once = self.config.micro_batch_size or len(self.share)
         step, device = self.step - 1, self.ranks.device
-        return measure(self.held_out, at_once, self.ranks, lambda batch: self.objective.measure(batch, step, device))
+        found = measure(self.held_out, at_once, self.ranks, lambda batch: self.objective.measure(batch, step, device))
+        # Decoding passes through no module that would gather shards
+        if isinstance(self.objective, Denoising) and not self.config.shard:
+            model = self.objective.model
+            block_size = self.objective.config.block_size(step, model.config.block_size)
+            found |= answer(model, self.held_out, block_size, self.ranks)
+        return found
 
     def _due(self, every: int) -> bool:
         """True after each `every` steps and after the last, if ever."""
