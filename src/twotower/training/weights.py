@@ -66,7 +66,7 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def fill_(objective: Denoising | NextToken, tensors: TensorStream, ranks: Ranks) -> None:
     """Allocates the parameters of a sharded model on the meta device on the rank's, and copies into each shard its part
     of the released `tensors`."""
-    objective._apply(lambda t: torch.empty_like(t, device=ranks.device) if t.is_meta else t)
+    objective._apply(lambda t: torch.empty_like(t, device=ranks.device) if t.is_meta else t.to(ranks.device))
     for module in objective.modules():
         if isinstance(module, TimeConditioning):
             module.frequencies = frequencies(ranks.device)
