@@ -115,9 +115,10 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs or {})
-        given = {t.untyped_storage()._cdata for t in args if type(t) is torch.Tensor}
-        if type(out) is torch.Tensor and not out.is_meta and out.untyped_storage()._cdata not in given:
-            self.num_bytes += out.untyped_storage().nbytes()
+        made, *given = (t._local_tensor if isinstance(t, DTensor) else t for t in (out, *args))
+        storages = [t.untyped_storage()._cdata for t in given if isinstance(t, torch.Tensor)]
+        if isinstance(made, torch.Tensor) and not made.is_meta and made.untyped_storage()._cdata not in storages:
+            self.num_bytes += made.untyped_storage().nbytes()
         return out
 
 
@@ -130,7 +131,7 @@ def small_parts(ranks: Ranks, folder: Path) -> None:
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     every = sum(p.numel() for p in objective.parameters())
     # Weights and both moments of what is trained, of all of which a rank has half; little else
-    assert allocated.num_bytes / (4 * (every + 2 * trained)) < 0.55
+    assert 0.45 < allocated.num_bytes / (4 * (every + 2 * trained)) < 0.55
 
 
 def test_no_rank_allocates_more_than_its_shards(tiny: Callable, corpus: Path, tmp_path: Path) -> None:
