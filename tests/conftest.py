@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -81,6 +82,13 @@ def fill(model: TwoTower, seed: int) -> None:
             )
             value = noise * tensor.shape[-1] ** -0.5 * (2 if loud else 1)
         tensor.copy_(value)
+
+
+@pytest.fixture(scope="session")
+def cxx_compiler() -> None:
+    """For tests of torch.compile, which writes C++."""
+    if not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        pytest.skip("this machine has no C++ compiler")
 
 
 @pytest.fixture(scope="session")

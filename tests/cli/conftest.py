@@ -28,6 +28,12 @@ def checkpoint(model: TwoTower, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
+@pytest.fixture(autouse=True)
+def _moving_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Terminals that tests stand in for can move the cursor, whatever the one can that they run in."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
 @pytest.fixture
 def run() -> Run:
     """Runs `twotower` with the given arguments; `input` is what stdin holds."""

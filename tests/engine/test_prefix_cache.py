@@ -71,8 +71,8 @@ def same_state(model: TwoTower, job: Job, prompt: list[int], close: Callable) ->
     assert context is not None
     fresh = model.prefill([prompt[: job.num_absorbed]])
     for ours, theirs in zip(context.mamba, fresh.mamba, strict=True):
-        close(ours.conv, theirs.conv, 1e-6)
-        close(ours.ssm, theirs.ssm, 1e-6)
+        close(ours.conv, theirs.conv, 1e-5)  # float32, other chunks
+        close(ours.ssm, theirs.ssm, 1e-5)
     if isinstance(context.buffer, PagedKeys):
         past = context.buffer.past(job.num_absorbed)
 
@@ -80,7 +80,7 @@ def same_state(model: TwoTower, job: Job, prompt: list[int], close: Callable) ->
             return pool[past.pages].transpose(1, 2).flatten(2, 3)[:, :, : job.num_absorbed]
 
         for ours, theirs in zip((*past.keys, *past.values), (*fresh.buffer.keys, *fresh.buffer.values), strict=True):
-            close(gathered(ours), theirs[:, :, : job.num_absorbed], 1e-6)
+            close(gathered(ours), theirs[:, :, : job.num_absorbed], 1e-5)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -177,6 +177,7 @@ def test_gradients_reach_experts_and_router() -> None:
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@pytest.mark.usefixtures("cxx_compiler")
 def test_compiled_bfloat16_gradients_are_the_plain_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(128, 64, generator=generator).bfloat16()  # too many for all experts at once

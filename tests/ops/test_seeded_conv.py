@@ -82,6 +82,7 @@ def test_it_keeps_its_inputs_and_nothing_of_their_size() -> None:
     assert sorted(large) == sorted([x.data_ptr(), context.data_ptr()])
 
 
+@pytest.mark.usefixtures("cxx_compiler")
 def test_compiled_without_a_break_it_has_the_same_values_and_gradients() -> None:
     torch.manual_seed(0)
     reach = make_reach(DOCUMENT, BLOCK, 4)
