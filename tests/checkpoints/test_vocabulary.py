@@ -226,7 +226,7 @@ def test_mask_beyond_added_tokens_that_are_beyond_the_vocabulary() -> None:
 
 
 def test_appending_a_mask_is_refused_where_it_would_be_wrong(text: str) -> None:
-    with pytest.raises(ValueError, match="already has a token <mask>; pass its id as mask_token_id"):
+    with pytest.raises(ValueError, match="already has a token <mask>; if it may serve as the mask"):
         append_mask(append_mask(text, len(NAMES)), len(NAMES) + 1)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).to_str()
     with pytest.raises(ValueError, match="the tokenizer is a WordLevel, must be a BPE"):

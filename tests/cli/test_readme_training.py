@@ -49,21 +49,23 @@ def backbone(tmp_path: Path, byte_tokenizer: tokenizers.Tokenizer) -> Path:
     return path
 
 
+@pytest.mark.parametrize("number", [0, 1])
 def test_the_commands_give_a_checkpoint(
-    run: Any, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, number: int, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a text")
     section = README.read_text().split("## Train your own")[1]
-    (block,) = re.findall(r"```sh\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
-    commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
-    assert [command[0] for command in commands] == ["init", "tokenize", "train"]
+    blocks = re.findall(r"```sh\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    commands = [shlex.split(line, comments=True)[1:] for line in blocks[number].splitlines()]
+    assert [command[0] for command in commands] == [["train"], ["init", "tokenize", "train"]][number]
     monkeypatch.chdir(tmp_path)
     for command in commands:
         short = ("--steps", 1, "--batch-size", 1, "--warmup-steps", 0) if command[0] == "train" else ()
         result = run(*command, *short)
         assert result.exit_code == 0, result.output
-    trained, start = (twotower.load(tmp_path / name, pack=False) for name in ("run/checkpoint", "start"))
+    started = "start" if number else "run/initial"
+    trained, start = (twotower.load(tmp_path / name, pack=False) for name in ("run/checkpoint", started))
     weights = [model.released_tensors() for model in (trained, start)]
     same = {name for name in weights[0] if torch.equal(weights[0][name], weights[1][name].to(weights[0][name]))}
     assert "denoiser_tower.layers.1.mixer.up_proj.weight" not in same

@@ -40,6 +40,7 @@ _GROUPS = (
     "t_block.",
     "scale_shift_tables.",
 )
+_EMBEDDING = "context_tower.embeddings.weight"
 _EXPERT_PARTS = (".mixer.experts.", ".mixer.gate.", ".mixer.shared_experts.")
 
 
@@ -73,6 +74,11 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         ) from error
 
 
+def holds_two_towers(path_or_hub_id: str | Path) -> bool:
+    """Whether it is a two-tower checkpoint, by the names of its tensors; a file is a single tower."""
+    return not Path(path_or_hub_id).is_file() and _EMBEDDING in scan(resolve(path_or_hub_id)).specs
+
+
 def released_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the released layout and its shape, in the released order; allocates nothing."""
     with torch.device("meta"):
@@ -95,10 +101,12 @@ def load_model(
     the model is allocated.
     """
     directory = resolve(path)
+    if not holds_two_towers(directory):
+        raise ValueError(f"{path} holds a single tower; make two of it with: twotower init {path} OUT")
     config = read_config(directory)
     files = released_files(directory, config)
     if dtype is None:
-        dtype = stored_dtype(config) or files.specs["context_tower.embeddings.weight"].dtype
+        dtype = stored_dtype(config) or files.specs[_EMBEDDING].dtype
     model = TwoTower(config, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device)
     parameters = model.released_tensors()
     with torch.no_grad():
@@ -187,7 +195,7 @@ def _documents(
     config: TwoTowerConfig, specs: Mapping[str, TensorSpec], tokenizer: tokenizers.Tokenizer | None
 ) -> dict[str, bytes]:
     documents = {} if tokenizer is None else {TOKENIZER_FILE: tokenizer.to_str(pretty=True).encode()}
-    named = with_stored_dtype(config, specs["context_tower.embeddings.weight"].dtype)
+    named = with_stored_dtype(config, specs[_EMBEDDING].dtype)
     return documents | {CONFIG_FILE: config_bytes(named)}
 
 

@@ -174,8 +174,12 @@ def append_mask(tokenizer: str, mask_token_id: int) -> str:
             f"the tokenizer is a {raw['model']['type']}, must be a BPE; pass mask_token_id of a free token"
         )
     vocab, added = raw["model"]["vocab"], raw["added_tokens"]
-    if MASK_TOKEN in vocab or any(token["content"] == MASK_TOKEN for token in added):
-        raise ValueError(f"the tokenizer already has a token {MASK_TOKEN}; pass its id as mask_token_id")
+    own = next((token["id"] for token in added if token["content"] == MASK_TOKEN), vocab.get(MASK_TOKEN))
+    if own is not None:
+        raise ValueError(
+            f"the tokenizer already has a token {MASK_TOKEN}; if it may serve as the mask, pass its id, "
+            f"mask_token_id={own}, as with: twotower init --mask-token-id {own}"
+        )
     added.append(added_token(mask_token_id, MASK_TOKEN, special=True))
     # The library numbers added tokens by the vocabulary's size unless the vocabulary itself gives their ids.
     vocab |= {token["content"]: token["id"] for token in added}

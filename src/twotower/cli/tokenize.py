@@ -22,6 +22,7 @@ from twotower.training.text import TextConfig, read_documents
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _DEFAULTS = TextConfig()
+ROWS = 4096  # of a shard
 
 
 @app.command("tokenize")
@@ -36,7 +37,7 @@ def command(
     ],
     out: Annotated[Path, typer.Argument(help="Directory for the shards; it must be new or empty.")],
     length: Annotated[int, typer.Option(help="Tokens of a row, 2 or more.")] = _DEFAULTS.length,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a shard, 1 or more.")] = 4096,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a shard, 1 or more.")] = ROWS,
     text_field: Annotated[str, typer.Option(help="Field of a record that holds its text.")] = _DEFAULTS.text_field,
     prompt_field: Annotated[
         str | None,
@@ -60,9 +61,6 @@ def command(
 
     Without --prompt-field rows are full, and a document that a row's end cuts goes on in the next one.
     """
-    check_out(out)
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty; choose a new directory")
     config = TextConfig(
         length=length,
         text_field=text_field,
@@ -70,6 +68,15 @@ def command(
         control_tokens=control_tokens,
         split=split,
     )
+    write_corpus(model, source, out, config, rows)
+    print(f"train on it with: twotower train {model} {out} RUN")
+
+
+def write_corpus(model: str, source: str, out: Path, config: TextConfig, rows: int = ROWS) -> None:
+    """Writes the shards of a corpus, with MODEL's tokenizer, and prints what they hold; `out` is new or empty."""
+    check_out(out)
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; choose a new directory")
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
@@ -86,11 +93,11 @@ def command(
         for file in sorted(Path(building).iterdir()):
             shutil.move(file, place)
     print(
-        f"{out} holds {counts.rows:,} rows of {length} tokens, {counts.scored:,} of them scored and "
-        f"{counts.padding / (counts.rows * length):.1%} padding; train on it with: twotower train {model} {out} RUN"
+        f"{out} holds {counts.rows:,} rows of {config.length} tokens, {counts.scored:,} of them scored and "
+        f"{counts.padding / (counts.rows * config.length):.1%} padding"
     )
     if counts.cut:
-        print(f"{counts.cut:,} documents longer than a row lost {counts.lost:,} tokens; a larger --length keeps them")
+        print(f"{counts.cut:,} documents longer than a row lost {counts.lost:,} tokens; longer rows keep them")
 
 
 class _Counts(NamedTuple):

@@ -11,6 +11,7 @@ import typer
 from twotower.checkpoints.hf import load_tokenizer, read_config, released_stream, resolve, save_rounded
 from twotower.cli.logs import TensorBoardOption, WandbOption
 from twotower.cli.options import DeviceOption, Dtype, open_model, torch_dtype
+from twotower.cli.prepare import prepare, towers_config
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.training import (
     DEFAULTS,
@@ -24,7 +25,6 @@ from twotower.cli.training import (
     EvaluateEveryOption,
     ExportOnlyOption,
     FinalLearningRateOption,
-    HeldOutOption,
     LearningRateOption,
     MaxGradNormOption,
     MicroBatchSizeOption,
@@ -48,9 +48,11 @@ from twotower.cli.training import (
 from twotower.model.two_tower import TwoTower
 from twotower.training.checkpointing import read_progress
 from twotower.training.corruption import LevelPer
+from twotower.training.data import is_corpus
 from twotower.training.denoising import ContextTraining, Denoising, DenoisingConfig, Phase
 from twotower.training.identity import check_same, denoising_config, model_identity
 from twotower.training.objective import Reduction
+from twotower.training.text import TextConfig
 from twotower.training.trainer import TrainConfig, Trainer
 from twotower.training.weights import TensorStream
 
@@ -61,8 +63,20 @@ _DEFAULTS = DenoisingConfig()
 
 @app.command("train")
 def command(
-    model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face id to start from.")],
-    corpus: Annotated[Path, typer.Argument(help="Directory of shards that `tokenize` or `sample` wrote.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Checkpoint directory or Hugging Face id to start from; a single tower, or what else `init` takes, is "
+            "made into two in OUT/initial."
+        ),
+    ],
+    corpus: Annotated[
+        str,
+        typer.Argument(
+            help="Directory of shards that `tokenize` or `sample` wrote; text, or what else `tokenize` takes, is "
+            "tokenized with its defaults to OUT/corpus."
+        ),
+    ],
     out: Annotated[
         Path, typer.Argument(help="Directory for state/, metrics.jsonl and checkpoint/; a state in it is resumed.")
     ],
@@ -129,7 +143,10 @@ def command(
     shard: ShardOption = False,
     seed: SeedOption = DEFAULTS.seed,
     checkpoint_every: CheckpointEveryOption = DEFAULTS.checkpoint_every,
-    held_out: HeldOutOption = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="Corpus to measure, all of it, in nats per token; shards or text.", show_default="none"),
+    ] = None,
     evaluate_every: EvaluateEveryOption = DEFAULTS.evaluate_every,
     device: DeviceOption = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = "bfloat16",
@@ -143,6 +160,8 @@ def command(
 ) -> None:
     """Train the denoiser tower of MODEL on CORPUS, then write the whole checkpoint to OUT/checkpoint.
 
+    From an autoregressive checkpoint and a folder of text to a two-tower checkpoint this is all there is to call.
+
     Under torchrun (torchrun --nproc-per-node 8 -m twotower train …) every process takes its share of each step's rows;
     but for rounding the result doesn't depend on their number.
     """
@@ -152,15 +171,22 @@ def command(
         **{f.name: given[f.name] for f in dataclasses.fields(DenoisingConfig)} | {"phases": _phases(phases)}
     )
     if dry_run:
-        shapes = read_config(resolve(model))
-        print_estimate(shapes, config, what, corpus, row_length=row_length, num_ranks=num_ranks)
+        length = row_length if is_corpus(corpus) or not Path(corpus).exists() else row_length or TextConfig().length
+        shapes = towers_config(model)
+        print_estimate(shapes, config, what, Path(corpus), row_length=length, num_ranks=num_ranks)
         return
+    sources = {"corpus": corpus} if held_out is None else {"corpus": corpus, "held_out": held_out}
+    if export_only:
+        saved_state(out)
+        sources = {}
+    model, folders = prepare(model, sources, out, row_length)
     folder = resolve(model)
     with torchrun_ranks(device) as ranks:
         if not export_only:
             towers = _open(folder, ranks.device, shard)
-            rows = open_corpus(corpus, towers.config.vocab_size, row_length)
-            measured = None if held_out is None else open_corpus(held_out, towers.config.vocab_size, row_length)
+            size = towers.config.vocab_size
+            corpora = {name: open_corpus(place, size, row_length) for name, place in folders.items()}
+            rows, measured = corpora["corpus"], corpora.get("held_out")
             weights = functools.partial(released_stream, folder) if shard else None
             objective = Denoising(towers, what)
             trainer = Trainer(objective, rows, config, out, ranks, held_out=measured, weights=weights)

@@ -15,7 +15,7 @@ from twotower.cli.logs import logging_to
 from twotower.cli.options import open_device
 from twotower.config import TwoTowerConfig
 from twotower.training.checkpointing import check_tensors, latest_state, stored_groups
-from twotower.training.data import Corpus
+from twotower.training.data import Corpus, is_corpus
 from twotower.training.denoising import DenoisingConfig
 from twotower.training.next_token import NextTokenConfig
 from twotower.training.ranks import Ranks, joined
@@ -141,7 +141,7 @@ def print_estimate(
     num_ranks: int,
 ) -> None:
     """Prints what a run needs. Raises ValueError where neither a corpus nor `row_length` says how long rows are."""
-    if corpus.exists():
+    if is_corpus(corpus):
         row_length = open_corpus(corpus, config.vocab_size, row_length).length
     if row_length is None:
         raise ValueError(f"{corpus} is not there to tell how long its rows are; give --row-length")

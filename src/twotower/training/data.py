@@ -53,7 +53,7 @@ class Corpus:
             raise FileNotFoundError(
                 f"{folder} is no directory; make a corpus there with: twotower tokenize, or twotower sample"
             )
-        files = sorted(f for f in Path(folder).glob("*.safetensors") if ".partial" not in f.name)
+        files = _files(folder)
         if not files:
             raise ValueError(
                 f"{folder} holds no .safetensors shard; make some with: twotower tokenize, or twotower sample"
@@ -88,6 +88,15 @@ class Corpus:
         if found.ids.min() < 0 or found.ids.max() >= self._vocab_size:
             raise ValueError(f"{shard.file} has ids outside [0, {self._vocab_size}); make it with this checkpoint")
         return found
+
+
+def is_corpus(source: str | Path) -> bool:
+    """Whether it is a folder of shards."""
+    return bool(_files(source))
+
+
+def _files(folder: str | Path) -> list[Path]:
+    return sorted(f for f in Path(folder).glob("*.safetensors") if ".partial" not in f.name)
 
 
 @functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch

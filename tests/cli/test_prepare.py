@@ -1,0 +1,108 @@
+"""`twotower train` from a single tower and text: what it makes, reuses and refuses."""
+
+import json
+import shutil
+import threading
+
+import pytest
+import torch
+import transformers
+
+import twotower
+from twotower.cli import prepare as module
+from twotower.cli.prepare import prepare
+
+STEPS = ("--steps", 1, "--batch-size", 2, "--warmup-steps", 0, "--row-length", 12)
+
+
+@pytest.fixture(scope="module")
+def single_tower(byte_tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("single_tower")
+    config = transformers.LlamaConfig(
+        vocab_size=260, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    (path / "tokenizer.json").write_text(byte_tokenizer.to_str().replace("<mask>", "<spare>"))
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(f"This is the text of number {number}.")
+    return folder
+
+
+def test_one_command_from_a_single_tower_and_a_folder_of_text_to_a_checkpoint(run, single_tower, text, tmp_path):
+    out = tmp_path / "out"
+    result = run("train", single_tower, text, out, *STEPS, "--held-out", text / "0.txt", "--evaluate-every", 1)
+    assert result.exit_code == 0, result.output
+    trained, start = (twotower.load(out / name, pack=False).released_tensors() for name in ("checkpoint", "initial"))
+    assert trained.keys() == start.keys()
+    different = {name for name in trained if not torch.equal(trained[name], start[name].to(trained[name].dtype))}
+    assert different
+    assert not any(name.startswith("context_") for name in different)
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["held_out"]
+
+
+def test_a_second_call_takes_what_the_first_made_and_a_different_one_is_refused(run, single_tower, text, tmp_path):
+    out = tmp_path / "out"
+    assert run("train", single_tower, text, out, *STEPS).exit_code == 0
+    made = {file: file.stat().st_mtime_ns for name in ("initial", "corpus") for file in (out / name).iterdir()}
+    result = run("train", single_tower, text, out, *STEPS[2:], "--steps", 2)
+    assert result.exit_code == 0, result.output
+    assert {file: file.stat().st_mtime_ns for file in made} == made
+    result = run("train", single_tower, text / "1.txt", out, *STEPS)
+    assert result.exit_code != 0
+    assert "1.txt" in result.stderr
+    assert "another OUT" in result.stderr
+
+
+def test_a_dry_run_makes_nothing(run, single_tower, text, tmp_path):
+    result = run("train", single_tower, text, tmp_path / "out", *STEPS, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_already_is_used_where_it_lies(checkpoint, text, tmp_path, single_tower):
+    made = prepare(str(single_tower), {"corpus": str(text)}, tmp_path / "first", 12)
+    again = prepare(str(checkpoint), {"corpus": str(made.corpora["corpus"])}, tmp_path / "second", 12)
+    assert (again.model, again.corpora) == (str(checkpoint), made.corpora)
+    assert not (tmp_path / "second").exists()
+
+
+def test_other_ranks_wait_for_the_first(single_tower, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    arguments = (str(single_tower), {"corpus": str(text)}, tmp_path / "out", 12)
+    monkeypatch.setenv("RANK", "1")
+    found = []
+    other = threading.Thread(target=lambda: found.append(prepare(*arguments)), daemon=True)
+    other.start()
+    other.join(0.2)
+    assert other.is_alive()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("RANK", "0")
+    made = prepare(*arguments)
+    other.join(10)
+    assert found == [made]
+
+
+def test_the_state_is_exported_without_the_text_and_only_where_there_is_one(run, single_tower, text, tmp_path):
+    result = run("train", single_tower, text, tmp_path / "none", *STEPS, "--export-only")
+    assert "no saved state" in result.stderr
+    assert not (tmp_path / "none").exists()
+    out = tmp_path / "out"
+    assert run("train", single_tower, text, out, *STEPS).exit_code == 0
+    shutil.rmtree(out / "corpus")
+    shutil.rmtree(out / "checkpoint")
+    result = run("train", single_tower, text, out, "--export-only")
+    assert result.exit_code == 0, result.output
+    assert (out / "checkpoint" / "config.json").exists()
+
+
+def test_a_single_tower_elsewhere_says_how_to_make_two_of_it(run, single_tower, text, tmp_path):
+    for command in (("generate", "a", "--model", single_tower), ("sample", single_tower, tmp_path / "out")):
+        assert "twotower init" in " ".join(run(*command).stderr.split())
