@@ -29,6 +29,7 @@ from torch import Tensor
 from twotower import TwoTower, TwoTowerConfig
 from twotower.model.moe import MixtureOfExperts
 from twotower.ops.backend import Backend, activation_dtype, choose_backend, linear_backend
+from twotower.ops.native.linear import has_bf16_pairs
 
 CONFIG = TwoTowerConfig(
     vocab_size=8192,
@@ -147,8 +148,10 @@ def main() -> None:
     block = torch.randint(4, CONFIG.vocab_size, (1, BLOCK))
     block[:, 8:] = CONFIG.mask_token_id
     probe = torch.randn(32 * 1024 * 1024)  # 128 MB, beyond any cache
+    backend = choose_backend("cpu", dtype)
     # what the products are computed in: float32 unless the backend multiplies bf16 itself
-    square = torch.randn(1024, 1024, dtype=activation_dtype("cpu", dtype, choose_backend("cpu", dtype)))
+    rounds = backend is Backend.NATIVE and has_bf16_pairs()
+    square = torch.randn(1024, 1024, dtype=dtype if rounds else activation_dtype("cpu", dtype, backend))
     with torch.inference_mode():
         states = {tower: tower.prefill(ids, capacity=CONTEXT + 64) for tower in (model, reference)}
         level = (0.5,)

@@ -41,7 +41,7 @@ def _log_choice(device_type: str, dtype: torch.dtype, chosen: Backend) -> None:
 class LinearBackend(Enum):
     """How `ops.linear.linear` multiplies by a weight that no longer changes."""
 
-    NATIVE = "native"  # panels for the C kernels, widened to float32 as they are read
+    NATIVE = "native"  # panels for the C kernels: bf16 times bf16 where the CPU has that, else widened as they are read
     TORCH = "torch"  # F.linear on the plain tensor
     ONEDNN = "onednn"  # weight reordered once into oneDNN's blocked layout
     FBGEMM_FP16 = "fbgemm-fp16"  # weight rounded to fp16 in FBGEMM's packed layout, products in float32
@@ -76,7 +76,8 @@ def linear_backend(device_type: str, dtype: torch.dtype, ops: Backend = Backend.
 
 
 def activation_dtype(device_type: str, dtype: torch.dtype, ops: Backend = Backend.REFERENCE) -> torch.dtype:
-    """The dtype that activations take beside weights of `dtype`: float32 where products are float32 anyway."""
+    """The dtype that activations take beside weights of `dtype`: float32 where products are float32 anyway, or round
+    them as they need."""
     if linear_backend(device_type, dtype, ops) in (LinearBackend.FBGEMM_FP16, LinearBackend.NATIVE):
         return torch.float32
     return dtype

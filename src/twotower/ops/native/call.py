@@ -29,7 +29,7 @@ def function(name: str, signature: str) -> Callable[..., Any]:
         raise RuntimeError("the C kernels need a C compiler (cc, gcc or clang); install one or use 'reference'")
     found = getattr(opened, name)
     found.argtypes = [_TYPES[letter] for letter in signature.replace(" ", "")]
-    found.restype = ctypes.c_int if name == "tt_panel_width" else None
+    found.restype = None if signature else ctypes.c_int  # constants of this CPU
     return found
 
 

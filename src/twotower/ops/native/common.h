@@ -21,6 +21,14 @@
 #endif
 #define NR (2 * VL) /* outputs in a panel */
 
+/* Whether the CPU multiplies bf16 itself: two inputs of 16 outputs in one instruction */
+#if defined(__AVX512BF16__) && VL == 16
+#define BF16_PAIRS 1
+#include <immintrin.h>
+#else
+#define BF16_PAIRS 0
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 #define API __attribute__((visibility("default")))
 

@@ -11,6 +11,7 @@ API void tt_gated_group_rms_norm(const float *y, long y_stride, const float *z, 
 
 /* linear.c */
 API int tt_panel_width(void);
+API int tt_bf16_pairs(void);
 API void tt_linear(const float *x, long stride, long r, const void *weight, int bf16, long o, long k, const float
                    *bias, float *y, int threads);
 API void tt_mlp(const float *x, long r, const void *up, int up_bf16, long f, const float *up_bias, const void *down,

@@ -16,18 +16,11 @@ typedef struct {
     long step;
 } Ahead;
 
-/* y[m][first ... ] = rows[m] . weight + bias for `mr` rows and `np` panels from `panel`; mr, np, bf16 are constants */
-INLINE void tile(const Weight *w, int bf16, long panel, int np, const float *const *rows, float *const *y, int mr,
-                 const float *bias, int squared_relu, Ahead ahead) {
-    vf acc[MR][4][2];
-    const void *p[4];
-    const long k = w->inputs;
-#pragma GCC unroll 4
-    for (int j = 0; j < np; j++) p[j] = panel_at(w, panel + j);
-#pragma GCC unroll 8
-    for (int m = 0; m < mr; m++)
-#pragma GCC unroll 4
-        for (int j = 0; j < np; j++) acc[m][j][0] = acc[m][j][1] = (vf){0};
+typedef vf Sums[MR][4][2];
+
+/* Adds rows . weight, all of float32 but for a bf16 weight, which is widened */
+INLINE void add_products(Sums acc, long k, int bf16, const void *const *p, int np, const void *const *rows, int mr,
+                         Ahead ahead) {
     for (long i = 0; i < k; i++) {
         __builtin_prefetch(ahead.from, 0, 2);
         ahead.from += ahead.step;
@@ -45,12 +38,87 @@ INLINE void tile(const Weight *w, int bf16, long panel, int np, const float *con
             }
 #pragma GCC unroll 8
             for (int m = 0; m < mr; m++) {
-                vf x = splat(rows[m][i]);
+                vf x = splat(((const float *)rows[m])[i]);
                 acc[m][j][0] += x * w0;
                 acc[m][j][1] += x * w1;
             }
         }
     }
+}
+
+#if BF16_PAIRS
+/* The same for rows of bf16 whose length is even */
+INLINE void add_pairs(Sums acc, long k, const void *const *p, int np, const void *const *rows, int mr, Ahead ahead) {
+    for (long i = 0; i < (k + 1) / 2; i++) {
+        __builtin_prefetch(ahead.from, 0, 2);
+        __builtin_prefetch(ahead.from + ahead.step, 0, 2);
+        ahead.from += 2 * ahead.step;
+#pragma GCC unroll 4
+        for (int j = 0; j < np; j++) {
+            const uint16_t *from = (const uint16_t *)p[j] + 2 * i * NR;
+            __m512i w0, w1;
+            if (2 * i + 1 < k) {
+                w0 = _mm512_loadu_si512(from);
+                w1 = _mm512_loadu_si512(from + NR);
+            } else { /* the last of an odd number, beside zeros */
+                w0 = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+                w1 = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from + VL)));
+            }
+#pragma GCC unroll 8
+            for (int m = 0; m < mr; m++) {
+                const __m512bh x = (__m512bh)_mm512_set1_epi32(((const int32_t *)rows[m])[i]);
+                acc[m][j][0] = (vf)_mm512_dpbf16_ps((__m512)acc[m][j][0], x, (__m512bh)w0);
+                acc[m][j][1] = (vf)_mm512_dpbf16_ps((__m512)acc[m][j][1], x, (__m512bh)w1);
+            }
+        }
+    }
+}
+
+/* Rows of k floats rounded to bf16, with a zero behind an odd k, in room that the thread keeps */
+static const void *const *rounded(const float *const *rows, long r, long k) {
+    static _Thread_local struct {
+        uint16_t *values;
+        const void **rows;
+        long size, num_rows;
+    } room;
+    const long width = (k + VL - 1) / VL * VL;
+    if (room.size < r * width) {
+        free(room.values);
+        room.values = malloc((room.size = r * width) * sizeof *room.values);
+    }
+    if (room.num_rows < r) {
+        free(room.rows);
+        room.rows = malloc((room.num_rows = r) * sizeof *room.rows);
+    }
+    for (long m = 0; m < r; m++) {
+        uint16_t *to = room.values + m * width;
+        for (long i = 0; i < k; i += VL) {
+            const __m256bh part = _mm512_cvtneps_pbh((__m512)load_part(rows[m] + i, k - i < VL ? k - i : VL));
+            memcpy(to + i, &part, sizeof part);
+        }
+        room.rows[m] = to;
+    }
+    return room.rows;
+}
+#endif
+
+/* y[m][first ... ] = rows[m] . weight + bias for `mr` rows and `np` panels from `panel`; mr, np, bf16 are constants */
+INLINE void tile(const Weight *w, int bf16, long panel, int np, const void *const *rows, float *const *y, int mr,
+                 const float *bias, int squared_relu, Ahead ahead) {
+    Sums acc;
+    const void *p[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < np; j++) p[j] = panel_at(w, panel + j);
+#pragma GCC unroll 8
+    for (int m = 0; m < mr; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < np; j++) acc[m][j][0] = acc[m][j][1] = (vf){0};
+#if BF16_PAIRS
+    if (bf16)
+        add_pairs(acc, w->inputs, p, np, rows, mr, ahead);
+    else
+#endif
+        add_products(acc, w->inputs, bf16, p, np, rows, mr, ahead);
 #pragma GCC unroll 8
     for (int m = 0; m < mr; m++)
 #pragma GCC unroll 4
@@ -71,7 +139,7 @@ INLINE void tile(const Weight *w, int bf16, long panel, int np, const float *con
         }
 }
 
-INLINE void some_rows(const Weight *w, int bf16, long panel, int np, const float *const *rows, float *const *y, long r,
+INLINE void some_rows(const Weight *w, int bf16, long panel, int np, const void *const *rows, float *const *y, long r,
                       const float *bias, int squared_relu, Ahead ahead) {
 #define CASE(M, P) \
     case (M) * 8 + (P): tile(w, bf16, panel, P, rows, y, M, bias, squared_relu, ahead); return
@@ -86,8 +154,12 @@ INLINE void some_rows(const Weight *w, int bf16, long panel, int np, const float
 #undef CASE
 }
 
-void panels(const Weight *w, long from, long to, const float *const *rows, float *const *y, long r, const float *bias,
+void panels(const Weight *w, long from, long to, const float *const *given, float *const *y, long r, const float *bias,
             int squared_relu) {
+    const void *const *rows = (const void *const *)given;
+#if BF16_PAIRS
+    if (w->bf16) rows = rounded(given, r, w->inputs);
+#endif
     const int step = PANELS_AT_ONCE(r);
     const long tiles = (r + MR - 1) / MR, height = tiles ? (r + tiles - 1) / tiles : 0; /* 8 rows: 4 + 4, not 6 + 2 */
     for (long panel = from; panel < to; panel += step) {
@@ -110,6 +182,8 @@ void panels(const Weight *w, long from, long to, const float *const *rows, float
 }
 
 API int tt_panel_width(void) { return NR; }
+
+API int tt_bf16_pairs(void) { return BF16_PAIRS; }
 
 static void row_pointers(const float **rows, const float *x, long stride, long r) {
     for (long m = 0; m < r; m++) rows[m] = x + m * stride;

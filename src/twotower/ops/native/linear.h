@@ -2,7 +2,8 @@
  *
  * A weight (o, k) is packed in panels of NR outputs, (o / NR, k, NR), padded with zeros to whole panels: the inner loop
  * reads it once, front to back. A tile of MR rows and some panels keeps its sums in registers; each sum runs over k in
- * order. bf16 weights are widened as they are read.
+ * order. bf16 weights are widened as they are read. Where the CPU multiplies bf16 itself, rows are rounded to it and k
+ * goes by pairs, (o / NR, k / 2, NR, 2), behind which lies the last input of an odd k, (NR).
  */
 #pragma once
 #include "common.h"
