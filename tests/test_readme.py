@@ -1,7 +1,8 @@
-"""README's tables are what the committed result files say."""
+"""README's tables are what the committed result files say, and its list of files is that of the sources."""
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ def test_the_readme_is_up_to_date(tables):
     readme = (ROOT / "README.md").read_text()
     assert "<!-- table: stories_modes " in readme
     assert tables.rendered(readme) == readme
+
+
+def test_the_list_of_files_is_complete():
+    listed = (ROOT / "README.md").read_text().partition("## Where things are")[2].partition("\n```\n\n")[0]
+    package = ROOT / "src" / "twotower"
+    # What is not named one by one: the commands, and the native ops, which have the names of the others
+    own = [f for f in package.rglob("[!_]*.py") if not {"cli", "native"} & {*f.relative_to(package).parts[:-1]}]
+    assert {*re.findall(r"\w+\.py", listed)} == {file.name for file in own}
 
 
 def test_hybrid_decode(render):

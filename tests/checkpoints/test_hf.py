@@ -241,7 +241,6 @@ import re, sys
 from pathlib import Path
 import torch
 from twotower.checkpoints import load_model, released_shapes
-from twotower.checkpoints.hf import save_rounded
 from twotower.config import TwoTowerConfig
 
 def peak():

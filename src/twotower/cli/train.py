@@ -30,7 +30,6 @@ from twotower.cli.training import (
     MicroBatchSizeOption,
     NumRanksOption,
     RecomputeOption,
-    RowLengthOption,
     SeedOption,
     ShardOption,
     SkipLimitOption,
@@ -74,7 +73,7 @@ def command(
         str,
         typer.Argument(
             help="Directory of shards that `tokenize` or `sample` wrote; text, or what else `tokenize` takes, is "
-            "tokenized with its defaults to OUT/corpus."
+            "tokenized with its defaults, but for --row-length, to OUT/corpus."
         ),
     ],
     out: Annotated[
@@ -145,7 +144,11 @@ def command(
     checkpoint_every: CheckpointEveryOption = DEFAULTS.checkpoint_every,
     held_out: Annotated[
         str | None,
-        typer.Option(help="Corpus to measure, all of it, in nats per token; shards or text.", show_default="none"),
+        typer.Option(
+            help="Corpus to measure, shards or text: all of it in nats per token, and its first answers by decoding "
+            "them, unless with --shard; with the weights' running mean too.",
+            show_default="none",
+        ),
     ] = None,
     evaluate_every: EvaluateEveryOption = DEFAULTS.evaluate_every,
     device: DeviceOption = "cpu",
@@ -153,7 +156,13 @@ def command(
     export_only: ExportOnlyOption = False,
     tensorboard: TensorBoardOption = False,
     wandb: WandbOption = None,
-    row_length: RowLengthOption = None,
+    row_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a row: what shards must have, and text gets; for a dry run before there is a corpus.",
+            show_default=f"the shards', {TextConfig().length} for text",
+        ),
+    ] = None,
     num_ranks: NumRanksOption = 1,
     dry_run: DryRunOption = False,
     recipe: RecipeOption = None,

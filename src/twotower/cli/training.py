@@ -48,7 +48,8 @@ MaxGradNormOption = Annotated[float, typer.Option("--max-grad-norm", help="Gradi
 EmaDecayOption = Annotated[
     float,
     typer.Option(
-        "--ema-decay", help="Above 0: also keep a running mean of the weights, below 1, and write OUT/checkpoint-ema."
+        "--ema-decay",
+        help="Above 0: also keep a running mean of the weights, below 1, and write a checkpoint of it, named -ema.",
     ),
 ]
 SpikeFactorOption = Annotated[
@@ -71,15 +72,6 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Decides the rows and ma
 CheckpointEveryOption = Annotated[
     int, typer.Option("--checkpoint-every", help="Steps between two saved states, 1 or more.")
 ]
-HeldOutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--held-out",
-        help="Corpus to measure, all of it, in nats per token, and by decoding its first answers; with the weights' "
-        "running mean too.",
-        show_default="none",
-    ),
-]
 EvaluateEveryOption = Annotated[
     int, typer.Option("--evaluate-every", help="Steps between two measurements of --held-out, 1 or more with it.")
 ]
@@ -94,14 +86,6 @@ RecomputeOption = Annotated[
 ]
 CompileOption = Annotated[
     bool, typer.Option("--compile/--no-compile", help="Compile the towers; needs a C++ compiler.")
-]
-RowLengthOption = Annotated[
-    int | None,
-    typer.Option(
-        "--row-length",
-        help="Tokens that CORPUS's rows must have; for a dry run before there is a corpus.",
-        show_default="any",
-    ),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print parameters, tokens, FLOPs and memory, and do nothing.")
