@@ -229,9 +229,8 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
 
     Such a task says `process_results: !function twotower.eval.lm_eval.process_results`.
     """
-    given = {
-        name: value for name, value in doc.items() if value is not None
-    }  # datasets puts None where a line has no key
+    # datasets puts None where a line lacks a key that others have
+    given = {name: value for name, value in doc.items() if value is not None}
     return {"score": score_text(Example.from_dict(given), results[0])}
 
 

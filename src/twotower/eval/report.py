@@ -15,7 +15,7 @@ _UNDEFINED = "undefined"
 # Modes whose output is ar's by their construction: text for text when greedy.
 _EXACT_MODES = ("ar", "verified")
 # A gain in speed is none for answers that mostly fail: the least share of ar's score with which it counts.
-LEAST_KEPT = 0.5
+_LEAST_KEPT = 0.5
 
 
 def to_json(results: Sequence[TaskResult]) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def left_out(results: Sequence[TaskResult]) -> dict[str, str]:
 
 
 def task_retention(result: TaskResult, name: str) -> Interval:
+    """A setting's retention on one task, certain where its mode is `ar` by construction."""
     exact = result.settings[name].mode in _EXACT_MODES
     return retention(result.answers[name], result.answers["ar"], exact=exact)
 
@@ -57,14 +58,14 @@ def total_gain(results: Sequence[TaskResult], name: str, batch_size: int) -> flo
 
 
 def tasks_in_gain(results: Sequence[TaskResult], name: str, batch_size: int) -> list[str]:
-    """Tasks that were timed, count in the retention, and keep at least LEAST_KEPT of ar's score."""
+    """Tasks that were timed, count in the retention, and keep at least half of ar's score."""
     timed = [r for r in results if name in r.speeds.get(batch_size, {})]
     return [r.task.name for r in timed if _gain_counts(r, name)]
 
 
 def _gain_counts(result: TaskResult, name: str) -> bool:
     kept = task_retention(result, name).value
-    return not left_out([result]) and kept is not None and kept >= LEAST_KEPT
+    return not left_out([result]) and kept is not None and kept >= _LEAST_KEPT
 
 
 def tokens_per_call(answers: Sequence[Answer]) -> tuple[float | None, float | None]:
@@ -200,7 +201,7 @@ def speed_table(results: Sequence[TaskResult]) -> Table:
                 label = f"all: {', '.join(counted)}"
                 table.add_row(label, "", str(size), name, "", _number(total_gain(results, name, size), 2), "")
     if uncounted:
-        table.caption = f'* not in "all": less than {LEAST_KEPT:.0%} of ar\'s score is kept, or ar scores too little'
+        table.caption = f'* not in "all": less than {_LEAST_KEPT:.0%} of ar\'s score is kept, or ar scores too little'
         table.caption_justify = "left"
     return table
 

@@ -21,7 +21,7 @@ HUMANEVAL = "humaneval"
 FILLER = "<filler>"
 _HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
 # Far more than is of use: what a typing error in a task file is told apart by before anything runs.
-MAX_NEW_TOKENS, MAX_DISTANCE = 1 << 16, 1 << 20
+_MAX_NEW_TOKENS, _MAX_DISTANCE = 1 << 16, 1 << 20
 
 _SUBJECTS = ("The old man", "A little bird", "The girl", "A brown dog", "My sister", "The farmer", "A boy", "The cat")
 _VERBS = ("looked at", "walked past", "liked", "ran to", "sat near", "found", "played with", "dreamed of")
@@ -48,10 +48,10 @@ class Example:
     def __post_init__(self) -> None:
         if self.scorer not in SCORERS:
             raise ValueError(f"scorer is {self.scorer!r}, must be one of {', '.join(SCORERS)}")
-        if not 1 <= self.max_new_tokens <= MAX_NEW_TOKENS:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, must be in [1, {MAX_NEW_TOKENS}]")
-        if not 0 <= self.distance <= MAX_DISTANCE:
-            raise ValueError(f"distance is {self.distance}, must be in [0, {MAX_DISTANCE}]; 0 is no filler")
+        if not 1 <= self.max_new_tokens <= _MAX_NEW_TOKENS:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, must be in [1, {_MAX_NEW_TOKENS}]")
+        if not 0 <= self.distance <= _MAX_DISTANCE:
+            raise ValueError(f"distance is {self.distance}, must be in [0, {_MAX_DISTANCE}]; 0 is no filler")
         if not all(isinstance(end, str) and end for end in self.stop):
             raise ValueError(f"stop is {list(self.stop)}, must be a list of texts that are not empty")
         if self.prompt.count(FILLER) != (self.distance > 0):

@@ -11,6 +11,10 @@ from twotower.model.two_tower import TwoTower
 from twotower.training.data import Batch, Corpus
 from twotower.training.ranks import Ranks
 
+# Questions that are answered, and the most tokens of an answer that are compared
+_NUM_QUESTIONS = 16
+_ANSWER_LENGTH = 64
+
 
 class Measured(NamedTuple):
     """A sum of negative log-likelihoods in nats, and over how many tokens it goes."""
@@ -40,12 +44,9 @@ def measure(
     return found
 
 
-# Questions that are answered, and the most tokens of an answer that are compared
-NUM_QUESTIONS = 16
-ANSWER_LENGTH = 64
-
-
 class Question(NamedTuple):
+    """Token ids of a document up to its text, and of the text."""
+
     prompt: list[int]
     answer: list[int]
 
@@ -54,7 +55,7 @@ def answer(model: TwoTower, corpus: Corpus, block_size: int, ranks: Ranks) -> di
     """Decodes the answers to the first questions of a corpus in mode `diffusion`, greedy and with its default γ: new
     tokens per pass of the denoiser, and the share of answers that are exactly those of the corpus. Each rank takes its
     share; nothing where there is no question."""
-    every = list(itertools.islice(questions(corpus, model.config), NUM_QUESTIONS))
+    every = list(itertools.islice(questions(corpus, model.config), _NUM_QUESTIONS))
     mine = every[ranks.rank :: ranks.size]
     params = [SamplingParams(max_new_tokens=len(q.answer), block_size=block_size) for q in mine]
     results = generate(model, [q.prompt for q in mine], params) if mine else []
@@ -67,7 +68,7 @@ def answer(model: TwoTower, corpus: Corpus, block_size: int, ranks: Ranks) -> di
 
 def questions(corpus: Corpus, config: TwoTowerConfig) -> Iterator[Question]:
     """The documents of a corpus that begin with BOS and a prompt, which aren't scored, and have an end: a row cuts its
-    first and last. Answers reach to the end token, if the config has one, and at most `ANSWER_LENGTH`."""
+    first and last. Answers reach to the end token, if the config has one, and at most 64 tokens."""
     start = [] if config.bos_token_id is None else [config.bos_token_id]
     for number in range(len(corpus)):
         row = corpus.row(number)
@@ -79,4 +80,4 @@ def questions(corpus: Corpus, config: TwoTowerConfig) -> Iterator[Question]:
             ends = [i for i, token in enumerate(text, 1) if token in config.eos_token_ids]
             whole = bool(ends) if config.eos_token_ids else bool(text)
             if ids[: len(start)] == start and num_unscored > len(start) and whole:
-                yield Question(ids[:num_unscored], text[: min([ANSWER_LENGTH, *ends])])
+                yield Question(ids[:num_unscored], text[: min([_ANSWER_LENGTH, *ends])])
