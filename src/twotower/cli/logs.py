@@ -52,7 +52,7 @@ def _writer(out: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
-        raise ValueError(f"--tensorboard needs a package ({error}); pip install tensorboard") from error
+        raise ValueError(f"--tensorboard needs a package ({error}); pip install 'twotower[log]'") from error
     state = latest_state(out)
     done = 0 if state is None else read_progress(state)["step"]
     # What a killed run wrote of later steps is run again, and would stand twice

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from twotower.cli.eval import fitted, integers, listed_modes, numbers, telling, warn_about_programs
-from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, open_model
+from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, check_out, open_model
 from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig
 from twotower.eval.provenance import provenance
 from twotower.eval.sweep import Point, SweepConfig, sweep
@@ -117,9 +117,10 @@ def write(points: Sequence[Point], origin: dict[str, Any], out: Path) -> None:
 
 
 def _make_directory(out: Path) -> None:
-    """Raises FileExistsError where there is something, and the system's errors where nothing can be written."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is {'not empty' if out.is_dir() else 'a file'}; choose a new directory")
+    """Raises what `check_out` does, FileExistsError for a directory that holds something, and PermissionError."""
+    check_out(out)
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; choose a new directory")
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"{out} may not be written; choose a directory elsewhere")
