@@ -116,10 +116,20 @@ def test_a_file_gives_one_object_per_line_with_its_own_settings(run, checkpoint,
     assert (second["prompt"], second["mode"], second["num_tokens"]) == ([1, 100, 101], "ar", 5)
 
 
+def test_lines_of_a_file_end_where_those_of_json_do(run, checkpoint, tmp_path):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    prompts = ["a\u2028b", "c\x85d"]
+    file.write_text("\ufeff" + "\r\n".join(json.dumps({"prompt": p}, ensure_ascii=False) for p in prompts))
+    result = run("generate", "--file", file, "--out", out, "--model", checkpoint, "--max-new-tokens", 1)
+    assert result.exit_code == 0, result.stderr
+    assert [json.loads(line)["prompt"] for line in out.read_bytes().splitlines()] == prompts
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{nonsense", "not JSON"),
+        ('{"prompt": "\xe9"}', "not JSON: 'utf-8' codec can't decode byte 0xe9"),
         ('{"mode": "ar"}', "prompt"),
         ('{"prompt": 3}', "neither a text nor a list"),
         ('{"prompt": [true]}', "neither a text nor a list"),
@@ -130,7 +140,7 @@ def test_a_file_gives_one_object_per_line_with_its_own_settings(run, checkpoint,
 )
 def test_a_bad_line_is_named_before_anything_is_generated(run, checkpoint, tmp_path, line, message):
     file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "a"}\n' + line + "\n")
+    file.write_text('{"prompt": "a"}\n' + line + "\n", encoding="latin-1")
     result = run("generate", "--file", file, "--model", checkpoint, "--json")
     assert result.exit_code == 2
     assert result.stdout == ""

@@ -53,9 +53,9 @@ def with_template(checkpoint: Path, folder: Path) -> Path:
 def test_prompts_are_continued(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "not this"}]}
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ({"prompt": "ab"}, chat)))
-    (tmp_path / "p.txt").write_text("ab\n\ncd\n")
+    (tmp_path / "p.txt").write_text("ab\n\nc\u2028d\n")
     model = with_template(checkpoint, tmp_path / "model")
-    for name, expected in (("p.jsonl", (([], "ab"), ([1], "u:hi;a:"))), ("p.txt", (([], "ab"), ([], "cd")))):
+    for name, expected in (("p.jsonl", (([], "ab"), ([1], "u:hi;a:"))), ("p.txt", (([], "ab"), ([], "c\u2028d")))):
         out = tmp_path / name.replace(".", "-")
         result = run("sample", model, out, "--prompts", tmp_path / name, "--length", 12)
         assert result.exit_code == 0, result.output

@@ -172,7 +172,8 @@ def _jobs(prompt: str | None, file: Path | None, params: SamplingParams) -> list
     if prompt is not None and file is not None:
         raise ValueError("both a prompt and --file were given; drop one of them")
     if file is not None:
-        lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        # Bytes, whose lines end where JSON's do: a text's also end at U+2028, which may stand in a string
+        lines = enumerate(file.read_bytes().splitlines(), start=1)
         return [_job(line, f"{file} line {number}", params) for number, line in lines if line.strip()]
     if prompt is None:
         if sys.stdin.isatty():
@@ -183,10 +184,10 @@ def _jobs(prompt: str | None, file: Path | None, params: SamplingParams) -> list
     return [Job(prompt, params)]
 
 
-def _job(line: str, where: str, params: SamplingParams) -> Job:
+def _job(line: bytes, where: str, params: SamplingParams) -> Job:
     try:
-        raw = json.loads(line)
-    except json.JSONDecodeError as error:
+        raw = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
+    except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(raw, dict) or "prompt" not in raw:
         raise ValueError(f'{where} must be an object with a prompt; write {{"prompt": "…"}}')

@@ -16,7 +16,7 @@ def read_prompts(file: Path, model: TwoTower, folder: Path) -> list[list[int]]:
     prompts: list[list[int]] = []
     render: Callable[[Any, str], str] | None = None
     if file.suffix.lower() == ".txt":
-        lines = [line for record in read_records(file) for line in record["text"].splitlines()]
+        lines = [line for record in read_records(file) for line in record["text"].split("\n")]
         records = [{"prompt": line} for line in lines if line.strip()]
     else:
         records = list(read_records(file))
