@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def test_a_limit_takes_examples_from_all_over_the_file(tmp_path):
     path = written(tmp_path, *(LINE | {"answer": str(i)} for i in range(10)))
     assert [e.answer for e in read_task(path, 5).examples] == ["0", "2", "4", "6", "8"]
     assert len(read_task(path, 50).examples) == 10
+
+
+def test_a_limit_keeps_every_groups_share(tmp_path):
+    lines = [LINE | {"answer": str(i), "group": "copy" if i % 2 else "sort"} for i in range(12)]
+    assert [e.answer for e in read_task(written(tmp_path, *lines), 6).examples] == ["0", "1", "4", "5", "8", "9"]
+    assert Counter(e.group for e in read_task("lists", 12).examples) == dict.fromkeys(
+        ("copy", "reverse", "sort", "last"), 3
+    )
 
 
 @pytest.mark.parametrize(

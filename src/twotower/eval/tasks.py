@@ -91,7 +91,7 @@ def shipped_tasks() -> tuple[str, ...]:
 def read_task(source: str, limit: int | None = None) -> Task:
     """The task of a shipped name, of `humaneval`, or of a JSON-lines file; with `limit`, that many of its examples.
 
-    A limited task keeps examples from all over the file, so that every group stays. Raises ValueError for a bad line
+    A limited task keeps examples from all over the file and each group's share of it. Raises ValueError for a bad line
     or name, FileNotFoundError for a file that isn't there.
     """
     name = Path(source).stem
@@ -109,7 +109,10 @@ def read_task(source: str, limit: int | None = None) -> Task:
     if not examples:
         raise ValueError(f"task {source} has no examples; add a line")
     if limit is not None and limit < len(examples):
-        examples = tuple(examples[i * len(examples) // limit] for i in range(limit))
+        # Group by group: groups often alternate in a file, and every twelfth line could be of one of them
+        groups = list(dict.fromkeys(example.group for example in examples))
+        places = sorted(range(len(examples)), key=lambda i: groups.index(examples[i].group))
+        examples = tuple(examples[i] for i in sorted(places[i * len(places) // limit] for i in range(limit)))
     return Task(name, examples)
 
 
