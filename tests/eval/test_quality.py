@@ -112,6 +112,20 @@ def test_intervals_hold_the_true_share_near_100_percent(count, share, tasks, mon
     assert np.mean(held) >= 0.9
 
 
+def test_intervals_hold_100_percent_of_a_mode_that_gains_answers_as_it_loses_them(monkeypatch):
+    monkeypatch.setattr(quality, "_RESAMPLES", 400)
+    generator = np.random.default_rng(0)
+    held = []
+    for _ in range(150):
+        shares = []
+        for _ in range(4):
+            ar, other = generator.random((2, 48)) < 0.9
+            shares.append(retention(replies(*np.where(generator.random(48) < 0.1, other, ar)), replies(*ar)))
+        found = mean_retention(shares)
+        held.append(found.low <= 1 <= found.high)
+    assert np.mean(held) >= 0.93
+
+
 def test_intervals_of_probabilities_hold_the_true_share():
     generator = np.random.default_rng(0)
     held = []

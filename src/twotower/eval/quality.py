@@ -130,8 +130,10 @@ def retention(mode: Sequence[Answer], ar: Sequence[Answer], *, exact: bool = Fal
     The interval is a percentile bootstrap over the examples, a mode's and ar's answers to one example always drawn
     together, and undefined where in more than 1 % of the resamples ar scores nothing. Scores that are all 0 or 1 are
     resampled with two more pairs, both right for ar and one for the mode (as Agresti and Coull 1998 do for a share): 48
-    right answers of 48 would pass for certainty, and 98 % be covered in 6 of 10 cases. `exact` says that the mode
-    writes what ar writes by its construction; where the answers show no difference either, the interval has no width.
+    right answers of 48 would pass for certainty, and 98 % be covered in 6 of 10 cases. Where ar is ever wrong, a third
+    one is right for the mode alone, as it may gain answers as well as lose them: else means over four tasks would leave
+    out 100 % in 1 of 8 cases. `exact` says that the mode writes what ar writes by its construction; where the answers
+    show no difference either, the interval has no width.
     """
     pairs = np.array([(m.score, a.score) for m, a in zip(mode, ar, strict=True)])  # (n, 2)
     if pairs[:, 1].mean() == 0:
@@ -140,7 +142,8 @@ def retention(mode: Sequence[Answer], ar: Sequence[Answer], *, exact: bool = Fal
         return Interval(1.0, 1.0, 1.0)
     value = float(pairs[:, 0].mean() / pairs[:, 1].mean())
     if np.isin(pairs, (0, 1)).all():
-        pairs = np.concatenate([pairs, [(0, 1), (1, 1)]])
+        gained = [] if pairs[:, 1].all() else [(1, 0)]
+        pairs = np.concatenate([pairs, [(0, 1), (1, 1), *gained]])
     draw = np.random.default_rng(0)  # the same answers have the same interval
     means = pairs[draw.integers(len(pairs), size=(_RESAMPLES, len(pairs)))].mean(axis=1)  # (resamples, 2)
     defined = means[:, 1] > 0
@@ -154,7 +157,7 @@ def mean_retention(shares: Sequence[Interval]) -> Interval:
     """The mean of independent tasks' retentions, undefined where there is none or one of them is.
 
     The interval's ends lie as far from the mean as the root of the sum of the squares of what each task's own end
-    contributes (Zou and Donner 2008): pooled resamples would add up the shift that `retention`'s two pairs give every
+    contributes (Zou and Donner 2008): pooled resamples would add up the shift that `retention`'s pairs give every
     task, and with four tasks at 100 % leave out 100 %.
     """
     values = [share.value for share in shares if share.value is not None]
