@@ -1,9 +1,11 @@
 """A task under several settings: which prompts are timed, and what the report says of it."""
 
 import dataclasses
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from twotower.decoding.params import GenerationStats, SamplingParams
 from twotower.eval import evaluate as module
@@ -161,6 +163,25 @@ def test_a_gain_counts_only_where_half_of_the_score_is_kept():
         "7.00 (6.90 to 7.10)*",
     ]
     assert (tasks[-1], gains[-1]) == ("all: kept", "2.00")
+
+
+def test_the_speed_table_keeps_the_order_of_settings_and_fits_80_columns():
+    params = {"ar": SETTINGS["ar"]} | {f"diffusion γ 0.{i}": SETTINGS["diffusion"] for i in range(9)}
+    answers = {name: [reply(), reply()] for name in params}
+    own = Speed(Quartiles(1e3, 2e3, 3e3), Quartiles(1, 2, 3), Quartiles(0.1, 0.2, 0.3))
+    by_name = dict.fromkeys(("ar", "diffusion γ 0.0", "diffusion γ 0.5"), own)
+    results = [
+        TaskResult(Task(name, result(ar=[]).task.examples), params, answers, {1: by_name}, {1: [0, 1]})
+        for name in ("arithmetic", "json", "lists")
+    ]
+    table = speed_table(results)
+    assert list(table.columns[3].cells)[:10] == [*by_name, *(name for name in params if name not in by_name)]
+    assert next(iter(table.columns[6].cells)) == "100.00"  # 0.2 s for both prompts
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table)
+    lines = console.export_text().splitlines()
+    assert {len(line) for line in lines} == {80}
+    assert any("arithmetic" in line for line in lines)
 
 
 def test_json_says_undefined_with_null():

@@ -16,13 +16,14 @@ _UNDEFINED = "undefined"
 _EXACT_MODES = ("ar", "verified")
 # A gain in speed is none for answers that mostly fail: the least share of ar's score with which it counts.
 _LEAST_KEPT = 0.5
+UNCOUNTED = f"* does not count: less than {_LEAST_KEPT:.0%} of ar's score is kept, or ar scores too little"
 
 
 def to_json(results: Sequence[TaskResult]) -> dict[str, Any]:
     """Everything that was measured: per setting, per task and setting, and every answer.
 
     A retention or an interval is null where it is undefined, and so is a gain over all tasks where none counts; a
-    task's gain is missing where nothing could be timed.
+    task's gain is missing where nothing could be timed. Seconds of prefill are those of all timed examples.
     """
     settings = results[0].settings
     return {
@@ -60,10 +61,11 @@ def total_gain(results: Sequence[TaskResult], name: str, batch_size: int) -> flo
 def tasks_in_gain(results: Sequence[TaskResult], name: str, batch_size: int) -> list[str]:
     """Tasks that were timed, count in the retention, and keep at least half of ar's score."""
     timed = [r for r in results if name in r.speeds.get(batch_size, {})]
-    return [r.task.name for r in timed if _gain_counts(r, name)]
+    return [r.task.name for r in timed if gain_counts(r, name)]
 
 
-def _gain_counts(result: TaskResult, name: str) -> bool:
+def gain_counts(result: TaskResult, name: str) -> bool:
+    """Whether ar's score on the task means something, and the setting keeps at least half of it."""
     kept = task_retention(result, name).value
     return not left_out([result]) and kept is not None and kept >= _LEAST_KEPT
 
@@ -141,13 +143,13 @@ def quality_table(results: Sequence[TaskResult]) -> Table:
             per_nfe, _ = tokens_per_call(answers)
             label = result.task.name if i == 0 else ""
             bad = f"{sum(a.degenerate for a in answers)} of {len(answers)}"
-            kept = "" if name == "ar" else _share(task_retention(result, name))
+            kept = "" if name == "ar" else share(task_retention(result, name))
             table.add_row(label, name, f"{mean_score(answers):.3f}", bad, kept, _number(per_nfe, 2))
         table.add_section()
     counted = [r.task.name for r in results if r.task.name not in out]
     for name in results[0].answers if counted else ():
         if name != "ar":
-            table.add_row(f"all: {', '.join(counted)}", name, "", "", _share(total_retention(results, name)), "")
+            table.add_row(f"all: {', '.join(counted)}", name, "", "", share(total_retention(results, name)), "")
     return table
 
 
@@ -170,8 +172,8 @@ def group_table(results: Sequence[TaskResult]) -> Table:
 
 def speed_table(results: Sequence[TaskResult]) -> Table:
     """Medians with quartiles of the rounds, and the gains' mean over the tasks that count; why others don't."""
-    table = Table(title="Speed without prefill: medians (quartiles)")
-    for heading in ("task", "prompts", "batch", "mode", "tokens/s", "times ar", "prefill, s"):
+    table = Table(title="Speed without prefill: medians (quartiles)", pad_edge=False)  # fits 80 columns
+    for heading in ("task", "prompts", "batch", "mode", "tokens/s", "times ar", "prefill,\nms per\nprompt"):
         table.add_column(heading, justify="left" if heading in ("task", "mode") else "right", overflow="fold")
     sizes: dict[int, None] = {}
     uncounted = False
@@ -186,12 +188,12 @@ def speed_table(results: Sequence[TaskResult]) -> Table:
                 continue
             by_name = result.speeds[size]
             for name, speed in by_name.items():
-                prefill = _number(speed.prefill_seconds.median, 3)
-                mark = "" if name == "ar" or _gain_counts(result, name) else "*"
+                prefill = _number(1e3 * speed.prefill_seconds.median / len(examples), 2)
+                mark = "" if name == "ar" or gain_counts(result, name) else "*"
                 uncounted = uncounted or bool(mark)
                 parts = (_spread(speed.tokens_per_second, 0), _spread(speed.gain, 2) + mark, prefill)
                 table.add_row(result.task.name, str(len(examples)), str(size), name, *parts)
-            for name in result.answers.keys() - by_name.keys():
+            for name in (name for name in result.answers if name not in by_name):
                 table.add_row(result.task.name, "", str(size), name, "not timed: most answers degenerate or empty")
         table.add_section()
     for size in sizes:
@@ -201,12 +203,13 @@ def speed_table(results: Sequence[TaskResult]) -> Table:
                 label = f"all: {', '.join(counted)}"
                 table.add_row(label, "", str(size), name, "", _number(total_gain(results, name, size), 2), "")
     if uncounted:
-        table.caption = f'* not in "all": less than {_LEAST_KEPT:.0%} of ar\'s score is kept, or ar scores too little'
+        table.caption = UNCOUNTED
         table.caption_justify = "left"
     return table
 
 
-def _share(found: Interval) -> str:
+def share(found: Interval) -> str:
+    """A retention in words: in per cent with its interval, or why there is none."""
     if found.value is None:
         return f"{_UNDEFINED}: ar scores 0"
     if found == (1, 1, 1):  # only where no answer differs from ar's

@@ -70,7 +70,7 @@ class Sample(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """One setting's rounds: its speed without prefill, that over ar's in the same round, and seconds of prefill."""
+    """One setting's rounds: its speed without prefill, that over ar's in the same round, seconds of all prefills."""
 
     tokens_per_second: Quartiles
     gain: Quartiles
