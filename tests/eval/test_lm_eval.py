@@ -19,7 +19,7 @@ from twotower.decoding.params import SamplingParams
 from twotower.eval import lm_eval as adapter
 from twotower.eval.lm_eval import TwoTowerLM
 from twotower.eval.quality import answer, log_probabilities, mean_score
-from twotower.eval.tasks import read_task
+from twotower.eval.tasks import FILLER, read_task
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "lm_eval" / "twotower_lists.yaml"
 MODES = ("ar", "diffusion", "verified")
@@ -87,6 +87,12 @@ def test_lm_eval_gives_the_score_of_twotower_eval(model, checkpoint, task_file, 
 def test_a_line_of_a_file_whose_other_lines_say_more_is_scored():
     line = {"prompt": "a", "answer": "b", "scorer": "exact", "max_new_tokens": 1, "stop": ["#"]}
     assert adapter.process_results(line | {"group": None, "distance": None}, ["b"]) == {"score": 1.0}
+
+
+@pytest.mark.parametrize("more", [{"prompt": f"a {FILLER}", "distance": 5}, {"prompt": "a", "scorer": "likelihood"}])
+def test_a_line_that_lm_eval_cannot_ask_or_judge_is_refused(more):
+    with pytest.raises(ValueError, match=r"measure it with twotower eval"):
+        adapter.process_results({"answer": "b", "scorer": "exact", "max_new_tokens": 1} | more, ["b"])
 
 
 def test_the_committed_task_asks_as_the_task_file_does():

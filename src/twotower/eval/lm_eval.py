@@ -227,11 +227,16 @@ def _joined(windows: Sequence[Scored]) -> Scored:
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Scores an answer as `twotower eval` does, loops included, for a lm_eval task over one of our task files.
 
-    Such a task says `process_results: !function twotower.eval.lm_eval.process_results`.
+    Such a task says `process_results: !function twotower.eval.lm_eval.process_results`. Raises ValueError for lines
+    that lm_eval can't ask or judge: with filler, or scored by the context tower.
     """
     # datasets puts None where a line lacks a key that others have
     given = {name: value for name, value in doc.items() if value is not None}
-    return {"score": score_text(Example.from_dict(given), results[0])}
+    example = Example.from_dict(given)
+    if example.distance or example.scorer == "likelihood":
+        what = f"distance {example.distance}" if example.distance else "scorer 'likelihood'"
+        raise ValueError(f"an example has {what}, which needs the model itself; measure it with twotower eval")
+    return {"score": score_text(example, results[0])}
 
 
 def main() -> None:
