@@ -6,8 +6,14 @@ import json
 import pytest
 
 from twotower.cli import sweep as module
+from twotower.decoding.params import GenerationStats
+from twotower.eval import sweep as eval_sweep
+from twotower.eval.evaluate import TaskResult
+from twotower.eval.quality import Answer
+from twotower.eval.throughput import Quartiles, Speed
 
 LINE = {"scorer": "likelihood", "max_new_tokens": 4}
+STATS = GenerationStats(denoiser_calls=1, context_calls=2, seconds_to_first_token=0.0, seconds_total=1.0, num_tokens=2)
 
 
 @pytest.fixture
@@ -49,6 +55,39 @@ def test_distances_and_batches_are_conditions(run, checkpoint, task, tmp_path):
         ("30", "1"),
         ("30", "2"),
     ]
+
+
+def test_the_table_says_what_is_uncertain_what_does_not_count_and_what_is_not_timed(
+    run, checkpoint, task, tmp_path, monkeypatch
+):
+    right, wrong = ([Answer(text, score, not text, STATS, [])] * 40 for text, score in (("a", 1.0), ("b", 0.0)))
+    loops = [Answer("", 0.0, True, STATS, [])] * 40
+    answers = {
+        "ar": right,
+        "diffusion γ 0.2 S 16 T 16": wrong,
+        "diffusion γ 0.9 S 16 T 16": right,
+        "verified S 16": loops,
+    }
+
+    def evaluated(model, asked, settings, timing, advance):
+        examples = asked.examples[:1] * 40
+        own = Speed(*[Quartiles(1, 2, 3)] * 3)
+        timed = {name: own for name, replies in answers.items() if replies is not loops}
+        return TaskResult(asked._replace(examples=examples), settings, answers, {1: timed}, {1: [0]})
+
+    monkeypatch.setattr(eval_sweep, "evaluate", evaluated)
+    monkeypatch.setenv("COLUMNS", "200")
+    options = ("--modes", "diffusion,verified", "--thresholds", "0.2,0.9", "--out", tmp_path / "out", "--task", task)
+    result = run("sweep", checkpoint, *options)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.replace("│", " ").split())
+    assert "0.2 S 16 T 16 0.000 0.0% (0.0% to 7.1%) 2 2.00*" in said
+    assert "0.9 S 16 T 16 1.000 100.0% (92.9% to 100.0%) 2 2.00 " in said
+    assert "verified S 16 0.000 0.0% (0.0% to 7.1%) not timed" in said
+    assert "* does not count: less than 50% of ar's score is kept" in said
+    assert "not timed: ar scores 0, most answers" in said
+    rows = csv.DictReader((tmp_path / "out" / "sweep.csv").open())
+    assert [row["gain_counts"] for row in rows] == ["True", "False", "True", "False"]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def point(label, rate, score, **changes):
         retention=Interval(0.5, None, None),
         timed_prompts=2,
         speed=speed,
+        gain_counts=True,
         tokens_per_nfe=1.5,
         tokens_per_context_call=None,
         phases=dict.fromkeys(PHASES, 0.25),

@@ -15,6 +15,7 @@ from twotower.cli.eval import fitted, integers, listed_modes, numbers, telling, 
 from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, check_out, open_model
 from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig
 from twotower.eval.provenance import provenance
+from twotower.eval.report import UNCOUNTED, share
 from twotower.eval.sweep import Point, SweepConfig, sweep
 from twotower.eval.tasks import HUMANEVAL, read_task, shipped_tasks
 
@@ -22,6 +23,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _DEFAULTS = SweepConfig()
 _TIMING = SpeedConfig()
+_UNTIMED = (
+    "not timed: ar scores 0, most answers of the setting are degenerate or empty, or too few prompts have sound "
+    "answers in every timed setting"
+)
 
 
 def _listed(values: Sequence[object]) -> str:
@@ -134,17 +139,22 @@ def _check_matplotlib() -> None:
 
 
 def _table(condition: str, points: Sequence[Point]) -> Table:
-    table = Table(title=f"Medians over the rounds: {condition}")
+    """Scores, and medians of speeds; below it what a star and a missing speed mean."""
+    table = Table(title=f"Scores, and speed without prefill: {condition}", caption_justify="left", pad_edge=False)
     table.add_column("setting", no_wrap=True)
-    for heading in ("score", "of ar's", "tokens/s", "times ar", "tokens per NFE"):
+    for heading in ("score", "of ar's\n(95 %)", "tokens/s", "times ar", "tokens\nper NFE"):
         table.add_column(heading, justify="right")
     for p in points:
+        mark = "" if p.params.mode == "ar" or p.gain_counts else "*"
         cells = (
             f"{p.score:.3f}",
-            "" if p.retention.value is None else f"{p.retention.value:.1%}",
-            "" if p.speed is None else f"{p.speed.tokens_per_second.median:.0f}",
-            "" if p.speed is None else f"{p.speed.gain.median:.2f}",
+            "" if p.params.mode == "ar" else share(p.retention),
+            "not timed" if p.speed is None else f"{p.speed.tokens_per_second.median:.0f}",
+            "" if p.speed is None else f"{p.speed.gain.median:.2f}{mark}",
             "" if p.tokens_per_nfe is None else f"{p.tokens_per_nfe:.2f}",
         )
         table.add_row(p.label, *cells)
+    uncounted = any(p.speed and p.params.mode != "ar" and not p.gain_counts for p in points)
+    untimed = any(p.speed is None for p in points)
+    table.caption = "\n".join([UNCOUNTED] * uncounted + [_UNTIMED] * untimed) or None
     return table

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from twotower.decoding.params import Mode, SamplingParams
 from twotower.eval.evaluate import SpeedConfig, TaskResult, evaluate, timed_work
 from twotower.eval.quality import Answer, Interval, mean_score
-from twotower.eval.report import task_retention, tokens_per_call
+from twotower.eval.report import gain_counts, task_retention, tokens_per_call
 from twotower.eval.tasks import Task, at_distance, prompt_ids
 from twotower.eval.throughput import PHASES, Quartiles, Speed, phase_seconds
 from twotower.model.two_tower import TwoTower
@@ -46,9 +46,9 @@ class SweepConfig:
 class Point(NamedTuple):
     """One setting under one condition: how good, how fast, and what its tokens cost.
 
-    `speed` is None and `phases` are empty where nothing was timed. `phases` are seconds of one run over the timed
-    prompts. `commits[step][place]` counts the tokens that were committed at a step of their block, by place in the
-    block; only blockwise modes have it.
+    `speed` is None and `phases` are empty where nothing was timed; `gain_counts` says whether the score is worth it.
+    `phases` are seconds of one run over the timed prompts. `commits[step][place]` counts the tokens that were committed
+    at a step of their block, by place in the block; only blockwise modes have it.
     """
 
     task: str
@@ -63,6 +63,7 @@ class Point(NamedTuple):
     retention: Interval
     timed_prompts: int
     speed: Speed | None
+    gain_counts: bool
     tokens_per_nfe: float | None
     tokens_per_context_call: float | None
     phases: dict[str, float]
@@ -92,6 +93,7 @@ class Point(NamedTuple):
         for name in Speed._fields:
             for part in Quartiles._fields:
                 line[f"{name}_{part}"] = None if speed is None else getattr(getattr(speed, name), part)
+        line["gain_counts"] = self.gain_counts
         line |= {"tokens_per_nfe": self.tokens_per_nfe, "tokens_per_context_call": self.tokens_per_context_call}
         return line | {f"{phase}_phase_seconds": self.phases.get(phase) for phase in PHASES}
 
@@ -171,6 +173,7 @@ def points(
             retention=task_retention(result, label),
             timed_prompts=len(examples) if speed else 0,
             speed=speed,
+            gain_counts=gain_counts(result, label),
             tokens_per_nfe=per_nfe,
             tokens_per_context_call=per_context_call,
             phases=phases,
