@@ -154,6 +154,20 @@ def test_a_context_that_is_too_long_loses_its_start(model, adapted, monkeypatch)
     assert total == pytest.approx(log_probabilities(model, ids[5:8], ids[8:]).sum().item(), abs=1e-3)
 
 
+def test_a_generation_that_is_too_long_loses_the_start_of_its_context(adapted, monkeypatch):
+    def asked(context, length):
+        return adapted.generate_until([SimpleNamespace(args=(context, {"max_gen_toks": length}))])
+
+    long, end = "abcdefghijklmnop", "klmnop"
+    monkeypatch.setattr(TwoTowerLM, "max_length", None)
+    alone, whole = asked(end, 4), asked(long, 4)
+    assert alone != whole
+    monkeypatch.setattr(TwoTowerLM, "max_length", 10)
+    assert asked(long, 4) == alone
+    with pytest.raises(ValueError, match="max_gen_toks is 10, must be below 10"):
+        asked(long, 10)
+
+
 def test_a_continuation_that_is_too_long_is_scored_in_windows(model, adapted, monkeypatch):
     ids = model.tokenizer.encode("0123456789abc").ids
     monkeypatch.setattr(TwoTowerLM, "max_length", 4)

@@ -142,9 +142,16 @@ class TwoTowerLM(TemplateLM):
         return list(self.encoder.encode(string, add_special_tokens=add_special_tokens).ids)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers every (context, generation settings) pair; the request's number is added to the seed."""
-        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        """Answers every (context, generation settings) pair; the request's number is added to the seed.
+
+        A context that leaves too few of the checkpoint's positions for the answer loses its start. Raises ValueError
+        where the answer alone needs all of them.
+        """
         settings = [self._params(request.args[1], i) for i, request in enumerate(requests)]
+        prompts = [
+            self.tok_encode(request.args[0])[-self._room(own.max_new_tokens) :]
+            for request, own in zip(requests, settings, strict=True)
+        ]
         texts = []
         for start in range(0, len(prompts), self.batch_size):
             end = start + self.batch_size
@@ -152,6 +159,17 @@ class TwoTowerLM(TemplateLM):
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
+
+    def _room(self, max_new_tokens: int) -> int:
+        """Most tokens of a context before an answer of so many; 0 for any number."""
+        if self.max_length is None:
+            return 0
+        if max_new_tokens >= self.max_length:
+            raise ValueError(
+                f"max_gen_toks is {max_new_tokens}, must be below {self.max_length}, the checkpoint's positions; "
+                "set it with --gen_kwargs max_gen_toks=…"
+            )
+        return self.max_length - max_new_tokens
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of every whole text, in windows where it has more tokens than the checkpoint positions."""
