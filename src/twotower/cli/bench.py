@@ -73,7 +73,8 @@ def decode(
 
     Speeds and ratios to ar are without prefill, and medians with quartiles over rounds, ratios within a round. The
     floor is the bytes of weights that a mode's passes read, divided by the memory bandwidth measured between the runs.
-    Texts that fall into a loop are counted: they are quicker to write than what one would want to read.
+    "degenerate" says how many texts fall into a loop: they are quicker to write than what one would want to read. Modes
+    may end their texts after different numbers of "tokens": twotower eval times those of sound answers alone.
     """
     settings: dict[str, SamplingParams] = {
         mode: SamplingParams(
