@@ -95,6 +95,13 @@ def test_an_answer_that_no_reply_can_match_is_named(tmp_path, scorer, answer, fi
     assert fix in str(caught.value)
 
 
+def test_a_fraction_is_cut_by_a_stop_at_its_point(tmp_path):
+    with pytest.raises(ValueError, match=r"answer is '3\.5', but replies end before stop '\.'"):
+        read_task(written(tmp_path, LINE | {"answer": "3.5", "stop": ["."]}))
+    whole = [LINE | {"answer": answer, "stop": ["."]} for answer in ("3.0", "1" * 50)]
+    assert len(read_task(written(tmp_path, *whole)).examples) == 2
+
+
 def test_answers_in_other_spellings_are_read(tmp_path):
     lines = [LINE | {"answer": " -1,200.50 "}, LINE | {"scorer": "exact", "answer": "\nblue\n"}]
     lines += [{"prompt": "?", "scorer": "likelihood", "max_new_tokens": 1}]

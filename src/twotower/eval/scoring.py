@@ -60,14 +60,16 @@ def check_answer(example: "Example") -> None:
             ast.parse(answer)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"answer is {answer!r}, must be Python for scorer 'program': {error}") from error
+    needed = ""  # in every spelling
     if scorer == "exact":
-        cut = [stop for stop in example.stop if stop in answer.strip()]
-        if cut:
-            raise ValueError(
-                f"answer is {answer!r}, but replies end before stop {cut[0]!r}; drop it from one of the two"
-            )
-        if is_degenerate(answer):
-            raise ValueError(f"answer is {answer!r}, a loop, for which a reply scores nothing; ask for something else")
+        needed = answer.strip()
+    elif scorer == "number" and _decimal(answer) != _decimal(answer).to_integral_value():
+        needed = "."
+    cut = [stop for stop in example.stop if stop in needed]
+    if cut:
+        raise ValueError(f"answer is {answer!r}, but replies end before stop {cut[0]!r}; drop it from one of the two")
+    if scorer == "exact" and is_degenerate(answer):
+        raise ValueError(f"answer is {answer!r}, a loop, for which a reply scores nothing; ask for something else")
 
 
 def score_text(example: "Example", text: str) -> float:
