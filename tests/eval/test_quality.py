@@ -137,6 +137,20 @@ def test_intervals_of_probabilities_hold_the_true_share():
     assert np.mean(held) >= 0.9
 
 
+@pytest.mark.parametrize("count", [4, 8])
+def test_intervals_of_few_probabilities_hold_the_true_share(count, monkeypatch):
+    monkeypatch.setattr(quality, "_RESAMPLES", 400)
+    generator = np.random.default_rng(0)
+    held = []
+    for _ in range(200):
+        ar, kept = generator.uniform(0.5, 0.8, count), generator.uniform(0.3, 0.7, count)
+        looped = generator.random(count) < 0.1
+        found = retention(replies(*np.where(looped, 0, ar * kept)), replies(*ar))
+        held.append(found.low <= 0.45 <= found.high)
+    assert np.mean(held) >= 0.92
+    assert retention(replies(0.3), replies(0.6)) == (0.5, None, None)
+
+
 def test_only_a_mode_that_is_ar_by_construction_is_certain_of_questions_not_asked():
     right = replies(*[1] * 48)
     value, low, high = retention(right, right)

@@ -132,8 +132,9 @@ def retention(mode: Sequence[Answer], ar: Sequence[Answer], *, exact: bool = Fal
     resampled with two more pairs, both right for ar and one for the mode (as Agresti and Coull 1998 do for a share): 48
     right answers of 48 would pass for certainty, and 98 % be covered in 6 of 10 cases. Where ar is ever wrong, a third
     one is right for the mode alone, as it may gain answers as well as lose them: else means over four tasks would leave
-    out 100 % in 1 of 8 cases. `exact` says that the mode writes what ar writes by its construction; where the answers
-    show no difference either, the interval has no width.
+    out 100 % in 1 of 8 cases. Of other scores the ends move out as a t-interval's lie outside of a normal one's: else 8
+    stories would cover the truth in 85 of 100 cases. `exact` says that the mode writes what ar writes by its
+    construction; where the answers show no difference either, the interval has no width.
     """
     pairs = np.array([(m.score, a.score) for m, a in zip(mode, ar, strict=True)])  # (n, 2)
     if pairs[:, 1].mean() == 0:
@@ -141,16 +142,28 @@ def retention(mode: Sequence[Answer], ar: Sequence[Answer], *, exact: bool = Fal
     if exact and all((m.text, m.score) == (a.text, a.score) for m, a in zip(mode, ar, strict=True)):
         return Interval(1.0, 1.0, 1.0)
     value = float(pairs[:, 0].mean() / pairs[:, 1].mean())
+    stretch = _stretch(len(pairs))
     if np.isin(pairs, (0, 1)).all():
         gained = [] if pairs[:, 1].all() else [(1, 0)]
         pairs = np.concatenate([pairs, [(0, 1), (1, 1), *gained]])
+        stretch = 1.0
     draw = np.random.default_rng(0)  # the same answers have the same interval
     means = pairs[draw.integers(len(pairs), size=(_RESAMPLES, len(pairs)))].mean(axis=1)  # (resamples, 2)
     defined = means[:, 1] > 0
-    if (~defined).mean() > _UNDEFINED_SHARE:
+    if stretch is None or (~defined).mean() > _UNDEFINED_SHARE:
         return Interval(value, None, None)
     low, high = np.quantile(means[defined, 0] / means[defined, 1], (0.025, 0.975))
-    return Interval(value, float(low), float(high))
+    return Interval(value, float(value + stretch * (low - value)), float(value + stretch * (high - value)))
+
+
+def _stretch(n: int) -> float | None:
+    """How much wider a 95 % interval for a mean of n values is than the bootstrap's: it takes their spread for the
+    truth's, and by n instead of n - 1. Student's t by its expansion in 1/(n - 1); None where one value says nothing."""
+    if n < 2:
+        return None
+    z, v = statistics.NormalDist().inv_cdf(0.975), n - 1
+    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v * v)
+    return math.sqrt(n / v) * t / z
 
 
 def mean_retention(shares: Sequence[Interval]) -> Interval:

@@ -215,7 +215,7 @@ def share(found: Interval) -> str:
     if found == (1, 1, 1):  # only where no answer differs from ar's
         return "100.0% (identical texts)"
     if found.low is None or found.high is None:
-        return f"{found.value:.1%} (interval {_UNDEFINED}: ar scores too little)"
+        return f"{found.value:.1%} (interval {_UNDEFINED}: too few questions, or ar scores too little)"
     return f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%})"
 
 
