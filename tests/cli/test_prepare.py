@@ -11,6 +11,7 @@ import transformers
 import twotower
 from twotower.cli import prepare as module
 from twotower.cli.prepare import prepare
+from twotower.training.data import is_corpus
 
 STEPS = ("--steps", 1, "--batch-size", 2, "--warmup-steps", 0, "--row-length", 12)
 
@@ -106,3 +107,50 @@ def test_the_state_is_exported_without_the_text_and_only_where_there_is_one(run,
 def test_a_single_tower_elsewhere_says_how_to_make_two_of_it(run, single_tower, text, tmp_path):
     for command in (("generate", "a", "--model", single_tower), ("sample", single_tower, tmp_path / "out")):
         assert "twotower init" in " ".join(run(*command).stderr.split())
+
+
+@pytest.mark.parametrize("while_writing", ["initial", "corpus", "held_out"])
+def test_what_was_being_made_at_a_kill_is_made_again(single_tower, text, tmp_path, monkeypatch, while_writing):
+    arguments = (str(single_tower), {"corpus": str(text), "held_out": str(text / "0.txt")}, tmp_path / "out", 12)
+
+    def killed(write):
+        def wrapped(*given):
+            write(*given)
+            if tmp_path / "out" / while_writing in map(type(tmp_path), map(str, given)):
+                raise SystemExit
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name in ("init_two_tower", "write_corpus"):
+            patch.setattr(module, name, killed(getattr(module, name)))
+        with pytest.raises(SystemExit):
+            prepare(*arguments)
+    (tmp_path / "out" / f"{while_writing}.partial-x").mkdir()
+    prepare(*arguments)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "corpus",
+        "held_out",
+        "initial",
+        "prepared.json",
+    ]
+    assert [file.name for file in (tmp_path / "out" / "corpus").iterdir()] == ["00000.safetensors"]
+
+
+def test_held_out_text_may_come_later_and_a_text_that_could_not_be_read_be_another(single_tower, text, tmp_path):
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"body": "a"}')
+    arguments = (str(single_tower), {"corpus": str(wrong)}, tmp_path / "out", 12)
+    with pytest.raises(ValueError, match="no text in the field"):
+        prepare(*arguments)
+    sources = {"corpus": str(text)}
+    prepare(str(single_tower), sources, tmp_path / "out", 12)
+    found = prepare(str(single_tower) + "/", sources | {"held_out": str(text / "0.txt")}, tmp_path / "out", 12)
+    assert all(is_corpus(folder) for folder in found.corpora.values())
+
+
+def test_what_it_did_not_make_is_not_replaced(single_tower, text, tmp_path):
+    (tmp_path / "initial").mkdir()
+    with pytest.raises(FileExistsError, match="another OUT"):
+        prepare(str(single_tower), {"corpus": str(text)}, tmp_path, 12)
+    assert [file.name for file in tmp_path.iterdir() if file.suffix == ".json"] == []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,9 @@ from twotower.config import TwoTowerConfig
 from twotower.training.data import is_corpus
 from twotower.training.text import TextConfig
 
-# What was made of what; written last.
+# What was made of what, by name; None where it is not whole yet. Written before and after each.
 _RECORD = "prepared.json"
+_Made = dict[str, dict[str, str | int] | None]
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -30,33 +32,48 @@ def prepare(model: str, sources: Mapping[str, str], out: Path, row_length: int |
     """Makes `out`/initial of a `model` that is a single tower, and `out`/NAME of every source that is text.
 
     A source is a folder of shards, or anything that `read_documents` reads. What an earlier call made is taken as it
-    is. Under torchrun rank 0 makes them and the others wait. Raises ValueError where `out` has them of something else.
+    is, and what one was making when it was killed is made again. Under torchrun rank 0 makes them and the others wait.
+    Raises ValueError where `out` has one of them made of something else, FileExistsError where it was not made here.
     """
     towers = model if holds_two_towers(model) else str(out / "initial")
     corpora = {name: Path(source) if is_corpus(source) else out / name for name, source in sources.items()}
     texts = {name: source for name, source in sources.items() if not is_corpus(source)}
-    if towers == model and not texts:
-        return Prepared(model, corpora)
     config = TextConfig() if row_length is None else TextConfig(length=row_length)
-    record = {"model": str(model), **texts} | ({"row_length": config.length} if texts else {})
-    made = _read(out)
+    wanted: _Made = {} if towers == model else {"initial": {"model": _spelled(model)}}
+    for name, source in texts.items():
+        wanted[name] = {"model": _spelled(model), "text": _spelled(source), "row_length": config.length}
     if int(os.environ.get("RANK", "0")):
-        while made is None:  # rank 0 looks whether it is the same
+        while not wanted.items() <= _read(out).items():  # rank 0 looks what is wrong, if anything
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            made = _read(out)
-    elif made is None:
-        if towers != model:
+        return Prepared(towers, corpora)
+    missing = _missing(out, wanted)
+    for name in missing:
+        _write(out, _read(out) | {name: None})
+        for left in (out / name, *out.glob(f"{name}.partial-*")):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+        if name in texts:
+            write_corpus(towers, texts[name], corpora[name], config)
+        else:
             init_two_tower(model, Path(towers))
             print(f"{towers} holds two towers made of {model}")
-        for name, source in texts.items():
-            write_corpus(towers, source, corpora[name], config)
-        out.mkdir(parents=True, exist_ok=True)
-        partial = out / f"{_RECORD}.partial"
-        partial.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(partial, out / _RECORD)
-    elif not record.items() <= made.items():
-        raise ValueError(f"{out} was begun with {made}, not with {record}; give the same again, or another OUT")
+        _write(out, _read(out) | {name: wanted[name]})
     return Prepared(towers, corpora)
+
+
+def _missing(out: Path, wanted: _Made) -> list[str]:
+    """The names of what is still to be made."""
+    made = _read(out)
+    for name, what in wanted.items():
+        if made.get(name) not in (None, what):
+            raise ValueError(f"{out / name} was made of {made[name]}, not of {what}; give the same again, or another OUT")
+        if name not in made and (out / name).exists():
+            raise FileExistsError(f"{out / name} is there, but was not made by this command; give another OUT")
+    return [name for name in wanted if made.get(name) is None]
+
+
+def _spelled(source: str) -> str:
+    """One spelling of texts/ and ./texts; a hub id has but one."""
+    return os.path.normpath(source)
 
 
 def towers_config(model: str) -> TwoTowerConfig:
@@ -68,7 +85,14 @@ def towers_config(model: str) -> TwoTowerConfig:
     return open_backbone(model).config if single else read_config(resolve(model))
 
 
-def _read(out: Path) -> dict[str, object] | None:
+def _read(out: Path) -> _Made:
     file = out / _RECORD
-    found: dict[str, object] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    found: _Made = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return found
+
+
+def _write(out: Path, made: _Made) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f"{_RECORD}.partial"
+    partial.write_text(json.dumps(made), encoding="utf-8")
+    os.replace(partial, out / _RECORD)
