@@ -47,12 +47,14 @@ def pretrain(run, inputs, *options):
 
 
 def test_a_backbone_gets_a_denoiser_by_our_own_commands(run, inputs):
+    (inputs / "config" / "chat_template.jinja").write_text("{{ messages }}")
     result = pretrain(run, inputs, "--steps", 3, "--dtype", "float32", "--ema-decay", 0.9)
     assert f"twotower init {inputs / 'run' / 'backbone'}" in result.stdout
     assert (inputs / "run" / "backbone-ema" / "config.json").exists()
     assert run("init", inputs / "run" / "backbone", inputs / "start", "--block-size", 4).exit_code == 0
     arguments = ("train", inputs / "start", inputs / "corpus", inputs / "two", "--steps", 2, "--batch-size", 2)
     assert run(*arguments, "--dtype", "float32").exit_code == 0
+    assert (inputs / "two" / "checkpoint" / "chat_template.jinja").read_text() == "{{ messages }}"
     start, end = (twotower.load(inputs / name, pack=False) for name in ("start", "two/checkpoint"))
     assert start.config.mask_token_id == 5
     assert start.tokenizer is not None

@@ -79,6 +79,16 @@ def test_export_only_writes_the_saved_state_again_in_the_dtype_asked_for(run, ba
     assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
 
 
+def test_the_chat_template_goes_along(run, backbone, corpus, tmp_path):
+    start, out = shutil.copytree(backbone, tmp_path / "start"), tmp_path / "out"
+    (start / "chat_template.jinja").write_text("{{ messages }}")
+    (start / "tokenizer_config.json").write_text("{}")
+    train_to(run, start, corpus, out, 1, "--ema-decay", 0.5)
+    for folder in (out / "checkpoint", out / "checkpoint-ema"):
+        assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
+        assert (folder / "tokenizer_config.json").exists()
+
+
 def test_export_only_needs_a_state(run, backbone, corpus, tmp_path):
     result = run("train", backbone, corpus, tmp_path / "empty", "--export-only")
     assert result.exit_code == 2

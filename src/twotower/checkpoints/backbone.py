@@ -12,6 +12,7 @@ from twotower.checkpoints.gguf import MAGIC, open_gguf
 from twotower.checkpoints.hf import (
     CONFIG_FILE,
     TOKENIZER_FILE,
+    carried_documents,
     config_bytes,
     released_shapes,
     resolve,
@@ -27,7 +28,6 @@ from twotower.checkpoints.vocabulary import append_mask, trim
 from twotower.config import TwoTowerConfig
 
 _ROW_TENSORS = ("embeddings.weight", "lm_head.weight")
-_COPIED = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _TIME_INIT_STD = 0.02
 
 
@@ -84,7 +84,7 @@ def open_backbone(backbone: str | Path) -> Backbone:
         return open_gguf(path) if is_gguf else open_llama2c(path)
     directory = resolve(backbone)
     raw = read_raw_config(directory)
-    documents = {name: (directory / name).read_bytes() for name in _COPIED if (directory / name).exists()}
+    documents = carried_documents(directory)
     model_type = raw.get("model_type")
     if model_type == "nemotron_h":
         return open_nemotron_h(directory, raw, documents)

@@ -41,6 +41,8 @@ _GROUPS = (
     "scale_shift_tables.",
 )
 _EMBEDDING = "context_tower.embeddings.weight"
+# Files beside the weights that a model made of this one takes along
+_CARRIED_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _EXPERT_PARTS = (".mixer.experts.", ".mixer.gate.", ".mixer.shared_experts.")
 
 
@@ -131,6 +133,11 @@ def released_stream(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     yield from files.stream(files.specs)
 
 
+def carried_documents(directory: Path) -> dict[str, bytes]:
+    """A checkpoint directory's chat template and settings of its tokenizer, by file name, where they are there."""
+    return {name: (directory / name).read_bytes() for name in _CARRIED_FILES if (directory / name).exists()}
+
+
 def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
     """The tokenizer of a checkpoint directory or hub id; None if it has no tokenizer.json.
 
@@ -178,13 +185,14 @@ def save_rounded(
     dtype: torch.dtype,
     *,
     tokenizer: tokenizers.Tokenizer | None = None,
+    documents: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes a model of `dtype` as `save` does from released tensors of any dtype, which come one at a time; the parts
-    that no model rounds are float32."""
+    """Writes a model of `dtype` as `save` does from released tensors of any dtype, which come one at a time, and
+    further `documents` by file name; the parts that no model rounds are float32."""
     with torch.device("meta"):
         specs = _specs(TwoTower(config, dtype=dtype).released_tensors())
     rounded = ((name, tensor.to(specs[name].dtype)) for name, tensor in tensors)
-    write_tensors(path, specs, rounded, documents=_documents(config, specs, tokenizer))
+    write_tensors(path, specs, rounded, documents={**(documents or {}), **_documents(config, specs, tokenizer)})
 
 
 def _specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:

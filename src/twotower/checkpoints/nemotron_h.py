@@ -77,15 +77,18 @@ def save_backbone(
     dtype: torch.dtype,
     *,
     tokenizer: tokenizers.Tokenizer | None = None,
+    documents: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes the released tensors of a `OneTower`, which come one at a time, as a single-tower directory of `dtype`
-    that `open_nemotron_h` reads; the parts that no model rounds are float32."""
+    """Writes the released tensors of a `OneTower`, which come one at a time, and further `documents` by file name as a
+    single-tower directory of `dtype` that `open_nemotron_h` reads; the parts that no model rounds are float32."""
     with torch.device("meta"):
         rounded = OneTower(config, dtype=dtype).released_tensors()
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in rounded.items()}
-    documents = {} if tokenizer is None else {TOKENIZER_FILE: tokenizer.to_str(pretty=True).encode()}
-    documents[CONFIG_FILE] = config_bytes(with_stored_dtype(config, dtype))
-    write_tensors(path, specs, ((n, tensor.to(specs[n].dtype)) for n, tensor in tensors), documents=documents)
+    written = dict(documents or {})
+    if tokenizer is not None:
+        written[TOKENIZER_FILE] = tokenizer.to_str(pretty=True).encode()
+    written[CONFIG_FILE] = config_bytes(with_stored_dtype(config, dtype))
+    write_tensors(path, specs, ((n, tensor.to(specs[n].dtype)) for n, tensor in tensors), documents=written)
 
 
 def _config(raw: Mapping[str, Any]) -> TwoTowerConfig:

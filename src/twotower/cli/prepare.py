@@ -65,7 +65,9 @@ def _missing(out: Path, wanted: _Made) -> list[str]:
     made = _read(out)
     for name, what in wanted.items():
         if made.get(name) not in (None, what):
-            raise ValueError(f"{out / name} was made of {made[name]}, not of {what}; give the same again, or another OUT")
+            raise ValueError(
+                f"{out / name} was made of {made[name]}, not of {what}; give the same again, or another OUT"
+            )
         if name not in made and (out / name).exists():
             raise FileExistsError(f"{out / name} is there, but was not made by this command; give another OUT")
     return [name for name in wanted if made.get(name) is None]

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from twotower.checkpoints.hf import load_tokenizer, read_config, resolve
+from twotower.checkpoints.hf import carried_documents, load_tokenizer, read_config, resolve
 from twotower.checkpoints.nemotron_h import save_backbone
 from twotower.cli.logs import TensorBoardOption, WandbOption
 from twotower.cli.options import DeviceOption, Dtype, torch_dtype
@@ -150,10 +150,10 @@ def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
     state = saved_state(out)
     progress = read_progress(state)
     check_same(state, progress["run"], progress["run"] | config_identity(model.config), progress["step"])
-    tokenizer = load_tokenizer(folder)
+    tokenizer, documents = load_tokenizer(folder), carried_documents(folder)
 
     def write(tensors: TensorStream, path: Path) -> None:
-        save_backbone(model.config, tensors, path, dtype, tokenizer=tokenizer)
+        save_backbone(model.config, tensors, path, dtype, tokenizer=tokenizer, documents=documents)
 
     # All of it is trained: of what it started from only the names matter
     released = model.released_tensors()

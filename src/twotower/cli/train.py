@@ -8,7 +8,14 @@ from typing import Annotated
 import torch
 import typer
 
-from twotower.checkpoints.hf import load_tokenizer, read_config, released_stream, resolve, save_rounded
+from twotower.checkpoints.hf import (
+    carried_documents,
+    load_tokenizer,
+    read_config,
+    released_stream,
+    resolve,
+    save_rounded,
+)
 from twotower.cli.logs import TensorBoardOption, WandbOption
 from twotower.cli.options import DeviceOption, Dtype, open_model, torch_dtype
 from twotower.cli.prepare import prepare, towers_config
@@ -226,10 +233,10 @@ def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
     check_same(state, progress["run"], progress["run"] | model_identity(objective, weights), progress["step"])
     last = what.block_size(progress["step"] - 1, objective.model.config.block_size)
     config = dataclasses.replace(objective.model.config, block_size=last)
-    tokenizer = load_tokenizer(folder)
+    tokenizer, documents = load_tokenizer(folder), carried_documents(folder)
 
     def write(tensors: TensorStream, path: Path) -> None:
-        save_rounded(config, tensors, path, dtype, tokenizer=tokenizer)
+        save_rounded(config, tensors, path, dtype, tokenizer=tokenizer, documents=documents)
 
     for path in export_state(objective, state, out / "checkpoint", weights, write):
         print(f"wrote {path}; try it with: twotower generate --model {path}")
