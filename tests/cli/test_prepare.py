@@ -149,6 +149,13 @@ def test_held_out_text_may_come_later_and_a_text_that_could_not_be_read_be_anoth
     assert all(is_corpus(folder) for folder in found.corpora.values())
 
 
+@pytest.mark.parametrize("place", ["text", "text/run"])
+def test_a_run_s_own_files_are_not_read_as_text(single_tower, text, tmp_path, place):
+    with pytest.raises(ValueError, match="give an OUT outside it"):
+        prepare(str(single_tower), {"corpus": str(text)}, tmp_path / place, 12)
+    assert not any(file.is_dir() for file in text.iterdir())
+
+
 def test_what_it_did_not_make_is_not_replaced(single_tower, text, tmp_path):
     (tmp_path / "initial").mkdir()
     with pytest.raises(FileExistsError, match="another OUT"):

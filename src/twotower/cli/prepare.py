@@ -33,7 +33,8 @@ def prepare(model: str, sources: Mapping[str, str], out: Path, row_length: int |
 
     A source is a folder of shards, or anything that `read_documents` reads. What an earlier call made is taken as it
     is, and what one was making when it was killed is made again. Under torchrun rank 0 makes them and the others wait.
-    Raises ValueError where `out` has one of them made of something else, FileExistsError where it was not made here.
+    Raises ValueError where `out` has one of them made of something else or lies in a source, FileExistsError where one
+    was not made here.
     """
     towers = model if holds_two_towers(model) else str(out / "initial")
     corpora = {name: Path(source) if is_corpus(source) else out / name for name, source in sources.items()}
@@ -46,6 +47,9 @@ def prepare(model: str, sources: Mapping[str, str], out: Path, row_length: int |
         while not wanted.items() <= _read(out).items():  # rank 0 looks what is wrong, if anything
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         return Prepared(towers, corpora)
+    for source in texts.values():
+        if Path(source).resolve() in (out.resolve(), *out.resolve().parents):
+            raise ValueError(f"{out} lies in {source}, where all files are read as text; give an OUT outside it")
     missing = _missing(out, wanted)
     for name in missing:
         _write(out, _read(out) | {name: None})

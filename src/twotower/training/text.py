@@ -68,7 +68,8 @@ def _documents(records: Iterable[Record], source: str, config: TextConfig) -> It
         for field in fields:
             if not isinstance(record.get(field), str):
                 raise ValueError(
-                    f"record {number} of {source} has no text in the field {field!r}; its fields are {sorted(record)}"
+                    f"record {number} of {source} has no text in the field {field!r}; its fields are {sorted(record)}; "
+                    "name one of them with `tokenize`'s --text-field or --prompt-field"
                 )
         prompt = "" if config.prompt_field is None else str(record[config.prompt_field])
         yield Document(prompt, str(record[config.text_field]))
