@@ -149,6 +149,14 @@ def test_held_out_text_may_come_later_and_a_text_that_could_not_be_read_be_anoth
     assert all(is_corpus(folder) for folder in found.corpora.values())
 
 
+@pytest.mark.parametrize("options", [("--evaluate-every", 1), ("--shard",)])
+def test_settings_that_do_not_go_together_are_refused_first(run, single_tower, text, tmp_path, options):
+    result = run("train", single_tower, text, tmp_path / "out", *STEPS, *options)
+    assert result.exit_code == 2
+    assert "must be" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("place", ["text", "text/run"])
 def test_a_run_s_own_files_are_not_read_as_text(single_tower, text, tmp_path, place):
     with pytest.raises(ValueError, match="give an OUT outside it"):

@@ -104,6 +104,8 @@ def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, cor
         raise ValueError("seen")
 
     monkeypatch.setattr(train, "Trainer", stop)
+    # The values below, each unlike its default, don't go together
+    monkeypatch.setattr(train, "check_run", lambda *args, **kwargs: None)
     run("train", backbone, corpus, tmp_path)
     assert seen.pop() == (TrainConfig(steps=1000), DenoisingConfig(), None)
     other = TrainConfig(

@@ -45,6 +45,7 @@ from twotower.cli.training import (
     WarmupStepsOption,
     WeightDecayOption,
     export_state,
+    num_processes,
     open_corpus,
     print_estimate,
     reporting,
@@ -59,7 +60,7 @@ from twotower.training.denoising import ContextTraining, Denoising, DenoisingCon
 from twotower.training.identity import check_same, denoising_config, model_identity
 from twotower.training.objective import Reduction
 from twotower.training.text import TextConfig
-from twotower.training.trainer import TrainConfig, Trainer
+from twotower.training.trainer import TrainConfig, Trainer, check_run
 from twotower.training.weights import TensorStream
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -195,6 +196,8 @@ def command(
     if export_only:
         saved_state(out)
         sources = {}
+    else:  # before what may take hours
+        check_run(config, what, num_processes(), has_held_out=held_out is not None)
     model, folders = prepare(model, sources, out, row_length)
     folder = resolve(model)
     with torchrun_ranks(device) as ranks:

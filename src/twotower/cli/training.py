@@ -93,10 +93,15 @@ DryRunOption = Annotated[
 NumRanksOption = Annotated[int, typer.Option("--num-ranks", min=1, help="Ranks that --dry-run counts with, 1 or more.")]
 
 
+def num_processes() -> int:
+    """The processes that torchrun's environment tells of; without it this one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def torchrun_ranks(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun's environment tells of, each on its own GPU where `device` is cuda; else this process."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = num_processes()
     if size == 1:
         yield Ranks(device=open_device(device))
         return

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from twotower.training.checkpointing import Checkpoints, latest_state, read_progress, read_tensors_, stored_groups
 from twotower.training.data import Batch, Corpus
-from twotower.training.denoising import Denoising
+from twotower.training.denoising import Denoising, DenoisingConfig
 from twotower.training.held_out import answer, measure
 from twotower.training.identity import check_same, corpus_identity, model_identity, settings_identity
-from twotower.training.next_token import NextToken
+from twotower.training.next_token import NextToken, NextTokenConfig
 from twotower.training.objective import Piece
 from twotower.training.optimiser import Optimiser, total_norm
 from twotower.training.precision import coarse_parameters, compute_in_
@@ -105,6 +105,18 @@ class StepReport(NamedTuple):
         return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values})
 
 
+def check_run(
+    config: TrainConfig, what: DenoisingConfig | NextTokenConfig, num_ranks: int, *, has_held_out: bool
+) -> None:
+    """Raises ValueError where settings don't go together."""
+    if has_held_out != (config.evaluate_every > 0):
+        raise ValueError(f"evaluate_every is {config.evaluate_every}, must be above 0 with held-out rows, else 0")
+    if config.shard and num_ranks == 1:
+        raise ValueError("shard is set for one process, must be for several ranks; start them with torchrun")
+    if config.shard and what.compile:
+        raise ValueError("shard and compile are both set, must not be: gathered weights can't be traced; drop one")
+
+
 class Trainer:
     """Steps an objective over a corpus; `folder` holds the state to resume from and the metrics.
 
@@ -123,16 +135,11 @@ class Trainer:
         held_out: Corpus | None = None,
         weights: Callable[[], TensorStream] | None = None,
     ) -> None:
-        if (held_out is None) != (config.evaluate_every == 0):
-            raise ValueError(f"evaluate_every is {config.evaluate_every}, must be above 0 with held-out rows, else 0")
-        if config.shard and (ranks is None or ranks.size == 1):
-            raise ValueError("shard is set for one process, must be for several ranks; start them with torchrun")
-        if config.shard and objective.config.compile:
-            raise ValueError("shard and compile are both set, must not be: gathered weights can't be traced; drop one")
         self.objective, self.corpus, self.config, self.folder = objective, corpus, config, Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{self.folder} is a file, must be a folder to write to; give another")
         self.ranks, self.held_out = ranks or Ranks(), held_out
+        check_run(config, objective.config, self.ranks.size, has_held_out=held_out is not None)
         self.share = self.ranks.share(config.batch_size)
         self._run = model_identity(objective, weights) | settings_identity(objective.config)
         self._run |= {"seed": config.seed, "corpus": corpus_identity(corpus)}
