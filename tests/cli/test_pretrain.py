@@ -77,6 +77,15 @@ def test_a_second_call_resumes_and_export_only_writes_again(run, inputs):
     assert len((inputs / "run" / "backbone" / "model.safetensors").read_bytes()) < 0.6 * len(weights)
 
 
+def test_its_folder_is_not_one_of_train(run, inputs):
+    pretrain(run, inputs, "--steps", 1)
+    assert run("init", inputs / "run" / "backbone", inputs / "start").exit_code == 0
+    for options in ([], ["--export-only"]):
+        result = run("train", inputs / "start", inputs / "corpus", inputs / "run", "--batch-size", 2, *options)
+        assert result.exit_code == 2
+        assert "another kind" in result.stderr
+
+
 def test_dry_run_needs_no_corpus(run, inputs):
     options = ("--steps", 10, "--batch-size", 4, "--row-length", 64, "--dry-run")
     result = run("pretrain", inputs / "config", inputs / "none", inputs / "run", *options)

@@ -77,7 +77,7 @@ def test_what_may_change_may(tiny: Callable, corpus: Corpus, tmp_path: Path) -> 
     assert train(tiny("M*"), corpus, tmp_path, settings, what).step == 4
     state = latest_state(tmp_path)
     assert state is not None
-    assert denoising_config(read_progress(state)["run"]) == DenoisingConfig(**WHAT | {"phases": what["phases"]})
+    assert denoising_config(state, read_progress(state)["run"]) == DenoisingConfig(**WHAT | {"phases": what["phases"]})
 
 
 @pytest.mark.parametrize("what", [{}, {"lora_rank": 2}, {"context": "tied"}])

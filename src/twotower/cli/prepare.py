@@ -73,7 +73,10 @@ def _missing(out: Path, wanted: _Made) -> list[str]:
                 f"{out / name} was made of {made[name]}, not of {what}; give the same again, or another OUT"
             )
         if name not in made and (out / name).exists():
-            raise FileExistsError(f"{out / name} is there, but was not made by this command; give another OUT")
+            raise FileExistsError(
+                f"{out / name} is there, but was not made by this command; give it in place of what it is to be made "
+                "of, or another OUT"
+            )
     return [name for name in wanted if made.get(name) is None]
 
 

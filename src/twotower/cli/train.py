@@ -17,7 +17,7 @@ from twotower.checkpoints.hf import (
     save_rounded,
 )
 from twotower.cli.logs import TensorBoardOption, WandbOption
-from twotower.cli.options import DeviceOption, Dtype, open_model, torch_dtype
+from twotower.cli.options import DeviceOption, Dtype, check_out, open_device, open_model, torch_dtype
 from twotower.cli.prepare import prepare, towers_config
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.training import (
@@ -197,7 +197,9 @@ def command(
         saved_state(out)
         sources = {}
     else:  # before what may take hours
+        open_device(device)
         check_run(config, what, num_processes(), has_held_out=held_out is not None)
+    check_out(out)
     model, folders = prepare(model, sources, out, row_length)
     folder = resolve(model)
     with torchrun_ranks(device) as ranks:
@@ -229,7 +231,7 @@ def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
     """Writes the last state of a run that started from `folder`, with the block size that it was trained at last."""
     state = saved_state(out)
     progress = read_progress(state)
-    what = denoising_config(progress["run"])
+    what = denoising_config(state, progress["run"])
     with torch.device("meta"):
         objective = Denoising(_without_weights(folder), what)
     weights = functools.partial(released_stream, folder)

@@ -53,18 +53,22 @@ def settings_identity(what: object) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(what).items() if name not in _FREE}
 
 
-def denoising_config(run: dict[str, Any]) -> DenoisingConfig:
-    """The settings that a state's run had."""
+def denoising_config(state: Path, run: dict[str, Any]) -> DenoisingConfig:
+    """The settings that a state's run had. Raises ValueError where it trained no denoiser."""
     names = [f.name for f in dataclasses.fields(DenoisingConfig) if f.name not in _FREE]
+    if not run.keys() >= set(names):
+        raise _another_kind(state)
     return DenoisingConfig(**{n: run[n] for n in names} | {"phases": tuple(Phase(*phase) for phase in run["phases"])})
 
 
 def check_same(state: Path, was: dict[str, Any], now: dict[str, Any], step: int) -> None:
     """Raises ValueError where what a state of `step` steps was trained with, and must stay, is not what is given now.
     Phases that begin later may change."""
+    if was.keys() != now.keys():
+        raise _another_kind(state)
     now = json.loads(json.dumps(now))  # as it was read: lists for tuples
-    for name in sorted(was.keys() | now.keys()):
-        before, after = was.get(name, "not there"), now.get(name, "not there")
+    for name in sorted(was):
+        before, after = was[name], now[name]
         if name == "phases":
             before, after = ([phase for phase in phases if phase[0] < step] for phases in (before, after))
         if before != after:
@@ -72,6 +76,10 @@ def check_same(state: Path, was: dict[str, Any], now: dict[str, Any], step: int)
                 f"{name} is {after!r}, but {state} is of a run with {before!r}; give that again, or another output "
                 "folder"
             )
+
+
+def _another_kind(state: Path) -> ValueError:
+    return ValueError(f"{state} is of a run of another kind, `train` or `pretrain`; give another output folder")
 
 
 def _hash(text: str) -> str:
