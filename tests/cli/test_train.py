@@ -79,6 +79,13 @@ def test_export_only_writes_the_saved_state_again_in_the_dtype_asked_for(run, ba
     assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
 
 
+def test_a_state_of_more_steps_than_asked_for_is_told(run, backbone, corpus, tmp_path):
+    train_to(run, backbone, corpus, tmp_path, 3)
+    assert "nothing is left to train" not in train_to(run, backbone, corpus, tmp_path, 3).stderr
+    result = train_to(run, backbone, corpus, tmp_path, 2)
+    assert "step-00000003 has more than steps=2: nothing is left to train" in " ".join(result.stderr.split())
+
+
 def test_the_chat_template_goes_along(run, backbone, corpus, tmp_path):
     start, out = shutil.copytree(backbone, tmp_path / "start"), tmp_path / "out"
     (start / "chat_template.jinja").write_text("{{ messages }}")

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,6 +157,10 @@ class Trainer:
         if state is not None:
             self._resume(state)
         if self.ranks.rank == 0:
+            if self.step > self.config.steps:
+                warnings.warn(
+                    f"{state} has more than steps={self.config.steps}: nothing is left to train", stacklevel=2
+                )
             _drop_later_metrics(self.folder / "metrics.jsonl", self.step)
         try:
             with (self.folder / "metrics.jsonl").open("a") as metrics:
