@@ -197,7 +197,7 @@ def test_a_state_is_not_mixed_with_another_model(run, backbone, corpus, tmp_path
     for options in (("--steps", 3), ("--export-only",)):
         result = run("train", tmp_path / "other", corpus, tmp_path / "out", "--batch-size", 2, *options)
         assert result.exit_code == 2
-        assert "weights is" in result.stderr
+        assert "the weights to start from is" in result.stderr
         assert "another output folder" in result.stderr
 
 

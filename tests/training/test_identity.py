@@ -62,7 +62,7 @@ def test_another_model_and_another_corpus_of_the_same_shapes_are_refused(
     train(tiny("M*"), corpus, tmp_path, {}, {})
     other = tiny("M*")
     other.released_tensors()["denoiser_tower.layers.1.mixer.k_proj.weight"].mul_(2)
-    with pytest.raises(ValueError, match=r"weights is '.*', but .* is of a run with '.*'"):
+    with pytest.raises(ValueError, match=r"the weights to start from is '.*', but .* is of a run with '.*'"):
         train(other, corpus, tmp_path, {"steps": 4}, {})
     with pytest.raises(ValueError, match=r"config.rope_theta is 5.0, but .* is of a run with 10000.0"):
         train(tiny("M*", rope_theta=5.0), corpus, tmp_path, {"steps": 4}, {})

@@ -72,8 +72,9 @@ def check_same(state: Path, was: dict[str, Any], now: dict[str, Any], step: int)
         if name == "phases":
             before, after = ([phase for phase in phases if phase[0] < step] for phases in (before, after))
         if before != after:
+            what = "the hash of the weights to start from" if name == "weights" else name
             raise ValueError(
-                f"{name} is {after!r}, but {state} is of a run with {before!r}; give that again, or another output "
+                f"{what} is {after!r}, but {state} is of a run with {before!r}; give that again, or another output "
                 "folder"
             )
 
