@@ -75,9 +75,9 @@ def command(
 ) -> None:
     """Measure what each mode keeps of ar's quality, and how many times as fast as ar it writes.
 
-    Both compare a mode with ar of the same checkpoint, prompts and stop rules. An answer that falls into a loop scores
-    nothing and is left out of tokens per NFE. Timed are prompts that every timed mode answers neither with a loop nor
-    with nothing; a mode is where at least half of its answers are such.
+    Both compare a mode with ar of the same checkpoint, prompts (as tasks have them, in no chat template) and stop
+    rules. An answer that falls into a loop scores nothing and is left out of tokens per NFE. Timed are prompts that
+    every timed mode answers neither with a loop nor with nothing; a mode is where at least half of its answers are so.
 
     What a mode keeps is its score over ar's; "all" is the mean over tasks. A task is not in it where ar's own score is
     0 or its standard error more than 25 % of it: a share of luck means nothing. In the mean of the speeds are those of
