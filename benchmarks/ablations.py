@@ -39,13 +39,13 @@ import twotower
 from twotower.checkpoints.hf import resolve
 from twotower.config import TwoTowerConfig
 from twotower.eval.provenance import provenance
-from twotower.model.block_parallel import block_parallel_hidden
-from twotower.model.layout import Layout, make_layout
 from twotower.model.two_tower import TwoTower
+from twotower.training.corpus.shards import Corpus, RowBatch
 from twotower.training.corruption import Corrupted
-from twotower.training.data import Batch, Corpus
 from twotower.training.denoising import Denoising, DenoisingConfig, NoisyRows, Phase
-from twotower.training.trainer import TrainConfig, Trainer
+from twotower.training.forward.block_parallel import block_parallel_hidden
+from twotower.training.forward.layout import Layout, make_layout
+from twotower.training.run.trainer import TrainConfig, Trainer
 
 # two-sided 95 % quantiles of Student's t by degrees of freedom: one less than seeds
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
@@ -89,7 +89,7 @@ class Ablated(Denoising):
         super().__init__(model, DenoisingConfig(**variant.settings))
         self.change = variant.change
 
-    def prepare(self, batch: Batch, step: int, seed: int, device: torch.device) -> NoisyRows:
+    def prepare(self, batch: RowBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
         rows = super().prepare(batch, step, seed, device)
         return rows._replace(noisy=self.change(rows.noisy))
 
@@ -98,13 +98,13 @@ class Answers(NamedTuple):
     """Held-out rows, their blocks, which positions are judged, those of whole documents up to the answer's end, (b, t)
     bool, and each position's answer (b, t), numbered over all rows."""
 
-    rows: Batch
+    rows: RowBatch
     layout: Layout
     judged: Tensor
     number: Tensor
 
 
-def answers(rows: Batch, config: TwoTowerConfig) -> Answers:
+def answers(rows: RowBatch, config: TwoTowerConfig) -> Answers:
     part = rows.document * 2 + rows.scored  # a document's prompt, then its answer
     layout = Layout(make_layout(part, config.block_size).block, rows.document)
     starts = layout.document_start

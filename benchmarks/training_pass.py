@@ -9,7 +9,7 @@ positions masked. A step is forward and backward without the optimiser.
 `boundary` is what released training code does: the context pass runs first and keeps every layer's keys and values and,
 for `M`, a state and convolution rows per block boundary; the denoiser folds blocks into the batch for `M` and adds a
 dense (t, 2t) mask in `*`. It has the same towers, and the same head on masked rows, all at once; like ours it is
-vectorised over blocks. `seeded` is `training.objective.loss_sums`, `recompute` the same with that option, `ar` the
+vectorised over blocks. `seeded` is `training.losses.loss_sums`, `recompute` the same with that option, `ar` the
 context tower alone, trained on all positions with one head product. Steps alternate; ratios are of neighbours. On a
 shared machine seconds of the process on its core tell more than those of the clock. Peaks are the resident memory above
 that before the step, with weights and gradients allocated; they come from the kernel (Linux only).
@@ -32,14 +32,14 @@ from torch import Tensor
 
 from twotower import TwoTower, TwoTowerConfig
 from twotower.model.attention import Attention
-from twotower.model.layout import Layout, make_layout
 from twotower.model.mamba2 import Mamba2
-from twotower.model.seeded_mixers import MambaSeed, context_mixed, context_seed, make_plan
 from twotower.model.state import MambaState
 from twotower.model.time_conditioning import Modulation
 from twotower.ops.attention import cached_attention
 from twotower.training.corruption import Corrupted
-from twotower.training.objective import loss_sums
+from twotower.training.forward.layout import Layout, make_layout
+from twotower.training.forward.seeded_mixers import MambaSeed, context_mixed, context_seed, make_plan
+from twotower.training.losses import loss_sums
 
 CONFIG = TwoTowerConfig(
     vocab_size=8192,

@@ -19,7 +19,7 @@ import torch
 
 import twotower
 from twotower.checkpoints import init_two_tower, merge_closure, read_pieces
-from twotower.training.sampling import beginnings, sample_rows
+from twotower.training.corpus.sampling import beginnings, sample_rows
 
 TOKENS = Path(__file__).with_name("tokens.json")
 VOCABULARY = 6143  # of the source's 32,000 tokens; the mask token makes 6,144

@@ -12,9 +12,9 @@ import torch
 import twotower
 from twotower.checkpoints import save
 from twotower.config import TwoTowerConfig
-from twotower.model.layout import make_layout
+from twotower.training.corpus.shards import CorpusRows, RowBatch, write_shard
 from twotower.training.corruption import Corrupted
-from twotower.training.data import Batch, Rows, write_shard
+from twotower.training.forward.layout import make_layout
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "ablations.py"
 BOS, EOS, BLOCK = 1, 2, 4
@@ -46,7 +46,7 @@ def row(*documents):
 
 def batch(*rows):
     ids, scored, document = (torch.tensor(part) for part in zip(*rows, strict=True))
-    return Batch(ids, scored, document, torch.arange(len(ids)))
+    return RowBatch(ids, scored, document, torch.arange(len(ids)))
 
 
 def write_corpus(path, seed):
@@ -54,7 +54,7 @@ def write_corpus(path, seed):
     rng = np.random.default_rng(seed)
     documents = [[([BOS, *rng.integers(4, 40, 5)], [*rng.integers(4, 40, 5), EOS]) for _ in "ab"] for _ in range(8)]
     ids, scored, document = (np.array(part) for part in zip(*(row(*pair) for pair in documents), strict=True))
-    write_shard(path / "0.safetensors", Rows(ids, scored, document))
+    write_shard(path / "0.safetensors", CorpusRows(ids, scored, document))
     return path
 
 

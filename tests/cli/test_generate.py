@@ -8,7 +8,7 @@ from rich.console import Console
 
 import twotower
 from twotower.checkpoints import save
-from twotower.cli.batch import Job, record
+from twotower.cli.batch import FileRequest, record
 from twotower.cli.live import StoryView, show, steps
 from twotower.decoding.params import MODES, SamplingParams
 
@@ -42,7 +42,7 @@ def test_json_is_what_the_library_gives(run, checkpoint, loaded, mode):
         )
     )
     params = SamplingParams(mode=mode, max_new_tokens=LENGTH, ignore_eos=True)
-    expected = record(Job("ab", params), twotower.generate(loaded, ["ab"], params)[0])
+    expected = record(FileRequest("ab", params), twotower.generate(loaded, ["ab"], params)[0])
     clocks = {"seconds_to_first_token", "seconds_total", "tokens_per_second"}
     assert printed.keys() == expected.keys()
     assert {k: v for k, v in printed.items() if k not in clocks} == {

@@ -11,7 +11,7 @@ import transformers
 import twotower
 from twotower.cli import prepare as module
 from twotower.cli.prepare import prepare
-from twotower.training.data import is_corpus
+from twotower.training.corpus.shards import is_corpus
 
 STEPS = ("--steps", 1, "--batch-size", 2, "--warmup-steps", 0, "--row-length", 12)
 

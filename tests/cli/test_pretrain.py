@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import twotower
-from twotower.training.data import Rows, write_shard
+from twotower.training.corpus.shards import CorpusRows, write_shard
 
 CONFIG = {
     "model_type": "nemotron_h",
@@ -36,7 +36,7 @@ def inputs(byte_tokenizer, tmp_path):
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "tokenizer.json").write_text(byte_tokenizer.to_str())
     ids = np.random.default_rng(0).integers(4, 260, (8, 12))
-    write_shard(tmp_path / "corpus" / "0.safetensors", Rows(ids, np.ones_like(ids), ids * 0))
+    write_shard(tmp_path / "corpus" / "0.safetensors", CorpusRows(ids, np.ones_like(ids), ids * 0))
     return tmp_path
 
 

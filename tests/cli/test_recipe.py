@@ -6,7 +6,7 @@ import pytest
 
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
 from twotower.cli import train
-from twotower.cli.prepare import Prepared
+from twotower.cli.prepare import TrainingInputs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -49,7 +49,7 @@ def seen(monkeypatch):
 
 def test_what_is_given_wins_over_the_recipe(run, checkpoint, seen, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "open_corpus", lambda *arguments: None)
-    monkeypatch.setattr(train, "prepare", lambda model, *others: Prepared(model, {"corpus": Path("there")}))
+    monkeypatch.setattr(train, "prepare", lambda model, *others: TrainingInputs(model, {"corpus": Path("there")}))
     recipe = tmp_path / "a.yaml"
     lines = ("model: nowhere", "corpus: there", "out: result", "steps: 7", "learning_rate: 3e-4", "bf16: true",
              "phases: '0:8,3:4'", "reduction: example_mean", "warmup_steps: 0", "complementary: true")  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from twotower.training.data import Corpus
+from twotower.training.corpus.shards import Corpus
 
 SMALL = ("--rows", 3, "--length", 12, "--longest-prefix", 8)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from twotower.training.data import Corpus
+from twotower.training.corpus.shards import Corpus
 
 
 @pytest.fixture

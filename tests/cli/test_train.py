@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import twotower
 from twotower.checkpoints import save
 from twotower.cli import train
-from twotower.training.data import Rows, write_shard
+from twotower.training.corpus.shards import CorpusRows, write_shard
 from twotower.training.denoising import DenoisingConfig, Phase
-from twotower.training.trainer import TrainConfig
+from twotower.training.run.trainer import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     ids = rng.integers(4, 260, (8, 12))
-    write_shard(path / "0.safetensors", Rows(ids, np.ones_like(ids), ids * 0))
+    write_shard(path / "0.safetensors", CorpusRows(ids, np.ones_like(ids), ids * 0))
     return path
 
 

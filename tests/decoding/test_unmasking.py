@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import Proposal
-from twotower.decoding.unmasking import Schedule, certainty, commit, remask, schedule
+from twotower.decoding.unmasking import CommitSchedule, certainty, commit, remask, schedule
 from twotower.ops.backend import Backend
 from twotower.ops.kernels import REFERENCE, Kernels, kernels
 from twotower.ops.native.build import library
@@ -26,7 +26,7 @@ OPS = {"reference": REFERENCE} | ({} if library() is None else {"native": kernel
 class Rows(NamedTuple):
     sure: Tensor
     masked: Tensor
-    at: Schedule
+    at: CommitSchedule
 
 
 @st.composite
@@ -39,7 +39,7 @@ def rows(draw: st.DrawFn) -> Rows:
     steps = torch.tensor(draw(st.lists(st.integers(1, 20), min_size=b, max_size=b)))
     step = draw(st.integers(0, int(steps.min()) - 1))
     thresholds = torch.tensor(draw(st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.8, 1.0]), min_size=b, max_size=b)))
-    return Rows(torch.tensor(sure), masked, Schedule(step, steps, thresholds))
+    return Rows(torch.tensor(sure), masked, CommitSchedule(step, steps, thresholds))
 
 
 def wanted(rule: str, r: Rows, row: int) -> int:
@@ -83,11 +83,11 @@ def test_progress_never_stops_and_the_last_step_commits_all(rule: str, r: Rows) 
 
 def test_gamma_itself_is_not_enough() -> None:
     sure = torch.tensor([[0.8, 0.8, 0.81, 0.5]])
-    at = Schedule(0, torch.tensor([16]), torch.tensor([0.8]))
+    at = CommitSchedule(0, torch.tensor([16]), torch.tensor([0.8]))
     assert commit("confidence", sure, torch.ones(1, 4, dtype=torch.bool), at, None, REFERENCE).tolist() == [
         [False, False, True, False]
     ]
-    above = Schedule(0, torch.tensor([16]), torch.tensor([0.79]))
+    above = CommitSchedule(0, torch.tensor([16]), torch.tensor([0.79]))
     assert commit("confidence", sure, torch.ones(1, 4, dtype=torch.bool), above, None, REFERENCE).sum() == 3
 
 
@@ -109,7 +109,7 @@ def test_posterior_rate_is_that_of_absorbing_diffusion() -> None:
     torch.manual_seed(0)
     masked = torch.ones(1, 20_000, dtype=torch.bool)
     for step, steps in ((0, 4), (1, 4), (2, 4), (3, 4)):
-        at = Schedule(step, torch.tensor([steps]), torch.tensor([0.8]))
+        at = CommitSchedule(step, torch.tensor([steps]), torch.tensor([0.8]))
         t, s = (steps - step) / steps, (steps - step - 1) / steps
         rate = commit("posterior", torch.zeros(1, 20_000), masked, at, torch.rand(1, 20_000), REFERENCE).float().mean()
         assert abs(rate - (t - s) / t) < 0.015  # 4 standard deviations of 0.0035

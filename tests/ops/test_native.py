@@ -341,7 +341,7 @@ def test_fix() -> None:
         return normal(4, 17, seed=seed) > 0
 
     ids = [normal(4, 17, seed=seed).mul(9).long() for seed in range(3)]
-    places = unmask.Places(ids[0], coins(3), normal(4, 17, seed=4), ids[1])
+    places = unmask.BlockPlaces(ids[0], coins(3), normal(4, 17, seed=4), ids[1])
     step = torch.tensor([3, 0, 5, 1])
     arguments = (places, coins(5), coins(6), ids[2], normal(4, 17, seed=7), step, 39)
     for ours, theirs in zip(n_unmask.fix(*arguments), unmask.fix(*arguments), strict=True):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from twotower.ops.chunks import Chunks, make_chunks, take
-from twotower.ops.seeded_ssd import ScanInputs, chunk_states, context_output, seeded_output
+from twotower.ops.seeded_ssd import ChunkInputs, chunk_states, context_output, seeded_output
 
 HEADS, WIDTH, GROUPS, STATE, TOKENS = 4, 3, 2, 5, 22
 
@@ -76,9 +76,9 @@ def naive(own: Stream, context: Stream, block: Tensor, document: Tensor) -> tupl
     return causal, outputs
 
 
-def laid(s: Stream, token: Tensor, filled: Tensor) -> ScanInputs:
+def laid(s: Stream, token: Tensor, filled: Tensor) -> ChunkInputs:
     x, dt, B, C = (take(v, token) for v in s[:4])
-    return ScanInputs(x, dt * filled.unsqueeze(-1), B, C)
+    return ChunkInputs(x, dt * filled.unsqueeze(-1), B, C)
 
 
 def run(own: Stream, context: Stream, chunks: Chunks) -> tuple[Tensor, Tensor]:

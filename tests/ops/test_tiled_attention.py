@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from twotower.ops.tiled_attention import Reach, make_tiles, tiled_attention
+from twotower.ops.tiled_attention import KeyReach, make_tiles, tiled_attention
 
 TOKENS, WIDTH = 21, 4
 DOCUMENT = torch.tensor([[0] * 9 + [9] * 12, [0] * 21])
 BLOCK = torch.tensor([[0] * 3 + [3] * 6 + [9] * 8 + [17] * 4, [0] + [1] * 8 + [9] * 8 + [17] * 4])
 END = torch.tensor([[3] * 3 + [9] * 6 + [17] * 8 + [21] * 4, [1] + [9] * 8 + [17] * 8 + [21] * 4])
-CAUSAL = Reach(DOCUMENT, DOCUMENT, torch.arange(1, TOKENS + 1).expand(2, -1))
-BLOCKS = Reach(DOCUMENT, BLOCK, END)
+CAUSAL = KeyReach(DOCUMENT, DOCUMENT, torch.arange(1, TOKENS + 1).expand(2, -1))
+BLOCKS = KeyReach(DOCUMENT, BLOCK, END)
 
 
 def inputs(kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -20,7 +20,7 @@ def inputs(kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor
     return [torch.randn(2, h, TOKENS, WIDTH, dtype=dtype, requires_grad=True) for h in heads]
 
 
-def naive(q: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, reach: Reach) -> Tensor:
+def naive(q: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, reach: KeyReach) -> Tensor:
     """Query by query over exactly the keys it sees."""
     group = q.shape[1] // key.shape[1]
     rows = []
@@ -62,10 +62,10 @@ def test_gradients(tile: int, close: Callable) -> None:
 @pytest.mark.parametrize("grad", [True, False])
 def test_one_row_of_the_layout_serves_all_rows(grad: bool) -> None:
     q, key, value, *past = inputs()
-    shared = Reach(*(edge[1:] for edge in BLOCKS))
+    shared = KeyReach(*(edge[1:] for edge in BLOCKS))
     with torch.set_grad_enabled(grad):
         both = tiled_attention(
-            q, key, value, (past[0], past[1]), make_tiles(Reach(*(e.expand(2, -1) for e in shared)), 8)
+            q, key, value, (past[0], past[1]), make_tiles(KeyReach(*(e.expand(2, -1) for e in shared)), 8)
         )
         assert torch.equal(tiled_attention(q, key, value, (past[0], past[1]), make_tiles(shared, 8)), both)
 
@@ -81,7 +81,7 @@ def test_what_is_saved_for_backward_is_linear_in_the_tokens() -> None:
         saved.clear()
         q, key, value, past_key, past_value = torch.randn(5, 1, 2, t, WIDTH, requires_grad=True)
         start = torch.arange(t)[None] // 8 * 8
-        reach = Reach(torch.zeros_like(start), start, start + 8)
+        reach = KeyReach(torch.zeros_like(start), start, start + 8)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             tiled_attention(q, key, value, (past_key, past_value), make_tiles(reach, 16))
         return max(saved, default=0)

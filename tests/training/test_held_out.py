@@ -7,15 +7,15 @@ import pytest
 
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
-from twotower.training.data import Batch, Corpus, Rows, write_shard
+from twotower.training.corpus.shards import Corpus, CorpusRows, RowBatch, write_shard
 from twotower.training.held_out import Measured, answer, measure, questions
-from twotower.training.ranks import Ranks
+from twotower.training.run.ranks import Ranks
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     ids = np.arange(35).reshape(7, 5)
-    write_shard(tmp_path / "0.safetensors", Rows(ids, np.ones_like(ids), ids * 0))
+    write_shard(tmp_path / "0.safetensors", CorpusRows(ids, np.ones_like(ids), ids * 0))
     return Corpus(tmp_path, vocab_size=40)
 
 
@@ -23,7 +23,7 @@ def corpus(tmp_path: Path) -> Corpus:
 def test_every_row_counts_once(at_once: int, corpus: Corpus) -> None:
     seen: list[int] = []
 
-    def objective(batch: Batch) -> dict[str, Measured]:
+    def objective(batch: RowBatch) -> dict[str, Measured]:
         seen.extend(batch.ids[:, 0].tolist())
         return {"first": Measured(float(batch.ids[:, 0].sum()), len(batch.ids)), "none": Measured(0.0, 0.0)}
 
@@ -41,7 +41,7 @@ def test_questions_are_whole_documents_with_a_prompt(tmp_path: Path, tiny: Calla
     ids = np.array([[8, 9, 2, 1, 5, 6, 7, 2, 2, 1, 9, 2, 1, 5, 6]])
     document = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3]])
     scored = np.array([[1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1, 1, 0, 0, 1]])
-    write_shard(tmp_path / "0.safetensors", Rows(ids, scored, document))
+    write_shard(tmp_path / "0.safetensors", CorpusRows(ids, scored, document))
     corpus, config = Corpus(tmp_path, vocab_size=40), tiny("*", eos_token_id=2).config
     assert list(questions(corpus, config)) == [([1, 5], [6, 7, 2])]
     endless = dataclasses.replace(config, eos_token_id=None)
@@ -56,7 +56,7 @@ def test_answers_are_those_that_decoding_gives(tmp_path: Path, tiny: Callable) -
     ids = np.array([prompt + result.token_ids for prompt, result in zip(prompts, results, strict=True)])
     ids[:2, -1] = (ids[:2, -1] + 1) % 40
     scored = np.broadcast_to(np.arange(12) >= 4, ids.shape)
-    write_shard(tmp_path / "0.safetensors", Rows(ids, scored, ids * 0))
+    write_shard(tmp_path / "0.safetensors", CorpusRows(ids, scored, ids * 0))
     corpus = Corpus(tmp_path, vocab_size=40)
     calls = sum(result.stats.denoiser_calls for result in results)
     expected = {"tokens_per_nfe": 48 / calls, "exact_match": 4 / 6}
@@ -74,5 +74,5 @@ def test_answers_are_those_that_decoding_gives(tmp_path: Path, tiny: Callable) -
         answer(model, corpus, 4, OneOfSeveral(rank, 7))
     assert [sum(column) for column in zip(*parts, strict=True)] == [4, 48, calls]
     ids[:, 0] = 9  # no BOS: continued from somewhere
-    write_shard(tmp_path / "none" / "0.safetensors", Rows(ids, scored, ids * 0))
+    write_shard(tmp_path / "none" / "0.safetensors", CorpusRows(ids, scored, ids * 0))
     assert answer(model, Corpus(tmp_path / "none", vocab_size=40), 4, Ranks()) == {}

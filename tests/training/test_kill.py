@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from twotower.checkpoints import save
 from twotower.cli.main import app
-from twotower.training.data import Rows, write_shard
+from twotower.training.corpus.shards import CorpusRows, write_shard
 
 STEPS = 40
 OPTIONS = ["--batch-size", 4, "--warmup-steps", 3, "--checkpoint-every", 2, "--dtype", "float32", "--ema-decay", 0.9]
@@ -30,7 +30,7 @@ def arguments(folder: Path, out: str) -> list[str]:
 def inputs(tiny: Callable, tmp_path: Path) -> Path:
     save(tiny("M*", block_size=4), tmp_path / "model")
     ids = np.random.default_rng(0).integers(4, 40, (30, 24))
-    write_shard(tmp_path / "corpus" / "0.safetensors", Rows(ids, np.ones_like(ids), ids * 0))
+    write_shard(tmp_path / "corpus" / "0.safetensors", CorpusRows(ids, np.ones_like(ids), ids * 0))
     return tmp_path
 
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from twotower.model.one_tower import OneTower
-from twotower.training.data import Corpus, Rows, write_shard
+from twotower.training.corpus.shards import Corpus, CorpusRows, write_shard
 from twotower.training.next_token import NextToken, NextTokenConfig
-from twotower.training.trainer import TrainConfig, Trainer
+from twotower.training.run.trainer import TrainConfig, Trainer
 
 
 def one_tower(tiny: Callable, pattern: str = "M*-E", dtype: torch.dtype = torch.float64) -> OneTower:
@@ -25,7 +25,9 @@ def one_tower(tiny: Callable, pattern: str = "M*-E", dtype: torch.dtype = torch.
 def corpus(tmp_path: Path) -> Corpus:
     ids = (np.arange(24)[:, None] * 7 + np.arange(24)) % 36 + 4
     document = np.broadcast_to(np.arange(24) >= 10, ids.shape).astype(np.int32)
-    write_shard(tmp_path / "0.safetensors", Rows(ids, np.broadcast_to(np.arange(24) % 10 > 0, ids.shape), document))
+    write_shard(
+        tmp_path / "0.safetensors", CorpusRows(ids, np.broadcast_to(np.arange(24) % 10 > 0, ids.shape), document)
+    )
     return Corpus(tmp_path, vocab_size=40)
 
 

@@ -1,10 +1,10 @@
 """Reading and writing checkpoints: the released two-tower layout, and single-tower models made into two towers."""
 
-from twotower.checkpoints.backbone import init_two_tower
 from twotower.checkpoints.hf import load_model, load_tokenizer, released_shapes, resolve, save
 from twotower.checkpoints.llama2c import read_pieces
 from twotower.checkpoints.tensor_files import TensorSpec
 from twotower.checkpoints.tensor_writer import write_tensors
+from twotower.checkpoints.two_towers import init_two_tower
 from twotower.checkpoints.vocabulary import merge_closure
 
 __all__ = [

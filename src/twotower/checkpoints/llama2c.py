@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.checkpoints.source import Backbone, half_rotation_rows, llama_config
+from twotower.checkpoints.backbone import Backbone, half_rotation_rows, llama_config
 from twotower.checkpoints.tensor_files import TensorSpec
 from twotower.checkpoints.vocabulary import byte_token, scored_bpe
 

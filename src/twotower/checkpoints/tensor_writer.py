@@ -24,7 +24,7 @@ _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _STORED_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
-class _Place(NamedTuple):
+class _Span(NamedTuple):
     file: Path
     offset: int
 
@@ -61,10 +61,10 @@ def write_tensors(
         shutil.rmtree(staging)
 
 
-def _allocate(staging: Path, specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, _Place]:
+def _allocate(staging: Path, specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, _Span]:
     """Creates the files with their headers and full length; returns where each tensor's bytes go."""
     shards = _split(specs, max_shard_bytes)
-    places: dict[str, _Place] = {}
+    places: dict[str, _Span] = {}
     for i, names in enumerate(shards, start=1):
         file = staging / (SINGLE_FILE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors")
         places |= _create(file, {name: specs[name] for name in names})
@@ -95,7 +95,7 @@ def _split(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[s
     return [*shards, current] if current or not shards else shards
 
 
-def _create(file: Path, specs: Mapping[str, TensorSpec]) -> dict[str, _Place]:
+def _create(file: Path, specs: Mapping[str, TensorSpec]) -> dict[str, _Span]:
     """Writes the header that the safetensors library would write: widest dtype first, then by name."""
     widths = list(STORED_DTYPES.values())
     ordered = sorted(specs, key=lambda name: (widths.index(specs[name].dtype), name))
@@ -112,10 +112,10 @@ def _create(file: Path, specs: Mapping[str, TensorSpec]) -> dict[str, _Place]:
     with file.open("wb") as f:
         f.write(len(encoded).to_bytes(8, "little") + encoded)
         f.truncate(8 + len(encoded) + end)
-    return {name: _Place(file, 8 + len(encoded) + start) for name, start in starts.items()}
+    return {name: _Span(file, 8 + len(encoded) + start) for name, start in starts.items()}
 
 
-def _fill(places: Mapping[str, _Place], specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+def _fill(places: Mapping[str, _Span], specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
     waiting = set(specs)
     for name, tensor in tensors:
         if name not in waiting:

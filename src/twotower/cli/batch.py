@@ -16,12 +16,12 @@ from twotower.engine.engine import Engine
 from twotower.model.two_tower import TwoTower
 
 
-class Job(NamedTuple):
+class FileRequest(NamedTuple):
     prompt: Prompt
     params: SamplingParams
 
 
-def record(job: Job, result: Generation) -> dict[str, Any]:
+def record(job: FileRequest, result: Generation) -> dict[str, Any]:
     """The object that `--json` and `--out` write."""
     stats = result.stats
     return {
@@ -38,7 +38,7 @@ def record(job: Job, result: Generation) -> dict[str, Any]:
     }
 
 
-def write_batch(model: TwoTower, jobs: Sequence[Job], out: Path, limits: EngineConfig) -> None:
+def write_batch(model: TwoTower, jobs: Sequence[FileRequest], out: Path, limits: EngineConfig) -> None:
     """Adds a line to `out` for every job that has none yet, in order.
 
     Raises ValueError where the lines there belong to other prompts, or, before anything runs, for a bad job.
@@ -66,7 +66,7 @@ def write_batch(model: TwoTower, jobs: Sequence[Job], out: Path, limits: EngineC
     console.print(f"{out} holds the results of {len(jobs)} prompts", soft_wrap=True, highlight=False)
 
 
-def _finished(jobs: Sequence[Job], out: Path) -> int:
+def _finished(jobs: Sequence[FileRequest], out: Path) -> int:
     """How many jobs have their line; a line that an interruption cut off is removed."""
     if not out.exists():
         return 0

@@ -16,10 +16,10 @@ from twotower.model.moe import MixtureOfExperts
 from twotower.model.one_tower import OneTower
 from twotower.model.two_tower import TwoTower
 from twotower.training.denoising import Denoising, DenoisingConfig
+from twotower.training.losses import HEAD_ROWS
 from twotower.training.next_token import NextToken, NextTokenConfig
-from twotower.training.objective import HEAD_ROWS
-from twotower.training.precision import coarse_parameters
-from twotower.training.trainer import Objective, TrainConfig, trained_parameters
+from twotower.training.run.precision import coarse_parameters
+from twotower.training.run.trainer import Objective, TrainConfig, trained_parameters
 
 
 class Memory(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from twotower.cli.batch import Job, record, write_batch
+from twotower.cli.batch import FileRequest, record, write_batch
 from twotower.cli.live import show
 from twotower.cli.options import (
     ContextDeviceOption,
@@ -160,7 +160,7 @@ def command(
             _print_text(opened, job)
 
 
-def _print_text(model: TwoTower, job: Job) -> None:
+def _print_text(model: TwoTower, job: FileRequest) -> None:
     for piece in stream(model, job.prompt, job.params):
         # without a tokenizer there is no text
         shown = str(piece) if model.tokenizer is not None else "".join(f"{i} " for i in piece.token_ids)
@@ -168,7 +168,7 @@ def _print_text(model: TwoTower, job: Job) -> None:
     print()
 
 
-def _jobs(prompt: str | None, file: Path | None, params: SamplingParams) -> list[Job]:
+def _jobs(prompt: str | None, file: Path | None, params: SamplingParams) -> list[FileRequest]:
     if prompt is not None and file is not None:
         raise ValueError("both a prompt and --file were given; drop one of them")
     if file is not None:
@@ -181,10 +181,10 @@ def _jobs(prompt: str | None, file: Path | None, params: SamplingParams) -> list
                 'there is no prompt; write it after the command, as in twotower generate "Once upon a time"'
             )
         prompt = sys.stdin.read().removesuffix("\n")
-    return [Job(prompt, params)]
+    return [FileRequest(prompt, params)]
 
 
-def _job(line: bytes, where: str, params: SamplingParams) -> Job:
+def _job(line: bytes, where: str, params: SamplingParams) -> FileRequest:
     try:
         raw = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
     except ValueError as error:
@@ -199,6 +199,6 @@ def _job(line: bytes, where: str, params: SamplingParams) -> Job:
     if unknown:
         raise ValueError(f"{where} has unknown keys {unknown}; besides prompt there are {sorted(_FIELDS)}")
     try:
-        return Job(prompt, dataclasses.replace(params, **raw))
+        return FileRequest(prompt, dataclasses.replace(params, **raw))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error

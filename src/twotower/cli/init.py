@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from twotower.checkpoints.backbone import init_two_tower
+from twotower.checkpoints.two_towers import init_two_tower
 from twotower.cli.options import Dtype, check_out, torch_dtype
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

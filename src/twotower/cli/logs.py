@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from twotower.training.checkpointing import latest_state, read_progress
-from twotower.training.trainer import StepReport
+from twotower.training.run.checkpointing import latest_state, read_progress
+from twotower.training.run.trainer import StepReport
 
 TensorBoardOption = Annotated[
     bool,

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from twotower.checkpoints.backbone import init_two_tower, open_backbone
 from twotower.checkpoints.hf import holds_two_towers, read_config, resolve
+from twotower.checkpoints.two_towers import init_two_tower, open_backbone
 from twotower.cli.tokenize import write_corpus
 from twotower.config import TwoTowerConfig
-from twotower.training.data import is_corpus
-from twotower.training.text import TextConfig
+from twotower.training.corpus.shards import is_corpus
+from twotower.training.corpus.text import TextConfig
 
 # What was made of what, by name; None where it is not whole yet. Written before and after each.
 _RECORD = "prepared.json"
@@ -21,14 +21,14 @@ _Made = dict[str, dict[str, str | int] | None]
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
-class Prepared(NamedTuple):
+class TrainingInputs(NamedTuple):
     """A two-tower checkpoint, and the folder of shards of each corpus by its name."""
 
     model: str
     corpora: dict[str, Path]
 
 
-def prepare(model: str, sources: Mapping[str, str], out: Path, row_length: int | None) -> Prepared:
+def prepare(model: str, sources: Mapping[str, str], out: Path, row_length: int | None) -> TrainingInputs:
     """Makes `out`/initial of a `model` that is a single tower, and `out`/NAME of every source that is text.
 
     A source is a folder of shards, or anything that `read_documents` reads. What an earlier call made is taken as it
@@ -46,7 +46,7 @@ def prepare(model: str, sources: Mapping[str, str], out: Path, row_length: int |
     if int(os.environ.get("RANK", "0")):
         while not wanted.items() <= _read(out).items():  # rank 0 looks what is wrong, if anything
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        return Prepared(towers, corpora)
+        return TrainingInputs(towers, corpora)
     for source in texts.values():
         if Path(source).resolve() in (out.resolve(), *out.resolve().parents):
             raise ValueError(f"{out} lies in {source}, where all files are read as text; give an OUT outside it")
@@ -61,7 +61,7 @@ def prepare(model: str, sources: Mapping[str, str], out: Path, row_length: int |
             init_two_tower(model, Path(towers))
             print(f"{towers} holds two towers made of {model}")
         _write(out, _read(out) | {name: wanted[name]})
-    return Prepared(towers, corpora)
+    return TrainingInputs(towers, corpora)
 
 
 def _missing(out: Path, wanted: _Made) -> list[str]:

@@ -8,8 +8,8 @@ from typing import Annotated
 import torch
 import typer
 
+from twotower.checkpoints.families.nemotron_h import save_backbone
 from twotower.checkpoints.hf import carried_documents, load_tokenizer, read_config, resolve
-from twotower.checkpoints.nemotron_h import save_backbone
 from twotower.cli.logs import TensorBoardOption, WandbOption
 from twotower.cli.options import DeviceOption, Dtype, torch_dtype
 from twotower.cli.recipe import RecipeOption
@@ -46,11 +46,11 @@ from twotower.cli.training import (
 )
 from twotower.config import TwoTowerConfig
 from twotower.model.one_tower import OneTower
-from twotower.training.checkpointing import read_progress
-from twotower.training.identity import check_same, config_identity
 from twotower.training.next_token import NextToken, NextTokenConfig
-from twotower.training.trainer import TrainConfig, Trainer
-from twotower.training.weights import TensorStream
+from twotower.training.run.checkpointing import read_progress
+from twotower.training.run.identity import check_same, config_identity
+from twotower.training.run.trainer import TrainConfig, Trainer
+from twotower.training.run.weights import TensorStream
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

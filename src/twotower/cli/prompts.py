@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.model.two_tower import TwoTower
-from twotower.training.text import read_records
+from twotower.training.corpus.text import read_records
 
 
 def read_prompts(file: Path, model: TwoTower, folder: Path) -> list[list[int]]:

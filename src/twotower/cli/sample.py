@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from twotower.checkpoints.hf import resolve
 from twotower.cli.options import DeviceOption, Dtype, check_out, open_model
 from twotower.cli.prompts import read_prompts
-from twotower.training.data import Corpus
-from twotower.training.sampling import SampleConfig, check_prompt, keep_settings, sample_shard
+from twotower.training.corpus.sampling import SampleConfig, check_prompt, keep_settings, sample_shard
+from twotower.training.corpus.shards import Corpus
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

@@ -15,9 +15,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from twotower.checkpoints.hf import load_tokenizer, resolve
 from twotower.cli.options import check_out
 from twotower.config import TwoTowerConfig
-from twotower.training.data import Rows, write_shard
-from twotower.training.packing import Packed, pack
-from twotower.training.text import TextConfig, read_documents
+from twotower.training.corpus.packing import Packed, pack
+from twotower.training.corpus.shards import CorpusRows, write_shard
+from twotower.training.corpus.text import TextConfig, read_documents
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -118,7 +118,7 @@ def _write(packed: Iterator[Packed], size: int, folder: Path) -> _Counts:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None, rows=0)
         for index, shard in enumerate(iter(lambda: list(itertools.islice(packed, size)), [])):
-            stacked = Rows(*(np.stack(parts) for parts in zip(*(p.row for p in shard), strict=True)))
+            stacked = CorpusRows(*(np.stack(parts) for parts in zip(*(p.row for p in shard), strict=True)))
             write_shard(folder / f"{index:05d}.safetensors", stacked)
             counts = _Counts(
                 counts.rows + len(shard),

@@ -53,15 +53,15 @@ from twotower.cli.training import (
     torchrun_ranks,
 )
 from twotower.model.two_tower import TwoTower
-from twotower.training.checkpointing import read_progress
+from twotower.training.corpus.shards import is_corpus
+from twotower.training.corpus.text import TextConfig
 from twotower.training.corruption import LevelPer
-from twotower.training.data import is_corpus
 from twotower.training.denoising import ContextTraining, Denoising, DenoisingConfig, Phase
-from twotower.training.identity import check_same, denoising_config, model_identity
-from twotower.training.objective import Reduction
-from twotower.training.text import TextConfig
-from twotower.training.trainer import TrainConfig, Trainer, check_run
-from twotower.training.weights import TensorStream
+from twotower.training.losses import Reduction
+from twotower.training.run.checkpointing import read_progress
+from twotower.training.run.identity import check_same, denoising_config, model_identity
+from twotower.training.run.trainer import TrainConfig, Trainer, check_run
+from twotower.training.run.weights import TensorStream
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

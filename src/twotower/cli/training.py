@@ -14,13 +14,13 @@ from twotower.cli.dry_run import estimate, lines
 from twotower.cli.logs import logging_to
 from twotower.cli.options import open_device
 from twotower.config import TwoTowerConfig
-from twotower.training.checkpointing import check_tensors, latest_state, stored_groups
-from twotower.training.data import Corpus, is_corpus
+from twotower.training.corpus.shards import Corpus, is_corpus
 from twotower.training.denoising import DenoisingConfig
 from twotower.training.next_token import NextTokenConfig
-from twotower.training.ranks import Ranks, joined
-from twotower.training.trainer import Objective, StepReport, TrainConfig, Trainer, trained_parameters
-from twotower.training.weights import TensorStream, trained_tensors
+from twotower.training.run.checkpointing import check_tensors, latest_state, stored_groups
+from twotower.training.run.ranks import Ranks, joined
+from twotower.training.run.trainer import Objective, StepReport, TrainConfig, Trainer, trained_parameters
+from twotower.training.run.weights import TensorStream, trained_tensors
 
 DEFAULTS = TrainConfig(steps=1000)
 

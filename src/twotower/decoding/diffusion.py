@@ -10,12 +10,12 @@ from twotower.decoding import unmasking
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import Proposal, Temper, propose, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
-from twotower.decoding.unmasking import Schedule
+from twotower.decoding.unmasking import CommitSchedule
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
 from twotower.ops.kernels import Kernels
 from twotower.ops.transfer import to_device
-from twotower.ops.unmask import Places
+from twotower.ops.unmask import BlockPlaces
 
 # Steps of `posterior` coins are kept apart from steps of token draws in the counter-based generator.
 _COIN_STEP = 1 << 20
@@ -91,7 +91,7 @@ class DiffusionRows(NamedTuple):
     requests: tuple[Request, ...]
     context: ContextState
     settings: Temper
-    schedule: Schedule
+    schedule: CommitSchedule
     produced: tuple[int, ...]  # new tokens of each row before the block
     block: Block
 
@@ -274,7 +274,7 @@ def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, kernels: Ke
             ours = to_device([r == rule for r in rules], block.xt.device)[:, None]
             fixed = torch.where(ours, kept, fixed)
     assert fixed is not None, "a batch has rows"
-    before = Places(block.xt, block.masked, block.confidence, block.committed_at)
+    before = BlockPlaces(block.xt, block.masked, block.confidence, block.committed_at)
     after = kernels.fix(before, block.valid, fixed, *proposal, steps, block.mask_token_id)
     return block._replace(
         xt=after.xt,

@@ -17,32 +17,34 @@ from twotower.ops.transfer import to_device
 from twotower.ops.unmask import ranks
 
 
-class Schedule(NamedTuple):
+class CommitSchedule(NamedTuple):
     """Where the rows stand: 0-based step j (b,), or one for all, of T (b,), and γ (b,)."""
 
     step: Tensor | int
     num_steps: Tensor
     threshold: Tensor
 
-    def at(self, step: Tensor | int) -> "Schedule":
-        return Schedule(step, self.num_steps, self.threshold)
+    def at(self, step: Tensor | int) -> "CommitSchedule":
+        return CommitSchedule(step, self.num_steps, self.threshold)
 
-    def select(self, rows: list[int]) -> "Schedule":
+    def select(self, rows: list[int]) -> "CommitSchedule":
         """The first step of some rows."""
         index = to_device(rows, self.num_steps.device)
-        return Schedule(0, self.num_steps[index], self.threshold[index])
+        return CommitSchedule(0, self.num_steps[index], self.threshold[index])
 
-    def join(self, others: "Schedule") -> "Schedule":
+    def join(self, others: "CommitSchedule") -> "CommitSchedule":
         """The first step of both batches' rows."""
-        return Schedule(0, torch.cat((self.num_steps, others.num_steps)), torch.cat((self.threshold, others.threshold)))
+        return CommitSchedule(
+            0, torch.cat((self.num_steps, others.num_steps)), torch.cat((self.threshold, others.threshold))
+        )
 
 
-def schedule(params: tuple[SamplingParams, ...], device: torch.device) -> Schedule:
+def schedule(params: tuple[SamplingParams, ...], device: torch.device) -> CommitSchedule:
     """The first step of a batch, with its T and γ. `simulated_ar` takes one step per position."""
     steps = [p.block_size if p.mode == "simulated_ar" else p.steps_per_block for p in params]
     # a γ of 1 is an integer to PyTorch, and kernels read float32
     thresholds = torch.tensor([p.confidence_threshold for p in params], dtype=torch.float32)
-    return Schedule(0, to_device(steps, device), to_device(thresholds, device))
+    return CommitSchedule(0, to_device(steps, device), to_device(thresholds, device))
 
 
 def certainty(rule: str, logits: Tensor, proposal: Proposal) -> Tensor:
@@ -60,7 +62,9 @@ def certainty(rule: str, logits: Tensor, proposal: Proposal) -> Tensor:
     return proposal.confidence
 
 
-def commit(rule: str, sure: Tensor, masked: Tensor, at: Schedule, coins: Tensor | None, kernels: Kernels) -> Tensor:
+def commit(
+    rule: str, sure: Tensor, masked: Tensor, at: CommitSchedule, coins: Tensor | None, kernels: Kernels
+) -> Tensor:
     """The masked positions (b, s) bool that commit now, for every rule but `remask`.
 
     sure (b, s) from `certainty`; masked (b, s) bool; coins (b, s) uniforms for `posterior`.
@@ -74,7 +78,7 @@ def commit(rule: str, sure: Tensor, masked: Tensor, at: Schedule, coins: Tensor 
     return kernels.commit(sure, masked, left, threshold, leftmost=rule == "leftmost")
 
 
-def remask(sure: Tensor, valid: Tensor, at: Schedule) -> Tensor:
+def remask(sure: Tensor, valid: Tensor, at: CommitSchedule) -> Tensor:
     """Mask-predict: the positions (b, s) bool that stay fixed when the least sure are masked again.
 
     sure (b, s) of every position's present token; valid (b, s) bool. After step j, ceil(s·(T−j−1)/T) stay masked.

@@ -15,7 +15,7 @@ from twotower.decoding.constraint import Guides, guides
 from twotower.decoding.sampling import Temper, distribution, inverse_sample, probability, results, temper, uniforms
 from twotower.decoding.step import BlockView, Request, Stepped, Token
 from twotower.model.state import ContextState, join
-from twotower.model.tower import Scored
+from twotower.model.tower import CausalPass
 from twotower.model.two_tower import TwoTower
 from twotower.ops.transfer import to_device
 
@@ -112,7 +112,7 @@ class Judged(NamedTuple):
 
     model: TwoTower
     rows: VerifiedRows
-    scored: Scored
+    scored: CausalPass
     results: Tensor
 
     def finish(self, values: list[Any]) -> Stepped:

@@ -18,7 +18,7 @@ from twotower.decoding.step import Launched, Request, Stepped, read
 from twotower.engine.auto import AutoRow, Chooser
 from twotower.engine.config import EngineConfig
 from twotower.engine.intake import Intake
-from twotower.engine.job import Batch, Event, Job
+from twotower.engine.job import Event, Job, ModeBatch
 from twotower.engine.pool import StatePool
 from twotower.engine.prefix_cache import PrefixCache
 from twotower.model.state import join
@@ -46,7 +46,7 @@ class _Launch(NamedTuple):
     """A step of one mode's batch that the devices are at, and the seconds that launching it took."""
 
     module: ModuleType
-    batch: Batch
+    batch: ModeBatch
     launched: Launched
     seconds: float
 
@@ -67,7 +67,7 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._num_added = 0
         self._intake = Intake(model, self.config, self._pool, self._cache)
-        self._batches: dict[ModuleType, Batch] = {}
+        self._batches: dict[ModuleType, ModeBatch] = {}
         apart = self.config.commits_apart
         self._commits_apart = model.context_device != model.denoiser_device if apart is None else apart
         self._load = 0  # requests that decode, and those that are about to in the place of others
@@ -249,7 +249,7 @@ class Engine:
             for job in [job for job, rests in zip(batch.jobs, batch.rows.rests, strict=True) if rests]:
                 self._take_out(diffusion, batch, job)
 
-    def _take_out(self, module: ModuleType, batch: Batch, job: Job) -> None:
+    def _take_out(self, module: ModuleType, batch: ModeBatch, job: Job) -> None:
         """From its batch to the intake, which absorbs what its context lacks."""
         place = batch.jobs.index(job)
         job.context = batch.rows.context.select([place])
@@ -287,7 +287,7 @@ class Engine:
             self._pool.close_(job.table)
         job.context, job.has_slot, job.silent_steps = None, False, 0
 
-    def _keep(self, module: ModuleType, batch: Batch, keep: list[int]) -> None:
+    def _keep(self, module: ModuleType, batch: ModeBatch, keep: list[int]) -> None:
         """Leaves only some rows in a batch, and no batch without rows."""
         if not keep:
             self._batches.pop(module, None)
@@ -305,7 +305,7 @@ class Engine:
                 continue
             contexts = [job.context for job in fresh if job.context is not None]
             state = contexts[0] if len(contexts) == 1 else join(contexts)
-            new = Batch(fresh, module.start(self.model, tuple(job.request for job in fresh), state))
+            new = ModeBatch(fresh, module.start(self.model, tuple(job.request for job in fresh), state))
             for job in fresh:
                 job.context = None
             if not new.rows.joins:
@@ -317,7 +317,7 @@ class Engine:
         joined = [self._batches[module]] if module in self._batches else []
         return [self._launch(module, batch) for batch in joined + alone]
 
-    def _launch(self, module: ModuleType, batch: Batch) -> _Launch:
+    def _launch(self, module: ModuleType, batch: ModeBatch) -> _Launch:
         began = time.perf_counter()
         launched = module.launch(self.model, batch.rows)
         return _Launch(module, batch, launched, time.perf_counter() - began)
@@ -341,7 +341,7 @@ class Engine:
             events += self._take(launch.module, launch.batch, stepped)
         return events
 
-    def _take(self, module: ModuleType, batch: Batch, stepped: Stepped) -> list[Event]:
+    def _take(self, module: ModuleType, batch: ModeBatch, stepped: Stepped) -> list[Event]:
         """Hands a step's tokens to its requests; those that are unfinished stay in the batch of their mode."""
         batch.rows = stepped.rows
         self._denoiser_calls += sum(stepped.denoiser_calls)
@@ -368,7 +368,7 @@ class Engine:
             self._keep(module, batch, keep)
         elif keep:
             rows = batch.rows if len(keep) == len(batch.jobs) else batch.rows.select(keep)
-            joined.join(Batch([batch.jobs[i] for i in keep], rows))
+            joined.join(ModeBatch([batch.jobs[i] for i in keep], rows))
         return events
 
 

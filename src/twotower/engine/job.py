@@ -89,13 +89,13 @@ class Job:
 
 
 @dataclasses.dataclass
-class Batch:
+class ModeBatch:
     """The jobs of one mode between two steps; row i belongs to jobs[i]."""
 
     jobs: list[Job]
     rows: Rows
 
-    def join(self, others: "Batch") -> None:
+    def join(self, others: "ModeBatch") -> None:
         """Takes in the jobs of another batch of the mode."""
         self.rows = self.rows.join(others.rows)
         self.jobs = self.jobs + others.jobs

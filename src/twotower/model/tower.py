@@ -32,7 +32,7 @@ class Replay(NamedTuple):
     end: Tensor | None  # (b, h, p, n)
 
 
-class Scored(NamedTuple):
+class CausalPass(NamedTuple):
     """The context tower over s tokens, before it is decided how many of them stay.
 
     hidden (b, s, d) after the last norm; `state` is the one before the tokens, whose key buffer already holds them.
@@ -89,7 +89,7 @@ class Tower(nn.Module):
         """The layers in order."""
         return cast("list[Layer]", list(self.layers))
 
-    def causal(self, ids: Tensor, state: ContextState, marks: tuple[int, ...] = ()) -> Scored:
+    def causal(self, ids: Tensor, state: ContextState, marks: tuple[int, ...] = ()) -> CausalPass:
         """Runs ids (b, s) after `state`; `commit` decides how many tokens of each row stay; padding is the rest.
 
         `marks`, ascending and between 0 and s, ask for the recurrent states after so many tokens; they cost no pass.
@@ -104,7 +104,7 @@ class Tower(nn.Module):
         if self.fused is not None and self.fused.usable:
             done = self.fused.causal(x, state, past, places, rope, marks)
             state.buffer.tip = None
-            return Scored(done.hidden, state, done.advance, {mark: done.marked(mark) for mark in marks})
+            return CausalPass(done.hidden, state, done.advance, {mark: done.marked(mark) for mark in marks})
         mask = None
         if state.buffer.keys:
             mask = self.kernels.causal_mask(state.lengths, s, t, self.activation_dtype, ids.device)
@@ -129,9 +129,9 @@ class Tower(nn.Module):
         state.buffer.tip = None
         by_mark = {mark: tuple(states[i] for states in marked) for i, mark in enumerate(marks)}
         mixers = [layer.mixer for layer in self.stack if isinstance(layer.mixer, Mamba2)]
-        return Scored(self.finish(x), state, functools.partial(_replay, mixers, replays), by_mark)
+        return CausalPass(self.finish(x), state, functools.partial(_replay, mixers, replays), by_mark)
 
-    def commit(self, scored: Scored, counts: tuple[int, ...], next_logits: Tensor | None) -> ContextState:
+    def commit(self, scored: CausalPass, counts: tuple[int, ...], next_logits: Tensor | None) -> ContextState:
         """The state after the first counts[b] of the scored tokens of each row.
 
         Keys are truncated; a recurrent state can't be, so it is replayed from the block's start. Mutates nothing that

@@ -11,7 +11,7 @@ from twotower.config import TwoTowerConfig
 from twotower.model.linear import Linear
 from twotower.model.state import ContextState
 from twotower.model.time_conditioning import TimeConditioning
-from twotower.model.tower import Scored, Tower
+from twotower.model.tower import CausalPass, Tower
 from twotower.ops.backend import Backend, activation_dtype, choose_backend
 from twotower.ops.transfer import to_device
 
@@ -132,15 +132,15 @@ class TwoTower(nn.Module):
         modulation = None if t is None else self.time_conditioning.at(t)
         return self.lm_head(self.denoiser_tower.block(ids, seed, modulation, widths)).float()
 
-    def score(self, ids: Tensor, state: ContextState, marks: tuple[int, ...] = ()) -> Scored:
-        """The context tower over ids (b, s) without deciding how many of them stay; see `accept`, and `Scored`."""
+    def score(self, ids: Tensor, state: ContextState, marks: tuple[int, ...] = ()) -> CausalPass:
+        """The context tower over ids (b, s) without deciding how many of them stay; see `accept`, and `CausalPass`."""
         return self.context_tower.causal(ids, state, marks)
 
-    def scored_logits(self, scored: Scored) -> Tensor:
+    def scored_logits(self, scored: CausalPass) -> Tensor:
         """(b, s, v) float32: position i predicts the token after it."""
         return self.context_lm_head(scored.hidden).float()
 
-    def accept(self, scored: Scored, counts: tuple[int, ...], next_logits: Tensor | None = None) -> ContextState:
+    def accept(self, scored: CausalPass, counts: tuple[int, ...], next_logits: Tensor | None = None) -> ContextState:
         """The state after the first counts[b] scored tokens of each row."""
         return self.context_tower.commit(scored, counts, next_logits)
 
@@ -162,7 +162,7 @@ class TwoTower(nn.Module):
             return state.put(rows, self.absorb(ids, state.select(rows), counts, with_logits=with_logits))
         return state if ids.shape[1] == 0 else self.keep(self.score(ids, state), counts, with_logits=with_logits)
 
-    def keep(self, scored: Scored, counts: tuple[int, ...] | None = None, *, with_logits: bool) -> ContextState:
+    def keep(self, scored: CausalPass, counts: tuple[int, ...] | None = None, *, with_logits: bool) -> ContextState:
         """The second half of `absorb`: the state after the first counts[b] scored tokens of each row, maybe none."""
         b, s, _ = scored.hidden.shape
         counts = (s,) * b if counts is None else counts

@@ -9,7 +9,7 @@ from twotower.ops import attention, conv, mlp, moe, norm, ssd, unmask
 from twotower.ops.backend import Backend
 from twotower.ops.moe import Routing
 from twotower.ops.ssd import ScanOutput
-from twotower.ops.unmask import Best, Places
+from twotower.ops.unmask import Best, BlockPlaces
 
 
 class Kernels(NamedTuple):
@@ -36,7 +36,7 @@ class Kernels(NamedTuple):
     best: Callable[..., Best]
     argmax: Callable[..., Tensor]
     commit: Callable[..., Tensor]
-    fix: Callable[..., Places]
+    fix: Callable[..., BlockPlaces]
 
 
 REFERENCE = Kernels(

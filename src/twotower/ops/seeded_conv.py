@@ -11,7 +11,7 @@ from torch import Tensor
 PIECE = 1 << 18
 
 
-class Reach(NamedTuple):
+class RowReach(NamedTuple):
     """Which of the w-1 rows before each token a tap reads: `own` from the same stream, `past` from the context's.
 
     Both (w-1, r, t) bool, entry δ-1 for the row δ places earlier; where neither holds the row is zero.
@@ -21,15 +21,15 @@ class Reach(NamedTuple):
     past: Tensor
 
 
-def make_reach(first: Tensor, own: Tensor, width: int) -> Reach:
+def make_reach(first: Tensor, own: Tensor, width: int) -> RowReach:
     """Reach of a kernel of `width` taps where token i's stream starts at own_i and its document at first_i (r, t)."""
     token = torch.arange(own.shape[1], device=own.device)
     rows = torch.stack([token - back for back in range(1, width)]) if width > 1 else token.new_zeros(0, token.numel())
     rows = rows.unsqueeze(1)  # (w-1, 1, t)
-    return Reach(rows >= own, (rows >= first) & (rows < own))
+    return RowReach(rows >= own, (rows >= first) & (rows < own))
 
 
-def seeded_conv(x: Tensor, context: Tensor | None, reach: Reach, taps: Tensor, bias: Tensor | None) -> Tensor:
+def seeded_conv(x: Tensor, context: Tensor | None, reach: RowReach, taps: Tensor, bias: Tensor | None) -> Tensor:
     """y_i = bias + Σ_δ taps[w-1-δ] · row_{i-δ}, the rows of x (b, t, c) preceded by those of `context` (b, t, c).
 
     taps (w, c), bias (c,) or None; returns (b, t, c). Each block's first tokens thus see the context tower's last w-1

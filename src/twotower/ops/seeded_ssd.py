@@ -26,7 +26,7 @@ from twotower.ops.chunks import Chunks
 LEAST_EXPONENT = -60.0
 
 
-class ScanInputs(NamedTuple):
+class ChunkInputs(NamedTuple):
     """What one layer's scan reads: x (…, h, p), dt (…, h), B and C (…, g, n), with (…) the places: (b, c, q) in the
     context tower, (b, c, k, s) in the denoiser."""
 
@@ -36,7 +36,7 @@ class ScanInputs(NamedTuple):
     C: Tensor
 
 
-def chunk_states(inputs: ScanInputs, A: Tensor, chunks: Chunks) -> Tensor:
+def chunk_states(inputs: ChunkInputs, A: Tensor, chunks: Chunks) -> Tensor:
     """The context tower's state before each chunk, (b, c, h, p, n); zeros before a row's first. A (h,).
 
     H_next = exp(c_last)·H + Σ_j exp(c_last − c_j)·dt_j·x_j ⊗ B_j over the document that the chunk ends in; H is dropped
@@ -59,7 +59,7 @@ def chunk_states(inputs: ScanInputs, A: Tensor, chunks: Chunks) -> Tensor:
     return torch.stack(states, dim=1)
 
 
-def context_output(inputs: ScanInputs, A: Tensor, D: Tensor, states: Tensor, chunks: Chunks) -> Tensor:
+def context_output(inputs: ChunkInputs, A: Tensor, D: Tensor, states: Tensor, chunks: Chunks) -> Tensor:
     """The context tower's own causal outputs (b, c, q, h, p) from its `states`; A, D (h,)."""
     x, dt, B, C = inputs
     total = _sums(chunks.causal, dt * A)  # (b, c, q, h)
@@ -69,7 +69,7 @@ def context_output(inputs: ScanInputs, A: Tensor, D: Tensor, states: Tensor, chu
 
 
 def seeded_output(
-    inputs: ScanInputs, A: Tensor, D: Tensor, context: ScanInputs, context_A: Tensor, states: Tensor, chunks: Chunks
+    inputs: ChunkInputs, A: Tensor, D: Tensor, context: ChunkInputs, context_A: Tensor, states: Tensor, chunks: Chunks
 ) -> Tensor:
     """Every block's outputs (b, c, k, s, h, p), each from the context's state at its own start.
 
@@ -112,7 +112,7 @@ def _within(x: Tensor, B: Tensor, C: Tensor, total: Tensor, visible: Tensor) -> 
     return (weights @ x.transpose(-2, -3)).transpose(-2, -3)
 
 
-def _across(C: Tensor, context: ScanInputs, total: Tensor, before: Tensor, chunks: Chunks) -> Tensor:
+def _across(C: Tensor, context: ChunkInputs, total: Tensor, before: Tensor, chunks: Chunks) -> Tensor:
     """Σ_j exp(before − total_j)·(C_i·B'_j)·dt'_j x'_j over the chunk's earlier blocks: (b, c, k, s, h, p); C
     (b, c, k, s, g, n), total (b, c, q, h), before (b, c, k, h)."""
     b, c, k, s, g, _ = C.shape

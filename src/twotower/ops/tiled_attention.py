@@ -14,7 +14,7 @@ TILE = 256
 SPAN = 64
 
 
-class Reach(NamedTuple):
+class KeyReach(NamedTuple):
     """Token i sees own keys in [own_start_i, own_end_i) and past keys in [past_start_i, own_start_i); (r, t) int64."""
 
     past_start: Tensor
@@ -26,17 +26,17 @@ class Tile(NamedTuple):
     """Some queries, what each of them sees, and the spans of own and past keys that hold all of that."""
 
     queries: slice
-    seen: Reach
+    seen: KeyReach
     own: slice
     before: slice
 
 
-def make_tiles(reach: Reach, size: int = TILE) -> list[Tile]:
+def make_tiles(reach: KeyReach, size: int = TILE) -> list[Tile]:
     """`size` queries per tile; made once per layout, because the spans' ends come to the host."""
     tiles = []
     for start in range(0, reach.own_start.shape[1], size):
         queries = slice(start, start + size)
-        seen = Reach(*(edge[:, queries] for edge in reach))
+        seen = KeyReach(*(edge[:, queries] for edge in reach))
         own = slice(int(seen.own_start.min()), int(seen.own_end.max()))
         # Rounded up: the last block's start moves with the grid's offset, and each length is compiled by itself
         end = -(-int(seen.own_start.max()) // SPAN) * SPAN
@@ -67,14 +67,14 @@ def tiled_attention(
     return torch.cat(pieces, dim=2)
 
 
-def _tile(q: Tensor, keys: list[Tensor], values: list[Tensor], seen: Reach, own: slice, before: slice) -> Tensor:
+def _tile(q: Tensor, keys: list[Tensor], values: list[Tensor], seen: KeyReach, own: slice, before: slice) -> Tensor:
     """Queries (b, h, s, p) over their own keys in the span `own` and, where there are two, the past in `before`."""
     visible = _visible(seen, own, before if len(keys) == 2 else None)
     key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
     return F.scaled_dot_product_attention(q, key, value, attn_mask=visible, enable_gqa=q.shape[1] != key.shape[1])
 
 
-def _visible(seen: Reach, own: slice, before: slice | None) -> Tensor:
+def _visible(seen: KeyReach, own: slice, before: slice | None) -> Tensor:
     """(r, 1, s, m) bool over a tile's own keys, then its past ones."""
     past_start, own_start, own_end = (edge.unsqueeze(-1) for edge in seen)
     token = torch.arange(own.start, own.stop, device=own_start.device)

@@ -14,7 +14,7 @@ class Best(NamedTuple):
     log_sum: Tensor
 
 
-class Places(NamedTuple):
+class BlockPlaces(NamedTuple):
     """A block's ids (b, s) int64 with masks, which places are masked (b, s) bool, and the probability and the step of
     each fixed place's commit, (b, s) float32 and int64."""
 
@@ -57,13 +57,19 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def fix(
-    places: Places, valid: Tensor, fixed: Tensor, tokens: Tensor, confidence: Tensor, step: Tensor, mask_token_id: int
-) -> Places:
+    places: BlockPlaces,
+    valid: Tensor,
+    fixed: Tensor,
+    tokens: Tensor,
+    confidence: Tensor,
+    step: Tensor,
+    mask_token_id: int,
+) -> BlockPlaces:
     """The block after `step` (b,) int64, in which the places `fixed` (b, s) bool have a token and the others, but for
     padding where `valid` (b, s) is false, are masked. A place that was masked takes its token and confidence (b, s)."""
     new = fixed & places.masked
     masked = valid & ~fixed
-    return Places(
+    return BlockPlaces(
         torch.where(fixed, torch.where(places.masked, tokens, places.xt), mask_token_id),
         masked,
         torch.where(new, confidence, places.confidence).masked_fill(masked, 0.0),

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from twotower.decoding.params import Generation, SamplingParams
 from twotower.decoding.step import Token
 from twotower.server.errors import ApiError
-from twotower.server.logprobs import Scored, Scorer, committed
+from twotower.server.logprobs import ScoredToken, Scorer, committed
 from twotower.server.responses import EventStream, unless_gone
 from twotower.server.service import Choice, Places, Service
 
@@ -32,7 +32,7 @@ class Wanted(NamedTuple):
         return self.num_top > 0 or self.echo
 
 
-class Shape(Protocol):
+class ReplyFormat(Protocol):
     """How an endpoint writes its answer."""
 
     @property
@@ -44,15 +44,15 @@ class Shape(Protocol):
     @property
     def chunk_suffix(self) -> str: ...
 
-    def choice(self, index: int, result: Generation, logprobs: Sequence[Scored] | None) -> dict[str, Any]:
+    def choice(self, index: int, result: Generation, logprobs: Sequence[ScoredToken] | None) -> dict[str, Any]:
         """A whole choice."""
         ...
 
-    def beginning(self, index: int, logprobs: Sequence[Scored] | None) -> list[dict[str, Any]]:
+    def beginning(self, index: int, logprobs: Sequence[ScoredToken] | None) -> list[dict[str, Any]]:
         """The choices of chunks before any text is written; the log-probabilities are those of an echoed prompt."""
         ...
 
-    def chunk(self, index: int, text: str, logprobs: Sequence[Scored] | None) -> dict[str, Any]:
+    def chunk(self, index: int, text: str, logprobs: Sequence[ScoredToken] | None) -> dict[str, Any]:
         """A chunk's choice."""
         ...
 
@@ -66,7 +66,7 @@ class Order(NamedTuple):
 
     choices: tuple[Choice, ...]
     num_prompts: int
-    shape: Shape
+    shape: ReplyFormat
     wanted: Wanted | None
     includes_usage: bool
 
@@ -182,7 +182,7 @@ def _scorer(service: Service, choice: Choice, wanted: Wanted) -> Scorer:
     return Scorer(service.engine.model, wanted.num_top, len(choice.prompt_ids) + choice.params.max_new_tokens)
 
 
-async def _score(service: Service, scorer: Scorer, ids: Sequence[int]) -> list[Scored]:
+async def _score(service: Service, scorer: Scorer, ids: Sequence[int]) -> list[ScoredToken]:
     """The log-probabilities of a text's next tokens by a pass of the context tower; one pass runs at a time."""
     cancelled = threading.Event()
     async with service.scoring:

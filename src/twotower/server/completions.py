@@ -12,7 +12,7 @@ from twotower.checkpoints.chat_template import Turn
 from twotower.decoding.params import Generation
 from twotower.server.answers import Order, Wanted, answer
 from twotower.server.errors import ApiError
-from twotower.server.logprobs import Scored, TokenNames, chat_logprobs, completion_logprobs
+from twotower.server.logprobs import ScoredToken, TokenNames, chat_logprobs, completion_logprobs
 from twotower.server.protocol import ChatRequest, CompletionRequest
 from twotower.server.service import Choice, Service
 
@@ -31,19 +31,19 @@ class CompletionShape:
         self._with_top = with_top
         self._offsets = [len(echo) for echo in echoes]
 
-    def choice(self, index: int, result: Generation, logprobs: Sequence[Scored] | None) -> dict[str, Any]:
+    def choice(self, index: int, result: Generation, logprobs: Sequence[ScoredToken] | None) -> dict[str, Any]:
         assert result.text is not None
         # echoed tokens have the echoed text's places, from 0 on
         shown = None if logprobs is None else self._logprobs(logprobs, 0)
         text = self._echoes[index] + result.text
         return {"index": index, "text": text, "logprobs": shown, "finish_reason": result.finish_reason}
 
-    def beginning(self, index: int, logprobs: Sequence[Scored] | None) -> list[dict[str, Any]]:
+    def beginning(self, index: int, logprobs: Sequence[ScoredToken] | None) -> list[dict[str, Any]]:
         if logprobs is not None:
             self._offsets[index] = 0  # echoed tokens count on from here
         return [self.chunk(index, self._echoes[index], logprobs)] if self._echoes[index] or logprobs else []
 
-    def chunk(self, index: int, text: str, logprobs: Sequence[Scored] | None) -> dict[str, Any]:
+    def chunk(self, index: int, text: str, logprobs: Sequence[ScoredToken] | None) -> dict[str, Any]:
         shown = None
         if logprobs is not None:
             shown = self._logprobs(logprobs, self._offsets[index])
@@ -55,7 +55,7 @@ class CompletionShape:
     def end(self, index: int, result: Generation) -> dict[str, Any]:
         return {"index": index, "text": "", "logprobs": None, "finish_reason": result.finish_reason}
 
-    def _logprobs(self, tokens: Sequence[Scored], offset: int) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[ScoredToken], offset: int) -> dict[str, Any]:
         return completion_logprobs(self._names, tokens, offset, at_start=bool(self._echoes[0]), with_top=self._with_top)
 
 
@@ -68,16 +68,16 @@ class ChatShape:
     object: str = "chat.completion"
     chunk_suffix: str = ".chunk"
 
-    def choice(self, index: int, result: Generation, logprobs: Sequence[Scored] | None) -> dict[str, Any]:
+    def choice(self, index: int, result: Generation, logprobs: Sequence[ScoredToken] | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": result.text, "refusal": None}
         shown = None if logprobs is None else chat_logprobs(self.names, logprobs)
         return {"index": index, "message": message, "logprobs": shown, "finish_reason": result.finish_reason}
 
-    def beginning(self, index: int, logprobs: Sequence[Scored] | None) -> list[dict[str, Any]]:
+    def beginning(self, index: int, logprobs: Sequence[ScoredToken] | None) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def chunk(self, index: int, text: str, logprobs: Sequence[Scored] | None) -> dict[str, Any]:
+    def chunk(self, index: int, text: str, logprobs: Sequence[ScoredToken] | None) -> dict[str, Any]:
         shown = None if logprobs is None else chat_logprobs(self.names, logprobs)
         return {"index": index, "delta": {"content": text}, "logprobs": shown, "finish_reason": None}
 

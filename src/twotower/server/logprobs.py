@@ -19,7 +19,7 @@ _CHUNK = 64
 _LEAST = -9999.0
 
 
-class Scored(NamedTuple):
+class ScoredToken(NamedTuple):
     """A token with its log-probability, None for a text's first, and the likeliest tokens at its place, best first."""
 
     id: int
@@ -31,9 +31,9 @@ class Cancelled(Exception):
     """Nobody waits for the scores any more."""
 
 
-def committed(tokens: Sequence[Token]) -> list[Scored]:
+def committed(tokens: Sequence[Token]) -> list[ScoredToken]:
     """Tokens with the log-probability that they had when they were committed."""
-    return [Scored(t.id, math.log(t.confidence) if t.confidence > 0 else _LEAST) for t in tokens]
+    return [ScoredToken(t.id, math.log(t.confidence) if t.confidence > 0 else _LEAST) for t in tokens]
 
 
 class Scorer:
@@ -47,9 +47,9 @@ class Scorer:
         self._state: ContextState | None = None
         self._next: Tensor | None = None  # (1, v) log-probabilities of the token after those taken
 
-    def push(self, ids: Sequence[int], cancelled: threading.Event) -> list[Scored]:
+    def push(self, ids: Sequence[int], cancelled: threading.Event) -> list[ScoredToken]:
         """The scores of the text's next tokens. Raises Cancelled soon after the event is set."""
-        scored: list[Scored] = []
+        scored: list[ScoredToken] = []
         tower = self._model.context_tower
         with torch.inference_mode():
             for first in range(0, len(ids), _CHUNK):
@@ -61,20 +61,20 @@ class Scorer:
                 log_p = self._model.scored_logits(passed)[0].log_softmax(-1)  # (t, v): row i is of token i + 1
                 self._state = tower.commit(passed, (len(chunk),), None)
                 if self._next is None:
-                    scored.append(Scored(chunk[0], None))
+                    scored.append(ScoredToken(chunk[0], None))
                     scored += self._read(chunk[1:], log_p[:-1])
                 else:
                     scored += self._read(chunk, torch.cat((self._next, log_p[:-1])))
                 self._next = log_p[-1:]
         return scored
 
-    def _read(self, ids: Sequence[int], log_p: Tensor) -> list[Scored]:
+    def _read(self, ids: Sequence[int], log_p: Tensor) -> list[ScoredToken]:
         """The scores of ids under log_p (t, v), a row for each."""
         own = log_p.gather(-1, torch.tensor(ids, dtype=torch.long, device=log_p.device)[:, None])[:, 0].tolist()
         best = log_p.topk(min(self._num_top, log_p.shape[-1]), dim=-1)
         tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [
-            Scored(i, max(value, _LEAST), tuple((t, max(v, _LEAST)) for t, v in zip(*top, strict=True)))
+            ScoredToken(i, max(value, _LEAST), tuple((t, max(v, _LEAST)) for t, v in zip(*top, strict=True)))
             for i, value, top in zip(ids, own, tops, strict=True)
         ]
 
@@ -103,7 +103,7 @@ class TokenNames:
 
 
 def completion_logprobs(
-    names: TokenNames, tokens: Sequence[Scored], offset: int, *, at_start: bool, with_top: bool
+    names: TokenNames, tokens: Sequence[ScoredToken], offset: int, *, at_start: bool, with_top: bool
 ) -> dict[str, list[Any] | None]:
     """The object of /v1/completions; `offset` is the number of characters before the tokens.
 
@@ -127,7 +127,7 @@ def completion_logprobs(
     }
 
 
-def chat_logprobs(names: TokenNames, tokens: Sequence[Scored]) -> dict[str, Any]:
+def chat_logprobs(names: TokenNames, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
     """The object of /v1/chat/completions."""
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:

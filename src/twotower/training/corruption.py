@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.model.layout import Layout, make_layout
+from twotower.training.forward.layout import Layout, make_layout
 
 LevelPer = Literal["block", "example"]
 

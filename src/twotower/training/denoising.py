@@ -7,14 +7,14 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from twotower.model.block_parallel import Hidden, block_parallel_hidden
 from twotower.model.two_tower import TwoTower
-from twotower.training.compiling import compiled
+from twotower.training.corpus.shards import RowBatch
 from twotower.training.corruption import Corrupted, LevelPer, Noise, corrupt
-from twotower.training.data import Batch
+from twotower.training.forward.block_parallel import Hidden, block_parallel_hidden
 from twotower.training.held_out import Measured
-from twotower.training.low_rank import add_low_rank_
-from twotower.training.objective import Piece, Reduction, loss_sums, next_token_targets, weigh
+from twotower.training.losses import LossPart, Reduction, loss_sums, next_token_targets, weigh
+from twotower.training.run.compiling import compiled
+from twotower.training.run.low_rank import add_low_rank_
 
 ContextTraining = Literal["frozen", "trained", "tied"]
 
@@ -135,7 +135,7 @@ class Denoising(nn.Module):
         pairs = zip(self.model.context_tower.stack, self.model.denoiser_tower.stack, strict=True)
         return [list(dict.fromkeys(pair)) for pair in pairs]
 
-    def prepare(self, batch: Batch, step: int, seed: int, device: torch.device) -> NoisyRows:
+    def prepare(self, batch: RowBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
         """Masks a rank's rows of a 0-based step; what each becomes depends on (seed, its sample number) alone."""
         model, c = self.model.config, self.config
         noisy = corrupt(
@@ -154,7 +154,7 @@ class Denoising(nn.Module):
         return NoisyRows(batch.ids.to(device), noisy.to(device), views, (denominator, ar_denominator))
 
     @torch.no_grad()
-    def measure(self, batch: Batch, step: int, device: torch.device) -> dict[str, Measured]:
+    def measure(self, batch: RowBatch, step: int, device: torch.device) -> dict[str, Measured]:
         """Bounds on the negative log-likelihood of held-out rows: the denoiser's, at a step's block size and with the
         same noise at every call, and the context tower's own, which is exact."""
         model = self.model.config
@@ -175,7 +175,7 @@ class Denoising(nn.Module):
         assert sums.ar is not None
         return {"elbo": Measured(sums.denoising.item(), denominator), "ar": Measured(sums.ar.item(), count)}
 
-    def forward(self, rows: NoisyRows, part: slice, denominators: Sequence[float]) -> Piece:
+    def forward(self, rows: NoisyRows, part: slice, denominators: Sequence[float]) -> LossPart:
         """What some of the rows add to the step, whose `denominators` are all ranks' together."""
         c = self.config
         sums = loss_sums(
@@ -195,4 +195,4 @@ class Denoising(nn.Module):
             loss = loss + c.distil_weight * sums.distil / masked
         if sums.ar is not None:
             loss = loss + c.ar_weight * sums.ar / following
-        return Piece(loss, None)  # experts stay where they are: the denoiser starts as its backbone
+        return LossPart(loss, None)  # experts stay where they are: the denoiser starts as its backbone

@@ -8,8 +8,8 @@ from twotower.config import TwoTowerConfig
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
-from twotower.training.data import Batch, Corpus
-from twotower.training.ranks import Ranks
+from twotower.training.corpus.shards import Corpus, RowBatch
+from twotower.training.run.ranks import Ranks
 
 # Questions that are answered, and the most tokens of an answer that are compared
 _NUM_QUESTIONS = 16
@@ -24,7 +24,7 @@ class Measured(NamedTuple):
 
 
 def measure(
-    corpus: Corpus, rows_at_once: int, ranks: Ranks, objective: Callable[[Batch], dict[str, Measured]]
+    corpus: Corpus, rows_at_once: int, ranks: Ranks, objective: Callable[[RowBatch], dict[str, Measured]]
 ) -> dict[str, float]:
     """Nats per token of all rows, by name. Each rank takes its share, in parts of `rows_at_once`; rows beyond a
     multiple of the ranks are left out, because all must take equally many parts. Raises ValueError for too few."""

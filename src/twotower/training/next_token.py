@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from twotower.model.block_parallel import CHUNK_SIZE
-from twotower.model.causal_parallel import Causal, causal_hidden
-from twotower.model.layout import Layout, make_layout
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.one_tower import OneTower
-from twotower.training.compiling import compiled
-from twotower.training.data import Batch
+from twotower.training.corpus.shards import RowBatch
+from twotower.training.forward.block_parallel import CHUNK_SIZE
+from twotower.training.forward.causal_parallel import Causal, causal_hidden
+from twotower.training.forward.layout import Layout, make_layout
 from twotower.training.held_out import Measured
-from twotower.training.objective import Piece, next_token_targets, token_sums
+from twotower.training.losses import LossPart, next_token_targets, token_sums
+from twotower.training.run.compiling import compiled
 
 BALANCE_RATE = 1e-3
 
@@ -50,7 +50,7 @@ class NextToken(nn.Module):
         """One layer at a time."""
         return [[layer] for layer in self.model.tower.stack]
 
-    def prepare(self, batch: Batch, step: int, seed: int, device: torch.device) -> TextRows:
+    def prepare(self, batch: RowBatch, step: int, seed: int, device: torch.device) -> TextRows:
         """A rank's rows on its device; nothing is random."""
         document = batch.document.to(device)
         x0, scored = batch.ids.to(device), batch.scored.to(device)
@@ -58,7 +58,7 @@ class NextToken(nn.Module):
         return TextRows(x0, following, counts, make_layout(document, CHUNK_SIZE), (float(counts.sum()),))
 
     @torch.no_grad()
-    def measure(self, batch: Batch, step: int, device: torch.device) -> dict[str, Measured]:
+    def measure(self, batch: RowBatch, step: int, device: torch.device) -> dict[str, Measured]:
         """The negative log-likelihood of held-out rows."""
         rows = self.prepare(batch, step, 0, device)
         (count,) = rows.denominators
@@ -75,10 +75,10 @@ class NextToken(nn.Module):
         for mixer, load in zip(mixers, loads, strict=True):
             mixer.correction_bias.add_((load.mean() - load).sign().to(mixer.correction_bias), alpha=BALANCE_RATE)
 
-    def forward(self, rows: TextRows, part: slice, denominators: Sequence[float]) -> Piece:
+    def forward(self, rows: TextRows, part: slice, denominators: Sequence[float]) -> LossPart:
         """What some of the rows add to the step, whose `denominators` are all ranks' together."""
         layout = Layout(rows.layout.block[part], rows.layout.document[part])
         hidden, loads = self.hidden(self.model.tower, rows.x0[part], layout, recompute=self.config.recompute)
         counts = rows.counts[part]
         sums = token_sums(self.model.lm_head, hidden[counts], rows.following[part][counts], None)
-        return Piece(sums.hard / max(denominators[0], 1), loads)
+        return LossPart(sums.hard / max(denominators[0], 1), loads)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from twotower.ops.native.call import function, threads
-from twotower.ops.unmask import Best, Places
+from twotower.ops.unmask import Best, BlockPlaces
 
 _CANDIDATE = 2  # 4-byte words of a struct Candidate
 
@@ -40,9 +40,15 @@ def commit(sure: Tensor, masked: Tensor, left: Tensor, threshold: Tensor | None,
 
 
 def fix(
-    places: Places, valid: Tensor, fixed: Tensor, tokens: Tensor, confidence: Tensor, step: Tensor, mask_token_id: int
-) -> Places:
-    after = Places(*(torch.empty(x.shape, dtype=x.dtype) for x in places))
+    places: BlockPlaces,
+    valid: Tensor,
+    fixed: Tensor,
+    tokens: Tensor,
+    confidence: Tensor,
+    step: Tensor,
+    mask_token_id: int,
+) -> BlockPlaces:
+    after = BlockPlaces(*(torch.empty(x.shape, dtype=x.dtype) for x in places))
     read = [x.contiguous() for x in (*places, valid, fixed, tokens, confidence, step)]
     call = function("tt_fix", "pppp ppppp lll pppp")
     call(*(x.data_ptr() for x in read), mask_token_id, *fixed.shape, *(x.data_ptr() for x in after))

@@ -1,0 +1,1 @@
+"""From texts, or from the context tower's own samples, to shards of token rows."""

@@ -1,0 +1,197 @@
+"""A corpus sampled from the frozen context tower itself. Letters: b rows, t tokens."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from twotower.decoding.sampling import inverse_sample
+from twotower.model.two_tower import TwoTower
+from twotower.training.corpus.shards import CorpusRows, write_shard
+
+SETTINGS_FILE = "settings.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What the shards of a corpus hold: `rows` rows of `length` tokens each.
+
+    A row that no prompt begins is sampled at temperature 1 up to a prefix, then at one of `temperatures`, drawn per
+    shard with equal chances (so (0, 0, 0, 1) makes three shards of four greedy). The prefix, whose length is drawn per
+    shard from [`shortest_prefix`, `longest_prefix`], gives variety and is not scored in training; with temperature 1
+    all is.
+    """
+
+    rows: int = 512
+    length: int = 256
+    temperatures: tuple[float, ...] = (0.0, 0.0, 0.0, 1.0)
+    shortest_prefix: int = 6
+    longest_prefix: int = 159
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows is {self.rows}, must be at least 1")
+        if self.length < 2:
+            raise ValueError(f"length is {self.length}, must be at least 2: the first token is given")
+        if not self.temperatures or not all(0 <= t <= 100 for t in self.temperatures):
+            raise ValueError(f"temperatures are {self.temperatures}, must be one or more numbers in [0, 100]")
+        if not 1 <= self.shortest_prefix <= self.longest_prefix < self.length:
+            raise ValueError(
+                f"prefixes are {self.shortest_prefix} to {self.longest_prefix} tokens, must be "
+                f"1 <= shortest <= longest < length={self.length}; give a --longest-prefix below it"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, must be 0 or more")
+
+
+class Sampled(NamedTuple):
+    """ids (b, t) int64, and how many of each row's are its text, end and all, (b,) int64; padding follows."""
+
+    ids: Tensor
+    lengths: Tensor
+
+
+@torch.inference_mode()
+def sample_rows(
+    model: TwoTower,
+    prompts: Sequence[Sequence[int]],
+    *,
+    length: int,
+    prefix: int,
+    seed: int,
+    temperature: float = 0.0,
+) -> Sampled:
+    """Continues each prompt up to an end of text or `length` tokens: temperature 1 up to position `prefix`,
+    `temperature` after it, 0 greedy.
+
+    A greedy continuation is a function of its prefix, so a denoiser can learn it; the sampled part gives it variety.
+    The mask token and the tokenizer's unknown token are never drawn. Raises ValueError for a prompt that is empty, too
+    long or not of this vocabulary.
+    """
+    if not 1 <= prefix <= length:
+        raise ValueError(f"prefix is {prefix}, must be in [1, length={length}]")
+    for number, prompt in enumerate(prompts, 1):
+        check_prompt(prompt, f"prompt {number}", model.config.vocab_size, length)
+    generator = torch.Generator().manual_seed(seed)
+    device, b = model.context_device, len(prompts)
+    given = torch.tensor([[*p, *[-1] * (length - len(p))] for p in prompts], device=device)  # (b, t), -1 to be drawn
+    banned = [model.config.mask_token_id, *_unknown(model)]
+    ends = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=device)
+    ids = given[:, :1]
+    state = model.absorb(ids, model.context_tower.initial_state(b, length), with_logits=True)
+    columns = [ids]
+    ended = torch.zeros(b, 1, dtype=torch.bool, device=device)
+    lengths = torch.ones(b, dtype=torch.int64, device=device)
+    for position in range(1, length):
+        assert state.next_logits is not None
+        logits = state.next_logits
+        logits[:, banned] = -torch.inf
+        heat = 1.0 if position < prefix else temperature
+        if heat > 0:
+            draws = torch.rand(b, 1, generator=generator).to(device)
+            drawn = inverse_sample((logits / heat).softmax(-1).unsqueeze(1), draws)
+        else:
+            drawn = logits.argmax(-1, keepdim=True)
+        own = given[:, position : position + 1]
+        ids = torch.where(own < 0, drawn, own).masked_fill(ended, padding_token(model))
+        columns.append(ids)
+        lengths += ~ended[:, 0]
+        ended |= torch.isin(ids, ends) & (own < 0)
+        if bool(ended.all()):
+            break
+        if position + 1 < length:
+            state = model.absorb(ids, state, with_logits=True)
+    found = torch.cat(columns, dim=1)
+    return Sampled(F.pad(found, (0, length - found.shape[1]), value=padding_token(model)), lengths)
+
+
+def beginnings(model: TwoTower, rows: int) -> list[list[int]]:
+    """Prompts of a BOS alone."""
+    if model.config.bos_token_id is None:
+        raise ValueError("the config has no bos_token_id to start rows with; set it in config.json, or give prompts")
+    return [[model.config.bos_token_id]] * rows
+
+
+def padding_token(model: TwoTower) -> int:
+    """What stands behind a row's text: BOS, or token 0, never scored."""
+    return model.config.bos_token_id or 0
+
+
+def check_prompt(prompt: Sequence[int], name: str, vocab_size: int, length: int) -> None:
+    """Raises ValueError for a prompt that rows of `length` tokens can't begin with."""
+    if not 1 <= len(prompt) < length:
+        raise ValueError(f"{name} has {len(prompt)} tokens, must have 1 to {length - 1}, below length={length}")
+    strange = [i for i in prompt if not 0 <= i < vocab_size]
+    if strange:
+        raise ValueError(f"{name} has token id {strange[0]}, must be in [0, {vocab_size - 1}]; use its own tokenizer")
+
+
+def _unknown(model: TwoTower) -> list[int]:
+    """The token that the tokenizer writes for what it can't spell, if it has one that is no end of text."""
+    if model.tokenizer is None:
+        return []
+    raw = json.loads(model.tokenizer.to_str())["model"]
+    name = raw.get("unk_token")
+    token = raw.get("unk_id") if name is None else model.tokenizer.token_to_id(name)
+    return [] if token is None or token in model.config.eos_token_ids else [token]
+
+
+def sample_shard(
+    model: TwoTower, folder: Path, index: int, config: SampleConfig, prompts: Sequence[Sequence[int]] | None = None
+) -> Path:
+    """Samples shard `index` into `folder` as `{index:05d}.safetensors`, unless it is there, and returns its path.
+
+    With `prompts`, its rows continue the next `rows` of them; these are the rows' prefixes, and not scored whatever the
+    temperature. What follows an end of text is not scored. Depends on (config, index, prompts) alone. A kill leaves no
+    half shard under that name.
+    """
+    file = folder / f"{index:05d}.safetensors"
+    if file.exists():
+        return file
+    rng = np.random.default_rng((config.seed, index))
+    temperature = float(rng.choice(config.temperatures))
+    prefix = int(rng.integers(config.shortest_prefix, config.longest_prefix + 1))
+    seed = int(rng.integers(2**62))
+    if prompts is None:
+        own: Sequence[Sequence[int]] = beginnings(model, config.rows)
+    else:
+        own, prefix = prompts[index * config.rows : (index + 1) * config.rows], 1
+    found = sample_rows(model, own, length=config.length, prefix=prefix, seed=seed, temperature=temperature)
+    ids, lengths = found.ids.cpu().numpy(), found.lengths.cpu().numpy()[:, None]
+    place = np.arange(config.length)  # (t,)
+    starts = np.array([[len(prompt)] for prompt in own])
+    if temperature != 1:
+        starts = np.maximum(starts, prefix)
+    write_shard(file, CorpusRows(ids, (place >= starts) & (place < lengths), place >= lengths))
+    return file
+
+
+def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes what shards are sampled with beside them. Raises ValueError where shards are there that were sampled with
+    other settings, or nothing says with which."""
+    file = folder / SETTINGS_FILE
+    wanted = json.loads(json.dumps(settings))
+    if not file.exists():
+        if any(folder.glob("*.safetensors")):
+            raise ValueError(f"{folder} holds shards but no {SETTINGS_FILE} saying how; choose a new directory")
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(wanted, indent=1))
+        os.replace(partial, file)
+        return
+    try:
+        found = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON ({error}); choose a new directory") from error
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    if names:
+        was, now = (", ".join(f"{n} {v.get(n)!r}" for n in names) for v in (found, wanted))
+        raise ValueError(f"{folder} was begun with {was}, not {now}; give the same again, or choose a new directory")

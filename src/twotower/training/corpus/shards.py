@@ -1,0 +1,135 @@
+"""Token corpora on disk: safetensors shards of rows, read through memory maps. Letters: r rows, b batch, t tokens.
+
+A shard holds `ids` (r, t) int32, `scored` (r, t) bool, false where a position is never masked (prompts, prefixes, BOS,
+padding), and `document` (r, t) int32, which numbers the documents packed into a row, non-decreasing.
+"""
+
+import functools
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+_DTYPES = {"ids": "I32", "scored": "BOOL", "document": "I32"}
+
+
+class RowBatch(NamedTuple):
+    """ids (b, t) int64, scored (b, t) bool, document (b, t) int64, and each row's number in the order in which an
+    endless run would visit rows, (b,) int64: what its noise may depend on."""
+
+    ids: Tensor
+    scored: Tensor
+    document: Tensor
+    samples: Tensor
+
+
+class CorpusRows(NamedTuple):
+    """What a shard holds, as arrays of its dtypes."""
+
+    ids: np.ndarray
+    scored: np.ndarray
+    document: np.ndarray
+
+
+class _Shard(NamedTuple):
+    file: Path
+    opened: safe_open
+    rows: int
+    length: int
+
+
+class Corpus:
+    """The shards of a folder in the order of their names, as one table of rows."""
+
+    def __init__(self, folder: str | Path, *, vocab_size: int) -> None:
+        """Opens every shard, reading headers only. Raises FileNotFoundError where there is no folder, and ValueError
+        naming a bad file."""
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(
+                f"{folder} is no directory; make a corpus there with: twotower tokenize, or twotower sample"
+            )
+        files = _files(folder)
+        if not files:
+            raise ValueError(
+                f"{folder} holds no .safetensors shard; make some with: twotower tokenize, or twotower sample"
+            )
+        self._shards = [_open(file) for file in files]
+        lengths = {shard.length for shard in self._shards}
+        if len(lengths) > 1:
+            raise ValueError(f"{folder} has rows of {sorted(lengths)} tokens, must all be of one length; make it again")
+        self.length = lengths.pop()
+        self._ends = np.cumsum([shard.rows for shard in self._shards])
+        self._vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        """Rows of all shards."""
+        return int(self._ends[-1])
+
+    def batch(self, samples: range, seed: int) -> RowBatch:
+        """The rows of an endless run over the corpus that have these numbers: each epoch visits every row once, in an
+        order that depends on (seed, epoch) alone, so the next number is all that a resumed run must know. Raises
+        ValueError where a shard has tokens outside the vocabulary."""
+        orders = {epoch: _order(seed, epoch, len(self)) for epoch in {sample // len(self) for sample in samples}}
+        rows = [self.row(int(orders[sample // len(self)][sample % len(self)])) for sample in samples]
+        ids, scored, document = (torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True))
+        return RowBatch(ids.long(), scored, document.long(), torch.tensor(samples))
+
+    def row(self, index: int) -> CorpusRows:
+        """One row's arrays (t,)."""
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._shards[place]
+        at = index - (int(self._ends[place - 1]) if place else 0)
+        found = CorpusRows(*(shard.opened.get_slice(name)[at : at + 1][0] for name in CorpusRows._fields))
+        if found.ids.min() < 0 or found.ids.max() >= self._vocab_size:
+            raise ValueError(f"{shard.file} has ids outside [0, {self._vocab_size}); make it with this checkpoint")
+        return found
+
+
+def is_corpus(source: str | Path) -> bool:
+    """Whether it is a folder of shards."""
+    return bool(_files(source))
+
+
+def _files(folder: str | Path) -> list[Path]:
+    return sorted(f for f in Path(folder).glob("*.safetensors") if ".partial" not in f.name)
+
+
+@functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
+def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)
+
+
+def write_shard(file: Path, rows: CorpusRows) -> None:
+    """Writes a shard; a kill leaves no half file under its name."""
+    # safetensors writes an array's memory as it lies, whatever its strides
+    ids = np.ascontiguousarray(rows.ids, dtype=np.int32)
+    scored = np.ascontiguousarray(rows.scored, dtype=np.bool_)
+    document = np.ascontiguousarray(rows.document, dtype=np.int32)
+    assert ids.shape == scored.shape == document.shape
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial.safetensors")
+    save_file({"ids": ids, "scored": scored, "document": document}, partial)
+    os.replace(partial, file)
+
+
+def _open(file: Path) -> _Shard:
+    try:
+        opened = safe_open(file, framework="np")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole .safetensors file ({error}); make it again") from error
+    if set(opened.keys()) != set(_DTYPES):
+        raise ValueError(f"{file} holds {sorted(opened.keys())}, must hold {sorted(_DTYPES)}; make it again")
+    slices = {name: opened.get_slice(name) for name in _DTYPES}
+    shapes = {tuple(part.get_shape()) for part in slices.values()}
+    (r, t) = shape = next(iter(shapes)) if len(shapes) == 1 else (0, 0)
+    if r == 0 or t == 0 or len(shape) != 2:
+        raise ValueError(f"{file} has shapes {sorted(shapes)}, must be (rows, tokens), one for all; make it again")
+    wrong = {name: part.get_dtype() for name, part in slices.items() if part.get_dtype() != _DTYPES[name]}
+    if wrong:
+        raise ValueError(f"{file} holds {wrong}, must hold {_DTYPES}; make it again")
+    return _Shard(file, opened, r, t)

@@ -1,0 +1,87 @@
+"""What a saved state knows of its run, so that no other run is mistaken for it."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twotower.config import TwoTowerConfig
+from twotower.training.corpus.shards import Corpus
+from twotower.training.denoising import Denoising, DenoisingConfig, Phase
+from twotower.training.next_token import NextToken
+from twotower.training.run.weights import TensorStream, own_tensors
+
+# Rows of a corpus, and numbers of a tensor, that stand for all of them
+_ROWS = 16
+_NUMBERS = 16
+# Settings that change how a step is computed, not what is learnt
+_FREE = ("recompute", "compile")
+
+
+def model_identity(objective: Denoising | NextToken, weights: Callable[[], TensorStream] | None) -> dict[str, Any]:
+    """What the run starts from: the config's values, and a hash of the first numbers of every tensor, which `weights`
+    streams where the model is on the meta device."""
+    lines = []
+    for name, tensor in own_tensors(objective, weights):
+        first = tensor[(0,) * (tensor.ndim - 1)][:_NUMBERS].float().cpu()
+        lines.append(f"{name} {tuple(tensor.shape)} {first.numpy().tobytes().hex()}")
+    return config_identity(objective.model.config) | {"weights": _hash("\n".join(sorted(lines)))}
+
+
+def config_identity(config: TwoTowerConfig) -> dict[str, Any]:
+    """The values of a model's config."""
+    values = dataclasses.asdict(config)
+    del values["carried"]
+    return {f"config.{name}": value for name, value in values.items()}
+
+
+def corpus_identity(corpus: Corpus) -> str:
+    """Its size and a hash of some of its rows."""
+    places = sorted({int(i) for i in np.linspace(0, len(corpus) - 1, _ROWS)})
+    content = b"".join(part.tobytes() for place in places for part in corpus.row(place))
+    return f"{len(corpus)} rows of {corpus.length} tokens, {_hash(content.hex())}"
+
+
+def settings_identity(what: object) -> dict[str, Any]:
+    """What decides what is learnt, of a `DenoisingConfig` or `NextTokenConfig`."""
+    assert dataclasses.is_dataclass(what)
+    assert not isinstance(what, type)
+    return {name: value for name, value in dataclasses.asdict(what).items() if name not in _FREE}
+
+
+def denoising_config(state: Path, run: dict[str, Any]) -> DenoisingConfig:
+    """The settings that a state's run had. Raises ValueError where it trained no denoiser."""
+    names = [f.name for f in dataclasses.fields(DenoisingConfig) if f.name not in _FREE]
+    if not run.keys() >= set(names):
+        raise _another_kind(state)
+    return DenoisingConfig(**{n: run[n] for n in names} | {"phases": tuple(Phase(*phase) for phase in run["phases"])})
+
+
+def check_same(state: Path, was: dict[str, Any], now: dict[str, Any], step: int) -> None:
+    """Raises ValueError where what a state of `step` steps was trained with, and must stay, is not what is given now.
+    Phases that begin later may change."""
+    if was.keys() != now.keys():
+        raise _another_kind(state)
+    now = json.loads(json.dumps(now))  # as it was read: lists for tuples
+    for name in sorted(was):
+        before, after = was[name], now[name]
+        if name == "phases":
+            before, after = ([phase for phase in phases if phase[0] < step] for phases in (before, after))
+        if before != after:
+            what = "the hash of the weights to start from" if name == "weights" else name
+            raise ValueError(
+                f"{what} is {after!r}, but {state} is of a run with {before!r}; give that again, or another output "
+                "folder"
+            )
+
+
+def _another_kind(state: Path) -> ValueError:
+    return ValueError(f"{state} is of a run of another kind, `train` or `pretrain`; give another output folder")
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

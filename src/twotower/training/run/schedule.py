@@ -1,0 +1,103 @@
+"""How fast to learn at each step, and which steps not to learn from."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+# Accepted losses whose median a spike is measured against, and how many there must be first.
+_RECENT = 64
+_ENOUGH = 16
+# Skipped steps are counted over this many.
+WINDOW = 100
+
+Fault = Literal["not finite", "spike"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RateSchedule:
+    """Warm-up, stable, decay: the rate rises linearly over `warmup_steps`, stays, and over the last `decay_steps` falls
+    linearly from `learning_rate` to `final_learning_rate`."""
+
+    steps: int
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 0.0
+    warmup_steps: int = 100
+    decay_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, must be at least 1")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}, must be above 0")
+        if not 0 <= self.final_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate is {self.final_learning_rate}, must be in [0, learning_rate={self.learning_rate}]"
+            )
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, must be 0 or more")
+        if not 0 <= self.decay_steps <= self.steps:
+            raise ValueError(f"decay_steps is {self.decay_steps}, must be in [0, steps={self.steps}]")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a 0-based step."""
+        warm = min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        left = 1.0 if self.decay_steps == 0 else min(1.0, (self.steps - step) / self.decay_steps)
+        return warm * (self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * left)
+
+
+class Guard:
+    """Finds the steps whose gradient would do harm: a loss or gradient that is not finite, or a loss above
+    `spike_factor` times what nine in ten of the recent ones stay below (0: no such test).
+
+    Not times their median: where answers are nearly learnt, rows that hold a hard one have several times its loss, and
+    are what is left to learn.
+    """
+
+    def __init__(self, *, spike_factor: float, skip_limit: int) -> None:
+        if not (spike_factor == 0 or spike_factor > 1):
+            raise ValueError(f"spike_factor is {spike_factor}, must be above 1, or 0 to allow any loss")
+        if skip_limit < 0:
+            raise ValueError(f"skip_limit is {skip_limit}, must be 0 or more")
+        self.spike_factor, self.skip_limit = spike_factor, skip_limit
+        self.num_skipped = 0
+        self._losses: list[float] = []
+        self._skipped: list[int] = []
+
+    def judge(self, step: int, loss: float, grad_norm: float) -> Fault | None:
+        """What is wrong with a 0-based step, if anything; such a step is counted and must be skipped.
+
+        Raises ValueError where more than `skip_limit` of the last 100 steps were.
+        """
+        fault = self._fault(loss, grad_norm)
+        if fault is None:
+            self._losses = [*self._losses, loss][-_RECENT:]
+            return None
+        self.num_skipped += 1
+        self._skipped = [s for s in [*self._skipped, step] if s > step - WINDOW]
+        if len(self._skipped) > self.skip_limit:
+            raise ValueError(
+                f"{len(self._skipped)} of the last {WINDOW} steps were skipped, the last for a loss of {loss:.4g} with "
+                f"a gradient of norm {grad_norm:.4g} ({fault}), must be at most skip_limit={self.skip_limit}; lower "
+                "the learning rate and call again: the last saved state is whole"
+            )
+        return fault
+
+    def _fault(self, loss: float, grad_norm: float) -> Fault | None:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return "not finite"
+        known = self.spike_factor > 0 and len(self._losses) >= _ENOUGH
+        return "spike" if known and loss > self.spike_factor * _high(self._losses) else None
+
+    def state(self) -> dict[str, Any]:
+        """What `restored` needs, as JSON holds it."""
+        return {"num_skipped": self.num_skipped, "losses": self._losses, "skipped": self._skipped}
+
+    def restored(self, state: dict[str, Any]) -> Self:
+        """This guard, as it was when `state` was taken."""
+        self.num_skipped, self._losses, self._skipped = state["num_skipped"], state["losses"], state["skipped"]
+        return self
+
+
+def _high(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) * 9 // 10]

@@ -1,0 +1,303 @@
+"""The trainer: one process or many ranks, resumable. Letters: b batch, t tokens."""
+
+import dataclasses
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from twotower.training.corpus.shards import Corpus, RowBatch
+from twotower.training.denoising import Denoising, DenoisingConfig
+from twotower.training.held_out import answer, measure
+from twotower.training.losses import LossPart
+from twotower.training.next_token import NextToken, NextTokenConfig
+from twotower.training.run.checkpointing import Checkpoints, latest_state, read_progress, read_tensors_, stored_groups
+from twotower.training.run.identity import check_same, corpus_identity, model_identity, settings_identity
+from twotower.training.run.optimiser import Optimiser, total_norm
+from twotower.training.run.precision import coarse_parameters, compute_in_
+from twotower.training.run.ranks import Ranks
+from twotower.training.run.schedule import Fault, Guard, RateSchedule
+from twotower.training.run.sharding import drop_gathered_, shard_
+from twotower.training.run.weights import TensorStream, fill_
+
+# What is learnt: a module whose parameters that require a gradient are trained.
+Objective = Denoising | NextToken
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. The rates are those of `RateSchedule`, `spike_factor` and `skip_limit` those of `Guard`.
+
+    `batch_size` rows make a step, over all ranks; each computes `micro_batch_size` of its share at a time (0: all),
+    without changing the gradient. `bf16` computes in bfloat16; weights, sums of gradients and optimiser stay float32.
+    `shard` spreads all of these over the ranks. `ema_decay` above 0 keeps a running mean of the weights. Every
+    `evaluate_every` steps, and after the last, held-out rows are measured; 0 is never.
+    """
+
+    steps: int
+    batch_size: int = 16
+    micro_batch_size: int = 0
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 0.0
+    warmup_steps: int = 100
+    decay_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    spike_factor: float = 3.0
+    skip_limit: int = 10
+    bf16: bool = False
+    shard: bool = False
+    seed: int = 0
+    checkpoint_every: int = 100
+    evaluate_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.micro_batch_size < 0:
+            raise ValueError(f"micro_batch_size is {self.micro_batch_size}, must be 0 (the whole batch) or more")
+        if self.evaluate_every < 0:
+            raise ValueError(f"evaluate_every is {self.evaluate_every}, must be 0 (never) or more")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}, must be above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay is {self.weight_decay}, must be 0 or more; 0 lets weights be")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, must be in [0, 2**63); give another")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}, must be in [0, 1); 0 keeps no running mean")
+        self.schedule  # noqa: B018  checks the rates
+        self.guard()
+
+    @property
+    def schedule(self) -> RateSchedule:
+        names = [f.name for f in dataclasses.fields(RateSchedule)]
+        return RateSchedule(**{name: getattr(self, name) for name in names})
+
+    def guard(self) -> Guard:
+        return Guard(spike_factor=self.spike_factor, skip_limit=self.skip_limit)
+
+
+class StepReport(NamedTuple):
+    """What one optimiser step did: `fault` says why it was skipped, if it was; `num_skipped` counts those so far;
+    `held_out` is what `Trainer.evaluate` gave, where it was called after it."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    fault: Fault | None
+    num_skipped: int
+    tokens_per_second: float
+    held_out: dict[str, float] | None = None
+
+    def to_json(self) -> str:
+        """One line; numbers that are not finite, which JSON lacks, become null."""
+        values = self._asdict().items()
+        return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values})
+
+
+def check_run(
+    config: TrainConfig, what: DenoisingConfig | NextTokenConfig, num_ranks: int, *, has_held_out: bool
+) -> None:
+    """Raises ValueError where settings don't go together."""
+    if has_held_out != (config.evaluate_every > 0):
+        raise ValueError(f"evaluate_every is {config.evaluate_every}, must be above 0 with held-out rows, else 0")
+    if config.shard and num_ranks == 1:
+        raise ValueError("shard is set for one process, must be for several ranks; start them with torchrun")
+    if config.shard and what.compile:
+        raise ValueError("shard and compile are both set, must not be: gathered weights can't be traced; drop one")
+
+
+class Trainer:
+    """Steps an objective over a corpus; `folder` holds the state to resume from and the metrics.
+
+    All ranks make one and call `run`: each with the whole model or, to shard it, with a model on the meta device whose
+    released tensors `weights` gives one at a time, so that no rank ever holds more than its shards.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        corpus: Corpus,
+        config: TrainConfig,
+        folder: str | Path,
+        ranks: Ranks | None = None,
+        *,
+        held_out: Corpus | None = None,
+        weights: Callable[[], TensorStream] | None = None,
+    ) -> None:
+        self.objective, self.corpus, self.config, self.folder = objective, corpus, config, Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file, must be a folder to write to; give another")
+        self.ranks, self.held_out = ranks or Ranks(), held_out
+        check_run(config, objective.config, self.ranks.size, has_held_out=held_out is not None)
+        self.share = self.ranks.share(config.batch_size)
+        self._run = model_identity(objective, weights) | settings_identity(objective.config)
+        self._run |= {"seed": config.seed, "corpus": corpus_identity(corpus)}
+        self.optimiser = _optimiser(objective, config, self.ranks, weights)
+        self.guard, self.schedule = config.guard(), config.schedule
+        self.checkpoints = Checkpoints(self.folder, self.ranks)
+        self.step = self.samples = 0
+
+    def run(self, report: Callable[[StepReport], None]) -> None:
+        """Trains to `config.steps`, resuming from `folder` if it holds a state; calls `report` after each step. Raises
+        ValueError where the state is that of a run with another model, corpus, seed or objective."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = latest_state(self.folder)
+        if state is not None:
+            self._resume(state)
+        if self.ranks.rank == 0:
+            if self.step > self.config.steps:
+                warnings.warn(
+                    f"{state} has more than steps={self.config.steps}: nothing is left to train", stacklevel=2
+                )
+            _drop_later_metrics(self.folder / "metrics.jsonl", self.step)
+        try:
+            with (self.folder / "metrics.jsonl").open("a") as metrics:
+                while self.step < self.config.steps:
+                    done = self.train_step()
+                    if self._due(self.config.evaluate_every):
+                        done = done._replace(held_out=self.evaluate())
+                    if self.ranks.rank == 0:
+                        metrics.write(done.to_json() + "\n")
+                        metrics.flush()
+                    report(done)
+                    self.checkpoints.poll()
+                    if self._due(self.config.checkpoint_every):
+                        self.checkpoints.save(self.step, self.optimiser.tensors(), self._progress())
+        finally:
+            self.checkpoints.finish()
+        self.ranks.wait()
+
+    def train_step(self) -> StepReport:
+        """One optimiser step; rows and noise depend on (seed, samples seen) alone."""
+        start = time.perf_counter()
+        c = self.config
+        mine = range(self.samples + self.share.start, self.samples + self.share.stop)
+        batch = self.corpus.batch(mine, c.seed)
+        loss, loads = self._backward(batch)
+        gradients = self.optimiser.gradients()
+        self.ranks.sum_(gradients)
+        norm = total_norm(gradients)
+        rate = self.schedule.rate(self.step)
+        fault = self.guard.judge(self.step, loss, norm)
+        if fault is None:
+            self.optimiser.update(rate, c.max_grad_norm, norm)
+            if loads is not None and isinstance(self.objective, NextToken):
+                self.objective.balance_(loads)
+            self.optimiser.average(self.step + 1 - self.guard.num_skipped)
+        self.optimiser.clear()
+        self.step += 1
+        self.samples += c.batch_size
+        speed = c.batch_size * self.corpus.length / (time.perf_counter() - start)
+        return StepReport(self.step, loss, norm, rate, fault, self.guard.num_skipped, speed)
+
+    def evaluate(self) -> dict[str, float]:
+        """Nats per token of the held-out rows: `elbo` a bound for the denoiser, `ar` for the tower that is causal. Of a
+        denoiser that isn't sharded also what `held_out.answer` gives, where the rows hold questions. The same with the
+        running mean of the weights, if there is one, under names that begin with `ema_`."""
+        found = self._measured()
+        if self.optimiser.ema:
+            drop_gathered_(self.objective)
+            with self.optimiser.averaged():
+                found |= {f"ema_{name}": value for name, value in self._measured().items()}
+            drop_gathered_(self.objective)
+        return found
+
+    def _measured(self) -> dict[str, float]:
+        assert self.held_out is not None
+        at_once = self.config.micro_batch_size or len(self.share)
+        step, device = self.step - 1, self.ranks.device
+        found = measure(self.held_out, at_once, self.ranks, lambda batch: self.objective.measure(batch, step, device))
+        # Decoding passes through no module that would gather shards
+        if isinstance(self.objective, Denoising) and not self.config.shard:
+            model = self.objective.model
+            block_size = self.objective.config.block_size(step, model.config.block_size)
+            found |= answer(model, self.held_out, block_size, self.ranks)
+        return found
+
+    def _due(self, every: int) -> bool:
+        """True after each `every` steps and after the last, if ever."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
+
+    def _backward(self, batch: RowBatch) -> tuple[float, Tensor | None]:
+        """Adds this rank's part of the step's gradient, one micro-batch after the other; returns the loss and the loads
+        of all."""
+        rows = self.objective.prepare(batch, self.step, self.config.seed, self.ranks.device)
+        denominators = self.ranks.total(rows.denominators)
+        num_rows, total = len(batch.ids), 0.0
+        loads: Tensor | None = None
+        size = self.config.micro_batch_size or num_rows
+        for start in range(0, num_rows, size):
+            piece: LossPart = self.objective(rows, slice(start, start + size), denominators)
+            piece.loss.backward()
+            total += piece.loss.item()
+            if piece.loads is not None:
+                loads = piece.loads if loads is None else loads + piece.loads
+        if loads is not None:
+            self.ranks.sum_([loads])
+        return self.ranks.total([total])[0], loads
+
+    def _progress(self) -> dict[str, Any]:
+        return {"step": self.step, "samples": self.samples, "guard": self.guard.state(), "run": self._run}
+
+    def _resume(self, state: Path) -> None:
+        progress = read_progress(state)
+        check_same(state, progress["run"], self._run, progress["step"])
+        tensors = self.optimiser.tensors()
+        if "ema" not in stored_groups(state):
+            tensors.pop("ema", None)
+        read_tensors_(state, tensors, self.ranks)
+        self.optimiser.round_()
+        if "ema" not in tensors:  # begins here
+            for name, mean in self.optimiser.ema.items():
+                mean.copy_(self.optimiser.masters[name])
+        self.step, self.samples = progress["step"], progress["samples"]
+        self.guard = self.guard.restored(progress["guard"])
+
+
+def _optimiser(
+    objective: Objective,
+    config: TrainConfig,
+    ranks: Ranks,
+    weights: Callable[[], TensorStream] | None,
+) -> Optimiser:
+    """Gives the objective's parameters the precision and place that the run asks for, and an optimiser."""
+    model, exact = objective.model, {}
+    coarse = {id(p) for p in coarse_parameters(model, torch.bfloat16)}
+    named = trained_parameters(objective)
+    if config.bf16 and not config.shard:
+        exact = {name: p.detach().clone() for name, p in named.items() if id(p) in coarse}
+    if config.bf16:
+        compute_in_(model, torch.bfloat16, named.values() if config.shard else ())
+    if config.shard:
+        dtype = torch.bfloat16 if config.bf16 else None
+        whole = [p for p in model.parameters() if id(p) not in coarse]
+        shard_(objective, objective.layer_groups(), ranks, dtype=dtype, whole=whole)
+        if weights is not None:
+            fill_(objective, weights(), ranks)
+    return Optimiser(trained_parameters(objective), exact, weight_decay=config.weight_decay, ema_decay=config.ema_decay)
+
+
+def trained_parameters(objective: Objective) -> dict[str, nn.Parameter]:
+    """Name -> parameter, each once."""
+    return {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
+
+
+def _drop_later_metrics(file: Path, step: int) -> None:
+    """Steps after the saved state are run again: their lines would stand twice."""
+    if file.exists():
+        lines = file.read_text().splitlines(keepends=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        os.replace(partial, file)

@@ -1,0 +1,379 @@
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+
+from twotower.checkpoints import init_two_tower, load_model, load_tokenizer, merge_closure, read_pieces, save
+from twotower.checkpoints.families.llama import check_switches
+from twotower.checkpoints.two_towers import open_backbone
+from twotower.config import TwoTowerConfig
+
+
+def listing(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def changed(source: Any, out: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]) -> Path:
+    """A copy of a source's directory with its config and tensors changed."""
+    out.mkdir()
+    config = json.loads((source.directory / "config.json").read_text())
+    tensors = load_file(source.directory / "model.safetensors")
+    change(config, tensors)
+    (out / "config.json").write_text(json.dumps(config))
+    save_file(tensors, out / "model.safetensors")
+    return out
+
+
+@pytest.fixture
+def story(tmp_path: Path, llama2c_bytes: Callable[..., bytes], llama2c_vocabulary: Callable[..., bytes]) -> Path:
+    path = tmp_path / "story.bin"
+    path.write_bytes(llama2c_bytes() + llama2c_vocabulary())
+    return path
+
+
+def test_both_towers_are_the_backbone_and_modulation_does_nothing(llama: Any, tmp_path: Path) -> None:
+    init_two_tower(llama.directory, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    backbone = llama.model.state_dict()
+    for tower in ("context_tower", "denoiser_tower"):
+        for theirs, ours in [
+            ("model.layers.1.self_attn.q_proj", "layers.2.mixer.q_proj"),
+            ("model.layers.0.post_attention_layernorm", "layers.1.norm"),
+            ("model.norm", "norm_f"),
+        ]:
+            assert torch.equal(tensors[f"{tower}.{ours}.weight"], backbone[f"{theirs}.weight"])
+    assert torch.equal(tensors["lm_head.weight"], tensors["context_lm_head.weight"])
+    for i in range(4):
+        shift, scale, gate = tensors[f"scale_shift_tables.{i}"]
+        assert (shift.unique().tolist(), scale.unique().tolist(), gate.unique().tolist()) == ([0], [0], [1])
+    for name in ("t_block.1.weight", "t_block.1.bias", "t_embedder.mlp.0.bias", "t_embedder.mlp.2.bias"):
+        assert not tensors[name].any(), name
+    for name, shape in (("t_embedder.mlp.0.weight", (32, 256)), ("t_embedder.mlp.2.weight", (32, 32))):
+        assert tensors[name].shape == shape
+        assert 0.017 < tensors[name].std() < 0.023, name
+
+
+def test_only_the_time_embedder_depends_on_the_seed(llama: Any, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        init_two_tower(llama.directory, tmp_path / name, seed=seed)
+    assert listing(tmp_path / "a") == listing(tmp_path / "b")
+    a, c = (load_file(tmp_path / name / "model.safetensors") for name in "ac")
+    assert {name for name in a if not torch.equal(a[name], c[name])} == {
+        "t_embedder.mlp.0.weight",
+        "t_embedder.mlp.2.weight",
+    }
+
+
+def test_the_result_is_a_checkpoint_like_any_other(llama: Any, tmp_path: Path) -> None:
+    init_two_tower(llama.directory, tmp_path / "out")
+    save(load_model(tmp_path / "out"), tmp_path / "again")
+    assert listing(tmp_path / "again") == listing(tmp_path / "out")
+
+
+def test_a_new_mask_token_is_a_copy_of_row_0(llama: Any, tmp_path: Path) -> None:
+    init_two_tower(llama.directory, tmp_path, block_size=8)
+    config = TwoTowerConfig.from_json(tmp_path / "config.json")
+    size = llama.model.config.vocab_size
+    assert (config.mask_token_id, config.vocab_size, config.block_size) == (size, size + 1, 8)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("context_tower.embeddings.weight", "denoiser_tower.embeddings.weight", "lm_head.weight"):
+        source = "lm_head.weight" if "head" in name else "model.embed_tokens.weight"
+        expected = llama.model.state_dict()[source]
+        assert torch.equal(tensors[name], torch.cat((expected, expected[:1])))
+
+
+def test_a_given_mask_token_changes_no_row(llama: Any, tmp_path: Path) -> None:
+    init_two_tower(llama.directory, tmp_path, mask_token_id=7)
+    config = TwoTowerConfig.from_json(tmp_path / "config.json")
+    assert (config.mask_token_id, config.vocab_size) == (7, llama.model.config.vocab_size)
+    embeddings = load_file(tmp_path / "model.safetensors")["denoiser_tower.embeddings.weight"]
+    assert torch.equal(embeddings, llama.model.state_dict()["model.embed_tokens.weight"])
+
+
+def test_nemotron_h_keeps_token_3_for_the_mask(nemotron_h: Any, tmp_path: Path) -> None:
+    init_two_tower(nemotron_h.directory, tmp_path)
+    config = TwoTowerConfig.from_json(tmp_path / "config.json")
+    assert (config.mask_token_id, config.vocab_size, config.pattern) == (3, 48, "ME*-M")
+    assert config.time_step_limit == (0.0, float("inf"))
+
+
+@pytest.mark.parametrize("mask", [-1, 273])
+def test_mask_token_out_of_range(llama: Any, tmp_path: Path, mask: int) -> None:
+    with pytest.raises(ValueError, match=rf"mask_token_id is {mask}, must be in \[0, 273\)"):
+        init_two_tower(llama.directory, tmp_path, mask_token_id=mask)
+
+
+def test_dtype_is_kept_or_as_asked_and_routers_keep_theirs(nemotron_h: Any, tmp_path: Path) -> None:
+    def halve(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= {n: t.half() for n, t in tensors.items() if "e_score_correction_bias" not in n}
+        config["dtype"] = "float16"
+
+    source = changed(nemotron_h, tmp_path / "half", halve)
+    init_two_tower(source, tmp_path / "kept")
+    init_two_tower(source, tmp_path / "asked", dtype=torch.bfloat16)
+    for out, dtype in (("kept", torch.float16), ("asked", torch.bfloat16)):
+        tensors = load_file(tmp_path / out / "model.safetensors")
+        found = {n: t.dtype for n, t in tensors.items() if ".gate." not in n}
+        assert set(found.values()) == {dtype}
+        assert tensors["denoiser_tower.layers.1.mixer.gate.e_score_correction_bias"].dtype == torch.float32
+        assert tensors["denoiser_tower.layers.1.mixer.gate.weight"].dtype == torch.float16
+        assert json.loads((tmp_path / out / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+        assert load_model(tmp_path / out).released_tensors()["lm_head.weight"].dtype == dtype
+
+
+def test_kept_tokens_in_their_new_order(story: Path, tmp_path: Path, pieces: list[str], llama: Any) -> None:
+    keep = [259 + pieces.index(p) for p in (" ", "a", "b", " a", "ab", " ab")]
+    init_two_tower(story, tmp_path / "full")
+    init_two_tower(story, tmp_path / "out", keep_tokens=keep[::-1])
+    rows = [0, 1, 2, 0, *range(3, 259), *sorted(keep)]
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for name, source in (
+        ("denoiser_tower.embeddings.weight", "model.embed_tokens.weight"),
+        ("context_tower.embeddings.weight", "model.embed_tokens.weight"),
+        ("context_lm_head.weight", "lm_head.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+    ):
+        assert torch.equal(tensors[name], llama.model.state_dict()[source][rows]), name
+    config = TwoTowerConfig.from_json(tmp_path / "out" / "config.json")
+    assert (config.vocab_size, config.mask_token_id) == (len(rows), 3)
+    assert (config.bos_token_id, config.eos_token_id) == (1, 1)
+    small, full = load_tokenizer(tmp_path / "out"), load_tokenizer(tmp_path / "full")
+    assert small is not None
+    assert full is not None
+    assert [rows[i] for i in small.encode("ab a b!").ids] == full.encode("ab a b!").ids
+
+
+def test_keep_tokens_errors(story: Path, llama: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mask_token_id is 5, must be left out with keep_tokens"):
+        init_two_tower(story, tmp_path / "out", keep_tokens=[300], mask_token_id=5)
+    with pytest.raises(ValueError, match="keep_tokens needs the model's tokenizer, and it has none"):
+        init_two_tower(llama.directory, tmp_path / "out", keep_tokens=[5])
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_closure_of_a_file_gives_a_usable_choice(story: Path, tmp_path: Path) -> None:
+    vocabulary = read_pieces(story)
+    keep = merge_closure(*vocabulary, wanted=[*range(259), vocabulary.pieces.index(" abc")], size=300)
+    init_two_tower(story, tmp_path / "out", keep_tokens=keep)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer is not None
+    assert tokenizer.encode("abc").tokens == ["<s>", " abc"]
+
+
+def test_out_must_not_be_the_backbone(llama: Any, tmp_path: Path) -> None:
+    source = changed(llama, tmp_path / "source", lambda config, tensors: None)
+    before = listing(source)
+    with pytest.raises(ValueError, match="the backbone's own directory"):
+        init_two_tower(source, tmp_path / "." / "source")
+    assert listing(source) == before
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3", None])
+def test_other_families(llama: Any, tmp_path: Path, model_type: str | None) -> None:
+    source = changed(llama, tmp_path / "source", lambda config, tensors: config.update(model_type=model_type))
+    with pytest.raises(ValueError, match=rf"has model_type {model_type!r}, must be one of \['nemotron_h', 'llama'"):
+        open_backbone(source)
+
+
+LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', must be 'silu'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "RoPE is scaled by .*llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE is scaled by .*linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE is scaled by .*yarn"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "RoPE turns only a part of each head"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25, must be None or 1.0"),
+        ({"rope_interleaved": True}, "rope_interleaved is True"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, must be None"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has .*sliding_attention"),
+        ({"sliding_window": 1024}, "sliding_window is 1024, must be null or at least max_position_embeddings 4096"),
+        ({"model_type": "mistral"}, None),
+        ({"model_type": "mistral", "max_position_embeddings": 32768}, "sliding_window is 4096"),
+        ({"model_type": "mistral", "max_position_embeddings": 32768, "sliding_window": None}, None),
+        ({"model_type": "qwen2", "sliding_window": 1024}, None),
+        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": False}, None),
+        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True}, "sliding_window is 1024"),
+        ({"rope_scaling": None, "rope_interleaved": False, "hidden_act": "silu"}, None),
+        ({"rope_parameters": {"rope_type": "default"}, "layer_types": ["full_attention"]}, None),
+    ],
+)
+def test_switches_that_compute_something_else(keys: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        check_switches(LLAMA | keys)
+    else:
+        with pytest.raises(ValueError, match=f"this backbone computes something else: {message}"):
+            check_switches(LLAMA | keys)
+
+
+def test_refused_switches_are_told_together(llama: Any, tmp_path: Path) -> None:
+    source = changed(llama, tmp_path / "a", lambda c, t: c.update(hidden_act="gelu", sliding_window=8))
+    with pytest.raises(ValueError, match=r"hidden_act is 'gelu'.*; sliding_window is 8"):
+        init_two_tower(source, tmp_path / "out")
+
+
+def test_settings_where_transformers_4_wrote_them(llama: Any, tmp_path: Path) -> None:
+    def older(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        del config["rope_parameters"], config["head_dim"]
+        config.update(rope_theta=7e5, rope_scaling=None, torch_dtype=config.pop("dtype"), eos_token_id=[5, 6])
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    init_two_tower(changed(llama, tmp_path / "source", older), tmp_path / "out")
+    config = TwoTowerConfig.from_json(tmp_path / "out" / "config.json")
+    assert (config.rope_theta, config.head_dim, config.eos_token_ids) == (7e5, 8, (5, 6))
+
+
+def test_a_head_stored_although_tied_is_not_read(qwen2: Any, tmp_path: Path) -> None:
+    source = changed(qwen2, tmp_path / "source", lambda c, t: t.update({"lm_head.weight": torch.ones(273, 32)}))
+    init_two_tower(source, tmp_path / "out")
+    assert not any("lm_head" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_llama_with_biases_everywhere(llama: Any, tmp_path: Path) -> None:
+    def with_biases(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        config.update(attention_bias=True, mlp_bias=True)
+        biases = {n[:-6] + "bias": torch.rand(len(t)) for n, t in tensors.items() if n.endswith("_proj.weight")}
+        tensors.update(biases)
+
+    source = changed(llama, tmp_path / "source", with_biases)
+    init_two_tower(source, tmp_path / "out")
+    tensors, biases = load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors")
+    for theirs, ours in (("0.self_attn.o_proj", "0.mixer.o_proj"), ("1.mlp.down_proj", "3.mixer.down_proj")):
+        assert torch.equal(tensors[f"context_tower.layers.{ours}.bias"], biases[f"model.layers.{theirs}.bias"])
+
+
+def test_tensors_that_do_not_fit(llama: Any, tmp_path: Path) -> None:
+    def change(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.q_norm.weight"] = torch.ones(8)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+
+    with pytest.raises(ValueError) as raised:
+        init_two_tower(changed(llama, tmp_path / "source", change), tmp_path / "out")
+    assert "1 missing: layers.3.mixer.up_proj.weight" in str(raised.value)
+    assert "1 unexpected: model.layers.0.self_attn.q_norm.weight" in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "num_hidden_layers"])
+def test_llama_config_without_a_size(llama: Any, tmp_path: Path, key: str) -> None:
+    source = changed(llama, tmp_path / "source", lambda config, tensors: config.pop(key))
+    with pytest.raises(ValueError, match=rf"config\.json lacks \['{key}'\]"):
+        open_backbone(source)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"moe_latent_size": 64}, "moe_latent_size is 64 in config.json, must be null"),
+        ({"sliding_window": 64}, "sliding_window is 64 in config.json, must be null"),
+        ({"layers_block_type": ["mamba", "gdn"]}, r"layers_block_type has \['gdn'\]"),
+        ({"mlp_hidden_act": "gelu"}, "mlp_hidden_act is 'gelu', must be 'relu2'"),
+        ({"hiden_size": 3}, r"unknown keys \['hiden_size'\]"),
+    ],
+)
+def test_nemotron_h_switches(nemotron_h: Any, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    source = changed(nemotron_h, tmp_path / "source", lambda config, tensors: config.update(keys))
+    with pytest.raises(ValueError, match=message):
+        open_backbone(source)
+
+
+def test_nemotron_h_as_its_own_code_writes_it(nemotron_h: Any, tmp_path: Path) -> None:
+    def older(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        del config["layers_block_type"], config["head_dim"]
+        config.update(
+            hybrid_override_pattern="ME*-M",
+            num_hidden_layers=5,
+            attention_head_dim=8,
+            rms_norm_eps=1e-5,
+            time_step_limit=[0.0, float("inf")],
+        )
+        tensors["mtp.layers.0.norm.weight"] = torch.ones(32)
+
+    init_two_tower(changed(nemotron_h, tmp_path / "source", older), tmp_path / "older")
+    init_two_tower(nemotron_h.directory, tmp_path / "newer")
+    assert (tmp_path / "older" / "model.safetensors").read_bytes() == (
+        tmp_path / "newer" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_nemotron_h_with_both_prefixes(nemotron_h: Any, tmp_path: Path) -> None:
+    def double(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm_f.weight"] = tensors["backbone.norm_f.weight"].clone()
+
+    source = changed(nemotron_h, tmp_path / "source", double)
+    with pytest.raises(ValueError, match="has a tensor under both prefixes"):
+        open_backbone(source)
+
+
+def test_tokenizer_files_come_along(llama: Any, nemotron_h: Any, tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    for name, source in (("llama", llama), ("nemotron_h", nemotron_h)):
+        directory = changed(source, tmp_path / name, lambda config, tensors: None)
+        tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
+        (directory / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+        (directory / "training_args.bin").write_text("not this")
+        init_two_tower(directory, tmp_path / f"{name}_out")
+        assert (tmp_path / f"{name}_out" / "tokenizer_config.json").read_text() == '{"chat_template": "x"}'
+        assert not (tmp_path / f"{name}_out" / "training_args.bin").exists()
+    masked = load_tokenizer(tmp_path / "llama_out")
+    assert masked is not None
+    assert masked.token_to_id("<mask>") == 273, "after the embedding's last row, not after the tokenizer's last id"
+    unchanged = (tmp_path / "nemotron_h_out" / "tokenizer.json").read_text()
+    assert unchanged == (tmp_path / "nemotron_h" / "tokenizer.json").read_text()
+
+
+def test_missing_and_broken_configs(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        open_backbone(tmp_path)
+    for content, message in (("{", "is not JSON"), ("[]", "holds a list, not an object")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            open_backbone(tmp_path)
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+import torch
+from twotower.checkpoints import init_two_tower, released_shapes
+from twotower.config import TwoTowerConfig
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+# The first model on the meta device makes torch import some 30 MB.
+released_shapes(TwoTowerConfig(vocab_size=8, hidden_size=4, pattern="-", intermediate_size=4))
+before = peak()
+init_two_tower(sys.argv[1], sys.argv[2])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_conversion_holds_few_tensors_at_a_time(tmp_path: Path) -> None:
+    d, hidden, layers, vocab = 512, 2048, 8, 4000
+    sizes = (d, hidden, layers, 8, 8, vocab, 16)
+    count = vocab * d + layers * (2 * d + 4 * d * d + 3 * d * hidden) + d + 16 * 64
+    with (tmp_path / "story.bin").open("wb") as file:
+        file.write(struct.pack("<7i", *sizes))
+        np.ones(count, "<f4").tofile(file)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "story.bin"), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size / 1024
+    assert written > 270_000
+    # The largest tensor is 8 MB, and appending its mask row copies it.
+    assert int(result.stdout) < 60_000

@@ -1,0 +1,325 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from twotower.model.moe import MixtureOfExperts
+from twotower.model.two_tower import TwoTower
+from twotower.ops.moe import ExpertWeights, Routing, apply_experts
+from twotower.training.forward.block_parallel import block_parallel_hidden
+from twotower.training.forward.layout import Layout, make_layout
+
+PATTERNS = ["*", "-*", "M", "MEM", "M*-E", "llama"]
+
+
+def one_document(length: int, block_size: int, offset: int = 0) -> Layout:
+    return make_layout(torch.zeros(1, length, dtype=torch.int64), block_size, offset)
+
+
+def packed(block_size: int) -> Layout:
+    """Documents of other lengths in each row, with other grids; the last of row 0 is padding."""
+    lengths = torch.tensor([[9, 1, 20, 10], [17, 17, 3, 3]])
+    document = torch.stack([torch.arange(4).repeat_interleave(row) for row in lengths])
+    return make_layout(document, block_size, torch.tensor([0, 3]))
+
+
+def noisy(x0: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Some masks, and a level per row and block."""
+    torch.manual_seed(0)
+    xt = x0.masked_fill(torch.rand(x0.shape) < 0.5, 3)
+    level = torch.rand(x0.shape[0], int(layout.block.max()) + 1)
+    return xt, level.gather(1, layout.block.expand(x0.shape[0], -1))
+
+
+def logits(model: TwoTower, x0: Tensor, xt: Tensor, t: Tensor, layout: Layout, **options: Any) -> Tensor:
+    with torch.no_grad():
+        return model.lm_head(block_parallel_hidden(model, x0, xt, t, layout, **options).denoiser)
+
+
+def check_decoding(model: TwoTower, trained: Tensor, x0: Tensor, xt: Tensor, t: Tensor, layout: Layout) -> None:
+    """Every block of every row against the denoiser over a prefilled state."""
+    for row in range(x0.shape[0]):
+        block, first = (v[row % len(v)] for v in (layout.block, layout.document_start))
+        for index in block.unique():
+            place = (block == index).nonzero()[:, 0]
+            state = model.prefill(x0[row : row + 1, int(first[place[0]]) : int(place[0])])
+            with torch.no_grad():
+                modulation = model.time_conditioning(t[row, place[:1]])
+                decoded = model.lm_head(model.denoiser_tower.block(xt[row : row + 1, place], state, modulation))
+            largest = decoded.abs().max()
+            assert (trained[row : row + 1, place] - decoded).abs().max() <= 1e-10 * largest  # float64, sums reordered
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("block_size", "chunk_size"), [(4, 64), (4, 6), (8, 8), (8, 20), (16, 40), (32, 16), (32, 64)])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_every_block_is_what_cached_decoding_computes(
+    pattern: str, block_size: int, chunk_size: int, offset: int, tiny: Callable, ids: Callable
+) -> None:
+    model, x0 = tiny(pattern, dtype=torch.float64), ids(1, 45)
+    layout = one_document(45, block_size, offset)
+    xt, t = noisy(x0, layout)
+    trained = logits(model, x0, xt, t, layout, chunk_size=chunk_size)
+    check_decoding(model, trained, x0, xt, t, layout)
+
+
+@pytest.mark.parametrize("pattern", ["M*-E", "llama"])
+@pytest.mark.parametrize("block_size", [4, 16])
+@pytest.mark.parametrize("chunk_size", [4, 24])
+def test_packed_documents_are_decoded_apart(
+    pattern: str, block_size: int, chunk_size: int, tiny: Callable, ids: Callable
+) -> None:
+    model, x0 = tiny(pattern, dtype=torch.float64), ids(2, 40)
+    layout = packed(block_size)
+    xt, t = noisy(x0, layout)
+    trained = logits(model, x0, xt, t, layout, chunk_size=chunk_size)
+    check_decoding(model, trained, x0, xt, t, layout)
+
+
+def test_views_share_a_context_pass(tiny: Callable, ids: Callable, close: Callable) -> None:
+    model, x0 = tiny("M*-E", dtype=torch.float64), ids(2, 40)
+    layout = packed(4)
+    xt, t = noisy(x0, layout)
+    other = torch.where(xt == 3, x0, 3)
+    both = logits(model, x0, torch.cat((xt, other)), torch.cat((t, 1 - t)), layout)
+    close(both[:2], logits(model, x0, xt, t, layout), 1e-13)
+    close(both[2:], logits(model, x0, other, 1 - t, layout), 1e-13)
+
+
+@pytest.mark.parametrize("pattern", ["M*-E", "E*M-", "llama", "-"])
+def test_the_context_tower_computes_what_it_does_alone(
+    pattern: str, tiny: Callable, ids: Callable, close: Callable
+) -> None:
+    model, x0 = tiny(pattern, dtype=torch.float64), ids(2, 40)
+    layout = packed(8)
+    with torch.no_grad():
+        hidden = block_parallel_hidden(model, x0, *noisy(x0, layout), layout, with_context=True).context
+        assert hidden is not None
+        ours = model.context_lm_head(hidden)
+    for row in range(2):
+        for document in layout.document[row].unique():
+            place = layout.document[row] == document
+            alone = model.context_logits(x0[row : row + 1, place])
+            close(ours[row : row + 1, place], alone, 1e-6)  # `context_logits` rounds to float32
+
+
+def silence(model: TwoTower, keep: str) -> None:
+    """Leaves one way from clean tokens to the denoiser of pattern M*: the SSM state, the convolution or the keys."""
+    with torch.no_grad():
+        for tower in (model.context_tower, model.denoiser_tower):
+            mamba, attention = (layer.mixer for layer in tower.stack)
+            if keep != "conv":
+                mamba.conv_taps[:-1] = 0
+            if keep != "keys":
+                attention.o_proj.weight.zero_()
+            if keep != "state":
+                mamba.A_log.fill_(20.0)  # exp(-dt·e^20): nothing is left of a state after one token
+
+
+def moved(before: Tensor, after: Tensor) -> list[bool]:
+    return (before != after).any(-1)[0].tolist()
+
+
+@pytest.mark.parametrize("keep", ["state", "conv", "keys"])
+def test_each_way_from_the_block_before_works_alone(keep: str, tiny: Callable, ids: Callable) -> None:
+    model, x0 = tiny("M*", dtype=torch.float64), ids(1, 24)
+    layout = one_document(24, 8)
+    xt, t = noisy(x0, layout)
+    silence(model, keep)
+    before = logits(model, x0, xt, t, layout)
+    changed = x0.clone()
+    changed[0, 15] = (changed[0, 15] + 1) % 40  # the last clean token before block 2
+    reached = moved(before, logits(model, changed, xt, t, layout))
+    # through the convolution only the first conv_kernel - 1 positions
+    assert reached == [False] * 16 + ([True] * 3 + [False] * 5 if keep == "conv" else [True] * 8)
+    silence(model, "nothing")
+    quiet = logits(model, x0, xt, t, layout)
+    assert not any(moved(quiet, logits(model, changed, xt, t, layout)))
+
+
+@pytest.mark.parametrize("pattern", ["M", "M*-", "MM", "llama"])
+@pytest.mark.parametrize("chunk_size", [8, 12, 64])
+def test_no_block_sees_its_own_clean_tokens_or_anything_later(
+    pattern: str, chunk_size: int, tiny: Callable, ids: Callable
+) -> None:
+    """To the bit."""
+    model, x0 = tiny(pattern, dtype=torch.float64), ids(1, 24)
+    layout = one_document(24, 4, 1)
+    block = layout.block[0]
+    xt, t = noisy(x0, layout)
+    before = logits(model, x0, xt, t, layout, chunk_size=chunk_size)
+    for at in range(24):
+        changed = x0.clone()
+        changed[0, at] = (changed[0, at] + 1) % 40
+        # clean tokens reach later blocks only, and all of them
+        assert (
+            moved(before, logits(model, changed, xt, t, layout, chunk_size=chunk_size)) == (block > block[at]).tolist()
+        )
+        changed = xt.clone()
+        changed[0, at] = (changed[0, at] + 1) % 40
+        after = moved(before, logits(model, x0, changed, t, layout, chunk_size=chunk_size))
+        # noisy tokens reach their own block only: both ways through attention, forwards through the scan
+        reached = block == block[at]
+        assert after == (reached if "*" in model.config.pattern else reached & (torch.arange(24) >= at)).tolist()
+
+
+def each_row(x: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
+    """`apply_experts`, row by row."""
+    rows = zip(x.split(1), *(part.split(1) for part in routing), strict=True)
+    return torch.cat([apply_experts(row, Routing(*own), experts) for row, *own in rows])
+
+
+@pytest.mark.parametrize("row_by_row", [True, False])
+def test_experts_leak_nothing_either(row_by_row: bool, tiny: Callable, ids: Callable) -> None:
+    """To the bit where every product has one row; otherwise another token goes to other experts, whose products then
+    have other shapes and round differently."""
+    model, x0 = tiny("M*E", dtype=torch.float64), ids(1, 24)
+    if row_by_row:
+        for module in model.modules():
+            if isinstance(module, MixtureOfExperts):
+                module.kernels = module.kernels._replace(apply_experts=each_row)
+    layout = one_document(24, 8)
+    block = layout.block[0]
+    xt, t = noisy(x0, layout)
+    before = logits(model, x0, xt, t, layout)
+    for at in range(24):
+        for clean in (True, False):
+            changed = (x0 if clean else xt).clone()
+            changed[0, at] = (changed[0, at] + 1) % 40
+            after = logits(model, *((changed, xt) if clean else (x0, changed)), t, layout)
+            reached = ((after - before).abs() > (0 if row_by_row else 1e-9)).any(-1)[0]
+            assert torch.equal(reached, block > block[at] if clean else block == block[at])
+
+
+def test_levels_of_other_blocks_do_not_matter(tiny: Callable, ids: Callable) -> None:
+    model, x0 = tiny("M*-", dtype=torch.float64), ids(1, 24)
+    layout = one_document(24, 8)
+    xt, t = noisy(x0, layout)
+    other = torch.where(layout.block == 1, 0.123, t)
+    after = moved(logits(model, x0, xt, t, layout), logits(model, x0, xt, other, layout))
+    assert after == (layout.block[0] == 1).tolist()
+
+
+def freeze(model: TwoTower) -> None:
+    for module in (model.context_tower, model.context_lm_head):
+        module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradients_reach_the_denoiser_and_not_a_frozen_context(pattern: str, tiny: Callable, ids: Callable) -> None:
+    model, x0 = tiny(pattern, dtype=torch.float64), ids(2, 16)
+    freeze(model)
+    layout = one_document(16, 8)
+    hidden = block_parallel_hidden(model, x0, *noisy(x0, layout), layout).denoiser
+    model.lm_head(hidden).square().mean().backward()
+    assert all(p.grad is None for n, p in model.named_parameters() if n.startswith("context"))
+    trained = {n: p.grad for n, p in model.named_parameters() if n.startswith(("denoiser", "lm_head", "time"))}
+    # the router's correction bias only chooses
+    without = {n for n, g in trained.items() if g is None}
+    assert all(n.endswith("correction_bias") for n in without)
+    assert all(g.isfinite().all() and bool(g.any()) for n, g in trained.items() if n not in without)
+
+
+class Pass(nn.Module):
+    """A model's training pass, for `functional_call`."""
+
+    def __init__(self, model: TwoTower) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments: Any) -> Tensor:
+        return block_parallel_hidden(self.model, *arguments, chunk_size=6).denoiser
+
+
+@pytest.mark.parametrize("pattern", ["MM", "M*M", "*-*"])
+def test_gradients_through_seeding_into_context_weights(pattern: str, tiny: Callable, ids: Callable) -> None:
+    """What reaches the denoiser through state, convolution and keys, against finite differences in float64."""
+    # small, because a failing gradcheck looks at every weight
+    sizes = {"vocab_size": 12, "hidden_size": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}
+    mamba = {"mamba_num_heads": 2, "mamba_head_dim": 2, "mamba_state_size": 3, "mamba_num_groups": 1}
+    model = tiny(pattern, dtype=torch.float64, intermediate_size=4, **sizes, **mamba)
+    x0 = ids(1, 11, vocab_size=12)
+    layout = make_layout(torch.tensor([[0] * 8 + [1] * 3]), 3, 1)
+    xt, t = noisy(x0, layout)
+    module = Pass(model)
+    names = [f"model.context_tower.{n}" for n, _ in model.context_tower.named_parameters()]
+    weights = [module.get_parameter(n).detach().clone().requires_grad_() for n in names]
+
+    def hidden(*values: Tensor) -> Tensor:
+        return functional_call(module, dict(zip(names, values, strict=True)), (x0, xt, t, layout))
+
+    assert torch.autograd.gradcheck(hidden, weights, fast_mode=True, atol=1e-6)
+    reached = torch.autograd.grad(hidden(*weights).sin().sum(), weights, allow_unused=True)
+    # above the last seed nothing reads the context tower
+    last = f"layers.{len(pattern) - 1}.mixer."
+    unread = {last + end for end in ("D", "norm", "out_proj.weight", "o_proj.weight")} | {"norm_f"}
+    for name, gradient in zip(names, reached, strict=True):
+        silent = name.removeprefix("model.context_tower.") in unread
+        assert silent == (gradient is None or not gradient.any()), name
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("pattern", ["M*-E", "E-*M"])
+def test_recomputing_changes_no_gradient(pattern: str, frozen: bool, tiny: Callable, ids: Callable) -> None:
+    x0 = ids(2, 40)
+    layout = packed(8)
+    xt, t = noisy(x0, layout)
+    found = []
+    for recompute in (False, True):
+        model = tiny(pattern, dtype=torch.float64)
+        if frozen:
+            freeze(model)
+        hidden = block_parallel_hidden(model, x0, xt, t, layout, recompute=recompute, with_context=not frozen)
+        loss = hidden.denoiser.sin().sum()
+        if hidden.context is not None:
+            loss = loss + hidden.context.cos().sum()
+        loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
+
+
+def test_what_is_saved_is_linear_in_the_tokens_and_free_of_the_block_length(tiny: Callable, ids: Callable) -> None:
+    """Nothing of size (t, 2t) and no state per block, whatever is recomputed; much less with `recompute`."""
+
+    def saved(block_size: int, length: int, recompute: bool) -> tuple[int, int]:
+        """The elements of all distinct saved tensors, and of the largest."""
+        sizes: dict[int, int] = {}
+        kept: list[Tensor] = []  # so that no address comes twice
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+            return tensor
+
+        model, x0 = tiny("M*-E", dtype=torch.float64), ids(1, length)
+        freeze(model)
+        layout = one_document(length, block_size)
+        xt, _ = noisy(x0, layout)
+        # one level for all: the time modules alone grow with the number of levels
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            block_parallel_hidden(model, x0, xt, torch.full(x0.shape, 0.5), layout, recompute=recompute)
+        return sum(sizes.values()), max(sizes.values())
+
+    for recompute in (False, True):
+        (short, _), (long, largest) = saved(4, 512, recompute), saved(4, 1024, recompute)
+        assert long <= 2.1 * short
+        assert largest < 1024 * 1024 / 4
+        assert short <= 1.1 * saved(16, 512, recompute)[0]
+    assert saved(4, 512, True)[0] < 0.5 * saved(4, 512, False)[0]
+
+
+@pytest.mark.parametrize(
+    ("xt_rows", "layout_rows", "tokens", "message"),
+    [(3, 1, 16, "must be .a multiple of rows, tokens"), (2, 1, 15, "the layout is 1 rows of 15"), (2, 3, 16, "3 rows")],
+)
+def test_shapes_that_disagree_raise(
+    xt_rows: int, layout_rows: int, tokens: int, message: str, tiny: Callable, ids: Callable
+) -> None:
+    x0, xt = ids(2, 16), ids(xt_rows, 16)
+    layout = make_layout(torch.zeros(layout_rows, tokens, dtype=torch.int64), 4)
+    with pytest.raises(ValueError, match=message):
+        block_parallel_hidden(tiny("M*"), x0, xt, torch.ones(xt_rows, 16), layout)

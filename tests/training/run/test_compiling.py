@@ -1,0 +1,49 @@
+"""Compiled training passes, traced but not translated, which would take minutes."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from twotower.training.corpus.shards import RowBatch
+from twotower.training.denoising import Denoising, DenoisingConfig
+from twotower.training.run.compiling import compiled
+
+
+@pytest.fixture(autouse=True)
+def _traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
+
+
+def test_a_function_has_a_version_for_each_kind_of_layer() -> None:
+    """Towers of every kind, at sizes that change, need 9 and more of one function."""
+
+    def scaled(x: Tensor, kind: str) -> Tensor:
+        return x * len(kind)
+
+    fast = compiled(scaled)
+    for length in range(1, 31):
+        assert fast(torch.ones(2), "M" * length).tolist() == [length, length]
+    assert counters["stats"]["unique_graphs"] == 30
+
+
+def loss(objective: Denoising) -> float:
+    ids = torch.randint(4, 40, (2, 16), generator=torch.Generator().manual_seed(0))
+    batch = RowBatch(ids, torch.ones_like(ids).bool(), ids * 0, torch.arange(2))
+    rows = objective.prepare(batch, 0, 0, torch.device("cpu"))
+    return objective(rows, slice(0, 2), rows.denominators).loss.item()
+
+
+def test_a_compiled_objective_has_the_same_loss(tiny: Callable) -> None:
+    expected = loss(Denoising(tiny("*"), DenoisingConfig()))
+    assert counters["stats"]["unique_graphs"] == 0
+    assert loss(Denoising(tiny("*"), DenoisingConfig(compile=True))) == pytest.approx(expected, rel=1e-5)
+    assert counters["stats"]["unique_graphs"] > 0

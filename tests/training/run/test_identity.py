@@ -1,0 +1,90 @@
+"""What a state refuses to be resumed with."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from twotower.checkpoints import save
+from twotower.checkpoints.hf import load_model, read_config, released_stream
+from twotower.model.two_tower import TwoTower
+from twotower.training.corpus.shards import Corpus, CorpusRows, write_shard
+from twotower.training.denoising import Denoising, DenoisingConfig, Phase
+from twotower.training.run.checkpointing import latest_state, read_progress
+from twotower.training.run.identity import denoising_config, model_identity
+from twotower.training.run.trainer import TrainConfig, Trainer
+
+WHAT = {"phases": (Phase(0, 8), Phase(2, 4)), "context": "trained", "level_per": "example"}
+RUN = {"steps": 2, "batch_size": 2}
+
+
+def rows(folder: Path, seed: int) -> Corpus:
+    ids = np.random.default_rng(seed).integers(4, 40, (8, 12))
+    write_shard(folder / "0.safetensors", CorpusRows(ids, np.ones_like(ids), ids * 0))
+    return Corpus(folder, vocab_size=40)
+
+
+def train(model: TwoTower, corpus: Corpus, folder: Path, settings: dict[str, Any], what: dict[str, Any]) -> Trainer:
+    trainer = Trainer(Denoising(model, DenoisingConfig(**WHAT | what)), corpus, TrainConfig(**RUN | settings), folder)
+    trainer.run(lambda done: None)
+    return trainer
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    return rows(tmp_path / "corpus", 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "what", "message"),
+    [
+        ({"seed": 1}, {}, r"seed is 1, but .*step-00000002 is of a run with 0; give that again, or another output"),
+        ({}, {"reduction": "example_mean"}, "reduction is 'example_mean', but .* of a run with 'masked_mean'"),
+        ({}, {"later_weight": 0.5}, "later_weight is 0.5, but .* of a run with 0.0"),
+        ({}, {"phases": (Phase(0, 8), Phase(1, 4))}, r"phases is \[\[0, 8\], \[1, 4\]\], but .* \[\[0, 8\]\]"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused(
+    settings: dict[str, Any], what: dict[str, Any], message: str, tiny: Callable, corpus: Corpus, tmp_path: Path
+) -> None:
+    train(tiny("M*"), corpus, tmp_path, {}, {})
+    with pytest.raises(ValueError, match=message):
+        train(tiny("M*"), corpus, tmp_path, {"steps": 4} | settings, what)
+
+
+def test_another_model_and_another_corpus_of_the_same_shapes_are_refused(
+    tiny: Callable, corpus: Corpus, tmp_path: Path
+) -> None:
+    train(tiny("M*"), corpus, tmp_path, {}, {})
+    other = tiny("M*")
+    other.released_tensors()["denoiser_tower.layers.1.mixer.k_proj.weight"].mul_(2)
+    with pytest.raises(ValueError, match=r"the weights to start from is '.*', but .* is of a run with '.*'"):
+        train(other, corpus, tmp_path, {"steps": 4}, {})
+    with pytest.raises(ValueError, match=r"config.rope_theta is 5.0, but .* is of a run with 10000.0"):
+        train(tiny("M*", rope_theta=5.0), corpus, tmp_path, {"steps": 4}, {})
+    with pytest.raises(ValueError, match=r"corpus is '8 rows of 12 tokens, .*', but .* of a run with '8 rows of 12"):
+        train(tiny("M*"), rows(tmp_path / "other", 1), tmp_path, {"steps": 4}, {})
+
+
+def test_what_may_change_may(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
+    train(tiny("M*"), corpus, tmp_path, {}, {})
+    settings = {"steps": 4, "learning_rate": 0.5, "micro_batch_size": 1, "checkpoint_every": 2, "ema_decay": 0.5}
+    what = {"phases": (Phase(0, 8), Phase(3, 2)), "recompute": True}
+    assert train(tiny("M*"), corpus, tmp_path, settings, what).step == 4
+    state = latest_state(tmp_path)
+    assert state is not None
+    assert denoising_config(state, read_progress(state)["run"]) == DenoisingConfig(**WHAT | {"phases": what["phases"]})
+
+
+@pytest.mark.parametrize("what", [{}, {"lora_rank": 2}, {"context": "tied"}])
+def test_a_model_is_known_however_it_is_opened(what: dict[str, Any], tiny: Callable, tmp_path: Path) -> None:
+    save(tiny("M*-E"), tmp_path, max_shard_bytes=10_000)
+    config = DenoisingConfig(**what)
+    with torch.device("meta"):
+        empty = Denoising(TwoTower(read_config(tmp_path)), config)
+    streamed = model_identity(empty, functools.partial(released_stream, tmp_path))
+    assert model_identity(Denoising(load_model(tmp_path), config), None) == streamed
