@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import twotower
-from twotower.checkpoints import init_two_tower
+from twotower.checkpoints import init
 
 TEXT = "The capital of France is Paris. In 1969, two people walked on the moon; their names were Neil and Buzz."
 QUESTION = "<|im_start|>user\nName three colours of the rainbow.<|im_end|>\n<|im_start|>assistant\n"
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("gguf", type=Path)
     gguf = parser.parse_args().gguf
     with tempfile.TemporaryDirectory() as folder:
-        init_two_tower(gguf, folder, dtype=torch.float32)
+        init(gguf, folder, dtype=torch.float32)
         ours = twotower.load(folder)
     theirs = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     assert ours.tokenizer is not None

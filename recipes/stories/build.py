@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import twotower
-from twotower.checkpoints import init_two_tower, merge_closure, read_pieces
+from twotower.checkpoints import init, merge_closure, read_pieces
 from twotower.training.corpus.sampling import beginnings, sample_rows
 
 TOKENS = Path(__file__).with_name("tokens.json")
@@ -32,7 +32,7 @@ def vocabulary(source: Path) -> None:
     The mean of the predicted distributions over 131k positions estimates rare tokens far better than counting samples.
     """
     with tempfile.TemporaryDirectory() as folder:
-        init_two_tower(source, folder)
+        init(source, folder)
         model = twotower.load(folder, dtype=torch.float32)
         counts = torch.zeros(model.config.vocab_size, dtype=torch.float64)
         for seed in range(2):
@@ -61,7 +61,7 @@ def main() -> None:
         vocabulary(arguments.source)
     else:
         keep = json.loads(TOKENS.read_text())
-        init_two_tower(arguments.source, arguments.out, keep_tokens=keep, dtype=torch.float32)
+        init(arguments.source, arguments.out, keep_tokens=keep, dtype=torch.float32)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 import torch
 
-from twotower.checkpoints import init_two_tower, load_model, read_pieces
+from twotower.checkpoints import init, load_model, read_pieces
 from twotower.checkpoints.llama2c import open_llama2c
 
 Bytes = Callable[..., bytes]
@@ -26,8 +26,8 @@ def test_weights_are_those_of_the_same_model_in_another_format(
     tmp_path: Path, llama: Any, llama2c_bytes: Bytes, tied: bool
 ) -> None:
     (tmp_path / "story.bin").write_bytes(llama2c_bytes(tied=tied))
-    init_two_tower(tmp_path / "story.bin", tmp_path / "from_llama2c")
-    init_two_tower(llama.directory, tmp_path / "from_llama")
+    init(tmp_path / "story.bin", tmp_path / "from_llama2c")
+    init(llama.directory, tmp_path / "from_llama")
     found = load_model(tmp_path / "from_llama2c")
     expected = load_model(tmp_path / "from_llama").released_tensors()
     if tied:

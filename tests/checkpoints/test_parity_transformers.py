@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from twotower.checkpoints import init_two_tower, load_model
+from twotower.checkpoints import init, load_model
 
 TOLERANCE = 1e-4
 
@@ -17,7 +17,7 @@ def ids_for(model: Any) -> torch.Tensor:
 
 
 def assert_same_logits(source: Any, out: Path, **options: Any) -> None:
-    init_two_tower(source.directory, out, **options)
+    init(source.directory, out, **options)
     model, ids = load_model(out), ids_for(source.model)
     with torch.no_grad():
         expected = source.model(ids).logits

@@ -24,7 +24,7 @@ def model(tiny: Callable[..., TwoTower], byte_tokenizer: tokenizers.Tokenizer) -
 @pytest.fixture(scope="session")
 def checkpoint(model: TwoTower, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint")
-    save(model, path, tokenizer=model.tokenizer)
+    save(model, path)
     return path
 
 

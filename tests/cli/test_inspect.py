@@ -118,7 +118,7 @@ def test_no_difference_exits_0(run, checkpoint):
 
 def test_no_weights_are_read(run, copy, monkeypatch):
     path = copy(lambda tensors: None)
-    monkeypatch.setattr("twotower.checkpoints.tensor_files.TensorFiles.stream", None)
+    monkeypatch.setattr("twotower.checkpoints.hf.tensor_files.TensorFiles.stream", None)
     assert run("inspect", path).exit_code == 0
 
 

@@ -24,7 +24,9 @@ from twotower.training.run.trainer import TrainConfig
 @pytest.fixture(scope="module")
 def backbone(tiny, byte_tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("backbone")
-    save(tiny("llama", vocab_size=260, block_size=4), path, tokenizer=byte_tokenizer)
+    model = tiny("llama", vocab_size=260, block_size=4)
+    model.tokenizer = byte_tokenizer
+    save(model, path)
     return path
 
 
@@ -191,8 +193,8 @@ def test_export_only_takes_the_run_s_settings_from_its_state(run, backbone, corp
     assert twotower.load(tmp_path / "checkpoint").config.block_size == 2
 
 
-def test_a_state_is_not_mixed_with_another_model(run, backbone, corpus, tmp_path, tiny, byte_tokenizer):
-    save(tiny("llama", vocab_size=260, block_size=4, seed=1), tmp_path / "other", tokenizer=byte_tokenizer)
+def test_a_state_is_not_mixed_with_another_model(run, backbone, corpus, tmp_path, tiny):
+    save(tiny("llama", vocab_size=260, block_size=4, seed=1), tmp_path / "other")
     train_to(run, backbone, corpus, tmp_path / "out", 2)
     for options in (("--steps", 3), ("--export-only",)):
         result = run("train", tmp_path / "other", corpus, tmp_path / "out", "--batch-size", 2, *options)

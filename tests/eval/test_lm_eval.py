@@ -29,7 +29,7 @@ SAMPLING = {"temperature": 1.0, "block_size": 8}
 @pytest.fixture(scope="module")
 def checkpoint(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint")
-    save(model, path, tokenizer=model.tokenizer)
+    save(model, path)
     return path
 
 

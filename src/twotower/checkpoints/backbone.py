@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from twotower.checkpoints.tensor_files import TensorSpec
+from twotower.checkpoints.hf.tensor_files import TensorSpec
 from twotower.config import TwoTowerConfig
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone, half_rotation_rows, llama_config
-from twotower.checkpoints.tensor_files import TensorSpec
+from twotower.checkpoints.hf.tensor_files import TensorSpec
 from twotower.checkpoints.vocabulary import byte_token, scored_bpe
 
 TOKENIZER_FILE = "tokenizer.bin"

@@ -6,7 +6,11 @@ from typing import Literal
 
 import torch
 
-from twotower.checkpoints.hf import SHIPPED, load_model, load_tokenizer, resolve
+from twotower.checkpoints.hf.config_file import as_dtype
+from twotower.checkpoints.hf.hub import SHIPPED, resolve
+from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
+from twotower.checkpoints.hf.two_towers import load_model
+from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
 from twotower.ops.backend import Backend
 
@@ -17,7 +21,7 @@ def load(
     path: str | Path | None = None,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     context_device: str | torch.device | None = None,
     denoiser_device: str | torch.device | None = None,
     pack: bool = True,
@@ -27,21 +31,29 @@ def load(
     """Opens a two-tower checkpoint: a local directory, a hub id, or the name of one that comes with the package,
     "stories" (the default) or "hybrid".
 
-    `dtype` None keeps the checkpoint's. The towers go to `context_device` and `denoiser_device`, each `device` unless
-    given. `pack` gives constant weights the layout that is fastest for inference; pack=False keeps plain tensors, to
-    change, train or save them. A packed model runs the `backend`'s ops: "reference" (PyTorch), "native" (C, on a CPU
-    with a C compiler), or by default the fastest there is. `progress(done, total)` is called per tensor. Raises
-    FileNotFoundError or ValueError naming the file or tensor at fault.
+    `dtype`, such as "float32" or torch.float32, is what the weights are converted to; None keeps the checkpoint's.
+    `device` holds both towers, unless `context_device` or `denoiser_device` places one elsewhere.
+
+    `pack` gives the weights the layout in which the backend computes fastest; such a model can only be used, not
+    trained, changed or saved, which pack=False allows. `backend` is what a packed model computes with: "reference"
+    (PyTorch), "native" (C, on a CPU with a C compiler), or None for the fastest that is there. `progress(done, total)`
+    is called after each tensor.
+
+    The model is in evaluation mode and has the checkpoint's tokenizer as `tokenizer`, None if there is none. Raises
+    SettingError for a value that is not allowed, and FileNotFoundError or ValueError, naming the file or tensor, for a
+    checkpoint that cannot be read.
     """
     wanted = None if backend is None else _backend(backend)
     if wanted is not None and not pack:
-        raise ValueError(f"backend is {backend!r} with pack=False, which always runs PyTorch; drop one of them")
+        raise SettingError("backend", backend, "left out with pack=False, which always computes with PyTorch")
+    dtype = None if dtype is None else as_dtype(dtype)
+    device = _device("device", device)
     folder = DEFAULT_CHECKPOINT if path is None else resolve(path)
     model = load_model(
         folder,
         dtype=dtype,
-        context_device=device if context_device is None else context_device,
-        denoiser_device=device if denoiser_device is None else denoiser_device,
+        context_device=device if context_device is None else _device("context_device", context_device),
+        denoiser_device=device if denoiser_device is None else _device("denoiser_device", denoiser_device),
         progress=progress,
     )
     model.tokenizer = load_tokenizer(folder)
@@ -51,8 +63,17 @@ def load(
 
 
 def _backend(name: str) -> Backend:
-    if name not in [b.value for b in Backend]:
-        raise ValueError(
-            f"backend is {name!r}, must be one of {', '.join(b.value for b in Backend)}, or None to choose"
-        )
+    allowed = [backend.value for backend in Backend]
+    if name not in allowed:
+        raise SettingError("backend", name, f"one of {', '.join(allowed)}, or None to choose the fastest")
     return Backend(name)
+
+
+def _device(name: str, device: str | torch.device) -> torch.device:
+    """The device, on which a tensor has been made to see that it is there."""
+    try:
+        return torch.empty(0, device=device).device
+    # AssertionError is what a PyTorch without CUDA raises.
+    except (RuntimeError, AssertionError) as error:
+        rule = "a device of this machine that PyTorch can use, such as cpu or cuda:0"
+        raise SettingError(name, str(device), rule, str(error).splitlines()[0]) from error

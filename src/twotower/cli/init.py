@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from twotower.checkpoints.two_towers import init_two_tower
+from twotower.checkpoints.initialise import init
 from twotower.cli.options import Dtype, check_out, torch_dtype
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -49,7 +49,7 @@ def command(
         raise ValueError(f"seed is {seed}, must be 0 to {2**63 - 1}; the default is 0")
     check_out(out)
     with Console(stderr=True).status(f"Writing {out}"):
-        init_two_tower(
+        init(
             backbone,
             out,
             dtype=None if dtype is None else torch_dtype(dtype),

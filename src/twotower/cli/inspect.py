@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from twotower.checkpoints.hf import read_config, released_shapes, resolve
+from twotower.checkpoints.hf.tensor_files import TensorFiles, scan
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
-from twotower.checkpoints.tensor_files import TensorFiles, scan
 from twotower.cli.accounting import PARTS, Place, parameters, released_tensors, state_bytes
 from twotower.cli.options import ModelArgument
 from twotower.config import TwoTowerConfig

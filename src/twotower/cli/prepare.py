@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from twotower.checkpoints.hf import holds_two_towers, read_config, resolve
-from twotower.checkpoints.two_towers import init_two_tower, open_backbone
+from twotower.checkpoints.initialise import init, open_backbone
 from twotower.cli.tokenize import write_corpus
 from twotower.config import TwoTowerConfig
 from twotower.training.corpus.shards import is_corpus
@@ -58,7 +58,7 @@ def prepare(model: str, sources: Mapping[str, str], out: Path, row_length: int |
         if name in texts:
             write_corpus(towers, texts[name], corpora[name], config)
         else:
-            init_two_tower(model, Path(towers))
+            init(model, Path(towers))
             print(f"{towers} holds two towers made of {model}")
         _write(out, _read(out) | {name: wanted[name]})
     return TrainingInputs(towers, corpora)

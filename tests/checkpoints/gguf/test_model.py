@@ -11,7 +11,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
-from twotower.checkpoints import init_two_tower, load_model, load_tokenizer
+from twotower.checkpoints import init, load_model, load_tokenizer
 from twotower.checkpoints.gguf.model import open_gguf
 
 Kind = gguf.GGMLQuantizationType
@@ -79,7 +79,7 @@ def write(tmp_path: Path, interleaved: Callable[[np.ndarray, int], np.ndarray]) 
 
 
 def converted(source: Path, out: Path) -> dict[str, torch.Tensor]:
-    init_two_tower(source, out)
+    init(source, out)
     return load_model(out).released_tensors()
 
 
@@ -199,7 +199,7 @@ def test_missing_metadata(tmp_path: Path) -> None:
 def test_unknown_tensors_are_named(tmp_path: Path, llama: Any, write: Write) -> None:
     path = write(llama.model, extra=lambda w: w.add_tensor("blk.0.attn_q_norm.weight", np.ones(8, np.float32)))
     with pytest.raises(ValueError, match=r"1 unexpected: blk\.0\.attn_q_norm\.weight"):
-        init_two_tower(path, tmp_path / "out")
+        init(path, tmp_path / "out")
 
 
 # Byte-level vocabulary: letters, digits, marks, the space and the newline as GPT-2 writes them, and some merges.
@@ -261,7 +261,7 @@ HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 def test_byte_level_tokenizers(
     tmp_path: Path, llama: Any, write: Write, pre: str, expected: tokenizers.Tokenizer
 ) -> None:
-    init_two_tower(write(llama.model, extra=add_byte_level(pre, add_bos=False)), tmp_path / "out")
+    init(write(llama.model, extra=add_byte_level(pre, add_bos=False)), tmp_path / "out")
     found = load_tokenizer(tmp_path / "out")
     assert found is not None
     for sample in SAMPLES:
@@ -299,7 +299,7 @@ def test_a_tokenizer_that_can_not_be_rebuilt_is_left_out_aloud(
     tmp_path: Path, llama: Any, write: Write, caplog: pytest.LogCaptureFixture, pre: str | None
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        init_two_tower(write(llama.model, extra=add_byte_level(pre)), tmp_path / "out")
+        init(write(llama.model, extra=add_byte_level(pre)), tmp_path / "out")
     assert f"no tokenizer.json written, its tokenizer is gpt2 with pre-tokenizer {pre or 'default'}" in caplog.text
     assert load_tokenizer(tmp_path / "out") is None
 

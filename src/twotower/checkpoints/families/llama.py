@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone, llama_config
-from twotower.checkpoints.tensor_files import TensorSpec, scan
+from twotower.checkpoints.hf.tensor_files import TensorSpec, scan
 from twotower.config import TwoTowerConfig
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")

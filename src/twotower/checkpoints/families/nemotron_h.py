@@ -1,6 +1,5 @@
 """Single-tower Nemotron-H directories: the tensors have our names under another prefix."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone
-from twotower.checkpoints.hf import CONFIG_FILE, TOKENIZER_FILE, config_bytes, with_stored_dtype
-from twotower.checkpoints.tensor_files import TensorSpec, scan
-from twotower.checkpoints.tensor_writer import write_tensors
+from twotower.checkpoints.hf.config_file import CONFIG_FILE, config_bytes, with_stored_dtype
+from twotower.checkpoints.hf.tensor_files import TensorSpec, scan
+from twotower.checkpoints.hf.tensor_writer import write_tensors
+from twotower.checkpoints.hf.tokenizer_file import TOKENIZER_FILE
 from twotower.config import TwoTowerConfig
 from twotower.model.one_tower import OneTower
 
@@ -105,21 +105,3 @@ def _config(raw: Mapping[str, Any]) -> TwoTowerConfig:
     if "head_dim" not in kept and "attention_head_dim" in kept:
         kept["head_dim"] = kept["attention_head_dim"]
     return TwoTowerConfig.from_dict(kept | {"architectures": ["NemotronHTwoTowerForCausalLM"]})
-
-
-def read_raw_config(directory: Path) -> dict[str, Any]:
-    """config.json as it stands; {"__float__": "Infinity"}, which transformers writes, becomes a float."""
-    file = directory / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{directory} has no config.json; give a model's directory")
-
-    def number(entry: dict[str, Any]) -> Any:
-        return float(entry["__float__"]) if set(entry) == {"__float__"} else entry
-
-    try:
-        raw = json.loads(file.read_text(), object_hook=number)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}; download it again") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file} holds a {type(raw).__name__}, not an object; download it again")
-    return raw

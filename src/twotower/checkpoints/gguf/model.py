@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone, half_rotation_rows, llama_config
 from twotower.checkpoints.gguf.tokenizer import tokenizer_from_gguf
-from twotower.checkpoints.tensor_files import TensorSpec
+from twotower.checkpoints.hf.tensor_files import TensorSpec
 from twotower.config import TwoTowerConfig
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.checkpoints.tensor_files import INDEX_FILE, SINGLE_FILE, STORED_DTYPES, TensorSpec
+from twotower.checkpoints.hf.tensor_files import INDEX_FILE, SINGLE_FILE, STORED_DTYPES, TensorSpec
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 

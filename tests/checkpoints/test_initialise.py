@@ -12,9 +12,9 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from twotower.checkpoints import init_two_tower, load_model, load_tokenizer, merge_closure, read_pieces, save
+from twotower.checkpoints import init, load_model, load_tokenizer, merge_closure, read_pieces, save
 from twotower.checkpoints.families.llama import check_switches
-from twotower.checkpoints.two_towers import open_backbone
+from twotower.checkpoints.initialise import open_backbone
 from twotower.config import TwoTowerConfig
 
 
@@ -41,7 +41,7 @@ def story(tmp_path: Path, llama2c_bytes: Callable[..., bytes], llama2c_vocabular
 
 
 def test_both_towers_are_the_backbone_and_modulation_does_nothing(llama: Any, tmp_path: Path) -> None:
-    init_two_tower(llama.directory, tmp_path / "out")
+    init(llama.directory, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     backbone = llama.model.state_dict()
     for tower in ("context_tower", "denoiser_tower"):
@@ -64,7 +64,7 @@ def test_both_towers_are_the_backbone_and_modulation_does_nothing(llama: Any, tm
 
 def test_only_the_time_embedder_depends_on_the_seed(llama: Any, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        init_two_tower(llama.directory, tmp_path / name, seed=seed)
+        init(llama.directory, tmp_path / name, seed=seed)
     assert listing(tmp_path / "a") == listing(tmp_path / "b")
     a, c = (load_file(tmp_path / name / "model.safetensors") for name in "ac")
     assert {name for name in a if not torch.equal(a[name], c[name])} == {
@@ -74,13 +74,13 @@ def test_only_the_time_embedder_depends_on_the_seed(llama: Any, tmp_path: Path) 
 
 
 def test_the_result_is_a_checkpoint_like_any_other(llama: Any, tmp_path: Path) -> None:
-    init_two_tower(llama.directory, tmp_path / "out")
+    init(llama.directory, tmp_path / "out")
     save(load_model(tmp_path / "out"), tmp_path / "again")
     assert listing(tmp_path / "again") == listing(tmp_path / "out")
 
 
 def test_a_new_mask_token_is_a_copy_of_row_0(llama: Any, tmp_path: Path) -> None:
-    init_two_tower(llama.directory, tmp_path, block_size=8)
+    init(llama.directory, tmp_path, block_size=8)
     config = TwoTowerConfig.from_json(tmp_path / "config.json")
     size = llama.model.config.vocab_size
     assert (config.mask_token_id, config.vocab_size, config.block_size) == (size, size + 1, 8)
@@ -92,7 +92,7 @@ def test_a_new_mask_token_is_a_copy_of_row_0(llama: Any, tmp_path: Path) -> None
 
 
 def test_a_given_mask_token_changes_no_row(llama: Any, tmp_path: Path) -> None:
-    init_two_tower(llama.directory, tmp_path, mask_token_id=7)
+    init(llama.directory, tmp_path, mask_token_id=7)
     config = TwoTowerConfig.from_json(tmp_path / "config.json")
     assert (config.mask_token_id, config.vocab_size) == (7, llama.model.config.vocab_size)
     embeddings = load_file(tmp_path / "model.safetensors")["denoiser_tower.embeddings.weight"]
@@ -100,7 +100,7 @@ def test_a_given_mask_token_changes_no_row(llama: Any, tmp_path: Path) -> None:
 
 
 def test_nemotron_h_keeps_token_3_for_the_mask(nemotron_h: Any, tmp_path: Path) -> None:
-    init_two_tower(nemotron_h.directory, tmp_path)
+    init(nemotron_h.directory, tmp_path)
     config = TwoTowerConfig.from_json(tmp_path / "config.json")
     assert (config.mask_token_id, config.vocab_size, config.pattern) == (3, 48, "ME*-M")
     assert config.time_step_limit == (0.0, float("inf"))
@@ -109,7 +109,7 @@ def test_nemotron_h_keeps_token_3_for_the_mask(nemotron_h: Any, tmp_path: Path) 
 @pytest.mark.parametrize("mask", [-1, 273])
 def test_mask_token_out_of_range(llama: Any, tmp_path: Path, mask: int) -> None:
     with pytest.raises(ValueError, match=rf"mask_token_id is {mask}, must be in \[0, 273\)"):
-        init_two_tower(llama.directory, tmp_path, mask_token_id=mask)
+        init(llama.directory, tmp_path, mask_token_id=mask)
 
 
 def test_dtype_is_kept_or_as_asked_and_routers_keep_theirs(nemotron_h: Any, tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_dtype_is_kept_or_as_asked_and_routers_keep_theirs(nemotron_h: Any, tmp_
         config["dtype"] = "float16"
 
     source = changed(nemotron_h, tmp_path / "half", halve)
-    init_two_tower(source, tmp_path / "kept")
-    init_two_tower(source, tmp_path / "asked", dtype=torch.bfloat16)
+    init(source, tmp_path / "kept")
+    init(source, tmp_path / "asked", dtype=torch.bfloat16)
     for out, dtype in (("kept", torch.float16), ("asked", torch.bfloat16)):
         tensors = load_file(tmp_path / out / "model.safetensors")
         found = {n: t.dtype for n, t in tensors.items() if ".gate." not in n}
@@ -132,8 +132,8 @@ def test_dtype_is_kept_or_as_asked_and_routers_keep_theirs(nemotron_h: Any, tmp_
 
 def test_kept_tokens_in_their_new_order(story: Path, tmp_path: Path, pieces: list[str], llama: Any) -> None:
     keep = [259 + pieces.index(p) for p in (" ", "a", "b", " a", "ab", " ab")]
-    init_two_tower(story, tmp_path / "full")
-    init_two_tower(story, tmp_path / "out", keep_tokens=keep[::-1])
+    init(story, tmp_path / "full")
+    init(story, tmp_path / "out", keep_tokens=keep[::-1])
     rows = [0, 1, 2, 0, *range(3, 259), *sorted(keep)]
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     for name, source in (
@@ -154,16 +154,16 @@ def test_kept_tokens_in_their_new_order(story: Path, tmp_path: Path, pieces: lis
 
 def test_keep_tokens_errors(story: Path, llama: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mask_token_id is 5, must be left out with keep_tokens"):
-        init_two_tower(story, tmp_path / "out", keep_tokens=[300], mask_token_id=5)
+        init(story, tmp_path / "out", keep_tokens=[300], mask_token_id=5)
     with pytest.raises(ValueError, match="keep_tokens needs the model's tokenizer, and it has none"):
-        init_two_tower(llama.directory, tmp_path / "out", keep_tokens=[5])
+        init(llama.directory, tmp_path / "out", keep_tokens=[5])
     assert not (tmp_path / "out").exists()
 
 
 def test_merge_closure_of_a_file_gives_a_usable_choice(story: Path, tmp_path: Path) -> None:
     vocabulary = read_pieces(story)
     keep = merge_closure(*vocabulary, wanted=[*range(259), vocabulary.pieces.index(" abc")], size=300)
-    init_two_tower(story, tmp_path / "out", keep_tokens=keep)
+    init(story, tmp_path / "out", keep_tokens=keep)
     tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer is not None
     assert tokenizer.encode("abc").tokens == ["<s>", " abc"]
@@ -173,7 +173,7 @@ def test_out_must_not_be_the_backbone(llama: Any, tmp_path: Path) -> None:
     source = changed(llama, tmp_path / "source", lambda config, tensors: None)
     before = listing(source)
     with pytest.raises(ValueError, match="the backbone's own directory"):
-        init_two_tower(source, tmp_path / "." / "source")
+        init(source, tmp_path / "." / "source")
     assert listing(source) == before
 
 
@@ -223,7 +223,7 @@ def test_switches_that_compute_something_else(keys: dict[str, Any], message: str
 def test_refused_switches_are_told_together(llama: Any, tmp_path: Path) -> None:
     source = changed(llama, tmp_path / "a", lambda c, t: c.update(hidden_act="gelu", sliding_window=8))
     with pytest.raises(ValueError, match=r"hidden_act is 'gelu'.*; sliding_window is 8"):
-        init_two_tower(source, tmp_path / "out")
+        init(source, tmp_path / "out")
 
 
 def test_settings_where_transformers_4_wrote_them(llama: Any, tmp_path: Path) -> None:
@@ -232,14 +232,14 @@ def test_settings_where_transformers_4_wrote_them(llama: Any, tmp_path: Path) ->
         config.update(rope_theta=7e5, rope_scaling=None, torch_dtype=config.pop("dtype"), eos_token_id=[5, 6])
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
-    init_two_tower(changed(llama, tmp_path / "source", older), tmp_path / "out")
+    init(changed(llama, tmp_path / "source", older), tmp_path / "out")
     config = TwoTowerConfig.from_json(tmp_path / "out" / "config.json")
     assert (config.rope_theta, config.head_dim, config.eos_token_ids) == (7e5, 8, (5, 6))
 
 
 def test_a_head_stored_although_tied_is_not_read(qwen2: Any, tmp_path: Path) -> None:
     source = changed(qwen2, tmp_path / "source", lambda c, t: t.update({"lm_head.weight": torch.ones(273, 32)}))
-    init_two_tower(source, tmp_path / "out")
+    init(source, tmp_path / "out")
     assert not any("lm_head" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
 
 
@@ -250,7 +250,7 @@ def test_llama_with_biases_everywhere(llama: Any, tmp_path: Path) -> None:
         tensors.update(biases)
 
     source = changed(llama, tmp_path / "source", with_biases)
-    init_two_tower(source, tmp_path / "out")
+    init(source, tmp_path / "out")
     tensors, biases = load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors")
     for theirs, ours in (("0.self_attn.o_proj", "0.mixer.o_proj"), ("1.mlp.down_proj", "3.mixer.down_proj")):
         assert torch.equal(tensors[f"context_tower.layers.{ours}.bias"], biases[f"model.layers.{theirs}.bias"])
@@ -262,7 +262,7 @@ def test_tensors_that_do_not_fit(llama: Any, tmp_path: Path) -> None:
         del tensors["model.layers.1.mlp.up_proj.weight"]
 
     with pytest.raises(ValueError) as raised:
-        init_two_tower(changed(llama, tmp_path / "source", change), tmp_path / "out")
+        init(changed(llama, tmp_path / "source", change), tmp_path / "out")
     assert "1 missing: layers.3.mixer.up_proj.weight" in str(raised.value)
     assert "1 unexpected: model.layers.0.self_attn.q_norm.weight" in str(raised.value)
     assert not (tmp_path / "out").exists()
@@ -303,8 +303,8 @@ def test_nemotron_h_as_its_own_code_writes_it(nemotron_h: Any, tmp_path: Path) -
         )
         tensors["mtp.layers.0.norm.weight"] = torch.ones(32)
 
-    init_two_tower(changed(nemotron_h, tmp_path / "source", older), tmp_path / "older")
-    init_two_tower(nemotron_h.directory, tmp_path / "newer")
+    init(changed(nemotron_h, tmp_path / "source", older), tmp_path / "older")
+    init(nemotron_h.directory, tmp_path / "newer")
     assert (tmp_path / "older" / "model.safetensors").read_bytes() == (
         tmp_path / "newer" / "model.safetensors"
     ).read_bytes()
@@ -326,7 +326,7 @@ def test_tokenizer_files_come_along(llama: Any, nemotron_h: Any, tmp_path: Path)
         tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
         (directory / "tokenizer_config.json").write_text('{"chat_template": "x"}')
         (directory / "training_args.bin").write_text("not this")
-        init_two_tower(directory, tmp_path / f"{name}_out")
+        init(directory, tmp_path / f"{name}_out")
         assert (tmp_path / f"{name}_out" / "tokenizer_config.json").read_text() == '{"chat_template": "x"}'
         assert not (tmp_path / f"{name}_out" / "training_args.bin").exists()
     masked = load_tokenizer(tmp_path / "llama_out")
@@ -349,7 +349,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-from twotower.checkpoints import init_two_tower, released_shapes
+from twotower.checkpoints import init, released_shapes
 from twotower.config import TwoTowerConfig
 
 def peak():
@@ -358,7 +358,7 @@ def peak():
 # The first model on the meta device makes torch import some 30 MB.
 released_shapes(TwoTowerConfig(vocab_size=8, hidden_size=4, pattern="-", intermediate_size=4))
 before = peak()
-init_two_tower(sys.argv[1], sys.argv[2])
+init(sys.argv[1], sys.argv[2])
 print(peak() - before)
 """
 

@@ -1,4 +1,4 @@
-"""A two-tower checkpoint from a single-tower model: both towers are the backbone, and step 0 computes it exactly."""
+"""Making a two-tower checkpoint from a single-tower model: both towers start as that model."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,40 +10,45 @@ from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone
 from twotower.checkpoints.families.llama import MODEL_TYPES, open_llama
-from twotower.checkpoints.families.nemotron_h import open_nemotron_h, read_raw_config
+from twotower.checkpoints.families.nemotron_h import open_nemotron_h
 from twotower.checkpoints.gguf.model import MAGIC, open_gguf
-from twotower.checkpoints.hf import (
+from twotower.checkpoints.hf.config_file import (
     CONFIG_FILE,
-    TOKENIZER_FILE,
-    carried_documents,
+    as_dtype,
     config_bytes,
-    released_shapes,
-    resolve,
+    read_raw_config,
     with_stored_dtype,
 )
+from twotower.checkpoints.hf.hub import resolve
+from twotower.checkpoints.hf.tensor_files import TensorSpec, check_shapes
+from twotower.checkpoints.hf.tensor_writer import write_tensors
+from twotower.checkpoints.hf.tokenizer_file import TOKENIZER_FILE, carried_documents
+from twotower.checkpoints.hf.two_towers import released_shapes
 from twotower.checkpoints.llama2c import open_llama2c
-from twotower.checkpoints.tensor_files import TensorSpec, check_shapes
-from twotower.checkpoints.tensor_writer import write_tensors
 from twotower.checkpoints.vocabulary import append_mask, trim
 from twotower.config import TwoTowerConfig
+from twotower.errors import SettingError
 
+# The tensors with one row per token of the vocabulary.
 _ROW_TENSORS = ("embeddings.weight", "lm_head.weight")
+# DiT's initialisation of the time embedder (arXiv 2212.09748).
 _TIME_INIT_STD = 0.02
 
 
 class _Vocabulary(NamedTuple):
-    """Which old row each new row of the embedding and the head is (None: all as they are), and what follows."""
+    """`rows`: new row i of the embedding and the head is old row rows[i] (None: all stay as they are). `changes` are
+    the config's fields that follow from it, `tokenizer` the text of the new tokenizer.json, if any."""
 
     rows: tuple[int, ...] | None
     changes: dict[str, Any]
     tokenizer: str | None
 
 
-def init_two_tower(
+def init(
     backbone: str | Path,
     out: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     mask_token_id: int | None = None,
     block_size: int = 16,
     keep_tokens: Sequence[int] | None = None,
@@ -51,12 +56,22 @@ def init_two_tower(
 ) -> None:
     """Writes the two-tower checkpoint directory `out` from a single-tower model, one tensor at a time.
 
-    `backbone` is a directory or hub id of the Nemotron-H or Llama family, a GGUF file or a llama2.c file. `dtype` None
-    keeps each tensor's stored dtype. The mask token is `mask_token_id`, else the one the family keeps free, else a new
-    last row that starts as a copy of row 0. `keep_tokens` cuts the vocabulary down, see `vocabulary.trim`; the mask
-    then follows the special tokens. Only the time embedder is random, from `seed`: with scale and shift 0 and gate 1
-    everywhere, and nothing added to them by the zero last layer, the denoiser starts as its backbone.
+    Both towers become copies of the model. The time modules are set so that modulation changes nothing (shift and
+    scale 0, gate 1, a last layer of zeros, as adaLN-Zero, arXiv 2212.09748), so an untrained denoiser computes exactly
+    what the model computes. Only the time embedder is random, drawn from `seed`.
+
+    `backbone` is a directory or hub id of the Nemotron-H or Llama family, a GGUF file or a llama2.c file. `dtype`, such
+    as "bfloat16" or torch.bfloat16, is what weights are rounded to (routers keep theirs); None keeps each tensor's
+    stored dtype. `block_size` is the number of tokens that the denoiser fills at a time. `mask_token_id` is the id of
+    the token that stands for a masked position; by default the one that the family keeps free, else a new last token
+    whose row starts as a copy of row 0. `keep_tokens` cuts the vocabulary down to these ids, see `vocabulary.trim`; the
+    mask token then comes after the special tokens.
+
+    Raises SettingError for a value that is not allowed, and FileNotFoundError or ValueError, naming the file or tensor,
+    for a model that cannot be read or that computes something other than these towers do. `out` is complete or as it
+    was before.
     """
+    dtype = None if dtype is None else as_dtype(dtype)
     source = open_backbone(backbone)
     out = Path(out)
     if out.exists() and Path(backbone).exists() and out.samefile(backbone):
@@ -67,7 +82,7 @@ def init_two_tower(
     model_dtype = dtype or source.specs["embeddings.weight"].dtype
     config = with_stored_dtype(config, model_dtype)
     specs = _specs(config, source, dtype, model_dtype)
-    # Where tokens are renumbered, tokenizer settings that name ids would name others.
+    # Trimming renumbers tokens, and the ids in tokenizer settings would then name other tokens.
     documents = {n: c for n, c in source.documents.items() if keep_tokens is None or n.endswith(".jinja")}
     if vocabulary.tokenizer is not None:
         documents[TOKENIZER_FILE] = vocabulary.tokenizer.encode()
@@ -76,7 +91,10 @@ def init_two_tower(
 
 
 def open_backbone(backbone: str | Path) -> Backbone:
-    """Opens a single-tower model by what it is; raises ValueError for what it can't be."""
+    """Opens a single-tower model: a GGUF file, a llama2.c file, or a directory or hub id of a family that we know.
+
+    Reads headers only. Raises FileNotFoundError or ValueError for anything else.
+    """
     path = Path(backbone)
     if path.is_file():
         with path.open("rb") as file:
@@ -97,12 +115,12 @@ def _vocabulary(source: Backbone, mask_token_id: int | None, keep_tokens: Sequen
     size = source.config.vocab_size
     if keep_tokens is not None:
         if mask_token_id is not None:
-            raise ValueError(f"mask_token_id is {mask_token_id}, must be left out with keep_tokens, which places it")
+            raise SettingError("mask_token_id", mask_token_id, "left out with keep_tokens, which chooses it")
         return _trimmed(source, keep_tokens)
     mask_token_id = source.mask_token_id if mask_token_id is None else mask_token_id
     if mask_token_id is not None:
         if not 0 <= mask_token_id < size:
-            raise ValueError(f"mask_token_id is {mask_token_id}, must be in [0, {size}); leave it out for a new token")
+            raise SettingError("mask_token_id", mask_token_id, f"in [0, {size})", "leave it out for a new token")
         return _Vocabulary(None, {"mask_token_id": mask_token_id}, source.tokenizer)
     tokenizer = None if source.tokenizer is None else append_mask(source.tokenizer, size)
     return _Vocabulary((*range(size), 0), {"mask_token_id": size, "vocab_size": size + 1}, tokenizer)
@@ -119,12 +137,13 @@ def _trimmed(source: Backbone, keep_tokens: Sequence[int]) -> _Vocabulary:
     if config.eos_token_id is not None:
         ends = tuple(trimmed.new_id(i) for i in config.eos_token_ids)
         changes["eos_token_id"] = ends if isinstance(config.eos_token_id, tuple) else ends[0]
-    # Not read anywhere; an old id left in it would name another token.
+    # We never read it, but whoever does would take the old id for another token.
     changes["carried"] = {key: value for key, value in config.carried.items() if key != "pad_token_id"}
     return _Vocabulary(trimmed.rows, changes, trimmed.tokenizer)
 
 
 def _tower_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of one tower and its head, by their names without a tower."""
     shapes = released_shapes(config)
     tower = {n.removeprefix("context_tower."): s for n, s in shapes.items() if n.startswith("context_tower.")}
     return tower | {n: s for n, s in shapes.items() if n == "lm_head.weight"}
@@ -133,7 +152,7 @@ def _tower_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
 def _specs(
     config: TwoTowerConfig, source: Backbone, dtype: torch.dtype | None, model_dtype: torch.dtype
 ) -> dict[str, TensorSpec]:
-    """What is written: the source's dtypes unless one is asked for, the model's for the time modules."""
+    """The tensors to write: in the source's dtypes unless one is asked for, the time modules in the model's."""
     specs = {}
     for name, shape in released_shapes(config).items():
         stored = source.specs.get(_tower_name(name))
@@ -155,14 +174,10 @@ def _tensors(
     for name, tensor in source.stream():
         if index is not None and name in _ROW_TENSORS:
             tensor = tensor[index]
-        copies = ("context_lm_head.weight", name) if name == "lm_head.weight" else _in_towers(name)
-        for copy in copies:
+        in_towers = (f"context_tower.{name}", f"denoiser_tower.{name}")
+        for copy in ("context_lm_head.weight", name) if name == "lm_head.weight" else in_towers:
             yield copy, tensor.to(specs[copy].dtype)
     yield from _time_modules(specs, seed)
-
-
-def _in_towers(name: str) -> tuple[str, str]:
-    return f"context_tower.{name}", f"denoiser_tower.{name}"
 
 
 def _time_modules(specs: Mapping[str, TensorSpec], seed: int) -> Iterator[tuple[str, Tensor]]:

@@ -9,8 +9,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twotower.checkpoints.tensor_files import TensorSpec
-from twotower.checkpoints.tensor_writer import write_tensors
+from twotower.checkpoints.hf.tensor_files import TensorSpec
+from twotower.checkpoints.hf.tensor_writer import write_tensors
 
 
 def specs_of(tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:

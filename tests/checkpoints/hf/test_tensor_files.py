@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from twotower.checkpoints.tensor_files import TensorSpec, check_shapes, scan
+from twotower.checkpoints.hf.tensor_files import TensorSpec, check_shapes, scan
 
 
 @pytest.fixture

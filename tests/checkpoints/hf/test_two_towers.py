@@ -10,8 +10,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-import twotower
-from twotower.checkpoints import load_model, load_tokenizer, released_shapes, resolve, save
+from twotower.checkpoints import load_model, load_tokenizer, released_shapes, save
 from twotower.checkpoints.hf import save_rounded
 from twotower.config import TwoTowerConfig
 from twotower.model.two_tower import TwoTower
@@ -65,11 +64,13 @@ def test_released_shapes_are_those_of_the_files_in_their_order(golden_directory:
 @pytest.mark.parametrize("shard", [3000, 10**9])
 def test_write_read_write_gives_the_same_bytes(tmp_path: Path, tiny: Model, dtype: torch.dtype, shard: int) -> None:
     model = tiny(dtype=dtype)
-    save(model, tmp_path / "1", tokenizer=small_tokenizer(), max_shard_bytes=shard)
+    model.tokenizer = small_tokenizer()
+    save(model, tmp_path / "1", max_shard_bytes=shard)
     again = load_model(tmp_path / "1")
     before, after = model.released_tensors(), again.released_tensors()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
-    save(again, tmp_path / "2", tokenizer=load_tokenizer(tmp_path / "1"), max_shard_bytes=shard)
+    again.tokenizer = load_tokenizer(tmp_path / "1")
+    save(again, tmp_path / "2", max_shard_bytes=shard)
     first = listing(tmp_path / "1")
     assert {"config.json", "tokenizer.json"} < set(first)
     assert ("model.safetensors" in first) == (shard == 10**9)
@@ -160,81 +161,6 @@ def test_saving_keeps_a_tokenizer_that_is_there(saved: Path) -> None:
     assert (saved / "tokenizer.json").read_text() == "{}"
 
 
-def test_tokenizer(tmp_path: Path) -> None:
-    assert load_tokenizer(tmp_path) is None
-    small_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    loaded = load_tokenizer(tmp_path)
-    assert loaded is not None
-    assert loaded.encode("ab").ids == [3]
-
-
-def test_a_tokenizer_encodes_whole_texts_whatever_its_last_user_set(
-    byte_tokenizer: tokenizers.Tokenizer, tmp_path: Path
-) -> None:
-    expected = byte_tokenizer.encode("Once upon a time").ids
-    others = tokenizers.Tokenizer.from_str(byte_tokenizer.to_str())  # the fixture is every test's
-    others.enable_truncation(4)
-    others.enable_padding(length=32)
-    others.save(str(tmp_path / "tokenizer.json"))
-    loaded = load_tokenizer(tmp_path)
-    assert loaded is not None
-    assert [encoding.ids for encoding in loaded.encode_batch(["Once upon a time", "O"])] == [expected, expected[:1]]
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"<html>", b"[]", b"{}", b'{"model": {"type": "BPE"}}', b"\xff\xfe"])
-def test_broken_tokenizer(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.json (is not JSON|has no model with a vocabulary)"):
-        load_tokenizer(tmp_path)
-
-
-def test_resolve_prefers_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "owner" / "name").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert resolve("owner/name") == Path("owner/name")
-
-
-def test_resolve_downloads_only_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fnmatch
-
-    asked: dict[str, Any] = {}
-
-    def snapshot_download(repo_id: str, **options: Any) -> str:
-        asked.update(options, repo_id=repo_id)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert resolve("owner/name") == tmp_path
-    assert asked["repo_id"] == "owner/name"
-
-    def fetched(name: str) -> bool:
-        allowed = any(fnmatch.fnmatch(name, p) for p in asked["allow_patterns"])
-        return allowed and not any(fnmatch.fnmatch(name, p) for p in asked["ignore_patterns"])
-
-    wanted = ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "chat_template.jinja"]
-    refused = ["pytorch_model.bin", "model.pt", "modeling_x.py", "training_args.bin", "original/model.safetensors"]
-    assert [n for n in wanted + refused if fetched(n)] == wanted
-
-
-def test_resolve_without_a_connection(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="owner/name is neither a local directory nor a hub repository"):
-        resolve("owner/name")
-
-
-@pytest.mark.parametrize("name", ["no-such-directory", "/no/such/directory", "a/b/c", "../x y/z"])
-def test_resolve_what_can_not_be_a_hub_id(name: str) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no directory"):
-        resolve(name)
-
-
-def test_resolve_a_file(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="is a file, must be a checkpoint directory"):
-        resolve(tmp_path / "model.safetensors")
-
-
 # VmHWM, not ru_maxrss: a child process starts with its parent's ru_maxrss.
 MEASURE = """
 import re, sys
@@ -264,13 +190,6 @@ def test_loading_holds_the_model_and_at_most_one_shard(tmp_path: Path) -> None:
     # Slack of 20 MB for the allocator and a second mapped shard; a state dict of everything would cost another `size`.
     assert size > 190_000
     assert size * 0.9 < int(result.stdout) < size + 20_000 + 20_000
-
-
-def test_backends_that_cannot_run_are_named() -> None:
-    with pytest.raises(ValueError, match="backend is 'fast', must be one of reference, native"):
-        twotower.load(backend="fast")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="backend is 'reference' with pack=False"):
-        twotower.load(backend="reference", pack=False)
 
 
 def test_rounded_tensors_are_those_that_a_rounded_model_rounds(tiny: Model, tmp_path: Path) -> None:
