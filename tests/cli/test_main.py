@@ -1,7 +1,9 @@
 """The command as a whole: what it imports, and how it fails."""
 
 import importlib
+import importlib.metadata
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,18 @@ def test_help_lists_the_commands(run):
     for name, line in _COMMANDS.items():
         assert name in result.stdout
         assert line in result.stdout
+
+
+def test_the_version_is_that_of_the_package(run):
+    assert run("--version").stdout == f"{importlib.metadata.version('twotower')}\n"
+
+
+@pytest.mark.parametrize(("line", "offered"), [("twotower tok", "tokenize"), ("twotower init --block", "--block-size")])
+def test_the_shell_completes_commands_and_their_options(line, offered):
+    program = "from twotower.cli.main import app; app(prog_name='twotower')"
+    asking = {"_TWOTOWER_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | asking)
+    assert done.stdout.split() == [offered]
 
 
 def test_help_does_not_import_torch():

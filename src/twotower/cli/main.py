@@ -2,10 +2,11 @@
 
 import errno
 import importlib
+import importlib.metadata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -79,11 +80,25 @@ app = typer.Typer(
     cls=_LazyGroup,
     help="Two-tower diffusion language models: decode, convert, inspect, train and measure them.",
     no_args_is_help=True,
-    add_completion=False,
     # The rich form squeezes long options into columns a few letters wide.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(importlib.metadata.version("twotower"))
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _declare(name: str, line: str) -> None:
