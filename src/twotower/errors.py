@@ -1,4 +1,9 @@
-"""The error for a setting that can't be, with what a program needs to know of it as fields."""
+"""The error for a setting that can't be, with what a program needs to know of it as fields, and the usual checks."""
+
+from collections.abc import Sequence
+
+# Characters of a value that a message shows: a JSON schema may have many thousands.
+_SHOWN = 200
 
 
 class SettingError(ValueError):
@@ -19,7 +24,35 @@ class SettingError(ValueError):
 
     def told(self, name: str) -> str:
         """The message, with the setting called `name`."""
-        return f"{name} is {self.value!r}, must be {self.rule}" + (f"; {self.fix}" if self.fix else "")
+        shown = repr(self.value)
+        if len(shown) > _SHOWN:
+            shown = shown[:_SHOWN] + "…"
+        return f"{name} is {shown}, must be {self.rule}" + (f"; {self.fix}" if self.fix else "")
 
     def __str__(self) -> str:
         return self.told(self.name)
+
+
+def check_integer(name: str, value: object, low: int, high: int | None = None, fix: str = "") -> None:
+    """Raises SettingError unless `value` is an integer of at least `low` and, where it is given, at most `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        rule = f"an integer of at least {low}" if high is None else f"an integer in [{low}, {high}]"
+        raise SettingError(name, value, rule, fix)
+
+
+def check_number(name: str, value: object, low: float, high: float, fix: str = "") -> None:
+    """Raises SettingError unless `value` is a number in [`low`, `high`]; NaN is in no interval."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise SettingError(name, value, f"a number in [{low:g}, {high:g}]", fix)
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str], fix: str = "") -> None:
+    """Raises SettingError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise SettingError(name, value, f"one of {', '.join(allowed)}", fix)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises SettingError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise SettingError(name, value, "True or False")

@@ -153,14 +153,14 @@ def test_guides_are_not_moved_by_a_step(model):
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m not in CONSTRAINED_MODES])
 def test_modes_that_look_ahead_refuse(mode):
-    with pytest.raises(ValueError, match=f"regex is given in mode '{mode}'"):
+    with pytest.raises(ValueError, match=f"regex is 'a', must be None in mode '{mode}'"):
         SamplingParams(mode=mode, regex="a")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"regex": "a", "grammar": "b"}, "grammar is given beside regex"),
+        ({"regex": "a", "grammar": "b"}, "grammar is 'b', must be None beside regex"),
         ({"regex": ""}, "regex is ''"),
         ({"json_schema": {"type": "string"}}, "json_schema is {'type'"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos is True"),
@@ -175,13 +175,13 @@ def test_settings_that_exclude_each_other(given, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"json_schema": "{"}, "json_schema is not JSON"),
-        ({"json_schema": "[" * 100_000}, "json_schema is not JSON"),
+        ({"json_schema": "{"}, "must be JSON, which it is not"),
+        ({"json_schema": "[" * 100_000}, "must be JSON, which it is not"),
         ({"json_schema": '{"type": "nonsense"}'}, "Invalid type: nonsense"),
         ({"json_schema": '{"not": {}}'}, 'Unimplemented keys: ["not"]'),
         ({"json_schema": '{"$ref": "http://127.0.0.1:9/x.json"}'}, "does not fetch"),
         ({"json_schema": '{"enum": []}'}, "Unsatisfiable"),
-        ({"regex": "("}, "regex can't be followed"),
+        ({"regex": "("}, "regex is '(', must be a constraint that llguidance can follow"),
         ({"grammar": "start: x"}, 'unknown name: "x"'),
     ],
 )
@@ -193,7 +193,7 @@ def test_what_nobody_can_follow_is_refused_before_anything_runs(model, given, me
 def test_a_model_without_end_token_can_not_end_a_text(tiny, byte_tokenizer):
     made = tiny("*-", vocab_size=260)
     made.tokenizer = byte_tokenizer
-    with pytest.raises(ValueError, match="needs a checkpoint with a tokenizer"):
+    with pytest.raises(ValueError, match="must be None for a checkpoint without a tokenizer"):
         generate(made, ["ab"], SamplingParams(mode="ar", regex="a"))
 
 

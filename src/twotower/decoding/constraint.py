@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twotower.decoding.params import SamplingParams
+from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
 
 if TYPE_CHECKING:
@@ -92,16 +93,18 @@ def guides(model: TwoTower, params: Sequence[SamplingParams], produced: Sequence
 
 
 def check_constraint(model: TwoTower, params: SamplingParams) -> None:
-    """Raises ValueError where the model can't follow the request's constraint, or nobody could."""
+    """Raises SettingError if the request's constraint is invalid, or if this model can't be held to one."""
     if params.constraint is None:
         return
     kind, text = params.constraint
     if model.tokenizer is None or not model.config.eos_token_ids:
-        raise ValueError(f"{kind} needs a checkpoint with a tokenizer.json and an eos_token_id; drop it")
+        rule = "None for a checkpoint without a tokenizer.json or without an eos_token_id"
+        raise SettingError(kind, text, rule, "drop it")
     try:
         import llguidance  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ValueError(f"{kind} needs the package llguidance; pip install 'twotower[guide]'") from error
+        rule = "None where the package llguidance is not installed"
+        raise SettingError(kind, text, rule, "pip install 'twotower[guide]'") from error
     _matcher(_vocabulary(model), kind, text)
 
 
@@ -120,14 +123,14 @@ def _read_vocabulary(tokenizer: tokenizers.Tokenizer, size: int, ends: tuple[int
 
 @functools.lru_cache(maxsize=64)
 def _matcher(vocabulary: "LLTokenizer", kind: str, text: str) -> "LLMatcher":
-    """A matcher before its first token, to be copied and never moved. Raises ValueError for what is no constraint."""
+    """A matcher before its first token, to be copied and never moved. Raises SettingError for one that is invalid."""
     from llguidance import LLMatcher
 
     if kind == "json_schema":
         try:
             json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"json_schema is not JSON: {error}; correct it") from error
+            raise SettingError(kind, text, f"JSON, which it is not ({error})", "correct it") from error
         grammar = LLMatcher.grammar_from_json_schema(text, defaults=_JSON_STYLE)
     elif kind == "regex":
         grammar = LLMatcher.grammar_from_regex(text)
@@ -139,5 +142,6 @@ def _matcher(vocabulary: "LLTokenizer", kind: str, text: str) -> "LLMatcher":
         first.compute_logit_bias()  # most of what is too large for its limits shows here
         problem = first.get_error().split("<state>")[0]
     if problem:
-        raise ValueError(f"{kind} can't be followed: {' '.join(problem.split())}; correct it")
+        rule = f"a constraint that llguidance can follow ({' '.join(problem.split())})"
+        raise SettingError(kind, text, rule, "correct it")
     return LLMatcher(vocabulary, grammar, log_level=0)

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal, get_args
 
+from twotower.errors import SettingError, check_choice, check_flag, check_integer, check_number
+
 StepMode = Literal["ar", "mock_ar", "simulated_ar", "diffusion", "verified"]
 Mode = Literal[StepMode, "auto"]
 CommitRule = Literal["confidence", "margin", "entropy", "fixed", "leftmost", "posterior", "remask"]
@@ -50,34 +52,35 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(f"stop is {self.stop!r}, must be a sequence of non-empty strings; write stop=('…',)")
+            raise SettingError("stop", self.stop, "a sequence of non-empty strings", "write stop=('…',)")
         object.__setattr__(self, "stop", tuple(self.stop))
-        _one_of("mode", self.mode, (*MODES, "auto"))
-        _one_of("commit_rule", self.commit_rule, COMMIT_RULES)
-        _integer("max_new_tokens", self.max_new_tokens, 0)
-        _integer("block_size", self.block_size, 1, MAX_BLOCK)
-        _integer("steps_per_block", self.steps_per_block, 1, MAX_BLOCK)
-        _number("confidence_threshold", self.confidence_threshold, 0.0, 1.0, "[0, 1]")
-        _number("temperature", self.temperature, 0.0, 100.0, "[0, 100]; 0 is greedy")
+        check_choice("mode", self.mode, (*MODES, "auto"))
+        check_choice("commit_rule", self.commit_rule, COMMIT_RULES)
+        check_integer("max_new_tokens", self.max_new_tokens, 0)
+        check_integer("block_size", self.block_size, 1, MAX_BLOCK)
+        check_integer("steps_per_block", self.steps_per_block, 1, MAX_BLOCK)
+        check_number("confidence_threshold", self.confidence_threshold, 0, 1)
+        check_number("temperature", self.temperature, 0, 100, "0 is greedy")
         if 0 < self.temperature < 1e-6:  # logits divided by it must stay finite in float32
-            raise ValueError(f"temperature is {self.temperature}, must be 0 or in [1e-06, 100]; 0 is greedy")
+            raise SettingError("temperature", self.temperature, "0 or in [1e-06, 100]", "0 is greedy")
         if self.top_k is not None:
-            _integer("top_k", self.top_k, 1, fix="; leave it None to keep every token")
+            check_integer("top_k", self.top_k, 1, fix="leave it None to keep every token")
         if self.top_p is not None:
-            _number("top_p", self.top_p, 0.0, 1.0, "(0, 1]; leave it None to keep every token")
+            check_number("top_p", self.top_p, 0, 1, "leave it None to keep every token")
             if self.top_p == 0:
-                raise ValueError("top_p is 0, must be in (0, 1]; temperature=0 is the greedy setting")
+                raise SettingError("top_p", self.top_p, "a number in (0, 1]", "temperature=0 is the greedy setting")
         if self.seed is not None:
-            _integer("seed", self.seed, 0)
+            check_integer("seed", self.seed, 0)
             if self.seed >= 2**63:
-                raise ValueError(f"seed is {self.seed}, must be in [0, 2**63); take it modulo 2**63")
-        if self.commit_rule != "confidence" and self.mode != "diffusion":
-            raise ValueError(f"commit_rule is {self.commit_rule!r}, which only mode 'diffusion' reads; drop it")
-        if self.allow_loss and self.mode != "auto":
-            raise ValueError(f"allow_loss is {self.allow_loss!r}, which only mode 'auto' reads; drop it")
+                raise SettingError("seed", self.seed, "in [0, 2**63)", "take it modulo 2**63")
         for name in ("ignore_eos", "allow_loss", "adaptive_draft"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, must be True or False")
+            check_flag(name, getattr(self, name))
+        if self.commit_rule != "confidence" and self.mode != "diffusion":
+            rule = f"'confidence' in mode {self.mode!r}"
+            raise SettingError("commit_rule", self.commit_rule, rule, "only mode 'diffusion' reads it: drop it")
+        if self.allow_loss and self.mode != "auto":
+            rule = f"False in mode {self.mode!r}"
+            raise SettingError("allow_loss", self.allow_loss, rule, "only mode 'auto' reads it: drop it")
         self._check_constraint()
 
     @property
@@ -93,30 +96,16 @@ class SamplingParams:
         for other in ("json_schema", "regex", "grammar"):
             value = getattr(self, other)
             if value is not None and (not isinstance(value, str) or not value):
-                raise ValueError(f"{other} is {value!r}, must be a text that is not empty; leave it None for none")
+                raise SettingError(other, value, "a text that is not empty", "leave it None for none")
             if value is not None and other != name:
-                raise ValueError(f"{other} is given beside {name}, and a text can follow only one; drop one of them")
+                raise SettingError(other, value, f"None beside {name}", "a text can follow only one of them")
         if self.mode not in CONSTRAINED_MODES or self.allow_loss:
-            what = f"mode {self.mode!r}" + (" with allow_loss" if self.allow_loss else "")
-            raise ValueError(f"{name} is given in {what}, which can't follow it; use mode 'ar' or 'verified'")
+            where = f"mode {self.mode!r}" + (" with allow_loss" if self.allow_loss else "")
+            fix = "it can't follow a constraint: use mode 'ar' or 'verified'"
+            raise SettingError(name, getattr(self, name), f"None in {where}", fix)
         if self.ignore_eos:
-            raise ValueError(f"ignore_eos is True, but an end token is how a text that matches {name} ends; drop one")
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, must be one of {', '.join(allowed)}")
-
-
-def _integer(name: str, value: object, low: int, high: int | None = None, fix: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        allowed = f"of at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name} is {value!r}, must be an integer {allowed}{fix}")
-
-
-def _number(name: str, value: object, low: float, high: float, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}, must be a number in {allowed}")
+            fix = "an end token is how a text that matches it ends"
+            raise SettingError("ignore_eos", self.ignore_eos, f"False where {name} is given", fix)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
