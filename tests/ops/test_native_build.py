@@ -1,6 +1,8 @@
 import logging
+import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,15 +42,45 @@ def test_a_compiler_that_fails_is_told_of(
     assert not list((tmp_path / ".cache" / "twotower").glob("*"))
 
 
-def test_a_home_that_cannot_be_written_is_told_of(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+def _no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder for users without a home, which is not there yet; nobody has a home."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: COMPILER)
+    monkeypatch.setattr(Path, "home", _no_home)
+    return tmp_path / f"twotower-{os.getuid()}"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="this machine has no C compiler")
+def test_a_user_without_a_home_keeps_the_library_among_the_temporary_files(temporary: Path) -> None:
+    assert build.library() is not None
+    assert [file.suffix for file in temporary.iterdir()] == [".so"]
+    assert temporary.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_temporary_folder_that_others_can_write_is_not_used(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / ".cache").write_text("a file, not a folder")
+    temporary.mkdir()
+    temporary.chmod(0o777)
     monkeypatch.setattr(shutil, "which", lambda name: "/bin/true")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
     with caplog.at_level(logging.WARNING, logger=build.__name__):
         assert build.library() is None
-    assert str(tmp_path) in caplog.text
+    assert f"{temporary} can be written by others" in caplog.text
+
+
+@pytest.mark.skipif(COMPILER is None, reason="this machine has no C compiler")
+def test_a_home_that_cannot_be_written_is_passed_over(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".cache").write_text("a file, not a folder")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert build.library() is not None
+    assert list(temporary.glob("*.so"))
 
 
 @pytest.mark.skipif(COMPILER is None, reason="this machine has no C compiler")

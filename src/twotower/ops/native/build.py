@@ -1,4 +1,4 @@
-"""Compiles the C sources beside this file and opens the library; once per machine, in a few seconds."""
+"""Compiles the C sources beside this file and opens the library; once per user and machine, in a few seconds."""
 
 import ctypes
 import functools
@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -29,13 +30,37 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         logger.info("no C compiler (%s): the CPU path is plain PyTorch, 3 to 5 times slower", ", ".join(COMPILERS))
         return None
+    for find in (_home_folder, _temporary_folder):
+        try:
+            return ctypes.CDLL(str(compiled(compiler, find())))
+        except subprocess.CalledProcessError as error:
+            problem = error.stderr
+            break
+        except OSError as error:
+            problem = str(error)
+    logger.warning("the C kernels don't build or load here (%s): the CPU path is plain PyTorch", problem)
+    return None
+
+
+def _home_folder() -> Path:
+    """Where the library is kept: ~/.cache/twotower. Raises FileNotFoundError where there is no home folder."""
     try:
-        file = compiled(compiler, Path.home() / ".cache" / "twotower")
-        return ctypes.CDLL(str(file))
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", "") or error
-        logger.warning("the C kernels don't build or load here (%s): the CPU path is plain PyTorch", detail)
-        return None
+        return Path.home() / ".cache" / "twotower"
+    except RuntimeError as error:  # HOME is not set, and the user id is not in the list of users: some containers
+        raise FileNotFoundError("this user has no home folder; set HOME") from error
+
+
+def _temporary_folder() -> Path:
+    """Where the library is kept if the home folder can't be written: a folder of this user's among the temporary files.
+
+    Raises PermissionError where somebody else can write to it, and so could have put any program there.
+    """
+    folder = Path(tempfile.gettempdir()) / f"twotower-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} can be written by others; remove it, or set HOME to a folder of your own")
+    return folder
 
 
 def compiled(compiler: str, folder: Path) -> Path:
