@@ -42,7 +42,7 @@ def command() -> str:
 
 def machine(model: TwoTower) -> dict[str, Any]:
     """The processor's name and the threads used of it; the GPU's name where the model is on one."""
-    found: dict[str, Any] = {"cpu": _cpu_model(), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"cpu": cpu_model(), "threads": torch.get_num_threads()}
     if model.context_device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(model.context_device)
     return found
@@ -64,7 +64,8 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
