@@ -52,8 +52,8 @@ def command(
         for name, value in facts.items():
             line = Text.assemble((f"  {name if name.isupper() else name.replace('_', ' ')}: ", "dim"), _shown(value))
             console.print(line, soft_wrap=True)
-    for line in advice:
-        console.print(Text(f"! {line}", "yellow"), soft_wrap=True)
+    for remedy in advice:
+        console.print(Text(f"! {remedy}", "yellow"), soft_wrap=True)
     if not advice:
         console.print(Text("Nothing that was looked at slows decoding down.", "green"))
 
@@ -68,16 +68,15 @@ def _shown(value: Any) -> str:
 
 def examine() -> Facts:
     """Facts of this machine by section and name; None stands for what it doesn't have or doesn't tell."""
+    backend = _backend()
+    kernels = None if backend["kernels"] is None else _folder(Path(backend["kernels"]).parent)
     return {
         "versions": _versions(),
         "cpu": _cpu(),
-        "backend": _backend(),
+        "backend": backend,
         "threads": _threads(),
         "devices": _devices(),
-        "caches": {
-            "hub": _folder(Path(huggingface_hub.constants.HF_HUB_CACHE)),
-            "kernels": _folder(Path.home() / ".cache" / "twotower"),
-        },
+        "caches": {"hub": _folder(Path(huggingface_hub.constants.HF_HUB_CACHE)), "kernels": kernels},
     }
 
 
