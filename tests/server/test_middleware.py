@@ -8,7 +8,7 @@ import pytest
 
 from twotower.server.app import make_app
 from twotower.server.config import ServerConfig
-from twotower.server.run import JsonLines
+from twotower.server.lifecycle import JsonLines
 
 ASK = {"model": "tiny", "prompt": "a secret story", "max_tokens": 2, "user": "someone"}
 

@@ -79,7 +79,7 @@ def command(
         from twotower.checkpoints.chat_template import ChatTemplate
         from twotower.server.app import make_app
         from twotower.server.config import ServerConfig
-        from twotower.server.run import log_to_stderr, run
+        from twotower.server.lifecycle import log_to_stderr, run
     except ModuleNotFoundError as error:
         raise ValueError(f"the server needs the package {error.name}; pip install 'twotower[serve]'") from error
     folder = DEFAULT_CHECKPOINT if model is None else resolve(model)

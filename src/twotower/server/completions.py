@@ -10,10 +10,10 @@ from fastapi.responses import Response
 
 from twotower.checkpoints.chat_template import Turn
 from twotower.decoding.params import Generation
-from twotower.server.answers import Order, Wanted, answer
 from twotower.server.errors import ApiError
 from twotower.server.logprobs import ScoredToken, TokenNames, chat_logprobs, completion_logprobs
 from twotower.server.protocol import ChatRequest, CompletionRequest
+from twotower.server.reply import Order, Wanted, answer
 from twotower.server.service import Choice, Service
 
 # OpenAI's default for completions; a chat goes on to the end of the context.

@@ -11,8 +11,8 @@ from fastapi.responses import Response
 from twotower.decoding.params import Generation, Mode
 from twotower.decoding.step import BlockView, Token
 from twotower.server.protocol import WatchRequest
-from twotower.server.responses import EventStream
 from twotower.server.service import Choice, Places, Service
+from twotower.server.streaming import EventStream
 
 # New tokens of a request that does not say how many, or as many as the context has room for.
 _MAX_TOKENS = 128

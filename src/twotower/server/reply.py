@@ -15,8 +15,8 @@ from twotower.decoding.params import Generation, SamplingParams
 from twotower.decoding.step import Token
 from twotower.server.errors import ApiError
 from twotower.server.logprobs import ScoredToken, Scorer, committed
-from twotower.server.responses import EventStream, unless_gone
 from twotower.server.service import Choice, Places, Service
+from twotower.server.streaming import EventStream, unless_gone
 
 
 class Wanted(NamedTuple):
