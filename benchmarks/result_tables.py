@@ -1,9 +1,9 @@
-"""Writes the tables of README.md from the files in benchmarks/results, so that no figure there is typed by hand.
+"""Writes the tables of docs/measured.md from the files in benchmarks/results, so that no figure there is typed by hand.
 
-    python benchmarks/readme_tables.py [--check]
+    python benchmarks/result_tables.py [--check]
 
 A table stands between `<!-- table: NAME FILE … -->` and `<!-- end of table -->`, where NAME is a function below and
-FILEs are in benchmarks/results; what is between them is replaced. With --check nothing is written, and a README that
+FILEs are in benchmarks/results; what is between them is replaced. With --check nothing is written, and a page that
 would change is an error.
 """
 
@@ -15,27 +15,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "measured.md"
 RESULTS = Path(__file__).with_name("results")
 _PLACE = re.compile(r"(<!-- table: (\w+) ([^>]*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Result = dict[str, Any]
 
 
-def rendered(readme: str, results: Path = RESULTS) -> str:
-    """The README's text with every table made anew. Raises ValueError for an unknown table or file."""
+def rendered(page: str, results: Path = RESULTS) -> str:
+    """The page's text with every table made anew. Raises ValueError for an unknown table or file."""
 
     def table(place: re.Match[str]) -> str:
         opening, name, files, closing = place.groups()
         if name not in TABLES:
-            raise ValueError(f"README asks for table {name!r}, must be one of {', '.join(TABLES)}")
+            raise ValueError(f"the page asks for table {name!r}, must be one of {', '.join(TABLES)}")
         missing = [file for file in files.split() if not (results / file).exists()]
         if missing:
-            raise ValueError(f"README's table {name} is made of {missing[0]}, which is not in {results}")
+            raise ValueError(f"table {name} is made of {missing[0]}, which is not in {results}")
         loaded = [json.loads((results / file).read_text(encoding="utf-8")) for file in files.split()]
         return f"{opening}{TABLES[name](loaded)}\n{closing}"
 
-    return _PLACE.sub(table, readme)
+    return _PLACE.sub(table, page)
 
 
 def stories_modes(results: list[Result]) -> str:
@@ -258,11 +258,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    before = README.read_text(encoding="utf-8")
+    before = PAGE.read_text(encoding="utf-8")
     after = rendered(before)
     if after != before and check:
-        sys.exit("README.md's tables are not what benchmarks/results says; run python benchmarks/readme_tables.py")
-    README.write_text(after, encoding="utf-8")
+        sys.exit("docs/measured.md's tables are not what benchmarks/results says; run python benchmarks/result_tables.py")
+    PAGE.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":
