@@ -3,7 +3,8 @@
 #   make demo     watch a story being written
 #   make serve    OpenAI's API and a page on http://127.0.0.1:8000 (ARGS="--port 9000" for another port)
 #   make test     run the tests
-#   make check    lint, types and tests, as CI does
+#   make check    lint, types, tests and docs, as CI does
+#   make docs     build the documentation into site/; make docs-serve shows it on http://127.0.0.1:8001
 #
 # TORCH is what pip installs PyTorch from, and PyTorch is installed first so that nothing replaces it:
 #   make demo TORCH=torch==2.13.0
@@ -15,7 +16,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo serve test lint types check clean
+.PHONY: demo serve test lint types check docs docs-serve clean
 
 demo: $(VENV)/.installed
 	$(BIN)/twotower demo
@@ -23,7 +24,7 @@ demo: $(VENV)/.installed
 serve: $(VENV)/.serve-installed
 	$(BIN)/twotower serve $(ARGS)
 
-check: lint types test
+check: lint types docs test
 
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
@@ -36,8 +37,15 @@ types: $(VENV)/.dev-installed
 test: $(VENV)/.dev-installed
 	$(BIN)/pytest
 
+# Strict: a broken link, or a name that the pages show and the code lacks, is an error.
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict --dev-addr 127.0.0.1:8001
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache src/*.egg-info
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make a second run skip pip; a change of the dependencies brings it back.
@@ -54,4 +62,8 @@ $(VENV)/.serve-installed: $(VENV)/.installed
 
 $(VENV)/.dev-installed: $(VENV)/.installed
 	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install -e ".[docs]"
 	touch $@

@@ -261,7 +261,7 @@ def main() -> None:
     before = PAGE.read_text(encoding="utf-8")
     after = rendered(before)
     if after != before and check:
-        sys.exit("docs/measured.md's tables are not what benchmarks/results says; run python benchmarks/result_tables.py")
+        sys.exit("docs/measured.md is not what benchmarks/results says; run python benchmarks/result_tables.py")
     PAGE.write_text(after, encoding="utf-8")
 
 

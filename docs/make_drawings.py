@@ -37,10 +37,11 @@ def rules(inside: str, dark: bool) -> str:
 
 
 STYLE = f"{SHAPES}{rules('svg', False)}\n@media (prefers-color-scheme: dark) {{\n{rules('svg', True)}\n}}"
+_SHAPES_INSIDE = SHAPES.replace("rect, polyline", "rect, .drawing polyline").strip().split("\n")
 SITE_STYLE = "\n".join(
     [
         "/* Written by docs/make_drawings.py. */",
-        *(f".drawing {line}" for line in SHAPES.replace("rect, polyline", "rect, .drawing polyline").split("\n") if line),
+        *(f".drawing {line}" for line in _SHAPES_INSIDE),
         rules(".drawing", False),
         rules('[data-md-color-scheme="slate"] .drawing', True),
         "",

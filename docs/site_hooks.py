@@ -1,20 +1,25 @@
 """What MkDocs does beside turning docs/*.md into pages; mkdocs.yml names this file under `hooks`.
 
 - docs/cli.md is written from the command line's own declarations.
-- The README of every recipe, CONTRIBUTING.md and CHANGELOG.md become pages. Pages link to those files as they lie in the
-  repository, so that a link works on a code host too; here it is turned to the page.
+- The README of every recipe, CONTRIBUTING.md and CHANGELOG.md become pages. Pages link to those files as they lie in
+  the repository, so that a link works on a code host too; here it is turned to the page.
 - Drawings stand inline, so that they take the colours of the theme that the reader has chosen.
+- A page that would fetch anything from another host is an error: the site works without a network.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+
+from twotower.cli import reference
 
 ROOT = Path(__file__).parents[1]
 _DRAWING = re.compile(r"^!\[([^\]]*)\]\((drawings/[\w-]+\.svg)\)$", re.MULTILINE)
-_LINK = re.compile(r"(?<=\]\()([^)#\s]+)")
+_FETCHED = re.compile(r"""<(?:script|link|img)[^>]+(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""")
+_LINK = re.compile(r"(?<=\]\()[^)#\s][^)\s]*")
 
 
 def _pages_of_repository() -> dict[str, Path]:
@@ -25,9 +30,7 @@ def _pages_of_repository() -> dict[str, Path]:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    from twotower.cli import reference
-
-    files.append(File.generated(config, "cli.md", content=reference.markdown()))
+    files.append(File.generated(config, "cli.md", content=f"# Command line\n\n{reference.markdown()}"))
     for page, path in _pages_of_repository().items():
         files.append(File.generated(config, page, content=path.read_text(encoding="utf-8")))
     return files
@@ -35,31 +38,33 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     source = page.file.src_uri
-    shown = {path.relative_to(ROOT).as_posix(): name for name, path in _pages_of_repository().items()}
-    here = shown_from(source, shown)
+    own = _pages_of_repository()
+    shown = {path.relative_to(ROOT).as_posix(): name for name, path in own.items()}
+    file = own.get(source, ROOT / "docs" / source)
 
     def link(found: re.Match[str]) -> str:
         if "://" in found[0]:
             return found[0]
-        target = _relative(ROOT / here, found[0])
-        if target is not None and target in shown:
-            return "../" * source.count("/") + shown[target]
-        if here != f"docs/{source}" and target is not None and target.startswith("docs/"):
-            return "../" * source.count("/") + target.removeprefix("docs/")
-        return found[0]
+        path, hash_, anchor = found[0].partition("#")
+        target = _in_repository(file, path)
+        if target not in shown and (source not in own or not target.startswith("docs/")):
+            return found[0]
+        page_there = shown.get(target, target.removeprefix("docs/"))
+        return "../" * source.count("/") + page_there + hash_ + anchor
 
     return _DRAWING.sub(_inline, _LINK.sub(link, markdown))
 
 
-def shown_from(source: str, shown: dict[str, str]) -> str:
-    """Where the text of a page lies in the repository."""
-    return next((path for path, page in shown.items() if page == source), f"docs/{source}")
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    if found := _FETCHED.search(output):
+        raise PluginError(f"{page.file.src_uri} would fetch {found[1]} from another host")
+    return output
 
 
-def _relative(file: Path, target: str) -> str | None:
-    """A link's target, seen from the root of the repository; None outside of it."""
+def _in_repository(file: Path, target: str) -> str:
+    """A link's target, seen from the root of the repository."""
     path = (file.parent / target).resolve()
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else None
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else target
 
 
 def _inline(found: re.Match[str]) -> str:

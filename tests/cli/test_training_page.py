@@ -1,4 +1,4 @@
-"""README's commands from a backbone and a folder of texts to a checkpoint, as they stand there."""
+"""The commands of docs/training.md from a backbone and a folder of texts to a checkpoint, as they stand there."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import twotower
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 SIZE, WIDTH, INNER = 260, 16, 32
 
 
@@ -55,8 +55,7 @@ def test_the_commands_give_a_checkpoint(
 ) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a text")
-    section = README.read_text().split("## Train your own")[1]
-    blocks = re.findall(r"```sh\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    blocks = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     commands = [shlex.split(line, comments=True)[1:] for line in blocks[number].splitlines()]
     assert [command[0] for command in commands] == [["train"], ["init", "tokenize", "train"]][number]
     monkeypatch.chdir(tmp_path)

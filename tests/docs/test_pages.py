@@ -1,0 +1,50 @@
+"""README and the pages of docs/: links lead somewhere and Python runs. `make docs` checks the site itself."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import twotower
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*/README.md"))]
+
+
+def pieces(page: Path, language: str) -> list[str]:
+    """The blocks of code in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def test_the_readme_is_one_screen_with_two_commands() -> None:
+    readme = ROOT / "README.md"
+    assert readme.stat().st_size <= 6000
+    commands = [line.split("#")[0].strip() for block in pieces(readme, "sh") for line in block.splitlines()]
+    assert commands == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_relative_links_lead_to_files_of_the_repository(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(([^)#\s]+)|(?:src|srcset)=\"([^\"]+)\"", text)
+    generated = {"cli.md"}  # which the site writes from the declarations of the commands
+    missing = [a or b for a, b in links if "://" not in a + b and not (page.parent / (a or b)).exists()]
+    assert {*missing} <= generated
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if pieces(page, "python")], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_python_on_pages_runs(page: Path) -> None:
+    names: dict[str, object] = {}
+    for block in pieces(page, "python"):
+        if "import openai" not in block and "from openai" not in block:  # examples/ calls a server with it
+            exec(compile(block, str(page), "exec"), names)
+    assert names["twotower"] is twotower
+
+
+def test_the_page_on_architecture_lists_every_folder() -> None:
+    listed = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    package = ROOT / "src" / "twotower"
+    folders = {path.name for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders <= {*listed}
