@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from twotower.checkpoints.load import load
     from twotower.config import TwoTowerConfig
-    from twotower.decoding.generate import Piece, generate, stream
-    from twotower.decoding.params import Generation, GenerationStats, SamplingParams
+    from twotower.decoding.generate import generate, stream
+    from twotower.decoding.output import Generation, GenerationStats, StepOutput
+    from twotower.decoding.params import SamplingParams
     from twotower.engine.aio import AsyncEngine
     from twotower.engine.config import EngineConfig
     from twotower.engine.engine import Engine
@@ -21,8 +22,8 @@ __all__ = [
     "EngineConfig",
     "Generation",
     "GenerationStats",
-    "Piece",
     "SamplingParams",
+    "StepOutput",
     "TwoTower",
     "TwoTowerConfig",
     "generate",
@@ -36,10 +37,10 @@ _HOMES = {
     "ContextState": "twotower.model.state",
     "Engine": "twotower.engine.engine",
     "EngineConfig": "twotower.engine.config",
-    "Generation": "twotower.decoding.params",
-    "GenerationStats": "twotower.decoding.params",
-    "Piece": "twotower.decoding.generate",
+    "Generation": "twotower.decoding.output",
+    "GenerationStats": "twotower.decoding.output",
     "SamplingParams": "twotower.decoding.params",
+    "StepOutput": "twotower.decoding.output",
     "TwoTower": "twotower.model.two_tower",
     "TwoTowerConfig": "twotower.config",
     "generate": "twotower.decoding.generate",

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from twotower.cli import sweep as module
-from twotower.decoding.params import GenerationStats
+from twotower.decoding.output import GenerationStats
 from twotower.eval import sweep as eval_sweep
 from twotower.eval.evaluate import TaskResult
 from twotower.eval.quality import Answer

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from twotower.decoding.generate import stream
+from twotower.decoding.output import BlockView
 from twotower.decoding.params import COMMIT_RULES, SamplingParams
-from twotower.decoding.step import BlockView
 from twotower.model.two_tower import TwoTower
 
 MASK = 3
@@ -24,10 +24,10 @@ def blocks(model: TwoTower, params: SamplingParams) -> list[list[BlockView]]:
         done[-1].append(piece.block)
         if piece.block.t == 0:
             tokens += piece.block.ids
-            assert piece.token_ids == list(piece.block.ids)
+            assert piece.token_ids == piece.block.ids
             done.append([])
         else:
-            assert piece.token_ids == []
+            assert piece.token_ids == ()
     assert piece.result is not None
     assert piece.result.token_ids == tokens
     steps, sure = piece.result.commit_steps, piece.result.confidences

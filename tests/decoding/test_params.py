@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from twotower.decoding.params import COMMIT_RULES, MODES, GenerationStats, SamplingParams
+from twotower.decoding.output import GenerationStats
+from twotower.decoding.params import COMMIT_RULES, MODES, SamplingParams
 from twotower.errors import SettingError
 
 NAN, INF = float("nan"), float("inf")

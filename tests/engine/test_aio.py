@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from twotower.decoding.generate import generate
+from twotower.decoding.output import StepOutput
 from twotower.decoding.params import MODES, SamplingParams
 from twotower.engine.aio import AsyncEngine, EngineFailed, Overloaded
 from twotower.engine.config import EngineConfig
-from twotower.engine.job import Event
 from twotower.model.two_tower import TwoTower
 
 LONG = SamplingParams(mode="ar", max_new_tokens=2000)
@@ -33,7 +33,7 @@ def engine(model: TwoTower) -> Iterator[AsyncEngine]:
     made.close()
 
 
-async def last(stream: AsyncIterator[Event]) -> Event:
+async def last(stream: AsyncIterator[StepOutput]) -> StepOutput:
     events = [event async for event in stream]
     return events[-1]
 
@@ -50,7 +50,7 @@ def test_streams_at_once_are_generate_alone(model: TwoTower, engine: AsyncEngine
     params = [SamplingParams(mode=mode, max_new_tokens=9 + i, seed=i, block_size=4) for i, mode in enumerate(MODES)] * 2
     prompts = [[5 + i] * (1 + 5 * i) for i in range(len(params))]
 
-    async def main() -> list[Event]:
+    async def main() -> list[StepOutput]:
         pairs = enumerate(zip(prompts, params, strict=True))
         streams = (engine.stream(prompt, p, request_id=f"mine {i}") for i, (prompt, p) in pairs)
         return await asyncio.gather(*(last(stream) for stream in streams))
@@ -86,7 +86,7 @@ def test_cancelling_the_task_aborts_too(engine: AsyncEngine) -> None:
 
 
 def test_abort_ends_the_stream_without_a_result(engine: AsyncEngine) -> None:
-    async def main() -> list[Event]:
+    async def main() -> list[StepOutput]:
         stream, events = engine.stream([5, 6], LONG, request_id="a"), []
         async for event in stream:
             events.append(event)

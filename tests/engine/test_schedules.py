@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from twotower.decoding.generate import generate
-from twotower.decoding.params import COMMIT_RULES, MODES, Generation, SamplingParams
+from twotower.decoding.output import Generation, StepOutput
+from twotower.decoding.params import COMMIT_RULES, MODES, SamplingParams
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine
-from twotower.engine.job import Event
 from twotower.model.two_tower import TwoTower
 
 NUM_REQUESTS = 40
@@ -85,10 +85,10 @@ arrivals = st.lists(
 num_pages = st.integers(9, 18)
 
 
-def play(engine: Engine, requests: list[Known], schedule: list[Arrival]) -> dict[str, tuple[Arrival, list[Event]]]:
+def play(engine: Engine, requests: list[Known], schedule: list[Arrival]) -> dict[str, tuple[Arrival, list[StepOutput]]]:
     """Runs a schedule to its end; what each request that was not aborted got, by id."""
-    live: dict[str, tuple[Arrival, list[Event]]] = {}
-    done: dict[str, tuple[Arrival, list[Event]]] = {}
+    live: dict[str, tuple[Arrival, list[StepOutput]]] = {}
+    done: dict[str, tuple[Arrival, list[StepOutput]]] = {}
     leaving: dict[str, int] = {}
     gone: list[str] = []
     coming = list(schedule)

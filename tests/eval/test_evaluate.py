@@ -7,7 +7,8 @@ import json
 import pytest
 from rich.console import Console
 
-from twotower.decoding.params import GenerationStats, SamplingParams
+from twotower.decoding.output import GenerationStats
+from twotower.decoding.params import SamplingParams
 from twotower.eval import evaluate as module
 from twotower.eval.evaluate import SpeedConfig, TaskResult, evaluate
 from twotower.eval.quality import Answer

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from twotower.decoding.generate import generate
+from twotower.decoding.output import Token
 from twotower.decoding.params import MODES, SamplingParams
 from twotower.ops.native.build import library
 from twotower.server.logprobs import Cancelled, Scorer, TokenNames
@@ -173,7 +174,6 @@ def test_names_of_tokens(byte_tokenizer):
 
 
 def test_zero_probability_is_a_number():
-    from twotower.decoding.step import Token
     from twotower.server.logprobs import committed
 
     assert committed([Token(1, 0, 0.0)])[0].logprob == -9999.0

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from twotower.decoding.params import Generation, SamplingParams
+from twotower.decoding.output import Generation
+from twotower.decoding.params import SamplingParams
 from twotower.decoding.record import Prompt
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine

@@ -14,8 +14,9 @@ from rich.text import Text
 
 from twotower.cli.live import Step, StoryView, steps, tail
 from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_model
-from twotower.decoding.generate import Piece, generate
-from twotower.decoding.params import Generation, Mode, SamplingParams
+from twotower.decoding.generate import generate
+from twotower.decoding.output import Generation, StepOutput
+from twotower.decoding.params import Mode, SamplingParams
 from twotower.model.two_tower import TwoTower
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -115,9 +116,9 @@ def _play(runs: dict[Mode, Run], views: dict[Mode, StoryView], seconds: float, c
     console.print(_stage(views, speeds, console, lines))
 
 
-def _timeline(runs: dict[Mode, Run]) -> Iterator[tuple[float, Mode, Piece]]:
+def _timeline(runs: dict[Mode, Run]) -> Iterator[tuple[float, Mode, StepOutput]]:
     """Every run's pieces in the order they would have come in, had all runs begun together: (seconds, mode, piece)."""
-    events: list[tuple[float, Mode, Piece]] = []
+    events: list[tuple[float, Mode, StepOutput]] = []
     for mode, run in runs.items():
         at = 0.0
         for step in run.steps:

@@ -9,10 +9,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from twotower.decoding.generate import Piece, stream
-from twotower.decoding.params import Generation, SamplingParams
+from twotower.decoding.generate import stream
+from twotower.decoding.output import BlockView, Generation, StepOutput
+from twotower.decoding.params import SamplingParams
 from twotower.decoding.record import Prompt
-from twotower.decoding.step import BlockView
 from twotower.model.two_tower import TwoTower
 
 # Probability that a token had when it was fixed, at least -> its colour.
@@ -25,7 +25,7 @@ _MASK, _ASCII_MASK = " ▒▒▒", " ___"
 class Step(NamedTuple):
     """A piece of a stream with `every_step`, and the seconds it took to compute."""
 
-    piece: Piece
+    piece: StepOutput
     seconds: float
 
 
@@ -45,7 +45,7 @@ class StoryView:
         self.block: BlockView | None = None
         self.num_tokens = 0
 
-    def take(self, piece: Piece) -> None:
+    def take(self, piece: StepOutput) -> None:
         """Adds the next piece of a stream with `every_step`."""
         same_block = self.block is not None and piece.block is not None and piece.block.step > 1
         self.before = self.block.ids if same_block and self.block is not None else ()

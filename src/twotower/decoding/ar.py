@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from twotower.decoding.constraint import Guides, guides
+from twotower.decoding.output import BlockView, Token
 from twotower.decoding.sampling import Temper, probability, propose, results, temper, uniforms
-from twotower.decoding.step import BlockView, Request, Stepped, Token
+from twotower.decoding.step import Request, Stepped
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
 from twotower.ops.transfer import to_device

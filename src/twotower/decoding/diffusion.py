@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.decoding import unmasking
+from twotower.decoding.output import BlockView, Token
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import Proposal, Temper, propose, temper, uniforms
-from twotower.decoding.step import BlockView, Request, Stepped, Token
+from twotower.decoding.step import Request, Stepped
 from twotower.decoding.unmasking import CommitSchedule
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower

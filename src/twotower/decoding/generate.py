@@ -3,14 +3,15 @@
 import time
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 
 from twotower.decoding import ar, diffusion, mock_ar, verified
-from twotower.decoding.params import FinishReason, Generation, SamplingParams
+from twotower.decoding.output import Generation, StepOutput
+from twotower.decoding.params import SamplingParams
 from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
-from twotower.decoding.step import BlockView, Request, Rows, step
+from twotower.decoding.step import Request, Rows, step
 from twotower.model.two_tower import TwoTower
 
 # Mode -> the module whose launch() it is.
@@ -21,23 +22,6 @@ MODULES: dict[str, ModuleType] = {
     "diffusion": diffusion,
     "verified": verified,
 }
-
-
-class Piece(str):
-    """New text of a stream, a `str`, with what led to it.
-
-    `token_ids` are the new tokens; the last piece has a `finish_reason` and the whole `result`. With `every_step`, a
-    piece comes after every step: its text may be empty, and `block` shows the block that the step worked on.
-    """
-
-    token_ids: list[int]
-    finish_reason: FinishReason | None
-    block: BlockView | None
-    result: Generation | None
-
-    @property
-    def text(self) -> str:
-        return str(self)
 
 
 def generate(
@@ -54,31 +38,32 @@ def generate(
     _settle_mode(chosen)
     requests = [make_request(model, prompt, p) for prompt, p in zip(prompts, chosen, strict=True)]
     warn_about_block_size(model, chosen)
-    results: dict[int, Generation] = {}
+    results: dict[str, Generation] = {}
     for module in dict.fromkeys(MODULES[p.mode] for p in chosen):
+        began = time.perf_counter()
         members = [i for i, p in enumerate(chosen) if MODULES[p.mode] is module]
-        for done in _drive(model, module, [requests[i] for i in members]):
-            if done.result is not None:
-                results[members[done.row]] = done.result
-    return [results[i] for i in range(len(prompts))]
+        records = [Record(model, requests[i], began, id=str(i)) for i in members]
+        results |= {done.request_id: done.result for done in _drive(model, module, records) if done.result is not None}
+    return [results[str(i)] for i in range(len(prompts))]
 
 
 def stream(
     model: TwoTower, prompt: Prompt, params: SamplingParams | None = None, *, every_step: bool = False
-) -> Iterator[Piece]:
-    """Continues one prompt piece by piece; see `Piece`. The joined pieces are the text of `generate`."""
+) -> Iterator[StepOutput]:
+    """Continues one prompt, a string or a sequence of token ids, and yields what comes of each step.
+
+    The joined texts are the text of `generate`, and the last output has the whole `result`. Steps that give no token
+    and no text are left out, unless `every_step`: then every step has an output, whose `block` shows the block that the
+    step worked on. Raises ValueError for a bad prompt or settings before anything runs.
+    """
     chosen = params or SamplingParams()
     _settle_mode([chosen])
     request = make_request(model, prompt, chosen)
     warn_about_block_size(model, [chosen])
-    for event in _drive(model, MODULES[chosen.mode], [request], watch=every_step):
-        if every_step or event.text or event.token_ids or event.result is not None:
-            piece = Piece(event.text)
-            piece.token_ids = event.token_ids
-            piece.block = event.block
-            piece.result = event.result
-            piece.finish_reason = None if event.result is None else event.result.finish_reason
-            yield piece
+    record = Record(model, request, time.perf_counter(), watch=every_step)
+    for output in _drive(model, MODULES[chosen.mode], [record]):
+        if every_step or output.text or output.tokens or output.result is not None:
+            yield output
 
 
 def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
@@ -96,52 +81,26 @@ def _settle_mode(params: Sequence[SamplingParams]) -> None:
         )
 
 
-class _Event(NamedTuple):
-    """What one step meant for one row: new text and tokens, the block in progress, the result once finished."""
-
-    row: int
-    text: str
-    token_ids: list[int]
-    block: BlockView | None
-    result: Generation | None
-
-
-def _drive(model: TwoTower, module: ModuleType, requests: list[Request], watch: bool = False) -> Iterator[_Event]:
-    """Steps one mode's batch until every row is finished; finished rows leave it between steps."""
-    began = time.perf_counter()
-    records = [Record(model, request, began) for request in requests]
-    active = []
-    for row, record in enumerate(records):
-        if record.request.params.max_new_tokens == 0:
-            yield _Event(row, "", [], None, record.result("length"))
-        else:
-            active.append(row)
+def _drive(model: TwoTower, module: ModuleType, records: list[Record]) -> Iterator[StepOutput]:
+    """Steps one mode's batch until every request is finished; finished ones leave the batch between steps."""
+    active = [record for record in records if record.request.params.max_new_tokens > 0]
+    yield from (record.end_without_tokens() for record in records if record not in active)
     if not active:
         return
     with torch.inference_mode():
-        rows = _prefill(model, module, [requests[i] for i in active])
-    for row in active:
-        records[row].context_calls += 1
+        rows = _prefill(model, module, [record.request for record in active])
+    for record in active:
+        record.context_calls += 1
     while active:
         with torch.inference_mode():
             stepped = step(module, model, rows)
-        rows = stepped.rows
-        keep = []
-        for place, row in enumerate(active):
-            record = records[row]
-            taken = record.take(stepped, place)
-            block = None
-            if watch:
-                with torch.inference_mode():
-                    block = rows.view(place)
-            if taken.result is None:
-                keep.append(place)
-            yield _Event(row, taken.text, [t.id for t in taken.tokens], block, taken.result)
-        if len(keep) < len(active):
-            active = [active[place] for place in keep]
-            if active:
-                with torch.inference_mode():
-                    rows = rows.select(keep)
+            rows = stepped.rows
+            outputs = [record.take(stepped, place) for place, record in enumerate(active)]
+            keep = [place for place, output in enumerate(outputs) if output.result is None]
+            if 0 < len(keep) < len(active):
+                rows = rows.select(keep)
+        active = [active[place] for place in keep]
+        yield from outputs
 
 
 def _prefill(model: TwoTower, module: ModuleType, requests: list[Request]) -> Rows:

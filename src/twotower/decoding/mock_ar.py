@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from twotower.decoding.output import BlockView, Token
 from twotower.decoding.sampling import Temper, propose, results, temper, uniforms
-from twotower.decoding.step import BlockView, Request, Stepped, Token
+from twotower.decoding.step import Request, Stepped
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
 from twotower.ops.transfer import to_device

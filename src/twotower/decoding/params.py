@@ -1,4 +1,4 @@
-"""What a request asks for and what it gets back."""
+"""The settings of one request."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -8,7 +8,6 @@ from twotower.errors import SettingError, check_choice, check_flag, check_intege
 StepMode = Literal["ar", "mock_ar", "simulated_ar", "diffusion", "verified"]
 Mode = Literal[StepMode, "auto"]
 CommitRule = Literal["confidence", "margin", "entropy", "fixed", "leftmost", "posterior", "remask"]
-FinishReason = Literal["stop", "length"]
 MODES: tuple[str, ...] = get_args(StepMode)
 # Most positions of a block and most steps that it may take: far more than is of use, and what tensors can count.
 MAX_BLOCK = 1 << 16
@@ -106,36 +105,3 @@ class SamplingParams:
         if self.ignore_eos:
             fix = "an end token is how a text that matches it ends"
             raise SettingError("ignore_eos", self.ignore_eos, f"False where {name} is given", fix)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationStats:
-    """What a generation cost: forward passes and seconds. Prefill counts as one context call."""
-
-    denoiser_calls: int
-    context_calls: int
-    seconds_to_first_token: float
-    seconds_total: float
-    num_tokens: int
-
-    @property
-    def tokens_per_denoiser_call(self) -> float:
-        """New tokens per NFE; 0.0 in mode `ar`, which has none."""
-        return self.num_tokens / self.denoiser_calls if self.denoiser_calls else 0.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One request's result.
-
-    `token_ids` are the new tokens, the end token included; `text` is their text up to a stop string, None without a
-    tokenizer. `commit_steps` and `confidences` go with `token_ids`: the denoising step of its block at which each
-    token was fixed (0 in the modes that have none) and the probability it then had.
-    """
-
-    token_ids: list[int]
-    text: str | None
-    finish_reason: FinishReason
-    stats: GenerationStats
-    commit_steps: list[int]
-    confidences: list[float]

@@ -1,14 +1,14 @@
-"""A request from its prompt to its result, whichever driver steps it."""
+"""A request from its prompt to its result, in either driver."""
 
 import secrets
 import time
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from twotower.decoding.constraint import check_constraint
-from twotower.decoding.params import FinishReason, Generation, GenerationStats, SamplingParams
-from twotower.decoding.step import Request, Stepped, Token
+from twotower.decoding.output import FinishReason, Generation, GenerationStats, StepOutput, Token
+from twotower.decoding.params import SamplingParams
+from twotower.decoding.step import Request, Stepped
 from twotower.decoding.text import TextStream
 from twotower.model.two_tower import TwoTower
 
@@ -47,30 +47,34 @@ def warn_about_block_size(model: TwoTower, params: Sequence[SamplingParams]) -> 
         warnings.warn(text, UserWarning, stacklevel=3)
 
 
-class Progress(NamedTuple):
-    """What one step meant for a request: new text and tokens, the result once it is finished."""
-
-    text: str
-    tokens: tuple[Token, ...]
-    result: Generation | None
-
-
 class Record:
-    """One request's output so far: tokens, text, counts and the reason it ended; `began` is when it came."""
+    """One request's output so far: tokens, text, counts, and why it ended.
 
-    def __init__(self, model: TwoTower, request: Request, began: float) -> None:
+    `id` is the id that its outputs carry, `watch` whether they show the block in progress. `began` is when the request
+    came, by time.perf_counter; `seconds_queued` is how long it waited, None while it does.
+    """
+
+    def __init__(self, model: TwoTower, request: Request, began: float, id: str = "", watch: bool = False) -> None:
+        self.id = id
         self.request = request
+        self.watch = watch
         self.tokens: list[Token] = []
         self.denoiser_calls = self.context_calls = 0
         self.began = began
+        self.seconds_queued: float | None = None
         self.first: float | None = None
         params = request.params
         self.ends = () if params.ignore_eos else model.config.eos_token_ids
         self.stream = None if model.tokenizer is None else TextStream(model.tokenizer, request.prompt_ids)
         self.shown = 0  # characters of the text already given out
 
-    def take(self, stepped: Stepped, place: int) -> Progress:
-        """Adds the tokens of row `place` of a step, ends the request where they say so, and tells what is new."""
+    def leave_queue(self) -> None:
+        """Notes how long the request has waited, if this is the first time that it is taken up."""
+        if self.seconds_queued is None:
+            self.seconds_queued = time.perf_counter() - self.began
+
+    def take(self, stepped: Stepped, place: int) -> StepOutput:
+        """Adds the tokens of row `place` of a step, ends the request where they say so, and returns what is new."""
         self.request = stepped.rows.requests[place]
         self.denoiser_calls += stepped.denoiser_calls[place]
         self.context_calls += stepped.context_calls[place]
@@ -94,8 +98,25 @@ class Record:
             self.stream.flush()
             text_end = self._stop_at()
             reason = "stop" if text_end is not None else reason
-        text = self._new_text(text_end, final=reason is not None)
-        return Progress(text, tuple(self.tokens[before:]), None if reason is None else self.result(reason, text_end))
+        return StepOutput(
+            request_id=self.id,
+            text=self._new_text(text_end, final=reason is not None),
+            tokens=tuple(self.tokens[before:]),
+            block=stepped.rows.view(place) if self.watch else None,
+            result=None if reason is None else self._result(reason, text_end),
+            seconds_queued=self.seconds_queued or 0.0,
+        )
+
+    def end_without_tokens(self) -> StepOutput:
+        """The only output of a request that asks for no new tokens."""
+        return StepOutput(
+            request_id=self.id,
+            text="",
+            tokens=(),
+            block=None,
+            result=self._result("length", None),
+            seconds_queued=self.seconds_queued or 0.0,
+        )
 
     def _stop_at(self) -> int | None:
         """Where in the text the earliest stop string begins."""
@@ -117,8 +138,8 @@ class Record:
         self.shown += len(piece)
         return piece
 
-    def result(self, reason: FinishReason, text_end: int | None = None) -> Generation:
-        """What the request gave, its text up to `text_end`."""
+    def _result(self, reason: FinishReason, text_end: int | None) -> Generation:
+        """The request's result, with its text up to `text_end`."""
         now = time.perf_counter()
         stats = GenerationStats(
             denoiser_calls=self.denoiser_calls,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from twotower.decoding.output import BlockView, Token
 from twotower.decoding.params import SamplingParams
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
@@ -29,26 +30,6 @@ class Request(NamedTuple):
     seed: int
     produced: tuple[int, ...] = ()
     draft: int = 8
-
-
-class Token(NamedTuple):
-    """One committed token: its id, the denoising step it was committed at, the probability it had."""
-
-    id: int
-    step: int
-    confidence: float
-
-
-class BlockView(NamedTuple):
-    """One row's block after a denoising step: ids with masks, and the probability of each fixed token.
-
-    `step` is the number of steps the block has seen, `t` the fraction of it that is still masked.
-    """
-
-    ids: tuple[int, ...]
-    confidences: tuple[float, ...]
-    step: int
-    t: float
 
 
 class Rows(Protocol):

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.decoding.constraint import Guides, guides
+from twotower.decoding.output import BlockView, Token
 from twotower.decoding.sampling import Temper, distribution, inverse_sample, probability, results, temper, uniforms
-from twotower.decoding.step import BlockView, Request, Stepped, Token
+from twotower.decoding.step import Request, Stepped
 from twotower.model.state import ContextState, join
 from twotower.model.tower import CausalPass
 from twotower.model.two_tower import TwoTower

@@ -1,6 +1,7 @@
 """An engine on a thread of its own, for asyncio."""
 
 import asyncio
+import dataclasses
 import logging
 import threading
 import time
@@ -8,12 +9,12 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from typing import NamedTuple, Self
 
+from twotower.decoding.output import StepOutput
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.record import Prompt
 from twotower.decoding.step import Request
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine, EngineStats
-from twotower.engine.job import Event
 from twotower.model.two_tower import TwoTower
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class EngineFailed(RuntimeError):
 
 
 class _Client(NamedTuple):
-    """Where the events of one stream go: a queue of the event loop it was opened in. None ends the stream.
+    """Where the outputs of one stream go: a queue of the event loop it was opened in. None ends the stream.
 
     Inside the engine a stream goes by its number: a client may use its own id again while a round is running.
     """
@@ -36,12 +37,12 @@ class _Client(NamedTuple):
     number: str
     request_id: str
     loop: asyncio.AbstractEventLoop
-    events: "asyncio.Queue[Event | EngineFailed | None]"
+    outputs: "asyncio.Queue[StepOutput | EngineFailed | None]"
 
-    def put(self, event: "Event | EngineFailed | None") -> None:
+    def put(self, output: "StepOutput | EngineFailed | None") -> None:
         """From the engine's thread."""
         if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+            self.loop.call_soon_threadsafe(self.outputs.put_nowait, output)
 
 
 class AsyncEngine:
@@ -97,8 +98,8 @@ class AsyncEngine:
 
     async def stream(
         self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, watch: bool = False
-    ) -> AsyncGenerator[Event, None]:
-        """The events of one request as they come; the last has its result. Closing the iterator aborts the request.
+    ) -> AsyncGenerator[StepOutput, None]:
+        """The outputs of one request as they come; the last has its result. Closing the iterator aborts the request.
 
         Raises ValueError for a bad request, Overloaded past the queue's limit, EngineFailed where nothing runs.
         """
@@ -106,13 +107,13 @@ class AsyncEngine:
         client = self._enter(request, request_id, watch)
         try:
             while True:
-                event = await client.events.get()
-                if event is None:
+                output = await client.outputs.get()
+                if output is None:
                     return
-                if isinstance(event, EngineFailed):
-                    raise event
-                yield event
-                if event.result is not None:
+                if isinstance(output, EngineFailed):
+                    raise output
+                yield output
+                if output.result is not None:
                     return
         finally:
             self._leave(client.number)
@@ -174,16 +175,16 @@ class AsyncEngine:
             self._stats = self._engine.stats()
             return not self._closing
 
-    def _give_out(self, events: list[Event]) -> None:
+    def _give_out(self, outputs: list[StepOutput]) -> None:
         with self._wake:
             self._stats = self._engine.stats()
-            known = [(self._clients[e.request_id], e) for e in events if e.request_id in self._clients]
-            for client, event in known:
-                if event.result is not None:
-                    del self._clients[event.request_id]
+            known = [(self._clients[o.request_id], o) for o in outputs if o.request_id in self._clients]
+            for client, output in known:
+                if output.result is not None:
+                    del self._clients[output.request_id]
                     del self._numbers[client.request_id]
-        for client, event in known:
-            client.put(event._replace(request_id=client.request_id))
+        for client, output in known:
+            client.put(dataclasses.replace(output, request_id=client.request_id))
 
     def _fail(self, error: BaseException) -> None:
         with self._wake:

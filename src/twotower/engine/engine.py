@@ -12,13 +12,14 @@ import torch
 
 from twotower.decoding import diffusion
 from twotower.decoding.generate import MODULES
-from twotower.decoding.params import Generation, SamplingParams
+from twotower.decoding.output import Generation, StepOutput
+from twotower.decoding.params import SamplingParams
 from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
 from twotower.decoding.step import Launched, Request, Stepped, read
 from twotower.engine.auto import AutoRow, Chooser
 from twotower.engine.config import EngineConfig
 from twotower.engine.intake import Intake
-from twotower.engine.job import Event, Job, ModeBatch
+from twotower.engine.job import Job, ModeBatch
 from twotower.engine.pool import StatePool
 from twotower.engine.prefix_cache import PrefixCache
 from twotower.model.state import join
@@ -95,7 +96,7 @@ class Engine:
         return request
 
     def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, watch: bool = False) -> str:
-        """Queues a request and returns its id; with `watch`, every step gives an event that shows the block.
+        """Queues a request and returns its id; with `watch`, every step has an output, which shows the block.
 
         Raises ValueError for a bad request, and for an id that another unfinished request has.
         """
@@ -111,11 +112,12 @@ class Engine:
             request_id = f"request-{self._num_added}"
         if request_id in self._jobs:
             raise ValueError(f"request_id is {request_id!r}, which an unfinished request has; choose another")
-        record = Record(self.model, request, time.perf_counter() if arrived is None else arrived)
+        began = time.perf_counter() if arrived is None else arrived
+        record = Record(self.model, request, began, request_id, watch)
         auto = None
         if request.params.mode == "auto":
             auto = AutoRow(("ar", "verified", "diffusion") if request.params.allow_loss else ("ar", "verified"))
-        self._jobs[request_id] = Job(request_id, self._num_added, record, watch, auto=auto)
+        self._jobs[request_id] = Job(request_id, self._num_added, record, auto=auto)
         self._intake.waiting.append(self._jobs[request_id])
         return request_id
 
@@ -125,8 +127,11 @@ class Engine:
         if job is not None:
             self._withdraw(job)
 
-    def step(self) -> list[Event]:
-        """One round: some tokens of the prompts that are being absorbed, and one step of everything that decodes."""
+    def step(self) -> list[StepOutput]:
+        """One round: absorbs some prompt tokens, takes one step of every request that decodes, and returns what came.
+
+        Steps that gave a request no token and no text have no output, unless the request is watched.
+        """
         if not self._jobs:
             return []
         self._num_rounds += 1
@@ -138,7 +143,7 @@ class Engine:
                 self._set_aside()
             num_decoding = sum(len(batch.jobs) for batch in self._batches.values())
             done = self._intake.admit(num_decoding)
-            events = [job.event("", (), None, job.record.result("length")) for job in done]
+            outputs = [job.record.end_without_tokens() for job in done]
             if not self._commits_apart:
                 self._intake.absorb()
             started = self._intake.start()
@@ -149,14 +154,14 @@ class Engine:
             if self._commits_apart:
                 self._intake.absorb()
             num_rows = sum(len(launch.batch.jobs) for launch in launches)
-            events += self._finish(launches)
-        for event in events:
-            if event.result is not None:
-                del self._jobs[event.request_id]
+            outputs += self._finish(launches)
+        for output in outputs:
+            if output.result is not None:
+                del self._jobs[output.request_id]
         if launches:
             spent = time.perf_counter() - began - self._seconds_of_steps
             self._chooser.observe_round(num_rows, spent)
-        return events
+        return outputs
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -190,9 +195,9 @@ class Engine:
                         order.append(self.add_request(request))
                 if not order:
                     return
-                for event in self.step():
-                    if event.result is not None:
-                        results[event.request_id] = event.result
+                for output in self.step():
+                    if output.result is not None:
+                        results[output.request_id] = output.result
                 while order and order[0] in results:
                     yield results.pop(order.popleft())
         finally:
@@ -322,7 +327,7 @@ class Engine:
         launched = module.launch(self.model, batch.rows)
         return _Launch(module, batch, launched, time.perf_counter() - began)
 
-    def _finish(self, launches: list[_Launch]) -> list[Event]:
+    def _finish(self, launches: list[_Launch]) -> list[StepOutput]:
         """Waits for the devices, once in a round, and takes what came of every step."""
         if not launches:
             return []
@@ -331,37 +336,36 @@ class Engine:
         # how long each step kept the devices is not known; what took long to launch has much to do
         self._seconds_of_steps = 0.0
         waited = (time.perf_counter() - began) / sum(launch.seconds for launch in launches)
-        events = []
+        outputs = []
         for launch, found in zip(launches, values, strict=True):
             began = time.perf_counter()
             stepped = launch.launched.finish(found)
             seconds = launch.seconds * (1 + waited) + time.perf_counter() - began
             self._seconds_of_steps += seconds
             self._chooser.observe(_name(launch.module), len(launch.batch.jobs), seconds)
-            events += self._take(launch.module, launch.batch, stepped)
-        return events
+            outputs += self._take(launch.module, launch.batch, stepped)
+        return outputs
 
-    def _take(self, module: ModuleType, batch: ModeBatch, stepped: Stepped) -> list[Event]:
+    def _take(self, module: ModuleType, batch: ModeBatch, stepped: Stepped) -> list[StepOutput]:
         """Hands a step's tokens to its requests; those that are unfinished stay in the batch of their mode."""
         batch.rows = stepped.rows
         self._denoiser_calls += sum(stepped.denoiser_calls)
         self._context_calls += sum(stepped.context_calls)
-        events, keep = [], []
+        outputs, keep = [], []
         for place, job in enumerate(batch.jobs):
-            taken = job.record.take(stepped, place)
+            output = job.record.take(stepped, place)
             job.silent_steps += 1
             if job.auto is not None:
                 job.auto.took_step()
             if stepped.tokens[place]:
                 self._chooser.observe_yield(_name(module), job.auto, len(stepped.tokens[place]), job.silent_steps)
                 job.silent_steps = 0
-            block = batch.rows.view(place) if job.watch else None
-            if taken.result is None:
+            if output.result is None:
                 keep.append(place)
             else:
                 self._pool.close_(job.table)
-            if job.watch or taken.text or taken.tokens or taken.result is not None:
-                events.append(job.event(taken.text, taken.tokens, block, taken.result))
+            if job.record.watch or output.text or output.tokens or output.result is not None:
+                outputs.append(output)
         joined = self._batches.get(module)
         if joined is batch or joined is None:
             self._batches[module] = batch
@@ -369,7 +373,7 @@ class Engine:
         elif keep:
             rows = batch.rows if len(keep) == len(batch.jobs) else batch.rows.select(keep)
             joined.join(ModeBatch([batch.jobs[i] for i in keep], rows))
-        return events
+        return outputs
 
 
 def _name(module: ModuleType) -> str:

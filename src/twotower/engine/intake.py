@@ -41,14 +41,14 @@ class Intake:
         """
         done = [job for job in self.waiting if job.record.request.params.max_new_tokens == 0]
         for job in done:
-            job.leave_queue()
+            job.record.leave_queue()
         self.waiting = deque(job for job in self.waiting if job not in done) if done else self.waiting
         passed: list[Job] = []
         for job in list(self.waiting):
             if num_decoding + len(self.absorbing) >= self._config.max_num_requests:
                 break
             if self._open(job):
-                job.leave_queue()
+                job.record.leave_queue()
                 self.waiting.remove(job)
                 self.absorbing.append(job)
                 for other in passed:

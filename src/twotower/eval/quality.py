@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from twotower.decoding.generate import generate
-from twotower.decoding.params import Generation, GenerationStats, SamplingParams
+from twotower.decoding.output import Generation, GenerationStats
+from twotower.decoding.params import SamplingParams
 from twotower.eval.scoring import is_degenerate, score_text
 from twotower.eval.tasks import Example, Task, prompt_ids
 from twotower.model.two_tower import TwoTower

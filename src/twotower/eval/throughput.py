@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from twotower.decoding.generate import generate
-from twotower.decoding.params import Generation, SamplingParams
+from twotower.decoding.output import Generation
+from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
 
 PHASES = ("prefill", "denoise", "extend", "other")

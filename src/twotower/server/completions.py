@@ -9,7 +9,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from twotower.checkpoints.chat_template import Turn
-from twotower.decoding.params import Generation
+from twotower.decoding.output import Generation
 from twotower.server.errors import ApiError
 from twotower.server.logprobs import ScoredToken, TokenNames, chat_logprobs, completion_logprobs
 from twotower.server.protocol import ChatRequest, CompletionRequest

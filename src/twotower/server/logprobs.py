@@ -9,7 +9,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from twotower.decoding.step import Token
+from twotower.decoding.output import Token
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
 

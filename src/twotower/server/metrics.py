@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from twotower.decoding.output import StepOutput
 from twotower.engine.aio import AsyncEngine
-from twotower.engine.job import Event
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _PER_CALL = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
@@ -84,7 +84,7 @@ class Observed:
         self._seen = False
         self.outcome = "cancelled"
 
-    def take(self, event: Event, num_prompt: int) -> None:
+    def take(self, event: StepOutput, num_prompt: int) -> None:
         metrics, mode = self._metrics, self._mode
         now = time.perf_counter()
         if not self._seen:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from twotower.decoding.params import Generation, SamplingParams
-from twotower.decoding.step import Token
+from twotower.decoding.output import Generation, Token
+from twotower.decoding.params import SamplingParams
 from twotower.server.errors import ApiError
 from twotower.server.logprobs import ScoredToken, Scorer, committed
 from twotower.server.service import Choice, Places, Service

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from twotower.checkpoints.chat_template import ChatTemplate
+from twotower.decoding.output import StepOutput
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.record import Prompt
 from twotower.engine.aio import AsyncEngine
-from twotower.engine.job import Event
 from twotower.server.config import ServerConfig
 from twotower.server.errors import ApiError, from_value_error
 from twotower.server.logprobs import TokenNames
@@ -36,7 +36,7 @@ class Indexed(NamedTuple):
     """An event of the choice at `place`."""
 
     place: int
-    event: Event
+    event: StepOutput
 
 
 class Places(AbstractContextManager["Places"]):

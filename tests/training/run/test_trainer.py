@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from twotower.decoding.generate import generate
-from twotower.decoding.params import Generation, SamplingParams
+from twotower.decoding.output import Generation
+from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
 from twotower.training import held_out
 from twotower.training.corpus.shards import Corpus, CorpusRows, RowBatch, write_shard

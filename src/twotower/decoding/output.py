@@ -1,0 +1,91 @@
+"""What a request gives: one `StepOutput` per decoding step, and one `Generation` at its end."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+FinishReason = Literal["stop", "length"]
+
+
+class Token(NamedTuple):
+    """One committed token: its id, the denoising step of its block at which it was committed (0 in modes without
+    blocks), and the probability that it had then."""
+
+    id: int
+    step: int
+    confidence: float
+
+
+class BlockView(NamedTuple):
+    """One row's block after a denoising step: its ids, mask tokens included, and the probability of each fixed token.
+
+    `step` is the number of steps that the block has seen, `t` the fraction of it that is still masked.
+    """
+
+    ids: tuple[int, ...]
+    confidences: tuple[float, ...]
+    step: int
+    t: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationStats:
+    """What a generation cost: forward passes and seconds. Prefill counts as one context call."""
+
+    denoiser_calls: int
+    context_calls: int
+    seconds_to_first_token: float
+    seconds_total: float
+    num_tokens: int
+
+    @property
+    def tokens_per_denoiser_call(self) -> float:
+        """New tokens per NFE; 0.0 in mode `ar`, which has none."""
+        return self.num_tokens / self.denoiser_calls if self.denoiser_calls else 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One request's result.
+
+    `token_ids` are the new tokens, the end token included; `text` is their text up to a stop string, None without a
+    tokenizer. `commit_steps` and `confidences` go with `token_ids`: the denoising step of its block at which each
+    token was committed (0 in modes without blocks) and the probability that it had then.
+    """
+
+    token_ids: list[int]
+    text: str | None
+    finish_reason: FinishReason
+    stats: GenerationStats
+    commit_steps: list[int]
+    confidences: list[float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """What one decoding step gave one request; `str()` of it is its text.
+
+    `text` is the text that became certain, `tokens` are the new tokens. `block` shows the block in progress, where the
+    caller asked for every step and the mode fills blocks. `result` is there in a request's last output only.
+    `request_id` is the one that the engine knows the request by, empty outside an engine, and `seconds_queued` is how
+    long the request waited until the engine took it up.
+    """
+
+    request_id: str
+    text: str
+    tokens: tuple[Token, ...]
+    block: BlockView | None
+    result: Generation | None
+    seconds_queued: float
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The ids of `tokens`."""
+        return tuple(token.id for token in self.tokens)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the request ended; None while it goes on."""
+        return None if self.result is None else self.result.finish_reason
+
+    def __str__(self) -> str:
+        return self.text
