@@ -104,7 +104,7 @@ def two_towers() -> None:
         else:
             d.text(425, y - 4, label, "small soft")
     d.cells(481, 206, ["▒", "the", "▒", "▒"], "mnmm")
-    d.text(691, 226, "16 tokens", "small", "middle")
+    d.text(672, 225, "16 tokens", "small", "start")
     d.arrow((600, 156), (600, 206))
     d.arrow((545, 206), (545, 156))
     d.text(618, 185, "one step", "small", "start")
@@ -114,22 +114,23 @@ def two_towers() -> None:
 
 
 def block_decoding() -> None:
-    words = ["The", "dog", "ran", "to", "the", "park", "and", "saw", "a", "big", "red", "ball", "."]
-    fixed = [[], [0, 1, 3, 4, 12], [2, 5, 6, 8, 11], [7, 9, 10]]
-    labels = ["13 masks, t̂ = 1.00", "step 1: 5 are surer than γ", "step 2: 5 more", "step 3: the rest"]
-    d = Drawing(760, 290)
+    words = ["The", "dog", "ran", "to", "the", "park", "and", "saw", "a", "big", "red", "ball", ".", "He", "was", "so"]
+    fixed = [[], [0, 1, 3, 4, 12], [2, 5, 6, 8, 11, 13], [7, 9, 10, 14, 15]]
+    labels = ["16 masks", "step 1: of 5 it is surer than γ", "step 2: of 6 more", "step 3: of the rest"]
+    d = Drawing(760, 306)
     known: set[int] = set()
     for row, (places, label) in enumerate(zip(fixed, labels, strict=True)):
         y = 14 + 52 * row
-        tokens = [words[i] if i in known or i in places else "▒" for i in range(13)]
-        kinds = "".join("n" if i in places else "o" if i in known else "m" for i in range(13))
-        d.text(172, y + 20, label, "small", "end")
-        d.cells(184, y, tokens, kinds, 44)
+        tokens = [words[i] if i in known or i in places else "▒" for i in range(16)]
+        kinds = "".join("n" if i in places else "o" if i in known else "m" for i in range(16))
+        d.text(180, y + 20, label, "small", "end")
+        d.cells(188, y, tokens, kinds, 35.5)
         known |= {*places}
         if row < 3:
             d.arrow((470, y + 32), (470, y + 50))
     d.arrow((470, 202), (470, 226))
-    d.box(184, 228, 568, 44, "context", "the context tower reads the block in one pass, and the next block begins")
+    d.box(188, 228, 564, 44, "context", "the context tower reads the block in one pass, and the next block begins")
+    d.text(470, 296, "orange: fixed in this step; green: fixed before, and never changed again", "small soft")
     d.save("block-decoding")
 
 
@@ -149,10 +150,10 @@ def state_seeding() -> None:
     for i, (kind, given, use) in enumerate(rows):
         y = 60 + 56 * i
         d.box(50, y, 200, 40, "context", f"{kind}")
-        d.box(460, y, 260, 40, "denoiser", f"{kind}: {use}", small=True)
+        d.box(440, y, 300, 40, "denoiser", f"{kind}: {use}", small=True)
         if given:
-            d.arrow((250, y + 20), (460, y + 20))
-            d.text(355, y + 13, given, "small")
+            d.arrow((250, y + 20), (440, y + 20))
+            d.text(345, y + 13, given, "small")
         if i < len(rows) - 1:
             d.arrow((150, y + 40), (150, y + 56))
             d.arrow((590, y + 40), (590, y + 56))
@@ -160,44 +161,39 @@ def state_seeding() -> None:
 
 
 def verified() -> None:
-    d = Drawing(760, 250)
-    draft = ["dog", "ran", "to", "the", "big", "lake"]
-    d.text(190, 34, "1. the denoiser drafts, one pass", "small", "end")
-    d.cells(210, 14, draft, "nnnnnn", 70)
-    d.text(190, 104, "2. the context tower reads it, one pass", "small", "end")
-    d.cells(210, 84, ["dog", "ran", "to", "the", "park", "and"], "cccccc", 70)
-    for i in range(6):
-        d.text(243 + 70 * i, 69, "=" if i < 4 else "≠" if i == 4 else "", "bold")
-    d.text(190, 184, "3. kept", "small", "end")
-    d.cells(210, 164, ["dog", "ran", "to", "the", "park"], "ooooc", 70)
-    d.cells(560, 164, ["lake"], "x", 70)
-    d.arrow((523, 118), (523, 160))
-    d.text(350, 222, "the same in both", "small soft")
-    d.text(523, 222, "its own, free", "small soft")
-    d.text(593, 222, "", "small soft")
-    d.text(614, 240, "dropped", "small soft")
+    d = Drawing(760, 220)
+    d.text(250, 34, "1. the denoiser drafts, one pass", "small", "end")
+    d.cells(266, 14, ["dog", "ran", "to", "the", "big", "lake"], "nnnnnn", 70)
+    for i in range(5):
+        d.text(299 + 70 * i, 69, "=" if i < 4 else "≠", "bold")
+    d.text(250, 104, "2. the context tower reads it, one pass", "small", "end")
+    d.cells(266, 84, ["dog", "ran", "to", "the", "park", "and"], "cccccc", 70)
+    d.arrow((579, 114), (579, 160))
+    d.text(250, 184, "3. what comes of it", "small", "end")
+    d.cells(266, 164, ["dog", "ran", "to", "the", "park", "lake"], "ooooox", 70)
+    d.text(404, 212, "kept: the same in both", "small soft")
+    d.text(579, 212, "its own, free", "small soft")
+    d.text(652, 212, "dropped", "small soft")
     d.save("verified")
 
 
 def path_generate() -> None:
-    d = Drawing(760, 230)
-    d.box(14, 24, 130, 60, "plain", "load", "checkpoints, backends")
-    d.box(180, 24, 130, 60, "context", "prefill", "model")
-    d.box(346, 24, 130, 60, "denoiser", "denoise", "model")
-    d.box(512, 24, 130, 60, "plain", "commit", "decoding")
-    d.box(346, 140, 130, 60, "context", "extend", "model")
-    d.box(512, 140, 130, 60, "plain", "record, text", "decoding")
-    for x in (144, 310, 476):
-        d.arrow((x, 54), (x + 36, 54))
-    d.arrow((577, 24), (577, 10), (411, 10), (411, 24))
-    d.text(494, 8, "", "small")
-    d.text(660, 50, "masks left:", "small", "start")
-    d.text(660, 66, "denoise again", "small", "start")
-    d.arrow((577, 84), (577, 140))
-    d.text(587, 116, "block full", "small", "start")
-    d.arrow((512, 170), (476, 170))
-    d.arrow((411, 140), (411, 84))
-    d.text(401, 116, "next block", "small", "end")
+    d = Drawing(700, 232)
+    d.box(14, 40, 140, 60, "plain", "load", "checkpoints")
+    d.box(190, 40, 140, 60, "context", "prefill", "model")
+    d.box(366, 40, 140, 60, "denoiser", "denoise", "model")
+    d.box(542, 40, 140, 60, "plain", "commit", "decoding")
+    d.box(366, 156, 140, 60, "context", "extend", "model")
+    d.box(542, 156, 140, 60, "plain", "record, text", "decoding")
+    for x in (154, 330, 506):
+        d.arrow((x, 70), (x + 36, 70))
+    d.arrow((612, 40), (612, 24), (436, 24), (436, 40))
+    d.text(524, 16, "masks are left", "small")
+    d.arrow((612, 100), (612, 156))
+    d.text(602, 133, "block is full", "small", "end")
+    d.arrow((542, 186), (506, 186))
+    d.arrow((436, 156), (436, 100))
+    d.text(426, 133, "next block", "small", "end")
     d.save("path-generate")
 
 
