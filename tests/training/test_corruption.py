@@ -176,3 +176,11 @@ def test_blocks_never_cross_packed_documents() -> None:
 def test_bad_settings_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Noise(**options)
+
+
+def test_a_mask_in_the_text_is_never_scored() -> None:
+    x0 = tokens(4, 64)
+    x0[:, ::5] = MASK
+    noisy = run(x0, full_mask_fraction=1.0)
+    assert torch.equal(noisy.scored, x0 != MASK)
+    assert torch.equal(noisy.masked, noisy.scored)

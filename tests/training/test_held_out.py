@@ -8,7 +8,8 @@ import pytest
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.training.corpus.shards import Corpus, CorpusRows, RowBatch, write_shard
-from twotower.training.held_out import Measured, answer, measure, questions
+from twotower.training.held_out import answer, measure, questions
+from twotower.training.objective import Measured
 from twotower.training.run.ranks import Ranks
 
 

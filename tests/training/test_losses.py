@@ -304,5 +304,5 @@ def test_logits_exist_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, clos
 
 
 def test_an_unknown_reduction_raises(ids: Callable) -> None:
-    with pytest.raises(ValueError, match="reduction is 'mean', must be masked_mean, example_mean or elbo"):
+    with pytest.raises(ValueError, match="reduction is 'mean', must be one of masked_mean, example_mean, elbo"):
         weigh(corrupted(ids(2, 8)), "mean")  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from twotower.training.denoising import Denoising, DenoisingConfig
 from twotower.training.losses import HEAD_ROWS
 from twotower.training.next_token import NextToken, NextTokenConfig
 from twotower.training.run.precision import coarse_parameters
-from twotower.training.run.trainer import Objective, TrainConfig, trained_parameters
+from twotower.training.run.trainer import TrainConfig, trained_parameters
 
 
 class Memory(NamedTuple):
@@ -53,7 +53,7 @@ def estimate(
 ) -> Estimate:
     """Estimates a run over rows of `row_length` tokens on `num_ranks` ranks."""
     with torch.device("meta"):
-        objective: Objective
+        objective: Denoising | NextToken
         if isinstance(what, DenoisingConfig):
             objective = Denoising(TwoTower(config), what)
         else:
@@ -71,7 +71,7 @@ def estimate(
     )
 
 
-def _memory(objective: Objective, run: TrainConfig, tokens: int, num_ranks: int) -> Memory:
+def _memory(objective: Denoising | NextToken, run: TrainConfig, tokens: int, num_ranks: int) -> Memory:
     trained = {id(p) for p in trained_parameters(objective).values()}
     coarse = {id(p) for p in coarse_parameters(objective.model, torch.bfloat16)}
     ranks = num_ranks if run.shard else 1
@@ -90,14 +90,14 @@ def _memory(objective: Objective, run: TrainConfig, tokens: int, num_ranks: int)
     return Memory(weights, 4 * learnt, 8 * learnt, mean, _activations(objective, tokens, 2 if run.bf16 else 4))
 
 
-def _gathered(objective: Objective, width: int) -> int:
+def _gathered(objective: Denoising | NextToken, width: int) -> int:
     """What a rank holds whole while it computes: two groups of layers, one in use and one on its way, and the rest."""
     layers = [sum(p.numel() for module in group for p in module.parameters()) for group in objective.layer_groups()]
     rest = sum(p.numel() for p in objective.parameters()) - sum(layers)
     return width * (2 * max(layers) + rest)
 
 
-def _activations(objective: Objective, tokens: int, width: int) -> int:
+def _activations(objective: Denoising | NextToken, tokens: int, width: int) -> int:
     """A residual stream per layer and tower, what each layer saves (with `recompute` only one at a time), the gradients
     of one layer and the logits of one chunk. Peaks of the stories and hybrid recipes' models were 0.95 to 1.6
     times this."""
@@ -126,7 +126,7 @@ def _saved_per_token(c: TwoTowerConfig, kind: str) -> int:
     return modulated + active + 3 * c.shared_expert_intermediate_size
 
 
-def _flops_per_token(objective: Objective, length: int) -> float:
+def _flops_per_token(objective: Denoising | NextToken, length: int) -> float:
     """Backward is twice a forward pass, recomputing nearly one more. Heads run on masked positions only, forward twice,
     and the context tower as far up as something reads it, as `block_parallel_hidden` says."""
     config, what = objective.model.config, objective.config

@@ -17,9 +17,10 @@ from twotower.config import TwoTowerConfig
 from twotower.training.corpus.shards import Corpus, is_corpus
 from twotower.training.denoising import DenoisingConfig
 from twotower.training.next_token import NextTokenConfig
+from twotower.training.objective import Objective
 from twotower.training.run.checkpointing import check_tensors, latest_state, stored_groups
 from twotower.training.run.ranks import Ranks, joined
-from twotower.training.run.trainer import Objective, StepReport, TrainConfig, Trainer, trained_parameters
+from twotower.training.run.trainer import StepReport, TrainConfig, Trainer, trained_parameters
 from twotower.training.run.weights import TensorStream, trained_tensors
 
 DEFAULTS = TrainConfig(steps=1000)
@@ -148,7 +149,7 @@ def saved_state(out: Path) -> Path:
 
 
 def export_state(
-    objective: Objective,
+    objective: Objective[Any],
     state: Path,
     out: Path,
     released: Callable[[], TensorStream],

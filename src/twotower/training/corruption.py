@@ -1,4 +1,7 @@
-"""Absorbing noise on blocks. Letters: b batch, v views (noisy versions of one row), t tokens, n blocks of a row."""
+"""Masking training rows: absorbing noise with a level t̂ per block (BD3-LM, arXiv 2503.09573).
+
+Letters: b batch, v views (noisy versions of one row), t tokens, n blocks of a row, s places of a block.
+"""
 
 import dataclasses
 from typing import Literal, NamedTuple
@@ -7,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twotower.errors import SettingError
 from twotower.training.forward.layout import Layout, make_layout
 
 LevelPer = Literal["block", "example"]
 
 MIN_LEVEL = 1e-3
-# 2^64 over the golden ratio: multiples of it, modulo 2^64, are spread evenly however many there are
+# 2^64 over the golden ratio: its multiples modulo 2^64 are spread evenly, however many are taken.
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -20,10 +24,11 @@ _GOLDEN = 0x9E3779B97F4A7C15
 class Noise:
     """How blocks are masked.
 
-    `level_per` draws t̂ once per block (lower variance) or once per row. `full_mask_fraction` of the blocks (or rows)
-    get t̂ = 1, the state that every block is decoded from first. `later_weight` β masks later positions of a block more
-    often, with weight exp(β(1−t̂)i). `complementary` adds a second view of each row with the other scored positions
-    masked, at level 1−t̂; both share one context pass.
+    `level_per` draws the noise level t̂, the probability of being masked, once per block (lower variance) or once per
+    row ("example"). `full_mask_fraction` of the blocks (or rows) get t̂ = 1, the state in which decoding starts every
+    block. `later_weight` β masks later positions i of a block more often, in proportion to exp(β(1−t̂)i).
+    `complementary` adds a second view of each row, at level 1−t̂, in which the other scored positions are masked; both
+    views share one pass of the context tower.
     """
 
     level_per: LevelPer = "block"
@@ -33,16 +38,17 @@ class Noise:
 
     def __post_init__(self) -> None:
         if self.level_per not in ("block", "example"):
-            raise ValueError(f"level_per is {self.level_per!r}, must be block or example")
+            raise SettingError("level_per", self.level_per, "block or example")
         if not 0 <= self.full_mask_fraction <= 1:
-            raise ValueError(f"full_mask_fraction is {self.full_mask_fraction}, must be in [0, 1]")
+            raise SettingError("full_mask_fraction", self.full_mask_fraction, "in [0, 1]")
         if not 0 <= self.later_weight < float("inf"):
-            raise ValueError(f"later_weight is {self.later_weight}, must be 0 or more; 0 masks all positions alike")
+            raise SettingError("later_weight", self.later_weight, "0 or more", "0 masks all positions alike")
 
 
 class Corrupted(NamedTuple):
-    """xt (v·b, t) with masks, `masked` (v·b, t) bool, `level` (v·b, t) each position's t̂ and `told` (v·b, t) the t̂ that
-    the model is given; `scored` (b, t) bool the positions that could be masked, and where the blocks lie."""
+    """Rows with some tokens masked: xt (v·b, t), which of them are `masked` (v·b, t) bool, each position's t̂ `level`
+    (v·b, t), the t̂ that the model is `told` (v·b, t), the positions that may be masked, `scored` (b, t) bool, and
+    where the blocks lie."""
 
     xt: Tensor
     masked: Tensor
@@ -58,7 +64,7 @@ class Corrupted(NamedTuple):
         return Corrupted(xt, masked, level, told, scored, layout)
 
     def rows(self, part: slice) -> "Corrupted":
-        """The given rows, with all their views: a micro-batch."""
+        """The rows in `part` with all their views: a micro-batch."""
         b = self.scored.shape[0]
         xt, masked, level, told = (
             v.unflatten(0, (-1, b))[:, part].flatten(0, 1) for v in (self.xt, self.masked, self.level, self.told)
@@ -78,15 +84,19 @@ def corrupt(
     mask_token_id: int,
     document: Tensor | None = None,
 ) -> Corrupted:
-    """Masks each scored position of x0 (b, t) with its block's own probability t̂ (linear schedule).
+    """Masks each scored position of x0 (b, t) int64 with probability t̂, the noise level of its block.
 
-    The noise of a row depends on (seed, its index in `samples` (b,)) alone, not on the batch or rank that it is in.
-    t̂ ~ U[1e-3, 1] by low-discrepancy draws: a row's n blocks get one t̂ in each of n equal strata, at a place inside
-    them that is spread evenly over consecutive samples. The block grid starts at a random offset, so a document's first
-    and last block may be short. Positions outside `scored` (b, t) bool, such as prompts and padding, are never masked.
-    `document` (b, t) int64 numbers the documents packed into a row; without it a row is one.
+    t̂ is uniform on [1e-3, 1], by low-discrepancy draws (as in MDLM, arXiv 2406.07524): a row's n blocks get one t̂ in
+    each of n equal strata, and the place inside the strata is spread evenly over consecutive samples. The grid of
+    blocks starts at a random offset, so a document's first and last block may be shorter.
+
+    A row's noise depends on (seed, its number in `samples` (b,)) alone, not on the batch or rank that it is in.
+    Positions where `scored` (b, t) bool is False, such as prompts and padding, are never masked, nor are tokens that
+    are mask tokens already, which would have no target. `document` (b, t) int64 numbers the documents of a row,
+    non-decreasing; None means one document per row.
     """
     b, t = x0.shape
+    scored = scored & (x0 != mask_token_id)
     document = torch.zeros(b, t, dtype=torch.int64) if document is None else document
     generators = [_generator(seed, sample) for sample in samples.tolist()]
     offsets = [int(torch.randint(block_size, (1,), generator=g)) for g in generators]
@@ -101,8 +111,8 @@ def corrupt(
     if noise.complementary:
         masked = torch.cat((masked, scored & ~masked))
         level = torch.cat((level, (1 - level).clamp(min=MIN_LEVEL)))
-    # A bf16 model multiplies t̂ by 1000 in bf16 (812.5 becomes 812); the fast sinusoids tell the two apart, so a
-    # denoiser that is to work in either dtype sees both.
+    # A bf16 model multiplies t̂ by 1000 in bf16 (812.5 becomes 812). The time embedding's fast sinusoids differ between
+    # the two, so half of the blocks are told the rounded level, and the denoiser works in either dtype.
     coins = torch.stack(
         [(torch.rand(t, generator=g) < 0.5)[block] for g, block in zip(generators, layout.block, strict=True)]
     )
@@ -117,7 +127,7 @@ def _generator(seed: int, sample: int) -> torch.Generator:
 
 
 def _level(sample: int, seed: int, n: int, noise: Noise, generator: torch.Generator) -> Tensor:
-    """(n,) t̂ of a sample's blocks."""
+    """(n,): t̂ of each of a sample's n blocks."""
     (start,) = np.random.SeedSequence(seed).generate_state(1, np.uint64)
     place = (int(start) + sample * _GOLDEN) % 2**64 / 2**64
     strata = torch.randperm(n, generator=generator) if noise.level_per == "block" else torch.zeros(n)
@@ -129,8 +139,11 @@ def _level(sample: int, seed: int, n: int, noise: Noise, generator: torch.Genera
 
 
 def _mask_probability(level: Tensor, layout: Layout, later_weight: float) -> Tensor:
-    """(b, t): t̂ · exp(β(1−t̂)i) over its mean in the block, i the position in it; what would exceed 1 goes to the
-    positions below, so that t̂ stays the expected masked fraction."""
+    """(b, t): each position's probability, proportional to exp(β(1−t̂)i) for the i-th position of its block.
+
+    The mean over a block is its t̂. Where proportionality asks for more than 1, the position gets 1 and the excess is
+    shared among the others in proportion, until none exceeds 1.
+    """
     if later_weight == 0:
         return level
     place = torch.arange(level.shape[1]) - layout.block_start  # (b, t)

@@ -1,4 +1,7 @@
-"""What a denoiser learns at a step. Letters: b batch, v views, t tokens."""
+"""The objective of training a denoiser: predict the masked tokens of every block, given the clean text before it.
+
+Letters: b batch, v views (noisy versions of one row), t tokens.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,19 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from twotower.model.two_tower import TwoTower
-from twotower.training.corpus.shards import RowBatch
+from twotower.training.corpus.shards import Corpus, RowBatch
 from twotower.training.corruption import Corrupted, LevelPer, Noise, corrupt
 from twotower.training.forward.block_parallel import Hidden, block_parallel_hidden
-from twotower.training.held_out import Measured
-from twotower.training.losses import LossPart, Reduction, loss_sums, next_token_targets, weigh
+from twotower.training.held_out import answer
+from twotower.training.losses import Reduction, loss_sums, next_token_targets, weigh
+from twotower.training.objective import LossPart, Measured
 from twotower.training.run.compiling import compiled
 from twotower.training.run.low_rank import add_low_rank_
+from twotower.training.run.ranks import Ranks
 
 ContextTraining = Literal["frozen", "trained", "tied"]
 
 
 class Phase(NamedTuple):
-    """From this 0-based step on, blocks are of this size."""
+    """From the 0-based step `start` on, blocks have `block_size` tokens."""
 
     start: int
     block_size: int
@@ -98,17 +103,21 @@ class DenoisingConfig:
 
 
 class NoisyRows(NamedTuple):
-    """This rank's rows of a step: x0 (b, t), their noisy versions, each position's weight (v, b, t), and what the sums
-    over them, in the order of the objective's losses, are divided by once all ranks' are added."""
+    """This rank's rows of a step: clean tokens x0 (b, t), their noisy versions, and each position's weight in the loss
+    (v, b, t). The denominators are the denoising loss's and the number of next tokens that `ar_weight` adds."""
 
     x0: Tensor
     noisy: Corrupted
     weight: Tensor
-    denominators: tuple[float, ...]
+    denominators: tuple[float, float]
 
 
 class Denoising(nn.Module):
-    """The loss of a two-tower model's denoiser; freezes what isn't trained, ties towers where that is asked for."""
+    """The loss of a two-tower model's denoiser. An `Objective`.
+
+    Makes the model ready for it: freezes what is not trained, ties the towers (`context="tied"`), adds low-rank
+    weights (`lora_rank`).
+    """
 
     def __init__(self, model: TwoTower, config: DenoisingConfig) -> None:
         super().__init__()
@@ -125,58 +134,26 @@ class Denoising(nn.Module):
             trained += [model.context_tower, model.context_lm_head]
         for module in trained:
             module.requires_grad_(True)
-        # The heads stay as they are: how many rows are masked changes at every step
+        # The heads are not compiled: the number of masked rows, and with it their shapes, changes at every step.
         self.towers: Callable[..., Hidden] = (
             compiled(block_parallel_hidden) if config.compile else block_parallel_hidden
         )
 
     def layer_groups(self) -> list[list[nn.Module]]:
-        """The layers whose parameters are used together: the same layer of both towers."""
+        """Each layer of the denoiser together with the same layer of the context tower, which seeds it."""
         pairs = zip(self.model.context_tower.stack, self.model.denoiser_tower.stack, strict=True)
         return [list(dict.fromkeys(pair)) for pair in pairs]
 
     def prepare(self, batch: RowBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
-        """Masks a rank's rows of a 0-based step; what each becomes depends on (seed, its sample number) alone."""
-        model, c = self.model.config, self.config
-        noisy = corrupt(
-            batch.ids,
-            batch.scored,
-            batch.samples,
-            seed=seed,
-            noise=c.noise,
-            block_size=c.block_size(step, model.block_size),
-            mask_token_id=model.mask_token_id,
-            document=batch.document,
-        )
-        weight, denominator = weigh(noisy, c.reduction)
-        ar_denominator = float(next_token_targets(batch.ids, batch.scored, batch.document)[1].sum())
+        """Masks a rank's rows of a 0-based step; a row's noise depends on `seed` and its number in the run alone."""
+        noisy = self._corrupted(batch, step, seed, self.config.noise)
+        weight, denominator = weigh(noisy, self.config.reduction)
+        num_following = float(next_token_targets(batch.ids, noisy.scored, batch.document)[1].sum())
         views = weight.unflatten(0, (-1, len(batch.ids))).to(device)
-        return NoisyRows(batch.ids.to(device), noisy.to(device), views, (denominator, ar_denominator))
-
-    @torch.no_grad()
-    def measure(self, batch: RowBatch, step: int, device: torch.device) -> dict[str, Measured]:
-        """Bounds on the negative log-likelihood of held-out rows: the denoiser's, at a step's block size and with the
-        same noise at every call, and the context tower's own, which is exact."""
-        model = self.model.config
-        noisy = corrupt(
-            batch.ids,
-            batch.scored,
-            batch.samples,
-            seed=0,
-            noise=Noise(),
-            block_size=self.config.block_size(step, model.block_size),
-            mask_token_id=model.mask_token_id,
-            document=batch.document,
-        )
-        weight, denominator = weigh(noisy, "elbo")
-        count = float(next_token_targets(batch.ids, batch.scored, batch.document)[1].sum())
-        x0, noisy, weight = batch.ids.to(device), noisy.to(device), weight.to(device)
-        sums = loss_sums(self.model, x0, noisy, weight, with_ar=True, towers=self.towers)
-        assert sums.ar is not None
-        return {"elbo": Measured(sums.denoising.item(), denominator), "ar": Measured(sums.ar.item(), count)}
+        return NoisyRows(batch.ids.to(device), noisy.to(device), views, (denominator, num_following))
 
     def forward(self, rows: NoisyRows, part: slice, denominators: Sequence[float]) -> LossPart:
-        """What some of the rows add to the step, whose `denominators` are all ranks' together."""
+        """The denoising loss of the rows in `part`, plus `distil_weight` and `ar_weight` times the other two."""
         c = self.config
         sums = loss_sums(
             self.model,
@@ -188,11 +165,43 @@ class Denoising(nn.Module):
             recompute=c.recompute,
             towers=self.towers,
         )
-        # 0, not nan, where a small batch has nothing masked
+        # A small batch may have no masked position: its loss is then 0 and not nan.
         masked, following = (max(d, 1) for d in denominators)
         loss = sums.denoising / masked
         if sums.distil is not None:
             loss = loss + c.distil_weight * sums.distil / masked
         if sums.ar is not None:
             loss = loss + c.ar_weight * sums.ar / following
-        return LossPart(loss, None)  # experts stay where they are: the denoiser starts as its backbone
+        return LossPart(loss, None)
+
+    def after_update_(self, loads: Tensor | None) -> None:
+        """Nothing: experts keep the biases of the backbone that the denoiser started as."""
+
+    @torch.no_grad()
+    def measure(self, batch: RowBatch, step: int, device: torch.device) -> dict[str, Measured]:
+        """The negative log-likelihood of held-out rows: `elbo`, an upper bound for the denoiser at the step's block
+        size and with the same noise at every call, and `ar`, exact, for the context tower."""
+        noisy = self._corrupted(batch, step, 0, Noise())
+        weight, denominator = weigh(noisy, "elbo")
+        count = float(next_token_targets(batch.ids, noisy.scored, batch.document)[1].sum())
+        x0, noisy, weight = batch.ids.to(device), noisy.to(device), weight.to(device)
+        sums = loss_sums(self.model, x0, noisy, weight, with_ar=True, towers=self.towers)
+        assert sums.ar is not None
+        return {"elbo": Measured(sums.denoising.item(), denominator), "ar": Measured(sums.ar.item(), count)}
+
+    def decode(self, held_out: Corpus, step: int, ranks: Ranks) -> dict[str, float]:
+        """Tokens per denoiser pass and exact matches of answers decoded at the step's block size, see `answer`."""
+        return answer(self.model, held_out, self.config.block_size(step, self.model.config.block_size), ranks)
+
+    def _corrupted(self, batch: RowBatch, step: int, seed: int, noise: Noise) -> Corrupted:
+        model = self.model.config
+        return corrupt(
+            batch.ids,
+            batch.scored,
+            batch.samples,
+            seed=seed,
+            noise=noise,
+            block_size=self.config.block_size(step, model.block_size),
+            mask_token_id=model.mask_token_id,
+            document=batch.document,
+        )

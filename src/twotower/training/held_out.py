@@ -1,4 +1,4 @@
-"""Measuring rows that are not trained on: how likely their tokens are, and whether decoding gives them."""
+"""Measuring held-out rows: the likelihood of their tokens, and how often decoding gives their answers."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -9,25 +9,22 @@ from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
 from twotower.training.corpus.shards import Corpus, RowBatch
+from twotower.training.objective import Measured
 from twotower.training.run.ranks import Ranks
 
-# Questions that are answered, and the most tokens of an answer that are compared
+# The number of questions that are answered, and the most tokens of an answer that are compared.
 _NUM_QUESTIONS = 16
 _ANSWER_LENGTH = 64
-
-
-class Measured(NamedTuple):
-    """A sum of negative log-likelihoods in nats, and over how many tokens it goes."""
-
-    nats: float
-    tokens: float
 
 
 def measure(
     corpus: Corpus, rows_at_once: int, ranks: Ranks, objective: Callable[[RowBatch], dict[str, Measured]]
 ) -> dict[str, float]:
-    """Nats per token of all rows, by name. Each rank takes its share, in parts of `rows_at_once`; rows beyond a
-    multiple of the ranks are left out, because all must take equally many parts. Raises ValueError for too few."""
+    """Nats per token over the corpus, by the names that `objective` gives for `rows_at_once` rows at a time.
+
+    All ranks must make equally many calls of `objective`, so each takes an equal share and the rows left over are not
+    measured. Raises ValueError for fewer rows than ranks.
+    """
     each = len(corpus) // ranks.size
     if each == 0:
         raise ValueError(f"the held-out corpus has {len(corpus)} rows, must have one for each of {ranks.size} ranks")
@@ -45,16 +42,18 @@ def measure(
 
 
 class Question(NamedTuple):
-    """Token ids of a document up to its text, and of the text."""
+    """The token ids of a document's unscored beginning, and of the text to be decoded after it."""
 
     prompt: list[int]
     answer: list[int]
 
 
 def answer(model: TwoTower, corpus: Corpus, block_size: int, ranks: Ranks) -> dict[str, float]:
-    """Decodes the answers to the first questions of a corpus in mode `diffusion`, greedy and with its default γ: new
-    tokens per pass of the denoiser, and the share of answers that are exactly those of the corpus. Each rank takes its
-    share; nothing where there is no question."""
+    """Decodes answers to the first 16 questions of a corpus, greedily in mode `diffusion` with its default settings.
+
+    `tokens_per_nfe` is the number of new tokens per pass of the denoiser, `exact_match` the share of answers that equal
+    the corpus's token for token. Each rank answers its share. Empty where the corpus has no question.
+    """
     every = list(itertools.islice(questions(corpus, model.config), _NUM_QUESTIONS))
     mine = every[ranks.rank :: ranks.size]
     params = [SamplingParams(max_new_tokens=len(q.answer), block_size=block_size) for q in mine]
@@ -67,8 +66,12 @@ def answer(model: TwoTower, corpus: Corpus, block_size: int, ranks: Ranks) -> di
 
 
 def questions(corpus: Corpus, config: TwoTowerConfig) -> Iterator[Question]:
-    """The documents of a corpus that begin with BOS and a prompt, which aren't scored, and have an end: a row cuts its
-    first and last. Answers reach to the end token, if the config has one, and at most 64 tokens."""
+    """The complete question-answer documents of a corpus: an unscored beginning of BOS and a prompt, then a text that
+    reaches an end token (any text, where the config has none).
+
+    A row's first and last document may be truncated; these tests skip such documents. An answer is the text up to its
+    end token, and at most 64 tokens.
+    """
     start = [] if config.bos_token_id is None else [config.bos_token_id]
     for number in range(len(corpus)):
         row = corpus.row(number)

@@ -1,51 +1,47 @@
-"""The losses as sums over weighted positions. Letters: b batch, v views, t tokens, d width, m rows, o vocabulary."""
+"""Losses as weighted sums over positions, which a step divides by its denominators once all parts are added up.
+
+Letters: b batch, v views (noisy versions of one row), t tokens, d width, m rows of hidden states, o vocabulary.
+"""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
 from twotower.training.corruption import MIN_LEVEL, Corrupted
 from twotower.training.forward.block_parallel import Hidden, block_parallel_hidden
 
 Reduction = Literal["masked_mean", "example_mean", "elbo"]
 
-# Rows whose logits exist together: 128 MB of float32 at a vocabulary of 131,072.
+# The number of rows whose logits are in memory at once: 128 MB of float32 at a vocabulary of 131,072.
 HEAD_ROWS = 256
 
 
 class Weighted(NamedTuple):
-    """`weight` (v·b, t) float32 of each position's cross-entropy, 0 where it is not masked, and what their sum is
-    divided by. The gradient of a step is that of Σ sums / Σ denominators over all its parts, however it is cut."""
+    """`weight` (v·b, t) float32 is each position's weight in the loss, 0 where it is not masked; `denominator` divides
+    their weighted sum. A step's loss is Σ sums / Σ denominators over all its parts, however the step is cut."""
 
     weight: Tensor
     denominator: float
 
 
 class LossSums(NamedTuple):
-    """Weighted sums, to be divided by the step's denominators: the denoiser's cross-entropies and, where asked for, its
-    divergences from the context tower, and the context tower's own cross-entropies."""
+    """Weighted sums, scalars: the denoiser's cross-entropies, its divergences from the context tower, and the context
+    tower's next-token cross-entropies. None for those that were not asked for."""
 
     denoising: Tensor
     distil: Tensor | None
     ar: Tensor | None
 
 
-class LossPart(NamedTuple):
-    """What some rows add to a step: to its loss, and to how many tokens each expert of each `E` layer got (l, e), where
-    experts are to be balanced."""
-
-    loss: Tensor
-    loads: Tensor | None
-
-
 class Teacher(NamedTuple):
-    """Whose distribution at each of m positions is learnt besides the token there: head(rows), rows (m, d), `weight`
-    (m,)."""
+    """A distribution to learn at each of m positions besides the token there: the softmax of head(rows), with rows
+    (m, d) and a weight (m,) per position."""
 
     head: Callable[[Tensor], Tensor]
     rows: Tensor
@@ -53,19 +49,21 @@ class Teacher(NamedTuple):
 
 
 class TokenSums(NamedTuple):
-    """Σ weight · cross-entropy, and Σ weight · divergence from a teacher, 0 without one."""
+    """`hard` is Σ weight · cross-entropy, `soft` is Σ weight · KL(teacher ‖ model), 0 without a teacher."""
 
     hard: Tensor
     soft: Tensor
 
 
 def weigh(noisy: Corrupted, reduction: Reduction) -> Weighted:
-    """The weights of a reduction.
+    """The weight of each position under a reduction.
 
-    `masked_mean`: the mean over all masked positions. `example_mean`: each row's mean over its masked positions (0 for
-    a row without any), then the mean over rows; what micro-batches of one row do. `elbo`: 1/t̂ per masked position over
-    the number of scored positions, whose expectation bounds the negative log-likelihood in nats per token from above,
-    but for t̂ below 1e-3; it needs t̂ to be uniform.
+    - `masked_mean`: the mean over all masked positions.
+    - `example_mean`: each row's mean over its masked positions (0 for a row without any), then the mean over rows. This
+      is the loss of code that averages over micro-batches of one row.
+    - `elbo`: 1/t̂ per masked position, divided by the number of scored positions. Its expectation is an upper bound on
+      the negative log-likelihood in nats per token (MDLM, arXiv 2406.07524), up to the levels below 1e-3, which are
+      never drawn. Requires t̂ to be uniform.
     """
     masked = noisy.masked.float()
     if reduction == "masked_mean":
@@ -74,13 +72,14 @@ def weigh(noisy: Corrupted, reduction: Reduction) -> Weighted:
         return Weighted(masked / masked.sum(1, keepdim=True).clamp(min=1), float(masked.shape[0]))
     if reduction == "elbo":
         views = masked.shape[0] // noisy.scored.shape[0]
-        # t̂ is drawn from [1e-3, 1], whose density is 1/(1 − 1e-3)
+        # t̂ is uniform on [1e-3, 1], whose density is 1/(1 − 1e-3).
         return Weighted(masked * (1 - MIN_LEVEL) / noisy.level, float(noisy.scored.sum()) * views)
-    raise ValueError(f"reduction is {reduction!r}, must be masked_mean, example_mean or elbo")
+    raise SettingError("reduction", reduction, f"one of {', '.join(get_args(Reduction))}")
 
 
 def next_token_targets(x0: Tensor, scored: Tensor, document: Tensor) -> tuple[Tensor, Tensor]:
-    """Next tokens (b, t) of x0 and which of them count (b, t) bool: the scored ones within the same document."""
+    """The token after each token of x0 (b, t), and (b, t) bool: whether it is learnt, being scored and in the same
+    document."""
     counts = torch.zeros_like(scored)
     counts[:, :-1] = scored[:, 1:] & (document[:, 1:] == document[:, :-1])
     return x0.roll(-1, dims=1), counts
@@ -97,13 +96,16 @@ def loss_sums(
     recompute: bool = False,
     towers: Callable[..., Hidden] = block_parallel_hidden,
 ) -> LossSums:
-    """Σ weight · cross-entropy of the denoiser (same-position targets); Σ weight · KL(context tower ‖ denoiser), the
-    context tower's distribution being that of the same token given all clean ones before it; and Σ of the context
-    tower's next-token cross-entropy.
+    """The sums of one forward pass over rows x0 (b, t) and their noisy versions, weighted by `weight` (v·b, t).
 
-    Heads run on the rows that count only, `HEAD_ROWS` at a time. The first token of a document has no distribution to
-    learn from. The context tower gets no gradient from its pupil. `towers` is `block_parallel_hidden` or its compiled
-    form.
+    - `denoising`: Σ weight · cross-entropy of the denoiser at masked positions, whose target is the token in x0 there.
+    - `distil`: Σ weight · KL(p ‖ q) at masked positions, where q is the denoiser's distribution of the token and p the
+      context tower's, given all clean tokens before it. p gets no gradient. A document's first token has no p and is
+      left out.
+    - `ar`: Σ cross-entropy of the context tower's next-token predictions.
+
+    Heads run on these positions only, `HEAD_ROWS` at a time. `towers` is `block_parallel_hidden` or its compiled form,
+    `recompute` is explained there.
     """
     with_context = with_ar or with_distil
     hidden = towers(model, x0, noisy.xt, noisy.told, noisy.layout, recompute=recompute, with_context=with_context)
@@ -131,12 +133,12 @@ def token_sums(
     weight: Tensor | None,
     teacher: Teacher | None = None,
 ) -> TokenSums:
-    """Sums over rows (m, d) with targets and weight (m,), in float32 or wider; weight None counts each row once.
+    """Weighted sums over hidden states `rows` (m, d) with targets (m,) and weight (m,), in float32 or wider.
 
-    Logits are made again in backward, so (m, o) of them never exist.
+    `weight` None is 1 for each row. Logits are recomputed in backward, so that all (m, o) of them are never in memory.
     """
     hard = soft = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
-    for start in range(0, max(rows.shape[0], 1), HEAD_ROWS):  # once for no rows: the sum has a gradient, of 0
+    for start in range(0, max(rows.shape[0], 1), HEAD_ROWS):  # once even without rows, so that the sum has a gradient
         part = slice(start, start + HEAD_ROWS)
         pieces = checkpoint(
             _part_sums,

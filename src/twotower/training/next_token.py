@@ -1,4 +1,7 @@
-"""What a backbone learns at a step. Letters: b batch, t tokens, l `E` layers, e experts."""
+"""The objective of pretraining one tower: predict the next token.
+
+Letters: b batch, t tokens, l `E` layers, e experts.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,14 +12,16 @@ from torch import Tensor, nn
 
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.one_tower import OneTower
-from twotower.training.corpus.shards import RowBatch
+from twotower.training.corpus.shards import Corpus, RowBatch
 from twotower.training.forward.block_parallel import CHUNK_SIZE
 from twotower.training.forward.causal_parallel import Causal, causal_hidden
 from twotower.training.forward.layout import Layout, make_layout
-from twotower.training.held_out import Measured
-from twotower.training.losses import LossPart, next_token_targets, token_sums
+from twotower.training.losses import next_token_targets, token_sums
+from twotower.training.objective import LossPart, Measured
 from twotower.training.run.compiling import compiled
+from twotower.training.run.ranks import Ranks
 
+# How far one step moves an expert's bias: the rate of arXiv 2408.15664.
 BALANCE_RATE = 1e-3
 
 
@@ -29,17 +34,18 @@ class NextTokenConfig:
 
 
 class TextRows(NamedTuple):
-    """This rank's rows of a step: x0 (b, t), their next tokens and which of them count (b, t), and the documents."""
+    """This rank's rows of a step: tokens x0 (b, t), the token after each (b, t), which of these are learnt (b, t) bool,
+    and where documents lie; the denominator is the number of tokens learnt."""
 
     x0: Tensor
     following: Tensor
     counts: Tensor
     layout: Layout
-    denominators: tuple[float, ...]
+    denominators: tuple[float]
 
 
 class NextToken(nn.Module):
-    """The mean cross-entropy of the next token, over the scored ones, with experts kept in balance."""
+    """The mean cross-entropy of the next token over the scored tokens, with experts kept in balance. An `Objective`."""
 
     def __init__(self, model: OneTower, config: NextTokenConfig) -> None:
         super().__init__()
@@ -47,38 +53,42 @@ class NextToken(nn.Module):
         self.hidden: Callable[..., Causal] = compiled(causal_hidden) if config.compile else causal_hidden
 
     def layer_groups(self) -> list[list[nn.Module]]:
-        """One layer at a time."""
+        """Each layer by itself."""
         return [[layer] for layer in self.model.tower.stack]
 
     def prepare(self, batch: RowBatch, step: int, seed: int, device: torch.device) -> TextRows:
-        """A rank's rows on its device; nothing is random."""
+        """Moves a rank's rows to its device; nothing is random."""
         document = batch.document.to(device)
         x0, scored = batch.ids.to(device), batch.scored.to(device)
         following, counts = next_token_targets(x0, scored, document)
+        # One tower attends to no blocks, so any block size gives the same layout of documents.
         return TextRows(x0, following, counts, make_layout(document, CHUNK_SIZE), (float(counts.sum()),))
 
-    @torch.no_grad()
-    def measure(self, batch: RowBatch, step: int, device: torch.device) -> dict[str, Measured]:
-        """The negative log-likelihood of held-out rows."""
-        rows = self.prepare(batch, step, 0, device)
-        (count,) = rows.denominators
-        loss = self(rows, slice(None), (count,)).loss
-        return {"ar": Measured(loss.item() * max(count, 1), count)}
-
-    @torch.no_grad()
-    def balance_(self, loads: Tensor) -> None:
-        """Moves each expert's bias, by which it is chosen, towards an equal share of a step's tokens, loads (l, e).
-
-        Balance without a loss for it (arXiv 2408.15664): by a fixed amount up for less, down for more than the mean.
-        """
-        mixers = [m for m in self.model.modules() if isinstance(m, MixtureOfExperts)]
-        for mixer, load in zip(mixers, loads, strict=True):
-            mixer.correction_bias.add_((load.mean() - load).sign().to(mixer.correction_bias), alpha=BALANCE_RATE)
-
     def forward(self, rows: TextRows, part: slice, denominators: Sequence[float]) -> LossPart:
-        """What some of the rows add to the step, whose `denominators` are all ranks' together."""
+        """Σ cross-entropy of the rows in `part`, divided by the step's number of learnt tokens."""
         layout = Layout(rows.layout.block[part], rows.layout.document[part])
         hidden, loads = self.hidden(self.model.tower, rows.x0[part], layout, recompute=self.config.recompute)
         counts = rows.counts[part]
         sums = token_sums(self.model.lm_head, hidden[counts], rows.following[part][counts], None)
         return LossPart(sums.hard / max(denominators[0], 1), loads)
+
+    @torch.no_grad()
+    def after_update_(self, loads: Tensor | None) -> None:
+        """Raises the bias by which an expert is chosen if it got less than the mean of the step's tokens, loads (l, e),
+        and lowers it if it got more, by a fixed amount: balance without a loss for it (arXiv 2408.15664)."""
+        assert loads is not None
+        mixers = [m for m in self.model.modules() if isinstance(m, MixtureOfExperts)]
+        for mixer, load in zip(mixers, loads, strict=True):
+            mixer.correction_bias.add_((load.mean() - load).sign().to(mixer.correction_bias), alpha=BALANCE_RATE)
+
+    @torch.no_grad()
+    def measure(self, batch: RowBatch, step: int, device: torch.device) -> dict[str, Measured]:
+        """The negative log-likelihood of held-out rows, as `ar`."""
+        rows = self.prepare(batch, step, 0, device)
+        (count,) = rows.denominators
+        loss = self(rows, slice(None), (count,)).loss
+        return {"ar": Measured(loss.item() * max(count, 1), count)}
+
+    def decode(self, held_out: Corpus, step: int, ranks: Ranks) -> dict[str, float]:
+        """Nothing: block decoding needs two towers."""
+        return {}

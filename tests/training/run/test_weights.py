@@ -21,7 +21,7 @@ from twotower.training.next_token import NextToken, NextTokenConfig
 from twotower.training.run import weights
 from twotower.training.run.checkpointing import latest_state, read_tensor
 from twotower.training.run.ranks import Ranks, joined
-from twotower.training.run.trainer import Objective, TrainConfig, Trainer, trained_parameters
+from twotower.training.run.trainer import TrainConfig, Trainer, trained_parameters
 from twotower.training.run.weights import TensorStream, trained_tensors
 
 SETTINGS = {"steps": 2, "batch_size": 4, "warmup_steps": 1, "learning_rate": 1e-2, "shard": True, "evaluate_every": 1}
@@ -55,8 +55,8 @@ def one_of_two(rank: int, check: Callable[..., None], folder: Path, arguments: t
 def same_runs(
     ranks: Ranks,
     folder: Path,
-    whole: Objective,
-    empty: Objective,
+    whole: Denoising | NextToken,
+    empty: Denoising | NextToken,
     files: Callable[[], TensorStream],
     settings: dict[str, Any],
 ) -> None:

@@ -1,4 +1,4 @@
-"""What a saved state knows of its run, so that no other run is mistaken for it."""
+"""The record of a run that its saved states keep, so that a run with other settings does not resume from them."""
 
 import dataclasses
 import hashlib
@@ -11,20 +11,20 @@ import numpy as np
 
 from twotower.config import TwoTowerConfig
 from twotower.training.corpus.shards import Corpus
-from twotower.training.denoising import Denoising, DenoisingConfig, Phase
-from twotower.training.next_token import NextToken
+from twotower.training.denoising import DenoisingConfig, Phase
+from twotower.training.objective import Objective
 from twotower.training.run.weights import TensorStream, own_tensors
 
-# Rows of a corpus, and numbers of a tensor, that stand for all of them
+# How many rows of a corpus, and how many numbers of each tensor, are hashed.
 _ROWS = 16
 _NUMBERS = 16
-# Settings that change how a step is computed, not what is learnt
+# Settings that change how a step is computed and not what it learns: they may differ when a run resumes.
 _FREE = ("recompute", "compile")
 
 
-def model_identity(objective: Denoising | NextToken, weights: Callable[[], TensorStream] | None) -> dict[str, Any]:
-    """What the run starts from: the config's values, and a hash of the first numbers of every tensor, which `weights`
-    streams where the model is on the meta device."""
+def model_identity(objective: Objective[Any], weights: Callable[[], TensorStream] | None) -> dict[str, Any]:
+    """The model that a run starts from: its config, and a hash of the first numbers of every tensor. `weights` streams
+    the tensors where the model is on the meta device."""
     lines = []
     for name, tensor in own_tensors(objective, weights):
         first = tensor[(0,) * (tensor.ndim - 1)][:_NUMBERS].float().cpu()
@@ -33,28 +33,28 @@ def model_identity(objective: Denoising | NextToken, weights: Callable[[], Tenso
 
 
 def config_identity(config: TwoTowerConfig) -> dict[str, Any]:
-    """The values of a model's config."""
+    """The values of a model's config, under names that begin with `config.`."""
     values = dataclasses.asdict(config)
     del values["carried"]
     return {f"config.{name}": value for name, value in values.items()}
 
 
 def corpus_identity(corpus: Corpus) -> str:
-    """Its size and a hash of some of its rows."""
+    """The corpus's size and a hash of some of its rows, as text."""
     places = sorted({int(i) for i in np.linspace(0, len(corpus) - 1, _ROWS)})
     content = b"".join(part.tobytes() for place in places for part in corpus.row(place))
     return f"{len(corpus)} rows of {corpus.length} tokens, {_hash(content.hex())}"
 
 
 def settings_identity(what: object) -> dict[str, Any]:
-    """What decides what is learnt, of a `DenoisingConfig` or `NextTokenConfig`."""
+    """The settings of an objective's config that decide what is learnt, by name."""
     assert dataclasses.is_dataclass(what)
     assert not isinstance(what, type)
     return {name: value for name, value in dataclasses.asdict(what).items() if name not in _FREE}
 
 
 def denoising_config(state: Path, run: dict[str, Any]) -> DenoisingConfig:
-    """The settings that a state's run had. Raises ValueError where it trained no denoiser."""
+    """The settings of the denoising run recorded in `run`. Raises ValueError for a record of another kind of run."""
     names = [f.name for f in dataclasses.fields(DenoisingConfig) if f.name not in _FREE]
     if not run.keys() >= set(names):
         raise _another_kind(state)
@@ -62,11 +62,11 @@ def denoising_config(state: Path, run: dict[str, Any]) -> DenoisingConfig:
 
 
 def check_same(state: Path, was: dict[str, Any], now: dict[str, Any], step: int) -> None:
-    """Raises ValueError where what a state of `step` steps was trained with, and must stay, is not what is given now.
-    Phases that begin later may change."""
+    """Raises ValueError where the record `was` of a state after `step` steps differs from the run that is to resume,
+    `now`. Phases that begin after `step` may differ."""
     if was.keys() != now.keys():
         raise _another_kind(state)
-    now = json.loads(json.dumps(now))  # as it was read: lists for tuples
+    now = json.loads(json.dumps(now))  # `was` was read from JSON, where tuples have become lists
     for name in sorted(was):
         before, after = was[name], now[name]
         if name == "phases":

@@ -1,4 +1,4 @@
-"""Parameters, gradients and optimiser state spread over the ranks (FSDP2)."""
+"""Parameters, gradients and optimiser state sharded over the ranks, by PyTorch's FSDP2 (`fully_shard`)."""
 
 from collections.abc import Collection, Sequence
 
@@ -18,10 +18,10 @@ def shard_(
     dtype: torch.dtype | None,
     whole: Collection[nn.Parameter],
 ) -> None:
-    """Shards the parameters of `root` over the ranks, except those in `whole`.
+    """Shards the parameters of `root` over the ranks, except those in `whole`, which every rank keeps.
 
-    Each of `groups` is gathered for as long as it is used, what is in none while `root` is. `dtype` None gathers
-    parameters as they are; gradients are float32 sums over the ranks, not means.
+    The parameters of each of `groups` are gathered while its modules run, those in no group while `root` runs, in
+    `dtype` (None: as they are). Gradients are sums over the ranks, not means, in float32.
     """
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     policy = MixedPrecisionPolicy(
@@ -37,8 +37,8 @@ def shard_(
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
-def drop_gathered_(root: nn.Module) -> None:
-    """Lets go of the parameters that a sharded `root` keeps whole after a forward pass, so that they are gathered anew:
-    they have changed."""
+def drop_gathered_(root: object) -> None:
+    """Frees the whole parameters that a sharded `root` keeps after a forward pass, so that the next pass gathers them
+    anew. Needed where the shards have changed in between. Does nothing for a module that is not sharded."""
     if isinstance(root, FSDPModule):
         root.reshard()

@@ -1,4 +1,5 @@
-"""The trainer: one process or many ranks, resumable. Letters: b batch, t tokens."""
+"""The training loop, for one process or many ranks, which can be stopped and resumed. It knows of what is learnt only
+the protocol `Objective`."""
 
 import dataclasses
 import json
@@ -13,11 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from twotower.errors import SettingError
 from twotower.training.corpus.shards import Corpus, RowBatch
-from twotower.training.denoising import Denoising, DenoisingConfig
-from twotower.training.held_out import answer, measure
-from twotower.training.losses import LossPart
-from twotower.training.next_token import NextToken, NextTokenConfig
+from twotower.training.held_out import measure
+from twotower.training.objective import LossPart, Objective, ObjectiveConfig
 from twotower.training.run.checkpointing import Checkpoints, latest_state, read_progress, read_tensors_, stored_groups
 from twotower.training.run.identity import check_same, corpus_identity, model_identity, settings_identity
 from twotower.training.run.optimiser import Optimiser, total_norm
@@ -26,9 +26,6 @@ from twotower.training.run.ranks import Ranks
 from twotower.training.run.schedule import Fault, Guard, RateSchedule
 from twotower.training.run.sharding import drop_gathered_, shard_
 from twotower.training.run.weights import TensorStream, fill_
-
-# What is learnt: a module whose parameters that require a gradient are trained.
-Objective = Denoising | NextToken
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,8 +85,9 @@ class TrainConfig:
 
 
 class StepReport(NamedTuple):
-    """What one optimiser step did: `fault` says why it was skipped, if it was; `num_skipped` counts those so far;
-    `held_out` is what `Trainer.evaluate` gave, where it was called after it."""
+    """One optimiser step, numbered from 1: its loss in nats, the gradient's norm before clipping, the learning rate.
+    `fault` says why the step was skipped, None if it was not; `num_skipped` counts the skipped steps so far. `held_out`
+    is what `Trainer.evaluate` gave after it, None where it was not called."""
 
     step: int
     loss: float
@@ -101,33 +99,33 @@ class StepReport(NamedTuple):
     held_out: dict[str, float] | None = None
 
     def to_json(self) -> str:
-        """One line; numbers that are not finite, which JSON lacks, become null."""
+        """One line of JSON, with null for numbers that are not finite, which JSON cannot hold."""
         values = self._asdict().items()
         return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values})
 
 
-def check_run(
-    config: TrainConfig, what: DenoisingConfig | NextTokenConfig, num_ranks: int, *, has_held_out: bool
-) -> None:
-    """Raises ValueError where settings don't go together."""
+def check_run(config: TrainConfig, objective: ObjectiveConfig, num_ranks: int, *, has_held_out: bool) -> None:
+    """Raises ValueError where settings contradict each other."""
     if has_held_out != (config.evaluate_every > 0):
-        raise ValueError(f"evaluate_every is {config.evaluate_every}, must be above 0 with held-out rows, else 0")
+        raise SettingError("evaluate_every", config.evaluate_every, "above 0 with held-out rows, else 0")
     if config.shard and num_ranks == 1:
         raise ValueError("shard is set for one process, must be for several ranks; start them with torchrun")
-    if config.shard and what.compile:
+    if config.shard and objective.compile:
         raise ValueError("shard and compile are both set, must not be: gathered weights can't be traced; drop one")
 
 
 class Trainer:
-    """Steps an objective over a corpus; `folder` holds the state to resume from and the metrics.
+    """Trains an objective on a corpus. `folder` keeps the metrics and the saved states, from which a run resumes.
 
-    All ranks make one and call `run`: each with the whole model or, to shard it, with a model on the meta device whose
-    released tensors `weights` gives one at a time, so that no rank ever holds more than its shards.
+    Every rank makes a trainer and calls `run`. Each has the whole model or, with `config.shard`, a model on the meta
+    device; `weights` then streams its released tensors, and each rank keeps its shards only. `held_out` are rows to
+    measure every `config.evaluate_every` steps. Raises ValueError, before anything is written, for settings that
+    contradict each other.
     """
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Objective[Any],
         corpus: Corpus,
         config: TrainConfig,
         folder: str | Path,
@@ -150,8 +148,12 @@ class Trainer:
         self.step = self.samples = 0
 
     def run(self, report: Callable[[StepReport], None]) -> None:
-        """Trains to `config.steps`, resuming from `folder` if it holds a state; calls `report` after each step. Raises
-        ValueError where the state is that of a run with another model, corpus, seed or objective."""
+        """Trains up to `config.steps`, from the saved state in `folder` if there is one; `report` gets every step.
+
+        Writes `metrics.jsonl`, one step a line, and a state every `config.checkpoint_every` steps and after the last.
+        Raises ValueError where the state belongs to a run with another model, corpus, seed or objective, where a state
+        can't be written, and where too many of the last steps had to be skipped.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         state = latest_state(self.folder)
         if state is not None:
@@ -180,7 +182,7 @@ class Trainer:
         self.ranks.wait()
 
     def train_step(self) -> StepReport:
-        """One optimiser step; rows and noise depend on (seed, samples seen) alone."""
+        """One optimiser step. Its rows and their noise depend on the seed and the number of rows seen alone."""
         start = time.perf_counter()
         c = self.config
         mine = range(self.samples + self.share.start, self.samples + self.share.stop)
@@ -193,8 +195,7 @@ class Trainer:
         fault = self.guard.judge(self.step, loss, norm)
         if fault is None:
             self.optimiser.update(rate, c.max_grad_norm, norm)
-            if loads is not None and isinstance(self.objective, NextToken):
-                self.objective.balance_(loads)
+            self.objective.after_update_(loads)
             self.optimiser.average(self.step + 1 - self.guard.num_skipped)
         self.optimiser.clear()
         self.step += 1
@@ -203,9 +204,8 @@ class Trainer:
         return StepReport(self.step, loss, norm, rate, fault, self.guard.num_skipped, speed)
 
     def evaluate(self) -> dict[str, float]:
-        """Nats per token of the held-out rows: `elbo` a bound for the denoiser, `ar` for the tower that is causal. Of a
-        denoiser that isn't sharded also what `held_out.answer` gives, where the rows hold questions. The same with the
-        running mean of the weights, if there is one, under names that begin with `ema_`."""
+        """Measures the held-out rows: nats per token as `Objective.measure` names them, and what `Objective.decode`
+        gives. With `ema_decay` also the same under the running mean of the weights, by names that begin with `ema_`."""
         found = self._measured()
         if self.optimiser.ema:
             drop_gathered_(self.objective)
@@ -219,20 +219,16 @@ class Trainer:
         at_once = self.config.micro_batch_size or len(self.share)
         step, device = self.step - 1, self.ranks.device
         found = measure(self.held_out, at_once, self.ranks, lambda batch: self.objective.measure(batch, step, device))
-        # Decoding passes through no module that would gather shards
-        if isinstance(self.objective, Denoising) and not self.config.shard:
-            model = self.objective.model
-            block_size = self.objective.config.block_size(step, model.config.block_size)
-            found |= answer(model, self.held_out, block_size, self.ranks)
-        return found
+        # FSDP gathers shards in its modules' forward hooks, which decoding does not run.
+        return found if self.config.shard else found | self.objective.decode(self.held_out, step, self.ranks)
 
     def _due(self, every: int) -> bool:
-        """True after each `every` steps and after the last, if ever."""
+        """Whether the step just made is one of every `every` or the last; never if `every` is 0."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
     def _backward(self, batch: RowBatch) -> tuple[float, Tensor | None]:
-        """Adds this rank's part of the step's gradient, one micro-batch after the other; returns the loss and the loads
-        of all."""
+        """Accumulates this rank's gradient, one micro-batch after the other; returns the loss and the expert loads,
+        both summed over all ranks."""
         rows = self.objective.prepare(batch, self.step, self.config.seed, self.ranks.device)
         denominators = self.ranks.total(rows.denominators)
         num_rows, total = len(batch.ids), 0.0
@@ -259,7 +255,7 @@ class Trainer:
             tensors.pop("ema", None)
         read_tensors_(state, tensors, self.ranks)
         self.optimiser.round_()
-        if "ema" not in tensors:  # begins here
+        if "ema" not in tensors:  # the run had none so far: it begins here
             for name, mean in self.optimiser.ema.items():
                 mean.copy_(self.optimiser.masters[name])
         self.step, self.samples = progress["step"], progress["samples"]
@@ -267,12 +263,13 @@ class Trainer:
 
 
 def _optimiser(
-    objective: Objective,
+    objective: Objective[Any],
     config: TrainConfig,
     ranks: Ranks,
     weights: Callable[[], TensorStream] | None,
 ) -> Optimiser:
-    """Gives the objective's parameters the precision and place that the run asks for, and an optimiser."""
+    """Rounds and shards the objective's parameters as the run asks for, and makes the optimiser that trains them."""
+    assert isinstance(objective, nn.Module)
     model, exact = objective.model, {}
     coarse = {id(p) for p in coarse_parameters(model, torch.bfloat16)}
     named = trained_parameters(objective)
@@ -289,13 +286,13 @@ def _optimiser(
     return Optimiser(trained_parameters(objective), exact, weight_decay=config.weight_decay, ema_decay=config.ema_decay)
 
 
-def trained_parameters(objective: Objective) -> dict[str, nn.Parameter]:
-    """Name -> parameter, each once."""
+def trained_parameters(objective: Objective[Any]) -> dict[str, nn.Parameter]:
+    """Name -> parameter of everything that is trained; a parameter with several names has the first."""
     return {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
 
 
 def _drop_later_metrics(file: Path, step: int) -> None:
-    """Steps after the saved state are run again: their lines would stand twice."""
+    """Drops the lines of steps after `step`, which are run again and would otherwise have two lines."""
     if file.exists():
         lines = file.read_text().splitlines(keepends=True)
         partial = file.with_suffix(".partial")
