@@ -66,9 +66,22 @@ _FILE_KEYS = {
 class TwoTowerConfig:
     """Shapes and switches of both towers (they share one config).
 
-    `pattern` has one character per layer: `M` Mamba-2, `*` attention, `-` MLP, `E` experts. `use_rope` and
-    `gated_mlp` turn the pattern `*-*-…` into a Llama-family backbone. `block_size` is the block length the denoiser
-    was trained at. `carried` holds the keys of the source config.json that inference does not read.
+    Of the whole tower: `vocab_size`, the width `hidden_size`, and `pattern`, which has one character per layer: `M`
+    Mamba-2, `*` attention, `-` MLP, `E` experts. `layer_norm_epsilon` is that of every RMSNorm; `residual_in_fp32`
+    keeps the sum of the layers in float32; `tie_word_embeddings` makes the head the embedding. `bos_token_id`, `eos_token_id`
+    (one or several) and `mask_token_id` are the special tokens. `block_size` is the block length that the denoiser was
+    trained at. `carried` holds the keys of the source config.json that inference does not read.
+
+    Of `*`: `num_attention_heads` of width `head_dim`, which share `num_key_value_heads`; `attention_bias`; rotary
+    positions with `use_rope` and `rope_theta`. Of `-`: its width `intermediate_size`, its activation `mlp_hidden_act`,
+    which experts have too, `mlp_bias`, and `gated_mlp`. `use_rope` and `gated_mlp` turn the pattern `*-*-…` into a
+    Llama-family backbone.
+
+    Of `M`: `mamba_num_heads` of width `mamba_head_dim`, with states of width `mamba_state_size` and `mamba_num_groups`
+    of B and C; a convolution over `conv_kernel` tokens, with a bias if `use_conv_bias`; `use_bias` in the projections;
+    step sizes clamped to `time_step_limit`. Of `E`: `num_experts` of width `expert_intermediate_size`, of which each
+    token uses `num_experts_per_tok`, beside a shared expert of width `shared_expert_intermediate_size`; the chosen lie
+    in `expert_topk_groups` of `expert_num_groups`; their weights sum to `routed_scaling_factor` if `norm_topk_prob`.
     """
 
     vocab_size: int
@@ -120,6 +133,7 @@ class TwoTowerConfig:
 
     @property
     def num_layers(self) -> int:
+        """Layers of one tower."""
         return len(self.pattern)
 
     @property
@@ -134,6 +148,7 @@ class TwoTowerConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text; `eos_token_id` is one, several or None."""
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
@@ -193,6 +208,7 @@ class TwoTowerConfig:
         return cls.from_dict(raw)
 
     def to_json(self, path: str | Path) -> None:
+        """Writes `to_dict` to a file, as the released config.json is written."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1))
 
 

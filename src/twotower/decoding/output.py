@@ -29,7 +29,8 @@ class BlockView(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationStats:
-    """What a generation cost: forward passes and seconds. Prefill counts as one context call."""
+    """What a generation cost: `denoiser_calls` (NFEs) and `context_calls`, of which prefill is one,
+    `seconds_to_first_token` and `seconds_total` since the request arrived, for `num_tokens` new tokens."""
 
     denoiser_calls: int
     context_calls: int
@@ -49,7 +50,8 @@ class Generation:
 
     `token_ids` are the new tokens, the end token included; `text` is their text up to a stop string, None without a
     tokenizer. `commit_steps` and `confidences` go with `token_ids`: the denoising step of its block at which each
-    token was committed (0 in modes without blocks) and the probability that it had then.
+    token was committed (0 in modes without blocks) and the probability that it had then. `finish_reason` is "stop"
+    after an end token, a stop string or the end of a format, and "length" after `max_new_tokens`; `stats` say what it cost.
     """
 
     token_ids: list[int]

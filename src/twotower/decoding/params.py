@@ -20,9 +20,12 @@ COMMIT_RULES: tuple[str, ...] = get_args(CommitRule)
 class SamplingParams:
     """One request's settings. `mode` and `commit_rule` name the algorithm; the rest are its numbers.
 
-    `block_size` is S, tokens filled together (for `verified`: the draft's length, at most, unless `adaptive_draft` is
-    off); `steps_per_block` is T, the most denoising steps a block may take; `confidence_threshold` is γ. `temperature`
-    0 is greedy. `seed` None draws one.
+    At most `max_new_tokens` are written. `block_size` is S, the tokens that are filled together (for `verified` the
+    draft's length, which is shorter at times unless `adaptive_draft` is off); `steps_per_block` is T, the most
+    denoising steps that a block may take; `confidence_threshold` is γ.
+
+    `temperature` 0 takes the likeliest token. Above 0 tokens are sampled, among the `top_k` likeliest or among the
+    likeliest that together have probability `top_p`, where these are given. `seed` None draws one.
     `stop` strings end the text before them; an end token ends it unless `ignore_eos`.
 
     At most one of `json_schema` (its text), `regex` and `grammar` (llguidance's Lark) is what the text must match.

@@ -64,6 +64,7 @@ class AsyncEngine:
 
     @property
     def model(self) -> TwoTower:
+        """The model that the engine runs."""
         return self._engine.model
 
     @property

@@ -122,6 +122,7 @@ class ContextState:
 
     @property
     def batch_size(self) -> int:
+        """Rows b."""
         return len(self.lengths)
 
     @property
@@ -181,6 +182,7 @@ class ContextState:
 
     @property
     def device(self) -> torch.device:
+        """Where the state's tensors are."""
         for tensor in (*self.buffer.keys, *(m.ssm for m in self.mamba)):
             return tensor.device
         return torch.device("cpu") if self.next_logits is None else self.next_logits.device

@@ -51,10 +51,12 @@ class TwoTower(nn.Module):
 
     @property
     def context_device(self) -> torch.device:
+        """Where the context tower runs."""
         return self.context_tower.embeddings.device
 
     @property
     def denoiser_device(self) -> torch.device:
+        """Where the denoiser tower runs."""
         return self.denoiser_tower.embeddings.device
 
     @torch.no_grad()
