@@ -68,9 +68,10 @@ class TwoTowerConfig:
 
     Of the whole tower: `vocab_size`, the width `hidden_size`, and `pattern`, which has one character per layer: `M`
     Mamba-2, `*` attention, `-` MLP, `E` experts. `layer_norm_epsilon` is that of every RMSNorm; `residual_in_fp32`
-    keeps the sum of the layers in float32; `tie_word_embeddings` makes the head the embedding. `bos_token_id`, `eos_token_id`
-    (one or several) and `mask_token_id` are the special tokens. `block_size` is the block length that the denoiser was
-    trained at. `carried` holds the keys of the source config.json that inference does not read.
+    keeps the sum of the layers in float32; `tie_word_embeddings` makes the head the embedding. `bos_token_id`,
+    `eos_token_id` (one or several) and `mask_token_id` are the special tokens. `block_size` is the block
+    length that the denoiser was trained at. `carried` holds the keys of the source config.json that inference does not
+    read.
 
     Of `*`: `num_attention_heads` of width `head_dim`, which share `num_key_value_heads`; `attention_bias`; rotary
     positions with `use_rope` and `rope_theta`. Of `-`: its width `intermediate_size`, its activation `mlp_hidden_act`,

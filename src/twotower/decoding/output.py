@@ -51,7 +51,8 @@ class Generation:
     `token_ids` are the new tokens, the end token included; `text` is their text up to a stop string, None without a
     tokenizer. `commit_steps` and `confidences` go with `token_ids`: the denoising step of its block at which each
     token was committed (0 in modes without blocks) and the probability that it had then. `finish_reason` is "stop"
-    after an end token, a stop string or the end of a format, and "length" after `max_new_tokens`; `stats` say what it cost.
+    after an end token, a stop string or the end of a format, and "length" after `max_new_tokens`; `stats` say what
+    it cost.
     """
 
     token_ids: list[int]
