@@ -121,7 +121,7 @@ def seeded_step(model: TwoTower, case: Case, *, recompute: bool) -> None:
 def ar_step(model: TwoTower, case: Case) -> None:
     train_only(model, context=True)
     tower = model.context_tower
-    plan = make_plan(case.noisy.layout, chunk_size=64, conv_kernel=CONFIG.conv_kernel, rope=None)
+    plan = make_plan(CONFIG, case.noisy.layout, chunk_size=64, dtype=torch.float32)
     x = tower.embed(case.x0)
     for layer in tower.stack:
         entered = layer.enter(x, None, torch.float32)
@@ -147,7 +147,7 @@ def boundary_context(model: TwoTower, x0: Tensor, layout: Layout) -> list[Bounda
     tower, t = model.context_tower, x0.shape[1]
     block_size = int(layout.block_end[0, 0])
     # chunks of one block each: their initial states are the boundary states
-    plan = make_plan(layout, chunk_size=block_size, conv_kernel=CONFIG.conv_kernel, rope=None)
+    plan = make_plan(CONFIG, layout, chunk_size=block_size, dtype=torch.float32)
     causal = bias(torch.ones(t, t, dtype=torch.bool).tril())
     kept: list[Boundary | tuple[Tensor, Tensor] | None] = []
     x = tower.embed(x0)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.one_tower import OneTower
 from twotower.training.corpus.shards import Corpus, RowBatch
-from twotower.training.forward.block_parallel import CHUNK_SIZE
 from twotower.training.forward.causal_parallel import Causal, causal_hidden
 from twotower.training.forward.layout import Layout, make_layout
+from twotower.training.forward.seeded_mixers import CHUNK_SIZE
 from twotower.training.losses import next_token_targets, token_sums
 from twotower.training.objective import LossPart, Measured
 from twotower.training.run.compiling import compiled

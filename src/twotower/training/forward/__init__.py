@@ -1,1 +1,1 @@
-"""The training pass: every block of a sequence at once, each seeded with the context tower's states before it."""
+"""The training pass: both towers over all blocks of a sequence at once, differentiable."""

@@ -1,32 +1,33 @@
-"""The training pass: the denoiser over every block of a sequence at once.
+"""The training pass of both towers: the denoiser over every block of a sequence at once (see `layout` for a drawing).
 
 Letters: b batch, v views (noisy versions of one row), t tokens, d width, l noise levels.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from twotower.model.attention import Attention, rotation
+from twotower.model.attention import Attention
 from twotower.model.layer import Layer
 from twotower.model.mamba2 import Mamba2
 from twotower.model.time_conditioning import Modulation
 from twotower.model.two_tower import TwoTower
 from twotower.training.forward.layout import Layout
-from twotower.training.forward.seeded_mixers import Plan, block_mixed, context_mixed, context_seed, make_plan
-
-T = TypeVar("T")
-
-# Tokens of a chunk of the scan, which keeps one state per chunk and products quadratic in it.
-CHUNK_SIZE = 64
+from twotower.training.forward.recompute import maybe_recomputed
+from twotower.training.forward.seeded_mixers import (
+    CHUNK_SIZE,
+    Plan,
+    block_mixed,
+    context_mixed,
+    context_seed,
+    make_plan,
+)
 
 
 class Hidden(NamedTuple):
-    """The denoiser's last hidden (v·b, t, d) and, where asked for, the context tower's (b, t, d)."""
+    """The last hidden states of the denoiser (v·b, t, d) and, where asked for, of the context tower (b, t, d)."""
 
     denoiser: Tensor
     context: Tensor | None
@@ -43,15 +44,17 @@ def block_parallel_hidden(
     recompute: bool = False,
     with_context: bool = False,
 ) -> Hidden:
-    """Both towers' last hidden states for noisy tokens xt given the context tower's pass over clean tokens x0.
+    """Both towers' last hidden states: the context tower's of clean tokens x0, the denoiser's of noisy tokens xt.
 
-    x0 (b, t) int64; xt (v·b, t) int64, v noisy versions of x0 stacked; t (v·b, t) each position's noise level
-    (constant within a block). A position sees the context tower's keys, convolution rows and SSM state of earlier
-    blocks of its document, and the noisy tokens of its own block. The towers advance layer by layer. Where no parameter
-    of the context tower requires a gradient it runs without one, and only as far up as something reads it.
+    x0 (b, t) int64; xt (v·b, t) int64, v noisy versions of x0 stacked; t (v·b, t) float, each position's noise level,
+    constant within a block. Every block is computed as decoding would compute it: from its own noisy tokens and the
+    context tower's keys, convolution rows and SSM state before it. Both towers advance one layer at a time.
 
-    `recompute` keeps one residual stream per layer and computes the rest again in backward, with only one layer's
-    tensors live, for a third more time. The result doesn't depend on it, nor, but for rounding, on `chunk_size`.
+    Where no parameter of the context tower requires a gradient, it runs without one, and without `with_context` only up
+    to the last layer that seeds the denoiser. `recompute` keeps one residual stream per layer and recomputes the rest
+    in backward, one layer at a time, which takes a third more time. `chunk_size` is the number of tokens in a chunk of
+    the scan; it and `recompute` change nothing in the result but, in the case of `chunk_size`, rounding. Raises
+    ValueError where shapes don't fit.
     """
     config = model.config
     context, denoiser = model.context_tower, model.denoiser_tower
@@ -61,44 +64,39 @@ def block_parallel_hidden(
         rows, tokens = layout.block.shape
         raise ValueError(f"the layout is {rows} rows of {tokens} tokens, must be 1 or x0's {tuple(x0.shape)}")
     dtype = denoiser.activation_dtype
-    plan, levels, index = _prepare(model, t, layout, chunk_size)
+    plan = make_plan(config, layout, chunk_size=chunk_size, dtype=dtype)
+    levels, index = _distinct(t)
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in context.parameters())
     with torch.set_grad_enabled(learns):
         clean: Tensor | None = context.embed(x0)
     noisy = denoiser.embed(xt)
-    # Above the last layer that seeds the denoiser nobody reads the context tower
+    # The number of layers after which the context tower's residual stream is still read: above the last layer that
+    # seeds the denoiser it is read by nothing but its own head.
     top = len(config.pattern) if with_context else max(config.pattern.rfind("M"), config.pattern.rfind("*"))
     shared = model.time_conditioning.shared(levels)
     for i, (below, layer) in enumerate(zip(context.stack, denoiser.stack, strict=True)):
         step = _LayerPair(below, layer, plan, dtype, learns, i < top)
         time = (model.time_conditioning.tables[i], shared, index)
+        # `Layer.forward` only calls the function it is given. The pair runs inside both layers' forward, below's and
+        # layer's, because FSDP gathers a module's shards in hooks around it.
         noisy, clean = below(layer, step.run, noisy, clean, *time, recompute and torch.is_grad_enabled())
     with torch.set_grad_enabled(learns):
         finished = context.finish(clean) if with_context and clean is not None else None
     return Hidden(denoiser.finish(noisy), finished)
 
 
-class _Prepared(NamedTuple):
-    """What doesn't depend on weights or tokens: the plan, the levels (l,) and which of them each position has."""
-
-    plan: Plan
-    levels: Tensor
-    which: Tensor
-
-
-@torch.compiler.disable  # sizes depend on values
-def _prepare(model: TwoTower, t: Tensor, layout: Layout, chunk_size: int) -> _Prepared:
-    config, dtype = model.config, model.denoiser_tower.activation_dtype
-    rope = rotation(layout.position, config.head_dim, config.rope_theta, dtype) if config.use_rope else None
-    plan = make_plan(
-        layout, chunk_size=chunk_size if "M" in config.pattern else None, conv_kernel=config.conv_kernel, rope=rope
-    )
-    levels, index = t.unique(return_inverse=True)  # few: one per block of each row at most
-    return _Prepared(plan, levels, index)
+@torch.compiler.disable  # the number of levels depends on values
+def _distinct(t: Tensor) -> tuple[Tensor, Tensor]:
+    """The noise levels (l,) that occur in t (v·b, t), at most one per block, and each position's index among them."""
+    levels, index = t.unique(return_inverse=True)
+    return levels, index
 
 
 class _LayerPair(NamedTuple):
-    """The same layer of both towers."""
+    """The same layer of both towers: `below` of the context tower, `layer` of the denoiser.
+
+    `learns`: the context tower gets a gradient. `needs_clean`: something reads the context tower above this layer.
+    """
 
     below: Layer
     layer: Layer
@@ -110,8 +108,8 @@ class _LayerPair(NamedTuple):
     def run(
         self, noisy: Tensor, clean: Tensor | None, table: Tensor, shared: Tensor, index: Tensor, recompute: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The next residual streams: noisy (v·b, t, d) and, while it is needed, clean (b, t, d); `table`, `shared` and
-        `index` are what `_modulation` reads."""
+        """The residual streams after this layer: noisy (v·b, t, d) and clean (b, t, d), None once nothing reads it.
+        `table`, `shared` and `index` are the arguments of `_modulation`."""
         time = (table, shared, index)
         if self.layer.kind in "M*":
             return maybe_recomputed(recompute, self._seeded, noisy, clean, *time)
@@ -135,7 +133,8 @@ class _LayerPair(NamedTuple):
         noisy = self.layer.leave(noisy, views[0] if len(views) == 1 else torch.cat(views), own)
         if not self.needs_clean:
             return noisy, None
-        # Last, because recomputing stops at the last tensor that backward needs: a frozen tower's output is made once
+        # Computed last: recomputing in backward stops at the last tensor that backward needs, which for a frozen
+        # context tower is before this.
         with torch.set_grad_enabled(self.learns):
             return noisy, self.below.leave(clean, context_mixed(context, seed, self.plan, self.dtype), None)
 
@@ -151,14 +150,7 @@ class _LayerPair(NamedTuple):
         return self.layer.leave(noisy, mixer(self.layer.enter(noisy, own, self.dtype)), own)
 
 
-def maybe_recomputed(recompute: bool, function: Callable[..., T], *arguments: object) -> T:
-    if not recompute:
-        return function(*arguments)
-    result: T = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return result
-
-
 def _modulation(table: Tensor, shared: Tensor, index: Tensor) -> Modulation:
-    """A layer's modulation (v·b, t, d) at every position: its table (3, d) plus each level's share (l, 3, d), by
-    index (v·b, t)."""
+    """A layer's shift, scale and gate (v·b, t, d) at every position: the layer's own table (3, d) plus the part that
+    all layers share of each noise level (l, 3, d), looked up by index (v·b, t)."""
     return Modulation(*(F.embedding(index, part) for part in (shared + table).unbind(1)))

@@ -1,4 +1,26 @@
-"""Where blocks and documents lie in a training batch. Letters: r rows (b, or 1 where all agree), t tokens."""
+"""Where blocks and documents lie in a training batch, and what each position of them may see.
+
+The clean tokens x0 go through the context tower, which is causal within a document. The noisy tokens xt go through the
+denoiser: position i sees all noisy tokens of its own block, and the clean tokens of its document before the block. With
+blocks of 2 tokens and two documents of 4 and 3 tokens, x for what position i sees as position j:
+
+                           context tower          denoiser
+                           clean j                clean j                noisy j
+    document  block  i     0 1 2 3 4 5 6          0 1 2 3 4 5 6          0 1 2 3 4 5 6
+        0       0    0     x                                             x x
+        0       0    1     x x                                           x x
+        0       1    2     x x x                  x x                        x x
+        0       1    3     x x x x                x x                        x x
+        1       2    4             x                                             x x
+        1       2    5             x x                                           x x
+        1       3    6             x x x                  x x                        x
+
+The denoiser's two parts are the masks M_OBC and M_BD of BD3-LM (arXiv 2503.09573), so one pass over [x0 | xt] trains
+every block as decoding would run it. Attention reads these positions; a convolution those of them that its taps reach;
+an SSM's state before a block is the context tower's after the clean tokens that the block sees.
+
+Letters: r rows (b, or 1 where all agree), t tokens.
+"""
 
 import dataclasses
 import functools
@@ -6,16 +28,17 @@ import functools
 import torch
 from torch import Tensor
 
+from twotower.errors import SettingError
 from twotower.ops import seeded_conv, tiled_attention
 from twotower.ops.chunks import Chunks, make_chunks
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """`block` and `document` (r, t) int64: the index of each position's block and document, non-decreasing along a row.
+    """`block` and `document` (r, t) int64 number each position's block and document, non-decreasing along a row.
 
-    A document starts a new block, and nothing passes from one document to the next; padding is a document that is
-    never scored.
+    Every document starts a new block, and no document sees another. Padding is a document that is never scored. Raises
+    ValueError for numbers that break these rules.
     """
 
     block: Tensor
@@ -52,34 +75,35 @@ class Layout:
         return torch.arange(self.block.shape[1], device=self.block.device) - self.document_start
 
     def context_keys(self) -> tiled_attention.KeyReach:
-        """Causal within a document."""
+        """The keys that the context tower's queries see: causal within a document."""
         token = torch.arange(self.block.shape[1], device=self.block.device)
         return tiled_attention.KeyReach(self.document_start, self.document_start, (token + 1).expand_as(self.block))
 
     def block_keys(self) -> tiled_attention.KeyReach:
-        """The own block both ways, and the document before it."""
+        """The keys that the denoiser's queries see: all of their own block, and the clean document before it."""
         return tiled_attention.KeyReach(self.document_start, self.block_start, self.block_end)
 
     def context_rows(self, width: int) -> seeded_conv.RowReach:
-        """What a convolution of `width` taps reads in the context tower."""
+        """The rows that a convolution of `width` taps reads in the context tower."""
         return seeded_conv.make_reach(self.document_start, self.document_start, width)
 
     def block_rows(self, width: int) -> seeded_conv.RowReach:
-        """What a convolution of `width` taps reads in a block."""
+        """The rows that a convolution of `width` taps reads in the denoiser: of its block, and clean ones before it."""
         return seeded_conv.make_reach(self.document_start, self.block_start, width)
 
     def chunks(self, size: int) -> Chunks:
+        """The rows cut into chunks of whole blocks, about `size` tokens each, for the scan."""
         return make_chunks(self.block, self.document, size)
 
 
 def make_layout(document: Tensor, block_size: int, offset: Tensor | int = 0) -> Layout:
-    """Blocks of `block_size` within each document of `document` (r, t).
+    """Blocks of `block_size` tokens within each document of `document` (r, t) int64.
 
-    The grid starts `offset` tokens (an integer or (r,)) before each document, so a document's first block is that much
-    shorter and its last may be short too.
+    The grid of blocks starts `offset` tokens, an integer or (r,), before each document, so that a document's first
+    block is shorter by `offset`; its last may be short too. Raises ValueError for an offset outside [0, block_size).
     """
     if block_size < 1:
-        raise ValueError(f"block_size is {block_size}, must be at least 1")
+        raise SettingError("block_size", block_size, "at least 1")
     offset = torch.as_tensor(offset, device=document.device)
     if bool(((offset < 0) | (offset >= block_size)).any()):
         raise ValueError(f"offset is {offset.tolist()}, must be in [0, block_size={block_size})")

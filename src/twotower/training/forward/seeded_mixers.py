@@ -1,4 +1,5 @@
-"""The mixers of the training pass: the context tower's side, and every block's side seeded with it.
+"""Attention and Mamba-2 in the training pass: the context tower's side over clean tokens, and the denoiser's side over
+noisy ones, which starts every block from the context tower's keys, convolution rows and SSM states before it.
 
 Letters: b batch, t tokens, d width, c chunks, q places of a chunk, h heads, p head width, n state width, k KV heads.
 """
@@ -9,9 +10,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from twotower.model.attention import Attention, Projected, Rotation
+from twotower.config import TwoTowerConfig
+from twotower.model.attention import Attention, Projected, Rotation, rotation
 from twotower.model.mamba2 import Mamba2
 from twotower.ops import seeded_conv
 from twotower.ops.chunks import Chunks, take
@@ -19,10 +20,15 @@ from twotower.ops.norm import gated_group_rms_norm
 from twotower.ops.seeded_ssd import ChunkInputs, chunk_states, context_output, seeded_output
 from twotower.ops.tiled_attention import Tile, make_tiles, tiled_attention
 from twotower.training.forward.layout import Layout
+from twotower.training.forward.recompute import maybe_recomputed
+
+# The number of tokens in a chunk of the scan. It keeps one state per chunk and computes products quadratic in the size.
+CHUNK_SIZE = 64
 
 
 class Plan(NamedTuple):
-    """What a layout means to each mixer; made once per pass. `rope` is None where the model has none."""
+    """A layout in the terms of each mixer, made once per pass: the chunks of the scan (None without `M` layers), the
+    rows that convolutions read, the tiles of attention, and RoPE's angles (None for models without RoPE)."""
 
     chunks: Chunks | None
     context_rows: seeded_conv.RowReach
@@ -32,21 +38,22 @@ class Plan(NamedTuple):
     rope: Rotation | None
 
 
-def make_plan(layout: Layout, *, chunk_size: int | None, conv_kernel: int, rope: Rotation | None) -> Plan:
-    """`chunk_size` None is for models without `M` layers."""
+@torch.compiler.disable  # the plan's sizes depend on values of the layout
+def make_plan(config: TwoTowerConfig, layout: Layout, *, chunk_size: int, dtype: torch.dtype) -> Plan:
+    """The plan of a pass with activations of `dtype`."""
     return Plan(
-        None if chunk_size is None else layout.chunks(chunk_size),
-        layout.context_rows(conv_kernel),
-        layout.block_rows(conv_kernel),
+        layout.chunks(chunk_size) if "M" in config.pattern else None,
+        layout.context_rows(config.conv_kernel),
+        layout.block_rows(config.conv_kernel),
         make_tiles(layout.context_keys()),
         make_tiles(layout.block_keys()),
-        rope,
+        rotation(layout.position, config.head_dim, config.rope_theta, dtype) if config.use_rope else None,
     )
 
 
 class MambaSeed(NamedTuple):
-    """The context tower's side of one `M` layer: raw xBC (b, t, c), the scan's inputs and A (h,), and the state before
-    each chunk (b, c, h, p, n); the gate z (b, t, h·p) is for its own output."""
+    """The context tower's side of one `M` layer: xBC before the convolution (b, t, channels), the scan's inputs, A (h,)
+    and the state before each chunk (b, c, h, p, n). The gate z (b, t, h·p) is for the layer's own output only."""
 
     z: Tensor
     xbc: Tensor
@@ -56,7 +63,7 @@ class MambaSeed(NamedTuple):
 
 
 class AttentionSeed(NamedTuple):
-    """The context tower's side of one `*` layer."""
+    """The context tower's side of one `*` layer: its queries, keys and values."""
 
     projected: Projected
 
@@ -65,7 +72,7 @@ Seed = MambaSeed | AttentionSeed
 
 
 def context_seed(mixer: Mamba2 | Attention, x: Tensor, plan: Plan) -> Seed:
-    """What the blocks read of a context layer with normed inputs x (b, t, d)."""
+    """The part of a context layer with normed inputs x (b, t, d) that the blocks read, and its own output needs."""
     if isinstance(mixer, Attention):
         return AttentionSeed(mixer.project(x, plan.rope))
     assert plan.chunks is not None
@@ -76,7 +83,7 @@ def context_seed(mixer: Mamba2 | Attention, x: Tensor, plan: Plan) -> Seed:
 
 
 def context_mixed(mixer: Mamba2 | Attention, seed: Seed, plan: Plan, dtype: torch.dtype) -> Tensor:
-    """The context layer's own output (b, t, d), causal."""
+    """The context layer's own output (b, t, d): causal attention, or the scan over each document."""
     if isinstance(mixer, Attention):
         assert isinstance(seed, AttentionSeed)
         q, key, value = seed.projected
@@ -88,7 +95,8 @@ def context_mixed(mixer: Mamba2 | Attention, seed: Seed, plan: Plan, dtype: torc
 
 
 def block_mixed(mixer: Mamba2 | Attention, x: Tensor, seed: Seed, plan: Plan, dtype: torch.dtype) -> Tensor:
-    """The denoiser layer's output (b, t, d) for every block of x (b, t, d), seeded with the context layer's side."""
+    """The denoiser layer's output (b, t, d) for the normed inputs x (b, t, d) of one view, each block seeded with the
+    context layer's side."""
     if isinstance(mixer, Attention):
         assert isinstance(seed, AttentionSeed)
         q, key, value = mixer.project(x, plan.rope)
@@ -104,14 +112,12 @@ def block_mixed(mixer: Mamba2 | Attention, x: Tensor, seed: Seed, plan: Plan, dt
 
 
 def _recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """Several (q, q) products per head are cheap to make again and would be most of what a layer saves."""
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    result: Tensor = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return result
+    """The scan's (q, q) products per head are cheap to compute again; kept, they would be most of a layer's memory."""
+    return maybe_recomputed(torch.is_grad_enabled(), function, *arguments)
 
 
 def _split(mixer: Mamba2, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z (b, t, h·p), xBC (b, t, channels) and dt (b, t, h) of normed inputs x (b, t, d)."""
     c = mixer.config
     z, xbc, dt = mixer.in_proj(x).split((c.mamba_width, c.conv_width, c.mamba_num_heads), dim=-1)
     return z, xbc, dt
@@ -126,6 +132,8 @@ def _scan_inputs(
     token: Tensor,
     filled: Tensor,
 ) -> ChunkInputs:
+    """The scan's inputs, laid out in chunks: the convolution over xBC, seeded with the context tower's rows, then SiLU;
+    dt = softplus(dt + bias), limited as the config says, and 0 in places that hold no token (`filled` False)."""
     c = mixer.config
     wide = torch.promote_types(xbc.dtype, torch.float32)
     active = F.silu(seeded_conv.seeded_conv(xbc, context, rows, mixer.conv_taps, mixer.conv_bias))
@@ -141,6 +149,7 @@ def _scan_inputs(
 
 
 def _finished(mixer: Mamba2, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """The layer's output (b, t, d) from the scan's y (b, t, h, p): gated norm and output projection."""
     c = mixer.config
     normed = gated_group_rms_norm(y.flatten(2), z, mixer.norm, c.mamba_num_groups, c.layer_norm_epsilon)
     return mixer.out_proj(normed.to(dtype))
