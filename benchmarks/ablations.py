@@ -40,9 +40,10 @@ from twotower.checkpoints.hf import resolve
 from twotower.config import TwoTowerConfig
 from twotower.eval.provenance import provenance
 from twotower.model.two_tower import TwoTower
+from twotower.training.config import DenoisingConfig, Phase
 from twotower.training.corpus.shards import Corpus, RowBatch
 from twotower.training.corruption import Corrupted
-from twotower.training.denoising import Denoising, DenoisingConfig, NoisyRows, Phase
+from twotower.training.denoising import Denoising, NoisyRows
 from twotower.training.forward.block_parallel import block_parallel_hidden
 from twotower.training.forward.layout import Layout, make_layout
 from twotower.training.run.trainer import TrainConfig, Trainer

@@ -15,11 +15,12 @@ from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.one_tower import OneTower
 from twotower.model.two_tower import TwoTower
-from twotower.training.denoising import Denoising, DenoisingConfig
+from twotower.training.config import DenoisingConfig, NextTokenConfig, TrainConfig
+from twotower.training.denoising import Denoising
 from twotower.training.losses import HEAD_ROWS
-from twotower.training.next_token import NextToken, NextTokenConfig
+from twotower.training.next_token import NextToken
 from twotower.training.run.precision import coarse_parameters
-from twotower.training.run.trainer import TrainConfig, trained_parameters
+from twotower.training.run.trainer import trained_parameters
 
 
 class Memory(NamedTuple):

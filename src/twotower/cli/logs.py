@@ -4,21 +4,10 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from twotower.training.run.checkpointing import latest_state, read_progress
 from twotower.training.run.trainer import StepReport
-
-TensorBoardOption = Annotated[
-    bool,
-    typer.Option("--tensorboard/--no-tensorboard", help="Also write OUT/tensorboard; needs the package tensorboard."),
-]
-WandbOption = Annotated[
-    str | None,
-    typer.Option("--wandb", metavar="PROJECT", help="Also log to this W&B project; needs the package wandb."),
-]
 
 
 @contextmanager

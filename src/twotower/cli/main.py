@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from twotower.errors import SettingError
+
 # Sub-command -> the line that `twotower --help` shows for it; its file has the same name.
 _COMMANDS = {
     "demo": "Watch one story written by diffusion and by autoregression.",
@@ -32,6 +34,8 @@ _COMMANDS = {
 
 # What the library raises at a user's mistake. Anything else is our defect and shows its traceback.
 _MISTAKES = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+# Where a context keeps the sub-command that was called
+_COMMAND = "twotower.cli.command"
 # A full disk, a full quota, a limit on files
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -42,12 +46,16 @@ class _LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
         module = importlib.import_module(f"twotower.cli.{name}")
-        return name, typer.main.get_command(module.app), rest
+        command = ctx.meta[_COMMAND] = typer.main.get_command(module.app)
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
             with _short_warnings():
                 return super().invoke(ctx)
+        except SettingError as error:
+            _complain("Error", error.told(_spelling(error.name, ctx.meta.get(_COMMAND))), "bold red")
+            raise typer.Exit(2) from None
         except _MISTAKES as error:
             _complain("Error", str(error), "bold red")
             raise typer.Exit(2) from None
@@ -58,6 +66,12 @@ class _LazyGroup(TyperGroup):
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+
+
+def _spelling(name: str, command: Any) -> str:
+    """How the command line spells a setting: the option that sets it, or the name where none does."""
+    spellings = [parameter.opts[0] for parameter in getattr(command, "params", []) if parameter.name == name]
+    return next(iter(spellings), name)
 
 
 @contextmanager

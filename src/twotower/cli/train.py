@@ -16,34 +16,12 @@ from twotower.checkpoints.hf import (
     resolve,
     save_rounded,
 )
-from twotower.cli.logs import TensorBoardOption, WandbOption
-from twotower.cli.options import DeviceOption, Dtype, check_out, open_device, open_model, torch_dtype
+from twotower.cli.options import check_out, open_device, open_model, torch_dtype
 from twotower.cli.prepare import prepare, towers_config
 from twotower.cli.recipe import RecipeOption
+from twotower.cli.settings import with_settings
 from twotower.cli.training import (
-    DEFAULTS,
-    BatchSizeOption,
-    Bf16Option,
-    CheckpointEveryOption,
-    CompileOption,
-    DecayStepsOption,
-    DryRunOption,
-    EmaDecayOption,
-    EvaluateEveryOption,
-    ExportOnlyOption,
-    FinalLearningRateOption,
-    LearningRateOption,
-    MaxGradNormOption,
-    MicroBatchSizeOption,
-    NumRanksOption,
-    RecomputeOption,
-    SeedOption,
-    ShardOption,
-    SkipLimitOption,
-    SpikeFactorOption,
-    StepsOption,
-    WarmupStepsOption,
-    WeightDecayOption,
+    RunOptions,
     export_state,
     num_processes,
     open_corpus,
@@ -53,22 +31,20 @@ from twotower.cli.training import (
     torchrun_ranks,
 )
 from twotower.model.two_tower import TwoTower
+from twotower.training.config import DenoisingConfig, TrainConfig
 from twotower.training.corpus.shards import is_corpus
 from twotower.training.corpus.text import TextConfig
-from twotower.training.corruption import LevelPer
-from twotower.training.denoising import ContextTraining, Denoising, DenoisingConfig, Phase
-from twotower.training.losses import Reduction
+from twotower.training.denoising import Denoising
 from twotower.training.run.checkpointing import read_progress
 from twotower.training.run.identity import check_same, denoising_config, model_identity
-from twotower.training.run.trainer import TrainConfig, Trainer, check_run
+from twotower.training.run.trainer import Trainer, check_run
 from twotower.training.run.weights import TensorStream
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-_DEFAULTS = DenoisingConfig()
-
 
 @app.command("train")
+@with_settings
 def command(
     model: Annotated[
         str,
@@ -87,69 +63,9 @@ def command(
     out: Annotated[
         Path, typer.Argument(help="Directory for state/, metrics.jsonl and checkpoint/; a state in it is resumed.")
     ],
-    steps: StepsOption = DEFAULTS.steps,
-    batch_size: BatchSizeOption = DEFAULTS.batch_size,
-    learning_rate: LearningRateOption = DEFAULTS.learning_rate,
-    final_learning_rate: FinalLearningRateOption = DEFAULTS.final_learning_rate,
-    warmup_steps: WarmupStepsOption = DEFAULTS.warmup_steps,
-    decay_steps: DecayStepsOption = DEFAULTS.decay_steps,
-    weight_decay: WeightDecayOption = DEFAULTS.weight_decay,
-    max_grad_norm: MaxGradNormOption = DEFAULTS.max_grad_norm,
-    micro_batch_size: MicroBatchSizeOption = DEFAULTS.micro_batch_size,
-    reduction: Annotated[
-        Reduction,
-        typer.Option(
-            help="Mean over the step's masked positions, mean of each row's mean, or the likelihood bound in nats per "
-            "token, for which --full-mask-fraction and --later-weight must be 0."
-        ),
-    ] = _DEFAULTS.reduction,
-    level_per: Annotated[
-        LevelPer, typer.Option(help="Draw the noise level once per block or once per row.")
-    ] = _DEFAULTS.level_per,
-    full_mask_fraction: Annotated[
-        float, typer.Option(help="Blocks that are wholly masked, 0 to 1.")
-    ] = _DEFAULTS.full_mask_fraction,
-    later_weight: Annotated[
-        float, typer.Option(help="Mask later positions of a block more often, by exp(this x (1 - level) x place).")
-    ] = _DEFAULTS.later_weight,
-    complementary: Annotated[
-        bool,
-        typer.Option(
-            "--complementary/--no-complementary",
-            help="Also train on each row with the other positions masked; --later-weight must be 0.",
-        ),
-    ] = False,
-    phases: Annotated[
-        str,
-        typer.Option(
-            help="Block sizes with the step from which each holds, such as 0:32,2000:16.",
-            show_default="the checkpoint's, throughout",
-        ),
-    ] = "",
-    distil_weight: Annotated[
-        float,
-        typer.Option(help="Weight of the divergence from the context tower's own distribution of each masked token."),
-    ] = _DEFAULTS.distil_weight,
-    context: Annotated[
-        ContextTraining,
-        typer.Option(help="Keep the context tower as it is, train it too, or train one tower that is both."),
-    ] = _DEFAULTS.context,
-    ar_weight: Annotated[
-        float, typer.Option(help="Weight of the context tower's next-token loss, where --context is not frozen.")
-    ] = _DEFAULTS.ar_weight,
-    lora_rank: Annotated[
-        int,
-        typer.Option(help="Train additions of this rank to the denoiser's projections, not the weights; 0 trains all."),
-    ] = _DEFAULTS.lora_rank,
-    recompute: RecomputeOption = False,
-    compile: CompileOption = False,
-    ema_decay: EmaDecayOption = DEFAULTS.ema_decay,
-    spike_factor: SpikeFactorOption = DEFAULTS.spike_factor,
-    skip_limit: SkipLimitOption = DEFAULTS.skip_limit,
-    bf16: Bf16Option = False,
-    shard: ShardOption = False,
-    seed: SeedOption = DEFAULTS.seed,
-    checkpoint_every: CheckpointEveryOption = DEFAULTS.checkpoint_every,
+    *,
+    config: TrainConfig,
+    what: DenoisingConfig,
     held_out: Annotated[
         str | None,
         typer.Option(
@@ -158,12 +74,6 @@ def command(
             show_default="none",
         ),
     ] = None,
-    evaluate_every: EvaluateEveryOption = DEFAULTS.evaluate_every,
-    device: DeviceOption = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Type of the exported weights.")] = "bfloat16",
-    export_only: ExportOnlyOption = False,
-    tensorboard: TensorBoardOption = False,
-    wandb: WandbOption = None,
     row_length: Annotated[
         int | None,
         typer.Option(
@@ -171,8 +81,7 @@ def command(
             show_default=f"the shards', {TextConfig().length} for text",
         ),
     ] = None,
-    num_ranks: NumRanksOption = 1,
-    dry_run: DryRunOption = False,
+    run: RunOptions,
     recipe: RecipeOption = None,
 ) -> None:
     """Train the denoiser tower of MODEL on CORPUS, then write the whole checkpoint to OUT/checkpoint.
@@ -182,39 +91,35 @@ def command(
     Under torchrun (torchrun --nproc-per-node 8 -m twotower train …) every process takes its share of each step's rows;
     but for rounding the result doesn't depend on their number.
     """
-    given = dict(locals())
-    config = TrainConfig(**{f.name: given[f.name] for f in dataclasses.fields(TrainConfig)})
-    what = DenoisingConfig(
-        **{f.name: given[f.name] for f in dataclasses.fields(DenoisingConfig)} | {"phases": _phases(phases)}
-    )
-    if dry_run:
+    if run.dry_run:
         length = row_length if is_corpus(corpus) or not Path(corpus).exists() else row_length or TextConfig().length
         shapes = towers_config(model)
-        print_estimate(shapes, config, what, Path(corpus), row_length=length, num_ranks=num_ranks)
+        print_estimate(shapes, config, what, Path(corpus), row_length=length, num_ranks=run.num_ranks)
         return
+    settings = {"model": model, "corpus": corpus, **dataclasses.asdict(config), **dataclasses.asdict(what)}
     sources = {"corpus": corpus} if held_out is None else {"corpus": corpus, "held_out": held_out}
-    if export_only:
+    if run.export_only:
         saved_state(out)
         sources = {}
     else:  # before what may take hours
-        open_device(device)
+        open_device(run.device)
         check_run(config, what, num_processes(), has_held_out=held_out is not None)
     check_out(out)
     model, folders = prepare(model, sources, out, row_length)
     folder = resolve(model)
-    with torchrun_ranks(device) as ranks:
-        if not export_only:
-            towers = _open(folder, ranks.device, shard)
+    with torchrun_ranks(run.device) as ranks:
+        if not run.export_only:
+            towers = _open(folder, ranks.device, config.shard)
             size = towers.config.vocab_size
             corpora = {name: open_corpus(place, size, row_length) for name, place in folders.items()}
             rows, measured = corpora["corpus"], corpora.get("held_out")
-            weights = functools.partial(released_stream, folder) if shard else None
+            weights = functools.partial(released_stream, folder) if config.shard else None
             objective = Denoising(towers, what)
             trainer = Trainer(objective, rows, config, out, ranks, held_out=measured, weights=weights)
-            with reporting(trainer, tensorboard=tensorboard, wandb=wandb, settings=given) as report:
+            with reporting(trainer, run, settings) as report:
                 trainer.run(report)
         if ranks.rank == 0:
-            _export(folder, out, torch_dtype(dtype))
+            _export(folder, out, torch_dtype(run.dtype))
 
 
 def _open(folder: Path, device: torch.device, shard: bool) -> TwoTower:
@@ -245,11 +150,3 @@ def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
 
     for path in export_state(objective, state, out / "checkpoint", weights, write):
         print(f"wrote {path}; try it with: twotower generate --model {path}")
-
-
-def _phases(text: str) -> tuple[Phase, ...]:
-    try:
-        pairs = [part.split(":") for part in text.split(",") if part]
-        return tuple(Phase(int(start), int(size)) for start, size in pairs)
-    except ValueError as error:
-        raise ValueError(f"phases are {text!r}, must be steps and block sizes such as 0:32,2000:16") from error

@@ -1,97 +1,46 @@
 """What the commands that train share: options, ranks, progress and writing the result."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twotower.cli.dry_run import estimate, lines
 from twotower.cli.logs import logging_to
-from twotower.cli.options import open_device
+from twotower.cli.options import Dtype, open_device
 from twotower.config import TwoTowerConfig
+from twotower.errors import SettingError
+from twotower.options import check_options, option
+from twotower.training.config import DenoisingConfig, NextTokenConfig, TrainConfig
 from twotower.training.corpus.shards import Corpus, is_corpus
-from twotower.training.denoising import DenoisingConfig
-from twotower.training.next_token import NextTokenConfig
 from twotower.training.objective import Objective
 from twotower.training.run.checkpointing import check_tensors, latest_state, stored_groups
 from twotower.training.run.ranks import Ranks, joined
-from twotower.training.run.trainer import StepReport, TrainConfig, Trainer, trained_parameters
+from twotower.training.run.trainer import StepReport, Trainer, trained_parameters
 from twotower.training.run.weights import TensorStream, trained_tensors
 
-DEFAULTS = TrainConfig(steps=1000)
 
-StepsOption = Annotated[int, typer.Option("--steps", help="Optimiser steps in all, 1 or more.")]
-BatchSizeOption = Annotated[
-    int, typer.Option("--batch-size", help="Rows per step, 1 or more; under torchrun a multiple of the ranks.")
-]
-MicroBatchSizeOption = Annotated[
-    int,
-    typer.Option(
-        "--micro-batch-size",
-        help="Rows that a rank computes at a time, 0 for all of its share; changes memory, not the gradient.",
-    ),
-]
-LearningRateOption = Annotated[float, typer.Option("--learning-rate", help="Highest learning rate, above 0.")]
-FinalLearningRateOption = Annotated[
-    float, typer.Option("--final-learning-rate", help="What the rate falls to, 0 to --learning-rate.")
-]
-WarmupStepsOption = Annotated[int, typer.Option("--warmup-steps", help="Steps of linear warm-up, 0 or more.")]
-DecayStepsOption = Annotated[
-    int, typer.Option("--decay-steps", help="Last steps, over which the rate falls, 0 to --steps.")
-]
-WeightDecayOption = Annotated[float, typer.Option("--weight-decay", help="AdamW's, 0 or more.")]
-MaxGradNormOption = Annotated[float, typer.Option("--max-grad-norm", help="Gradients are clipped to this norm.")]
-EmaDecayOption = Annotated[
-    float,
-    typer.Option(
-        "--ema-decay",
-        help="Above 0: also keep a running mean of the weights, below 1, and write a checkpoint of it, named -ema.",
-    ),
-]
-SpikeFactorOption = Annotated[
-    float,
-    typer.Option(
-        "--spike-factor",
-        help="Skip steps of this many times the loss that nine in ten stay below; 0 skips none.",
-    ),
-]
-SkipLimitOption = Annotated[
-    int, typer.Option("--skip-limit", help="Stop when more of the last 100 steps were skipped, 0 or more.")
-]
-Bf16Option = Annotated[
-    bool, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; weights and optimiser stay float32.")
-]
-ShardOption = Annotated[
-    bool, typer.Option("--shard/--no-shard", help="Under torchrun: spread weights and optimiser over the ranks.")
-]
-SeedOption = Annotated[int, typer.Option("--seed", help="Decides the rows and masks of every step, 0 or more.")]
-CheckpointEveryOption = Annotated[
-    int, typer.Option("--checkpoint-every", help="Steps between two saved states, 1 or more.")
-]
-EvaluateEveryOption = Annotated[
-    int, typer.Option("--evaluate-every", help="Steps between two measurements of --held-out, 1 or more with it.")
-]
-ExportOnlyOption = Annotated[
-    bool,
-    typer.Option(
-        "--export-only", help="Write the last saved state, with its own settings, as a checkpoint without training."
-    ),
-]
-RecomputeOption = Annotated[
-    bool, typer.Option("--recompute/--no-recompute", help="Compute layers again in backward: less memory, more time.")
-]
-CompileOption = Annotated[
-    bool, typer.Option("--compile/--no-compile", help="Compile the towers; needs a C++ compiler.")
-]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print parameters, tokens, FLOPs and memory, and do nothing.")
-]
-NumRanksOption = Annotated[int, typer.Option("--num-ranks", min=1, help="Ranks that --dry-run counts with, 1 or more.")]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What the commands that train are told beside what to learn: where, how long rows are, and what else to do."""
+
+    device: str = option("cpu", "Where the model is: cpu, cuda, cuda:N or mps.")
+    dtype: Dtype = option("bfloat16", "Type of the exported weights.")
+    export_only: bool = option(
+        False, "Write the last saved state, with its own settings, as a checkpoint without training."
+    )
+    tensorboard: bool = option(False, "Also write OUT/tensorboard; needs the package tensorboard.")
+    wandb: str | None = option(None, "Also log to this W&B project; needs the package wandb.", shown_default="none")
+    num_ranks: int = option(1, "Ranks that --dry-run counts with.", least=1)
+    dry_run: bool = option(False, "Print parameters, tokens, FLOPs and memory, and do nothing.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def num_processes() -> int:
@@ -115,9 +64,7 @@ def open_corpus(folder: Path, vocab_size: int, row_length: int | None) -> Corpus
     """Opens a corpus whose rows must be of `row_length`, if given."""
     corpus = Corpus(folder, vocab_size=vocab_size)
     if row_length not in (None, corpus.length):
-        raise ValueError(
-            f"row_length is {row_length}, but {folder} has rows of {corpus.length} tokens; make them agree"
-        )
+        raise SettingError("row_length", row_length, f"{corpus.length}, the length of the rows in {folder}")
     return corpus
 
 
@@ -171,7 +118,7 @@ def export_state(
 
 @contextmanager
 def reporting(
-    trainer: Trainer, *, tensorboard: bool, wandb: str | None, settings: dict[str, Any]
+    trainer: Trainer, options: RunOptions, settings: dict[str, Any]
 ) -> Iterator[Callable[[StepReport], None]]:
     """What rank 0 does with each step's report: a progress bar on stderr where that is a terminal, else a line there
     every 50 steps, and the logs that are asked for. `settings` describe the run to them."""
@@ -180,7 +127,7 @@ def reporting(
         return
     described = {name: value for name, value in settings.items() if value is not None}
     with (
-        logging_to(trainer.folder, tensorboard=tensorboard, wandb=wandb, settings=described) as log,
+        logging_to(trainer.folder, tensorboard=options.tensorboard, wandb=options.wandb, settings=described) as log,
         _showing(trainer.config.steps) as show,
     ):
 

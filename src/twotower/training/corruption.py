@@ -4,16 +4,15 @@ Letters: b batch, v views (noisy versions of one row), t tokens, n blocks of a r
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from twotower.errors import SettingError
+from twotower.training.config import LevelPer
 from twotower.training.forward.layout import Layout, make_layout
-
-LevelPer = Literal["block", "example"]
 
 MIN_LEVEL = 1e-3
 # 2^64 over the golden ratio: its multiples modulo 2^64 are spread evenly, however many are taken.

@@ -3,103 +3,23 @@
 Letters: b batch, v views (noisy versions of one row), t tokens.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from twotower.model.two_tower import TwoTower
+from twotower.training.config import DenoisingConfig
 from twotower.training.corpus.shards import Corpus, RowBatch
-from twotower.training.corruption import Corrupted, LevelPer, Noise, corrupt
+from twotower.training.corruption import Corrupted, Noise, corrupt
 from twotower.training.forward.block_parallel import Hidden, block_parallel_hidden
 from twotower.training.held_out import answer
-from twotower.training.losses import Reduction, loss_sums, next_token_targets, weigh
+from twotower.training.losses import loss_sums, next_token_targets, weigh
 from twotower.training.objective import LossPart, Measured
 from twotower.training.run.compiling import compiled
 from twotower.training.run.low_rank import add_low_rank_
 from twotower.training.run.ranks import Ranks
-
-ContextTraining = Literal["frozen", "trained", "tied"]
-
-
-class Phase(NamedTuple):
-    """From the 0-based step `start` on, blocks have `block_size` tokens."""
-
-    start: int
-    block_size: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DenoisingConfig:
-    """`reduction` is explained at `objective.weigh`, `level_per`, `full_mask_fraction`, `later_weight` and
-    `complementary` at `corruption.Noise`, `recompute` at `block_parallel_hidden`.
-
-    `context` says whether the context tower stays as it is, is trained through the seeding, or is one and the same as
-    the denoiser tower; `ar_weight` adds that much of its next-token loss. `distil_weight` adds that much of the
-    denoiser's divergence from the context tower's own distribution of each masked token. `phases` change the block
-    size; without any it is the model's. `lora_rank` above 0 trains additions of that rank to the denoiser's
-    projections, and the time modules, instead of all its weights.
-    """
-
-    reduction: Reduction = "masked_mean"
-    level_per: LevelPer = "block"
-    full_mask_fraction: float = 0.25
-    later_weight: float = 0.0
-    complementary: bool = False
-    context: ContextTraining = "frozen"
-    ar_weight: float = 0.0
-    distil_weight: float = 0.0
-    phases: tuple[Phase, ...] = ()
-    lora_rank: int = 0
-    recompute: bool = False
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if self.reduction not in get_args(Reduction):
-            raise ValueError(f"reduction is {self.reduction!r}, must be one of {', '.join(get_args(Reduction))}")
-        if self.context not in get_args(ContextTraining):
-            raise ValueError(f"context is {self.context!r}, must be frozen, trained or tied")
-        for name in ("ar_weight", "distil_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank is {self.lora_rank}, must be 1 or more, or 0 to train all weights")
-        if self.lora_rank > 0 and self.context != "frozen":
-            raise ValueError(
-                f"lora_rank is {self.lora_rank} with context={self.context}, must be 0 unless it is frozen"
-            )
-        if self.ar_weight > 0 and self.context == "frozen":
-            raise ValueError(f"ar_weight is {self.ar_weight} for a frozen context tower; train it or set it to 0")
-        uniform = self.noise.full_mask_fraction == 0 and self.noise.later_weight == 0
-        if self.reduction == "elbo" and not uniform:
-            raise ValueError(
-                "reduction is elbo, a bound only where t̂ alone decides; set full_mask_fraction and later_weight to 0"
-            )
-        if self.complementary and self.later_weight > 0:
-            raise ValueError(
-                f"later_weight is {self.later_weight} with complementary, must be 0: the two views of a row together "
-                "mask every position equally often; drop one"
-            )
-        starts = [phase.start for phase in self.phases]
-        if self.phases and (starts[0] != 0 or starts != sorted(set(starts))):
-            raise ValueError(f"phases start at {starts}, must start at 0 and rise")
-        if any(phase.block_size < 1 for phase in self.phases):
-            raise ValueError(f"phases have blocks of {[p.block_size for p in self.phases]}, must be 1 or more")
-
-    @property
-    def noise(self) -> Noise:
-        return Noise(
-            level_per=self.level_per,
-            full_mask_fraction=self.full_mask_fraction,
-            later_weight=self.later_weight,
-            complementary=self.complementary,
-        )
-
-    def block_size(self, step: int, default: int) -> int:
-        """The block size of a 0-based step."""
-        return next((phase.block_size for phase in reversed(self.phases) if phase.start <= step), default)
 
 
 class NoisyRows(NamedTuple):
@@ -146,7 +66,7 @@ class Denoising(nn.Module):
 
     def prepare(self, batch: RowBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
         """Masks a rank's rows of a 0-based step; a row's noise depends on `seed` and its number in the run alone."""
-        noisy = self._corrupted(batch, step, seed, self.config.noise)
+        noisy = self._corrupted(batch, step, seed, _noise(self.config))
         weight, denominator = weigh(noisy, self.config.reduction)
         num_following = float(next_token_targets(batch.ids, noisy.scored, batch.document)[1].sum())
         views = weight.unflatten(0, (-1, len(batch.ids))).to(device)
@@ -205,3 +125,12 @@ class Denoising(nn.Module):
             mask_token_id=model.mask_token_id,
             document=batch.document,
         )
+
+
+def _noise(config: DenoisingConfig) -> Noise:
+    return Noise(
+        level_per=config.level_per,
+        full_mask_fraction=config.full_mask_fraction,
+        later_weight=config.later_weight,
+        complementary=config.complementary,
+    )

@@ -4,7 +4,7 @@ Letters: b batch, v views (noisy versions of one row), t tokens, d width, m rows
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
+from twotower.training.config import Reduction
 from twotower.training.corruption import MIN_LEVEL, Corrupted
 from twotower.training.forward.block_parallel import Hidden, block_parallel_hidden
-
-Reduction = Literal["masked_mean", "example_mean", "elbo"]
 
 # The number of rows whose logits are in memory at once: 128 MB of float32 at a vocabulary of 131,072.
 HEAD_ROWS = 256

@@ -3,7 +3,6 @@
 Letters: b batch, t tokens, l `E` layers, e experts.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.one_tower import OneTower
+from twotower.training.config import NextTokenConfig
 from twotower.training.corpus.shards import Corpus, RowBatch
 from twotower.training.forward.causal_parallel import Causal, causal_hidden
 from twotower.training.forward.layout import Layout, make_layout
@@ -23,14 +23,6 @@ from twotower.training.run.ranks import Ranks
 
 # How far one step moves an expert's bias: the rate of arXiv 2408.15664.
 BALANCE_RATE = 1e-3
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NextTokenConfig:
-    """How the loss is computed; `recompute` is explained at `causal_hidden`."""
-
-    recompute: bool = False
-    compile: bool = False
 
 
 class TextRows(NamedTuple):

@@ -10,8 +10,9 @@ from twotower.decoding.output import Generation
 from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
 from twotower.training import held_out
+from twotower.training.config import DenoisingConfig, Phase
 from twotower.training.corpus.shards import Corpus, RowBatch
-from twotower.training.denoising import Denoising, DenoisingConfig, Phase
+from twotower.training.denoising import Denoising
 from twotower.training.run.trainer import StepReport, TrainConfig, Trainer
 
 

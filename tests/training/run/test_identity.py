@@ -12,8 +12,9 @@ import torch
 from twotower.checkpoints import save
 from twotower.checkpoints.hf import load_model, read_config, released_stream
 from twotower.model.two_tower import TwoTower
+from twotower.training.config import DenoisingConfig, Phase
 from twotower.training.corpus.shards import Corpus, CorpusRows, write_shard
-from twotower.training.denoising import Denoising, DenoisingConfig, Phase
+from twotower.training.denoising import Denoising
 from twotower.training.run.checkpointing import latest_state, read_progress
 from twotower.training.run.identity import denoising_config, model_identity
 from twotower.training.run.trainer import TrainConfig, Trainer

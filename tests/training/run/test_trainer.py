@@ -9,8 +9,9 @@ import torch
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
+from twotower.training.config import DenoisingConfig, Phase
 from twotower.training.corpus.shards import Corpus
-from twotower.training.denoising import Denoising, DenoisingConfig, Phase
+from twotower.training.denoising import Denoising
 from twotower.training.run.trainer import StepReport, trained_parameters
 
 

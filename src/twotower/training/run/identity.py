@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from twotower.config import TwoTowerConfig
+from twotower.training.config import DenoisingConfig, Phase
 from twotower.training.corpus.shards import Corpus
-from twotower.training.denoising import DenoisingConfig, Phase
 from twotower.training.objective import Objective
 from twotower.training.run.weights import TensorStream, own_tensors
 

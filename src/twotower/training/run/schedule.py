@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
+from twotower.errors import SettingError
+
 # Accepted losses whose median a spike is measured against, and how many there must be first.
 _RECENT = 64
 _ENOUGH = 16
@@ -20,24 +22,17 @@ class RateSchedule:
     linearly from `learning_rate` to `final_learning_rate`."""
 
     steps: int
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 0.0
-    warmup_steps: int = 100
-    decay_steps: int = 0
+    learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int
+    decay_steps: int
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}, must be at least 1")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}, must be above 0")
-        if not 0 <= self.final_learning_rate <= self.learning_rate:
-            raise ValueError(
-                f"final_learning_rate is {self.final_learning_rate}, must be in [0, learning_rate={self.learning_rate}]"
-            )
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}, must be 0 or more")
-        if not 0 <= self.decay_steps <= self.steps:
-            raise ValueError(f"decay_steps is {self.decay_steps}, must be in [0, steps={self.steps}]")
+        if self.final_learning_rate > self.learning_rate:
+            rule = f"in [0, {self.learning_rate}], which is learning_rate"
+            raise SettingError("final_learning_rate", self.final_learning_rate, rule)
+        if self.decay_steps > self.steps:
+            raise SettingError("decay_steps", self.decay_steps, f"in [0, {self.steps}], which is steps")
 
     def rate(self, step: int) -> float:
         """The learning rate of a 0-based step."""
@@ -56,9 +51,7 @@ class Guard:
 
     def __init__(self, *, spike_factor: float, skip_limit: int) -> None:
         if not (spike_factor == 0 or spike_factor > 1):
-            raise ValueError(f"spike_factor is {spike_factor}, must be above 1, or 0 to allow any loss")
-        if skip_limit < 0:
-            raise ValueError(f"skip_limit is {skip_limit}, must be 0 or more")
+            raise SettingError("spike_factor", spike_factor, "above 1, or 0 to allow any loss")
         self.spike_factor, self.skip_limit = spike_factor, skip_limit
         self.num_skipped = 0
         self._losses: list[float] = []

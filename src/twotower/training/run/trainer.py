@@ -1,7 +1,6 @@
 """The training loop, for one process or many ranks, which can be stopped and resumed. It knows of what is learnt only
 the protocol `Objective`."""
 
-import dataclasses
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.errors import SettingError
+from twotower.training.config import TrainConfig
 from twotower.training.corpus.shards import Corpus, RowBatch
 from twotower.training.held_out import measure
 from twotower.training.objective import LossPart, Objective, ObjectiveConfig
@@ -23,65 +23,9 @@ from twotower.training.run.identity import check_same, corpus_identity, model_id
 from twotower.training.run.optimiser import Optimiser, total_norm
 from twotower.training.run.precision import coarse_parameters, compute_in_
 from twotower.training.run.ranks import Ranks
-from twotower.training.run.schedule import Fault, Guard, RateSchedule
+from twotower.training.run.schedule import Fault
 from twotower.training.run.sharding import drop_gathered_, shard_
 from twotower.training.run.weights import TensorStream, fill_
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One run. The rates are those of `RateSchedule`, `spike_factor` and `skip_limit` those of `Guard`.
-
-    `batch_size` rows make a step, over all ranks; each computes `micro_batch_size` of its share at a time (0: all),
-    without changing the gradient. `bf16` computes in bfloat16; weights, sums of gradients and optimiser stay float32.
-    `shard` spreads all of these over the ranks. `ema_decay` above 0 keeps a running mean of the weights. Every
-    `evaluate_every` steps, and after the last, held-out rows are measured; 0 is never.
-    """
-
-    steps: int
-    batch_size: int = 16
-    micro_batch_size: int = 0
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 0.0
-    warmup_steps: int = 100
-    decay_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.0
-    spike_factor: float = 3.0
-    skip_limit: int = 10
-    bf16: bool = False
-    shard: bool = False
-    seed: int = 0
-    checkpoint_every: int = 100
-    evaluate_every: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if self.micro_batch_size < 0:
-            raise ValueError(f"micro_batch_size is {self.micro_batch_size}, must be 0 (the whole batch) or more")
-        if self.evaluate_every < 0:
-            raise ValueError(f"evaluate_every is {self.evaluate_every}, must be 0 (never) or more")
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {self.max_grad_norm}, must be above 0")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay is {self.weight_decay}, must be 0 or more; 0 lets weights be")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}, must be in [0, 2**63); give another")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}, must be in [0, 1); 0 keeps no running mean")
-        self.schedule  # noqa: B018  checks the rates
-        self.guard()
-
-    @property
-    def schedule(self) -> RateSchedule:
-        names = [f.name for f in dataclasses.fields(RateSchedule)]
-        return RateSchedule(**{name: getattr(self, name) for name in names})
-
-    def guard(self) -> Guard:
-        return Guard(spike_factor=self.spike_factor, skip_limit=self.skip_limit)
 
 
 class StepReport(NamedTuple):

@@ -1,0 +1,165 @@
+"""The settings of a training run, as the commands and recipes that train take them. Imports no torch."""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+from twotower.errors import SettingError
+from twotower.options import check_options, option
+from twotower.training.run.schedule import Guard, RateSchedule
+
+Reduction = Literal["masked_mean", "example_mean", "elbo"]
+LevelPer = Literal["block", "example"]
+ContextTraining = Literal["frozen", "trained", "tied"]
+
+
+class Phase(NamedTuple):
+    """From the 0-based step `start` on, blocks have `block_size` tokens."""
+
+    start: int
+    block_size: int
+
+
+def parse_phases(text: str) -> tuple[Phase, ...]:
+    """ "0:32,2000:16" as two phases. Raises SettingError for anything else."""
+    try:
+        pairs = [part.split(":") for part in text.split(",") if part]
+        return tuple(Phase(int(start), int(size)) for start, size in pairs)
+    except ValueError as error:
+        raise SettingError("phases", text, "steps and block sizes such as 0:32,2000:16") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenoisingConfig:
+    """What a denoiser learns and which tensors are trained. `training.losses.weigh` explains `reduction`,
+    `training.corruption.Noise` the options of the noise, `training.forward.block_parallel` `recompute`."""
+
+    reduction: Reduction = option(
+        "masked_mean",
+        "Mean over the step's masked positions, mean of each row's mean, or the likelihood bound in nats per token, "
+        "for which --full-mask-fraction and --later-weight must be 0.",
+    )
+    level_per: LevelPer = option("block", "Draw the noise level once per block or once per row (example).")
+    full_mask_fraction: float = option(0.25, "Fraction of the blocks that are wholly masked.", least=0, most=1)
+    later_weight: float = option(
+        0.0,
+        "Mask later positions of a block more often, in proportion to exp(this x (1 - level) x place); 0 masks all "
+        "alike.",
+        least=0,
+    )
+    complementary: bool = option(
+        False, "Also train on each row with the other positions masked; --later-weight must be 0."
+    )
+    phases: tuple[Phase, ...] = option(
+        (),
+        "Block sizes with the step from which each holds, such as 0:32,2000:16.",
+        shown_default="the checkpoint's, throughout",
+        parse=parse_phases,
+    )
+    distil_weight: float = option(
+        0.0,
+        "Weight of the denoiser's divergence from the context tower's distribution of each masked token.",
+        least=0,
+    )
+    context: ContextTraining = option(
+        "frozen", "Keep the context tower as it is, train it through the seeding, or train one tower that is both."
+    )
+    ar_weight: float = option(
+        0.0, "Weight of the context tower's next-token loss, where --context is not frozen.", least=0
+    )
+    lora_rank: int = option(
+        0,
+        "Train additions of this rank to the denoiser's projections, and the time modules, instead of all weights; 0 "
+        "trains all.",
+        least=0,
+    )
+    recompute: bool = option(False, "Compute layers again in the backward pass: less memory, more time.")
+    compile: bool = option(False, "Compile the towers with torch.compile; needs a C++ compiler.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.lora_rank > 0 and self.context != "frozen":
+            raise SettingError("lora_rank", self.lora_rank, f"0 with context={self.context}", "or keep that frozen")
+        if self.ar_weight > 0 and self.context == "frozen":
+            raise SettingError("ar_weight", self.ar_weight, "0 for a frozen context tower", "or train that tower")
+        for name in ("full_mask_fraction", "later_weight"):
+            if self.reduction == "elbo" and getattr(self, name) != 0:
+                rule = "0 with reduction=elbo, a bound only where the noise level alone decides what is masked"
+                raise SettingError(name, getattr(self, name), rule)
+        if self.complementary and self.later_weight > 0:
+            rule = "0 with complementary, whose two views of a row mask every position equally often"
+            raise SettingError("later_weight", self.later_weight, rule, "drop one of them")
+        starts = [phase.start for phase in self.phases]
+        if self.phases and (starts[0] != 0 or starts != sorted(set(starts))):
+            raise SettingError("phases", self.phases, "of steps that start at 0 and rise")
+        if any(phase.block_size < 1 for phase in self.phases):
+            raise SettingError("phases", self.phases, "of blocks of at least 1 token")
+
+    def block_size(self, step: int, default: int) -> int:
+        """The block size of a 0-based step; `default` is that of a run without phases, the model's own."""
+        return next((phase.block_size for phase in reversed(self.phases) if phase.start <= step), default)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextTokenConfig:
+    """How the loss of the next token is computed; `training.forward.causal_parallel` explains `recompute`."""
+
+    recompute: bool = option(False, "Compute layers again in the backward pass: less memory, more time.")
+    compile: bool = option(False, "Compile the tower with torch.compile; needs a C++ compiler.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and how fast a run learns, and what it keeps. `run.schedule` explains the rates and which steps are
+    skipped. Weights, sums of gradients and optimiser are float32, whatever `bf16` says."""
+
+    steps: int = option(1000, "Optimiser steps in all.", least=1)
+    batch_size: int = option(16, "Rows per step; under torchrun a multiple of the ranks.", least=1)
+    learning_rate: float = option(1e-3, "Highest learning rate.", above=0)
+    final_learning_rate: float = option(
+        0.0, "What the rate falls to over --decay-steps, at most --learning-rate.", least=0
+    )
+    warmup_steps: int = option(100, "Steps over which the rate rises to its highest.", least=0)
+    decay_steps: int = option(0, "Last steps, over which the rate falls, at most --steps.", least=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay.", least=0)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", above=0)
+    micro_batch_size: int = option(
+        0,
+        "Rows that a rank computes at a time, 0 for all of its share; changes memory, not the gradient.",
+        least=0,
+    )
+    ema_decay: float = option(
+        0.0,
+        "Above 0: also keep a running mean of the weights with this decay, and write a checkpoint of it, named -ema.",
+        least=0,
+        below=1,
+    )
+    spike_factor: float = option(
+        3.0,
+        "Skip a step whose loss is this many times the value that nine in ten recent losses stay below; above 1, or 0 "
+        "to skip none.",
+        least=0,
+    )
+    skip_limit: int = option(10, "Stop when more than this many of the last 100 steps were skipped.", least=0)
+    bf16: bool = option(False, "Compute in bfloat16; weights and optimiser stay float32.")
+    shard: bool = option(False, "Under torchrun: spread weights and optimiser over the ranks.")
+    seed: int = option(0, "Decides the rows and masks of every step.", least=0, below=2**63)
+    checkpoint_every: int = option(100, "Steps between two saved states.", least=1)
+    evaluate_every: int = option(
+        0, "Steps between two measurements of --held-out, and after the last step; 0 without held-out rows.", least=0
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self.schedule  # noqa: B018  checks how the rates go together
+        self.guard()
+
+    @property
+    def schedule(self) -> RateSchedule:
+        names = [f.name for f in dataclasses.fields(RateSchedule)]
+        return RateSchedule(**{name: getattr(self, name) for name in names})
+
+    def guard(self) -> Guard:
+        return Guard(spike_factor=self.spike_factor, skip_limit=self.skip_limit)
