@@ -122,7 +122,7 @@ def test_what_was_being_made_at_a_kill_is_made_again(single_tower, text, tmp_pat
         return wrapped
 
     with monkeypatch.context() as patch:
-        for name in ("init", "write_corpus"):
+        for name in ("init", "tokenize"):
             patch.setattr(module, name, killed(getattr(module, name)))
         with pytest.raises(SystemExit):
             prepare(*arguments)

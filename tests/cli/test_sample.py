@@ -79,7 +79,7 @@ def test_prompts_are_continued(run: Any, checkpoint: Path, tmp_path: Path) -> No
         ({"messages": [{"role": "assistant", "content": "a"}]}, (), "prompt 1 of FILE must have messages to answer"),
         ({"messages": "hi"}, (), "prompt 1 of FILE has messages that are no list of objects"),
         ({"prompt": "a"}, ("--shards", 2), "shards is 2, must be 1 to 1: 1 prompts in shards of 512 rows"),
-        ({"prompt": "a"}, ("--longest-prefix", 2), "{'longest_prefix': 2} is given with --prompts"),
+        ({"prompt": "a"}, ("--longest-prefix", 2), "--longest-prefix is 2, must be left out with --prompts"),
     ],
 )
 def test_bad_prompts_are_told(
@@ -111,9 +111,9 @@ def test_temperatures_decide_what_is_scored(run: Any, checkpoint: Path, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--temperatures", "hot"), "temperatures are 'hot', must be numbers"),
-        (("--temperatures", "-1"), "must be one or more numbers in [0, 100]"),
-        (("--length", 1), "length is 1, must be at least 2"),
+        (("--temperatures", "hot"), "--temperatures is 'hot', must be numbers"),
+        (("--temperatures", "-1"), "must be numbers in [0, 100]"),
+        (("--length", 1), "--length is 1, must be an integer of at least 2"),
     ],
 )
 def test_bad_options_are_told(run: Any, checkpoint: Path, tmp_path: Path, options: tuple, message: str) -> None:

@@ -60,7 +60,7 @@ def test_names_of_control_tokens_are_text_unless_they_are_asked_for(run: Any, ch
 def test_mistakes_are_told_and_leave_nothing(run: Any, checkpoint: Path, source: Path, tmp_path: Path) -> None:
     for options, message in (
         (("--text-field", "body"), "no text in the field 'body'"),
-        (("--length", 1), "length is 1, must be at least 2"),
+        (("--length", 1), "--length is 1, must be an integer of at least 2"),
     ):
         result = run("tokenize", checkpoint, source, tmp_path / "out", *options)
         assert result.exit_code == 2

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from twotower.checkpoints.hf import holds_two_towers, read_config, resolve
 from twotower.checkpoints.initialise import init, open_backbone
-from twotower.cli.tokenize import write_corpus
+from twotower.cli.tokenize import tokenize
 from twotower.config import TwoTowerConfig
 from twotower.training.corpus.shards import is_corpus
 from twotower.training.corpus.text import TextConfig
@@ -56,7 +56,7 @@ def prepare(model: str, sources: Mapping[str, str], out: Path, row_length: int |
         for left in (out / name, *out.glob(f"{name}.partial-*")):  # by a kill
             shutil.rmtree(left, ignore_errors=True)
         if name in texts:
-            write_corpus(towers, texts[name], corpora[name], config)
+            tokenize(towers, texts[name], corpora[name], config)
         else:
             init(model, Path(towers))
             print(f"{towers} holds two towers made of {model}")

@@ -13,19 +13,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from twotower.checkpoints.hf import resolve
 from twotower.cli.options import DeviceOption, Dtype, check_out, open_model
 from twotower.cli.prompts import read_prompts
+from twotower.cli.recipe import RecipeOption
+from twotower.cli.settings import with_settings
+from twotower.errors import SettingError
 from twotower.training.corpus.sampling import SampleConfig, check_prompt, keep_settings, sample_shard
 from twotower.training.corpus.shards import Corpus
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-_DEFAULTS = SampleConfig()
 _SHARDS = 16
 
 
 @app.command("sample")
+@with_settings
 def command(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face id.")],
     out: Annotated[Path, typer.Argument(help="Directory for the shards; those already there are kept.")],
+    *,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -40,30 +44,10 @@ def command(
         int | None,
         typer.Option(min=1, help="Number of shards, 1 or more.", show_default=f"{_SHARDS}, or all of --prompts"),
     ] = None,
-    rows: Annotated[int, typer.Option(help="Rows of a shard, written as one batch, 1 or more.")] = _DEFAULTS.rows,
-    length: Annotated[int, typer.Option(help="Tokens of a row, 2 or more.")] = _DEFAULTS.length,
-    temperatures: Annotated[
-        str,
-        typer.Option(
-            help="With commas: each shard draws one for what follows the prefix or the prompts; 0 is greedy, 0 to 100."
-        ),
-    ] = ",".join(f"{t:g}" for t in _DEFAULTS.temperatures),
-    shortest_prefix: Annotated[
-        int | None,
-        typer.Option(
-            help="Fewest tokens sampled at temperature 1 before that, 1 or more; not with --prompts.",
-            show_default=str(_DEFAULTS.shortest_prefix),
-        ),
-    ] = None,
-    longest_prefix: Annotated[
-        int | None,
-        typer.Option(
-            help="Most of them, below --length; not with --prompts.", show_default=str(_DEFAULTS.longest_prefix)
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Decides every shard, 0 or more.")] = _DEFAULTS.seed,
+    config: SampleConfig,
     device: DeviceOption = "cpu",
     dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights.", show_default="the checkpoint's")] = None,
+    recipe: RecipeOption = None,
 ) -> None:
     """Write a corpus for `twotower train`: continuations that MODEL's context tower makes of its own beginnings, or of
     prompts. A row ends where its text does.
@@ -71,29 +55,24 @@ def command(
     Call it again after an interruption: whole shards are kept, and each depends on the options and its number alone.
     OUT/settings.json keeps these options, and a call with others is refused.
     """
-    prefixes = {"shortest_prefix": shortest_prefix, "longest_prefix": longest_prefix}
-    given = {name: value for name, value in prefixes.items() if value is not None}
-    if prompts is not None and given:
-        raise ValueError(f"{given} is given with --prompts, which are the rows' prefixes; drop one of them")
-    config = SampleConfig(
-        rows=rows,
-        length=length,
-        temperatures=_numbers(temperatures),
-        seed=seed,
-        **({"shortest_prefix": 1, "longest_prefix": 1} if prompts is not None else given),
-    )
+    if prompts is not None:
+        for name in ("shortest_prefix", "longest_prefix"):
+            if getattr(config, name) is not None:
+                raise SettingError(name, getattr(config, name), "left out with --prompts, which are the rows' prefixes")
+        config = dataclasses.replace(config, shortest_prefix=1, longest_prefix=1)
     check_out(out)
     opened = open_model(model, device=device, dtype=dtype)
     folder = resolve(model).resolve()
     own = None if prompts is None else read_prompts(prompts, opened, folder)
     for number, prompt in enumerate(own or [], 1):
-        check_prompt(prompt, f"prompt {number} of {prompts}", opened.config.vocab_size, length)
-    count = _num_shards(shards, own, rows)
+        check_prompt(prompt, f"prompt {number} of {prompts}", opened.config.vocab_size, config.length)
+    count = _num_shards(shards, own, config.rows)
     settings = {
         "model": str(folder),
         "dtype": str(opened.context_tower.embeddings.dtype).removeprefix("torch."),
         "prompts": None if prompts is None else f"{prompts.name}, sha256 {_digest(prompts)}",
         **dataclasses.asdict(config),
+        **dict(zip(("shortest_prefix", "longest_prefix"), config.prefixes, strict=True)),
     }
     keep_settings(out, settings)
     console = Console(stderr=True)
@@ -106,7 +85,7 @@ def command(
     corpus = Corpus(out, vocab_size=opened.config.vocab_size)
     scored = sum(int(corpus.row(index).scored.sum()) for index in range(len(corpus)))
     print(
-        f"{out} holds {len(corpus):,} rows of {length} tokens, {scored:,} of them scored; "
+        f"{out} holds {len(corpus):,} rows of {config.length} tokens, {scored:,} of them scored; "
         f"train on it with: twotower train {model} {out} RUN"
     )
 
@@ -122,12 +101,3 @@ def _num_shards(asked: int | None, prompts: Sequence[Sequence[int]] | None, rows
 
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(
-            f"temperatures are {text!r}, must be numbers with commas between them, such as 0,0,1"
-        ) from error

@@ -9,6 +9,7 @@ import torch
 
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
+from twotower.errors import SettingError
 from twotower.training.corpus.sampling import SampleConfig, beginnings, keep_settings, sample_rows, sample_shard
 from twotower.training.corpus.shards import Corpus
 
@@ -157,21 +158,28 @@ def test_a_corpus_is_not_gone_on_with_in_another_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "rule"),
     [
-        ({"rows": 0}, "rows is 0, must be at least 1"),
-        ({"length": 1}, "length is 1, must be at least 2"),
-        ({"temperatures": ()}, "temperatures are"),
-        ({"temperatures": (0.5, -1)}, r"must be one or more numbers in \[0, 100\]"),
-        ({"shortest_prefix": 0}, "prefixes are 0 to 159"),
-        ({"shortest_prefix": 9, "longest_prefix": 8}, "prefixes are 9 to 8"),
-        ({"longest_prefix": 256}, "< length=256; give a --longest-prefix below it"),
-        ({"seed": -1}, "seed is -1"),
+        ({"rows": 0}, "an integer of at least 1"),
+        ({"length": 1}, "an integer of at least 2"),
+        ({"temperatures": ()}, "one number or more"),
+        ({"temperatures": (0.5, -1)}, "numbers in [0, 100]"),
+        ({"shortest_prefix": 0}, "an integer of at least 1"),
+        ({"shortest_prefix": 9, "longest_prefix": 8}, "at most longest_prefix, which is 8"),
+        ({"longest_prefix": 256}, "below length, which is 256"),
+        ({"seed": -1}, "an integer of at least 0"),
     ],
 )
-def test_bad_settings_raise(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_settings_raise(change: dict, rule: str) -> None:
+    with pytest.raises(SettingError) as raised:
         SampleConfig(**change)
+    assert raised.value.name == next(iter(change))
+    assert raised.value.rule == rule
+
+
+def test_prefixes_that_are_not_given_fit_the_rows() -> None:
+    assert SampleConfig().prefixes == (6, 159)
+    assert SampleConfig(length=5).prefixes == (4, 4)
 
 
 def test_bad_prefixes_raise(tiny: Callable) -> None:

@@ -94,7 +94,7 @@ def test_what_is_not_there_or_cannot_be_read_is_told(folder: Path) -> None:
 
 
 def test_bad_length_raises() -> None:
-    with pytest.raises(ValueError, match="length is 1, must be at least 2"):
+    with pytest.raises(ValueError, match="length is 1, must be an integer of at least 2"):
         TextConfig(length=1)
 
 

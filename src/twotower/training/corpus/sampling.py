@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twotower.decoding.sampling import inverse_sample
+from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
+from twotower.options import check_options, option
 from twotower.training.corpus.shards import CorpusRows, write_shard
 
 SETTINGS_FILE = "settings.json"
+_SHORTEST_PREFIX, _LONGEST_PREFIX = 6, 159
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,27 +32,41 @@ class SampleConfig:
     all is.
     """
 
-    rows: int = 512
-    length: int = 256
-    temperatures: tuple[float, ...] = (0.0, 0.0, 0.0, 1.0)
-    shortest_prefix: int = 6
-    longest_prefix: int = 159
-    seed: int = 0
+    rows: int = option(512, "Rows of a shard, written as one batch.", least=1)
+    length: int = option(256, "Tokens of a row.", least=2)
+    temperatures: tuple[float, ...] = option(
+        (0.0, 0.0, 0.0, 1.0),
+        "With commas: each shard draws one for what follows the prefix or the prompts; 0 is greedy.",
+        least=0,
+        most=100,
+    )
+    shortest_prefix: int | None = option(
+        None,
+        "Fewest tokens sampled at temperature 1 before that; not with --prompts.",
+        least=1,
+        shown_default=f"{_SHORTEST_PREFIX}",
+    )
+    longest_prefix: int | None = option(
+        None, "Most of them, below --length; not with --prompts.", least=1, shown_default=f"{_LONGEST_PREFIX}"
+    )
+    seed: int = option(0, "Decides every shard.", least=0)
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise ValueError(f"rows is {self.rows}, must be at least 1")
-        if self.length < 2:
-            raise ValueError(f"length is {self.length}, must be at least 2: the first token is given")
-        if not self.temperatures or not all(0 <= t <= 100 for t in self.temperatures):
-            raise ValueError(f"temperatures are {self.temperatures}, must be one or more numbers in [0, 100]")
-        if not 1 <= self.shortest_prefix <= self.longest_prefix < self.length:
-            raise ValueError(
-                f"prefixes are {self.shortest_prefix} to {self.longest_prefix} tokens, must be "
-                f"1 <= shortest <= longest < length={self.length}; give a --longest-prefix below it"
-            )
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, must be 0 or more")
+        check_options(self)
+        if not self.temperatures:
+            raise SettingError("temperatures", self.temperatures, "one number or more")
+        shortest, longest = self.prefixes
+        if longest >= self.length:
+            raise SettingError("longest_prefix", longest, f"below length, which is {self.length}")
+        if shortest > longest:
+            raise SettingError("shortest_prefix", shortest, f"at most longest_prefix, which is {longest}")
+
+    @property
+    def prefixes(self) -> tuple[int, int]:
+        """The shortest and the longest prefix; those that are not given are 6 and 159 tokens, or what a row holds."""
+        longest = min(_LONGEST_PREFIX, self.length - 1) if self.longest_prefix is None else self.longest_prefix
+        shortest = min(_SHORTEST_PREFIX, longest) if self.shortest_prefix is None else self.shortest_prefix
+        return shortest, longest
 
 
 class Sampled(NamedTuple):
@@ -156,9 +173,10 @@ def sample_shard(
     file = folder / f"{index:05d}.safetensors"
     if file.exists():
         return file
+    shortest, longest = config.prefixes
     rng = np.random.default_rng((config.seed, index))
     temperature = float(rng.choice(config.temperatures))
-    prefix = int(rng.integers(config.shortest_prefix, config.longest_prefix + 1))
+    prefix = int(rng.integers(shortest, longest + 1))
     seed = int(rng.integers(2**62))
     if prompts is None:
         own: Sequence[Sequence[int]] = beginnings(model, config.rows)

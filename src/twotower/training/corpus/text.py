@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from twotower.options import check_options, option
+
 Record = dict[str, Any]
 
 
@@ -27,15 +29,23 @@ class TextConfig:
     `control_tokens`; without it they are text like any other. The mask's name is always text.
     """
 
-    length: int = 1024
-    text_field: str = "text"
-    prompt_field: str | None = None
-    control_tokens: bool = False
-    split: str = "train"
+    length: int = option(1024, "Tokens of a row.", least=2)
+    text_field: str = option("text", "Field of a record that holds its text.")
+    prompt_field: str | None = option(
+        None,
+        "Field that holds what comes before the text and is not learnt. Documents are then kept whole, and rows "
+        "padded; one longer than a row loses its prompt's beginning, down to half a row, then its text's end.",
+        shown_default="none",
+    )
+    control_tokens: bool = option(
+        False,
+        "Names of control tokens, such as </s>, are these tokens in texts too, not only in prompts; the mask's name is "
+        "always text.",
+    )
+    split: str = option("train", "Split of a Hugging Face dataset.")
 
     def __post_init__(self) -> None:
-        if self.length < 2:
-            raise ValueError(f"length is {self.length}, must be at least 2")
+        check_options(self)
 
 
 def read_documents(source: str, config: TextConfig) -> Iterator[Document]:
