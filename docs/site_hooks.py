@@ -3,7 +3,8 @@
 - docs/cli.md is written from the command line's own declarations.
 - The README of every recipe, CONTRIBUTING.md and CHANGELOG.md become pages. Pages link to those files as they lie in
   the repository, so that a link works on a code host too; here it is turned to the page.
-- Drawings stand inline, so that they take the colours of the theme that the reader has chosen.
+- Drawings stand inline, and a <picture> becomes Material's two images, so that both follow the theme that the reader
+  has chosen.
 - A page that would fetch anything from another host is an error: the site works without a network.
 """
 
@@ -18,6 +19,7 @@ from twotower.cli import reference
 
 ROOT = Path(__file__).parents[1]
 _DRAWING = re.compile(r"^!\[([^\]]*)\]\((drawings/[\w-]+\.svg)\)$", re.MULTILINE)
+_PICTURE = re.compile(r'<picture>.*?srcset="([^"]+)".*?src="([^"]+)" alt="([^"]+)".*?</picture>')
 _FETCHED = re.compile(r"""<(?:script|link|img)[^>]+(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""")
 _LINK = re.compile(r"(?<=\]\()[^)#\s][^)\s]*")
 
@@ -52,7 +54,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         page_there = shown.get(target, target.removeprefix("docs/"))
         return "../" * source.count("/") + page_there + hash_ + anchor
 
-    return _DRAWING.sub(_inline, _LINK.sub(link, markdown))
+    markdown = _PICTURE.sub(r"![\3](\2#only-light)![\3](\1#only-dark)", _LINK.sub(link, markdown))
+    return _DRAWING.sub(_inline, markdown)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:

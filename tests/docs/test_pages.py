@@ -1,11 +1,14 @@
 """README and the pages of docs/: links lead somewhere and Python runs. `make docs` checks the site itself."""
 
+import dataclasses
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import twotower
+from twotower.decoding.params import COMMIT_RULES, MODES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*/README.md"))]
@@ -41,6 +44,19 @@ def test_python_on_pages_runs(page: Path) -> None:
         if "import openai" not in block and "from openai" not in block:  # examples/ calls a server with it
             exec(compile(block, str(page), "exec"), names)
     assert names["twotower"] is twotower
+
+
+def test_the_page_on_modes_names_every_mode_setting_and_rule() -> None:
+    page = (ROOT / "docs" / "modes.md").read_text(encoding="utf-8")
+    settings = [field.name for field in dataclasses.fields(twotower.SamplingParams)]
+    first_columns = " ".join(re.findall(r"^\|([^|]*)\|", page, re.MULTILINE))
+    assert not [name for name in (*MODES, *settings, *COMMIT_RULES) if f"`{name}`" not in first_columns]
+
+
+def test_getting_started_names_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    assert {*re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE)} == {*extras} - {"dev", "docs"}
 
 
 def test_the_page_on_architecture_lists_every_folder() -> None:
