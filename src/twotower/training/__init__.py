@@ -1,1 +1,1 @@
-"""Training a denoiser for a frozen context tower."""
+"""Training a denoiser beside a context tower, and pretraining a single tower."""

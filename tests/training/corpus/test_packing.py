@@ -37,7 +37,7 @@ def spelled(text: str) -> list[int]:
 
 def test_names_of_control_tokens_are_tokens_in_prompts_alone(byte_tokenizer: tokenizers.Tokenizer) -> None:
     document = Document("</s><mask>", "a</s><mask>")
-    with pytest.warns(UserWarning, match="spells </s>, learnt as text; --control-tokens"):
+    with pytest.warns(UserWarning, match="spells </s>, which is learnt as text; --control-tokens"):
         ((ids, scored, _),) = rows([document], byte_tokenizer, 20)
     assert ids == [1, 2, *spelled("<mask>a</s><mask>"), 2][:20]
     assert scored == [False] * 8 + [True] * 12

@@ -173,5 +173,5 @@ def test_a_run_goes_on_with_another_number_of_ranks(shard: bool, tiny: Callable,
 
 def test_shares_cover_a_step_and_must_be_equal() -> None:
     assert [Ranks(rank, 3).share(6) for rank in range(3)] == [range(2), range(2, 4), range(4, 6)]
-    with pytest.raises(ValueError, match="batch_size is 5 on 2 ranks, must be a multiple of 2"):
+    with pytest.raises(ValueError, match="batch_size is 5, must be a multiple of 2"):
         Ranks(0, 2).share(5)

@@ -1,1 +1,1 @@
-"""From texts, or from the context tower's own samples, to shards of token rows."""
+"""Making corpora, shards of token rows on disk, from texts or from samples of the context tower."""

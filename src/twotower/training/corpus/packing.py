@@ -1,4 +1,4 @@
-"""Documents to rows of tokens. Letters: t tokens."""
+"""Tokenising documents and packing them into rows of equal length. Letters: t tokens."""
 
 import copy
 import itertools
@@ -14,14 +14,15 @@ from twotower.config import TwoTowerConfig
 from twotower.training.corpus.shards import CorpusRows
 from twotower.training.corpus.text import Document, TextConfig
 
-# Documents tokenised at a time; the tokenizer spreads a batch over the processor's cores.
+# Documents tokenised together; the tokenizer spreads a batch over the processor's cores.
 _BATCH = 512
-# Rows in which a document is looked a place for; more leave less padding.
+# Unfinished rows that a document with a prompt may be put into; more rows leave less padding.
 _OPEN_ROWS = 64
 
 
 class Packed(NamedTuple):
-    """A row's arrays (t,), how many of its tokens are padding, and how many of its document's it has no place for."""
+    """A row's arrays (t,), the number of its tokens that are padding, and the number of tokens that were cut off a
+    document because they didn't fit into the row."""
 
     row: CorpusRows
     num_padding: int
@@ -31,15 +32,20 @@ class Packed(NamedTuple):
 def pack(
     documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, model: TwoTowerConfig, config: TextConfig
 ) -> Iterator[Packed]:
-    """Rows of `length` tokens: documents one after the other, cut where a row ends; with a `prompt_field` whole.
+    """Packs documents into rows of `config.length` tokens.
 
-    A document is [BOS | prompt | text | EOS], BOS and EOS where the config has them, one BOS even where the prompt
-    brings it. BOS and prompt are not scored, nor is a mask, which a text can hold only where tokenizer.json doesn't say
-    that it is special. What a row's end cuts off goes on in the next row as a document of its own. With prompts that
-    would part texts from their questions, so each document goes where there is room for all of it, and one longer than
-    a row loses the beginning of its prompt, but no more than leaves half a row of it, then the end of its text. Rows
-    are filled up with unscored BOS (or token 0). Documents without a token are left out. Warns, once, where a text
-    spells a control token that is taken as text.
+    - A document is [BOS | prompt | text | EOS], with BOS and EOS where the model's config has them. A prompt or text
+      that begins with BOS gets no second one. A document whose text has no tokens is left out.
+    - BOS, prompt and any mask token are not scored. A text holds a mask token only where tokenizer.json does not mark
+      the mask as special.
+    - Without `config.prompt_field`, documents follow each other and are cut where a row ends; the rest of a document
+      begins the next row, as a document of its own.
+    - With it, a cut would part texts from their questions, so each document is put whole into a row with room for it. A
+      document longer than a row loses the beginning of its prompt, until half a row of prompt is left, and then the end
+      of its text.
+    - Rows are filled up with unscored BOS (or token 0).
+
+    Warns, once, where a text spells a control token that is tokenised as text.
     """
     bos = [] if model.bos_token_id is None else [model.bos_token_id]
     end = list(model.eos_token_ids[:1])
@@ -54,14 +60,14 @@ def pack(
 
 
 class _Parts(NamedTuple):
-    """A document's tokens."""
+    """The token ids of a document: BOS or nothing, its prompt, and its text with EOS."""
 
     bos: list[int]
     prompt: list[int]
     text: list[int]
 
     def cut(self, length: int) -> "_Parts":
-        """At most `length` of the tokens: without the prompt's beginning and the text's end."""
+        """At most `length` of the tokens, without the beginning of the prompt and the end of the text."""
         room = length - len(self.bos)
         kept = max(room // 2, room - len(self.text))
         prompt = self.prompt[max(len(self.prompt) - kept, 0) :]
@@ -69,7 +75,7 @@ class _Parts(NamedTuple):
 
 
 def _parts(bos: list[int], prompt: list[int], text: list[int], end: list[int]) -> _Parts:
-    # Chat templates write a BOS themselves
+    # A chat template may have written a BOS already.
     if prompt:
         prompt = prompt[len(bos) :] if prompt[: len(bos)] == bos else prompt
     else:
@@ -89,7 +95,7 @@ class _OpenRow:
         self.num_lost = 0
 
     def add(self, ids: list[int], num_unscored: int) -> None:
-        """Adds a document whose first tokens are not scored; there must be room for it."""
+        """Adds a document whose first `num_unscored` tokens are not scored. There must be room for it."""
         number = self._document[-1] + 1 if self._document else 0
         self._ids += ids
         self._scored += [n >= num_unscored and i != self._mask_token_id for n, i in enumerate(ids)]
@@ -105,6 +111,7 @@ class _OpenRow:
 
 
 def _cut_rows(documents: Iterable[_Parts], length: int, mask_token_id: int) -> Iterator[_OpenRow]:
+    """Documents one after the other, cut where a row ends."""
     row = _OpenRow(length, mask_token_id)
     for bos, prompt, text in documents:
         tokens = bos + prompt + text
@@ -121,6 +128,7 @@ def _cut_rows(documents: Iterable[_Parts], length: int, mask_token_id: int) -> I
 
 
 def _whole_rows(documents: Iterable[_Parts], length: int, mask_token_id: int) -> Iterator[_OpenRow]:
+    """Each document whole in the first open row with room for it; the fullest row is closed when too many are open."""
     rows: list[_OpenRow] = []
     for whole in documents:
         document = whole.cut(length)
@@ -132,7 +140,7 @@ def _whole_rows(documents: Iterable[_Parts], length: int, mask_token_id: int) ->
             row = _OpenRow(length, mask_token_id)
             rows.append(row)
         row.add(tokens, len(document.bos) + len(document.prompt))
-        row.num_lost = sum(map(len, whole)) - len(tokens)  # above 0 for a document that fills a row by itself
+        row.num_lost = sum(map(len, whole)) - len(tokens)  # above 0 only for a document longer than a row
         if row.room == 0:
             rows.remove(row)
             yield row
@@ -142,7 +150,11 @@ def _whole_rows(documents: Iterable[_Parts], length: int, mask_token_id: int) ->
 def _tokens(
     documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, mask_token_id: int, control_tokens: bool
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """The tokens of each document's prompt and text, of documents whose text has any."""
+    """The token ids of each document's prompt and text, except documents whose text has none.
+
+    Names of control tokens are those tokens in prompts, and in texts with `control_tokens`; elsewhere they are spelled
+    as text. The mask's name is always spelled as text.
+    """
     plain, controlled = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
     plain.encode_special_tokens, controlled.encode_special_tokens = True, False
     mask = tokenizer.id_to_token(mask_token_id)
@@ -163,7 +175,7 @@ def _tokens(
         if found:
             watched = None
             warnings.warn(
-                f"a text spells {found[0]}, learnt as text; --control-tokens makes it the token", stacklevel=2
+                f"a text spells {found[0]}, which is learnt as text; --control-tokens makes it the token", stacklevel=2
             )
         prompts = encode(controlled, [document.prompt for document in batch])
         for prompt, text in zip(prompts, encode(controlled if control_tokens else plain, texts), strict=True):

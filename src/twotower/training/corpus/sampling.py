@@ -1,4 +1,4 @@
-"""A corpus sampled from the frozen context tower itself. Letters: b rows, t tokens."""
+"""Sampling a corpus from the frozen context tower itself. Letters: b rows, t tokens."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ class SampleConfig:
 
 
 class Sampled(NamedTuple):
-    """ids (b, t) int64, and how many of each row's are its text, end and all, (b,) int64; padding follows."""
+    """Token ids (b, t) int64, and the length (b,) int64 of each row's text with its end token; padding follows."""
 
     ids: Tensor
     lengths: Tensor
@@ -86,15 +86,15 @@ def sample_rows(
     seed: int,
     temperature: float = 0.0,
 ) -> Sampled:
-    """Continues each prompt up to an end of text or `length` tokens: temperature 1 up to position `prefix`,
-    `temperature` after it, 0 greedy.
+    """Continues each prompt up to an end token or `length` tokens, at temperature 1 before position `prefix` and at
+    `temperature` from there on; 0 is greedy.
 
-    A greedy continuation is a function of its prefix, so a denoiser can learn it; the sampled part gives it variety.
-    The mask token and the tokenizer's unknown token are never drawn. Raises ValueError for a prompt that is empty, too
-    long or not of this vocabulary.
+    A greedy continuation is a function of its prefix, which a denoiser can learn; the sampled prefix gives variety. The
+    mask token and the tokenizer's unknown token are never drawn. The draws depend on `seed` alone. Raises SettingError
+    for a prefix outside [1, length], and ValueError for a prompt that is empty, too long or not of this vocabulary.
     """
     if not 1 <= prefix <= length:
-        raise ValueError(f"prefix is {prefix}, must be in [1, length={length}]")
+        raise SettingError("prefix", prefix, f"in [1, length={length}]")
     for number, prompt in enumerate(prompts, 1):
         check_prompt(prompt, f"prompt {number}", model.config.vocab_size, length)
     generator = torch.Generator().manual_seed(seed)
@@ -131,19 +131,19 @@ def sample_rows(
 
 
 def beginnings(model: TwoTower, rows: int) -> list[list[int]]:
-    """Prompts of a BOS alone."""
+    """`rows` prompts that consist of BOS. Raises ValueError for a model without BOS."""
     if model.config.bos_token_id is None:
         raise ValueError("the config has no bos_token_id to start rows with; set it in config.json, or give prompts")
     return [[model.config.bos_token_id]] * rows
 
 
 def padding_token(model: TwoTower) -> int:
-    """What stands behind a row's text: BOS, or token 0, never scored."""
+    """The token that fills a row up after its text, never scored: BOS, or token 0."""
     return model.config.bos_token_id or 0
 
 
 def check_prompt(prompt: Sequence[int], name: str, vocab_size: int, length: int) -> None:
-    """Raises ValueError for a prompt that rows of `length` tokens can't begin with."""
+    """Raises ValueError, calling the prompt `name`, unless it has 1 to length − 1 tokens of the vocabulary."""
     if not 1 <= len(prompt) < length:
         raise ValueError(f"{name} has {len(prompt)} tokens, must have 1 to {length - 1}, below length={length}")
     strange = [i for i in prompt if not 0 <= i < vocab_size]
@@ -152,7 +152,7 @@ def check_prompt(prompt: Sequence[int], name: str, vocab_size: int, length: int)
 
 
 def _unknown(model: TwoTower) -> list[int]:
-    """The token that the tokenizer writes for what it can't spell, if it has one that is no end of text."""
+    """The tokenizer's unknown token in a list, or an empty list if it has none or it is also an end token."""
     if model.tokenizer is None:
         return []
     raw = json.loads(model.tokenizer.to_str())["model"]
@@ -164,11 +164,11 @@ def _unknown(model: TwoTower) -> list[int]:
 def sample_shard(
     model: TwoTower, folder: Path, index: int, config: SampleConfig, prompts: Sequence[Sequence[int]] | None = None
 ) -> Path:
-    """Samples shard `index` into `folder` as `{index:05d}.safetensors`, unless it is there, and returns its path.
+    """Samples shard `index` into `folder` as `{index:05d}.safetensors`, unless it exists, and returns its path.
 
-    With `prompts`, its rows continue the next `rows` of them; these are the rows' prefixes, and not scored whatever the
-    temperature. What follows an end of text is not scored. Depends on (config, index, prompts) alone. A kill leaves no
-    half shard under that name.
+    With `prompts`, the shard's rows continue its share of them, `config.rows` per shard; prompts are never scored, nor
+    are the sampled prefixes, except at temperature 1, nor padding. The shard depends on (config, index, prompts) alone.
+    It is written under another name and renamed, so that a kill leaves no incomplete shard under its name.
     """
     file = folder / f"{index:05d}.safetensors"
     if file.exists():
@@ -193,8 +193,8 @@ def sample_shard(
 
 
 def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes what shards are sampled with beside them. Raises ValueError where shards are there that were sampled with
-    other settings, or nothing says with which."""
+    """Writes the settings that shards are sampled with into their folder. Raises ValueError where the folder holds
+    shards that were sampled with other settings, or with settings that are not recorded."""
     file = folder / SETTINGS_FILE
     wanted = json.loads(json.dumps(settings))
     if not file.exists():

@@ -1,7 +1,8 @@
 """Token corpora on disk: safetensors shards of rows, read through memory maps. Letters: r rows, b batch, t tokens.
 
-A shard holds `ids` (r, t) int32, `scored` (r, t) bool, false where a position is never masked (prompts, prefixes, BOS,
-padding), and `document` (r, t) int32, which numbers the documents packed into a row, non-decreasing.
+A shard holds three arrays: `ids` (r, t) int32; `scored` (r, t) bool, False for positions that are never masked or
+learnt (prompts, prefixes, BOS, padding); and `document` (r, t) int32, which numbers the documents of a row,
+non-decreasing.
 """
 
 import functools
@@ -19,8 +20,8 @@ _DTYPES = {"ids": "I32", "scored": "BOOL", "document": "I32"}
 
 
 class RowBatch(NamedTuple):
-    """ids (b, t) int64, scored (b, t) bool, document (b, t) int64, and each row's number in the order in which an
-    endless run would visit rows, (b,) int64: what its noise may depend on."""
+    """Rows as tensors: `ids` (b, t) int64, `scored` (b, t) bool, `document` (b, t) int64. `samples` (b,) int64 are the
+    rows' numbers in an endless run over the corpus, on which their noise depends."""
 
     ids: Tensor
     scored: Tensor
@@ -29,7 +30,7 @@ class RowBatch(NamedTuple):
 
 
 class CorpusRows(NamedTuple):
-    """What a shard holds, as arrays of its dtypes."""
+    """The arrays of a shard (r, t), or of one of its rows (t,), in the stored dtypes."""
 
     ids: np.ndarray
     scored: np.ndarray
@@ -44,11 +45,11 @@ class _Shard(NamedTuple):
 
 
 class Corpus:
-    """The shards of a folder in the order of their names, as one table of rows."""
+    """The shards of a folder, in the order of their names, as one table of rows."""
 
     def __init__(self, folder: str | Path, *, vocab_size: int) -> None:
-        """Opens every shard, reading headers only. Raises FileNotFoundError where there is no folder, and ValueError
-        naming a bad file."""
+        """Opens every shard and reads its header. Raises FileNotFoundError without the folder, and ValueError where it
+        holds no shard, or naming a bad one."""
         if not Path(folder).is_dir():
             raise FileNotFoundError(
                 f"{folder} is no directory; make a corpus there with: twotower tokenize, or twotower sample"
@@ -67,20 +68,22 @@ class Corpus:
         self._vocab_size = vocab_size
 
     def __len__(self) -> int:
-        """Rows of all shards."""
+        """The number of rows in all shards."""
         return int(self._ends[-1])
 
     def batch(self, samples: range, seed: int) -> RowBatch:
-        """The rows of an endless run over the corpus that have these numbers: each epoch visits every row once, in an
-        order that depends on (seed, epoch) alone, so the next number is all that a resumed run must know. Raises
-        ValueError where a shard has tokens outside the vocabulary."""
+        """The rows with the numbers `samples` of an endless run over the corpus.
+
+        Each epoch visits every row once, in an order that depends on (seed, epoch) alone, so that a run can resume from
+        the number of the next row. Raises ValueError where a shard has tokens outside the vocabulary.
+        """
         orders = {epoch: _order(seed, epoch, len(self)) for epoch in {sample // len(self) for sample in samples}}
         rows = [self.row(int(orders[sample // len(self)][sample % len(self)])) for sample in samples]
         ids, scored, document = (torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True))
         return RowBatch(ids.long(), scored, document.long(), torch.tensor(samples))
 
     def row(self, index: int) -> CorpusRows:
-        """One row's arrays (t,)."""
+        """The arrays (t,) of row `index` of the table. Raises ValueError for tokens outside the vocabulary."""
         place = int(np.searchsorted(self._ends, index, side="right"))
         shard = self._shards[place]
         at = index - (int(self._ends[place - 1]) if place else 0)
@@ -91,7 +94,7 @@ class Corpus:
 
 
 def is_corpus(source: str | Path) -> bool:
-    """Whether it is a folder of shards."""
+    """Whether `source` is a folder that holds shards."""
     return bool(_files(source))
 
 
@@ -105,8 +108,8 @@ def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
 
 
 def write_shard(file: Path, rows: CorpusRows) -> None:
-    """Writes a shard; a kill leaves no half file under its name."""
-    # safetensors writes an array's memory as it lies, whatever its strides
+    """Writes a shard, in the stored dtypes. It is renamed when complete, so that a kill leaves no incomplete `file`."""
+    # safetensors ignores strides and writes an array's memory as it lies.
     ids = np.ascontiguousarray(rows.ids, dtype=np.int32)
     scored = np.ascontiguousarray(rows.scored, dtype=np.bool_)
     document = np.ascontiguousarray(rows.document, dtype=np.int32)

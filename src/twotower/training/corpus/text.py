@@ -1,4 +1,4 @@
-"""Reading documents: files, folders of them, and Hugging Face datasets."""
+"""Reading documents from files, folders and Hugging Face datasets."""
 
 import dataclasses
 import gzip
@@ -15,7 +15,7 @@ Record = dict[str, Any]
 
 
 class Document(NamedTuple):
-    """A text and what comes before it without being learnt: a question, or nothing."""
+    """A text to learn, and the prompt before it, such as a question, which is not learnt; "" for none."""
 
     prompt: str
     text: str
@@ -50,8 +50,11 @@ class TextConfig:
 
 def read_documents(source: str, config: TextConfig) -> Iterator[Document]:
     """The documents of a file, of every readable file below a folder in the order of their paths, or of a Hugging Face
-    dataset, streamed. Warns of files that it skips. Raises ValueError where there is nothing to read, a file is broken
-    or a record lacks a field."""
+    dataset, which is streamed.
+
+    Warns of the files it skips. Raises FileNotFoundError where there is no such file, folder or dataset, and ValueError
+    where there is nothing to read, a file is broken or a record lacks a field.
+    """
     path = Path(source)
     if not path.exists():
         if _reader(path) or source.startswith((".", "/")):
@@ -103,8 +106,8 @@ def _dataset(name: str, split: str) -> Iterable[Record]:
 
 
 def read_records(file: Path) -> Iterator[Record]:
-    """A file's records; of a text the one whose `text` is all of it. Raises ValueError, naming the file, where it is
-    broken or of no known kind."""
+    """The records of a file; a file of plain text is one record, with the field `text`. Raises ValueError, naming the
+    file, where it is broken or of an unknown kind."""
     reader = _reader(file)
     if reader is None:
         raise ValueError(f"{file} must end in {_ENDINGS}; convert it to one")
@@ -119,7 +122,7 @@ def read_records(file: Path) -> Iterator[Record]:
 
 
 def _open_text(file: Path) -> IO[str]:
-    # utf-8-sig: without the mark that editors put before a text
+    # utf-8-sig drops the byte order mark that some editors write.
     return (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rt", encoding="utf-8-sig")
 
 
@@ -129,7 +132,7 @@ def _read_text(file: Path) -> Iterator[Record]:
 
 
 def _read_json(file: Path) -> Iterator[Record]:
-    """Objects, one a line, or a list of them."""
+    """JSON objects, one per line or in a list."""
     with _open_text(file) as opened:
         for number, line in enumerate(opened, 1):
             if line.lstrip().startswith("["):
@@ -182,6 +185,6 @@ _ENDINGS = ".txt, .md, .jsonl, .json (or these with .gz) or .parquet"
 
 
 def _reader(file: Path) -> Callable[[Path], Iterator[Record]] | None:
-    """What reads a file of this name, in capitals too; None for one that nothing reads."""
+    """The reader for a file of this name, whose ending may be in capitals; None for an unknown one."""
     name = file.name.lower()
     return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)

@@ -1,1 +1,1 @@
-"""One training run: the loop, its optimiser and schedules, ranks, and states on disk."""
+"""A training run: the loop, its optimiser and schedules, ranks, and saved states."""

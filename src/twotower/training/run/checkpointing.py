@@ -1,10 +1,11 @@
-"""A run's state on disk, in the format of torch.distributed.checkpoint: written while training goes on, never lost.
+"""Saved states of a run, in the format of torch.distributed.checkpoint, written in the background.
 
-    state/step-00000200/            a whole state: sharded tensors, their index, progress.json
-    state/step-00000300.partial/    one being written, or what a kill left of it
+    state/step-00000200/            a complete state: sharded tensors, their index, progress.json
+    state/step-00000300.partial/    a state that is being written, or whose writing was killed
 
-A state gets its name when it is whole, and the one before it goes after that, so a kill or a full disk at any moment
-leaves a whole one. It can be read by any number of processes. The index is a pickle: resume your own runs only.
+A state is renamed when it is complete, and only then is the one before it deleted, so that a kill or a full disk at any
+moment leaves a complete one. A state can be read by any number of processes, whatever number wrote it. Its index is a
+pickle, which can run code when it is read: resume your own runs only.
 """
 
 import json
@@ -30,7 +31,7 @@ from twotower.training.run.ranks import Ranks
 
 PROGRESS_FILE = "progress.json"
 
-# What reading a broken pickle raises
+# The exceptions that reading a broken pickle may raise.
 _NO_PICKLE = (
     pickle.UnpicklingError,
     EOFError,
@@ -46,7 +47,7 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 
 
 class _Pending(NamedTuple):
-    """A state that is being written."""
+    """A state that is being written in the background."""
 
     step: int
     progress: dict[str, Any]
@@ -54,35 +55,36 @@ class _Pending(NamedTuple):
 
 
 class Checkpoints:
-    """The states of a run below `folder`; only the newest is kept. All ranks make the same calls."""
+    """Writes the states of a run below `folder` and keeps the newest. All ranks must make the same calls."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
         self.folder, self.ranks = folder / "state", ranks
-        # Its own group: a write in the background must not mix its messages with those of training
+        # A process group of its own: messages of a write in the background must not mix with those of training.
         self._group = dist.new_group(backend="gloo") if ranks.size > 1 else None
         self._pending: _Pending | None = None
 
     def save(self, step: int, tensors: Tensors, progress: dict[str, Any]) -> None:
-        """Starts to write a state: copies the tensors and returns; waits first for the write before it."""
+        """Starts to write a state: waits for the write before it, copies the tensors and returns. `progress` is what
+        `read_progress` gives back, as JSON holds it."""
         self.finish()
         partial = self._partial(step)
         if self.ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.ranks.wait()
-        _mean_one_process()
+        _ignore_single_process_warning()
         future = async_save(
             dict(tensors), checkpoint_id=partial, process_group=self._group, no_dist=self._group is None
         )
         self._pending = _Pending(step, progress, cast("Future[None]", future))
 
     def poll(self) -> None:
-        """Gives a state that has been written its name; returns at once where it is still being written."""
+        """Renames a state that is complete; returns at once if it is still being written."""
         if self._pending is not None and self._pending.future.done():
             self.finish()
 
     def finish(self) -> None:
-        """Waits until the last `save` is on disk under its name. Raises ValueError where it can't be written."""
+        """Waits until the last `save` is complete and renames it. Raises ValueError where it can't be written."""
         if self._pending is None:
             return
         (step, progress, future), self._pending = self._pending, None
@@ -93,11 +95,11 @@ class Checkpoints:
                 f"the state of step {step} could not be written to {self.folder} ({_causes(error)}); make room and "
                 "call again: the state before it is whole"
             ) from error
-        # Rank 0 is done when all have written: it is the one that writes the index
+        # Rank 0 writes the index, after every rank has written its tensors, so its write ends last.
         if self.ranks.rank == 0:
             (self._partial(step) / PROGRESS_FILE).write_text(json.dumps(progress))
             whole = self._whole(step)
-            shutil.rmtree(whole, ignore_errors=True)  # one that was damaged
+            shutil.rmtree(whole, ignore_errors=True)  # a damaged state of the same step
             os.replace(self._partial(step), whole)
             for other in self.folder.glob("step-*"):
                 if other != whole:
@@ -111,8 +113,8 @@ class Checkpoints:
 
 
 def latest_state(folder: Path) -> Path | None:
-    """The newest whole state of a run in `folder`, or None. Warns of newer ones that are damaged; raises ValueError
-    where all are."""
+    """The newest complete state of the run in `folder`, or None if it has saved none. Warns of newer ones that are
+    damaged, and raises ValueError where all are."""
     damage: dict[Path, str] = {}
     for state in sorted((p for p in (folder / "state").glob("step-*") if p.suffix != ".partial"), reverse=True):
         found = _damage(state)
@@ -128,7 +130,7 @@ def latest_state(folder: Path) -> Path | None:
 
 
 def _damage(state: Path) -> str | None:
-    """What keeps a state from being read, if anything: a copy that stopped, a disk that failed."""
+    """Why a state can't be read, such as an interrupted copy or a failed disk; None if it can."""
     try:
         progress = read_progress(state)
     except (OSError, ValueError) as error:
@@ -148,27 +150,28 @@ def _damage(state: Path) -> str | None:
 
 
 def read_progress(state: Path) -> dict[str, Any]:
-    """What `Checkpoints.save` was given as `progress`."""
+    """The `progress` that a state was saved with."""
     progress: dict[str, Any] = json.loads((state / PROGRESS_FILE).read_text())
     return progress
 
 
 def stored_groups(state: Path) -> set[str]:
-    """The groups of tensors that a state holds, such as weights and ema."""
+    """The names of the groups of tensors that a state holds, such as weights and ema."""
     return {name.split(".")[0] for name in _stored(state)}
 
 
 def read_tensors_(state: Path, tensors: Tensors, ranks: Ranks) -> None:
-    """Fills the given tensors, whole or sharded. Raises ValueError where they aren't those of the state."""
+    """Copies a state's tensors, group -> name -> tensor, into the given ones, whole or sharded. Raises ValueError where
+    names or shapes differ."""
     check_tensors(state, tensors)
-    _mean_one_process()
+    _ignore_single_process_warning()
     wanted_tensors = {group: dict(members) for group, members in tensors.items()}
     load(wanted_tensors, checkpoint_id=state, no_dist=ranks.size == 1)
 
 
 def read_tensor(state: Path, name: str) -> Tensor:
-    """One whole tensor, such as weights.a.b, which must be there."""
-    _mean_one_process()
+    """One tensor of a state as a whole, by group and name, such as weights.a.b. Raises KeyError if it isn't there."""
+    _ignore_single_process_warning()
     entry = FileSystemReader(state).read_metadata().state_dict_metadata[name]
     assert isinstance(entry, TensorStorageMetadata)
     wanted = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
@@ -177,8 +180,8 @@ def read_tensor(state: Path, name: str) -> Tensor:
 
 
 def check_tensors(state: Path, tensors: Tensors) -> None:
-    """Raises ValueError where the given groups, maybe on the meta device, don't have the names and shapes of the
-    state's."""
+    """Raises ValueError where names or shapes of the given groups differ from the state's. The tensors may be on the
+    meta device."""
     stored = _stored(state)
     for group, members in tensors.items():
         wanted = {f"{group}.{name}": tuple(tensor.shape) for name, tensor in members.items()}
@@ -191,7 +194,7 @@ def check_tensors(state: Path, tensors: Tensors) -> None:
 
 
 def _stored(state: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a state's tensors."""
+    """Name -> shape of a state's tensors."""
     entries = FileSystemReader(state).read_metadata().state_dict_metadata
     return {name: tuple(e.size) for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
 
@@ -205,6 +208,7 @@ def _causes(error: CheckpointException) -> str:
     return "; ".join(sorted({f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}))
 
 
-def _mean_one_process() -> None:
-    """No warning that one process alone writes or reads. For good: a background thread would not notice a context."""
+def _ignore_single_process_warning() -> None:
+    """Turns off PyTorch's warning that a single process writes or reads. It stays off, because the background thread
+    that writes would not see a temporary filter."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -9,13 +9,14 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Versions of one function. Each kind of layer needs one, and again at the ends of the stack and for changing sizes.
+# How often one function may be compiled. Each kind of layer needs a version, more at the ends of the stack and for
+# sizes that change.
 _VERSIONS = 64
 
 
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """`torch.compile`, which by itself gives up on a function after 8 versions: fewer than a model of several kinds of
-    layers needs."""
+    """`torch.compile(function)`, with a higher limit on recompilation: by default PyTorch stops compiling a function
+    after 8 versions, and a model with several kinds of layers needs more."""
     fast = torch.compile(function)
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): a tower that learns by low-rank additions to its projections.
+"""LoRA (arXiv 2106.09685): training low-rank additions to a tower's projections instead of the projections.
 
 Letters: r rank, i inputs, o outputs, e experts.
 """
@@ -7,44 +7,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from twotower.errors import SettingError
 from twotower.model.linear import Linear
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.tower import Tower
 
 
 class LowRank(nn.Module):
-    """weight + up · down for a weight (o, i) or (e, o, i): up (…, o, r) starts at 0, down (…, r, i) random."""
+    """weight + up · down, for a weight (o, i) or (e, o, i) with up (…, o, r), which starts at 0, and down (…, r, i),
+    which starts random."""
 
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         *experts, outputs, inputs = weight.shape
         wide = torch.promote_types(weight.dtype, torch.float32)
-        # Weights that are still to come say nothing about the device
+        # The device of a weight that is not loaded yet ("meta") says nothing; the default device is used then.
         device = None if weight.is_meta else weight.device
         self.up = nn.Parameter(torch.zeros(*experts, outputs, rank, dtype=wide, device=device))
         self.down = nn.Parameter(torch.empty(*experts, rank, inputs, dtype=wide, device=device))
-        if not self.down.is_meta:  # nothing to draw there
+        if not self.down.is_meta:
             drawn = torch.randn(self.down.shape, generator=generator) * inputs**-0.5
             self.down.data.copy_(drawn)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight to multiply by, in the dtype of the one that stays."""
+        """The weight with its addition, in the weight's dtype."""
         return weight + (self.up @ self.down).to(weight.dtype)
 
 
 def add_low_rank_(tower: Tower, rank: int) -> None:
-    """Gives every projection of a tower's layers an addition of `rank`, which starts at 0; the projections themselves
-    are frozen. The tower's `released_tensors` are the sums. Raises ValueError for a rank that no projection could
-    have."""
+    """Freezes every projection of a tower's layers and gives it a trainable addition of rank `rank`, which starts at 0.
+
+    `tower.released_tensors()` then gives the sums. Raises SettingError for a rank above the smallest projection's.
+    """
     projections = [(module, name) for module in tower.modules() for name in _projections(module)]
     highest = min(size for module, name in projections for size in getattr(module, name).shape[-2:])
     if rank > highest:
-        raise ValueError(f"lora_rank is {rank}, must be 1 to {highest}, the smallest projection's, or 0 to train all")
+        raise SettingError("lora_rank", rank, f"1 to {highest}, the smallest projection's, or 0 to train all")
     generator = torch.Generator().manual_seed(0)
     for module, name in projections:
         weight = getattr(module, name).requires_grad_(False)
         added = LowRank(weight, rank, generator)
-        # Unsafe only in that it isn't called once to see what it gives: weights may still be on the meta device
+        # `unsafe` skips a trial call that checks shape and dtype, which fails for weights on the meta device.
         parametrize.register_parametrization(module, name, added, unsafe=True)
 
 
@@ -56,5 +59,5 @@ def _projections(module: nn.Module) -> tuple[str, ...]:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what an addition to it puts around it."""
+    """A parameter's name as it is without a low-rank addition, which PyTorch's parametrizations change."""
     return name.replace(".parametrizations.", ".").removesuffix(".original")

@@ -1,4 +1,4 @@
-"""The float32 weights that AdamW changes, their running mean, and the model's own, which may be coarser."""
+"""AdamW over float32 master weights, with their running mean, for a model whose own weights may be bfloat16."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ from torch.distributed.tensor import DTensor
 
 
 class Optimiser:
-    """AdamW over float32 (or float64) masters of the given parameters, by name.
+    """AdamW over float32 (or float64) master weights of the given parameters, by name.
 
-    A parameter that is at least float32 is its own master. A coarser one gets a float32 copy of `exact[name]`, collects
-    its gradients there after each micro-batch, and is set to the rounded master after each update. `ema_decay` above 0
-    keeps a running mean of the masters.
+    A parameter in float32 or float64 is its own master. A coarser one has its exact value in `exact[name]`, which
+    becomes its master: gradients are added up there after each micro-batch, and the parameter is set to the rounded
+    master after each update. `ema_decay` above 0 keeps a running mean of the masters. β₁ is 0.9 and β₂ is 0.98.
     """
 
     def __init__(
@@ -33,13 +33,14 @@ class Optimiser:
                 parameter.register_post_accumulate_grad_hook(_collect_in(master))
                 self.rounded.append((parameter, master))
             self.masters[name] = master
-        # Two groups: no operation takes sharded and whole tensors together
+        # Two groups, because no PyTorch operation takes sharded and whole tensors together.
         sharded = [m for m in self.masters.values() if isinstance(m, DTensor)]
         groups = [sharded, [m for m in self.masters.values() if not isinstance(m, DTensor)]]
         self.adamw = torch.optim.AdamW(
             [{"params": group} for group in groups if group], betas=(0.9, 0.98), weight_decay=weight_decay
         )
-        for master in self.masters.values():  # at once: a saved state always has all of it
+        # AdamW itself makes its moments at its first step, but a state may be saved before.
+        for master in self.masters.values():
             zeros = (torch.zeros_like(master.detach()) for _ in range(2))
             moments = dict(zip(("exp_avg", "exp_avg_sq"), zeros, strict=True))
             self.adamw.state[master] = {"step": torch.zeros(()), **moments}
@@ -47,11 +48,11 @@ class Optimiser:
         self.ema = {n: m.detach().clone() for n, m in self.masters.items()} if ema_decay > 0 else {}
 
     def gradients(self) -> list[Tensor]:
-        """The masters' gradients that there are."""
+        """The gradients of the masters that have one."""
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def update(self, rate: float, max_norm: float, norm: float) -> None:
-        """One AdamW step with gradients of total norm `norm` clipped to `max_norm`."""
+        """One AdamW step at learning rate `rate`, with gradients of total norm `norm` scaled down to `max_norm`."""
         if norm > max_norm:
             for gradient in self.gradients():
                 gradient.mul_(max_norm / (norm + 1e-6))
@@ -62,14 +63,18 @@ class Optimiser:
 
     @torch.no_grad()
     def average(self, num_updates: int) -> None:
-        """Moves the running mean. Its decay grows with the updates made, so that the first weights don't stay in it."""
+        """Moves the running mean towards the masters: mean = decay · mean + (1 − decay) · master.
+
+        The decay is min(`ema_decay`, (1 + n) / (10 + n)) after n updates, so that the initial weights soon leave the
+        mean.
+        """
         decay = min(self.ema_decay, (1 + num_updates) / (10 + num_updates))
         for name, mean in self.ema.items():
             mean.lerp_(self.masters[name], 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Lets the model compute with the running mean for as long as the context lasts; then all is as it was."""
+        """A context in which the model computes with the running mean of its weights."""
         self._swap()
         try:
             yield
@@ -85,17 +90,17 @@ class Optimiser:
         self.round_()
 
     def clear(self) -> None:
-        """Forgets the gradients."""
+        """Drops the gradients."""
         self.adamw.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def round_(self) -> None:
-        """Sets the model's coarser parameters to their masters."""
+        """Sets the model's coarser parameters to their masters, rounded."""
         for parameter, master in self.rounded:
             parameter.copy_(master)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a saved state holds, as the tensors themselves."""
+        """The tensors of a saved state, group -> name -> tensor; not copies."""
         state = {name: self.adamw.state[master] for name, master in self.masters.items()}
         found = {"weights": {name: master.detach() for name, master in self.masters.items()}}
         for part in ("exp_avg", "exp_avg_sq", "step"):

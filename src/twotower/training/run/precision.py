@@ -1,4 +1,4 @@
-"""Computing in bfloat16 with float32 weights to learn in."""
+"""Making a model compute in bfloat16, while its optimiser keeps float32 weights."""
 
 from collections.abc import Collection
 
@@ -13,7 +13,8 @@ from twotower.training.run.low_rank import plain_name
 
 
 def coarse_parameters(model: TwoTower | OneTower, dtype: torch.dtype) -> list[nn.Parameter]:
-    """The parameters that a model of `dtype` holds in it: all but routers and what decides the scans' decays."""
+    """The parameters that a model of `dtype` holds in `dtype`: all but the routers and the A, D and dt_bias of `M`
+    layers, which stay float32."""
     with torch.device("meta"):
         named = type(model)(model.config, dtype=dtype).named_parameters(remove_duplicate=False)
         coarse = {name for name, parameter in named if parameter.dtype == dtype}
@@ -21,7 +22,7 @@ def coarse_parameters(model: TwoTower | OneTower, dtype: torch.dtype) -> list[nn
 
 
 def compute_in_(model: TwoTower | OneTower, dtype: torch.dtype, keep: Collection[nn.Parameter]) -> None:
-    """Makes the model compute in `dtype` as one of that dtype does, rounding its parameters except those of `keep`."""
+    """Makes the model compute as a model of `dtype` does: rounds its parameters, except those in `keep`."""
     kept = {id(parameter) for parameter in keep}
     for parameter in coarse_parameters(model, dtype):
         if id(parameter) not in kept:

@@ -1,4 +1,4 @@
-"""Several processes that train together: each takes its share of a step's rows."""
+"""Several processes that train together (ranks), each on its share of a step's rows."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -9,21 +9,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from twotower.errors import SettingError
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process is number `rank` of `size` and computes on `device`. More than one need a process group; see
-    `joined`."""
+    """This process is number `rank` of `size`, from 0, and computes on `device`. More than one need a process group,
+    which `joined` makes."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     def share(self, num_rows: int) -> range:
-        """Which of a step's rows are this rank's. Raises ValueError where the ranks' shares would differ in size:
-        sharded parameters are gathered by all ranks at once, so that all must take equally many parts."""
+        """The numbers of the rows of a step, out of `num_rows`, that this rank takes.
+
+        Raises SettingError where the ranks' shares would differ in size: gathering sharded parameters takes all ranks
+        together, so that all must compute equally many micro-batches.
+        """
         if num_rows % self.size:
-            raise ValueError(f"batch_size is {num_rows} on {self.size} ranks, must be a multiple of {self.size}")
+            raise SettingError("batch_size", num_rows, f"a multiple of {self.size}, the number of ranks")
         each = num_rows // self.size
         return range(self.rank * each, (self.rank + 1) * each)
 
@@ -36,21 +41,22 @@ class Ranks:
         return summed.tolist()
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces every whole tensor by its sum over the ranks; of sharded ones that is done already."""
+        """Replaces each tensor by its sum over the ranks. Sharded ones are left out: FSDP has summed them already."""
         if self.size > 1:
             works = [dist.all_reduce(t, async_op=True) for t in tensors if not isinstance(t, DTensor)]
             for work in works:
                 work.wait()
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Returns once all ranks have called it."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
 def joined(rank: int, size: int, device: torch.device, *, init_method: str = "env://") -> Iterator[Ranks]:
-    """Ranks with a process group while the context lasts: gloo, and NCCL for tensors on a GPU."""
+    """A context with a process group: gloo, and NCCL for tensors on a GPU. `init_method` is torch.distributed's; by
+    default the environment variables that torchrun sets."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

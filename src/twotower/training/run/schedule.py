@@ -1,4 +1,4 @@
-"""How fast to learn at each step, and which steps not to learn from."""
+"""The learning rate of each step, and the guard that skips harmful steps."""
 
 import dataclasses
 import math
@@ -7,10 +7,10 @@ from typing import Any, Literal, Self
 
 from twotower.errors import SettingError
 
-# Accepted losses whose median a spike is measured against, and how many there must be first.
+# A spike is measured against this many losses of accepted steps, once there are enough of them.
 _RECENT = 64
 _ENOUGH = 16
-# Skipped steps are counted over this many.
+# The number of last steps over which skipped ones are counted.
 WINDOW = 100
 
 Fault = Literal["not finite", "spike"]
@@ -18,8 +18,8 @@ Fault = Literal["not finite", "spike"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RateSchedule:
-    """Warm-up, stable, decay: the rate rises linearly over `warmup_steps`, stays, and over the last `decay_steps` falls
-    linearly from `learning_rate` to `final_learning_rate`."""
+    """Warm-up, stable, decay: the learning rate rises linearly to `learning_rate` over `warmup_steps`, stays there, and
+    over the last `decay_steps` of `steps` falls linearly to `final_learning_rate`."""
 
     steps: int
     learning_rate: float
@@ -42,11 +42,11 @@ class RateSchedule:
 
 
 class Guard:
-    """Finds the steps whose gradient would do harm: a loss or gradient that is not finite, or a loss above
-    `spike_factor` times what nine in ten of the recent ones stay below (0: no such test).
+    """Finds the steps whose gradient would do harm: the loss or the gradient's norm is not finite, or the loss spikes
+    above `spike_factor` times the 90th percentile of the recent losses (0: no test for spikes).
 
-    Not times their median: where answers are nearly learnt, rows that hold a hard one have several times its loss, and
-    are what is left to learn.
+    The percentile and not the median, because once most answers are learnt the rows that still hold a hard one have
+    several times the median loss, and they are what is left to learn.
     """
 
     def __init__(self, *, spike_factor: float, skip_limit: int) -> None:
@@ -58,9 +58,9 @@ class Guard:
         self._skipped: list[int] = []
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Fault | None:
-        """What is wrong with a 0-based step, if anything; such a step is counted and must be skipped.
+        """The fault of a 0-based step, or None. A step with a fault is counted, and the caller must skip its update.
 
-        Raises ValueError where more than `skip_limit` of the last 100 steps were.
+        Raises ValueError once more than `skip_limit` of the last 100 steps had one.
         """
         fault = self._fault(loss, grad_norm)
         if fault is None:
@@ -83,14 +83,15 @@ class Guard:
         return "spike" if known and loss > self.spike_factor * _high(self._losses) else None
 
     def state(self) -> dict[str, Any]:
-        """What `restored` needs, as JSON holds it."""
+        """The guard's memory, for `restored`, as JSON holds it."""
         return {"num_skipped": self.num_skipped, "losses": self._losses, "skipped": self._skipped}
 
     def restored(self, state: dict[str, Any]) -> Self:
-        """This guard, as it was when `state` was taken."""
+        """This guard with the memory that `state` gave."""
         self.num_skipped, self._losses, self._skipped = state["num_skipped"], state["losses"], state["skipped"]
         return self
 
 
 def _high(values: Sequence[float]) -> float:
+    """The 90th percentile."""
     return sorted(values)[len(values) * 9 // 10]
