@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from twotower import TwoTower, TwoTowerConfig
+from twotower.backends.choose import choose_backend, pack_
+from twotower.backends.native.pack import has_bf16_pairs
 from twotower.model.moe import MixtureOfExperts
-from twotower.ops.backend import Backend, activation_dtype, choose_backend, linear_backend
-from twotower.ops.native.linear import has_bf16_pairs
+from twotower.ops.linear import weight_layout
 
 CONFIG = TwoTowerConfig(
     vocab_size=8192,
@@ -142,16 +143,15 @@ def main() -> None:
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     model, reference = random_model(dtype), random_model(dtype)
-    model.pack_()
-    reference.pack_(Backend.REFERENCE)
+    pack_(model)
+    pack_(reference, "reference")
     ids = torch.randint(4, CONFIG.vocab_size, (1, CONTEXT))
     block = torch.randint(4, CONFIG.vocab_size, (1, BLOCK))
     block[:, 8:] = CONFIG.mask_token_id
     probe = torch.randn(32 * 1024 * 1024)  # 128 MB, beyond any cache
-    backend = choose_backend("cpu", dtype)
     # what the products are computed in: float32 unless the backend multiplies bf16 itself
-    rounds = backend is Backend.NATIVE and has_bf16_pairs()
-    square = torch.randn(1024, 1024, dtype=dtype if rounds else activation_dtype("cpu", dtype, backend))
+    rounds = choose_backend("cpu", dtype).name == "native" and has_bf16_pairs()
+    square = torch.randn(1024, 1024, dtype=dtype if rounds else model.context_tower.activation_dtype)
     with torch.inference_mode():
         states = {tower: tower.prefill(ids, capacity=CONTEXT + 64) for tower in (model, reference)}
         level = (0.5,)
@@ -210,8 +210,8 @@ def main() -> None:
                 found[f"times_faster_than_{other}"] = round(statistics.median(ratios), 2)
         out[name] = found
     out |= {
-        "backend": choose_backend("cpu", dtype).value,
-        "reference_linear_backend": linear_backend("cpu", dtype).value,
+        "backend": choose_backend("cpu", dtype).name,
+        "reference_linear_backend": weight_layout("cpu", dtype).value,
         "threads": torch.get_num_threads(),
         "cpu": cpu_model(),
         "torch": torch.__version__,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import twotower
+from twotower.backends.native.build import library
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
-from twotower.ops.native.build import library
 
 PROMPTS = Path(__file__).parents[1] / "benchmarks" / "stories_prompts.json"
 

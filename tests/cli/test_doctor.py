@@ -35,8 +35,7 @@ def test_the_text_shows_every_fact_and_the_json_says_the_same(run):
 
 def test_a_machine_that_tells_nothing_is_no_defect(run, monkeypatch):
     monkeypatch.setattr(doctor, "_read", lambda file: "")
-    monkeypatch.setattr(doctor, "library", lambda: None)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor, "native_build", lambda: (None, None))
     monkeypatch.delattr(os, "sched_getaffinity")
     result = run("doctor", "--json")
     assert result.exit_code == 0, result.output

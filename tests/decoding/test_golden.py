@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
+from twotower.backends.native.build import library
 from twotower.decoding.generate import generate, stream
 from twotower.decoding.params import SamplingParams
-from twotower.ops.native.build import library
 
 # A machine without a C compiler has one backend less.
 BACKENDS = ["reference", *(["native"] if library() is not None else [])]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import distribution, inverse_sample, propose, temper, uniforms
-from twotower.ops.kernels import REFERENCE
+from twotower.ops import unmask
 
 CPU = torch.device("cpu")
 
@@ -111,12 +111,12 @@ def test_propose_gives_argmax_or_sample_and_the_unscaled_probability() -> None:
     params = (SamplingParams(), SamplingParams(temperature=1.3, top_k=4))
     settings_ = temper(params, 12, CPU)
     draws = torch.rand(2, 5)
-    tokens, confidence = propose(logits, settings_, draws, REFERENCE)
+    tokens, confidence = propose(logits, settings_, draws, unmask)
     assert torch.equal(tokens[0], logits[0].argmax(-1))
     assert torch.equal(tokens[1], inverse_sample(distribution(logits, settings_), draws)[1])
     expected = logits.softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(confidence, expected)
-    greedy = propose(logits, temper((SamplingParams(), SamplingParams(top_k=3)), 12, CPU), None, REFERENCE)
+    greedy = propose(logits, temper((SamplingParams(), SamplingParams(top_k=3)), 12, CPU), None, unmask)
     assert torch.equal(greedy.tokens, logits.argmax(-1))
 
 

@@ -9,18 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from twotower.backends.native import unmask as native
+from twotower.backends.native.build import library
+from twotower.backends.protocol import LogitOps
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import Proposal
 from twotower.decoding.unmasking import CommitSchedule, certainty, commit, remask, schedule
-from twotower.ops.backend import Backend
-from twotower.ops.kernels import REFERENCE, Kernels, kernels
-from twotower.ops.native.build import library
+from twotower.ops import unmask as reference
 from twotower.ops.unmask import ranks
 
 CPU = torch.device("cpu")
 SURE_RULES = ("confidence", "margin", "entropy")
 COUNTED_RULES = (*SURE_RULES, "fixed", "leftmost")
-OPS = {"reference": REFERENCE} | ({} if library() is None else {"native": kernels(Backend.NATIVE)})
+OPS: dict[str, LogitOps] = {"reference": reference} | ({} if library() is None else {"native": native})
 
 
 class Rows(NamedTuple):
@@ -59,7 +60,7 @@ def wanted(rule: str, r: Rows, row: int) -> int:
 @pytest.mark.parametrize("rule", COUNTED_RULES)
 @settings(max_examples=30, deadline=None)
 @given(rows())
-def test_the_right_number_of_the_right_positions_commit(rule: str, ops: Kernels, r: Rows) -> None:
+def test_the_right_number_of_the_right_positions_commit(rule: str, ops: LogitOps, r: Rows) -> None:
     now = commit(rule, r.sure, r.masked, r.at, None, ops)
     assert not bool((now & ~r.masked).any())
     for row in range(len(r.masked)):
@@ -75,7 +76,7 @@ def test_the_right_number_of_the_right_positions_commit(rule: str, ops: Kernels,
 def test_progress_never_stops_and_the_last_step_commits_all(rule: str, r: Rows) -> None:
     masked = r.masked
     for step in range(r.at.step, int(r.at.num_steps.max())):
-        now = commit(rule, r.sure, masked, r.at._replace(step=step), None, REFERENCE)
+        now = commit(rule, r.sure, masked, r.at._replace(step=step), None, reference)
         assert torch.equal(now.any(-1), masked.any(-1))
         masked = masked & ~now
         assert not bool(masked[r.at.num_steps <= step + 1].any())
@@ -84,11 +85,11 @@ def test_progress_never_stops_and_the_last_step_commits_all(rule: str, r: Rows) 
 def test_gamma_itself_is_not_enough() -> None:
     sure = torch.tensor([[0.8, 0.8, 0.81, 0.5]])
     at = CommitSchedule(0, torch.tensor([16]), torch.tensor([0.8]))
-    assert commit("confidence", sure, torch.ones(1, 4, dtype=torch.bool), at, None, REFERENCE).tolist() == [
+    assert commit("confidence", sure, torch.ones(1, 4, dtype=torch.bool), at, None, reference).tolist() == [
         [False, False, True, False]
     ]
     above = CommitSchedule(0, torch.tensor([16]), torch.tensor([0.79]))
-    assert commit("confidence", sure, torch.ones(1, 4, dtype=torch.bool), above, None, REFERENCE).sum() == 3
+    assert commit("confidence", sure, torch.ones(1, 4, dtype=torch.bool), above, None, reference).sum() == 3
 
 
 @settings(max_examples=30, deadline=None)
@@ -96,7 +97,7 @@ def test_gamma_itself_is_not_enough() -> None:
 def test_posterior_commits_by_coins_alone(r: Rows, seed: int) -> None:
     torch.manual_seed(seed)
     coins = torch.rand(r.masked.shape)
-    now = commit("posterior", r.sure, r.masked, r.at, coins, REFERENCE)
+    now = commit("posterior", r.sure, r.masked, r.at, coins, reference)
     for row in range(len(r.masked)):
         left = int(r.at.num_steps[row]) - r.at.step
         assert now[row].tolist() == [
@@ -111,7 +112,7 @@ def test_posterior_rate_is_that_of_absorbing_diffusion() -> None:
     for step, steps in ((0, 4), (1, 4), (2, 4), (3, 4)):
         at = CommitSchedule(step, torch.tensor([steps]), torch.tensor([0.8]))
         t, s = (steps - step) / steps, (steps - step - 1) / steps
-        rate = commit("posterior", torch.zeros(1, 20_000), masked, at, torch.rand(1, 20_000), REFERENCE).float().mean()
+        rate = commit("posterior", torch.zeros(1, 20_000), masked, at, torch.rand(1, 20_000), reference).float().mean()
         assert abs(rate - (t - s) / t) < 0.015  # 4 standard deviations of 0.0035
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from twotower.backends.choose import pack_
 from twotower.decoding.generate import generate, stream
 from twotower.decoding.params import SamplingParams
 from twotower.engine.auto import AutoRow, Chooser, Cost, Yield
@@ -214,7 +215,7 @@ def test_changing_over_changes_no_token_of_greedy_text(
 ) -> None:
     """Modes drawn at random before every step; greedy `ar` and `verified` are one text, `diffusion` ends its block."""
     model = tiny("M*-E", vocab_size=6, seed=1)
-    model.pack_()
+    pack_(model)
     rng = random.Random(0)
     seen = set()
 
@@ -241,7 +242,7 @@ def test_changing_over_changes_no_token_of_greedy_text(
 
 def test_left_alone_it_runs_and_measures(tiny: Callable) -> None:
     model = tiny("M*-E", vocab_size=6, seed=1)
-    model.pack_()
+    pack_(model)
     engine = Engine(model, EngineConfig(state_bytes=1 << 18, snapshot_bytes=0))
     params = SamplingParams(mode="auto", max_new_tokens=60, allow_loss=True, block_size=4)
     assert all(len(r.token_ids) == 60 for r in engine.generate([[4], [5]], params))

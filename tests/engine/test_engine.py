@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from twotower.backends.choose import pack_
 from twotower.decoding.generate import generate
 from twotower.decoding.params import MODES, SamplingParams
 from twotower.engine.config import EngineConfig
@@ -112,7 +113,7 @@ def test_aborts_at_random_phases_leave_nothing_behind_and_others_unchanged(tiny:
 
 def abort_at_random(model: TwoTower, count: int) -> None:
     """Aborts `count` requests, whose ids are used again, beside some that stay."""
-    model.pack_()
+    pack_(model)
     rng = random.Random(0)
     prompts = [[rng.randrange(4, 40) for _ in range(rng.randrange(1, 70))] for _ in range(30)]
     params = [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from twotower.backends.choose import pack_
 from twotower.decoding.params import SamplingParams
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine
@@ -87,7 +88,7 @@ def same_state(model: TwoTower, job: Job, prompt: list[int], close: Callable) ->
 @pytest.mark.parametrize("chunk", [7, 64])
 def test_a_state_after_a_hit_is_a_fresh_prefill(pattern: str, chunk: int, tiny: Callable, close: Callable) -> None:
     model = tiny(pattern)
-    model.pack_()
+    pack_(model)
     e = engine(model, prompt_chunk=chunk)
     rng = random.Random(2)
     prompts = [ids(90, 0)[: rng.randrange(20, 90)] + ids(rng.randrange(1, 40), i) for i in range(12)]

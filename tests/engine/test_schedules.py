@@ -9,6 +9,7 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from twotower.backends.choose import pack_
 from twotower.decoding.generate import generate
 from twotower.decoding.output import Generation, StepOutput
 from twotower.decoding.params import COMMIT_RULES, MODES, SamplingParams
@@ -41,7 +42,7 @@ def model(tiny: Callable, byte_tokenizer: tokenizers.Tokenizer) -> TwoTower:
     """Every layer kind; with the C kernels where there is a compiler, so that results are equal to the bit."""
     made = tiny("M*-E", vocab_size=260, eos_token_id=(2, 77))
     made.tokenizer = byte_tokenizer
-    made.pack_()
+    pack_(made)
     return made
 
 

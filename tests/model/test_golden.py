@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from twotower.backends.native.build import library
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
-from twotower.ops.native.build import library
 
 # float32 on another machine, other kernels and another order of sums: 1e-4 of the tensor's largest magnitude
 TOLERANCE = 1e-4

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from twotower.backends.choose import pack_
 from twotower.model.time_conditioning import MAX_LEVELS, TimeConditioning
 
 
@@ -39,7 +40,7 @@ def test_bf16_rounds_t_as_the_released_model_does(pack: bool, tiny: Callable) ->
     for name, tensor in conditioning.released_tensors().items():
         wide.released_tensors()[name].copy_(tensor)
     if pack:
-        model.pack_()
+        pack_(model)
     ours = conditioning(torch.tensor([0.8125]))[0, :, 0].float()
     as_released, unrounded = (wide(torch.tensor([level]))[0, :, 0] for level in (0.812, 0.8125))
     assert (ours - as_released).abs().mean() < 0.5 * (ours - unrounded).abs().mean()
@@ -73,7 +74,7 @@ def test_known_levels_are_what_would_be_computed(tiny: Callable) -> None:
     weight = conditioning.tables.data
     for packed in (False, True):
         if packed:
-            model.pack_()
+            pack_(model)
         with torch.no_grad():
             for some in (levels[:1], levels[:3], levels, levels[:2]):
                 torch.testing.assert_close(conditioning.at(some), conditioning(torch.tensor(some)))

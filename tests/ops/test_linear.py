@@ -1,19 +1,33 @@
+import logging
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
-from twotower.ops.backend import LinearBackend, cpu_has_bf16_matmul, linear_backend
-from twotower.ops.linear import FP16_MAX, PackedWeight, linear, pack
+from twotower.ops import linear as layouts
+from twotower.ops.linear import (
+    FP16_MAX,
+    Fp16Weight,
+    OneDnnWeight,
+    PackedWeight,
+    WeightLayout,
+    activation_dtype,
+    cpu_has_bf16_matmul,
+    linear,
+    pack,
+    weight_layout,
+)
 
 ROWS = (0, 1, 2, 5, 16, 17, 63, 64, 65, 130)
 # One below and one above the size from which FBGEMM's threaded entry point is used.
 SHAPES = ((24, 40), (640, 640))
 
 onednn = pytest.mark.skipif(
-    linear_backend("cpu", torch.float32) is not LinearBackend.ONEDNN, reason="this torch has no oneDNN"
+    weight_layout("cpu", torch.float32) is not WeightLayout.ONEDNN, reason="this torch has no oneDNN"
 )
 fbgemm = pytest.mark.skipif(
-    linear_backend("cpu", torch.float16) is not LinearBackend.FBGEMM_FP16, reason="this torch has no FBGEMM"
+    weight_layout("cpu", torch.float16) is not WeightLayout.FBGEMM_FP16, reason="this torch has no FBGEMM"
 )
 
 
@@ -48,7 +62,7 @@ def assert_close(actual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
 def test_packed_float32_is_the_plain_product(rows: int, shape: tuple[int, int]) -> None:
     x, weight, bias = (v.float() for v in operands(rows, shape))
     weight_packed = packed(weight)
-    assert weight_packed.backend is LinearBackend.ONEDNN
+    assert isinstance(weight_packed, OneDnnWeight)
     assert_close(linear(x, weight_packed, bias), x, weight, bias)
     assert_close(linear(x, weight_packed), x, weight, None)
     assert_close(linear(x, weight, bias), x, weight, bias)
@@ -61,7 +75,7 @@ def test_packed_fp16_is_the_float32_product_of_its_values(rows: int, shape: tupl
     x, weight, bias = operands(rows, shape)
     x, weight, bias = x.float(), weight.half(), bias.float()
     weight_packed = packed(weight)
-    assert weight_packed.backend is LinearBackend.FBGEMM_FP16
+    assert isinstance(weight_packed, Fp16Weight)
     assert_close(linear(x, weight_packed, bias), x, weight, bias)
     assert_close(linear(x, weight_packed), x, weight, None)
 
@@ -139,3 +153,48 @@ def test_a_strided_weight_packs_as_its_values(dtype: torch.dtype) -> None:
 
 def test_float64_is_not_packed() -> None:
     assert pack(torch.zeros(4, 4, dtype=torch.float64)) is None
+
+
+def test_the_layout_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    weight_layout.cache_clear()
+    with caplog.at_level(logging.INFO, logger=layouts.__name__):
+        first = weight_layout("cpu", torch.float32)
+        assert weight_layout("cpu", torch.float32) is first
+    assert [record.getMessage() for record in caplog.records] == [
+        f"linear layers of torch.float32 on cpu: {first.value}"
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_other_devices_use_plain_products(dtype: torch.dtype) -> None:
+    assert weight_layout("cuda", dtype) is WeightLayout.TORCH
+    assert activation_dtype("cuda", dtype) == dtype
+
+
+@pytest.fixture
+def _fresh_layouts() -> Iterator[None]:
+    weight_layout.cache_clear()
+    cpu_has_bf16_matmul.cache_clear()
+    yield
+    weight_layout.cache_clear()
+    cpu_has_bf16_matmul.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_layouts")
+def test_bf16_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "cpu_has_bf16_matmul", lambda: True)
+    if torch.backends.mkldnn.is_available():
+        assert weight_layout("cpu", torch.bfloat16) is WeightLayout.ONEDNN
+        assert activation_dtype("cpu", torch.bfloat16) == torch.bfloat16
+    weight_layout.cache_clear()
+    monkeypatch.setattr(layouts, "cpu_has_bf16_matmul", lambda: False)
+    if torch.backends.mkldnn.is_available() and "fbgemm" in torch.backends.quantized.supported_engines:
+        assert weight_layout("cpu", torch.bfloat16) is WeightLayout.FBGEMM_FP16
+        assert activation_dtype("cpu", torch.bfloat16) == torch.float32
+
+
+@pytest.mark.usefixtures("_fresh_layouts")
+def test_without_onednn_every_weight_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert weight_layout("cpu", dtype) is WeightLayout.TORCH

@@ -7,10 +7,11 @@ import threading
 import pytest
 import torch
 
+from twotower.backends.choose import pack_
+from twotower.backends.native.build import library
 from twotower.decoding.generate import generate
 from twotower.decoding.output import Token
 from twotower.decoding.params import MODES, SamplingParams
-from twotower.ops.native.build import library
 from twotower.server.logprobs import Cancelled, Scorer, TokenNames
 
 
@@ -35,7 +36,7 @@ def test_scores_are_those_of_one_causal_pass(random_model, ids, length):
 def test_scores_of_pieces_are_those_of_the_whole(tiny, ids):
     """To the bit, with the C kernels: no sum of theirs depends on where a text is cut."""
     model = tiny("*-ME", vocab_size=260)
-    model.pack_()
+    pack_(model)
     prompt = ids(1, 100, vocab_size=260)[0].tolist()
     whole = Scorer(model, 3, 100).push(prompt, threading.Event())
     scorer, pieces = Scorer(model, 3, 1), []

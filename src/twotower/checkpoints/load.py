@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from twotower.backends.choose import pack_
 from twotower.checkpoints.hf.config_file import as_dtype
 from twotower.checkpoints.hf.hub import SHIPPED, resolve
 from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
 from twotower.checkpoints.hf.two_towers import load_model
 from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
-from twotower.ops.backend import Backend
 
 DEFAULT_CHECKPOINT = SHIPPED["stories"]
 
@@ -25,7 +24,7 @@ def load(
     context_device: str | torch.device | None = None,
     denoiser_device: str | torch.device | None = None,
     pack: bool = True,
-    backend: Literal["reference", "native"] | None = None,
+    backend: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TwoTower:
     """Opens a two-tower checkpoint: a local directory, a hub id, or the name of one that comes with the package,
@@ -36,15 +35,14 @@ def load(
 
     `pack` gives the weights the layout in which the backend computes fastest; such a model can only be used, not
     trained, changed or saved, which pack=False allows. `backend` is what a packed model computes with: "reference"
-    (PyTorch), "native" (C, on a CPU with a C compiler), or None for the fastest that is there. `progress(done, total)`
-    is called after each tensor.
+    (PyTorch), "native" (C, on a CPU with a C compiler), or None for the fastest that is there; `model.backends` then
+    says what runs each tower, and why. `progress(done, total)` is called after each tensor.
 
     The model is in evaluation mode and has the checkpoint's tokenizer as `tokenizer`, None if there is none. Raises
     SettingError for a value that is not allowed, and FileNotFoundError or ValueError, naming the file or tensor, for a
     checkpoint that cannot be read.
     """
-    wanted = None if backend is None else _backend(backend)
-    if wanted is not None and not pack:
+    if backend is not None and not pack:
         raise SettingError("backend", backend, "left out with pack=False, which always computes with PyTorch")
     dtype = None if dtype is None else as_dtype(dtype)
     device = _device("device", device)
@@ -58,15 +56,8 @@ def load(
     )
     model.tokenizer = load_tokenizer(folder)
     if pack:
-        model.pack_(wanted)
+        pack_(model, backend)
     return model.eval()
-
-
-def _backend(name: str) -> Backend:
-    allowed = [backend.value for backend in Backend]
-    if name not in allowed:
-        raise SettingError("backend", name, f"one of {', '.join(allowed)}, or None to choose the fastest")
-    return Backend(name)
 
 
 def _device(name: str, device: str | torch.device) -> torch.device:

@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -16,9 +15,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from twotower.backends.choose import choose_backend, native_build
 from twotower.eval.provenance import cpu_model
-from twotower.ops.backend import choose_backend, cpu_has_bf16_matmul
-from twotower.ops.native.build import COMPILERS, library
+from twotower.ops.linear import cpu_has_bf16_matmul
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -86,7 +85,7 @@ def advise(found: Facts) -> list[str]:
     cores, used = cpu["usable_cores"], threads["torch_threads"]
     lines = []
     if backend["compiler"] is None:
-        lines.append(f"no C compiler ({', '.join(COMPILERS)}): {_WITHOUT_KERNELS}; install gcc")
+        lines.append(f"no C compiler (cc, gcc, clang): {_WITHOUT_KERNELS}; install gcc")
     elif backend["kernels"] is None:
         lines.append(f"{backend['compiler']} can't build the C kernels: {_WITHOUT_KERNELS}; install a current gcc")
     if used < cores and threads["OMP_NUM_THREADS"]:  # by itself torch takes one thread for each physical core
@@ -141,13 +140,12 @@ def _cgroup_cores() -> float | None:
 
 
 def _backend() -> dict[str, Any]:
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
-    built = library()
+    compiler, library = native_build()
     return {
         "compiler": compiler,
         "compiler_version": None if compiler is None else _first_line(compiler, "--version"),
-        "kernels": None if built is None else built._name,
-        **{f"on_cpu_in_{str(d).removeprefix('torch.')}": choose_backend("cpu", d).value for d in _DTYPES},
+        "kernels": library,
+        **{f"on_cpu_in_{str(d).removeprefix('torch.')}": choose_backend("cpu", d).name for d in _DTYPES},
     }
 
 

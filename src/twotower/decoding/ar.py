@@ -104,10 +104,10 @@ def launch(model: TwoTower, rows: ArRows) -> _Launched:
         pairs = zip(rows.requests, context.lengths, strict=True)
         draws = to_device(torch.stack([uniforms(r.seed, n, 0, 1) for r, n in pairs]), model.context_device)
     logits = context.next_logits.unsqueeze(1)  # (b, 1, v)
-    kernels = model.context_tower.kernels
-    proposal = propose(rows.guides.mask(logits, [()] * len(rows.requests)), rows.settings, draws, kernels)
+    ops = model.context_tower.logit_ops
+    proposal = propose(rows.guides.mask(logits, [()] * len(rows.requests)), rows.settings, draws, ops)
     # the probability without a constraint, as it is without temperature and filters
     confidence = proposal.confidence
     if rows.guides.any:
-        confidence = probability(logits, proposal.tokens, kernels.best(logits).log_sum)
+        confidence = probability(logits, proposal.tokens, ops.best(logits).log_sum)
     return _Launched(dataclasses.replace(rows, context=context), results(proposal.tokens[:, 0], confidence[:, 0]))

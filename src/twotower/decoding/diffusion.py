@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.backends.protocol import LogitOps
 from twotower.decoding import unmasking
 from twotower.decoding.output import BlockView, Token
 from twotower.decoding.params import SamplingParams
@@ -14,7 +15,6 @@ from twotower.decoding.step import Request, Stepped
 from twotower.decoding.unmasking import CommitSchedule
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
-from twotower.ops.kernels import Kernels
 from twotower.ops.transfer import to_device
 from twotower.ops.unmask import BlockPlaces
 
@@ -187,9 +187,9 @@ def launch(model: TwoTower, rows: DiffusionRows) -> _Launched:
     logits = model.denoiser_logits(block.xt, block.seed, level, ragged)
     logits.select(-1, model.config.mask_token_id).fill_(-torch.inf)
     draws = None if rows.settings.all_greedy else _uniforms(rows.requests, block, 0)
-    kernels = model.denoiser_tower.kernels
-    proposal = propose(logits, rows.settings, draws, kernels)
-    after = _unmask(rows, proposal, logits, kernels)
+    ops = model.denoiser_tower.logit_ops
+    proposal = propose(logits, rows.settings, draws, ops)
+    after = _unmask(rows, proposal, logits, ops)
     columns = (after.xt, after.committed_at, after.confidence, after.masked)
     found = torch.stack([c.double() for c in columns])
     return _Launched(rows._replace(block=after), found, absorbed)
@@ -253,7 +253,7 @@ def _masks(model: TwoTower, widths: tuple[int, ...], seed: ContextState) -> Bloc
     )
 
 
-def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, kernels: Kernels) -> Block:
+def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, ops: LogitOps) -> Block:
     """The blocks after this step; `left` is still the count before it."""
     block = rows.block
     steps = to_device(block.steps, block.xt.device)
@@ -267,7 +267,7 @@ def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, kernels: Ke
         else:
             coins = _uniforms(rows.requests, block, _COIN_STEP) if rule == "posterior" else None
             ranked = unmasking.certainty(rule, logits, proposal)
-            new = unmasking.commit(rule, ranked, block.masked, at, coins, kernels)
+            new = unmasking.commit(rule, ranked, block.masked, at, coins, ops)
             kept = block.valid & (new | ~block.masked)
         if fixed is None:
             fixed = kept
@@ -276,7 +276,7 @@ def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, kernels: Ke
             fixed = torch.where(ours, kept, fixed)
     assert fixed is not None, "a batch has rows"
     before = BlockPlaces(block.xt, block.masked, block.confidence, block.committed_at)
-    after = kernels.fix(before, block.valid, fixed, *proposal, steps, block.mask_token_id)
+    after = ops.fix(before, block.valid, fixed, *proposal, steps, block.mask_token_id)
     return block._replace(
         xt=after.xt,
         masked=after.masked,

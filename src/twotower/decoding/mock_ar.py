@@ -89,7 +89,7 @@ def launch(model: TwoTower, rows: MockArRows) -> _Launched:
     if not rows.settings.all_greedy:
         pairs = zip(rows.requests, rows.context.lengths, strict=True)
         draws = to_device(torch.stack([uniforms(r.seed, n + 1, 0, 1) for r, n in pairs]), model.denoiser_device)
-    proposal = propose(logits, rows.settings, draws, model.denoiser_tower.kernels)
+    proposal = propose(logits, rows.settings, draws, model.denoiser_tower.logit_ops)
     context = model.absorb(to_device(newest, model.context_device), rows.context, with_logits=False)
     found = results(proposal.tokens[:, 0], proposal.confidence[:, 0])
     return _Launched(dataclasses.replace(rows, context=context), found)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from twotower.backends.protocol import LogitOps
 from twotower.decoding.params import SamplingParams
-from twotower.ops.kernels import Kernels
 from twotower.ops.transfer import to_device
 
 
@@ -67,13 +67,13 @@ def temper(params: tuple[SamplingParams, ...], vocab_size: int, device: torch.de
     )
 
 
-def propose(logits: Tensor, settings: Temper, uniforms: Tensor | None, kernels: Kernels) -> Proposal:
+def propose(logits: Tensor, settings: Temper, uniforms: Tensor | None, ops: LogitOps) -> Proposal:
     """Argmax in greedy rows, else a sample of softmax(logits/temperature) after top-k and top-p.
 
     logits (b, s, v) float32; uniforms (b, s) in [0, 1), unread if all rows are greedy. The confidence is the
     probability without temperature and filters.
     """
-    best = kernels.best(logits)
+    best = ops.best(logits)
     if settings.all_greedy:
         return Proposal(best.tokens, (best.logits - best.log_sum).exp())
     assert uniforms is not None

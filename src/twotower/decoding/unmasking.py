@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from twotower.backends.protocol import LogitOps
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import Proposal
-from twotower.ops.kernels import Kernels
 from twotower.ops.transfer import to_device
 from twotower.ops.unmask import ranks
 
@@ -62,9 +62,7 @@ def certainty(rule: str, logits: Tensor, proposal: Proposal) -> Tensor:
     return proposal.confidence
 
 
-def commit(
-    rule: str, sure: Tensor, masked: Tensor, at: CommitSchedule, coins: Tensor | None, kernels: Kernels
-) -> Tensor:
+def commit(rule: str, sure: Tensor, masked: Tensor, at: CommitSchedule, coins: Tensor | None, ops: LogitOps) -> Tensor:
     """The masked positions (b, s) bool that commit now, for every rule but `remask`.
 
     sure (b, s) from `certainty`; masked (b, s) bool; coins (b, s) uniforms for `posterior`.
@@ -75,7 +73,7 @@ def commit(
         assert coins is not None
         return masked & (coins < 1.0 / left.clamp(min=1)[:, None])
     threshold = at.threshold if rule in ("confidence", "margin", "entropy") else None
-    return kernels.commit(sure, masked, left, threshold, leftmost=rule == "leftmost")
+    return ops.commit(sure, masked, left, threshold, leftmost=rule == "leftmost")
 
 
 def remask(sure: Tensor, valid: Tensor, at: CommitSchedule) -> Tensor:

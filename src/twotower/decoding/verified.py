@@ -15,8 +15,8 @@ from twotower.decoding.constraint import Guides, guides
 from twotower.decoding.output import BlockView, Token
 from twotower.decoding.sampling import Temper, distribution, inverse_sample, probability, results, temper, uniforms
 from twotower.decoding.step import Request, Stepped
+from twotower.model.passes import CausalPass
 from twotower.model.state import ContextState, join
-from twotower.model.tower import CausalPass
 from twotower.model.two_tower import TwoTower
 from twotower.ops.transfer import to_device
 
@@ -161,7 +161,7 @@ def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
     logits.select(-1, model.config.mask_token_id).fill_(-torch.inf)
     logits = logits.to(model.context_device)
     if rows.settings.all_greedy:
-        ids, probabilities = model.context_tower.kernels.argmax(logits), None
+        ids, probabilities = model.context_tower.logit_ops.argmax(logits), None
     else:
         probabilities = distribution(logits, rows.settings)
         ids = inverse_sample(probabilities, _table(rows, _DRAFT, widths, size))
@@ -187,7 +187,7 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
     own = torch.cat((first, logits), dim=1)  # (b, s+1, v): row i is the context tower's view of place i
     drafts = draft.ids[:, num_known:].tolist() if rows.guides.any else [()] * len(rows.requests)
     target = rows.guides.mask(own, drafts, num_known)
-    best = model.context_tower.kernels.best(own)
+    best = model.context_tower.logit_ops.best(own)
     widths, s = rows.widths, draft.ids.shape[1]
     if draft.probabilities is None:
         greedy = target.argmax(-1) if rows.guides.any else best.tokens  # (b, s+1)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
-from twotower.model.linear import Linear
-from twotower.ops.backend import Backend
-from twotower.ops.kernels import REFERENCE, kernels
+from twotower.model.linear import Linear, Pack
+from twotower.model.pages import PastLayer
+from twotower.ops.attention import cached_attention, rotate, seeded_attention
 
 
 class Projected(NamedTuple):
@@ -34,7 +34,7 @@ def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype)
 
 
 class Attention(nn.Module):
-    """Grouped-query projections; the attention itself needs the cache and lives in `model.tower`."""
+    """Grouped-query attention, with RoPE where the config asks for it. The tower appends the keys to the cache."""
 
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -44,7 +44,6 @@ class Attention(nn.Module):
         self.sizes = (query, kv, kv)
         self.qkv_proj = Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias, dtype=dtype)
         self.o_proj = Linear(query, config.hidden_size, bias=config.attention_bias, dtype=dtype)
-        self.kernels = REFERENCE
 
     def project(self, x: Tensor, rope: Rotation | None) -> Projected:
         """x (b, s, d) to queries, keys and values."""
@@ -53,19 +52,26 @@ class Attention(nn.Module):
         num_kv = (heads.shape[2] - self.num_heads) // 2
         rotated = heads[:, :, : self.num_heads + num_kv]
         if rope is not None:
-            rotated = self.kernels.rotate(rotated, rope.cos, rope.sin)
+            rotated = rotate(rotated, rope.cos, rope.sin)
         rotated = rotated.transpose(1, 2)
         value = heads[:, :, self.num_heads + num_kv :].transpose(1, 2)
         return Projected(rotated[:, : self.num_heads], rotated[:, self.num_heads :], value)
+
+    def causal(self, query: Tensor, past: PastLayer, mask: Tensor | None) -> Tensor:
+        """The mixer's output (b, s, d) for queries (b, h, s, p) over cached keys, the tokens' own among them."""
+        return self.output(cached_attention(query, past.key, past.value, mask, past.pages))
+
+    def block(self, projected: Projected, past: PastLayer, mask: Tensor | None) -> Tensor:
+        """The mixer's output (b, s, d) for a block that sees the cached keys and all of its own."""
+        return self.output(seeded_attention(*projected, past.key, past.value, mask, past.pages))
 
     def output(self, attended: Tensor) -> Tensor:
         """(b, h, s, p) to (b, s, d)."""
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
-    def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
-        self.kernels = kernels(backend)
-        self.qkv_proj.pack_(dtype, backend)
-        self.o_proj.pack_(dtype, backend)
+    def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
+        self.qkv_proj.pack_(dtype, pack)
+        self.o_proj.pack_(dtype, pack)
 
     def released_tensors(self) -> dict[str, Tensor]:
         qkv = self.qkv_proj.released_tensors(("q_proj", "k_proj", "v_proj"), self.sizes)

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.attention import Attention
+from twotower.model.linear import Pack
 from twotower.model.mamba2 import Mamba2
 from twotower.model.mlp import MLP
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.time_conditioning import Modulation
-from twotower.ops.backend import Backend
-from twotower.ops.kernels import REFERENCE, kernels
+from twotower.ops.norm import modulated_rms_norm, residual_sum, rms_norm
 
 T = TypeVar("T")
 
@@ -24,7 +24,6 @@ class Layer(nn.Module):
     def __init__(self, config: TwoTowerConfig, kind: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.kind = kind
-        self.kernels = REFERENCE
         self.eps = config.layer_norm_epsilon
         self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
         self.mixer: Attention | Mamba2 | MLP | MixtureOfExperts
@@ -40,26 +39,23 @@ class Layer(nn.Module):
             self.mixer = MixtureOfExperts(config, dtype)
 
     def forward(self, function: Callable[..., T], *arguments: object) -> T:
-        """function(*arguments), which uses this layer. Training goes in here, because what gathers a layer's sharded
-        parameters for as long as they are used watches modules being called."""
+        """function(*arguments), called inside this module, so that FSDP's hooks gather the layer's sharded parameters
+        for as long as the function runs."""
         return function(*arguments)
 
     def enter(self, x: Tensor, modulation: Modulation | None, dtype: torch.dtype) -> Tensor:
         """The mixer's input (b, s, d) in `dtype`. `M` and `*` modulate before the norm, `E` and `-` after it."""
         if modulation is None:
-            return self.kernels.rms_norm(x, self.norm, self.eps, dtype)
+            return rms_norm(x, self.norm, self.eps, dtype)
         shift, scale = modulation.shift, modulation.scale
-        return self.kernels.modulated_rms_norm(
-            x, self.norm, self.eps, shift, scale, norm_first=self.kind in "E-", dtype=dtype
-        )
+        return modulated_rms_norm(x, self.norm, self.eps, shift, scale, norm_first=self.kind in "E-", dtype=dtype)
 
     def leave(self, x: Tensor, mixed: Tensor, modulation: Modulation | None) -> Tensor:
         """The residual sum."""
-        return self.kernels.residual_sum(x, mixed, None if modulation is None else modulation.gate)
+        return residual_sum(x, mixed, None if modulation is None else modulation.gate)
 
-    def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
-        self.kernels = kernels(backend)
-        self.mixer.pack_(dtype, backend)
+    def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
+        self.mixer.pack_(dtype, pack)
         self.norm.data = self.norm.data.to(torch.promote_types(dtype, torch.float32))
 
     def released_tensors(self) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
 """A projection that can be packed for inference. Letters: i inputs, o outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from twotower.ops.backend import Backend
-from twotower.ops.linear import PackedWeight, linear, pack
+from twotower.ops.linear import PackedWeight, linear
+
+# Packs a constant weight (o, i); None where the plain tensor is the fastest form.
+Pack = Callable[[Tensor], PackedWeight | None]
 
 
 class Linear(nn.Module):
@@ -27,9 +29,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.operand, self.bias)
 
-    def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
+    def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
         """Replaces the weight by its packed form for activations of `dtype`; it can't be trained or saved any more."""
-        self.packed = pack(self.weight, backend)
+        self.packed = pack(self.weight)
         if self.packed is not None:
             del self.weight
         if self.bias is not None:

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
-from twotower.model.linear import Linear
+from twotower.model.linear import Linear, Pack
 from twotower.model.state import MambaState
-from twotower.ops.backend import Backend
-from twotower.ops.kernels import REFERENCE, kernels
-from twotower.ops.ssd import ScanInputs
+from twotower.ops.conv import conv_silu, next_past
+from twotower.ops.norm import gated_group_rms_norm
+from twotower.ops.ssd import ScanInputs, ssd_output, ssd_scan, ssd_state, time_steps
 
 
-class Prepared(NamedTuple):
+class MambaInputs(NamedTuple):
     """One layer's inputs for s tokens: gate z (b, s, h·p), raw xBC (b, s, c), and what the scan reads."""
 
     z: Tensor
@@ -31,10 +31,11 @@ class Scanned(NamedTuple):
 
 
 class Mamba2(nn.Module):
+    """A projection, a causal convolution and a gated scan over the tokens; see `ops.ssd` for the recurrence."""
+
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
-        self.kernels = REFERENCE
         self.packed_A: Tensor | None = None  # A of a packed model, whose A_log no longer changes
         heads = config.mamba_num_heads
         self.in_proj = Linear(
@@ -61,14 +62,14 @@ class Mamba2(nn.Module):
             torch.zeros(batch_size, c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_size, device=device, dtype=wide),
         )
 
-    def prepare(self, x: Tensor, past: Tensor) -> Prepared:
+    def prepare(self, x: Tensor, past: Tensor) -> MambaInputs:
         """x (b, s, d) after the conv rows `past` (b, w-1, c)."""
         c = self.config
         z, xbc, dt = self.in_proj(x).split((c.mamba_width, c.conv_width, c.mamba_num_heads), dim=-1)
-        active = self.kernels.conv_silu(xbc, past, self.conv_taps, self.conv_bias)
+        active = conv_silu(xbc, past, self.conv_taps, self.conv_bias)
         wide = torch.promote_types(x.dtype, torch.float32)
         states, B, C = active.to(wide).split((c.mamba_width, *(c.mamba_num_groups * c.mamba_state_size,) * 2), dim=-1)
-        dt = self.kernels.time_steps(dt, self.dt_bias, c.time_step_limit)
+        dt = time_steps(dt, self.dt_bias, c.time_step_limit)
         groups = (c.mamba_num_groups, c.mamba_state_size)
         scan = ScanInputs(
             states.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim)),
@@ -76,34 +77,34 @@ class Mamba2(nn.Module):
             B.unflatten(-1, groups),
             C.unflatten(-1, groups),
         )
-        return Prepared(z, xbc, scan)
+        return MambaInputs(z, xbc, scan)
 
-    def outputs(self, prepared: Prepared, state: MambaState, dtype: torch.dtype) -> Tensor:
+    def outputs(self, inputs: MambaInputs, state: MambaState, dtype: torch.dtype) -> Tensor:
         """The mixer's output (b, s, d) for all tokens of a block, from the state before it."""
-        y = self.kernels.ssd_output(prepared.scan, self.A, self.D, state.ssm)
-        return self._project(y, prepared.z, dtype)
+        y = ssd_output(inputs.scan, self.A, self.D, state.ssm)
+        return self._project(y, inputs.z, dtype)
 
-    def scan(self, prepared: Prepared, state: MambaState, marks: tuple[int, ...], dtype: torch.dtype) -> Scanned:
+    def scan(self, inputs: MambaInputs, state: MambaState, marks: tuple[int, ...], dtype: torch.dtype) -> Scanned:
         """The mixer's output (b, s, d), the SSM state after the last token, and the states after `marks` tokens."""
-        ends = (*marks, prepared.xbc.shape[1])
+        ends = (*marks, inputs.xbc.shape[1])
         ssm, pieces, marked = state.ssm, [], []
         for first, last in zip((0, *marks), ends, strict=True):
-            out = self.kernels.ssd_scan(ScanInputs(*(v[:, first:last] for v in prepared.scan)), self.A, self.D, ssm)
+            out = ssd_scan(ScanInputs(*(v[:, first:last] for v in inputs.scan)), self.A, self.D, ssm)
             ssm = out.state
             pieces.append(out.y)
             if last in marks:
-                marked.append(MambaState(self.kernels.next_past(prepared.xbc[:, :last], state.conv, None), ssm))
+                marked.append(MambaState(next_past(inputs.xbc[:, :last], state.conv, None), ssm))
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-        return Scanned(self._project(y, prepared.z, dtype), ssm, tuple(marked))
+        return Scanned(self._project(y, inputs.z, dtype), ssm, tuple(marked))
 
-    def advance(self, prepared: Prepared, state: MambaState, counts: Tensor | None, end: Tensor | None) -> MambaState:
-        """The state after the first counts[b] (b,) tokens of a prepared block, all of them when counts is None.
+    def advance(self, inputs: MambaInputs, state: MambaState, counts: Tensor | None, end: Tensor | None) -> MambaState:
+        """The state after the first counts[b] (b,) tokens of `inputs`, all of them where counts is None.
 
         This is the replay of an accepted prefix; `end` is the SSM state after all tokens, if already known.
         """
-        conv = self.kernels.next_past(prepared.xbc, state.conv, counts)
+        conv = next_past(inputs.xbc, state.conv, counts)
         if end is None or counts is not None:
-            end = self.kernels.ssd_state(prepared.scan, self.A, state.ssm, counts)
+            end = ssd_state(inputs.scan, self.A, state.ssm, counts)
         return MambaState(conv, end)
 
     @property
@@ -112,14 +113,13 @@ class Mamba2(nn.Module):
 
     def _project(self, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
         c = self.config
-        normed = self.kernels.gated_group_rms_norm(y.flatten(2), z, self.norm, c.mamba_num_groups, c.layer_norm_epsilon)
+        normed = gated_group_rms_norm(y.flatten(2), z, self.norm, c.mamba_num_groups, c.layer_norm_epsilon)
         return self.out_proj(normed.to(dtype))
 
-    def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
-        self.kernels = kernels(backend)
+    def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
         self.packed_A = -self.A_log.detach().exp()
-        self.in_proj.pack_(dtype, backend)
-        self.out_proj.pack_(dtype, backend)
+        self.in_proj.pack_(dtype, pack)
+        self.out_proj.pack_(dtype, pack)
         for parameter in (self.conv_taps, self.conv_bias):
             if parameter is not None:
                 parameter.data = parameter.data.to(dtype)

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from twotower.model.linear import Linear
-from twotower.ops.backend import Backend
-from twotower.ops.kernels import REFERENCE, kernels
+from twotower.model.linear import Linear, Pack
+from twotower.ops.mlp import mlp
 
 
 class MLP(nn.Module):
@@ -17,16 +16,14 @@ class MLP(nn.Module):
         self.inner = inner
         self.up_proj = Linear(width, inner * len(self.names), bias=bias, dtype=dtype)
         self.down_proj = Linear(inner, width, bias=bias, dtype=dtype)
-        self.kernels = REFERENCE
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.up_proj, self.down_proj
-        return self.kernels.mlp(x, up.operand, down.operand, up.bias, down.bias, gated=len(self.names) == 2)
+        return mlp(x, up.operand, down.operand, up.bias, down.bias, gated=len(self.names) == 2)
 
-    def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
-        self.kernels = kernels(backend)
-        self.up_proj.pack_(dtype, backend)
-        self.down_proj.pack_(dtype, backend)
+    def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
+        self.up_proj.pack_(dtype, pack)
+        self.down_proj.pack_(dtype, pack)
 
     def released_tensors(self) -> dict[str, Tensor]:
         up = self.up_proj.released_tensors(self.names, (self.inner,) * len(self.names))

@@ -4,12 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
+from twotower.model.linear import Pack
 from twotower.model.mlp import MLP
-from twotower.ops.backend import Backend
-from twotower.ops.kernels import REFERENCE, kernels
-from twotower.ops.linear import pack
-from twotower.ops.moe import ExpertWeights, Routing
-from twotower.ops.native.linear import pack_panels
+from twotower.ops.moe import ExpertWeights, Routing, apply_experts, route
 
 
 class MixtureOfExperts(nn.Module):
@@ -29,17 +26,16 @@ class MixtureOfExperts(nn.Module):
         self.down_bias = nn.Parameter(torch.empty(e, d, dtype=dtype)) if config.mlp_bias else None
         self.shared = MLP(d, config.shared_expert_intermediate_size, gated=False, bias=config.mlp_bias, dtype=dtype)
         self.packed: ExpertWeights | None = None
-        self.kernels = REFERENCE
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)  # (b·s, d)
         weights = self.packed or ExpertWeights(self.up, self.down, (), (), self.up_bias, self.down_bias)
-        return self.kernels.apply_experts(rows, self.route(rows), weights).view_as(x) + self.shared(x)
+        return apply_experts(rows, self.route(rows), weights).view_as(x) + self.shared(x)
 
     def route(self, rows: Tensor) -> Routing:
         """The experts that rows (r, d) go to."""
         c = self.config
-        return self.kernels.route(
+        return route(
             rows,
             self.gate,
             self.correction_bias,
@@ -50,22 +46,18 @@ class MixtureOfExperts(nn.Module):
             scaling_factor=c.routed_scaling_factor,
         )
 
-    def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
-        self.kernels = kernels(backend)
-        self.shared.pack_(dtype, backend)
+    def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
+        self.shared.pack_(dtype, pack)
         for parameter in (self.gate, self.correction_bias):  # what the router would convert at every call
             parameter.data = parameter.data.double()
         for bias in (self.up_bias, self.down_bias):
             if bias is not None:
                 bias.data = bias.data.to(dtype)
-        if backend is Backend.NATIVE:
-            up, down = pack_panels(self.up), pack_panels(self.down.transpose(1, 2))
-            self.packed = ExpertWeights(up, down, (), (), self.up_bias, self.down_bias)
-            del self.up, self.down
-            return
+        if "up" not in self._parameters:
+            return  # a guest has taken the experts
         if dtype == torch.bfloat16:
             return  # bf16 matrix units multiply the stacked experts at once, see ops.moe
-        ups, downs = [pack(w, backend) for w in self.up], [pack(w.t().contiguous(), backend) for w in self.down]
+        ups, downs = [pack(w) for w in self.up], [pack(w.t().contiguous()) for w in self.down]
         if all(w is not None for w in (*ups, *downs)):
             none = self.up.new_empty(0)
             self.packed = ExpertWeights(
@@ -79,7 +71,7 @@ class MixtureOfExperts(nn.Module):
             del self.up, self.down
 
     def released_tensors(self) -> dict[str, Tensor]:
-        if self.packed is not None:
+        if "up" not in self._parameters:
             raise ValueError("this model is packed for inference and can't be saved; load it with pack=False")
         found = {"gate.weight": self.gate.data, "gate.e_score_correction_bias": self.correction_bias.data}
         for j in range(self.config.num_experts):

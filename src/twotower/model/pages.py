@@ -14,13 +14,30 @@ from twotower.ops.transfer import to_device
 PAGE_SIZE = 16
 
 
+class PastLayer(NamedTuple):
+    """Cached keys and values of one attention layer: (b, k, t, p); or, where `pages` (b, m) int64 is given,
+    (n, k, PAGE_SIZE, p), of which row b reads entries pages[b] one after the other."""
+
+    key: Tensor
+    value: Tensor
+    pages: Tensor | None
+
+
 class Past(NamedTuple):
-    """Cached keys and values as attention reads them, one of each per attention layer: (b, k, t, p); or, where `pages`
-    (b, m) int64 is given, (n, k, PAGE_SIZE, p), of which row b reads entries pages[b] one after the other."""
+    """Cached keys and values, one of each per attention layer, as `PastLayer` describes them."""
 
     keys: list[Tensor]
     values: list[Tensor]
     pages: Tensor | None
+
+    @property
+    def length(self) -> int:
+        """t: how many places a row has."""
+        size = self.keys[0].shape[2]
+        return size if self.pages is None else size * self.pages.shape[1]
+
+    def layer(self, index: int) -> PastLayer:
+        return PastLayer(self.keys[index], self.values[index], self.pages)
 
 
 @dataclasses.dataclass
@@ -56,7 +73,7 @@ class PagedKeys:
             rows.index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
 
     def reserved(self, lengths: tuple[int, ...], extra: int) -> Self:
-        """This object, whose tables the owner has extended."""
+        """This object: the owner has already extended its tables."""
         assert self.tip == lengths, "only the newest state can be extended where keys lie in pages"
         return self
 

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
-from twotower.model.linear import Linear
-from twotower.ops.backend import Backend
+from twotower.model.linear import Linear, Pack
 from twotower.ops.transfer import to_device
 
 NUM_FREQUENCIES = 128
@@ -77,9 +76,9 @@ class TimeConditioning(nn.Module):
         hidden = self.embed_out(F.silu(self.embed_in(embedding)))
         return self.block(F.silu(hidden)).unflatten(-1, (3, -1))
 
-    def pack_(self, dtype: torch.dtype, backend: Backend) -> None:
+    def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
         for layer in (self.embed_in, self.embed_out, self.block):
-            layer.pack_(dtype, backend)
+            layer.pack_(dtype, pack)
         self.tables.data = self.tables.data.to(dtype)
         self.constant = True
 

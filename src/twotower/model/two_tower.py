@@ -1,7 +1,8 @@
-"""Both towers and the four calls that decoding is made of. Letters: b batch, t context tokens, s block, d width,
+"""Both towers and the calls that decoding is made of. Letters: b batch, t context tokens, s block tokens, d width,
 v vocabulary."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import tokenizers
 import torch
@@ -9,11 +10,14 @@ from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.linear import Linear
+from twotower.model.passes import CausalPass
 from twotower.model.state import ContextState
 from twotower.model.time_conditioning import TimeConditioning
-from twotower.model.tower import CausalPass, Tower
-from twotower.ops.backend import Backend, activation_dtype, choose_backend
+from twotower.model.tower import Tower
 from twotower.ops.transfer import to_device
+
+if TYPE_CHECKING:  # a type, and nothing that runs: the model imports no backend
+    from twotower.backends.protocol import BackendChoice
 
 # Tokens of a prompt absorbed at a time: bounds the (s, t) attention scores.
 PREFILL_CHUNK = 256
@@ -22,7 +26,13 @@ PREFILL_CHUNK = 256
 class TwoTower(nn.Module):
     """A frozen causal context tower and a denoiser tower with the same shapes.
 
-    Parameters are allocated, not initialised: `checkpoints` fills them through `released_tensors`.
+    Decoding is made of four calls: `absorb` takes tokens into the context tower's state, `denoiser_logits` is one pass
+    of the denoiser over a block, and `score` runs the context tower over tokens of which `accept` keeps a prefix.
+    `prefill`, `denoise` and `extend` are the same for whoever works by hand: they check their arguments.
+
+    Parameters are allocated, not initialised: `checkpoints` fills them through `released_tensors`. `backends`, by
+    "context tower" and "denoiser tower", says what runs each in a model packed by `twotower.backends.choose.pack_`, and
+    why; it is empty in a model of plain tensors, which PyTorch runs.
     """
 
     def __init__(
@@ -36,6 +46,7 @@ class TwoTower(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: tokenizers.Tokenizer | None = None
+        self.backends: dict[str, BackendChoice] = {}
         # A meta default device (shapes only) wins over the arguments' default.
         meta = torch.get_default_device().type == "meta"
         with torch.device("meta" if meta else context_device):
@@ -70,7 +81,7 @@ class TwoTower(nn.Module):
         for chunk in ids.split(PREFILL_CHUNK, dim=1):
             scored = self.context_tower.causal(chunk, state)
             logits.append(self.scored_logits(scored))
-            state = self.context_tower.commit(scored, (chunk.shape[1],) * ids.shape[0], None)
+            state = scored.commit((chunk.shape[1],) * ids.shape[0], None)
         return torch.cat(logits, dim=1)
 
     @torch.no_grad()
@@ -126,10 +137,10 @@ class TwoTower(nn.Module):
     def denoiser_logits(
         self, ids: Tensor, seed: ContextState, t: tuple[float, ...] | None, widths: tuple[int, ...] | None = None
     ) -> Tensor:
-        """Unchecked `denoise` with `seed` on the denoiser's device; t None leaves time modulation out (mock-AR's way).
+        """Unchecked `denoise` with `seed` on the denoiser's device; t None leaves time modulation out, for `mock_ar`.
 
-        t is on the host, where decoding knows it: a level met before then costs nothing. `widths` are the rows' block
-        lengths where they are not all s.
+        t is on the host, where decoding knows it: the modulation of a level met before is not computed again. `widths`
+        are the rows' block lengths where they are not all s.
         """
         modulation = None if t is None else self.time_conditioning.at(t)
         return self.lm_head(self.denoiser_tower.block(ids, seed, modulation, widths)).float()
@@ -144,7 +155,7 @@ class TwoTower(nn.Module):
 
     def accept(self, scored: CausalPass, counts: tuple[int, ...], next_logits: Tensor | None = None) -> ContextState:
         """The state after the first counts[b] scored tokens of each row."""
-        return self.context_tower.commit(scored, counts, next_logits)
+        return scored.commit(counts, next_logits)
 
     def absorb(
         self,
@@ -157,7 +168,7 @@ class TwoTower(nn.Module):
     ) -> ContextState:
         """Unchecked `extend` by the first counts[b] of ids (b, s); the rest of a row is padding.
 
-        `with_logits` False saves the head where nobody reads next_logits. `rows` are the state's rows that ids belong
+        `with_logits` False skips the head where nobody reads next_logits. `rows` are the state's rows that ids belong
         to; the others stay as they are.
         """
         if rows is not None and len(rows) < state.batch_size:
@@ -175,7 +186,7 @@ class TwoTower(nn.Module):
                 before = scored.state.next_logits
                 before = torch.zeros_like(logits) if before is None else before
                 logits = torch.where(to_device(counts, logits.device)[:, None] > 0, logits, before)
-        return self.context_tower.commit(scored, counts, logits)
+        return scored.commit(counts, logits)
 
     def _checked(self, ids: Tensor | Sequence[Sequence[int]], device: torch.device) -> Tensor:
         ids = torch.as_tensor(ids, device=device)
@@ -196,24 +207,11 @@ class TwoTower(nn.Module):
         if ids.shape[1] == 0:
             raise ValueError("the block has 0 tokens, must have at least 1")
 
-    def pack_(self, backend: Backend | None = None) -> None:
-        """Gives every constant weight the layout that is fastest on its device; afterwards inference only.
-
-        `backend` None takes the fastest ops that each tower's device has. Raises ValueError where `backend` can't run.
-        """
-        dtype = self.context_tower.embeddings.dtype
-        context_backend = choose_backend(self.context_device.type, dtype, backend)
-        denoiser_backend = choose_backend(self.denoiser_device.type, dtype, backend)
-        context = activation_dtype(self.context_device.type, dtype, context_backend)
-        denoiser = activation_dtype(self.denoiser_device.type, dtype, denoiser_backend)
-        if self.config.tie_word_embeddings:  # packing frees a head's weight; the embedding must stay
+    def untie_heads_(self) -> None:
+        """Gives the heads weights of their own: packing frees a head's weight, and the embedding must stay."""
+        if self.config.tie_word_embeddings:
             self.context_lm_head.weight = nn.Parameter(self.context_lm_head.weight.detach())
             self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach())
-        self.context_tower.pack_(context, context_backend)
-        self.context_lm_head.pack_(context, context_backend)
-        self.denoiser_tower.pack_(denoiser, denoiser_backend)
-        self.lm_head.pack_(denoiser, denoiser_backend)
-        self.time_conditioning.pack_(denoiser, denoiser_backend)
 
     def released_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the released layout, by its released name, as a view of this model's parameters."""

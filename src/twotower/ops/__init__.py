@@ -1,1 +1,1 @@
-"""Pure tensor functions, one file per op family. The reference PyTorch here is also the CPU path."""
+"""The mathematics: pure functions of tensors in short PyTorch, one file per family. They know no backend."""

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.ops.backend import cpu_has_bf16_matmul
-from twotower.ops.linear import PackedWeight, linear
+from twotower.ops.linear import PackedWeight, cpu_has_bf16_matmul, linear
 
 
 class Routing(NamedTuple):
@@ -20,7 +19,6 @@ class ExpertWeights(NamedTuple):
     """up and down (e, f, d), both with the model width last, and optional biases (e, f) and (e, d).
 
     `packed_up` and `packed_down` hold one packed weight per expert, or nothing; with them `up` and `down` are empty.
-    The native backend keeps panels of all experts in `up` and `down` instead.
     """
 
     up: Tensor

@@ -59,7 +59,7 @@ class Scorer:
                 state = tower.initial_state(1, self._length) if self._state is None else self._state
                 passed = tower.causal(torch.tensor([chunk], device=self._model.context_device), state)
                 log_p = self._model.scored_logits(passed)[0].log_softmax(-1)  # (t, v): row i is of token i + 1
-                self._state = tower.commit(passed, (len(chunk),), None)
+                self._state = passed.commit((len(chunk),), None)
                 if self._next is None:
                     scored.append(ScoredToken(chunk[0], None))
                     scored += self._read(chunk[1:], log_p[:-1])

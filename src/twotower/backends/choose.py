@@ -1,0 +1,94 @@
+"""The one place that picks what runs a tower: a backend that is there and fits, or the reference."""
+
+import functools
+import logging
+from typing import NamedTuple
+
+import torch
+
+from twotower.backends.native.build import find_compiler, library
+from twotower.backends.native.pack import pack_weight
+from twotower.backends.native.tower import take_tower_
+from twotower.backends.protocol import BackendChoice
+from twotower.errors import SettingError
+from twotower.model.linear import Linear
+from twotower.model.time_conditioning import TimeConditioning
+from twotower.model.tower import Tower
+from twotower.model.two_tower import TwoTower
+from twotower.ops.linear import activation_dtype, pack
+
+logger = logging.getLogger(__name__)
+
+# "reference" is PyTorch on any device and dtype; "native" C on a CPU, with float32 activations.
+BACKENDS = ("reference", "native")
+
+
+def choose_backend(device_type: str, dtype: torch.dtype, wanted: str | None = None) -> BackendChoice:
+    """What runs a tower of weights of `dtype` on a device: `wanted`, or the fastest there is.
+
+    Raises SettingError where `wanted` is unknown or can't run here.
+    """
+    if wanted is not None and wanted not in BACKENDS:
+        raise SettingError("backend", wanted, f"one of {', '.join(BACKENDS)}", "leave it out for the fastest there is")
+    what = f"{str(dtype).removeprefix('torch.')} on {device_type}"
+    if wanted == "reference":
+        return BackendChoice("reference", "asked for")
+    if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float32):
+        if wanted == "native":
+            rule = f"a backend that runs {what}: native runs bfloat16 and float32 on cpu"
+            raise SettingError("backend", wanted, rule, "use 'reference' or leave it out")
+        choice = BackendChoice("reference", f"{what}: native runs only bfloat16 and float32 on cpu")
+    elif library() is None:
+        if wanted == "native":
+            rule = "a backend that can run here: native needs a C compiler"
+            raise SettingError("backend", wanted, rule, "install cc, gcc or clang, or leave backend out")
+        choice = BackendChoice("reference", f"{what}: native needs a C compiler (cc, gcc or clang) that builds it")
+    else:
+        choice = BackendChoice("native", "asked for" if wanted else f"{what}: the C kernels are built, and faster")
+    _log_choice(choice)
+    return choice
+
+
+@functools.cache
+def _log_choice(choice: BackendChoice) -> None:
+    logger.info("backend %s (%s)", choice.name, choice.reason)
+
+
+class NativeBuild(NamedTuple):
+    """The C compiler and the library that it built, as paths; None for what is not there."""
+
+    compiler: str | None
+    library: str | None
+
+
+def native_build() -> NativeBuild:
+    """What the native backend has on this machine; compiles it where that wasn't done before."""
+    built = library()
+    return NativeBuild(find_compiler(), None if built is None else built._name)
+
+
+def pack_(model: TwoTower, wanted: str | None = None) -> None:
+    """Gives every constant weight the layout that is fastest on its device; afterwards the model is for inference only.
+
+    Each tower gets `wanted`, or the fastest backend for its device, and `model.backends` says which and why. Raises
+    SettingError where `wanted` can't run.
+    """
+    dtype = model.context_tower.embeddings.dtype
+    context = choose_backend(model.context_device.type, dtype, wanted)
+    denoiser = choose_backend(model.denoiser_device.type, dtype, wanted)
+    model.untie_heads_()
+    _pack_side_(context, model.context_tower, [model.context_lm_head])
+    _pack_side_(denoiser, model.denoiser_tower, [model.lm_head, model.time_conditioning])
+    model.backends = {"context tower": context, "denoiser tower": denoiser}
+
+
+def _pack_side_(choice: BackendChoice, tower: Tower, others: list[Linear | TimeConditioning]) -> None:
+    weights = tower.embeddings
+    if choice.name == "native":
+        take_tower_(tower)
+        for module in others:
+            module.pack_(torch.float32, pack_weight)
+    else:
+        activations = activation_dtype(weights.device.type, weights.dtype)
+        for part in (tower, *others):
+            part.pack_(activations, pack)

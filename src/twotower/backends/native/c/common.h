@@ -1,0 +1,133 @@
+/* Shared by the CPU kernels: vectors of the machine's width in GCC's and Clang's portable notation.
+ *
+ * Every sum here runs in an order that depends on the operand's own length alone, never on how many rows or tokens
+ * share the call: a row gives the same bits in any batch, and a token the same bits in any chunk.
+ */
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define VL 16 /* floats in a vector */
+#define MR 8  /* rows in a tile: MR x 2 accumulators fill most of the register file */
+#elif defined(__AVX2__)
+#define VL 8
+#define MR 6
+#else
+#define VL 4
+#define MR 6
+#endif
+#define NR (2 * VL) /* outputs in a panel */
+
+/* Whether the CPU multiplies bf16 itself: two inputs of 16 outputs in one instruction */
+#if defined(__AVX512BF16__) && VL == 16
+#define BF16_PAIRS 1
+#include <immintrin.h>
+#else
+#define BF16_PAIRS 0
+#endif
+
+/* For a thread of a parallel region that found no memory: every other thread goes on, and the caller returns `failed`. */
+#define FAIL(failed) _Pragma("omp atomic write") failed = 1
+
+#define INLINE static inline __attribute__((always_inline))
+#define API __attribute__((visibility("default")))
+
+typedef float vf __attribute__((vector_size(4 * VL)));
+typedef int32_t vi __attribute__((vector_size(4 * VL)));
+typedef uint32_t vu __attribute__((vector_size(4 * VL)));
+
+INLINE vf load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+INLINE vf splat(float x) { return x - (vf){0}; }
+
+/* n <= VL floats, zeros behind them */
+INLINE vf load_part(const float *p, long n) {
+    if (n == VL) return load(p);
+    float padded[VL] = {0};
+    memcpy(padded, p, n * sizeof(float));
+    return load(padded);
+}
+
+INLINE void store_part(float *p, vf v, long n) {
+    if (n == VL) {
+        store(p, v);
+        return;
+    }
+    float padded[VL];
+    store(padded, v);
+    memcpy(p, padded, n * sizeof(float));
+}
+
+#if VL == 16
+#define ROTATE(v, by) \
+    __builtin_shufflevector(v, v, (by), (by) + 1, (by) + 2, (by) + 3, (by) + 4, (by) + 5, (by) + 6, (by) + 7, (by) + 8, \
+                            (by) + 9, (by) + 10, (by) + 11, (by) + 12, (by) + 13, (by) + 14, (by) + 15)
+#elif VL == 8
+#define ROTATE(v, by) \
+    __builtin_shufflevector(v, v, (by), (by) + 1, (by) + 2, (by) + 3, (by) + 4, (by) + 5, (by) + 6, (by) + 7)
+#else
+#define ROTATE(v, by) __builtin_shufflevector(v, v, (by), (by) + 1, (by) + 2, (by) + 3)
+#endif
+
+INLINE float sum(vf v) {
+#if VL >= 16
+    v += ROTATE(v, 8);
+#endif
+#if VL >= 8
+    v += ROTATE(v, 4);
+#endif
+    v += ROTATE(v, 2);
+    v += ROTATE(v, 1);
+    return v[0];
+}
+
+/* exp within 2 ulp: 2^n times a polynomial in the rest (Cephes) */
+INLINE vf vexp(vf x) {
+    const vf low = splat(-87.33f), high = splat(88.37f);
+    x = (vf)(((vi)x & (x > low)) | ((vi)low & ~(x > low)));
+    x = (vf)(((vi)x & (x < high)) | ((vi)high & ~(x < high)));
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    vf n = (x * 1.44269504f + magic) - magic;
+    vf r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vi exponent = __builtin_convertvector(n, vi);
+    return p * (vf)((exponent + 127) << 23);
+}
+
+INLINE vf vsilu(vf x) { return x / (1.0f + vexp(-x)); }
+
+INLINE vf vrelu2(vf x) {
+    vf r = (vf)((vi)x & (x > (vf){0}));
+    return r * r;
+}
+
+/* a . b over n floats, in two sums that don't wait for each other */
+INLINE float dot(const float *a, const float *b, long n) {
+    vf even = {0}, odd = {0};
+    long i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        even += load(a + i) * load(b + i);
+        odd += load(a + i + VL) * load(b + i + VL);
+    }
+    for (; i < n; i += VL) {
+        const long left = n - i < VL ? n - i : VL;
+        even += load_part(a + i, left) * load_part(b + i, left);
+    }
+    return sum(even + odd);
+}

@@ -1,0 +1,45 @@
+/* What the layers of a tower are made of, each described where it is defined. Those that return int give 0, or 1 where
+ * they found no memory; their results are then undefined. */
+#pragma once
+#include "calls.h"
+
+/* norm.c */
+void tt_rms_norm(const float *x, long r, long d, const float *weight, float eps, int order, const float *shift,
+                     const float *scale, long stride, long per, float *y, int threads);
+void tt_residual(float *x, const float *y, const float *gate, long stride, long b, long s, long d, int threads);
+void tt_gated_group_rms_norm(const float *y, long y_stride, const float *z, long z_stride, long r, const float
+                                 *weight, long groups, long width, float eps, float *out, int threads);
+
+/* linear.c */
+int tt_mlp(const float *x, long r, const void *up, int up_bf16, long f, const float *up_bias, const void *down,
+                int down_bf16, long d, const float *down_bias, int gated, float *hidden, float *y, int threads);
+
+/* conv.c */
+void tt_conv_silu(const float *x, long batch_stride, long row_stride, const float *past, const float *taps, const
+                      float *bias, long b, long s, long c, long w, float *out, int threads);
+void tt_next_past(const float *x, long batch_stride, long row_stride, const float *past, const int64_t *counts, long
+                      b, long s, long c, long w, float *out);
+
+/* ssd.c */
+void tt_time_steps(const float *dt, long batch, long token, const float *bias, float low, float high, long b, long
+                       s, long h, float *out);
+int tt_ssd(const float *x, long x_batch, long x_token, const float *B, const float *C, long bc_batch, long
+                bc_token, const float *dt, long dt_batch, long dt_token, const float *A, const float *D, const float
+                *state, const int64_t *counts, long b, long s, long h, long p, long g, long n, float *y, long y_batch,
+                float *end, int threads);
+
+/* attention.c */
+void tt_rotate(const float *x, long batch, long token, const float *cosine, const float *sine, long angle_batch,
+                   long b, long s, long heads, long p, float *out);
+int tt_attention(const float *q, long q_batch, long q_token, const float *past_key, const float *past_value, long
+                      past_batch, long past_head, long past_token, const int64_t *pages, long num_pages, long size,
+                      const float *key, long key_batch, long key_token, const float *value, long value_batch, long
+                      value_token, const int64_t *starts, const int64_t *ends, int causal, float scale, long b, long s,
+                      long h, long kv, long p, float *out, int threads);
+
+/* moe.c */
+int tt_route(const float *x, long r, long d, const double *weight, const double *bias, long e, long active, long
+                  groups, long kept, int normalise, double factor, int64_t *experts, double *weights, int threads);
+int tt_experts(const float *x, long r, const int64_t *experts, const double *weights, long active, long e, const
+                    void *up, const void *down, int bf16, long d, long f, const float *up_bias, const float *down_bias,
+                    float *y, int threads);

@@ -1,0 +1,255 @@
+#include "kernels.h"
+#include "linear.h"
+
+#include <omp.h>
+
+INLINE const void *panel_at(const Weight *w, long panel) {
+    const long offset = panel * w->inputs * NR;
+    return w->bf16 ? (const void *)((const uint16_t *)w->data + offset) : (const void *)((const float *)w->data + offset);
+}
+
+#define AHEAD 16384 /* bytes that a lone tile fetches ahead of its reading */
+
+/* What a tile fetches into the cache on its way: `step` bytes from `from` for each of its inputs. */
+typedef struct {
+    const char *from;
+    long step;
+} Ahead;
+
+typedef vf Sums[MR][4][2];
+
+/* Adds rows . weight, all of float32 but for a bf16 weight, which is widened */
+INLINE void add_products(Sums acc, long k, int bf16, const void *const *p, int np, const void *const *rows, int mr,
+                         Ahead ahead) {
+    for (long i = 0; i < k; i++) {
+        __builtin_prefetch(ahead.from, 0, 2);
+        ahead.from += ahead.step;
+#pragma GCC unroll 4
+        for (int j = 0; j < np; j++) {
+            vf w0, w1;
+            if (bf16) {
+                vu pair;
+                memcpy(&pair, (const uint16_t *)p[j] + i * NR, sizeof pair);
+                w0 = (vf)(pair << 16);
+                w1 = (vf)(pair & 0xffff0000u);
+            } else {
+                w0 = load((const float *)p[j] + i * NR);
+                w1 = load((const float *)p[j] + i * NR + VL);
+            }
+#pragma GCC unroll 8
+            for (int m = 0; m < mr; m++) {
+                vf x = splat(((const float *)rows[m])[i]);
+                acc[m][j][0] += x * w0;
+                acc[m][j][1] += x * w1;
+            }
+        }
+    }
+}
+
+#if BF16_PAIRS
+/* The same for rows of bf16 whose length is even */
+INLINE void add_pairs(Sums acc, long k, const void *const *p, int np, const void *const *rows, int mr, Ahead ahead) {
+    for (long i = 0; i < (k + 1) / 2; i++) {
+        __builtin_prefetch(ahead.from, 0, 2);
+        __builtin_prefetch(ahead.from + ahead.step, 0, 2);
+        ahead.from += 2 * ahead.step;
+#pragma GCC unroll 4
+        for (int j = 0; j < np; j++) {
+            const uint16_t *from = (const uint16_t *)p[j] + 2 * i * NR;
+            __m512i w0, w1;
+            if (2 * i + 1 < k) {
+                w0 = _mm512_loadu_si512(from);
+                w1 = _mm512_loadu_si512(from + NR);
+            } else { /* the last of an odd number, beside zeros */
+                w0 = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+                w1 = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from + VL)));
+            }
+#pragma GCC unroll 8
+            for (int m = 0; m < mr; m++) {
+                const __m512bh x = (__m512bh)_mm512_set1_epi32(((const int32_t *)rows[m])[i]);
+                acc[m][j][0] = (vf)_mm512_dpbf16_ps((__m512)acc[m][j][0], x, (__m512bh)w0);
+                acc[m][j][1] = (vf)_mm512_dpbf16_ps((__m512)acc[m][j][1], x, (__m512bh)w1);
+            }
+        }
+    }
+}
+
+/* Rows of k floats rounded to bf16, with a zero behind an odd k, in room that the thread keeps; null without memory */
+static const void *const *rounded(const float *const *rows, long r, long k) {
+    static _Thread_local struct {
+        uint16_t *values;
+        const void **rows;
+        long size, num_rows;
+    } room;
+    const long width = (k + VL - 1) / VL * VL;
+    if (room.size < r * width) {
+        free(room.values);
+        room.values = malloc(r * width * sizeof *room.values);
+        room.size = room.values ? r * width : 0;
+    }
+    if (room.num_rows < r) {
+        free(room.rows);
+        room.rows = malloc(r * sizeof *room.rows);
+        room.num_rows = room.rows ? r : 0;
+    }
+    if (room.size < r * width || room.num_rows < r) return 0;
+    for (long m = 0; m < r; m++) {
+        uint16_t *to = room.values + m * width;
+        for (long i = 0; i < k; i += VL) {
+            const __m256bh part = _mm512_cvtneps_pbh((__m512)load_part(rows[m] + i, k - i < VL ? k - i : VL));
+            memcpy(to + i, &part, sizeof part);
+        }
+        room.rows[m] = to;
+    }
+    return room.rows;
+}
+#endif
+
+/* y[m][first ... ] = rows[m] . weight + bias for `mr` rows and `np` panels from `panel`; mr, np, bf16 are constants */
+INLINE void tile(const Weight *w, int bf16, long panel, int np, const void *const *rows, float *const *y, int mr,
+                 const float *bias, int squared_relu, Ahead ahead) {
+    Sums acc;
+    const void *p[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < np; j++) p[j] = panel_at(w, panel + j);
+#pragma GCC unroll 8
+    for (int m = 0; m < mr; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < np; j++) acc[m][j][0] = acc[m][j][1] = (vf){0};
+#if BF16_PAIRS
+    if (bf16)
+        add_pairs(acc, w->inputs, p, np, rows, mr, ahead);
+    else
+#endif
+        add_products(acc, w->inputs, bf16, p, np, rows, mr, ahead);
+#pragma GCC unroll 8
+    for (int m = 0; m < mr; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < np; j++) {
+            long first = (panel + j) * NR;
+            long n = w->outputs - first < NR ? w->outputs - first : NR;
+            float out[NR];
+            store(out, acc[m][j][0]);
+            store(out + VL, acc[m][j][1]);
+            if (bias)
+                for (long i = 0; i < n; i++) out[i] += bias[first + i];
+            if (squared_relu)
+                for (long i = 0; i < NR; i++) out[i] = out[i] > 0 ? out[i] * out[i] : 0;
+            if (n == NR)
+                memcpy(y[m] + first, out, sizeof out);
+            else
+                memcpy(y[m] + first, out, n * sizeof(float));
+        }
+}
+
+INLINE void some_rows(const Weight *w, int bf16, long panel, int np, const void *const *rows, float *const *y, long r,
+                      const float *bias, int squared_relu, Ahead ahead) {
+#define CASE(M, P) \
+    case (M) * 8 + (P): tile(w, bf16, panel, P, rows, y, M, bias, squared_relu, ahead); return
+    switch (r * 8 + np) {
+        CASE(1, 1); CASE(1, 2); CASE(1, 3); CASE(1, 4);
+        CASE(2, 1); CASE(2, 2); CASE(3, 1); CASE(3, 2);
+        CASE(4, 1); CASE(5, 1); CASE(6, 1);
+#if MR == 8
+        CASE(7, 1); CASE(8, 1);
+#endif
+    }
+#undef CASE
+}
+
+int panels(const Weight *w, long from, long to, const float *const *given, float *const *y, long r, const float *bias,
+            int squared_relu) {
+    const void *const *rows = (const void *const *)given;
+#if BF16_PAIRS
+    if (w->bf16 && !(rows = rounded(given, r, w->inputs))) return 1;
+#endif
+    const int step = PANELS_AT_ONCE(r);
+    const long tiles = (r + MR - 1) / MR, height = tiles ? (r + tiles - 1) / tiles : 0; /* 8 rows: 4 + 4, not 6 + 2 */
+    for (long panel = from; panel < to; panel += step) {
+        const int np = to - panel < step ? (int)(to - panel) : step;
+        /* The first tile reads the panel faster than memory gives it, the others find it in the cache: they share the
+         * fetching of the next panel. A lone tile fetches what it will read itself: the CPU's own prefetching stops at
+         * every page. */
+        const long per_input = NR * (w->bf16 ? 2 : 4);
+        Ahead ahead = {(const char *)panel_at(w, panel) + AHEAD, per_input};
+        if (tiles > 1) ahead = (Ahead){panel_at(w, panel + (panel + 1 < to)), per_input / tiles};
+        for (long m = 0; m < r; m += height) {
+            const long left = r - m < height ? r - m : height;
+            if (w->bf16)
+                some_rows(w, 1, panel, np, rows + m, y + m, left, bias, squared_relu, ahead);
+            else
+                some_rows(w, 0, panel, np, rows + m, y + m, left, bias, squared_relu, ahead);
+            ahead.from += ahead.step * w->inputs;
+        }
+    }
+    return 0;
+}
+
+API long tt_panel_width(void) { return NR; }
+
+API long tt_bf16_pairs(void) { return BF16_PAIRS; }
+
+static void row_pointers(const float **rows, const float *x, long stride, long r) {
+    for (long m = 0; m < r; m++) rows[m] = x + m * stride;
+}
+
+/* y (r, o) = x (r, k; rows `stride` apart) . weight + bias */
+API int tt_linear(const float *x, long stride, long r, const void *weight, int bf16, long o, long k, const float *bias,
+                   float *y, int threads) {
+    const Weight w = {weight, o, k, bf16};
+    if (r == 0) return 0;
+    const float **rows = malloc(2 * r * sizeof *rows);
+    int failed = 0;
+    if (!rows) return 1;
+    float **out = (float **)rows + r;
+    row_pointers(rows, x, stride, r);
+    row_pointers((const float **)out, y, o, r);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        long from, to;
+        share(num_panels(&w), PANELS_AT_ONCE(r), omp_get_thread_num(), omp_get_num_threads(), &from, &to);
+        if (panels(&w, from, to, rows, out, r, bias, 0)) FAIL(failed);
+    }
+    free(rows);
+    return failed;
+}
+
+/* y (r, d) = down(relu(up(x))^2), or down(silu(first half of up(x)) * second half) where gated; x (r, d), `hidden` is
+ * room for (r, up's outputs) */
+int tt_mlp(const float *x, long r, const void *up, int up_bf16, long f, const float *up_bias, const void *down,
+                int down_bf16, long d, const float *down_bias, int gated, float *hidden, float *y, int threads) {
+    const long inner = gated ? f / 2 : f;
+    const Weight wu = {up, f, d, up_bf16}, wd = {down, d, inner, down_bf16};
+    const float **rows = malloc(3 * r * sizeof *rows);
+    int failed = 0;
+    if (!rows) return 1;
+    float **mid = (float **)rows + r, **out = (float **)rows + 2 * r;
+    row_pointers(rows, x, d, r);
+    row_pointers((const float **)mid, hidden, f, r);
+    row_pointers((const float **)out, y, d, r);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int me = omp_get_thread_num(), all = omp_get_num_threads();
+        long from, to;
+        share(num_panels(&wu), PANELS_AT_ONCE(r), me, all, &from, &to);
+        if (panels(&wu, from, to, rows, mid, r, up_bias, !gated)) FAIL(failed);
+#pragma omp barrier
+        if (gated) {
+            share(inner, VL, me, all, &from, &to);
+            for (long m = 0; m < r; m++)
+                for (long i = from; i < to; i += VL) {
+                    float *gate = mid[m] + i;
+                    const float *value = mid[m] + inner + i;
+                    if (i + VL <= to)
+                        store(gate, vsilu(load(gate)) * load(value));
+                    else
+                        store_part(gate, vsilu(load_part(gate, to - i)) * load_part(value, to - i), to - i);
+                }
+#pragma omp barrier
+        }
+        share(num_panels(&wd), PANELS_AT_ONCE(r), me, all, &from, &to);
+        if (panels(&wd, from, to, (const float *const *)mid, out, r, down_bias, 0)) FAIL(failed);
+    }
+    free(rows);
+    return failed;
+}

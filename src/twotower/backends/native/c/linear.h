@@ -1,0 +1,33 @@
+/* Products of a few rows with a packed weight.
+ *
+ * A weight (o, k) is packed in panels of NR outputs, (o / NR, k, NR), padded with zeros to whole panels: the inner loop
+ * reads it once, front to back. A tile of MR rows and some panels keeps its sums in registers; each sum runs over k in
+ * order. bf16 weights are widened as they are read. Where the CPU multiplies bf16 itself, rows are rounded to it and k
+ * goes by pairs, (o / NR, k / 2, NR, 2), behind which lies the last input of an odd k, (NR).
+ */
+#pragma once
+#include "common.h"
+
+typedef struct {
+    const void *data;
+    long outputs, inputs;
+    int bf16;
+} Weight;
+
+INLINE long num_panels(const Weight *w) { return (w->outputs + NR - 1) / NR; }
+
+/* Few rows take several panels at once, or too few sums would be under way to hide the latency of each. */
+#define PANELS_AT_ONCE(r) ((r) == 1 ? 4 : (r) < 4 ? 2 : 1)
+
+/* Panels [from, to) of y[m] = rows[m] . weight + bias for r rows, then relu(.)^2 if asked; each thread runs its share.
+ * 1 where there is no memory, else 0 */
+int panels(const Weight *w, long from, long to, const float *const *rows, float *const *y, long r, const float *bias,
+            int squared_relu);
+
+/* The share of `count` that thread `i` of `n` takes, in whole steps. */
+INLINE void share(long count, long step, int i, int n, long *from, long *to) {
+    long steps = (count + step - 1) / step;
+    *from = steps * i / n * step;
+    *to = steps * (i + 1) / n * step;
+    if (*to > count) *to = count;
+}

@@ -1,0 +1,56 @@
+#include "kernels.h"
+
+/* One pass over d floats, VL at a time: EACH(i, n) body, n of them at i. */
+#define EACH(d) for (long i = 0, n = VL < (d) ? VL : (d); i < (d); i += VL, n = (d) - i < VL ? (d) - i : VL)
+
+static float inverse_rms(const float *x, long d, float eps) { return 1.0f / sqrtf(dot(x, x, d) / d + eps); }
+
+/* y (r, d) = x / sqrt(mean(x^2) + eps) * weight. `order` 1 modulates x by x + shift + x * scale before, 2 after;
+ * the rows of one sequence, `per` of them, share shift and scale, which lie `stride` apart. */
+void tt_rms_norm(const float *x, long r, long d, const float *weight, float eps, int order, const float *shift,
+                     const float *scale, long stride, long per, float *y, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && r * d >= 32768)
+    for (long m = 0; m < r; m++) {
+        const float *in = x + m * d, *a = shift + m / per * stride, *b = scale + m / per * stride;
+        float *out = y + m * d;
+        if (order == 1) {
+            EACH(d) {
+                const vf v = load_part(in + i, n);
+                store_part(out + i, v + load_part(a + i, n) + v * load_part(b + i, n), n);
+            }
+            in = out;
+        }
+        const float factor = inverse_rms(in, d, eps);
+        EACH(d) {
+            vf v = load_part(in + i, n) * factor * load_part(weight + i, n);
+            if (order == 2) v = v + load_part(a + i, n) + v * load_part(b + i, n);
+            store_part(out + i, v, n);
+        }
+    }
+}
+
+/* x (b, s, d) += y, or += y * gate (b, d; rows `stride` apart) unless it is null */
+void tt_residual(float *x, const float *y, const float *gate, long stride, long b, long s, long d, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && b * s * d >= 32768)
+    for (long m = 0; m < b * s; m++) {
+        const float *g = gate ? gate + m / s * stride : 0;
+        EACH(d) {
+            const vf part = load_part(y + m * d + i, n);
+            store_part(x + m * d + i, load_part(x + m * d + i, n) + (g ? part * load_part(g + i, n) : part), n);
+        }
+    }
+}
+
+/* out (r, groups * width) = rms_norm per group of y * silu(z), times weight; rows of y and z lie apart as given */
+void tt_gated_group_rms_norm(const float *y, long y_stride, const float *z, long z_stride, long r,
+                                 const float *weight, long groups, long width, float eps, float *out, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && r * groups * width >= 8192)
+    for (long item = 0; item < r * groups; item++) {
+        const long m = item / groups, first = item % groups * width;
+        const float *a = y + m * y_stride + first, *gate = z + m * z_stride + first, *w = weight + first;
+        float *o = out + m * groups * width + first;
+        EACH(width) store_part(o + i, load_part(a + i, n) * vsilu(load_part(gate + i, n)), n);
+        const float factor = inverse_rms(o, width, eps);
+        EACH(width) store_part(o + i, load_part(o + i, n) * factor * load_part(w + i, n), n);
+    }
+}

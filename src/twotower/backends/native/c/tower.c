@@ -1,0 +1,157 @@
+/* All layers of a tower in one call, in the order of the loops in model/tower.py. One call per pass, because Python
+ * between the layers costs up to a third of a pass once other data has pushed it out of the cache. */
+#include "kernels.h"
+
+/* Room for one layer's intermediate results */
+typedef struct {
+    float *entered, *mixed, *wide, *wider, *widest;
+    int64_t *chosen;
+    double *weights;
+} Room;
+
+static int product(const TowerShape *t, const Product *w, const float *x, long r, long inputs, float *y, int threads) {
+    return tt_linear(x, inputs, r, w->weight, t->bf16, w->outputs, inputs, w->bias, y, threads);
+}
+
+static int mamba(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const Room *room, const void *const *memory, long index,
+                  long num_mamba) {
+    const long b = in->b, s = in->s, h = t->mamba_heads, inner = h * t->mamba_head, bc = t->mamba_groups * t->state;
+    const long channels = inner + 2 * bc, wide = inner + channels + h, size = b * inner * t->state;
+    const long kept = in->keeps ? index * b * s : 0;
+    float *projected = in->projected + kept * wide, *convolved = in->convolved + kept * channels;
+    float *steps = in->steps + kept * h, *y = room->wide;
+    const float *before = memory[1];
+    if (product(t, &l->first, room->entered, b * s, t->width, projected, in->threads)) return 1;
+    tt_conv_silu(projected + inner, s * wide, wide, memory[0], l->taps, l->conv_bias, b, s, channels, t->kernel, convolved,
+                 in->threads);
+    tt_time_steps(projected + inner + channels, s * wide, wide, l->dt_bias, t->shortest, t->longest, b, s, h, steps);
+    long from = 0;
+    for (long cut = 0; cut < in->num_cuts || cut == 0; cut++) {
+        const long to = in->num_cuts ? in->cuts[cut] : s;
+        float *end = in->num_cuts ? in->ends + (cut * num_mamba + index) * size : 0;
+        const float *first = convolved + from * channels;
+        if (tt_ssd(first, s * channels, channels, first + inner, first + inner + bc, s * channels, channels, steps + from * h,
+                   s * h, h, l->A, l->D, before, 0, b, to - from, h, t->mamba_head, t->mamba_groups, t->state,
+                   y + from * inner, s * inner, end, in->threads))
+            return 1;
+        before = end;
+        from = to;
+    }
+    tt_gated_group_rms_norm(y, inner, projected, wide, b * s, l->gate_norm, t->mamba_groups, inner / t->mamba_groups, t->eps,
+                            room->wider, in->threads);
+    return product(t, &l->second, room->wider, b * s, inner, room->mixed, in->threads);
+}
+
+/* Copies a token's heads, which lie side by side, to its place in the cache */
+static void append(const TowerShape *t, const TowerPass *in, const float *heads, long token, float *cache) {
+    for (long row = 0; row < in->b; row++)
+        for (long i = 0; i < in->s; i++) {
+            const long place = in->places ? in->places[row * in->s + i] : in->starts[row] + i;
+            const long entry = in->places ? place / in->page_size : row;
+            float *to = cache + entry * in->key_batch + (place - (in->places ? entry * in->page_size : 0)) * in->key_token;
+            for (long k = 0; k < t->kv_heads; k++)
+                memcpy(to + k * in->key_head, heads + (row * in->s + i) * token + k * t->head, t->head * sizeof(float));
+        }
+}
+
+static int attention(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const Room *room, const void *const *memory) {
+    const long b = in->b, s = in->s, p = t->head, all = t->heads + 2 * t->kv_heads, turned = t->heads + t->kv_heads;
+    const float *q = room->wide, *value = room->wide + turned * p;
+    long token = all * p; /* distance of two tokens' queries, and keys */
+    if (product(t, &l->first, room->entered, b * s, t->width, room->wide, in->threads)) return 1;
+    if (in->cosine) {
+        tt_rotate(q, s * token, token, in->cosine, in->sine, in->angle_batch, b, s, turned, p, room->wider);
+        q = room->wider;
+        token = turned * p;
+    }
+    const float *key = q + t->heads * p;
+    if (in->causal) {
+        append(t, in, key, token, (float *)memory[0]);
+        append(t, in, value, all * p, (float *)memory[1]);
+    }
+    if (tt_attention(q, s * token, token, memory[0], memory[1], in->key_batch, in->key_head, in->key_token, in->pages,
+                     in->num_pages, in->page_size, key, s * token, token, value, s * all * p, all * p, in->starts,
+                     in->widths, in->causal, (float)pow(p, -0.5), b, s, t->heads, t->kv_heads, p, room->widest, in->threads))
+        return 1;
+    return product(t, &l->second, room->widest, b * s, t->heads * p, room->mixed, in->threads);
+}
+
+static int mlp(const TowerShape *t, const Product *up, const Product *down, int gated, const TowerPass *in, const float *x, float *hidden,
+                float *y) {
+    return tt_mlp(x, in->b * in->s, up->weight, t->bf16, up->outputs, up->bias, down->weight, t->bf16, t->width, down->bias, gated,
+                  hidden, y, in->threads);
+}
+
+static int experts(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const Room *room) {
+    const long b = in->b, s = in->s;
+    if (tt_route(room->entered, b * s, t->width, l->router, l->correction, t->experts, t->active, t->groups, t->kept,
+                 t->normalise, t->factor, room->chosen, room->weights, in->threads) ||
+        tt_experts(room->entered, b * s, room->chosen, room->weights, t->active, t->experts, l->up, l->down, t->bf16,
+                   t->width, t->expert, l->up_bias, l->down_bias, room->mixed, in->threads) ||
+        mlp(t, &l->first, &l->second, 0, in, room->entered, room->wide, room->wider))
+        return 1;
+    tt_residual(room->mixed, room->wider, 0, 0, b, s, t->width, in->threads);
+    return 0;
+}
+
+static long larger(long a, long b) { return a > b ? a : b; }
+
+API int tt_tower(const TowerShape *t, const LayerWeights *layers, const TowerPass *in) {
+    const long b = in->b, s = in->s, d = t->width, inner = t->mamba_heads * t->mamba_head;
+    long num_mamba = 0, wide = larger(larger(inner, d), (t->heads + 2 * t->kv_heads) * t->head);
+    for (long i = 0; i < t->num_layers; i++) {
+        num_mamba += layers[i].kind == 'M';
+        wide = larger(wide, layers[i].first.outputs);
+    }
+    float *room = malloc(b * s * (2 * d + 3 * wide + t->active) * sizeof(float) + b * s * t->active * (sizeof(double) + 8));
+    if (!room) return 1;
+    int failed = 0;
+    Room r = {.chosen = (int64_t *)room, .weights = (double *)room + b * s * t->active};
+    r.entered = room + 4 * b * s * t->active;
+    r.mixed = r.entered + b * s * d;
+    r.wide = r.mixed + b * s * d;
+    r.wider = r.wide + b * s * wide;
+    r.widest = r.wider + b * s * wide;
+    long mambas = 0;
+    for (long i = 0; i < t->num_layers && !failed; i++) {
+        const LayerWeights *l = layers + i;
+        const float *shift = in->modulation ? in->modulation + i * b * 3 * d : 0;
+        const int order = !shift ? 0 : l->kind == 'E' || l->kind == '-' ? 2 : 1;
+        tt_rms_norm(in->x, b * s, d, l->norm, t->eps, order, shift, shift + d, 3 * d, s, r.entered, in->threads);
+        if (l->kind == 'M')
+            failed = mamba(t, l, in, &r, in->memory + 2 * i, mambas++, num_mamba);
+        else if (l->kind == '*')
+            failed = attention(t, l, in, &r, in->memory + 2 * i);
+        else if (l->kind == '-')
+            failed = mlp(t, &l->first, &l->second, t->gated, in, r.entered, r.wide, r.mixed);
+        else
+            failed = experts(t, l, in, &r);
+        tt_residual(in->x, r.mixed, shift ? shift + 2 * d : 0, 3 * d, b, s, d, in->threads);
+    }
+    tt_rms_norm(in->x, b * s, d, in->norm, t->eps, 0, 0, 0, 0, 1, in->hidden, in->threads);
+    free(room);
+    return failed;
+}
+
+/* Conv rows (M layers, b, w-1, c) and, unless null, SSM states (M layers, b, h, p, n) after each row's first counts[b]
+ * tokens of a pass, all s of them where counts is null; memory, projected, convolved and steps are that pass's. */
+API int tt_advance(const TowerShape *t, const LayerWeights *layers, const void *const *memory, const float *projected,
+                    const float *convolved, const float *steps, long b, long s, const int64_t *counts, float *conv, float *ssm,
+                    int threads) {
+    const long h = t->mamba_heads, inner = h * t->mamba_head, bc = t->mamba_groups * t->state, channels = inner + 2 * bc;
+    const long wide = inner + channels + h, size = b * inner * t->state, rows = b * (t->kernel - 1) * channels;
+    long index = 0;
+    for (long i = 0; i < t->num_layers; i++) {
+        if (layers[i].kind != 'M') continue;
+        const float *A = layers[i].A, *x = convolved + index * b * s * channels;
+        tt_next_past(projected + index * b * s * wide + inner, s * wide, wide, memory[2 * i], counts, b, s, channels,
+                     t->kernel, conv + index * rows);
+        if (ssm && /* A in the place of D, which only enters y */
+            tt_ssd(x, s * channels, channels, x + inner, x + inner + bc, s * channels, channels, steps + index * b * s * h,
+                   s * h, h, A, A, memory[2 * i + 1], counts, b, s, h, t->mamba_head, t->mamba_groups, t->state, 0, 0,
+                   ssm + index * size, threads))
+            return 1;
+        index++;
+    }
+    return 0;
+}

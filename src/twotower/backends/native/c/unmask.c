@@ -1,0 +1,107 @@
+#include "calls.h"
+
+/* Terms of a sum in float before it goes on in double: 131,072 of them lose no more than 64 do. */
+#define SPAN (64 * VL)
+
+INLINE vf load_filled(const float *p, long n, float fill) {
+    if (n == VL) return load(p);
+    vf v = splat(fill);
+    memcpy(&v, p, n * sizeof(float));
+    return v;
+}
+
+static float maximum(const float *x, long v) {
+    vf most = splat(-INFINITY);
+    vi strange = {0};
+    for (long i = 0; i < v; i += VL) {
+        const vf next = load_filled(x + i, v - i < VL ? v - i : VL, -INFINITY);
+        const vi more = next > most;
+        most = (vf)(((vi)next & more) | ((vi)most & ~more));
+        strange |= next != next;
+    }
+    float found = most[0];
+    for (int i = 0; i < VL; i++) {
+        if (most[i] > found) found = most[i];
+        if (strange[i]) return NAN;
+    }
+    return found;
+}
+
+/* Of each of r rows of v logits: the place of the first of the largest ones; unless `values` is null also its value and
+ * the log of the sum of all exp */
+API void tt_best(const float *logits, long r, long v, int64_t *tokens, float *values, float *log_sum, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && r * v >= 65536)
+    for (long m = 0; m < r; m++) {
+        const float *x = logits + m * v;
+        const float most = maximum(x, v);
+        long at = 0;
+        while (at < v && x[at] != most && (most == most || x[at] == x[at])) at++;
+        tokens[m] = at;
+        if (!values) continue;
+        values[m] = log_sum[m] = most;
+        if (!isfinite(most)) continue; /* nothing to add up: -inf, inf and nan are their own sums */
+        double total = 0;
+        for (long start = 0; start < v; start += SPAN) {
+            const long end = v - start < SPAN ? v : start + SPAN;
+            vf part = {0};
+            for (long i = start; i < end; i += VL) part += vexp(load_filled(x + i, end - i < VL ? end - i : VL, -INFINITY) - most);
+            total += sum(part);
+        }
+        log_sum[m] = most + (float)log(total);
+    }
+}
+
+typedef struct {
+    float sure;
+    int place;
+} Candidate;
+
+/* The surest first, the earlier of equals; NaN comes before all numbers, as PyTorch sorts it. */
+static int surer(const void *one, const void *other) {
+    const Candidate *a = one, *b = other;
+    const int strange = (b->sure != b->sure) - (a->sure != a->sure);
+    if (strange) return strange;
+    if (a->sure != b->sure && a->sure == a->sure) return a->sure < b->sure ? 1 : -1;
+    return a->place - b->place;
+}
+
+/* Which masked places (b, s) commit; `threshold` may be null */
+API int tt_commit(const float *sure, const uint8_t *masked, const int64_t *left, const float *threshold, int leftmost,
+                  long b, long s, uint8_t *out) {
+    Candidate *room = malloc(s * sizeof *room);
+    if (!room) return 1;
+    for (long row = 0; row < b; row++) {
+        const float *own = sure + row * s;
+        long remaining = 0, above = 0;
+        for (long i = 0; i < s; i++) {
+            out[row * s + i] = 0;
+            if (!masked[row * s + i]) continue;
+            above += threshold && own[i] > threshold[row];
+            room[remaining++] = (Candidate){own[i], i};
+        }
+        const long share = left[row] > 1 ? left[row] : 1;
+        long wanted = (remaining + share - 1) / share;
+        if (wanted < above) wanted = above;
+        if (left[row] <= 1) wanted = remaining;
+        if (wanted < 1) wanted = 1;
+        if (wanted > remaining) wanted = remaining;
+        if (!leftmost && wanted < remaining) qsort(room, remaining, sizeof *room, surer);
+        for (long i = 0; i < wanted; i++) out[row * s + room[i].place] = 1;
+    }
+    free(room);
+    return 0;
+}
+
+/* A block's ids, masks, confidences and steps (b, s) after the places `fixed` are */
+API void tt_fix(const int64_t *xt, const uint8_t *masked, const float *confidence, const int64_t *committed_at,
+                const uint8_t *valid, const uint8_t *fixed, const int64_t *tokens, const float *proposed,
+                const int64_t *step, int64_t mask_token_id, long b, long s, int64_t *xt_out, uint8_t *masked_out,
+                float *confidence_out, int64_t *committed_out) {
+    for (long i = 0; i < b * s; i++) {
+        const int new = fixed[i] && masked[i], open = valid[i] && !fixed[i];
+        xt_out[i] = !fixed[i] ? mask_token_id : masked[i] ? tokens[i] : xt[i];
+        masked_out[i] = open;
+        confidence_out[i] = open ? 0 : new ? proposed[i] : confidence[i];
+        committed_out[i] = new ? step[i / s] : committed_at[i];
+    }
+}

@@ -1,0 +1,268 @@
+"""A tower's layers in one call to C, see c/tower.c. Letters: b batch, s tokens, d width, i layers, m `M` layers, w conv
+kernel, c conv channels, h heads, p head width, n state width."""
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from twotower.backends.native import unmask
+from twotower.backends.native.call import filled, function, structure, threads
+from twotower.backends.native.pack import PanelWeight, pack_panels, pack_weight
+from twotower.config import TwoTowerConfig
+from twotower.model.attention import Attention
+from twotower.model.layer import Layer
+from twotower.model.mamba2 import Mamba2
+from twotower.model.mlp import MLP
+from twotower.model.moe import MixtureOfExperts
+from twotower.model.pages import Past
+from twotower.model.passes import CausalPass, PassInputs
+from twotower.model.state import ContextState, MambaState
+from twotower.model.tower import Tower
+from twotower.ops.ssd import CHUNK
+
+
+class LayerTensors(NamedTuple):
+    """A layer's two packed projections, and its other tensors by the names that LayerWeights in c/calls.h has for them;
+    `first_bias` and `second_bias` belong to the projections."""
+
+    kind: str
+    first: PanelWeight
+    second: PanelWeight
+    named: dict[str, Tensor]
+
+
+def take_tower_(tower: Tower) -> None:
+    """Packs the weights of a tower of bfloat16 or float32 for C and puts a guest into it that runs its passes."""
+    experts = [_take_experts(layer.mixer) for layer in tower.stack]
+    tower.pack_(torch.float32, pack_weight)
+    weights = [_tensors(layer, taken) for layer, taken in zip(tower.stack, experts, strict=True)]
+    tower.guest = NativeTower(tower.config, tower.stack, weights, tower.norm_f)
+
+
+class NativeTower:
+    """Runs a tower in C, see `backends.protocol.TowerGuest`: one call per pass, from embedded tokens to the last norm.
+
+    It holds the tensors whose addresses are in `layers`, so those live as long as it does. `stack` is only looked at
+    for hooks and for parts that were replaced, which C would pass over: either is a RuntimeError at the next pass.
+    """
+
+    logit_ops = unmask
+
+    def __init__(
+        self, config: TwoTowerConfig, stack: Sequence[Layer], weights: list[LayerTensors], norm: Tensor
+    ) -> None:
+        self.config = config
+        self.stack = tuple(stack)
+        self.weights = weights
+        self.norm = norm
+        self.shape = _shape(config, weights)
+        self.layers = (structure("LayerWeights") * len(weights))(*map(_layer_weights, weights))
+        self._watched = [_WatchedLayer.of(layer) for layer in self.stack]
+        self._hooks = [hooks for watched in self._watched for hooks in watched.hooks]
+        self._children = [pair for watched in self._watched for pair in watched.children]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy takes the addresses of its own tensors."""
+        return NativeTower, (self.config, self.stack, self.weights, self.norm)
+
+    def causal(self, inputs: PassInputs, marks: tuple[int, ...]) -> CausalPass:
+        self._check_layers()
+        c, state, x = self.config, inputs.state, inputs.x
+        b, s, _ = x.shape
+        before, memory = self._memory(state, inputs.past)
+        sizes = (c.mamba_width, c.conv_width, c.mamba_num_heads)
+        saved = [x.new_empty(len(before), b, s, width) for width in (sum(sizes), *sizes[1:])]
+        # A block's end state waits until it is known how much of the block stays.
+        cuts = () if 1 < s <= CHUNK and not marks else (*marks, s)
+        ends = x.new_empty(len(cuts), len(before), b, c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_size)
+        hidden = self._run(
+            inputs,
+            memory,
+            saved,
+            starts=torch.tensor(state.lengths),
+            places=inputs.places,
+            ends=ends,
+            cuts=torch.tensor(cuts, dtype=torch.int64),
+            num_cuts=len(cuts),
+            keeps=True,
+            causal=True,
+        )
+        replay = NativeReplay(self, before, memory, saved, dict(zip(cuts, ends.unbind(), strict=True)), s)
+        return CausalPass(hidden, state, replay.advance, {mark: replay.marked(mark) for mark in marks})
+
+    def block(self, inputs: PassInputs, modulation: Tensor | None, widths: tuple[int, ...]) -> Tensor:
+        self._check_layers()
+        c, seed, x = self.config, inputs.state, inputs.x
+        b, s, _ = x.shape
+        sizes = (c.mamba_width, c.conv_width, c.mamba_num_heads)
+        room = [x.new_empty(b, s, width) for width in (sum(sizes), *sizes[1:])] if seed.mamba else [x, x, x]
+        starts, own = torch.tensor((seed.lengths, widths))
+        _dense, memory = self._memory(seed, inputs.past)  # the tensors live as long as their addresses are used
+        return self._run(inputs, memory, room, starts=starts, widths=own, modulation=modulation)
+
+    def _check_layers(self) -> None:
+        """Costs a look at each dict, some microseconds, and goes into detail only where something is found."""
+        if not any(self._hooks) and all(now == then for now, then in self._children):
+            return
+        for i, watched in enumerate(self._watched):
+            what = "a forward hook" if any(watched.hooks) else "a module in it that was replaced"
+            if any(watched.hooks) or any(now != then for now, then in watched.children):
+                raise RuntimeError(
+                    f"layer {i} ({self.stack[i].kind!r}) has {what}, which the C kernels would pass over; "
+                    'load the model with load(..., backend="reference")'
+                )
+
+    def _memory(self, state: ContextState, past: Past) -> "tuple[list[MambaState], array[int]]":
+        """The `M` layers' states without gaps, and the addresses of what every layer remembers, two per layer."""
+        dense = [MambaState(m.conv.contiguous(), m.ssm.contiguous()) for m in state.mamba]
+        mamba, keys = iter(dense), zip(past.keys, past.values, strict=True)
+        memory = array("Q")
+        for layer in self.stack:
+            pair = next(mamba) if layer.kind == "M" else next(keys) if layer.kind == "*" else None
+            memory.extend((0, 0) if pair is None else (pair[0].data_ptr(), pair[1].data_ptr()))
+        return dense, memory
+
+    def _run(self, inputs: PassInputs, memory: "array[int]", saved: list[Tensor], **more: Any) -> Tensor:
+        """The last norm's output (b, s, d). `saved` are projected, convolved, steps; `more` are fields of TowerPass."""
+        x, _, past, rope, _ = inputs
+        b, s, _ = x.shape
+        hidden = torch.empty_like(x)
+        tensors = dict(zip(("projected", "convolved", "steps"), saved, strict=True), x=x, hidden=hidden, norm=self.norm)
+        if rope is not None:
+            shared = rope.cos.shape[0] == 1
+            more |= {"cosine": rope.cos, "sine": rope.sin, "angle_batch": 0 if shared else rope.cos.stride(0)}
+        if past.keys:
+            batch, head, token, _ = past.keys[0].stride()
+            more |= {"key_batch": batch, "key_head": head, "key_token": token, "page_size": past.keys[0].shape[2]}
+        if past.pages is not None:
+            more |= {"pages": past.pages, "num_pages": past.pages.shape[1]}
+        fields = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in (tensors | more).items()}
+        what = filled("TowerPass", b=b, s=s, threads=threads(), memory=memory.buffer_info()[0], **fields)
+        function("tt_tower")(*map(ctypes.addressof, (self.shape, self.layers, what)))
+        return hidden
+
+
+class NativeReplay(NamedTuple):
+    """What the states after some of a pass's s tokens are made of.
+
+    `before` are the states before the tokens, whose addresses are in `memory`; `saved` is what the scans read, see
+    TowerPass in c/calls.h; `ends` has the SSM states (m, b, h, p, n) after the numbers of tokens for which they are
+    known.
+    """
+
+    tower: NativeTower
+    before: list[MambaState]
+    memory: "array[int]"
+    saved: list[Tensor]
+    ends: dict[int, Tensor]
+    num_tokens: int
+
+    def advance(self, counts: Tensor | None) -> tuple[MambaState, ...]:
+        """The states after each row's first counts[b] (b,) int64 tokens, all of them where `counts` is None."""
+        return self._states(counts, self.ends.get(self.num_tokens) if counts is None else None)
+
+    def marked(self, mark: int) -> tuple[MambaState, ...]:
+        """The states after `mark` tokens, of those that were asked for."""
+        return self._states(torch.full(self.saved[0].shape[1:2], mark), self.ends[mark])
+
+    def _states(self, counts: Tensor | None, ssm: Tensor | None) -> tuple[MambaState, ...]:
+        if not self.before:
+            return ()
+        _, b, s, _ = self.saved[0].shape
+        num, (conv, state), known = len(self.before), self.before[0], ssm is not None
+        conv = conv.new_empty(num, *conv.shape)
+        ssm = state.new_empty(num, *state.shape) if ssm is None else ssm
+        function("tt_advance")(
+            *(ctypes.addressof(self.tower.shape), ctypes.addressof(self.tower.layers), self.memory.buffer_info()[0]),
+            *(v.data_ptr() for v in self.saved),
+            *(b, s, None if counts is None else counts.data_ptr()),
+            *(conv.data_ptr(), None if known else ssm.data_ptr(), threads()),
+        )
+        return tuple(map(MambaState, conv.unbind(), ssm.unbind()))
+
+
+class _WatchedLayer(NamedTuple):
+    """The hooks of a layer's modules, and each module's children now and as they were when they were packed."""
+
+    hooks: list[dict[int, Any]]
+    children: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]]
+
+    @classmethod
+    def of(cls, layer: Layer) -> "_WatchedLayer":
+        modules = list(layer.modules())
+        hooks: list[dict[int, Any]] = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        return cls(hooks, [(m._modules, dict(m._modules)) for m in modules if m._modules])
+
+
+def _shape(config: TwoTowerConfig, weights: list[LayerTensors]) -> ctypes.Structure:
+    c = config
+    low, high = c.time_step_limit
+    return filled(
+        "TowerShape",
+        num_layers=len(weights),
+        width=c.hidden_size,
+        bf16=weights[0].first.panels.dtype == torch.bfloat16,
+        eps=c.layer_norm_epsilon,
+        mamba_heads=c.mamba_num_heads,
+        mamba_head=c.mamba_head_dim,
+        mamba_groups=c.mamba_num_groups,
+        state=c.mamba_state_size,
+        kernel=c.conv_kernel,
+        shortest=low,
+        longest=high,
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
+        head=c.head_dim,
+        gated=c.gated_mlp,
+        experts=c.num_experts,
+        active=c.num_experts_per_tok,
+        groups=c.expert_num_groups,
+        kept=c.expert_topk_groups,
+        normalise=c.norm_topk_prob,
+        expert=c.expert_intermediate_size,
+        factor=c.routed_scaling_factor,
+    )
+
+
+def _take_experts(mixer: nn.Module) -> dict[str, Tensor]:
+    """Packs a layer's experts into panels (e, panels, inputs, NR) and frees the mixer's own."""
+    if not isinstance(mixer, MixtureOfExperts):
+        return {}
+    taken = {"up": pack_panels(mixer.up), "down": pack_panels(mixer.down.transpose(1, 2))}
+    del mixer.up, mixer.down
+    return taken
+
+
+def _tensors(layer: Layer, experts: dict[str, Tensor]) -> LayerTensors:
+    mixer = layer.mixer
+    found: dict[str, Tensor | None] = {"norm": layer.norm, **experts}
+    if isinstance(mixer, Mamba2):
+        first, second = mixer.in_proj, mixer.out_proj
+        found |= {"taps": mixer.conv_taps, "conv_bias": mixer.conv_bias, "dt_bias": mixer.dt_bias}
+        found |= {"A": mixer.A, "D": mixer.D, "gate_norm": mixer.norm}
+    elif isinstance(mixer, Attention):
+        first, second = mixer.qkv_proj, mixer.o_proj
+    elif isinstance(mixer, MLP):
+        first, second = mixer.up_proj, mixer.down_proj
+    else:
+        first, second = mixer.shared.up_proj, mixer.shared.down_proj
+        found |= {"router": mixer.gate, "correction": mixer.correction_bias}
+        found |= {"up_bias": mixer.up_bias, "down_bias": mixer.down_bias}
+    found |= {"first_bias": first.bias, "second_bias": second.bias}
+    assert isinstance(first.packed, PanelWeight)
+    assert isinstance(second.packed, PanelWeight)
+    named = {name: tensor for name, tensor in found.items() if tensor is not None}
+    return LayerTensors(layer.kind, first.packed, second.packed, named)
+
+
+def _layer_weights(tensors: LayerTensors) -> ctypes.Structure:
+    """The addresses of a layer's tensors."""
+    pointers: dict[str, Any] = {name: tensor.data_ptr() for name, tensor in tensors.named.items()}
+    for name, packed in (("first", tensors.first), ("second", tensors.second)):
+        bias = pointers.pop(f"{name}_bias", 0)
+        pointers[name] = filled("Product", weight=packed.panels.data_ptr(), bias=bias, outputs=packed.outputs)
+    return filled("LayerWeights", kind=ord(tensors.kind), **pointers)

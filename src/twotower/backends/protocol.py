@@ -1,0 +1,104 @@
+"""What a backend offers: all that whoever writes one for another device needs to know.
+
+A backend runs a tower's passes in the place of the layers in `twotower.model`, which are the reference: `Tower.causal`
+and `Tower.block` define every result here, and tests hold each backend to them. It is a package beside this file with
+three parts: a `TowerGuest`, made once per tower from the tower's weights; the `LogitOps`; and a function that packs
+one weight as an `ops.linear.PackedWeight`, with which the heads and the time conditioning multiply. `choose.pack_` puts
+them into a model, and nothing else names a backend.
+
+Letters: b rows, s tokens, t cached places, d width, i layers, m `M` layers, c conv channels, w conv kernel, h heads,
+p head width, n state width, v vocabulary.
+
+**Dtypes.** The tower's `activation_dtype` is the backend's to set: x, hidden states, keys, values and conv rows have
+it. SSM states are float32 or wider, router scores float64, norms and softmax at least float32. Logits are float32.
+
+**Memory.** Every tensor is on the tower's device. A pass may overwrite the inputs' `x`, and a causal one writes the new
+keys and values into `inputs.past`; all else that comes in is read only. The recurrent states of `inputs.state` in
+particular are values that other states share: a pass makes new ones. Results must not lie in memory that a later pass
+writes.
+
+**Waiting.** A pass is launched and returns; it may not read a device tensor's values on the host (no `.item()`,
+`.tolist()`, `bool(tensor)`), because decoding launches further work before it looks at results. What the host may use
+is given as Python numbers: the rows' lengths and widths, the marks.
+
+**Bits.** The same call gives the same bits at every run. A backend's package docstring says whether it promises more,
+as `native` does: a row gives the same bits whatever shares its batch, and a token whatever chunk of a text it comes in.
+With that, `verified` equals `ar` token for token and the engine equals `generate` even where two tokens are equally
+likely; without it they agree up to rounding. Against the reference only rounding may differ: the same products and sums
+in another order.
+
+**Errors.** No memory is MemoryError or torch.OutOfMemoryError. A model that was changed so that the guest would give
+other results than its layers (a forward hook, a replaced module) is a RuntimeError that names the layer.
+"""
+
+import dataclasses
+from typing import Protocol
+
+from torch import Tensor
+
+from twotower.model.passes import CausalPass, PassInputs
+from twotower.ops.unmask import Best, BlockPlaces
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendChoice:
+    """What runs a tower, "reference" or a backend's name, and why, as a sentence's end: "bfloat16 on cpu, …"."""
+
+    name: str
+    reason: str
+
+
+class TowerGuest(Protocol):
+    """Runs one tower, from the embedded tokens to the last norm. It keeps what it needs of the tower's weights, so that
+    the layers in `twotower.model` may drop theirs; `copy.deepcopy` gives a guest with weights of its own."""
+
+    @property
+    def logit_ops(self) -> "LogitOps":
+        """The operations on logits of this guest's backend."""
+
+    def causal(self, inputs: PassInputs, marks: tuple[int, ...]) -> CausalPass:
+        """The context tower over x (b, s, d), s at least 1: token j of row b sees the state, the row's cached keys and
+        the tokens up to itself. See `model.passes` for what comes in and what goes out.
+
+        Writes keys and values (kv heads, p) of every `*` layer to `inputs.past` at each new token's place, padding
+        included. `marks` are ascending numbers in [0, s]. The result's `advance` is called at any later time with
+        counts (b,) int64 on the device, in [0, s], or None for all tokens: it gives the recurrent states after each
+        row's first counts[b] tokens from what this pass kept, conv (b, w-1, c) and ssm (b, h, p, n) per `M` layer.
+        `marks` of the result has the same after each marked number of tokens.
+        """
+
+    def block(self, inputs: PassInputs, modulation: Tensor | None, widths: tuple[int, ...]) -> Tensor:
+        """The denoiser over one block x (b, s, d), to hidden (b, s, d).
+
+        In `*` layers each place sees the row's cached keys and the first widths[b] places of its own block, both ways;
+        `M` layers run from `inputs.state` forward. Places beyond a row's width hold no defined values. Writes nothing
+        that outlives the pass. `modulation` (i, b, 3, 1, d) has each layer's shift, scale and gate, see `model.layer`;
+        None leaves them out.
+        """
+
+
+class LogitOps(Protocol):
+    """What decoding does with logits and blocks at every step. The module `twotower.ops.unmask` is the reference and
+    has the equations; logits and confidences are float32, ids and steps int64. Nothing that comes in is written."""
+
+    def best(self, logits: Tensor, /) -> Best:
+        """Of logits (…, v): the first of the largest ones, its logit, and log Σ exp(logits). The token is exact, NaN
+        being larger than every number; the sum's relative error stays below 1e-6."""
+
+    def argmax(self, logits: Tensor, /) -> Tensor:
+        """The tokens (…) of `best` alone."""
+
+    def commit(self, sure: Tensor, masked: Tensor, left: Tensor, threshold: Tensor | None, *, leftmost: bool) -> Tensor:
+        """The masked places (b, s) bool that commit now; exact, ties included."""
+
+    def fix(
+        self,
+        places: BlockPlaces,
+        valid: Tensor,
+        fixed: Tensor,
+        tokens: Tensor,
+        confidence: Tensor,
+        step: Tensor,
+        mask_token_id: int,
+    ) -> BlockPlaces:
+        """The block after a step in which the places `fixed` have their tokens; exact."""
