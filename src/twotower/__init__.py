@@ -1,58 +1,85 @@
-"""Two-tower diffusion language models: a frozen autoregressive tower and a denoiser that fills blocks in parallel."""
+"""Two-tower diffusion language models: a frozen autoregressive tower and a denoiser that fills blocks in parallel.
+
+The public interface is what `__all__` names; anything in a deeper module may change without notice.
+"""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from twotower.checkpoints.hf.two_towers import save
+    from twotower.checkpoints.initialise import init
     from twotower.checkpoints.load import load
     from twotower.config import TwoTowerConfig
     from twotower.decoding.generate import generate, stream
-    from twotower.decoding.output import Generation, GenerationStats, StepOutput
+    from twotower.decoding.output import BlockView, Generation, GenerationStats, StepOutput, Token
     from twotower.decoding.params import SamplingParams
-    from twotower.engine.aio import AsyncEngine
+    from twotower.engine.aio import AsyncEngine, EngineFailed, Overloaded
     from twotower.engine.config import EngineConfig
-    from twotower.engine.engine import Engine
+    from twotower.engine.engine import Engine, EngineStats
+    from twotower.errors import SettingError
     from twotower.model.state import ContextState
     from twotower.model.two_tower import TwoTower
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AsyncEngine",
+    "BlockView",
     "ContextState",
     "Engine",
     "EngineConfig",
+    "EngineFailed",
+    "EngineStats",
     "Generation",
     "GenerationStats",
+    "Overloaded",
     "SamplingParams",
+    "SettingError",
     "StepOutput",
+    "Token",
     "TwoTower",
     "TwoTowerConfig",
+    "__version__",
     "generate",
+    "init",
     "load",
+    "save",
     "stream",
 ]
 
 # Imported when first used: `twotower --help` imports this package too, and torch takes seconds.
 _HOMES = {
     "AsyncEngine": "twotower.engine.aio",
+    "BlockView": "twotower.decoding.output",
     "ContextState": "twotower.model.state",
     "Engine": "twotower.engine.engine",
     "EngineConfig": "twotower.engine.config",
+    "EngineFailed": "twotower.engine.aio",
+    "EngineStats": "twotower.engine.engine",
     "Generation": "twotower.decoding.output",
     "GenerationStats": "twotower.decoding.output",
+    "Overloaded": "twotower.engine.aio",
     "SamplingParams": "twotower.decoding.params",
+    "SettingError": "twotower.errors",
     "StepOutput": "twotower.decoding.output",
+    "Token": "twotower.decoding.output",
     "TwoTower": "twotower.model.two_tower",
     "TwoTowerConfig": "twotower.config",
     "generate": "twotower.decoding.generate",
+    "init": "twotower.checkpoints.initialise",
     "load": "twotower.checkpoints.load",
+    "save": "twotower.checkpoints.hf.two_towers",
     "stream": "twotower.decoding.generate",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # a type checker that saw this function would accept any misspelt name
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

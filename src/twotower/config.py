@@ -9,8 +9,8 @@ from typing import Any, Self
 LAYER_KINDS = "M*-E"
 
 # Keys of released and Hugging Face configs that change nothing about inference. They are kept and written back, so
-# that a config read and written again is byte for byte the same. Anything in neither list raises: a misspelt key
-# would otherwise be a silently wrong model.
+# that a config read and written again is byte for byte the same. A key that is neither here nor a field raises: if it
+# were ignored, a misspelt key would give a wrong model without a word.
 CARRIED_KEYS = frozenset(
     (
         "_name_or_path",
@@ -64,14 +64,14 @@ _FILE_KEYS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoTowerConfig:
-    """Shapes and switches of both towers (they share one config).
+    """Shapes and switches of a two-tower model; both towers have the same (arXiv 2606.26493; layers as Nemotron-H's).
 
     Of the whole tower: `vocab_size`, the width `hidden_size`, and `pattern`, which has one character per layer: `M`
     Mamba-2, `*` attention, `-` MLP, `E` experts. `layer_norm_epsilon` is that of every RMSNorm; `residual_in_fp32`
     keeps the sum of the layers in float32; `tie_word_embeddings` makes the head the embedding. `bos_token_id`,
     `eos_token_id` (one or several) and `mask_token_id` are the special tokens. `block_size` is the block
-    length that the denoiser was trained at. `carried` holds the keys of the source config.json that inference does not
-    read.
+    length that the denoiser was trained at. `carried` is the config.json that this one was read from; its keys that
+    inference does not read are written back unchanged. Raises ValueError that lists every field that is not allowed.
 
     Of `*`: `num_attention_heads` of width `head_dim`, which share `num_key_value_heads`; `attention_bias`; rotary
     positions with `use_rope` and `rope_theta`. Of `-`: its width `intermediate_size`, its activation `mlp_hidden_act`,
@@ -156,7 +156,10 @@ class TwoTowerConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Reads the keys of a released config.json. Raises ValueError naming an unknown key or a bad value."""
+        """A config from the content of a released config.json.
+
+        Raises ValueError that names the keys that are unknown or missing, or the values that are not allowed.
+        """
         by_file_key = {_FILE_KEYS.get(f.name, f.name): f.name for f in dataclasses.fields(cls)}
         del by_file_key["carried"]
         unknown = sorted(set(raw) - set(by_file_key) - CARRIED_KEYS)
@@ -176,11 +179,12 @@ class TwoTowerConfig:
             )
         known = {name: raw[key] for key, name in by_file_key.items() if key in raw}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-        # The order of the file is part of the carried data: writing must give the same bytes.
+        # All keys are carried, in the file's order, so that writing gives the same bytes.
         return cls(**known, carried=dict(raw))
 
     def to_dict(self) -> dict[str, Any]:
-        """The config.json content: the source's keys in their order with this config's values, then the rest."""
+        """The content of config.json: the keys of `carried` in their order with this config's values, then every other
+        field that is not at its default."""
         ours: dict[str, Any] = {}
         for f in dataclasses.fields(self):
             if f.name != "carried":
@@ -199,7 +203,10 @@ class TwoTowerConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
-        """Reads a config.json; a bare `Infinity`, which is not JSON but is released, is accepted."""
+        """Reads a config.json file. `Infinity` is accepted: it is not JSON, but the released file has it.
+
+        Raises FileNotFoundError, and ValueError as `from_dict` does.
+        """
         try:
             raw = json.loads(Path(path).read_text())
         except json.JSONDecodeError as error:
@@ -214,6 +221,7 @@ class TwoTowerConfig:
 
 
 def _problems(c: TwoTowerConfig) -> list[str]:
+    """One sentence for each field whose value is not allowed, with the names of config.json."""
     found = []
 
     def need(ok: bool, text: str) -> None:
