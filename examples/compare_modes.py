@@ -13,12 +13,12 @@ from pathlib import Path
 import twotower
 
 # The hybrid model was trained on lists, JSON and one-word answers; it learns the task from one example in the prompt.
-JSON = 'Text: Tom is 30 years old and lives in Berlin.\nJSON: {"name": "Tom", "age": 30, "city": "Berlin"}\nText: %s\nJSON:'
+EXAMPLE = 'Text: Tom is 30 years old and lives in Berlin.\nJSON: {"name": "Tom", "age": 30, "city": "Berlin"}\n'
 PROMPTS = [
     "reverse: glass moon bird -> bird moon glass\nreverse: red green fish ->",
     "copy: glass moon bird -> glass moon bird\ncopy: salt red north glass moon ->",
-    JSON % "Finn is 11 years old and lives in Lima.",
-    JSON % "Sue is 41 years old and lives in Madrid.",
+    EXAMPLE + "Text: Finn is 11 years old and lives in Lima.\nJSON:",
+    EXAMPLE + "Text: Sue is 41 years old and lives in Madrid.\nJSON:",
 ]
 STOP = ("\n",)
 MODES = {

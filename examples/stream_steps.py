@@ -21,9 +21,11 @@ params = twotower.SamplingParams(mode="diffusion", max_new_tokens=options.tokens
 def drawn(block: twotower.BlockView) -> str:
     """The block's tokens side by side, with dots for masks."""
     assert model.tokenizer is not None
-    pieces = [model.tokenizer.id_to_token(token).replace("▁", " ") for token in block.ids]
-    masks = [token == model.config.mask_token_id for token in block.ids]
-    return "".join(" ·" if masked else piece for piece, masked in zip(pieces, masks, strict=True))
+    drawing = ""
+    for token in block.ids:
+        piece = model.tokenizer.id_to_token(token)
+        drawing += " ·" if token == model.config.mask_token_id else str(piece).replace("▁", " ")
+    return drawing
 
 
 # Without every_step=True the stream gives only the steps at which text became certain.

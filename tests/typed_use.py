@@ -17,7 +17,7 @@ params = twotower.SamplingParams(mode="verified", max_new_tokens=8, stop=("\n",)
 [out] = twotower.generate(model, ["a"], params)
 assert_type(out, twotower.Generation)
 assert_type(out.stats.tokens_per_denoiser_call, float)
-assert_type(twotower.stream(model, "a", params), Iterator[twotower.Piece])
+assert_type(twotower.stream(model, "a", params), Iterator[twotower.StepOutput])
 assert_type([step.block for step in twotower.stream(model, "a")], list[twotower.BlockView | None])
 
 engine = twotower.Engine(model, twotower.EngineConfig(max_num_requests=2))
@@ -32,4 +32,4 @@ assert_type(model.denoise([[3] * 16], state), Tensor)
 twotower.lod  # type: ignore[attr-defined]
 twotower.load("hybrid", dtyp="float32")  # type: ignore[call-arg]
 twotower.SamplingParams(mode="verifed")  # type: ignore[arg-type]
-twotower.SamplingParams("verified")  # type: ignore[misc]
+twotower.SamplingParams("verified")  # type: ignore[call-arg]
