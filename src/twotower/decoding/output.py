@@ -7,8 +7,8 @@ FinishReason = Literal["stop", "length"]
 
 
 class Token(NamedTuple):
-    """One committed token: its id, the denoising step of its block at which it was committed (0 in modes without
-    blocks), and the probability that it had then."""
+    """One committed token: its `id`, the denoising `step` of its block at which it was committed (0 in modes without
+    blocks), and its `confidence`, the probability that it had then."""
 
     id: int
     step: int
@@ -16,7 +16,8 @@ class Token(NamedTuple):
 
 
 class BlockView(NamedTuple):
-    """One row's block after a denoising step: its ids, mask tokens included, and the probability of each fixed token.
+    """One row's block after a denoising step: its `ids` (s), mask tokens included, and `confidences` (s), the
+    probability of each fixed token.
 
     `step` is the number of steps that the block has seen, `t` the fraction of it that is still masked.
     """

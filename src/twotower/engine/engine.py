@@ -29,7 +29,10 @@ from twotower.model.two_tower import TwoTower
 class EngineStats(NamedTuple):
     """An engine at one moment, and what it has done since it was made.
 
-    Calls are counted per request, as in `GenerationStats`; a round is one call of `Engine.step` that had work.
+    Now: `num_running` requests with a state and `num_waiting` without one; `bytes_used` by states and the prefix cache,
+    of `bytes_budget`. Since it was made: `cache_hit_tokens` of prompts that came from the prefix cache; `num_rounds`,
+    calls of `Engine.step` that had work; `num_preemptions`, states dropped for want of memory; `denoiser_calls` and
+    `context_calls`, counted per request as in `GenerationStats`.
     """
 
     num_running: int
