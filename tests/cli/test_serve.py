@@ -103,7 +103,7 @@ def test_options_reach_the_server(checkpoint, tmp_path):
     ("options", "message"),
     [
         (["--max-context", "1"], "max-context"),
-        (["--api-key", ""], "API key"),
+        (["--api-key", ""], "printable ASCII"),
         (["--mode", "fast"], "fast"),
         (["--context-device", "cuda:97"], "cuda:97"),
         (["--denoiser-device", "cuda:98"], "cuda:98"),
@@ -120,6 +120,7 @@ def test_a_model_without_tokenizer_cannot_be_served(run, model, tmp_path):
     from twotower.checkpoints import save
 
     save(model, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
     result = run("serve", "--model", tmp_path)
     assert result.exit_code == 2
     assert "no tokenizer.json" in result.stderr

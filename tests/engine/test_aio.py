@@ -116,6 +116,26 @@ def test_past_the_queue_limit_it_says_so(engine: AsyncEngine) -> None:
     asyncio.run(main())
 
 
+def test_places_of_an_admission_are_given_back_once(engine: AsyncEngine) -> None:
+    async def main() -> None:
+        request = engine.prepare([5], LONG)
+        with engine.admit(12) as admission:
+            with pytest.raises(Overloaded, match="12 requests are unfinished"), engine.admit():
+                pass
+            streams = [engine.stream_prepared(request, admission) for _ in range(2)]
+            for stream in streams:
+                await anext(stream)
+            assert (engine.num_unfinished, admission.num_left) == (12, 10)
+            await streams[0].aclose()
+            assert engine.num_unfinished == 11
+        assert engine.num_unfinished == 1
+        await streams[1].aclose()
+        assert engine.num_unfinished == 0
+        await idle(engine)
+
+    asyncio.run(main())
+
+
 def test_bad_requests_raise_where_they_are_made(engine: AsyncEngine) -> None:
     async def main() -> None:
         with pytest.raises(ValueError, match="token id 40"):

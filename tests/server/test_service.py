@@ -16,7 +16,7 @@ from twotower.engine.aio import AsyncEngine
 from twotower.engine.config import EngineConfig
 from twotower.server.app import make_app
 from twotower.server.config import ServerConfig
-from twotower.server.service import Choice, Service
+from twotower.server.service import Service
 
 LONG = {"model": "tiny", "prompt": "a", "max_tokens": 1900, "mode": "ar", "temperature": 0}
 
@@ -28,38 +28,23 @@ def metric(http, name):
 
 def test_closing_a_run_frees_it_within_two_rounds(engine):
     service = Service(engine, ServerConfig(model_name="tiny"), None)
-    choice = Choice((97,), SamplingParams(mode="ar", max_new_tokens=100_000, ignore_eos=True))
+    request = engine.prepare([97], SamplingParams(mode="ar", max_new_tokens=100_000, ignore_eos=True))
 
     async def leave() -> int:
-        with service.admit(2) as places:
-            run = service.run([choice, choice], places, {})
+        with service.admit(2) as admission:
+            run = service.run([request, request], admission, {})
             for _ in range(6):
                 await anext(run)
-            assert service.num_unfinished == 2
+            assert engine.num_unfinished == 2
             await run.aclose()
+            assert engine.num_unfinished == 0
             before = engine.stats().num_rounds
-        assert service.num_unfinished == 0
         while engine.stats().num_running + engine.stats().num_waiting:
             await asyncio.sleep(0.001)
         return engine.stats().num_rounds - before
 
     assert asyncio.run(leave()) <= 2
     assert engine.stats().num_running == 0
-
-
-def test_places_are_given_back_once():
-    class Counted:
-        num_unfinished = 5
-
-    from twotower.server.service import Places
-
-    counted = Counted()
-    with Places(counted, 3) as places:
-        places.give_back()
-        assert counted.num_unfinished == 4
-    assert counted.num_unfinished == 2
-    places.give_back()
-    assert counted.num_unfinished == 2
 
 
 @pytest.mark.parametrize("body", [LONG, LONG | {"n": 3, "mode": "diffusion"}])

@@ -88,16 +88,20 @@ def command(
     )
     config = ServerConfig(
         model_name=name or _name(model, folder),
+        host=host,
+        port=port,
         default_mode=mode,
         max_context=max_context or _trained_context(opened) or _MAX_CONTEXT,
         api_keys=tuple(api_key or ()),
         cors_origins=tuple(cors_origin or ()),
+        shutdown_seconds=shutdown_seconds,
+        log_level=log_level,
     )
     limits = EngineConfig(max_num_requests=max_requests, max_num_waiting=max_waiting, state_bytes=state_mib * MIB)
     engine = AsyncEngine(opened, limits)
     server = make_app(engine, config, ChatTemplate.load(folder))
-    log_to_stderr(log_level)
-    run(server, engine, host=host, port=port, has_keys=bool(config.api_keys), shutdown_seconds=shutdown_seconds)
+    log_to_stderr(config.log_level)
+    run(server, engine, config)
 
 
 def _name(model: str | None, folder: Path) -> str:

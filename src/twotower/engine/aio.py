@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import NamedTuple, Self
 
 from twotower.decoding.output import StepOutput
@@ -26,6 +27,13 @@ class Overloaded(RuntimeError):
 
 class EngineFailed(RuntimeError):
     """The engine's thread ended on an error of ours; nothing runs any more."""
+
+
+@dataclasses.dataclass
+class Admission:
+    """Places among the unfinished requests of an engine that no stream has taken yet."""
+
+    num_left: int
 
 
 class _Client(NamedTuple):
@@ -57,6 +65,7 @@ class AsyncEngine:
         self._clients: dict[str, _Client] = {}  # by number
         self._numbers: dict[str, str] = {}  # of each request id
         self._num_streams = 0
+        self._num_reserved = 0  # places of admissions that no stream has taken yet
         self._closing = False
         self._failure: BaseException | None = None
         self._stats = self._engine.stats()
@@ -93,8 +102,34 @@ class AsyncEngine:
         with self._wake:
             return self._stats._replace(num_waiting=self._stats.num_waiting + len(self._arrived))
 
+    @property
+    def num_unfinished(self) -> int:
+        """Requests whose streams have not ended, and places that are reserved for others."""
+        with self._wake:
+            return len(self._clients) + self._num_reserved
+
+    @contextmanager
+    def admit(self, count: int = 1) -> Iterator[Admission]:
+        """Reserves places for `count` requests; those that no stream has taken by the end are given back.
+
+        Raises Overloaded past the limit of unfinished requests, EngineFailed where nothing runs.
+        """
+        with self._wake:
+            self._check_runs()
+            unfinished, limit = self.num_unfinished, self.config.max_num_requests + self.config.max_num_waiting
+            if unfinished + count > limit:
+                raise Overloaded(f"{unfinished} requests are unfinished, the limit is {limit}; try again later")
+            self._num_reserved += count
+        admission = Admission(count)
+        try:
+            yield admission
+        finally:
+            with self._wake:
+                self._num_reserved -= admission.num_left
+                admission.num_left = 0
+
     def prepare(self, prompt: Prompt, params: SamplingParams) -> Request:
-        """As `Engine.prepare`: raises ValueError for what `stream` would refuse; may run in any thread."""
+        """`Engine.prepare`, in any thread: the request for `stream_prepared`. Raises ValueError for a bad request."""
         return self._engine.prepare(prompt, params)
 
     async def stream(
@@ -104,8 +139,18 @@ class AsyncEngine:
 
         Raises ValueError for a bad request, Overloaded past the queue's limit, EngineFailed where nothing runs.
         """
-        request = await asyncio.to_thread(self._engine.prepare, prompt, params)
-        client = self._enter(request, request_id, watch)
+        with self.admit() as admission:
+            request = await asyncio.to_thread(self.prepare, prompt, params)
+            outputs = self.stream_prepared(request, admission, request_id=request_id, watch=watch)
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
+
+    async def stream_prepared(
+        self, request: Request, admission: Admission, *, request_id: str | None = None, watch: bool = False
+    ) -> AsyncGenerator[StepOutput, None]:
+        """`stream` for a request that `prepare` gave, at one of the places that `admit` reserved."""
+        client = self._enter(request, admission, request_id, watch)
         try:
             while True:
                 output = await client.outputs.get()
@@ -125,13 +170,14 @@ class AsyncEngine:
         if client is not None:
             client.put(None)
 
-    def _enter(self, request: Request, request_id: str | None, watch: bool) -> _Client:
+    def _check_runs(self) -> None:
+        if not self.is_running:
+            raise EngineFailed("the engine does not run") from self._failure
+
+    def _enter(self, request: Request, admission: Admission, request_id: str | None, watch: bool) -> _Client:
         with self._wake:
-            if not self.is_running:
-                raise EngineFailed("the engine does not run") from self._failure
-            limit = self.config.max_num_requests + self.config.max_num_waiting
-            if len(self._clients) >= limit:
-                raise Overloaded(f"{len(self._clients)} requests are unfinished, the limit is {limit}; try again later")
+            self._check_runs()
+            assert admission.num_left > 0, "all places of this admission are taken"
             self._num_streams += 1
             number = str(self._num_streams)
             request_id = f"request-{number}" if request_id is None else request_id
@@ -140,6 +186,8 @@ class AsyncEngine:
             self._numbers[request_id] = number
             client = _Client(number, request_id, asyncio.get_running_loop(), asyncio.Queue())
             self._clients[number] = client
+            admission.num_left -= 1
+            self._num_reserved -= 1
             self._arrived.append((number, request, watch, time.perf_counter()))
             self._wake.notify()
         return client

@@ -22,6 +22,7 @@ from twotower.engine.intake import Intake
 from twotower.engine.job import Job, ModeBatch
 from twotower.engine.pool import StatePool
 from twotower.engine.prefix_cache import PrefixCache
+from twotower.errors import SettingError
 from twotower.model.state import join
 from twotower.model.two_tower import TwoTower
 
@@ -91,11 +92,11 @@ class Engine:
         longest = len(request.prompt_ids) + params.max_new_tokens + params.block_size + 1
         needed, there = self._pool.pages_for(longest), self._pool.num_pages - 1
         if needed > max(there, 0):
-            raise ValueError(
-                f"a prompt of {len(request.prompt_ids)} tokens with max_new_tokens {params.max_new_tokens} needs "
-                f"{needed} pages of keys, and state_bytes {self.config.state_bytes} gives {there}; shorten it or raise "
-                "state_bytes"
+            rule = (
+                f"enough for the {needed} pages of keys that a prompt of {len(request.prompt_ids)} tokens with "
+                f"max_new_tokens {params.max_new_tokens} needs (it gives {there})"
             )
+            raise SettingError("state_bytes", self.config.state_bytes, rule, "raise it, or shorten the prompt")
         return request
 
     def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, watch: bool = False) -> str:

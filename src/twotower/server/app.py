@@ -13,7 +13,8 @@ from pydantic_core import from_json
 
 from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.engine.aio import AsyncEngine
-from twotower.server.completions import chat, complete
+from twotower.server.chat import chat
+from twotower.server.completions import complete
 from twotower.server.config import ServerConfig
 from twotower.server.errors import ApiError, install
 from twotower.server.middleware import ApiKeys, BodyLimit, RequestLog
@@ -24,7 +25,7 @@ from twotower.server.watch import about, watch
 
 
 class _JsonRequest(Request):
-    """A request whose JSON is read by pydantic, which unlike Python refuses lone surrogates, NaN and deep nesting."""
+    """Reads a body with pydantic's JSON parser; unlike Python's it refuses lone surrogates, NaN and deep nesting."""
 
     async def json(self) -> Any:
         try:
@@ -34,7 +35,10 @@ class _JsonRequest(Request):
 
 
 class _Api(FastAPI):
-    """Its OpenAPI schema has this server's model and limits: what is made from the schema finds and fits them."""
+    """An application whose OpenAPI schema is narrowed to this server's model and limits.
+
+    Clients and fuzz tests that are generated from the schema then send requests that this server accepts.
+    """
 
     config: ServerConfig
     vocab_size: int
@@ -54,7 +58,7 @@ class _Api(FastAPI):
 
 
 def _limit_integers(schema: dict[str, Any], most: int) -> None:
-    """Writes the limit into every branch of a field's schema that takes integers, or lists of them."""
+    """Sets the maximum in every branch of a field's schema that is an integer or a list of integers."""
     for branch in schema.get("anyOf", [schema]):
         if branch["type"] == "array":
             _limit_integers(branch["items"], most)
@@ -78,7 +82,10 @@ _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate | None = None) -> FastAPI:
-    """The server over an engine that the caller starts and closes. Raises ValueError for a model without tokenizer."""
+    """The server's application. The caller starts and closes the engine.
+
+    Without a `template`, chats are refused. Raises ValueError for a model without a tokenizer.
+    """
     service = Service(engine, config, template)
     app = _Api(title="twotower", docs_url=None, redoc_url=None)
     app.config, app.vocab_size = config, engine.model.config.vocab_size

@@ -1,5 +1,6 @@
-"""Every error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+"""Turns every error into a response in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -9,16 +10,23 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from twotower.engine.aio import EngineFailed
+from twotower.decoding.params import SamplingParams
+from twotower.engine.aio import EngineFailed, Overloaded
+from twotower.errors import SettingError
 
 logger = logging.getLogger(__name__)
 
-# Names that pydantic gives the branches of a union; they are no part of the path that a client knows.
+# What a request sets: the library's names -> the protocol's. Other settings, such as state_bytes, are the server's own.
+_NAMES = {field.name: field.name for field in dataclasses.fields(SamplingParams)}
+_NAMES |= {"prompt": "prompt", "max_new_tokens": "max_tokens", "json_schema": "response_format"}
+# How long clients of a full server are told to wait; a request takes about a second.
+_RETRY_SECONDS = "1"
+# Pydantic adds these names to an error's location for the branches of a union; clients don't know them.
 _BRANCHES = ("str", "int", "float", "bool")
 
 
 class ApiError(HTTPException):
-    """An answer other than success: its status, what is wrong and, where one is to blame, the field `param`."""
+    """An error response: HTTP status, message, the request's field that caused it (`param`), and OpenAI's `code`."""
 
     def __init__(
         self,
@@ -44,29 +52,19 @@ def body(status: int, message: str, param: str | None = None, code: str | None =
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def from_value_error(error: ValueError, names: Mapping[str, str]) -> ApiError:
-    """A 400 for a setting that the library refused; its messages begin with the setting's name.
-
-    `names` says what the protocol calls it.
-    """
-    message = str(error)
-    first, _, rest = message.partition(" ")
-    if first not in names:
-        return ApiError(400, message)
-    return ApiError(400, f"{names[first]} {rest}", param=names[first], code="invalid_value")
-
-
 def install(app: FastAPI) -> None:
-    """Makes every way in which a request can fail an answer in this shape."""
+    """Installs a handler for every exception that a request can raise."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(SettingError, _setting)
+    app.add_exception_handler(Overloaded, _full)
     app.add_exception_handler(EngineFailed, _failed)
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(Exception, _defect)
 
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
-    """Names the first field that is wrong; of a union's branches, all complaints."""
+    """Names the first invalid field; where it is a union, the message holds the errors of all branches."""
     assert isinstance(error, RequestValidationError)
     first, *others = error.errors()
     param = _path(first["loc"])
@@ -82,7 +80,7 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
 
 
 def _path(loc: tuple[int | str, ...]) -> str | None:
-    """Where in the body an error is: messages.0.content."""
+    """The place of an error in the body, for example messages.0.content."""
     parts: list[str] = []
     for part in loc[1:]:
         if isinstance(part, str) and ("[" in part or part in _BRANCHES):
@@ -95,6 +93,17 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     param, code = (error.param, error.code) if isinstance(error, ApiError) else (None, None)
     return JSONResponse(body(error.status_code, error.detail, param, code), error.status_code, error.headers)
+
+
+async def _setting(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, SettingError)
+    param = _NAMES.get(error.name)
+    return JSONResponse(body(400, error.told(param or error.name), param, "invalid_value"), 400)
+
+
+async def _full(_: Request, error: Exception) -> JSONResponse:
+    error_body = body(429, f"the server is full: {error}", code="rate_limit_exceeded")
+    return JSONResponse(error_body, 429, {"Retry-After": _RETRY_SECONDS})
 
 
 async def _failed(_: Request, error: Exception) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""A server's life: its log, its socket, and an end that lets running requests finish."""
+"""Runs a server as a process: its log, its socket, and a shutdown that lets running requests finish."""
 
 import json
 import logging
@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from twotower.engine.aio import AsyncEngine
+from twotower.server.config import LogLevel, ServerConfig
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -33,22 +34,28 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def log_to_stderr(level: str) -> None:
-    """Sends all records of this process, from `level` on, to stderr as lines of JSON."""
+def log_to_stderr(level: LogLevel) -> None:
+    """Writes all log records of this process, from `level` on, to stderr as lines of JSON."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
-def run(app: FastAPI, engine: AsyncEngine, *, host: str, port: int, has_keys: bool, shutdown_seconds: int) -> None:
-    """Serves until SIGINT or SIGTERM; then takes no more requests and ends when those that run have finished.
+def run(app: FastAPI, engine: AsyncEngine, config: ServerConfig) -> None:
+    """Serves until SIGINT or SIGTERM, then takes no more requests and returns when the running ones have finished.
 
-    That is awaited for `shutdown_seconds` at most; a second signal ends it at once.
+    It waits for them for `shutdown_seconds` at most; a second signal ends the server at once.
     """
-    if host not in _LOOPBACK and not has_keys:
-        logger.warning("%s is reachable from other machines and there is no API key: anyone may use this server", host)
+    if config.host not in _LOOPBACK and not config.api_keys:
+        message = "%s is reachable from other machines and there is no API key: anyone may use this server"
+        logger.warning(message, config.host)
     settings = uvicorn.Config(
-        app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=shutdown_seconds
+        app,
+        host=config.host,
+        port=config.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=config.shutdown_seconds,
     )
     engine.start()
     try:

@@ -1,4 +1,4 @@
-"""Around every request: its log line, its key, and how large its body may be."""
+"""Middleware around every request: its log line, the check of its API key, the limit of its body's size."""
 
 import hmac
 import logging
@@ -19,19 +19,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Without a key: whether the server is there, and the page's own files, which ask for the key themselves.
+# Open to all, even where keys are set: the health check, and the files of the page, which asks its user for the key.
 _OPEN_PATHS = ("/", "/health")
 _OPEN_FOLDER = "/page/"
-# How much more than its limit of a too large body is read, so that the client has sent it and reads the answer.
+# Read up to 32 times the limit of a too large body, so that the client finishes sending and reads the 413.
 _DRAINED = 32
 
 
 class RequestLog:
-    """Gives each request an id, counts its response, and logs one line when it has been sent.
+    """Gives each request an id, counts its response, and logs one line when the response has been sent.
 
-    Where there is a tracer, a span is made of each that asks for something.
-
-    Handlers add what they know to `request.state.log`. Prompts and texts are never logged.
+    Each POST also becomes a span if there is a tracer. Handlers add fields to the line through `request.state.log`.
+    Prompts and texts are never logged.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracer: "Tracer | None") -> None:
@@ -46,7 +45,7 @@ class RequestLog:
         request_id = secrets.token_hex(8)
         log: dict[str, Any] = {}
         scope.setdefault("state", {})["log"] = log
-        status = 499  # the client left before its answer began
+        status = 499  # stays if the client leaves before the response begins
         began = time.perf_counter()
 
         async def observed(message: Message) -> None:
@@ -69,7 +68,7 @@ class RequestLog:
 
 
 class ApiKeys:
-    """Turns requests away that carry none of the keys as a bearer token."""
+    """Answers 401 to requests that carry none of the keys as a bearer token."""
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
         self._app = app
@@ -92,7 +91,7 @@ def _is_open(path: str) -> bool:
 
 
 class BodyLimit:
-    """Makes reading a body of more than `limit` bytes an ApiError, of which no more than `limit` are ever held."""
+    """Raises ApiError 413 while a body of more than `limit` bytes is read; no more than `limit` bytes are held."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -109,7 +108,7 @@ class BodyLimit:
                 while message.get("more_body") and size <= _DRAINED * self._limit:
                     message = await receive()
                     size += len(message.get("body", b""))
-                raise ApiError(413, f"the body has more than {self._limit} bytes, the limit; send less at once")
+                raise ApiError(413, f"the body has more than {self._limit} bytes, the limit; send a smaller request")
             return message
 
         await self._app(scope, counted if scope["type"] == "http" else receive, send)

@@ -1,23 +1,23 @@
-"""The requests that the server takes.
+"""The bodies of the requests that the server takes.
 
-Types are checked here, ranges by `SamplingParams`, whose complaints say more; the OpenAPI schema shows both.
+Types are checked here. Ranges are checked by `SamplingParams`, so that every entrance of the library gives the same
+error; here they are only written into the OpenAPI schema.
 """
 
-import dataclasses
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from twotower.decoding.params import CONSTRAINED_MODES, MAX_BLOCK, CommitRule, Mode, SamplingParams
-from twotower.server.errors import ApiError, from_value_error
+from twotower.server.errors import ApiError
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 MAX_ALTERNATIVES = 20
 
-# Settings of OpenAI's protocol that this server lacks, with the values that ask for nothing. Any other value is refused
-# as an unknown field is.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+# Settings of OpenAI's protocol that this server does not support, with the values that mean "not used": those are
+# accepted, and any other value is refused as an unknown field is.
+_UNUSED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
@@ -41,18 +41,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_cache_key": (),
 }
 
-# SamplingParams' names -> the protocol's, where a complaint is passed on.
-NAMES = {field.name: field.name for field in dataclasses.fields(SamplingParams)}
-NAMES |= {"max_new_tokens": "max_tokens", "json_schema": "response_format"}
-
-
-# A list of 100,000 wrong entries is one complaint, not 100,000.
+# fail_fast: a list of 100,000 wrong entries gives one error, not 100,000.
 _Entry = TypeVar("_Entry")
 _Many = Annotated[list[_Entry], Field(fail_fast=True)]
 
 
 def _shown(**keywords: Any) -> Any:
-    """Keywords of JSON Schema that the OpenAPI schema has and nothing here checks."""
+    """Keywords of JSON Schema that are only written into the OpenAPI schema and not checked by pydantic."""
     return Field(json_schema_extra=keywords)
 
 
@@ -63,14 +58,14 @@ _Stop = Annotated[str, _shown(minLength=1, maxLength=MAX_STOP_CHARACTERS)]
 
 
 class _Strict(BaseModel):
-    """Unknown fields are errors, and a number in quotes is no number."""
+    """Refuses unknown fields, and converts no types: a number in quotes is not a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def _with_one_unknown(cls, raw: Any) -> Any:
-        """Keeps the first unknown field only, for the same reason."""
+        """Drops all unknown fields but the first: a body of 100,000 unknown fields gives one error."""
         if not isinstance(raw, dict):
             return raw
         known = {name: value for name, value in raw.items() if name in cls.model_fields}
@@ -79,13 +74,13 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """`include_usage` adds a last chunk that has no choices but the usage."""
+    """`include_usage` ends a stream with a chunk that has the usage and no choices."""
 
     include_usage: bool = False
 
 
 class JsonSchema(_Strict):
-    """A schema with the name it has for its author; it is always followed strictly."""
+    """A JSON schema with a name. It is always followed strictly, whatever `strict` says."""
 
     name: str
     description: str | None = None
@@ -113,7 +108,7 @@ class SchemaFormat(_Strict):
 
 
 class Sampling(_Strict):
-    """How to decode; `None` is the default. At most one of the last three says what a text must match."""
+    """How to decode; `None` is the default. At most one of `response_format`, `regex` and `grammar` may be given."""
 
     temperature: Annotated[float, _shown(minimum=0, maximum=100)] | None = None
     top_p: Annotated[float, _shown(exclusiveMinimum=0, maximum=1)] | None = None
@@ -133,16 +128,17 @@ class Sampling(_Strict):
 
     @property
     def json_schema(self) -> str | None:
-        """The schema that `response_format` asks for."""
+        """The text of the JSON schema that `response_format` asks for, None for free text."""
         if isinstance(self.response_format, SchemaFormat):
             return json.dumps(self.response_format.json_schema.json_schema, ensure_ascii=False)
         return '{"type": "object"}' if isinstance(self.response_format, ObjectFormat) else None
 
     def sampling(self, default_mode: Mode, max_new_tokens: int, choice: int = 0) -> SamplingParams:
-        """The settings of one text. Raises ApiError for a value out of range.
+        """The settings of one text, number `choice` of its prompt. Raises SettingError for a value out of range.
 
-        Texts of one prompt differ in their seed: the given one, then the next. OpenAI's default temperature is 1. Where
-        no mode is named and the default can't follow what the text must match, it is `ar`.
+        The texts of one prompt use the seeds `seed`, `seed` + 1, and so on. The temperature is 1 by default, as in
+        OpenAI's protocol. A constrained request that names no mode uses `ar` if the default mode can't follow
+        constraints.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > MAX_STOPS or any(len(s) > MAX_STOP_CHARACTERS for s in stop):
@@ -164,20 +160,17 @@ class Sampling(_Strict):
         }
         constrained = any(given[name] is not None for name in ("json_schema", "regex", "grammar"))
         fitting: Mode = "ar" if constrained and default_mode not in CONSTRAINED_MODES else default_mode
-        try:
-            return SamplingParams(
-                mode=self.mode or fitting,
-                max_new_tokens=max_new_tokens,
-                temperature=1.0 if self.temperature is None else self.temperature,
-                stop=tuple(stop),
-                **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
-            )
-        except ValueError as error:
-            raise from_value_error(error, NAMES) from error
+        return SamplingParams(
+            mode=self.mode or fitting,
+            max_new_tokens=max_new_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            stop=tuple(stop),
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        )
 
 
 class Settings(Sampling):
-    """What a completion and a chat have in common. `user` goes to the log."""
+    """The fields that completions and chats share. `user` is only written to the log."""
 
     model: str
     n: _Count | None = None
@@ -187,14 +180,14 @@ class Settings(Sampling):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_neutral(cls, raw: Any) -> Any:
+    def _without_unused(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        return {k: v for k, v in raw.items() if k not in _NEUTRAL or not _asks_for_nothing(k, v)}
+        return {k: v for k, v in raw.items() if k not in _UNUSED or not _is_unused(k, v)}
 
     @property
     def num_choices(self) -> int:
-        """How many texts to write for each prompt. Raises ApiError for less than one."""
+        """How many texts to write for each prompt. Raises ApiError if that is less than one."""
         n = 1 if self.n is None else self.n
         if n < 1:
             raise ApiError(400, f"n is {n}, must be at least 1", param="n", code="invalid_value")
@@ -202,7 +195,7 @@ class Settings(Sampling):
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with its usage. Raises ApiError where that is asked of what is no stream."""
+        """Whether the stream ends with its usage. Raises ApiError for `stream_options` without `stream`."""
         if self.stream_options is None:
             return False
         if not self.stream:
@@ -216,7 +209,7 @@ _Ids = Annotated[_Many[_Tokens], _shown(minItems=1)]
 
 
 class CompletionRequest(Settings):
-    """POST /v1/completions. `logprobs` n gives each token's log-probability and those of the n likeliest."""
+    """POST /v1/completions. `logprobs` n asks for each token's log-probability and those of the n likeliest tokens."""
 
     prompt: str | _Texts | _Ids | Annotated[_Many[_Ids], _shown(minItems=1)]
     max_tokens: _Tokens | None = None
@@ -224,7 +217,7 @@ class CompletionRequest(Settings):
     echo: bool | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """One entry per prompt."""
+        """The prompts as a list, also where the request has only one."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if not self.prompt:
@@ -235,7 +228,7 @@ class CompletionRequest(Settings):
 
 
 class TextPart(_Strict):
-    """A piece of a message's content."""
+    """A part of a message's content."""
 
     type: Literal["text"]
     text: str
@@ -263,7 +256,7 @@ class ChatRequest(Settings):
 
     @property
     def most_tokens(self) -> int | None:
-        """The limit that was given. Raises ApiError for two."""
+        """The limit of new tokens under either of its two names. Raises ApiError where both are given."""
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             message = "max_tokens and max_completion_tokens are the same setting; give one of them"
             raise ApiError(400, message, param="max_tokens", code="invalid_value")
@@ -271,12 +264,12 @@ class ChatRequest(Settings):
 
 
 class WatchRequest(Sampling):
-    """POST /twotower/watch: one text, with every step of it."""
+    """POST /twotower/watch: one text with all its steps."""
 
     prompt: str
     max_tokens: _Tokens | None = None
 
 
-def _asks_for_nothing(name: str, value: Any) -> bool:
-    # True == 1 and 0 == False in Python, but not in JSON
-    return value is None or any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in _NEUTRAL[name])
+def _is_unused(name: str, value: Any) -> bool:
+    # In Python True == 1 and False == 0; in JSON they differ.
+    return value is None or any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in _UNUSED[name])

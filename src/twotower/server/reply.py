@@ -1,4 +1,4 @@
-"""What a completion and a chat answer have in common: tokens in, several texts out, whole or in chunks."""
+"""The reply to a completion or a chat: writes several texts and sends them whole or as a stream of chunks."""
 
 import asyncio
 import secrets
@@ -13,27 +13,31 @@ from fastapi.responses import JSONResponse, Response
 
 from twotower.decoding.output import Generation, Token
 from twotower.decoding.params import SamplingParams
+from twotower.decoding.step import Request as TextRequest
+from twotower.engine.aio import Admission
 from twotower.server.errors import ApiError
 from twotower.server.logprobs import ScoredToken, Scorer, committed
-from twotower.server.service import Choice, Places, Service
+from twotower.server.service import Service
 from twotower.server.streaming import EventStream, unless_gone
 
 
-class Wanted(NamedTuple):
-    """Which log-probabilities to give: of the `num_top` likeliest tokens beside the chosen one; `echo` those of the
-    prompt too."""
+class LogprobOptions(NamedTuple):
+    """Which log-probabilities to give beside those of the chosen tokens.
+
+    `num_top` asks for those of the likeliest tokens at each place, `echo` for those of the prompt's tokens too.
+    """
 
     num_top: int
     echo: bool = False
 
     @property
-    def by_scoring(self) -> bool:
-        """Whether they come from a pass of the context tower over the whole text, and not from decoding."""
+    def need_scoring(self) -> bool:
+        """Whether the context tower must score the whole text because decoding does not give what is asked for."""
         return self.num_top > 0 or self.echo
 
 
 class ReplyFormat(Protocol):
-    """How an endpoint writes its answer."""
+    """How an endpoint writes its reply."""
 
     @property
     def prefix(self) -> str: ...
@@ -49,7 +53,7 @@ class ReplyFormat(Protocol):
         ...
 
     def beginning(self, index: int, logprobs: Sequence[ScoredToken] | None) -> list[dict[str, Any]]:
-        """The choices of chunks before any text is written; the log-probabilities are those of an echoed prompt."""
+        """The choices of the chunks that precede the text; `logprobs` are those of an echoed prompt."""
         ...
 
     def chunk(self, index: int, text: str, logprobs: Sequence[ScoredToken] | None) -> dict[str, Any]:
@@ -61,19 +65,27 @@ class ReplyFormat(Protocol):
         ...
 
 
-class Order(NamedTuple):
-    """A checked request: texts to write, in which shape, and what goes with them."""
+class ReplyPlan(NamedTuple):
+    """What to write, in which format, and what to tell beside the texts.
 
-    choices: tuple[Choice, ...]
+    `requests` are in the order of the reply's choices: all of the first prompt, then all of the next.
+    """
+
+    requests: tuple[TextRequest, ...]
     num_prompts: int
-    shape: ReplyFormat
-    wanted: Wanted | None
+    format: ReplyFormat
+    logprobs: LogprobOptions | None
     includes_usage: bool
 
+    @property
+    def needs_scoring(self) -> bool:
+        """Whether the context tower must score the texts."""
+        return self.logprobs is not None and self.logprobs.need_scoring
+
     def usage(self, results: Sequence[Generation]) -> dict[str, int]:
-        """Tokens and calls of all texts; a prompt counts once however many texts follow it."""
-        per_prompt = len(self.choices) // self.num_prompts
-        prompt = sum(len(choice.prompt_ids) for choice in self.choices[::per_prompt])
+        """Tokens and calls of all texts; a prompt counts once, however many texts continue it."""
+        per_prompt = len(self.requests) // self.num_prompts
+        prompt = sum(len(request.prompt_ids) for request in self.requests[::per_prompt])
         new = sum(result.stats.num_tokens for result in results)
         return {
             "prompt_tokens": prompt,
@@ -84,106 +96,106 @@ class Order(NamedTuple):
         }
 
 
-def check_logprobs(order: Order) -> None:
-    """Raises ApiError for log-probabilities that can't be given."""
-    if order.wanted is None or not order.wanted.by_scoring:
+async def reply(
+    service: Service, request: Request, plan: ReplyPlan, stream: bool, admission: Admission, held: ExitStack
+) -> Response:
+    """The response to a request. A stream takes over what `held` holds, the admission among it, until it ends.
+
+    Raises ApiError for log-probabilities that can't be given.
+    """
+    _check_logprobs(plan)
+    head = {
+        "id": f"{plan.format.prefix}-{secrets.token_hex(12)}",
+        "object": plan.format.object + (plan.format.chunk_suffix if stream else ""),
+        "created": int(time.time()),
+        "model": service.config.model_name,
+    }
+    log = request.state.log
+    log |= {"id": head["id"], "mode": plan.requests[0].params.mode, "texts": len(plan.requests)}
+    if stream:
+        return EventStream(_chunks(service, plan, admission, head, log), held.pop_all(), done="[DONE]")
+    return JSONResponse(await unless_gone(request, _whole(service, plan, admission, head, log)))
+
+
+def _check_logprobs(plan: ReplyPlan) -> None:
+    if plan.logprobs is None or plan.logprobs.num_top == 0 or plan.logprobs.echo:
         return
-    if not order.wanted.echo and not all(_is_context_towers(choice.params) for choice in order.choices):
+    if not all(_follows_context_tower(request.params) for request in plan.requests):
         message = (
             "the likeliest other tokens are known in modes ar and verified, or with echo; ask for those or for none"
         )
         raise ApiError(400, message, param="logprobs", code="invalid_value")
 
 
-def _is_context_towers(params: SamplingParams) -> bool:
+def _follows_context_tower(params: SamplingParams) -> bool:
     """Whether the text is distributed as the context tower says."""
     return params.mode in ("ar", "verified") or (params.mode == "auto" and not params.allow_loss)
 
 
-async def answer(
-    service: Service, request: Request, order: Order, stream: bool, places: Places, held: ExitStack
-) -> Response:
-    """The response to an order. A stream takes over what `held` holds, its places among it, until it has ended."""
-    check_logprobs(order)
-    for choice in order.choices:
-        await service.check(choice)
-    head = {
-        "id": f"{order.shape.prefix}-{secrets.token_hex(12)}",
-        "object": order.shape.object + (order.shape.chunk_suffix if stream else ""),
-        "created": int(time.time()),
-        "model": service.config.model_name,
-    }
-    log = request.state.log
-    log |= {"id": head["id"], "mode": order.choices[0].params.mode, "texts": len(order.choices)}
-    if stream:
-        return EventStream(_chunks(service, order, places, head, log), held.pop_all(), done="[DONE]")
-    return JSONResponse(await unless_gone(request, _whole(service, order, places, head, log)))
-
-
 async def _whole(
-    service: Service, order: Order, places: Places, head: dict[str, Any], log: dict[str, Any]
+    service: Service, plan: ReplyPlan, admission: Admission, head: dict[str, Any], log: dict[str, Any]
 ) -> dict[str, Any]:
-    """The body of an answer that is no stream."""
+    """The body of a reply that is not streamed."""
     results: dict[int, Generation] = {}
-    tokens: dict[int, list[Token]] = {i: [] for i in range(len(order.choices))}
-    async with aclosing(service.run(order.choices, places, log)) as events:
-        async for index, event in events:
-            tokens[index] += event.tokens
-            if event.result is not None:
-                results[index] = event.result
+    tokens: dict[int, list[Token]] = {i: [] for i in range(len(plan.requests))}
+    async with aclosing(service.run(plan.requests, admission, log)) as outputs:
+        async for index, output in outputs:
+            tokens[index] += output.tokens
+            if output.result is not None:
+                results[index] = output.result
     choices = []
-    for i, choice in enumerate(order.choices):
+    for i, text in enumerate(plan.requests):
         logprobs = None
-        if order.wanted is not None:
+        if plan.logprobs is not None:
             logprobs = committed(tokens[i])
-            if order.wanted.by_scoring:
-                scorer = _scorer(service, choice, order.wanted)
-                scored = await _score(service, scorer, [*choice.prompt_ids, *results[i].token_ids])
-                logprobs = scored if order.wanted.echo else scored[len(choice.prompt_ids) :]
-        choices.append(order.shape.choice(i, results[i], logprobs))
-    usage = order.usage([results[i] for i in range(len(choices))])
+            if plan.needs_scoring:
+                scorer = _scorer(service, text, plan.logprobs)
+                scored = await _score(service, scorer, [*text.prompt_ids, *results[i].token_ids])
+                logprobs = scored if plan.logprobs.echo else scored[len(text.prompt_ids) :]
+        choices.append(plan.format.choice(i, results[i], logprobs))
+    usage = plan.usage([results[i] for i in range(len(choices))])
     log |= usage
     return head | {"choices": choices, "usage": usage}
 
 
 async def _chunks(
-    service: Service, order: Order, places: Places, head: dict[str, Any], log: dict[str, Any]
+    service: Service, plan: ReplyPlan, admission: Admission, head: dict[str, Any], log: dict[str, Any]
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """The chunks of a stream: text as it is settled, then why each text ended, then the usage if it is wanted."""
-    if order.includes_usage:
+    """The chunks of a stream: new text as it comes, why each text ended, and at last the usage if it is asked for."""
+    if plan.includes_usage:
         head = head | {"usage": None}
-    shape = order.shape
     results: dict[int, Generation] = {}
     scorers: list[Scorer] = []
-    for i, choice in enumerate(order.choices):
-        prompt = None
-        if order.wanted is not None and order.wanted.by_scoring:
-            scorers.append(_scorer(service, choice, order.wanted))
-            prompt = await _score(service, scorers[i], choice.prompt_ids)
-        for beginning in shape.beginning(i, prompt if order.wanted is not None and order.wanted.echo else None):
+    for i, text in enumerate(plan.requests):
+        echoed = None
+        if plan.logprobs is not None and plan.needs_scoring:
+            scorers.append(_scorer(service, text, plan.logprobs))
+            scored = await _score(service, scorers[i], text.prompt_ids)
+            echoed = scored if plan.logprobs.echo else None
+        for beginning in plan.format.beginning(i, echoed):
             yield head | {"choices": [beginning]}
-    async with aclosing(service.run(order.choices, places, log)) as events:
-        async for index, event in events:
-            logprobs = None if order.wanted is None else committed(event.tokens)
+    async with aclosing(service.run(plan.requests, admission, log)) as outputs:
+        async for index, output in outputs:
+            logprobs = None if plan.logprobs is None else committed(output.tokens)
             if scorers:
-                logprobs = await _score(service, scorers[index], event.token_ids)
-            if event.text or logprobs:
-                yield head | {"choices": [shape.chunk(index, event.text, logprobs)]}
-            if event.result is not None:
-                results[index] = event.result
-                yield head | {"choices": [shape.end(index, event.result)]}
-    usage = order.usage([results[i] for i in range(len(order.choices))])
+                logprobs = await _score(service, scorers[index], output.token_ids)
+            if output.text or logprobs:
+                yield head | {"choices": [plan.format.chunk(index, output.text, logprobs)]}
+            if output.result is not None:
+                results[index] = output.result
+                yield head | {"choices": [plan.format.end(index, output.result)]}
+    usage = plan.usage([results[i] for i in range(len(plan.requests))])
     log |= usage
-    if order.includes_usage:
+    if plan.includes_usage:
         yield head | {"choices": [], "usage": usage}
 
 
-def _scorer(service: Service, choice: Choice, wanted: Wanted) -> Scorer:
-    return Scorer(service.engine.model, wanted.num_top, len(choice.prompt_ids) + choice.params.max_new_tokens)
+def _scorer(service: Service, text: TextRequest, logprobs: LogprobOptions) -> Scorer:
+    return Scorer(service.engine.model, logprobs.num_top, len(text.prompt_ids) + text.params.max_new_tokens)
 
 
 async def _score(service: Service, scorer: Scorer, ids: Sequence[int]) -> list[ScoredToken]:
-    """The log-probabilities of a text's next tokens by a pass of the context tower; one pass runs at a time."""
+    """The log-probabilities of a text's next tokens. Only one pass runs at a time, so that decoding stays fast."""
     cancelled = threading.Event()
     async with service.scoring:
         try:

@@ -1,61 +1,30 @@
-"""Between the protocol and the engine: tokens in, events of several texts out, and the server's limits."""
+"""What the endpoints share: the engine and its limits, prompts as token ids, and several texts written at once."""
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import tokenizers
 
 from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.decoding.output import StepOutput
-from twotower.decoding.params import SamplingParams
 from twotower.decoding.record import Prompt
-from twotower.engine.aio import AsyncEngine
+from twotower.decoding.step import Request
+from twotower.engine.aio import Admission, AsyncEngine
 from twotower.server.config import ServerConfig
-from twotower.server.errors import ApiError, from_value_error
+from twotower.server.errors import ApiError
 from twotower.server.logprobs import TokenNames
 from twotower.server.metrics import Metrics
-from twotower.server.protocol import NAMES
+from twotower.server.protocol import Sampling
 
-# What an overloaded server tells clients to wait; a request takes about a second.
-_RETRY_SECONDS = "1"
-# Characters of a prompt above which one is made into tokens at a time: it takes 200 times its size in memory.
+# Prompts of more characters than this are tokenized one at a time: that takes 200 times their size in memory.
 _LONG_TEXT = 100_000
 
 
-class Choice(NamedTuple):
-    """One text to write: its prompt's ids and its settings."""
-
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-
-
-class Indexed(NamedTuple):
-    """An event of the choice at `place`."""
-
-    place: int
-    event: StepOutput
-
-
-class Places(AbstractContextManager["Places"]):
-    """A request's places among the unfinished texts of the server; each is given back once, at the latest at exit."""
-
-    def __init__(self, service: "Service", count: int) -> None:
-        self._service = service
-        self._left = count
-
-    def give_back(self, count: int = 1) -> None:
-        self._service.num_unfinished -= min(count, self._left)
-        self._left -= min(count, self._left)
-
-    def __exit__(self, *_: object) -> None:
-        self.give_back(self._left)
-
-
 class Service:
-    """What all endpoints share: one engine, its limits and its metrics."""
+    """One engine with its limits and its metrics. Raises ValueError for a model without a tokenizer."""
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig, template: ChatTemplate | None) -> None:
         if engine.model.tokenizer is None:
@@ -67,7 +36,6 @@ class Service:
         self.metrics = Metrics(engine)
         self.names = TokenNames(self.tokenizer)
         self.started = int(time.time())
-        self.num_unfinished = 0
         self.scoring = asyncio.Lock()
         self._long_texts = asyncio.Lock()
 
@@ -78,30 +46,90 @@ class Service:
         return card | {"max_model_len": self.config.max_context}
 
     def check_model(self, name: str) -> None:
-        """Raises ApiError for a model that isn't there."""
+        """Raises ApiError unless `name` is the served model."""
         if name != self.config.model_name:
             message = f"the model {name!r} does not exist; this server has {self.config.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def admit(self, count: int) -> Places:
-        """Places for `count` texts. Raises ApiError where a request may not have so many, or the server is full."""
+    def admit(self, count: int) -> AbstractContextManager[Admission]:
+        """Places for `count` texts. Raises ApiError if one request may not have so many.
+
+        Entering it raises Overloaded if the server is full.
+        """
         most = self.config.max_choices
         if count > most:
             message = (
                 f"the request asks for {count} texts, prompts times n, and the limit is {most}; send fewer at once"
             )
             raise ApiError(400, message, param="n", code="invalid_value")
-        limit = self.engine.config.max_num_requests + self.engine.config.max_num_waiting
-        if self.num_unfinished + count > limit:
-            message = f"the server is full: {self.num_unfinished} texts are unfinished, the limit is {limit}; try later"
-            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": _RETRY_SECONDS})
-        self.num_unfinished += count
-        return Places(self, count)
+        return self.engine.admit(count)
 
-    async def encode(self, prompt: Prompt, *, special: bool = True) -> tuple[int, ...]:
-        """The ids of a prompt, at least one. Raises ApiError if they fill the context or are no tokens."""
+    async def prepare(
+        self,
+        prompt: Prompt,
+        settings: Sampling,
+        wanted: int | None,
+        default: int | None = None,
+        *,
+        num_choices: int = 1,
+        special: bool = True,
+    ) -> list[Request]:
+        """Checks a prompt with its settings, and makes one request for the engine per text.
+
+        `wanted` is the number of new tokens. If it is None there are `default` of them, or as many as the context has
+        room for if that is less or `default` is None. `special` says whether the tokenizer adds its control tokens,
+        such as BOS. Raises ApiError and SettingError for what can't run.
+        """
+        ids = await self._encode(prompt, special)
+        room = self.config.max_context - len(ids)
+        if (1 if wanted is None else wanted) > room:
+            raise self._too_long(len(ids), wanted or 1)
+        if wanted is None:
+            wanted = room if default is None else min(room, default)
+        params = [settings.sampling(self.config.default_mode, wanted, k) for k in range(num_choices)]
+        # In a thread: compiling a large JSON schema takes long enough to hold up all other requests.
+        return await asyncio.to_thread(lambda: [self.engine.prepare(ids, p) for p in params])
+
+    async def run(
+        self, requests: Sequence[Request], admission: Admission, log: dict[str, Any], *, watch: bool = False
+    ) -> AsyncGenerator[tuple[int, StepOutput], None]:
+        """The outputs of all requests as they come, each with the index of its request.
+
+        Closing the iterator aborts what is unfinished. The texts are written at their own pace, however slowly the
+        outputs are taken. The longest time that a text had to wait is written to `log`. Raises EngineFailed if the
+        engine stops.
+        """
+        queue: asyncio.Queue[tuple[int, StepOutput] | asyncio.Task[None]] = asyncio.Queue()
+
+        async def pump(index: int, request: Request) -> None:
+            with self.metrics.observe(request.params.mode) as observed:
+                async with aclosing(self.engine.stream_prepared(request, admission, watch=watch)) as outputs:
+                    async for output in outputs:
+                        observed.take(output, len(request.prompt_ids))
+                        log["seconds_queued"] = max(log.get("seconds_queued", 0.0), round(output.seconds_queued, 4))
+                        queue.put_nowait((index, output))
+
+        tasks = [asyncio.create_task(pump(i, request)) for i, request in enumerate(requests)]
+        for task in tasks:
+            task.add_done_callback(queue.put_nowait)
+        try:
+            left = len(tasks)
+            while left:
+                item = await queue.get()
+                if isinstance(item, tuple):
+                    yield item
+                else:
+                    item.result()  # raises what ended the task early
+                    left -= 1
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _encode(self, prompt: Prompt, special: bool) -> tuple[int, ...]:
+        """The token ids of a prompt, at least one. Raises ApiError for ids out of range, and for more than fit."""
         if isinstance(prompt, str):
-            # A whole book takes seconds. Of the library's calls only encode_batch lets other threads run meanwhile.
+            # A whole book takes seconds, and of the tokenizer's calls only encode_batch releases the GIL meanwhile.
             async with self._long_texts if len(prompt) > _LONG_TEXT else nullcontext():
                 encoded = await asyncio.to_thread(self.tokenizer.encode_batch, [prompt], add_special_tokens=special)
             prompt = encoded[0].ids
@@ -118,57 +146,6 @@ class Service:
         if len(ids) > self.config.max_context:
             raise self._too_long(len(ids), 0)
         return ids
-
-    def room(self, prompt_ids: Sequence[int], wanted: int | None, default: int) -> int:
-        """How many new tokens a request gets: `wanted`, or else `default` or what the context has room for."""
-        room = self.config.max_context - len(prompt_ids)
-        if (1 if wanted is None else wanted) > room:
-            raise self._too_long(len(prompt_ids), wanted or 1)
-        return min(room, default) if wanted is None else wanted
-
-    async def check(self, choice: Choice) -> None:
-        """Raises ApiError for what the engine can't run."""
-        try:
-            # a large schema takes long enough to hold up all other requests
-            await asyncio.to_thread(self.engine.prepare, choice.prompt_ids, choice.params)
-        except ValueError as error:
-            raise from_value_error(error, NAMES) from error
-
-    async def run(
-        self, choices: Sequence[Choice], places: Places, log: dict[str, Any], *, watch: bool = False
-    ) -> AsyncGenerator[Indexed, None]:
-        """The events of all choices as they come. Closing the iterator aborts what is unfinished.
-
-        The request's `log` is told how long the text that waited longest has waited.
-        Texts go on at their own pace however slowly the events are taken. Raises EngineFailed where nothing runs.
-        """
-        queue: asyncio.Queue[Indexed | asyncio.Task[None]] = asyncio.Queue()
-
-        async def pump(index: int, choice: Choice) -> None:
-            with self.metrics.observe(choice.params.mode) as observed:
-                async with aclosing(self.engine.stream(choice.prompt_ids, choice.params, watch=watch)) as events:
-                    async for event in events:
-                        observed.take(event, len(choice.prompt_ids))
-                        log["seconds_queued"] = max(log.get("seconds_queued", 0.0), round(event.seconds_queued, 4))
-                        queue.put_nowait(Indexed(index, event))
-
-        tasks = [asyncio.create_task(pump(i, choice)) for i, choice in enumerate(choices)]
-        for task in tasks:
-            task.add_done_callback(lambda _: places.give_back())
-            task.add_done_callback(queue.put_nowait)
-        try:
-            left = len(tasks)
-            while left:
-                item = await queue.get()
-                if isinstance(item, Indexed):
-                    yield item
-                else:
-                    item.result()  # raises what ended it early
-                    left -= 1
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _too_long(self, num_prompt: int, num_new: int) -> ApiError:
         message = (

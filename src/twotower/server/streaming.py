@@ -1,4 +1,4 @@
-"""Answers that take a while: streams of server-sent events, and waiting for a whole one while the client stays."""
+"""Responses that take long: streams of server-sent events, and work that is cancelled when its client leaves."""
 
 import asyncio
 import json
@@ -17,9 +17,10 @@ T = TypeVar("T")
 
 
 class EventStream(StreamingResponse):
-    """Sends each object as a server-sent event; an engine that fails on the way gives an error event.
+    """Sends each object as a server-sent event. If the engine fails meanwhile, the last event is an error object.
 
-    `held` is left when the stream ends, in whichever way, begun or not.
+    The context manager `held` is exited when the response ends, also if the stream never began. `done` is the text of
+    one more event after the last object.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._held:
-            # closed here, not when it is collected: closing is what stops the engine's work
+            # Close the generator now and not when it is garbage-collected: closing it aborts the engine's requests.
             async with aclosing(self._lines):
                 await super().__call__(scope, receive, send)
 
@@ -58,7 +59,7 @@ def _line(event: dict[str, Any]) -> str:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away; raises ClientGone then."""
+    """Awaits `work`. Cancels it and raises ClientGone when the client closes the connection."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_gone(request))
     try:

@@ -1,4 +1,4 @@
-"""A span for each request that asks for something, where OpenTelemetry is installed."""
+"""An OpenTelemetry span for each POST request, if OpenTelemetry is installed."""
 
 import time
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from starlette.types import Scope
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
-# What a request's log line knows -> the name of the span's attribute; OpenTelemetry's own names where it has one.
+# Field of a request's log line -> the span's attribute, with the name that OpenTelemetry's conventions give it if any.
 _ATTRIBUTES = {
     "request_id": "twotower.request_id",
     "method": "http.request.method",
@@ -28,7 +28,7 @@ _ATTRIBUTES = {
 
 
 def open_tracer() -> "Tracer | None":
-    """The tracer of this process' provider, whoever sets that up; None where opentelemetry-api is not installed."""
+    """A tracer of the provider that this process has set up; None if opentelemetry-api is not installed."""
     try:
         from opentelemetry import trace
     except ModuleNotFoundError:
@@ -37,7 +37,10 @@ def open_tracer() -> "Tracer | None":
 
 
 def note_parent(scope: Scope) -> None:
-    """Notes the span under which a request is handled: newer FastAPIs open one, which ends before a stream does."""
+    """Stores the current trace context in the request's scope, for `record_span`.
+
+    Instrumented FastAPI applications open a span around the handler; it has ended when a stream's span is recorded.
+    """
     try:
         from opentelemetry import context
     except ModuleNotFoundError:
@@ -46,8 +49,10 @@ def note_parent(scope: Scope) -> None:
 
 
 def record_span(tracer: "Tracer", scope: Scope, fields: Mapping[str, Any], seconds: float) -> None:
-    """Records a request that has just ended, after so many seconds: under the span that was noted, or else under the
-    caller's, if its headers name one."""
+    """Records the span of a request that has just ended and took `seconds`.
+
+    Its parent is the span that `note_parent` stored, or else the client's span if the request's headers name one.
+    """
     from opentelemetry import trace
     from opentelemetry.propagate import extract
 

@@ -1,4 +1,4 @@
-"""POST /twotower/watch: one text and how it came to be, an event for every step. The page lives on it."""
+"""POST /twotower/watch: one text as a stream with an event for every step, which the page draws."""
 
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -8,18 +8,18 @@ from typing import Any, get_args
 from fastapi import Request
 from fastapi.responses import Response
 
-from twotower.decoding.output import BlockView, Generation, Token
+from twotower.decoding.output import BlockView, Generation, StepOutput, Token
 from twotower.decoding.params import Mode
 from twotower.server.protocol import WatchRequest
-from twotower.server.service import Choice, Places, Service
+from twotower.server.service import Service
 from twotower.server.streaming import EventStream
 
-# New tokens of a request that does not say how many, or as many as the context has room for.
+# New tokens of a request that does not say how many; fewer if the context has room for fewer.
 _MAX_TOKENS = 128
 
 
 def about(service: Service) -> dict[str, Any]:
-    """What a page needs to know before it asks for texts."""
+    """What the page needs to know before it asks for texts."""
     return {
         "model": service.config.model_name,
         "modes": list(get_args(Mode)),
@@ -32,30 +32,29 @@ def about(service: Service) -> dict[str, Any]:
 async def watch(service: Service, body: WatchRequest, request: Request) -> Response:
     """Streams the steps of one text. Raises ApiError for what can't be done."""
     with ExitStack() as held:
-        places = held.enter_context(service.admit(1))
-        ids = await service.encode(body.prompt)
-        room = service.room(ids, body.max_tokens, _MAX_TOKENS)
-        choice = Choice(ids, body.sampling(service.config.default_mode, room))
-        await service.check(choice)
-        request.state.log |= {"mode": choice.params.mode, "prompt_tokens": len(ids)}
-        return EventStream(_steps(service, choice, places, request.state.log), held.pop_all())
+        admission = held.enter_context(service.admit(1))
+        [prepared] = await service.prepare(body.prompt, body, body.max_tokens, _MAX_TOKENS)
+        log = request.state.log
+        log |= {"mode": prepared.params.mode, "prompt_tokens": len(prepared.prompt_ids)}
+        began = time.perf_counter()
+        outputs = service.run([prepared], admission, log, watch=True)
+        return EventStream(_steps(service, outputs, began), held.pop_all())
 
 
 async def _steps(
-    service: Service, choice: Choice, places: Places, log: dict[str, Any]
+    service: Service, outputs: AsyncGenerator[tuple[int, StepOutput], None], began: float
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """An event per step: seconds since the start, the tokens it committed, and the block that it left unfinished."""
-    began = time.perf_counter()
-    async with aclosing(service.run([choice], places, log, watch=True)) as events:
-        async for _, event in events:
+    """An event per step: seconds since `began`, the tokens that it committed, and the block if it is unfinished."""
+    async with aclosing(outputs):
+        async for _, output in outputs:
             step: dict[str, Any] = {
                 "seconds": round(time.perf_counter() - began, 4),
-                "tokens": _tokens(service, event.tokens),
-                # a finished block's tokens have come already
-                "block": None if event.tokens or event.block is None else _block(service, event.block),
+                "tokens": _tokens(service, output.tokens),
+                # a finished block is in `tokens`
+                "block": None if output.tokens or output.block is None else _block(service, output.block),
             }
-            if event.result is not None:
-                step["result"] = _result(event.result)
+            if output.result is not None:
+                step["result"] = _result(output.result)
             yield step
 
 
@@ -64,7 +63,7 @@ def _tokens(service: Service, tokens: Sequence[Token]) -> list[dict[str, Any]]:
 
 
 def _block(service: Service, block: BlockView) -> dict[str, Any]:
-    """Each place's token, None where it is masked, and the probability that it had when it was fixed."""
+    """The token at each place with the probability that it had when it was committed; None where it is masked."""
     mask = service.engine.model.config.mask_token_id
     places = [
         None if i == mask else {"text": service.names.text(i), "confidence": round(c, 4)}
