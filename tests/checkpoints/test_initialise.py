@@ -216,7 +216,7 @@ def test_switches_that_compute_something_else(keys: dict[str, Any], message: str
     if message is None:
         check_switches(LLAMA | keys)
     else:
-        with pytest.raises(ValueError, match=f"this backbone computes something else: {message}"):
+        with pytest.raises(ValueError, match=f"the model computes something that our towers don't: {message}"):
             check_switches(LLAMA | keys)
 
 

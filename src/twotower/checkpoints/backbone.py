@@ -1,4 +1,4 @@
-"""What every kind of single-tower model file is opened as, before it becomes two towers."""
+"""An opened single-tower model, whatever its file format, in the terms of our towers; `initialise` makes two of it."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -12,12 +12,12 @@ from twotower.config import TwoTowerConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A single-tower model: what its tensors are, and a pass over them.
+    """A single-tower model: its config, its tensors, and the files that go with it.
 
-    `specs` names the tensors as inside a tower (`embeddings.weight`, `layers.{i}…`, `norm_f.weight`), and
-    `lm_head.weight`; `stream` yields each of them once, in any order, on the CPU. `tokenizer` is the text of a
-    tokenizer.json, `documents` are further files worth carrying over. `mask_token_id` is the token that this family
-    keeps free for the mask, if any.
+    `specs` has the dtype and shape of each tensor, under its name inside a tower (`embeddings.weight`, `layers.{i}…`,
+    `norm_f.weight`) or `lm_head.weight`. `stream()` yields each tensor once, in any order, on the CPU. `tokenizer` is
+    the text of a tokenizer.json, None if it has none; `documents` are further files to keep, name -> content.
+    `mask_token_id` is the token that the family keeps free for the mask, if any.
     """
 
     config: TwoTowerConfig
@@ -35,7 +35,8 @@ def llama_config(
     rope_theta: float,
     **fields: Any,
 ) -> TwoTowerConfig:
-    """The config of a Llama-family backbone: each of its layers is an attention and a gated MLP layer of ours."""
+    """The config of a Llama-family backbone, each of whose layers is two of ours: attention and gated MLP. `fields` are
+    further keys of config.json."""
     raw = {
         "architectures": ["NemotronHTwoTowerForCausalLM"],
         "model_type": "nemotron_h",
@@ -50,9 +51,10 @@ def llama_config(
 
 
 def half_rotation_rows(weight: Tensor, num_heads: int) -> Tensor:
-    """Reorders a query or key projection (h·p, …) from interleaved RoPE, pairs (0, 1), (2, 3)…, to ours, (i, i + p/2).
+    """Reorders the rows of a query or key projection (h·p, …), h heads of width p, for our RoPE.
 
-    Attention only sees products of queries and keys, so reordering both alike changes nothing.
+    Interleaved RoPE rotates the pairs (0, 1), (2, 3), … of a head, ours the pairs (i, i + p/2). Attention only uses
+    products of queries and keys, so reordering both alike changes no result.
     """
     pairs = weight.unflatten(0, (num_heads, -1, 2))  # (h, p/2, 2, …)
     return pairs.transpose(1, 2).flatten(0, 2)

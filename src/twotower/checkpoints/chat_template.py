@@ -1,4 +1,4 @@
-"""Chat messages to a prompt, by the template that a checkpoint brings."""
+"""Turning chat messages into a prompt with a checkpoint's own jinja template."""
 
 import json
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 
 class Turn(NamedTuple):
-    """One message."""
+    """One message of a conversation."""
 
     role: str
     content: str
 
 
 class ChatTemplate:
-    """A checkpoint's jinja template, run in a sandbox: it comes from whoever made the checkpoint."""
+    """A checkpoint's jinja template. It is run in a sandbox, since it is code by whoever made the checkpoint."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         self.source = source
         self._special_tokens = special_tokens
-        # The settings and names that templates are written for: those of transformers' apply_chat_template.
+        # Templates are written for the settings, filters and functions of transformers' apply_chat_template.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
@@ -39,9 +39,8 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, directory: Path) -> Self | None:
-        """The template of a checkpoint directory, from chat_template.jinja or else tokenizer_config.json; None without.
-
-        Raises ValueError for a file that can't be read as one.
+        """The template of a checkpoint directory, from chat_template.jinja or else tokenizer_config.json; None if there
+        is none. Raises ValueError for a broken file.
         """
         config_file = directory / TOKENIZER_CONFIG_FILE
         config: dict[str, Any] = {}
@@ -51,7 +50,7 @@ class ChatTemplate:
             except ValueError as error:
                 raise ValueError(f"{config_file} is not JSON ({error}); download it again") from error
         source = config.get("chat_template")
-        if isinstance(source, list):  # several under names
+        if isinstance(source, list):  # several named templates
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
         if (directory / TEMPLATE_FILE).is_file():
             source = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
@@ -61,10 +60,8 @@ class ChatTemplate:
         return cls(source, {k: v for k, v in special.items() if isinstance(v, str)})
 
     def render(self, turns: Sequence[Turn], continue_last: bool = False) -> str:
-        """The prompt that asks for the next assistant message, or with `continue_last` for the rest of the last one.
-
-        Raises ValueError where the template refuses.
-        """
+        """The prompt after which the model writes the next assistant message or, with `continue_last`, goes on with the
+        last message of `turns`. Raises ValueError where the template refuses the messages."""
         try:
             prompt = self._template.render(
                 messages=[{"role": turn.role, "content": turn.content} for turn in turns],
@@ -72,13 +69,13 @@ class ChatTemplate:
                 tools=None,
                 **self._special_tokens,
             )
-        except (TemplateError, TypeError) as error:  # TypeError: a template that takes for granted what is not there
+        except (TemplateError, TypeError) as error:  # TypeError: the template uses a value that is missing
             raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from error
         return _cut_behind(prompt, turns[-1].content) if continue_last else prompt
 
 
 def _cut_behind(prompt: str, message: str) -> str:
-    """The prompt up to the end of the last message, whose outer spaces the template may have trimmed."""
+    """The prompt up to the end of the last message. The template may have trimmed the message's outer spaces."""
     start = prompt.rfind(message.strip())
     if start < 0:
         raise ValueError(f"the checkpoint's chat template changes the message {message!r}, so it can't be continued")

@@ -1,4 +1,4 @@
-"""Single-tower models in llama2.c's format: a `.bin` of float32 weights, and its tokenizer in it or beside it."""
+"""Reading single-tower models in llama2.c's format: a `.bin` of float32 weights, and a tokenizer in it or beside it."""
 
 import math
 import struct
@@ -23,7 +23,8 @@ _FIRST_PIECE = len(_CONTROL) + 256
 
 
 class Header(NamedTuple):
-    """The seven numbers a file starts with; vocab_size made positive, its sign told by `tied`."""
+    """The seven numbers that a file starts with. A negative vocab_size there means a head of its own; here it is
+    positive and `tied` says whether the head is the embedding."""
 
     dim: int
     hidden_dim: int
@@ -40,7 +41,8 @@ class Header(NamedTuple):
 
 
 class ScoredPieces(NamedTuple):
-    """A vocabulary by id: pieces, None for control and byte tokens, and their scores (higher merges first)."""
+    """A vocabulary by id: pieces of text, None for control and byte tokens, and their scores; higher ones merge
+    first."""
 
     pieces: tuple[str | None, ...]
     scores: tuple[float, ...]
@@ -49,13 +51,14 @@ class ScoredPieces(NamedTuple):
 class _Part(NamedTuple):
     offset: int
     shape: tuple[int, ...]
-    rotated_heads: int  # 0 for what is not a query or key projection
+    rotated_heads: int  # the number of heads of a query or key projection, else 0
 
 
 def open_llama2c(path: Path) -> Backbone:
-    """Opens llama2.c weights (version 0). Raises ValueError naming the file if its size does not fit its header.
+    """Opens llama2.c weights, version 0 of the format. The tokenizer, if there is one, follows the weights in the file
+    or is `tokenizer.bin` beside it.
 
-    The tokenizer follows the weights in the file, or is `tokenizer.bin` beside it, or is missing.
+    Raises ValueError, naming the file, for another version or a size that does not fit the header.
     """
     header = read_header(path)
     parts = _layout(header)
@@ -73,7 +76,7 @@ def open_llama2c(path: Path) -> Backbone:
         max_position_embeddings=header.sequence_length,
         tie_word_embeddings=header.tied,
         bos_token_id=1,
-        eos_token_id=1,  # stories are separated by BOS; llama2.c stops there
+        eos_token_id=1,  # training texts are separated by BOS, and llama2.c stops at the next one
         torch_dtype="float32",
         conversion_source=f"llama2.c {path.name}",
     )
@@ -90,6 +93,7 @@ def open_llama2c(path: Path) -> Backbone:
 
 
 def read_header(path: Path) -> Header:
+    """The header of a version 0 file. Raises ValueError, naming the file, for anything else."""
     with path.open("rb") as file:
         start = file.read(_HEADER.size)
     if len(start) < _HEADER.size:
@@ -106,7 +110,10 @@ def read_header(path: Path) -> Header:
 
 
 def read_pieces(path: str | Path) -> ScoredPieces:
-    """The vocabulary of a llama2.c file, in it or beside it, as `vocabulary.merge_closure` takes it."""
+    """The vocabulary of a llama2.c file, in it or beside it, as `vocabulary.merge_closure` takes it.
+
+    Raises FileNotFoundError without a tokenizer, and ValueError for a broken one.
+    """
     path = Path(path)
     header = read_header(path)
     vocabulary = _read_vocabulary(path, header, _weights_end(header))
@@ -116,7 +123,7 @@ def read_pieces(path: str | Path) -> ScoredPieces:
 
 
 def _layout(h: Header) -> dict[str, _Part]:
-    """Where each tensor of ours starts. The file groups by kind of tensor, all layers together."""
+    """Our tensors' names -> where they lie in the file, which keeps the same tensor of all layers together."""
     parts: dict[str, _Part] = {}
     offset = _HEADER.size
 
@@ -142,13 +149,14 @@ def _layout(h: Header) -> dict[str, _Part]:
     take_layers(mlp, "mixer.down_proj", h.dim, h.hidden_dim)
     take_layers(mlp, "mixer.up_proj", h.hidden_dim, h.dim)
     take("norm_f.weight", h.dim)
-    offset += 4 * h.sequence_length * h.head_dim  # tables of cosines and sines, computed here when needed
+    offset += 4 * h.sequence_length * h.head_dim  # tables of cosines and sines for RoPE, which we compute
     if not h.tied:
         take("lm_head.weight", h.vocab_size, h.dim)
     return parts
 
 
 def _weights_end(header: Header) -> int:
+    """The number of bytes up to the end of the weights."""
     parts = _layout(header)
     last = parts["norm_f.weight" if header.tied else "lm_head.weight"]
     tables = 4 * header.sequence_length * header.head_dim if header.tied else 0
@@ -170,7 +178,7 @@ def _read_vocabulary(path: Path, header: Header, weights_end: int) -> ScoredPiec
 
 
 def _parse_vocabulary(content: bytes, vocab_size: int, where: str) -> ScoredPieces:
-    """int32 longest piece, then for each token: float32 score, int32 length, that many bytes."""
+    """Parses a tokenizer: int32 longest piece, then for each token float32 score, int32 length, that many bytes."""
     pieces: list[str | None] = []
     scores: list[float] = []
     offset = 4
@@ -187,7 +195,7 @@ def _parse_vocabulary(content: bytes, vocab_size: int, where: str) -> ScoredPiec
         pieces.append(None if i < _FIRST_PIECE else _text(piece, i, where))
         if len(_CONTROL) <= i < _FIRST_PIECE:
             value = i - len(_CONTROL)
-            # Exporters differ: the token's name, the byte, or the character with the byte's number.
+            # Exporters write a byte token as its name, as the byte, or as the character with the byte's number.
             if piece not in (byte_token(value).encode(), bytes([value]), chr(value).encode()):
                 raise ValueError(f"{where} has {piece!r} as token {i}, must be the byte {value}; use a Llama tokenizer")
     if offset != len(content) or vocab_size < _FIRST_PIECE:

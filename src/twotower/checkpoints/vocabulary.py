@@ -1,6 +1,6 @@
-"""Tokenizers made from scored pieces, the mask token, and vocabularies cut down to the tokens a corpus uses.
+"""Making tokenizers from scored pieces, adding a mask token, and cutting a vocabulary down to chosen tokens.
 
-A tokenizer travels as the text of a tokenizer.json, so that what cannot be said exactly in one is refused, not lost.
+Tokenizers are passed around as the text of a tokenizer.json; one that can't be expressed there exactly is refused.
 """
 
 import json
@@ -17,14 +17,15 @@ _BYTE_TOKENS = tuple(f"<0x{value:02X}>" for value in range(256))
 
 
 class Trimmed(NamedTuple):
-    """A smaller vocabulary: new row i takes old row `rows[i]`; the mask's is a copy of the unknown token's."""
+    """A smaller vocabulary: the token with new id i is the old token `rows[i]`, except the mask, which is new and whose
+    row is a copy of the unknown token's. `tokenizer` is the text of its tokenizer.json."""
 
     rows: tuple[int, ...]
     mask_token_id: int
     tokenizer: str
 
     def new_id(self, old_id: int) -> int:
-        """Raises ValueError if the token was not kept."""
+        """The new id of an old token. Raises ValueError if it was not kept."""
         kept = [i for i, row in enumerate(self.rows) if row == old_id and i != self.mask_token_id]
         if not kept:
             raise ValueError(f"token {old_id} is used by the config and not kept; add it to keep_tokens")
@@ -37,11 +38,12 @@ def byte_token(value: int) -> str:
 
 
 def scored_merges(pieces: Sequence[str | None], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The byte-pair merges that rank like scored pieces: best first, every split into two pieces that exist.
+    """The list of merges, best first, with which byte-pair encoding does what merging by scores does: every piece split
+    into two existing pieces, ranked by the piece's score.
 
-    None marks ids that text is never merged into (control and byte tokens). SentencePiece's BPE and llama2.c choose
-    the best-scored neighbours, leftmost on a tie; ranks can only break ties by piece, here by id, then by the ids of
-    the parts. Llama's one tie, runs of spaces, comes out the same.
+    None in `pieces` marks control and byte tokens, which no merge produces. On a tie of scores SentencePiece and
+    llama2.c merge the leftmost pair, which a fixed ranking can't express; here the lower id goes first, then the lower
+    ids of the parts. In Llama's vocabulary only runs of spaces tie, and both ways encode them alike.
     """
     ids = {piece: i for i, piece in enumerate(pieces) if piece is not None}
     ranked = []
@@ -54,11 +56,12 @@ def scored_merges(pieces: Sequence[str | None], scores: Sequence[float]) -> list
 
 
 def merge_closure(pieces: Sequence[str | None], scores: Sequence[float], wanted: Sequence[int], size: int) -> list[int]:
-    """The first of the `wanted` ids that fit in `size`, with the pieces their spelling passes through, sorted.
+    """At most `size` ids, sorted: those of `wanted`, in its order, each with the intermediate pieces of its merges.
 
-    A piece can only be produced if every intermediate piece of its merges is there, so it is taken with all of them or
-    not at all; one that does not fit is passed over and later, cheaper ones are still tried. Pieces that merging their
-    characters does not give are left out. None in `pieces` marks control and byte tokens, which need nothing else.
+    A piece can only be encoded if every intermediate piece of its merges is in the vocabulary, so it is taken with all
+    of them or not at all. A piece that no longer fits is skipped, and later ones that need fewer pieces are still
+    tried. Pieces that merging their characters does not produce are left out. None in `pieces` marks control and byte
+    tokens, which need no other piece.
     """
     ranks = {merge: rank for rank, merge in enumerate(scored_merges(pieces, scores))}
     ids = {piece: i for i, piece in enumerate(pieces) if piece is not None}
@@ -76,7 +79,8 @@ def merge_closure(pieces: Sequence[str | None], scores: Sequence[float], wanted:
 
 
 def _spelling(piece: str, ranks: Mapping[tuple[str, str], int], ids: Mapping[str, int]) -> set[int] | None:
-    """Every id that byte-pair encoding the piece's characters passes through to the piece; None if it misses it."""
+    """The ids of all pieces that occur while byte-pair encoding merges the piece's characters into it, itself included;
+    None if they don't merge into it."""
     parts = list(piece)
     used = {ids[part] for part in parts if part in ids}
     while len(parts) > 1:
@@ -99,12 +103,15 @@ def scored_bpe(
     space_prefix: bool = True,
     user_defined: Collection[int] = (),
 ) -> str:
-    """The tokenizer.json of a SentencePiece-style BPE vocabulary; ids are places in `pieces`.
+    """The text of a tokenizer.json for a SentencePiece-style BPE vocabulary; a piece's id is its index in `pieces`.
 
-    Pieces hold plain spaces, not U+2581: a U+2581 in a text then falls back to bytes like any character without a
-    piece, and decode(encode(text)) is the text, whatever it holds. The exceptions are texts that spell a control
-    token, which are read as that token. `first_token` is put before every text, and with `space_prefix` a space before
-    every text that is not empty; decoding drops both, so decoding the continuation of a text drops its first space.
+    Pieces hold plain spaces, not U+2581. A U+2581 in a text is then encoded as bytes, like any character without a
+    piece, and decode(encode(text)) == text for every text, except one that spells a control token, which is encoded as
+    that token. `first_token` is put before every text, and with `space_prefix` a space before every text that is not
+    empty. Decoding drops both, and so it also drops the first space of a text's continuation. `unknown` is the unknown
+    token's id; ids in `user_defined` are matched as a whole before merging.
+
+    Raises ValueError for a piece that occurs twice or a vocabulary without the 256 byte tokens.
     """
     double = [piece for piece, count in Counter(pieces).items() if count > 1][:5]
     if double:
@@ -143,7 +150,7 @@ def scored_bpe(
 
 
 def added_token(token_id: int, content: str, *, special: bool) -> dict[str, Any]:
-    """An entry of tokenizer.json's `added_tokens`: matched in the text as it stands."""
+    """An entry of tokenizer.json's `added_tokens`, which is matched in the text before merging."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
     return {"id": token_id, "content": content} | flags
 
@@ -162,12 +169,15 @@ def first_token_processor(token_id: int, content: str) -> dict[str, Any]:
 
 
 def normal_form(raw: Mapping[str, Any]) -> str:
-    """The text that the tokenizers library saves, so that reading and saving again changes no byte."""
+    """A tokenizer.json as the tokenizers library writes it, so that reading and saving it changes no byte."""
     return tokenizers.Tokenizer.from_str(json.dumps(raw)).to_str(pretty=True)
 
 
 def append_mask(tokenizer: str, mask_token_id: int) -> str:
-    """Adds the special token `<mask>` with the given id, which may lie beyond the tokenizer's own ids."""
+    """Adds the special token `<mask>` with the given id, which may leave a gap after the tokenizer's own ids.
+
+    Raises ValueError for a tokenizer that is not a BPE or has such a token already.
+    """
     raw = json.loads(tokenizers.Tokenizer.from_str(tokenizer).to_str())
     if raw["model"]["type"] != "BPE":
         raise ValueError(
@@ -181,17 +191,18 @@ def append_mask(tokenizer: str, mask_token_id: int) -> str:
             f"mask_token_id={own}, as with: twotower init --mask-token-id {own}"
         )
     added.append(added_token(mask_token_id, MASK_TOKEN, special=True))
-    # The library numbers added tokens by the vocabulary's size unless the vocabulary itself gives their ids.
+    # Unless the vocabulary gives an added token's id, the library numbers it from the vocabulary's size on.
     vocab |= {token["content"]: token["id"] for token in added}
     return normal_form(raw)
 
 
 def trim(tokenizer: str, keep: Collection[int]) -> Trimmed:
-    """Cuts a byte-fallback BPE vocabulary down to `keep`, its special tokens and its 256 byte tokens, plus a mask.
+    """Cuts a byte-fallback BPE vocabulary down to the ids in `keep`, its special tokens and its 256 byte tokens, and
+    adds a mask token.
 
-    The new order is: special tokens, mask, byte tokens, the rest of `keep`, each by old id. Merges stay where both
-    parts and the result are kept: a text that encoded to kept tokens encodes to the same ones if `keep` holds their
-    intermediate pieces (see `merge_closure`).
+    The new order is: special tokens, mask, byte tokens, the rest of `keep`, each sorted by old id. A merge is kept
+    where its parts and its result are: a text whose tokens are all kept is encoded as before if `keep` also holds their
+    intermediate pieces, see `merge_closure`. Raises ValueError for another kind of tokenizer or ids that are no tokens.
     """
     raw = json.loads(tokenizers.Tokenizer.from_str(tokenizer).to_str())
     model = raw["model"]

@@ -8,8 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from twotower.checkpoints.families.nemotron_h import save_backbone
-from twotower.checkpoints.hf import carried_documents, load_tokenizer, read_config, resolve
+from twotower.checkpoints.hf import carried_documents, load_tokenizer, read_config, resolve, save_rounded
 from twotower.cli.options import torch_dtype
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
@@ -110,7 +109,7 @@ def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
     tokenizer, documents = load_tokenizer(folder), carried_documents(folder)
 
     def write(tensors: TensorStream, path: Path) -> None:
-        save_backbone(model.config, tensors, path, dtype, tokenizer=tokenizer, documents=documents)
+        save_rounded(OneTower, model.config, tensors, path, dtype, tokenizer=tokenizer, documents=documents)
 
     # All of it is trained: of what it started from only the names matter
     released = model.released_tensors()

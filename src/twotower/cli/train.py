@@ -146,7 +146,7 @@ def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
     tokenizer, documents = load_tokenizer(folder), carried_documents(folder)
 
     def write(tensors: TensorStream, path: Path) -> None:
-        save_rounded(config, tensors, path, dtype, tokenizer=tokenizer, documents=documents)
+        save_rounded(TwoTower, config, tensors, path, dtype, tokenizer=tokenizer, documents=documents)
 
     for path in export_state(objective, state, out / "checkpoint", weights, write):
         print(f"wrote {path}; try it with: twotower generate --model {path}")

@@ -195,7 +195,7 @@ def test_loading_holds_the_model_and_at_most_one_shard(tmp_path: Path) -> None:
 def test_rounded_tensors_are_those_that_a_rounded_model_rounds(tiny: Model, tmp_path: Path) -> None:
     model = tiny()
     exact = model.released_tensors()
-    save_rounded(model.config, exact.items(), tmp_path, torch.bfloat16)
+    save_rounded(TwoTower, model.config, exact.items(), tmp_path, torch.bfloat16)
     written = load_file(tmp_path / "model.safetensors")
     expected = {name: t.dtype for name, t in TwoTower(model.config, dtype=torch.bfloat16).released_tensors().items()}
     assert {name: tensor.dtype for name, tensor in written.items()} == expected

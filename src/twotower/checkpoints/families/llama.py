@@ -1,4 +1,7 @@
-"""Single-tower Llama-family directories (model types llama, mistral, qwen2): the pattern `*-` repeated."""
+"""Single-tower Llama-family directories: model types llama, mistral and qwen2.
+
+Each of their layers becomes two of ours, attention `*` and gated MLP `-`.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -10,11 +13,12 @@ from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone, llama_config
 from twotower.checkpoints.hf.tensor_files import TensorSpec, scan
+from twotower.checkpoints.hf.tokenizer_file import read_tokenizer_text
 from twotower.config import TwoTowerConfig
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 
-# Of each layer's names in the source: which of our two layers, and the name there.
+# Name in a layer of the source -> which of our two layers it goes to, and its name there.
 _LAYER_NAMES = {
     "input_layernorm": (0, "norm"),
     "self_attn.q_proj": (0, "mixer.q_proj"),
@@ -31,7 +35,7 @@ _TOP_NAMES = {
     "model.norm.weight": "norm_f.weight",
     "lm_head.weight": "lm_head.weight",
 }
-# Switches that change what is computed, and the values under which nothing changes; absent is one of them.
+# Settings that change what is computed -> the values under which our towers compute the same. A missing key is fine.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "partial_rotary_factor": (None, 1.0),
@@ -43,9 +47,10 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 
 
 def open_llama(directory: Path, raw: Mapping[str, Any], documents: Mapping[str, bytes]) -> Backbone:
-    """Opens a Llama-family directory whose config.json is `raw`. Raises ValueError for what computes something else.
+    """Opens a Llama-family directory whose config.json is `raw`.
 
-    qwen2 has biases on queries, keys and values only: the output projection gets one of zeros.
+    qwen2 has biases on queries, keys and values only, ours on the output projection too, which gets zeros. Raises
+    ValueError for a setting under which the model computes something that our towers don't.
     """
     check_switches(raw)
     config = _config(raw)
@@ -56,7 +61,7 @@ def open_llama(directory: Path, raw: Mapping[str, Any], documents: Mapping[str, 
             for part in ("weight", "bias"):
                 ours[f"model.layers.{i}.{theirs}.{part}"] = f"layers.{2 * i + kind}.{name}.{part}"
     files = scan(directory)
-    # Some files store what follows from the rest: a tied head, and RoPE's frequencies.
+    # Some files store tensors that follow from others: a tied head, and RoPE's frequencies.
     derived = {"lm_head.weight"} if config.tie_word_embeddings else set()
     stored = [n for n in files.specs if n not in derived and not n.endswith("rotary_emb.inv_freq")]
     specs = {ours.get(name, name): files.specs[name] for name in stored}
@@ -72,18 +77,18 @@ def open_llama(directory: Path, raw: Mapping[str, Any], documents: Mapping[str, 
         for name, spec in zero_biases.items():
             yield name, torch.zeros(spec.shape, dtype=spec.dtype)
 
-    tokenizer = directory / "tokenizer.json"
     return Backbone(
         config=config,
         specs=specs | zero_biases,
         stream=stream,
-        tokenizer=tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None,
+        tokenizer=read_tokenizer_text(directory),
         documents=documents,
     )
 
 
 def check_switches(raw: Mapping[str, Any]) -> None:
-    """Raises one ValueError naming every key of a Llama-family config.json that this backbone can't follow."""
+    """Raises one ValueError that names every setting of a Llama-family config.json under which the model computes
+    something that our towers don't."""
     found = [
         f"{key} is {raw[key]!r}, must be {' or '.join(map(repr, allowed))}"
         for key, allowed in _REQUIRED.items()
@@ -96,14 +101,14 @@ def check_switches(raw: Mapping[str, Any]) -> None:
         found.append(f"RoPE turns only a part of each head ({rope}), must turn all of it")
     if set(raw.get("layer_types") or ()) - {"full_attention"}:
         found.append(f"layer_types has {sorted(set(raw['layer_types']))}, must be 'full_attention' throughout")
-    # transformers' defaults: mistral slides if the key is absent, qwen2 does not if its switch is.
+    # transformers' defaults: mistral uses a sliding window if the key is missing, qwen2 none if its switch is missing.
     window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
     slides = raw.get("use_sliding_window", raw["model_type"] != "qwen2")
     length = raw.get("max_position_embeddings", math.inf)
     if slides and window is not None and window < length:
         found.append(f"sliding_window is {window}, must be null or at least max_position_embeddings {length}")
     if found:
-        raise ValueError(f"this backbone computes something else: {'; '.join(found)}; convert another model")
+        raise ValueError(f"the model computes something that our towers don't: {'; '.join(found)}; take another model")
 
 
 def _config(raw: Mapping[str, Any]) -> TwoTowerConfig:
@@ -125,7 +130,7 @@ def _config(raw: Mapping[str, Any]) -> TwoTowerConfig:
         num_attention_heads=num_heads,
         num_key_value_heads=raw.get("num_key_value_heads") or num_heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // num_heads,
-        # transformers' own defaults, which it leaves out of some files
+        # transformers' own defaults, for keys that it leaves out of some files
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=float(_rope(raw).get("rope_theta", raw.get("rope_theta", 10000.0))),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
@@ -138,5 +143,5 @@ def _config(raw: Mapping[str, Any]) -> TwoTowerConfig:
 
 
 def _rope(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """RoPE's settings: `rope_parameters`, which was `rope_scaling` with the base outside before transformers 5."""
+    """RoPE's settings: `rope_parameters`. Before transformers 5 it was called `rope_scaling`, without the base."""
     return raw.get("rope_parameters") or raw.get("rope_scaling") or {}

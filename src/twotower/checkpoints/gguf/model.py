@@ -1,4 +1,4 @@
-"""Single-tower GGUF files of the `llama` and `qwen2` architectures, as llama.cpp's converter writes them.
+"""Reading single-tower GGUF files of the `llama` and `qwen2` architectures, as llama.cpp's converter writes them.
 
 Letters: d width, h heads, p head width.
 """
@@ -42,7 +42,7 @@ _TOP_NAMES = {
     "output_norm.weight": "norm_f.weight",
     "output.weight": "lm_head.weight",
 }
-# Metadata, after the architecture's name, under which something else is computed.
+# Metadata keys, after the architecture's name, under which the model computes something that our towers don't.
 _REFUSED = (
     "attention.sliding_window",
     "attention.scale",
@@ -54,10 +54,11 @@ _REFUSED = (
 
 
 def open_gguf(path: Path) -> Backbone:
-    """Opens a GGUF file. Quantised tensors become float32; F16 and BF16 stay what they are.
+    """Opens a GGUF file. Quantised tensors become float32; F32, F16 and BF16 are kept.
 
-    The head is tied where the file has no `output.weight`. Raises ValueError naming the tensor or the metadata for an
-    architecture, a tensor type or a switch that is not supported.
+    Without `output.weight` in the file, the head is tied to the embedding. Raises ValueError, naming the tensor or the
+    metadata, for an architecture, a tensor type or a setting that is not supported, and ImportError without the `gguf`
+    package.
     """
     reader = _open(path)
     metadata = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
@@ -73,10 +74,10 @@ def open_gguf(path: Path) -> Backbone:
             for part in ("weight", "bias"):
                 ours[f"blk.{i}.{theirs}.{part}"] = f"layers.{2 * i + kind}.{name}.{part}"
     specs = {ours.get(name, name): _spec(path, tensor) for name, tensor in tensors.items()}
-    # The converter leaves out biases that the model does not have; ours are all there or none is.
+    # The converter leaves out the biases that a model doesn't have; our attention has all four or none.
     zeros = [f"layers.{i}.mixer.o_proj.bias" for i in range(0, config.num_layers, 2) if config.attention_bias]
     zero_biases = {name: TensorSpec(torch.float32, (config.hidden_size,)) for name in zeros if name not in specs}
-    # Only `llama` files are stored for interleaved RoPE.
+    # The converter reorders the rows of `llama` models' projections for interleaved RoPE, and of no others.
     rotated = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     rotated = rotated if architecture == "llama" else {}
 
@@ -105,7 +106,7 @@ def _open(path: Path) -> GGUFReader:
         raise ImportError("reading GGUF files needs the gguf package; pip install 'twotower[gguf]'") from error
     try:
         return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, TypeError) as error:  # what it raises depends on where the file ends
+    except (ValueError, IndexError, KeyError, TypeError) as error:  # which one depends on where a truncated file ends
         raise ValueError(f"{path} is not a complete GGUF file ({error}); download it again") from error
 
 
@@ -128,7 +129,7 @@ def _config(path: Path, arch: str, values: Mapping[str, Any], tensors: Mapping[s
         if values.get(f"{arch}.{key}", head_dim) != head_dim:
             refused.append(f"{arch}.{key} {values[f'{arch}.{key}']} beside heads of {head_dim}")
     if refused:
-        raise ValueError(f"{path} computes something else: {refused}; convert another model")
+        raise ValueError(f"{path} computes something that our towers don't: {refused}; convert another model")
     embedding = tensors["token_embd.weight"]
     ends = [values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     ends = sorted({token for token in ends if token is not None})
@@ -142,7 +143,7 @@ def _config(path: Path, arch: str, values: Mapping[str, Any], tensors: Mapping[s
         num_attention_heads=num_heads,
         num_key_value_heads=values.get(f"{arch}.attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        # The file holds a float32; its shortest decimal is what the model's config.json said.
+        # The file holds a float32, whose shortest decimal is the number in the model's config.json.
         rms_norm_eps=float(str(np.float32(values[f"{arch}.attention.layer_norm_rms_epsilon"]))),
         rope_theta=float(values.get(f"{arch}.rope.freq_base", 10000.0)),
         tie_word_embeddings="output.weight" not in tensors,
@@ -167,7 +168,7 @@ def _spec(path: Path, tensor: ReaderTensor) -> TensorSpec:
 
 
 def _values(tensor: ReaderTensor) -> Tensor:
-    """The tensor in its own dtype, float32 if it was quantised. A copy: the file is mapped read-only."""
+    """A copy of the tensor, since the file is mapped read-only: in its own dtype, or float32 if it was quantised."""
     from gguf import dequantize
 
     kind = tensor.tensor_type.name

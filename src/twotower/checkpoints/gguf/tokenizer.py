@@ -1,4 +1,4 @@
-"""The tokenizer.json of a GGUF file's metadata, where it can be rebuilt exactly."""
+"""Rebuilding tokenizer.json from a GGUF file's metadata, for the kinds of tokenizer where it comes out exactly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _split(pattern: str) -> list[dict[str, Any]]:
     return [regex, _byte_level(split=False)]
 
 
-# llama.cpp's names of the ways to cut a text into words before merging.
+# llama.cpp's name of a pre-tokenizer, which cuts a text into words before merging -> its entry in tokenizer.json.
 _PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_byte_level(split=True)],
     "smollm": [_DIGITS, _byte_level(split=True)],
@@ -41,7 +41,7 @@ _PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 
 
 def tokenizer_from_gguf(path: Path, metadata: Mapping[str, ReaderField]) -> str | None:
-    """The text of a tokenizer.json; None, with a warning, for a vocabulary that this can't rebuild exactly."""
+    """The text of a tokenizer.json; None, with a warning, for a tokenizer that can't be rebuilt exactly."""
     kind = _value(metadata, "model", None)
     if kind == "llama":
         return _scored(metadata)
@@ -60,7 +60,7 @@ def tokenizer_from_gguf(path: Path, metadata: Mapping[str, ReaderField]) -> str 
 
 
 def _scored(metadata: Mapping[str, ReaderField]) -> str:
-    """SentencePiece's BPE: pieces with scores, and bytes for what no piece covers."""
+    """SentencePiece's BPE: pieces with scores, and byte tokens for characters without a piece."""
     types = _value(metadata, "token_type", [])
     tokens = [
         token if kind in (_CONTROL, _USER_DEFINED) else token.replace("\u2581", " ")
@@ -78,7 +78,7 @@ def _scored(metadata: Mapping[str, ReaderField]) -> str:
 
 
 def _byte_level_bpe(metadata: Mapping[str, ReaderField], pre: str) -> str:
-    """GPT-2's BPE over bytes, with the pre-tokenizer the file names."""
+    """GPT-2's BPE over bytes, with llama.cpp's pre-tokenizer `pre`."""
     tokens = list(enumerate(_value(metadata, "tokens", [])))
     types = _value(metadata, "token_type", [])
     added = [
@@ -101,7 +101,7 @@ def _byte_level_bpe(metadata: Mapping[str, ReaderField], pre: str) -> str:
             "type": "BPE",
             "fuse_unk": False,
             "byte_fallback": False,
-            # Llama 3 takes a word that is a token as that token, whatever its merges say.
+            # Llama 3 encodes a word that is in the vocabulary as that token, even where merging would not give it.
             "ignore_merges": pre == "llama-bpe",
             "vocab": {t: i for i, t in tokens if types[i] != _UNUSED},
             "merges": [merge.split(" ", 1) for merge in _value(metadata, "merges", [])],

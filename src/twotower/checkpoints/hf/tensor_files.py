@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint directory: which there are, in which file, and reading them one at a time."""
+"""Reading the safetensors files of a checkpoint directory: their headers, and then tensors one at a time."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from torch import Tensor
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# The names that safetensors headers use, widest first: files store their tensors in this order.
+# The names of dtypes in safetensors headers, widest first, the order in which files store their tensors.
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -21,22 +21,25 @@ _SHOWN = 5
 
 
 class TensorSpec(NamedTuple):
+    """The dtype and shape of a stored tensor."""
+
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorFiles:
-    """What the headers of a directory's safetensors files say; no tensor has been read."""
+    """The tensors of a directory's safetensors files, as their headers list them: name -> dtype and shape, and name ->
+    file."""
 
     directory: Path
     specs: Mapping[str, TensorSpec]
     files: Mapping[str, Path]
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Reads the named tensors file by file, one at a time, onto the CPU in their stored dtype.
+        """Reads the named tensors, file by file and one at a time, onto the CPU in their stored dtype.
 
-        The tensors are mapped from the file: they cost memory only while someone holds them.
+        Tensors are mapped from the file and cost memory only while they are referenced.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -48,10 +51,10 @@ class TensorFiles:
 
 
 def scan(directory: Path) -> TensorFiles:
-    """Reads the headers of `model.safetensors`, or of the shards its index names.
+    """Reads the headers of `model.safetensors`, or of the shards that the directory's index names.
 
-    Raises FileNotFoundError for a missing file and ValueError for one that is broken, holds a tensor twice, disagrees
-    with the index, or stores a dtype that is not a float. Pickled weights are never opened.
+    Raises FileNotFoundError for a missing file, and ValueError for one that is broken, disagrees with the index, holds
+    a tensor that another file holds too, or stores a dtype that is not a float. Pickled weights are never opened.
     """
     index = _read_index(directory)
     names = {SINGLE_FILE} if index is None else set(index.values())
@@ -83,7 +86,8 @@ def scan(directory: Path) -> TensorFiles:
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorSpec], where: str) -> None:
-    """Raises one ValueError naming every kind of difference between the tensors a config asks for and those found."""
+    """Raises one ValueError that names the missing, the unexpected and the misshapen tensors of the model `where`, by
+    the shapes `expected` of its config."""
     wrong = [
         f"{name} is {tuple(found[name].shape)}, must be {shape}"
         for name, shape in expected.items()
@@ -100,7 +104,7 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Te
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:
-    """tensor name -> file name, or None without an index."""
+    """Tensor name -> file name, or None if the directory has no index."""
     path = directory / INDEX_FILE
     if not path.exists():
         return None

@@ -1,7 +1,7 @@
-"""Writing a checkpoint directory: safetensors files filled one tensor at a time, put in place when all are complete.
+"""Writing a checkpoint directory's safetensors files one tensor at a time, and renaming them when all are complete.
 
-The `safetensors` package can only write a file whose tensors are all in memory. The format is simple enough to write
-directly: 8 bytes of header length, a JSON header, the tensors' bytes; its reader and writer are the test's oracle.
+The `safetensors` package can only write a file whose tensors are all in memory. The format is simple: 8 bytes of header
+length, a JSON header, the tensors' bytes. Tests compare the files with those that the package writes.
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoints.hf.tensor_files import INDEX_FILE, SINGLE_FILE, STORED_DTYPES, TensorSpec
+from twotower.errors import SettingError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -37,19 +38,19 @@ def write_tensors(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     documents: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes `model.safetensors`, or shards and their index if the tensors of `specs` exceed `max_shard_bytes`.
+    """Writes `model.safetensors`, or shards and an index if the tensors take more than `max_shard_bytes`.
 
-    `specs` gives every tensor in the order that fills the shards; `tensors` may come in any order, each exactly once,
-    and is consumed one at a time. `documents` are further files (name -> content), the last of which is put in place
-    last. Everything is first written under a temporary name: after an error `path` holds what it held before. Raises
-    ValueError if the tensors are not those of `specs`.
+    `specs` lists every tensor, in the order in which shards are filled. `tensors` may come in any order, each exactly
+    once, and are consumed one at a time. `documents` are further files, name -> content, and are put in place after the
+    weights, in their order. Everything is written into a temporary folder first, so that after an error `path` holds
+    what it held before. Raises ValueError if `tensors` are not those of `specs`.
     """
     if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes is {max_shard_bytes}, must be at least 1")
+        raise SettingError("max_shard_bytes", max_shard_bytes, "at least 1")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     staging = path / _STAGING
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed process left
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
     staging.mkdir()
     try:
         places = _allocate(staging, specs, max_shard_bytes)
@@ -62,7 +63,7 @@ def write_tensors(
 
 
 def _allocate(staging: Path, specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> dict[str, _Span]:
-    """Creates the files with their headers and full length; returns where each tensor's bytes go."""
+    """Creates the files with their headers and full length; returns the place of each tensor's bytes."""
     shards = _split(specs, max_shard_bytes)
     places: dict[str, _Span] = {}
     for i, names in enumerate(shards, start=1):
@@ -78,7 +79,8 @@ def _allocate(staging: Path, specs: Mapping[str, TensorSpec], max_shard_bytes: i
 
 
 def _split(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[str]]:
-    """Fills shards in the order of `specs`, as transformers does: what exceeds a shard gets one of its own."""
+    """The names in each shard, filled in the order of `specs` as transformers does; a tensor larger than a shard gets
+    one of its own."""
     shards: list[list[str]] = []
     current: list[str] = []
     used = 0
@@ -96,7 +98,7 @@ def _split(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[s
 
 
 def _create(file: Path, specs: Mapping[str, TensorSpec]) -> dict[str, _Span]:
-    """Writes the header that the safetensors library would write: widest dtype first, then by name."""
+    """Creates a file with the header that the safetensors library would write: widest dtype first, then by name."""
     widths = list(STORED_DTYPES.values())
     ordered = sorted(specs, key=lambda name: (widths.index(specs[name].dtype), name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -133,7 +135,8 @@ def _fill(places: Mapping[str, _Span], specs: Mapping[str, TensorSpec], tensors:
 
 
 def _publish(staging: Path, path: Path, documents: list[str]) -> None:
-    """Moves the staged files in place. A directory interrupted in between lacks a file: it can't be taken for whole."""
+    """Moves the staged files in place, after deleting the old ones, the last document first. If it is interrupted, the
+    directory lacks that document or weights, so that nobody takes it for complete."""
     weights_there = [file.name for file in path.iterdir() if _WEIGHT_FILE.fullmatch(file.name)]
     for name in [*reversed(documents), INDEX_FILE, *weights_there]:
         (path / name).unlink(missing_ok=True)

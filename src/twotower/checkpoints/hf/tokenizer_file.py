@@ -35,6 +35,12 @@ def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
     return tokenizer
 
 
+def read_tokenizer_text(directory: Path) -> str | None:
+    """The content of a directory's tokenizer.json, None without one."""
+    file = directory / TOKENIZER_FILE
+    return file.read_text(encoding="utf-8") if file.exists() else None
+
+
 def carried_documents(directory: Path) -> dict[str, bytes]:
     """A checkpoint directory's chat template and tokenizer settings, name -> content: the files that a checkpoint made
     from this one keeps unchanged."""

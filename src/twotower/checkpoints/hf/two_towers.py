@@ -20,6 +20,7 @@ from twotower.checkpoints.hf.tensor_files import TensorFiles, TensorSpec, check_
 from twotower.checkpoints.hf.tensor_writer import DEFAULT_SHARD_BYTES, write_tensors
 from twotower.checkpoints.hf.tokenizer_file import TOKENIZER_FILE
 from twotower.config import TwoTowerConfig
+from twotower.model.one_tower import OneTower
 from twotower.model.two_tower import TwoTower
 
 # The released files' order of tensors, which decides what each shard holds.
@@ -106,11 +107,12 @@ def save(model: TwoTower, path: str | Path, *, max_shard_bytes: int = DEFAULT_SH
     """
     tensors = model.released_tensors()
     specs = _specs(tensors)
-    documents = _documents(model.config, specs, model.tokenizer)
+    documents = _documents(model.config, specs[_EMBEDDING].dtype, model.tokenizer)
     write_tensors(path, specs, tensors.items(), max_shard_bytes=max_shard_bytes, documents=documents)
 
 
 def save_rounded(
+    kind: type[TwoTower | OneTower],
     config: TwoTowerConfig,
     tensors: Iterable[tuple[str, torch.Tensor]],
     path: str | Path,
@@ -119,32 +121,31 @@ def save_rounded(
     tokenizer: tokenizers.Tokenizer | None = None,
     documents: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes what `save` would write of a model of `dtype`, from its released tensors, which come one at a time.
+    """Writes the checkpoint directory of a model of `kind` and `dtype` from its released tensors, which come one at a
+    time: two towers, or one that `initialise.init` reads.
 
     `tensors` may have any dtype and are rounded to `dtype`; parameters that a model of `dtype` keeps in float32 become
     float32. `documents` are further files, name -> content.
     """
     with torch.device("meta"):
-        specs = _specs(TwoTower(config, dtype=dtype).released_tensors())
+        specs = _specs(kind(config, dtype=dtype).released_tensors())
     rounded = ((name, tensor.to(specs[name].dtype)) for name, tensor in tensors)
-    write_tensors(path, specs, rounded, documents={**(documents or {}), **_documents(config, specs, tokenizer)})
+    write_tensors(path, specs, rounded, documents={**(documents or {}), **_documents(config, dtype, tokenizer)})
 
 
 def _specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
     return {n: TensorSpec(tensors[n].dtype, tuple(tensors[n].shape)) for n in sorted(tensors, key=_released_position)}
 
 
-def _documents(
-    config: TwoTowerConfig, specs: Mapping[str, TensorSpec], tokenizer: tokenizers.Tokenizer | None
-) -> dict[str, bytes]:
+def _documents(config: TwoTowerConfig, dtype: torch.dtype, tokenizer: tokenizers.Tokenizer | None) -> dict[str, bytes]:
     documents = {} if tokenizer is None else {TOKENIZER_FILE: tokenizer.to_str(pretty=True).encode()}
-    named = with_stored_dtype(config, specs[_EMBEDDING].dtype)
-    return documents | {CONFIG_FILE: config_bytes(named)}
+    return documents | {CONFIG_FILE: config_bytes(with_stored_dtype(config, dtype))}
 
 
 def _released_position(name: str) -> tuple[int, int, int]:
-    """A sort key: tower, layer, part of an expert layer. Where it ties, the model's own order is the released one."""
-    group = next(i for i, prefix in enumerate(_GROUPS) if name.startswith(prefix))
+    """A sort key: tower, layer, part of an expert layer. Where it ties, the model's own order is the released one. The
+    names of a single tower stay in the model's order."""
+    group = next((i for i, prefix in enumerate(_GROUPS) if name.startswith(prefix)), 0)
     layer = re.search(r"\.layers\.(\d+)\.", name)
     if layer is None:
         return group, -1 if name.endswith("embeddings.weight") else 1 << 30, 0
