@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema_rs
 
 import twotower
-from twotower.decoding.params import CONSTRAINED_MODES
+from twotower.decoding.modes import CONSTRAINED_MODES
 
 _WORDS = ["name", "age", "best friend", "Größe", "happy", "🎈"]
 

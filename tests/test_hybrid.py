@@ -8,7 +8,7 @@ import torch
 
 import twotower
 from twotower.checkpoints.hf import SHIPPED, resolve
-from twotower.decoding.params import Mode
+from twotower.decoding.modes import Mode
 from twotower.eval.quality import answer, mean_score
 from twotower.eval.tasks import read_task
 

@@ -10,7 +10,8 @@ import twotower
 from twotower.checkpoints import save
 from twotower.cli.batch import FileRequest, record
 from twotower.cli.live import StoryView, show, steps
-from twotower.decoding.params import MODES, SamplingParams
+from twotower.decoding.modes import MODES
+from twotower.decoding.params import SamplingParams
 
 LENGTH = 20
 

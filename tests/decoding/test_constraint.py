@@ -10,7 +10,8 @@ import torch
 from twotower.decoding import constraint
 from twotower.decoding.constraint import guides
 from twotower.decoding.generate import generate
-from twotower.decoding.params import CONSTRAINED_MODES, MODES, SamplingParams
+from twotower.decoding.modes import CONSTRAINED_MODES, MODES
+from twotower.decoding.params import SamplingParams
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine
 

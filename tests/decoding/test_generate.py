@@ -9,8 +9,9 @@ import pytest
 import tokenizers
 
 from twotower.decoding.generate import generate, stream
+from twotower.decoding.modes import MODES
 from twotower.decoding.output import Generation
-from twotower.decoding.params import COMMIT_RULES, MODES, SamplingParams
+from twotower.decoding.params import COMMIT_RULES, SamplingParams
 from twotower.model.two_tower import TwoTower
 
 # Every byte is a token: 4 control tokens and 256 bytes.
@@ -39,7 +40,7 @@ def requests(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
     rng = random.Random(seed)
     prompts, params = [], []
     for i in range(16):
-        mode = "diffusion" if i < 8 else MODES[i % len(MODES)]
+        mode = "diffusion" if i < 8 else list(MODES)[i % len(MODES)]
         length = [0, 1, 2, 70][i % 4] if rng.random() < 0.5 else rng.randint(0, 40)
         prompts.append([rng.randrange(4, VOCAB_SIZE) for _ in range(length)])
         params.append(
@@ -218,17 +219,12 @@ def test_a_string_prompt_is_its_tokens(model: Callable) -> None:
 
 def test_bad_prompts_raise(model: Callable, tiny: Callable) -> None:
     m = model()
-    with pytest.raises(ValueError, match=r"one string, must be a list of prompts; write \[prompt\]"):
-        generate(m, "hello")
-    for prompt, strange in (([5, 260], 260), ([-1], -1)):
-        with pytest.raises(ValueError, match=rf"token id {strange}, must be in \[0, 259\]"):
-            generate(m, [prompt])
     with pytest.raises(ValueError, match="2 params for 3 prompts"):
         generate(m, [[5]] * 3, [SamplingParams()] * 2)
     bare = tiny()
-    with pytest.raises(ValueError, match=r"no tokenizer.json; give the prompt as token ids"):
+    with pytest.raises(ValueError, match=r"no tokenizer\.json; give the prompt as token ids"):
         generate(bare, ["hello"])
-    with pytest.raises(ValueError, match=r"stop is \('a',\), but the checkpoint has no tokenizer.json"):
+    with pytest.raises(ValueError, match=r"stop is \('a',\), must be empty for a checkpoint without a tokenizer.json"):
         generate(bare, [[5]], SamplingParams(stop=("a",)))
     assert generate(bare, []) == []
 

@@ -2,8 +2,9 @@ from typing import Any
 
 import pytest
 
+from twotower.decoding.modes import MODES
 from twotower.decoding.output import GenerationStats
-from twotower.decoding.params import COMMIT_RULES, MODES, SamplingParams
+from twotower.decoding.params import COMMIT_RULES, SamplingParams
 from twotower.errors import SettingError
 
 NAN, INF = float("nan"), float("inf")

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from twotower.decoding.generate import MODULES, generate
-from twotower.decoding.params import MODES, SamplingParams
+from twotower.decoding.generate import generate
+from twotower.decoding.modes import MODES
+from twotower.decoding.params import SamplingParams
 from twotower.decoding.record import make_request
 from twotower.decoding.step import Rows, read, step
 from twotower.model.pages import PagedKeys
@@ -33,10 +34,10 @@ def paged(model: TwoTower, prompts: list[tuple[int, ...]]) -> list[ContextState]
 
 
 def start(model: TwoTower, params: list[SamplingParams]) -> list[Rows]:
-    module = MODULES[params[0].mode]
+    steps = MODES[params[0].mode].steps
     requests = [make_request(model, [9 + i, 8, 7 + i] * (i + 1), p) for i, p in enumerate(params)]
-    states = paged(model, [module.context_ids(r) for r in requests])
-    return [module.start(model, (r,), s) for r, s in zip(requests, states, strict=True)]
+    states = paged(model, [steps.context_ids(r) for r in requests])
+    return [steps.start(model, (r,), s) for r, s in zip(requests, states, strict=True)]
 
 
 @pytest.mark.parametrize("pattern", ["M*-E", "llama", "M-"])
@@ -55,7 +56,7 @@ def test_rows_join_and_leave_at_any_step(mode: Any, pattern: str, tiny: Callable
     with torch.inference_mode():
         while singles or batch is not None:
             if batch is not None:
-                stepped = step(MODULES[mode], model, batch)
+                stepped = step(MODES[mode].steps, model, batch)
                 for place, row in enumerate(members):
                     tokens[row] += [t.id for t in stepped.tokens[place]]
                 keep = [p for p, row in enumerate(members) if len(tokens[row]) < params[row].max_new_tokens]
@@ -63,7 +64,7 @@ def test_rows_join_and_leave_at_any_step(mode: Any, pattern: str, tiny: Callable
                 members = [members[p] for p in keep]
             if singles:
                 row = len(params) - len(singles)
-                stepped = step(MODULES[mode], model, singles.pop(0))
+                stepped = step(MODES[mode].steps, model, singles.pop(0))
                 tokens[row] += [t.id for t in stepped.tokens[0]]
                 batch = stepped.rows if batch is None else batch.join(stepped.rows)
                 members.append(row)
@@ -82,11 +83,11 @@ def test_a_step_waits_for_the_device_once(mode: Any, temperature: float, tiny: C
         for i in range(2)
     ]
     with torch.inference_mode():
-        one, other = (step(MODULES[mode], model, rows).rows for rows in start(model, params))
+        one, other = (step(MODES[mode].steps, model, rows).rows for rows in start(model, params))
         batch = one.join(other)
         for _ in range(8):
             waits.clear()
-            launched = MODULES[mode].launch(model, batch)
+            launched = MODES[mode].steps.launch(model, batch)
             assert waits == []
             [values] = read([launched])
             assert waits == ["tolist"]
@@ -99,7 +100,7 @@ def test_steps_of_several_modes_are_read_at_once(tiny: Callable, waits: list[str
     model = tiny("M*-E")
     with torch.inference_mode():
         params = [SamplingParams(mode=mode, block_size=4 + i) for i, mode in enumerate(MODES)]
-        launched = [MODULES[p.mode].launch(model, start(model, [p])[0]) for p in params]
+        launched = [MODES[p.mode].steps.launch(model, start(model, [p])[0]) for p in params]
         expected = [one.results.tolist() for one in launched]
         waits.clear()
         assert read(launched) == expected

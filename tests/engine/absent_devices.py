@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from twotower.config import TwoTowerConfig
-from twotower.decoding.params import MODES, SamplingParams
-from twotower.decoding.step import Launched
+from twotower.decoding.modes import MODES
+from twotower.decoding.params import SamplingParams
+from twotower.decoding.step import LaunchedStep
 from twotower.engine import engine
 from twotower.engine.config import EngineConfig
 from twotower.model.two_tower import TwoTower
@@ -49,7 +50,7 @@ class Copies(TorchDispatchMode):
         return out
 
 
-def made_up(launched: Sequence[Launched]) -> list[Any]:
+def made_up(launched: Sequence[LaunchedStep]) -> list[Any]:
     """Zeros and ones in the shapes of the results: ids, counts, masks and probabilities may be either."""
 
     def fill(shape: Sequence[int]) -> Any:
@@ -67,7 +68,7 @@ with FakeTensorMode(), Copies() as copies:
     model = TwoTower(config, context_device="absent:0", denoiser_device="absent:1").eval()
     limits = EngineConfig(state_bytes=1 << 20, snapshot_bytes=1 << 16, prompt_chunk=64, max_num_requests=12)
     made = engine.Engine(model, limits)
-    for i, mode in enumerate(MODES * 2):
+    for i, mode in enumerate([*MODES, *MODES]):
         params = SamplingParams(mode=mode, max_new_tokens=8 + i, block_size=5, temperature=i % 2, top_k=9, seed=i)
         made.add([5, 6, 7, 8 + i], params)
     made.add([9] * 200, SamplingParams(mode="auto", max_new_tokens=8, allow_loss=True))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from twotower.decoding.generate import generate
+from twotower.decoding.modes import MODES
 from twotower.decoding.output import StepOutput
-from twotower.decoding.params import MODES, SamplingParams
+from twotower.decoding.params import SamplingParams
 from twotower.engine.aio import AsyncEngine, EngineFailed, Overloaded
 from twotower.engine.config import EngineConfig
 from twotower.model.two_tower import TwoTower
@@ -138,7 +139,7 @@ def test_places_of_an_admission_are_given_back_once(engine: AsyncEngine) -> None
 
 def test_bad_requests_raise_where_they_are_made(engine: AsyncEngine) -> None:
     async def main() -> None:
-        with pytest.raises(ValueError, match="token id 40"):
+        with pytest.raises(ValueError, match=r"prompt\[0\] is 40, must be a token id"):
             await last(engine.stream([40], SamplingParams()))
         stream = engine.stream([5], LONG, request_id="a")
         await anext(stream)

@@ -265,9 +265,7 @@ def test_one_that_begins_in_the_place_of_another_is_no_change_of_load(
 
 def test_only_the_engine_takes_it(tiny: Callable) -> None:
     model, params = tiny(), SamplingParams(mode="auto")
-    with pytest.raises(
-        ValueError, match=r"mode is 'auto', which only twotower.Engine can choose for; must be one of ar"
-    ):
+    with pytest.raises(ValueError, match=r"mode is 'auto', must be one of ar, .*only twotower.Engine can choose"):
         generate(model, [[5]], params)
     with pytest.raises(ValueError, match=r"only twotower.Engine"):
         next(stream(model, [5], params))

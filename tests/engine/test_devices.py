@@ -9,7 +9,8 @@ import pytest
 from torch.utils import backend_registration
 
 from twotower.decoding.generate import generate
-from twotower.decoding.params import MODES, SamplingParams
+from twotower.decoding.modes import MODES
+from twotower.decoding.params import SamplingParams
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine
 

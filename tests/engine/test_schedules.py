@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from twotower.backends.choose import pack_
 from twotower.decoding.generate import generate
+from twotower.decoding.modes import MODES
 from twotower.decoding.output import Generation, StepOutput
-from twotower.decoding.params import COMMIT_RULES, MODES, SamplingParams
+from twotower.decoding.params import COMMIT_RULES, SamplingParams
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine
 from twotower.model.two_tower import TwoTower
@@ -53,7 +54,7 @@ def requests(model: TwoTower) -> list[Known]:
     stem = [rng.randrange(4, 260) for _ in range(60)]
     found = []
     for i in range(NUM_REQUESTS):
-        mode = MODES[i % len(MODES)]
+        mode = list(MODES)[i % len(MODES)]
         prompt = stem[: rng.choice([0, 5, 31, 32, 48, 60])] + [rng.randrange(4, 260) for _ in range(i % 7)]
         params = SamplingParams(
             mode=mode,

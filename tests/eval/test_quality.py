@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import twotower
-from twotower.decoding.params import MODES, SamplingParams
+from twotower.decoding.modes import MODES
+from twotower.decoding.params import SamplingParams
 from twotower.eval import quality
 from twotower.eval.quality import (
     Answer,

@@ -8,7 +8,8 @@ import openai
 import pytest
 
 from twotower.decoding.generate import generate
-from twotower.decoding.params import MODES, SamplingParams
+from twotower.decoding.modes import MODES
+from twotower.decoding.params import SamplingParams
 
 NEW = 40
 CYCLE = "b 🎉é…za"  # what follows an a
@@ -190,7 +191,7 @@ def test_models_are_listed(client):
 def test_many_clients_in_all_modes_get_what_they_get_alone(client):
     def ask(i):
         settings = {"model": "tiny", "prompt": "a" * (1 + i), "max_tokens": 20, "seed": i}
-        settings["extra_body"] = {"mode": MODES[i % len(MODES)]}
+        settings["extra_body"] = {"mode": list(MODES)[i % len(MODES)]}
         if i % 2:
             return "".join(c.choices[0].text for c in client.completions.create(**settings, stream=True))
         return client.completions.create(**settings).choices[0].text

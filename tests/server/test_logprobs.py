@@ -10,8 +10,9 @@ import torch
 from twotower.backends.choose import pack_
 from twotower.backends.native.build import library
 from twotower.decoding.generate import generate
+from twotower.decoding.modes import MODES
 from twotower.decoding.output import Token
-from twotower.decoding.params import MODES, SamplingParams
+from twotower.decoding.params import SamplingParams
 from twotower.server.logprobs import Cancelled, Scorer, TokenNames
 
 

@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from twotower.decoding.generate import generate
-from twotower.decoding.params import Mode, SamplingParams
+from twotower.decoding.modes import Mode
+from twotower.decoding.params import SamplingParams
 from twotower.server.app import make_app
 from twotower.server.config import ServerConfig
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from twotower.decoding.output import Generation
 from twotower.decoding.params import SamplingParams
-from twotower.decoding.record import Prompt
+from twotower.decoding.prompt import Prompt
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine
 from twotower.model.two_tower import TwoTower

@@ -14,7 +14,8 @@ from twotower.cli.accounting import pass_bytes, released_tensors
 from twotower.cli.eval import listed_modes
 from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_model
 from twotower.decoding.generate import generate
-from twotower.decoding.params import MODES, SamplingParams
+from twotower.decoding.modes import MODES
+from twotower.decoding.params import SamplingParams
 from twotower.eval.evaluate import FEWEST_REPEATS
 from twotower.eval.provenance import provenance
 from twotower.eval.scoring import is_degenerate

@@ -15,8 +15,9 @@ from rich.text import Text
 from twotower.cli.live import Step, StoryView, steps, tail
 from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_model
 from twotower.decoding.generate import generate
+from twotower.decoding.modes import Mode
 from twotower.decoding.output import Generation, StepOutput
-from twotower.decoding.params import Mode, SamplingParams
+from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 
 from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, open_model
-from twotower.decoding.params import MODES, Mode, SamplingParams
+from twotower.decoding.modes import MODES, Mode
+from twotower.decoding.params import SamplingParams
 from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig, evaluate
 from twotower.eval.provenance import provenance
 from twotower.eval.report import group_table, quality_table, speed_table, to_json

@@ -21,7 +21,8 @@ from twotower.cli.options import (
     open_model,
 )
 from twotower.decoding.generate import generate, stream
-from twotower.decoding.params import CommitRule, Mode, SamplingParams
+from twotower.decoding.modes import Mode
+from twotower.decoding.params import CommitRule, SamplingParams
 from twotower.engine.config import MIB, EngineConfig
 from twotower.model.two_tower import TwoTower
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from twotower.decoding.generate import stream
 from twotower.decoding.output import BlockView, Generation, StepOutput
 from twotower.decoding.params import SamplingParams
-from twotower.decoding.record import Prompt
+from twotower.decoding.prompt import Prompt
 from twotower.model.two_tower import TwoTower
 
 # Probability that a token had when it was fixed, at least -> its colour.

@@ -15,7 +15,7 @@ from twotower.cli.options import (
     ModelOption,
     open_model,
 )
-from twotower.decoding.params import Mode
+from twotower.decoding.modes import Mode
 from twotower.engine.aio import AsyncEngine
 from twotower.engine.config import MIB, EngineConfig
 from twotower.model.two_tower import TwoTower

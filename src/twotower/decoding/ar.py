@@ -9,7 +9,7 @@ from torch import Tensor
 from twotower.decoding.constraint import Guides, guides
 from twotower.decoding.output import BlockView, Token
 from twotower.decoding.sampling import Temper, probability, propose, results, temper, uniforms
-from twotower.decoding.step import Request, Stepped
+from twotower.decoding.step import BatchStep, Request
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
 from twotower.ops.transfer import to_device
@@ -73,17 +73,17 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     return ArRows(requests, context, settings, held, newest)
 
 
-class _Launched(NamedTuple):
+class _ArStep(NamedTuple):
     """`results` are those of each row's next token, (2, b); `rows` have absorbed the newest one of each."""
 
     rows: ArRows
     results: Tensor
 
-    def finish(self, values: list[Any]) -> Stepped:
+    def finish(self, values: list[Any]) -> BatchStep:
         rows, (numbers, confidences) = self.rows, values
         ids = [int(i) for i in numbers]
         absorbed = (1 if rows.newest else 0,) * len(rows.requests)
-        return Stepped(
+        return BatchStep(
             dataclasses.replace(rows, newest=tuple(ids), guides=rows.guides.after([[i] for i in ids])),
             tuple((Token(i, 0, c),) for i, c in zip(ids, confidences, strict=True)),
             (0,) * len(rows.requests),
@@ -91,7 +91,7 @@ class _Launched(NamedTuple):
         )
 
 
-def launch(model: TwoTower, rows: ArRows) -> _Launched:
+def launch(model: TwoTower, rows: ArRows) -> _ArStep:
     """Absorbs the newest token of each row, then samples the next from the context tower's logits."""
     context = rows.context
     if rows.newest:
@@ -110,4 +110,4 @@ def launch(model: TwoTower, rows: ArRows) -> _Launched:
     confidence = proposal.confidence
     if rows.guides.any:
         confidence = probability(logits, proposal.tokens, ops.best(logits).log_sum)
-    return _Launched(dataclasses.replace(rows, context=context), results(proposal.tokens[:, 0], confidence[:, 0]))
+    return _ArStep(dataclasses.replace(rows, context=context), results(proposal.tokens[:, 0], confidence[:, 0]))

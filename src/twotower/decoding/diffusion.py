@@ -9,9 +9,8 @@ from torch import Tensor
 from twotower.backends.protocol import LogitOps
 from twotower.decoding import unmasking
 from twotower.decoding.output import BlockView, Token
-from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import Proposal, Temper, propose, temper, uniforms
-from twotower.decoding.step import Request, Stepped
+from twotower.decoding.step import BatchStep, Request
 from twotower.decoding.unmasking import CommitSchedule
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
@@ -149,7 +148,7 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     return DiffusionRows(requests, context, settings, unmasking.schedule(params, device), produced, block)
 
 
-class _Launched(NamedTuple):
+class _DiffusionStep(NamedTuple):
     """`rows` after the step, but for each block's `left`; `results` (4, b, s) are the blocks' ids, steps, confidences
     and masks, and `absorbed` says which rows took a context call."""
 
@@ -157,7 +156,7 @@ class _Launched(NamedTuple):
     results: Tensor
     absorbed: tuple[int, ...]
 
-    def finish(self, values: list[Any]) -> Stepped:
+    def finish(self, values: list[Any]) -> BatchStep:
         block = self.rows.block
         xt, committed_at, confidence, masked = values
         left = tuple(int(sum(row)) for row in masked)
@@ -170,10 +169,10 @@ class _Launched(NamedTuple):
             )
             for row, (count, width) in enumerate(zip(left, block.widths, strict=True))
         )
-        return Stepped(self.rows._replace(block=block._replace(left=left)), tokens, (1,) * len(left), self.absorbed)
+        return BatchStep(self.rows._replace(block=block._replace(left=left)), tokens, (1,) * len(left), self.absorbed)
 
 
-def launch(model: TwoTower, rows: DiffusionRows) -> _Launched:
+def launch(model: TwoTower, rows: DiffusionRows) -> _DiffusionStep:
     """One NFE: proposals for every masked position, of which some commit. A finished block gives its tokens.
 
     Every row walks through its blocks at its own pace. The context tower absorbs a finished block at the start of the
@@ -192,7 +191,7 @@ def launch(model: TwoTower, rows: DiffusionRows) -> _Launched:
     after = _unmask(rows, proposal, logits, ops)
     columns = (after.xt, after.committed_at, after.confidence, after.masked)
     found = torch.stack([c.double() for c in columns])
-    return _Launched(rows._replace(block=after), found, absorbed)
+    return _DiffusionStep(rows._replace(block=after), found, absorbed)
 
 
 def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
@@ -258,7 +257,7 @@ def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, ops: LogitO
     block = rows.block
     steps = to_device(block.steps, block.xt.device)
     at = rows.schedule.at(steps)
-    rules = [_rule(r.params) for r in rows.requests]
+    rules = [unmasking.rule_and_steps(r.params)[0] for r in rows.requests]
     fixed: Tensor | None = None  # positions fixed after this step
     for rule in sorted(set(rules)):
         if rule == "remask":
@@ -284,10 +283,6 @@ def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, ops: LogitO
         committed_at=after.committed_at,
         steps=tuple(n + 1 for n in block.steps),
     )
-
-
-def _rule(params: SamplingParams) -> str:
-    return "leftmost" if params.mode == "simulated_ar" else params.commit_rule
 
 
 def _uniforms(requests: tuple[Request, ...], block: Block, first_step: int) -> Tensor:

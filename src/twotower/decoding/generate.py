@@ -2,26 +2,18 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from types import ModuleType
-from typing import cast
+from typing import Any
 
 import torch
 
-from twotower.decoding import ar, diffusion, mock_ar, verified
+from twotower.decoding.modes import MODES
 from twotower.decoding.output import Generation, StepOutput
 from twotower.decoding.params import SamplingParams
-from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
-from twotower.decoding.step import Request, Rows, step
+from twotower.decoding.prompt import Prompt, per_prompt
+from twotower.decoding.record import Record, make_request, warn_about_block_size
+from twotower.decoding.step import ModeSteps, Request, step
+from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
-
-# Mode -> the module whose launch() it is.
-MODULES: dict[str, ModuleType] = {
-    "ar": ar,
-    "mock_ar": mock_ar,
-    "simulated_ar": diffusion,
-    "diffusion": diffusion,
-    "verified": verified,
-}
 
 
 def generate(
@@ -32,18 +24,16 @@ def generate(
     Rows of one mode run as a batch; each result is what the row would give alone. Raises ValueError for bad prompts
     or settings before anything runs.
     """
-    if isinstance(prompts, str):
-        raise ValueError("prompts is one string, must be a list of prompts; write [prompt]")
-    chosen = _per_prompt(params, len(prompts))
-    _settle_mode(chosen)
+    chosen = per_prompt(prompts, params)
+    _refuse_auto(chosen)
     requests = [make_request(model, prompt, p) for prompt, p in zip(prompts, chosen, strict=True)]
     warn_about_block_size(model, chosen)
     results: dict[str, Generation] = {}
-    for module in dict.fromkeys(MODULES[p.mode] for p in chosen):
+    for mode in MODES.values():
         began = time.perf_counter()
-        members = [i for i, p in enumerate(chosen) if MODULES[p.mode] is module]
-        records = [Record(model, requests[i], began, id=str(i)) for i in members]
-        results |= {done.request_id: done.result for done in _drive(model, module, records) if done.result is not None}
+        records = [Record(model, r, began, id=str(i)) for i, r in enumerate(requests) if r.params.mode == mode.name]
+        outputs = _drive(model, mode.steps, records) if records else ()
+        results |= {output.request_id: output.result for output in outputs if output.result is not None}
     return [results[str(i)] for i in range(len(prompts))]
 
 
@@ -57,43 +47,33 @@ def stream(
     step worked on. Raises ValueError for a bad prompt or settings before anything runs.
     """
     chosen = params or SamplingParams()
-    _settle_mode([chosen])
+    _refuse_auto([chosen])
     request = make_request(model, prompt, chosen)
     warn_about_block_size(model, [chosen])
     record = Record(model, request, time.perf_counter(), watch=every_step)
-    for output in _drive(model, MODULES[chosen.mode], [record]):
+    for output in _drive(model, MODES[chosen.mode].steps, [record]):
         if every_step or output.text or output.tokens or output.result is not None:
             yield output
 
 
-def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ValueError(f"there are {len(params)} params for {count} prompts; give one, or one per prompt")
-    return list(params)
-
-
-def _settle_mode(params: Sequence[SamplingParams]) -> None:
+def _refuse_auto(params: Sequence[SamplingParams]) -> None:
     if any(p.mode == "auto" for p in params):
-        raise ValueError(
-            f"mode is 'auto', which only twotower.Engine can choose for; must be one of {', '.join(MODULES)}"
-        )
+        raise SettingError("mode", "auto", f"one of {', '.join(MODES)}", "only twotower.Engine can choose a mode")
 
 
-def _drive(model: TwoTower, module: ModuleType, records: list[Record]) -> Iterator[StepOutput]:
+def _drive(model: TwoTower, steps: ModeSteps[Any], records: list[Record]) -> Iterator[StepOutput]:
     """Steps one mode's batch until every request is finished; finished ones leave the batch between steps."""
     active = [record for record in records if record.request.params.max_new_tokens > 0]
     yield from (record.end_without_tokens() for record in records if record not in active)
     if not active:
         return
     with torch.inference_mode():
-        rows = _prefill(model, module, [record.request for record in active])
+        rows = _prefill(model, steps, [record.request for record in active])
     for record in active:
         record.context_calls += 1
     while active:
         with torch.inference_mode():
-            stepped = step(module, model, rows)
+            stepped = step(steps, model, rows)
             rows = stepped.rows
             outputs = [record.take(stepped, place) for place, record in enumerate(active)]
             keep = [place for place, output in enumerate(outputs) if output.result is None]
@@ -103,9 +83,9 @@ def _drive(model: TwoTower, module: ModuleType, records: list[Record]) -> Iterat
         yield from outputs
 
 
-def _prefill(model: TwoTower, module: ModuleType, requests: list[Request]) -> Rows:
+def _prefill(model: TwoTower, steps: ModeSteps[Any], requests: list[Request]) -> Any:
     """Absorbs ragged prompts in one batch, with room for everything the rows may produce."""
-    prompts: list[tuple[int, ...]] = [module.context_ids(r) for r in requests]
+    prompts = [steps.context_ids(r) for r in requests]
     lengths = [len(p) for p in prompts]
     longest = max(lengths)
     table = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -113,4 +93,4 @@ def _prefill(model: TwoTower, module: ModuleType, requests: list[Request]) -> Ro
         table[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
     room = max(n + r.params.max_new_tokens + r.params.block_size + 1 for n, r in zip(lengths, requests, strict=True))
     context = model.prefill(table, lengths, capacity=room)
-    return cast(Rows, module.start(model, tuple(requests), context))
+    return steps.start(model, tuple(requests), context)

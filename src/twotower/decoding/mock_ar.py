@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower.decoding.output import BlockView, Token
 from twotower.decoding.sampling import Temper, propose, results, temper, uniforms
-from twotower.decoding.step import Request, Stepped
+from twotower.decoding.step import BatchStep, Request
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
 from twotower.ops.transfer import to_device
@@ -66,21 +66,21 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     return MockArRows(requests, context, settings, tuple((r.prompt_ids + r.produced)[-1] for r in requests))
 
 
-class _Launched(NamedTuple):
+class _MockArStep(NamedTuple):
     """`results` are those of each row's next token, (2, b); `rows` have absorbed the newest one of each."""
 
     rows: MockArRows
     results: Tensor
 
-    def finish(self, values: list[Any]) -> Stepped:
+    def finish(self, values: list[Any]) -> BatchStep:
         numbers, confidences = values
         ids = tuple(int(i) for i in numbers)
         ones = (1,) * len(ids)
         tokens = tuple((Token(i, 0, c),) for i, c in zip(ids, confidences, strict=True))
-        return Stepped(dataclasses.replace(self.rows, newest=ids), tokens, ones, ones)
+        return BatchStep(dataclasses.replace(self.rows, newest=ids), tokens, ones, ones)
 
 
-def launch(model: TwoTower, rows: MockArRows) -> _Launched:
+def launch(model: TwoTower, rows: MockArRows) -> _MockArStep:
     """One token per row."""
     newest = torch.tensor(rows.newest).unsqueeze(1)  # (b, 1)
     seed = rows.context.to(model.denoiser_device)
@@ -92,4 +92,4 @@ def launch(model: TwoTower, rows: MockArRows) -> _Launched:
     proposal = propose(logits, rows.settings, draws, model.denoiser_tower.logit_ops)
     context = model.absorb(to_device(newest, model.context_device), rows.context, with_logits=False)
     found = results(proposal.tokens[:, 0], proposal.confidence[:, 0])
-    return _Launched(dataclasses.replace(rows, context=context), found)
+    return _MockArStep(dataclasses.replace(rows, context=context), found)

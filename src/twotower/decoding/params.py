@@ -3,16 +3,12 @@
 import dataclasses
 from typing import Literal, get_args
 
+from twotower.decoding.modes import CONSTRAINED_MODES, MODES, Mode
 from twotower.errors import SettingError, check_choice, check_flag, check_integer, check_number
 
-StepMode = Literal["ar", "mock_ar", "simulated_ar", "diffusion", "verified"]
-Mode = Literal[StepMode, "auto"]
 CommitRule = Literal["confidence", "margin", "entropy", "fixed", "leftmost", "posterior", "remask"]
-MODES: tuple[str, ...] = get_args(StepMode)
 # Most positions of a block and most steps that it may take: far more than is of use, and what tensors can count.
 MAX_BLOCK = 1 << 16
-# Modes that decide tokens from left to right, given all before: only they can hold a text to a grammar.
-CONSTRAINED_MODES = ("ar", "verified", "auto")
 COMMIT_RULES: tuple[str, ...] = get_args(CommitRule)
 
 
@@ -77,7 +73,7 @@ class SamplingParams:
                 raise SettingError("seed", self.seed, "in [0, 2**63)", "take it modulo 2**63")
         for name in ("ignore_eos", "allow_loss", "adaptive_draft"):
             check_flag(name, getattr(self, name))
-        if self.commit_rule != "confidence" and self.mode != "diffusion":
+        if self.commit_rule != "confidence" and (self.mode == "auto" or "commit_rule" not in MODES[self.mode].settings):
             rule = f"'confidence' in mode {self.mode!r}"
             raise SettingError("commit_rule", self.commit_rule, rule, "only mode 'diffusion' reads it: drop it")
         if self.allow_loss and self.mode != "auto":

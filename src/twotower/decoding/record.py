@@ -8,34 +8,20 @@ from collections.abc import Sequence
 from twotower.decoding.constraint import check_constraint
 from twotower.decoding.output import FinishReason, Generation, GenerationStats, StepOutput, Token
 from twotower.decoding.params import SamplingParams
-from twotower.decoding.step import Request, Stepped
+from twotower.decoding.prompt import Prompt, prompt_ids
+from twotower.decoding.step import BatchStep, Request
 from twotower.decoding.text import TextStream
+from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
-
-Prompt = str | Sequence[int]
 
 
 def make_request(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Request:
-    """Checks a prompt against the model, makes ids of it and settles the seed; raises ValueError for what can't run."""
-    if isinstance(prompt, str):
-        if model.tokenizer is None:
-            raise ValueError("the checkpoint has no tokenizer.json; give the prompt as token ids")
-        ids = tuple(model.tokenizer.encode(prompt).ids)
-    else:
-        ids = tuple(int(i) for i in prompt)
+    """Makes ids of a prompt and settles the seed. Raises SettingError for what this model can't run."""
+    ids = prompt_ids(model, prompt)
     if params.stop and model.tokenizer is None:
-        raise ValueError(f"stop is {params.stop}, but the checkpoint has no tokenizer.json to find it with; drop it")
-    if not ids:
-        if model.config.bos_token_id is None:
-            raise ValueError("the prompt is empty and the config has no bos_token_id; give at least one token")
-        ids = (model.config.bos_token_id,)
-    v = model.config.vocab_size
-    strange = [i for i in ids if not 0 <= i < v]
-    if strange:
-        raise ValueError(f"prompt has token id {strange[0]}, must be in [0, {v - 1}]; was another tokenizer used?")
+        raise SettingError("stop", params.stop, "empty for a checkpoint without a tokenizer.json", "drop it")
     check_constraint(model, params)
-    seed = secrets.randbits(63) if params.seed is None else params.seed
-    return Request(ids, params, seed)
+    return Request(ids, params, secrets.randbits(63) if params.seed is None else params.seed)
 
 
 def warn_about_block_size(model: TwoTower, params: Sequence[SamplingParams]) -> None:
@@ -73,7 +59,7 @@ class Record:
         if self.seconds_queued is None:
             self.seconds_queued = time.perf_counter() - self.began
 
-    def take(self, stepped: Stepped, place: int) -> StepOutput:
+    def take(self, stepped: BatchStep, place: int) -> StepOutput:
         """Adds the tokens of row `place` of a step, ends the request where they say so, and returns what is new."""
         self.request = stepped.rows.requests[place]
         self.denoiser_calls += stepped.denoiser_calls[place]

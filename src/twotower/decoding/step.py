@@ -5,8 +5,7 @@ once, and each one's `finish` makes tokens of what came. Values on the host in b
 """
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,7 +63,10 @@ class Rows(Protocol):
         ...
 
 
-class Stepped(NamedTuple):
+R = TypeVar("R", bound=Rows)
+
+
+class BatchStep(NamedTuple):
     """The batch after one step, the tokens each row got, and which towers ran for each row."""
 
     rows: Rows
@@ -73,7 +75,7 @@ class Stepped(NamedTuple):
     context_calls: tuple[int, ...]
 
 
-class Launched(Protocol):
+class LaunchedStep(Protocol):
     """A step whose work the devices have been given."""
 
     @property
@@ -81,12 +83,12 @@ class Launched(Protocol):
         """What the host must know of it, float64, which holds any id and any float32 exactly."""
         ...
 
-    def finish(self, values: list[Any]) -> Stepped:
+    def finish(self, values: list[Any]) -> BatchStep:
         """What came of the step, given its `results` as nested lists; may launch more, and waits for nothing."""
         ...
 
 
-def read(launched: Sequence[Launched]) -> list[list[Any]]:
+def read(launched: Sequence[LaunchedStep]) -> list[list[Any]]:
     """Every step's results as nested lists: one wait for the devices, however many steps and devices there are."""
     device = launched[0].results.device
     flat = [one.results.flatten().to(device, non_blocking=True) for one in launched]
@@ -106,8 +108,24 @@ def _nest(values: list[Any], shape: Sequence[int]) -> list[Any]:
     return values
 
 
-def step(mode: ModuleType, model: TwoTower, rows: Rows) -> Stepped:
+class ModeSteps(Protocol[R]):
+    """The functions of a mode's module."""
+
+    def context_ids(self, request: Request) -> tuple[int, ...]:
+        """What the context tower must have absorbed before the request takes its first step."""
+        ...
+
+    def start(self, model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> R:
+        """The batch before its first step; `context` has absorbed each request's `context_ids`."""
+        ...
+
+    def launch(self, model: TwoTower, rows: R) -> LaunchedStep:
+        """Gives the devices the work of one step, and waits for nothing."""
+        ...
+
+
+def step(steps: ModeSteps[R], model: TwoTower, rows: R) -> BatchStep:
     """One step of a mode's batch, launched, waited for and finished."""
-    launched: Launched = mode.launch(model, rows)
+    launched = steps.launch(model, rows)
     [values] = read([launched])
     return launched.finish(values)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twotower.backends.protocol import LogitOps
-from twotower.decoding.params import SamplingParams
+from twotower.decoding.params import CommitRule, SamplingParams
 from twotower.decoding.sampling import Proposal
 from twotower.ops.transfer import to_device
 from twotower.ops.unmask import ranks
@@ -39,9 +39,16 @@ class CommitSchedule(NamedTuple):
         )
 
 
+def rule_and_steps(params: SamplingParams) -> tuple[CommitRule, int]:
+    """A request's commit rule and T. Mode `simulated_ar` is rule `leftmost` with one step per position of a block."""
+    if params.mode == "simulated_ar":
+        return "leftmost", params.block_size
+    return params.commit_rule, params.steps_per_block
+
+
 def schedule(params: tuple[SamplingParams, ...], device: torch.device) -> CommitSchedule:
-    """The first step of a batch, with its T and γ. `simulated_ar` takes one step per position."""
-    steps = [p.block_size if p.mode == "simulated_ar" else p.steps_per_block for p in params]
+    """The first step of a batch, with its T and γ."""
+    steps = [rule_and_steps(p)[1] for p in params]
     # a γ of 1 is an integer to PyTorch, and kernels read float32
     thresholds = torch.tensor([p.confidence_threshold for p in params], dtype=torch.float32)
     return CommitSchedule(0, to_device(steps, device), to_device(thresholds, device))

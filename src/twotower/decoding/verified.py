@@ -14,7 +14,7 @@ from torch import Tensor
 from twotower.decoding.constraint import Guides, guides
 from twotower.decoding.output import BlockView, Token
 from twotower.decoding.sampling import Temper, distribution, inverse_sample, probability, results, temper, uniforms
-from twotower.decoding.step import Request, Stepped
+from twotower.decoding.step import BatchStep, Request
 from twotower.model.passes import CausalPass
 from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
@@ -116,7 +116,7 @@ class Judged(NamedTuple):
     scored: CausalPass
     results: Tensor
 
-    def finish(self, values: list[Any]) -> Stepped:
+    def finish(self, values: list[Any]) -> BatchStep:
         rows, found = self.rows, verdict(values)
         num_known = 1 if rows.newest else 0
         emitted = []
@@ -133,7 +133,7 @@ class Judged(NamedTuple):
             produced=tuple(n + len(t) for n, t in zip(rows.produced, emitted, strict=True)),
             newest=found.bonus,
         )
-        return Stepped(after, tuple(emitted), ones, ones)
+        return BatchStep(after, tuple(emitted), ones, ones)
 
 
 def launch(model: TwoTower, rows: VerifiedRows) -> Judged:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 
 from twotower.decoding.output import StepOutput
 from twotower.decoding.params import SamplingParams
-from twotower.decoding.record import Prompt
+from twotower.decoding.prompt import Prompt
 from twotower.decoding.step import Request
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine, EngineStats

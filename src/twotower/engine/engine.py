@@ -5,17 +5,16 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from twotower.decoding import diffusion
-from twotower.decoding.generate import MODULES
+from twotower.decoding.modes import EXACT_MODES, MODES, DecodingMode
 from twotower.decoding.output import Generation, StepOutput
 from twotower.decoding.params import SamplingParams
-from twotower.decoding.record import Prompt, Record, make_request, warn_about_block_size
-from twotower.decoding.step import Launched, Request, Stepped, read
+from twotower.decoding.prompt import Prompt, per_prompt
+from twotower.decoding.record import Record, make_request, warn_about_block_size
+from twotower.decoding.step import BatchStep, LaunchedStep, Request, read
 from twotower.engine.auto import AutoRow, Chooser
 from twotower.engine.config import EngineConfig
 from twotower.engine.intake import Intake
@@ -50,9 +49,9 @@ class EngineStats(NamedTuple):
 class _Launch(NamedTuple):
     """A step of one mode's batch that the devices are at, and the seconds that launching it took."""
 
-    module: ModuleType
+    mode: DecodingMode
     batch: ModeBatch
-    launched: Launched
+    launched: LaunchedStep
     seconds: float
 
 
@@ -72,7 +71,7 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._num_added = 0
         self._intake = Intake(model, self.config, self._pool, self._cache)
-        self._batches: dict[ModuleType, ModeBatch] = {}
+        self._batches: dict[str, ModeBatch] = {}
         apart = self.config.commits_apart
         self._commits_apart = model.context_device != model.denoiser_device if apart is None else apart
         self._load = 0  # requests that decode, and those that are about to in the place of others
@@ -120,7 +119,7 @@ class Engine:
         record = Record(self.model, request, began, request_id, watch)
         auto = None
         if request.params.mode == "auto":
-            auto = AutoRow(("ar", "verified", "diffusion") if request.params.allow_loss else ("ar", "verified"))
+            auto = AutoRow((*EXACT_MODES, "diffusion") if request.params.allow_loss else EXACT_MODES)
         self._jobs[request_id] = Job(request_id, self._num_added, record, auto=auto)
         self._intake.waiting.append(self._jobs[request_id])
         return request_id
@@ -153,8 +152,8 @@ class Engine:
             started = self._intake.start()
             launches: list[_Launch] = []
             # Backwards from `verified`: its towers wait for one another, and what is launched after it fills the gaps.
-            for module in reversed(dict.fromkeys(MODULES.values())):
-                launches += self._launch_mode(module, [job for job in started if job.module is module])
+            for mode in reversed(MODES.values()):
+                launches += self._launch_mode(mode, [job for job in started if job.mode is mode])
             if self._commits_apart:
                 self._intake.absorb()
             num_rows = sum(len(launch.batch.jobs) for launch in launches)
@@ -174,7 +173,7 @@ class Engine:
 
         Raises ValueError if other requests are unfinished, or as `add` does, before anything runs.
         """
-        many = [params or SamplingParams()] * len(prompts) if isinstance(params, SamplingParams | None) else params
+        many = per_prompt(prompts, params)
         warn_about_block_size(self.model, many)
         return list(self.run([self.prepare(prompt, p) for prompt, p in zip(prompts, many, strict=True)]))
 
@@ -241,28 +240,28 @@ class Engine:
         if not free:
             return
         if self._chooser.due(self._load):
-            others = [job.module for job in jobs if job.auto is None] + [job.module for job in coming]
-            self._chooser.choose(free, collections.Counter(map(_name, others)))
-        for module, batch in list(self._batches.items()):
+            others = [job.mode.name for job in (*(job for job in jobs if job.auto is None), *coming)]
+            self._chooser.choose(free, collections.Counter(others))
+        for name, batch in list(self._batches.items()):
             if all(job.auto is None or job.auto.mode == job.auto.wanted for job in batch.jobs):
                 continue
             for job, rests in zip(tuple(batch.jobs), batch.rows.rests, strict=True):
                 if job.auto is not None and rests and job.auto.mode != job.auto.wanted:
                     job.auto.mode = job.auto.wanted
-                    self._take_out(module, batch, job)
+                    self._take_out(name, batch, job)
 
     def _set_aside(self) -> None:
-        """Lets the intake absorb every finished block; the request starts anew behind it."""
-        batch = self._batches.get(diffusion)
-        if batch is not None:
-            for job in [job for job, rests in zip(batch.jobs, batch.rows.rests, strict=True) if rests]:
-                self._take_out(diffusion, batch, job)
+        """Lets the intake absorb every finished block; the request starts its next block afterwards."""
+        for name, batch in list(self._batches.items()):
+            if MODES[name].fills_blocks:
+                for job in [job for job, rests in zip(batch.jobs, batch.rows.rests, strict=True) if rests]:
+                    self._take_out(name, batch, job)
 
-    def _take_out(self, module: ModuleType, batch: ModeBatch, job: Job) -> None:
+    def _take_out(self, name: str, batch: ModeBatch, job: Job) -> None:
         """From its batch to the intake, which absorbs what its context lacks."""
         place = batch.jobs.index(job)
         job.context = batch.rows.context.select([place])
-        self._keep(module, batch, [i for i in range(len(batch.jobs)) if i != place])
+        self._keep(name, batch, [i for i in range(len(batch.jobs)) if i != place])
         job.points = []
         self._intake.absorbing.append(job)
 
@@ -288,24 +287,24 @@ class Engine:
     def _withdraw(self, job: Job) -> None:
         """Takes a job out of wherever it is and frees its state."""
         self._intake.remove(job)
-        for module, batch in list(self._batches.items()):
+        for name, batch in list(self._batches.items()):
             if job in batch.jobs:
                 keep = [i for i, other in enumerate(batch.jobs) if other is not job]
-                self._keep(module, batch, keep)
+                self._keep(name, batch, keep)
         if job.has_slot:
             self._pool.close_(job.table)
         job.context, job.has_slot, job.silent_steps = None, False, 0
 
-    def _keep(self, module: ModuleType, batch: ModeBatch, keep: list[int]) -> None:
+    def _keep(self, name: str, batch: ModeBatch, keep: list[int]) -> None:
         """Leaves only some rows in a batch, and no batch without rows."""
         if not keep:
-            self._batches.pop(module, None)
+            self._batches.pop(name, None)
             batch.jobs = []
         elif len(keep) < len(batch.jobs):
             batch.rows = batch.rows.select(keep)
             batch.jobs = [batch.jobs[i] for i in keep]
 
-    def _launch_mode(self, module: ModuleType, started: list[Job]) -> list[_Launch]:
+    def _launch_mode(self, mode: DecodingMode, started: list[Job]) -> list[_Launch]:
         """Launches one step of a mode's batch, which those that start join before it or, where they can't, after it."""
         alone = []
         # a row's first token of all is unlike the others: there is no newest one before it
@@ -314,22 +313,22 @@ class Engine:
                 continue
             contexts = [job.context for job in fresh if job.context is not None]
             state = contexts[0] if len(contexts) == 1 else join(contexts)
-            new = ModeBatch(fresh, module.start(self.model, tuple(job.request for job in fresh), state))
+            new = ModeBatch(fresh, mode.steps.start(self.model, tuple(job.request for job in fresh), state))
             for job in fresh:
                 job.context = None
             if not new.rows.joins:
                 alone.append(new)
-            elif module in self._batches:
-                self._batches[module].join(new)
+            elif mode.name in self._batches:
+                self._batches[mode.name].join(new)
             else:
-                self._batches[module] = new
-        joined = [self._batches[module]] if module in self._batches else []
-        return [self._launch(module, batch) for batch in joined + alone]
+                self._batches[mode.name] = new
+        joined = [self._batches[mode.name]] if mode.name in self._batches else []
+        return [self._launch(mode, batch) for batch in joined + alone]
 
-    def _launch(self, module: ModuleType, batch: ModeBatch) -> _Launch:
+    def _launch(self, mode: DecodingMode, batch: ModeBatch) -> _Launch:
         began = time.perf_counter()
-        launched = module.launch(self.model, batch.rows)
-        return _Launch(module, batch, launched, time.perf_counter() - began)
+        launched = mode.steps.launch(self.model, batch.rows)
+        return _Launch(mode, batch, launched, time.perf_counter() - began)
 
     def _finish(self, launches: list[_Launch]) -> list[StepOutput]:
         """Waits for the devices, once in a round, and takes what came of every step."""
@@ -346,11 +345,11 @@ class Engine:
             stepped = launch.launched.finish(found)
             seconds = launch.seconds * (1 + waited) + time.perf_counter() - began
             self._seconds_of_steps += seconds
-            self._chooser.observe(_name(launch.module), len(launch.batch.jobs), seconds)
-            outputs += self._take(launch.module, launch.batch, stepped)
+            self._chooser.observe(launch.mode.name, len(launch.batch.jobs), seconds)
+            outputs += self._take(launch.mode.name, launch.batch, stepped)
         return outputs
 
-    def _take(self, module: ModuleType, batch: ModeBatch, stepped: Stepped) -> list[StepOutput]:
+    def _take(self, name: str, batch: ModeBatch, stepped: BatchStep) -> list[StepOutput]:
         """Hands a step's tokens to its requests; those that are unfinished stay in the batch of their mode."""
         batch.rows = stepped.rows
         self._denoiser_calls += sum(stepped.denoiser_calls)
@@ -362,7 +361,7 @@ class Engine:
             if job.auto is not None:
                 job.auto.took_step()
             if stepped.tokens[place]:
-                self._chooser.observe_yield(_name(module), job.auto, len(stepped.tokens[place]), job.silent_steps)
+                self._chooser.observe_yield(name, job.auto, len(stepped.tokens[place]), job.silent_steps)
                 job.silent_steps = 0
             if output.result is None:
                 keep.append(place)
@@ -370,15 +369,11 @@ class Engine:
                 self._pool.close_(job.table)
             if job.record.watch or output.text or output.tokens or output.result is not None:
                 outputs.append(output)
-        joined = self._batches.get(module)
+        joined = self._batches.get(name)
         if joined is batch or joined is None:
-            self._batches[module] = batch
-            self._keep(module, batch, keep)
+            self._batches[name] = batch
+            self._keep(name, batch, keep)
         elif keep:
             rows = batch.rows if len(keep) == len(batch.jobs) else batch.rows.select(keep)
             joined.join(ModeBatch([batch.jobs[i] for i in keep], rows))
         return outputs
-
-
-def _name(module: ModuleType) -> str:
-    return module.__name__.rpartition(".")[2]

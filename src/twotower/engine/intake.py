@@ -4,7 +4,6 @@ from collections import deque
 
 import torch
 
-from twotower.decoding import ar, verified
 from twotower.engine.config import EngineConfig
 from twotower.engine.job import Job
 from twotower.engine.pool import StatePool
@@ -144,7 +143,7 @@ class Intake:
 
 def _needs_logits(job: Job) -> bool:
     """Whether the first step reads the logits after the last of the job's `context_ids`."""
-    return job.module in (ar, verified) and not job.record.tokens
+    return job.mode.starts_from_logits and not job.record.tokens
 
 
 def _shares(wanted: list[int], budget: int) -> list[int]:

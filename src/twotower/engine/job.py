@@ -1,9 +1,8 @@
 """A request inside the engine."""
 
 import dataclasses
-from types import ModuleType
 
-from twotower.decoding.generate import MODULES
+from twotower.decoding.modes import MODES, DecodingMode
 from twotower.decoding.record import Record
 from twotower.decoding.step import Request, Rows
 from twotower.engine.auto import AutoRow
@@ -34,15 +33,14 @@ class Job:
     silent_steps: int = 0
 
     @property
-    def module(self) -> ModuleType:
-        """Whose launch() it takes next."""
-        return MODULES[self.record.request.params.mode if self.auto is None else self.auto.mode]
+    def mode(self) -> DecodingMode:
+        """The mode whose step it takes next."""
+        return MODES[self.record.request.params.mode if self.auto is None else self.auto.mode]
 
     @property
     def context_ids(self) -> tuple[int, ...]:
         """What its context must hold before it starts to decode."""
-        ids: tuple[int, ...] = self.module.context_ids(self.request)
-        return ids
+        return self.mode.steps.context_ids(self.request)
 
     @property
     def num_absorbed(self) -> int:

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from twotower.decoding.params import Mode, SamplingParams
+from twotower.decoding.modes import Mode
+from twotower.decoding.params import SamplingParams
 from twotower.eval.evaluate import SpeedConfig, TaskResult, evaluate, timed_work
 from twotower.eval.quality import Answer, Interval, mean_score
 from twotower.eval.report import gain_counts, task_retention, tokens_per_call

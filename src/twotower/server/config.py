@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
-from twotower.decoding.params import Mode
+from twotower.decoding.modes import Mode
 from twotower.errors import SettingError, check_choice, check_integer
 
 MIB = 1 << 20

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from twotower.decoding.params import CONSTRAINED_MODES, MAX_BLOCK, CommitRule, Mode, SamplingParams
+from twotower.decoding.modes import CONSTRAINED_MODES, Mode
+from twotower.decoding.params import MAX_BLOCK, CommitRule, SamplingParams
 from twotower.server.errors import ApiError
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256

@@ -10,7 +10,7 @@ import tokenizers
 
 from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.decoding.output import StepOutput
-from twotower.decoding.record import Prompt
+from twotower.decoding.prompt import Prompt
 from twotower.decoding.step import Request
 from twotower.engine.aio import Admission, AsyncEngine
 from twotower.server.config import ServerConfig

@@ -8,8 +8,8 @@ from typing import Any, get_args
 from fastapi import Request
 from fastapi.responses import Response
 
+from twotower.decoding.modes import Mode
 from twotower.decoding.output import BlockView, Generation, StepOutput, Token
-from twotower.decoding.params import Mode
 from twotower.server.protocol import WatchRequest
 from twotower.server.service import Service
 from twotower.server.streaming import EventStream

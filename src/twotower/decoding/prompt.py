@@ -1,0 +1,65 @@
+"""The one check of prompts: every entrance of the library makes token ids of them here."""
+
+import operator
+from collections.abc import Iterable, Sequence
+
+from twotower.decoding.params import SamplingParams
+from twotower.errors import SettingError
+from twotower.model.two_tower import TwoTower
+
+Prompt = str | Sequence[int]
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Raises SettingError for one bare prompt where a list of prompts is meant."""
+    if isinstance(prompts, str):
+        raise SettingError("prompts", prompts, "a list of prompts, and is one string", "write [prompt]")
+    first = next(iter(prompts), None)
+    if first is not None and not isinstance(first, str | Iterable):
+        raise SettingError("prompts", prompts, "a list of prompts, and is one prompt's ids", "write [prompt]")
+
+
+def prompt_ids(model: TwoTower, prompt: Prompt, name: str = "prompt") -> tuple[int, ...]:
+    """The token ids of a prompt, at least one: an empty prompt is the BOS token.
+
+    Raises SettingError, which calls the prompt `name`, for text without a tokenizer, for an empty prompt without a BOS
+    token, and for ids that are no integers or not in the vocabulary.
+    """
+    config = model.config
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            rule = "token ids, because the checkpoint has no tokenizer.json"
+            raise SettingError(name, prompt, rule, "give the prompt as token ids")
+        ids = tuple(model.tokenizer.encode(prompt).ids)
+    else:
+        ids = checked_ids(prompt, config.vocab_size, name)
+    if not ids:
+        if config.bos_token_id is None:
+            rule = "not empty, because the config has no bos_token_id"
+            raise SettingError(name, prompt, rule, "give at least one token")
+        ids = (config.bos_token_id,)
+    return ids
+
+
+def checked_ids(ids: Iterable[int], vocab_size: int, name: str) -> tuple[int, ...]:
+    """The ids as a tuple of int. Raises SettingError for one that is no integer or not in [0, `vocab_size`)."""
+    rule = f"a token id in [0, {vocab_size - 1}]"
+    found = []
+    for place, i in enumerate(ids):
+        number = operator.index(i) if hasattr(i, "__index__") and not isinstance(i, bool) else -1
+        if not 0 <= number < vocab_size:
+            raise SettingError(f"{name}[{place}]", i, rule, "was another tokenizer used?")
+        found.append(number)
+    return tuple(found)
+
+
+def per_prompt(
+    prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[SamplingParams]:
+    """The settings of each prompt, where `params` are one for all, one per prompt, or None for the defaults."""
+    check_prompts(prompts)
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(prompts)
+    if len(params) != len(prompts):
+        raise ValueError(f"there are {len(params)} params for {len(prompts)} prompts; give one, or one per prompt")
+    return list(params)
