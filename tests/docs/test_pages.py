@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import twotower
-from twotower.decoding.params import COMMIT_RULES, MODES
+from twotower.decoding.modes import MODES
+from twotower.decoding.params import COMMIT_RULES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*/README.md"))]
