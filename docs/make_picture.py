@@ -1,4 +1,4 @@
-"""Draws docs/demo.svg, the picture at the top of the README: both stories of `twotower demo` at one moment, the first
+"""Draws docs/demo.svg, which README and the first page show: both stories of `twotower demo` at one moment, the first
 after `--at` at which about half of a block is masked.
 
 python docs/make_picture.py [--at 0.3]
@@ -32,9 +32,9 @@ def main() -> None:
     views = {m: StoryView(PROMPT, model.tokenizer, model.config.mask_token_id, console) for m in _SHOWN}
     earliest = arguments.at * max(run.seconds for run in runs.values())
     due = 0.0
-    for due, mode, piece in _timeline(runs):
-        views[mode].take(piece)
-        if due > earliest and piece.block is not None and 0.3 < piece.block.t < 0.7:
+    for due, mode, output in _timeline(runs):
+        views[mode].take(output)
+        if due > earliest and output.block is not None and 0.3 < output.block.t < 0.7:
             break
     captions = {mode: f"{views[mode].num_tokens} tokens after {due:.2f} s" for mode in _SHOWN}
     console.print(_stage(views, captions, console, 12))
