@@ -1,6 +1,6 @@
 """What MkDocs does beside turning docs/*.md into pages; mkdocs.yml names this file under `hooks`.
 
-- docs/cli.md is written from the command line's own declarations.
+- cli.md is written from the command line's own declarations, and examples.md from the scripts in examples/.
 - The README of every recipe, CONTRIBUTING.md and CHANGELOG.md become pages. Pages link to those files as they lie in
   the repository, so that a link works on a code host too; here it is turned to the page.
 - Drawings stand inline, and a <picture> becomes Material's two images, so that both follow the theme that the reader
@@ -8,6 +8,7 @@
 - A page that would fetch anything from another host is an error: the site works without a network.
 """
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,21 @@ def _pages_of_repository() -> dict[str, Path]:
 
 def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "cli.md", content=f"# Command line\n\n{reference.markdown()}"))
+    files.append(File.generated(config, "examples.md", content=_examples()))
     for page, path in _pages_of_repository().items():
         files.append(File.generated(config, page, content=path.read_text(encoding="utf-8")))
     return files
+
+
+def _examples() -> str:
+    """A section for every script: what it does, and its code."""
+    page = "# Examples\n\nShort scripts from the folder `examples/`. A test runs each of them.\n"
+    for path in sorted(ROOT.glob("examples/*.py")):
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        code = "\n".join(source.splitlines()[tree.body[0].end_lineno :]).strip()
+        page += f"\n## {path.name}\n\n{ast.get_docstring(tree)}\n\n```python\n{code}\n```\n"
+    return page
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
