@@ -54,6 +54,18 @@ def test_the_page_on_modes_names_every_mode_setting_and_rule() -> None:
     assert not [name for name in (*MODES, *settings, *COMMIT_RULES) if f"`{name}`" not in first_columns]
 
 
+def test_the_page_on_modes_says_what_the_table_of_modes_says() -> None:
+    page = (ROOT / "docs" / "modes.md").read_text(encoding="utf-8")
+    for mode in MODES.values():
+        cost = "a pass of each tower" if mode.uses_denoiser else "a pass of the context tower"
+        cost = "a pass of the denoiser, and of the context tower for each block" if mode.fills_blocks else cost
+        text = "exactly that of `ar`" if mode.exact else "the denoiser's own"
+        assert f"| `{mode.name}` | {mode.summary} | {cost} | {text} |" in page
+    for setting in {name for mode in MODES.values() for name in mode.settings}:
+        readers = ", ".join(f"`{mode.name}`" for mode in MODES.values() if setting in mode.settings)
+        assert re.search(rf"^\| `{setting}` \|.*\| {readers} \|$", page, re.MULTILINE), f"{setting}: {readers}"
+
+
 def test_getting_started_names_every_extra() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     page = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
