@@ -1,6 +1,7 @@
 """`twotower serve` as a process: it answers, it is killed under load and comes back, and it stops cleanly."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -89,11 +90,15 @@ def test_killed_under_load_clients_see_clean_errors_and_it_comes_back(checkpoint
 
 def test_options_reach_the_server(checkpoint, tmp_path):
     options = ("--mode", "ar", "--max-context", "50", "--api-key", "k", "--max-waiting", "0")
-    with process(checkpoint, 0, tmp_path, *options) as (_, url, _):
+    with process(checkpoint, 0, tmp_path, *options) as (_, url, log):
         headers = {"Authorization": "Bearer k"}
         about = httpx.get(f"{url}/twotower/about", headers=headers).json()
         assert (about["default_mode"], about["max_context"], about["model"]) == ("ar", 50, "tiny")
         assert httpx.get(f"{url}/twotower/about").status_code == 401
+        [line] = [line for line in map(json.loads, log.read_text().splitlines()) if line["message"] == "serving"]
+        assert (line["url"], line["mode"]) == (url, "ar")
+        for tower in ("context_tower", "denoiser_tower"):
+            assert re.fullmatch(r"(native|reference) \(.+\)", line[tower])
         ask = {"model": "tiny", "prompt": "a", "n": 3}
         assert httpx.post(f"{url}/v1/completions", json=ask, headers=headers).status_code == 429
         assert httpx.post(f"{url}/v1/completions", json=ask | {"n": 2}, headers=headers).status_code == 200

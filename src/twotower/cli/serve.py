@@ -18,13 +18,10 @@ from twotower.cli.options import (
 from twotower.decoding.modes import Mode
 from twotower.engine.aio import AsyncEngine
 from twotower.engine.config import MIB, EngineConfig
-from twotower.model.two_tower import TwoTower
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _ENGINE = EngineConfig()
-# For checkpoints that do not say how long a text they were trained for.
-_MAX_CONTEXT = 4096
 
 
 @app.command("serve")
@@ -45,9 +42,7 @@ def command(
     ] = None,
     max_context: Annotated[
         int | None,
-        typer.Option(
-            min=2, help="Most tokens of a prompt and its answer.", show_default=f"the checkpoint's, or {_MAX_CONTEXT}"
-        ),
+        typer.Option(min=2, help="Most tokens of a prompt and its answer.", show_default="the checkpoint's, or 4096"),
     ] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Most texts written at a time.")] = _ENGINE.max_num_requests,
     max_waiting: Annotated[
@@ -91,7 +86,7 @@ def command(
         host=host,
         port=port,
         default_mode=mode,
-        max_context=max_context or _trained_context(opened) or _MAX_CONTEXT,
+        max_context=max_context,
         api_keys=tuple(api_key or ()),
         cors_origins=tuple(cors_origin or ()),
         shutdown_seconds=shutdown_seconds,
@@ -108,9 +103,3 @@ def _name(model: str | None, folder: Path) -> str:
     if model is None:
         return "stories"
     return folder.resolve().name if Path(model).is_dir() else model
-
-
-def _trained_context(model: TwoTower) -> int | None:
-    """How long the checkpoint says that its texts were."""
-    length = model.config.carried.get("max_position_embeddings")
-    return length if isinstance(length, int) else None

@@ -40,18 +40,17 @@ class _Api(FastAPI):
     Clients and fuzz tests that are generated from the schema then send requests that this server accepts.
     """
 
-    config: ServerConfig
-    vocab_size: int
+    service: Service
 
     def openapi(self) -> dict[str, Any]:
         schema = super().openapi()
-        room = self.config.max_context - 1
-        most = {"prompt": self.vocab_size - 1, "n": self.config.max_choices}
+        room = self.service.max_context - 1
+        most = {"prompt": self.service.engine.model.config.vocab_size - 1, "n": self.service.config.max_choices}
         most |= {"max_tokens": room, "max_completion_tokens": room}
         for request in (CompletionRequest, ChatRequest, WatchRequest):
             fields = schema["components"]["schemas"][request.__name__]["properties"]
             if "model" in fields:
-                fields["model"]["enum"] = [self.config.model_name]
+                fields["model"]["enum"] = [self.service.model_name]
             for name in most.keys() & fields.keys():
                 _limit_integers(fields[name], most[name])
         return schema
@@ -88,7 +87,7 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
     """
     service = Service(engine, config, template)
     app = _Api(title="twotower", docs_url=None, redoc_url=None)
-    app.config, app.vocab_size = config, engine.model.config.vocab_size
+    app.service = service
     app.router.route_class = _JsonRoute
     install(app)
     # The last one added is the outermost.

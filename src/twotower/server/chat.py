@@ -49,7 +49,7 @@ async def chat(service: Service, body: ChatRequest, request: Request) -> Respons
     n, includes_usage = body.num_choices, body.includes_usage
     request.state.log["user"] = body.user
     if service.template is None:
-        message = f"{service.config.model_name!r} has no chat template; use /v1/completions, or serve a chat model"
+        message = f"{service.model_name!r} has no chat template; use /v1/completions, or serve a chat model"
         raise ApiError(400, message, param="messages", code="no_chat_template")
     if body.top_logprobs is not None and not body.logprobs:
         message = "top_logprobs needs logprobs: true; set it or leave top_logprobs out"

@@ -1,12 +1,15 @@
 """The settings of a server."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 from twotower.decoding.modes import Mode
-from twotower.errors import SettingError, check_choice, check_integer
+from twotower.errors import SettingError
+from twotower.options import check_options, option
 
 MIB = 1 << 20
+# Where neither the settings nor the checkpoint say how long a text may be.
+MAX_CONTEXT = 4096
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -14,38 +17,47 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 class ServerConfig:
     """Settings of one server, checked once. A value that is not allowed raises SettingError.
 
-    The server listens on `host` and `port`; port 0 takes a free one. `model_name` is what requests call the model, and
-    `default_mode` is for requests that name none. A prompt and its new tokens together have at most `max_context`
-    tokens, a request asks for at most `max_choices` texts (prompts times `n`), and its body has at most
-    `max_body_bytes`. With `api_keys`, every request but /health and the page's files must carry one of them. Browsers
-    let pages of other sites read answers only if their origin is in `cors_origins`. When the server is stopped, running
-    requests have `shutdown_seconds` to finish. Log lines below `log_level` are left out.
+    Every request but those for /health and the page's files must carry one of the `api_keys`, if there are any.
     """
 
-    model_name: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    default_mode: Mode = "diffusion"
-    max_context: int = 4096
-    max_choices: int = 64
-    max_body_bytes: int = 2 * MIB
-    api_keys: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    shutdown_seconds: int = 30
-    log_level: LogLevel = "info"
+    model_name: str | None = option(
+        None,
+        "What requests call the model.",
+        shown_default="the checkpoint's directory or hub id",
+        flag="--name",
+    )
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network.")
+    port: int = option(8000, "Port to listen on; 0 takes a free one.", least=0, most=65535)
+    default_mode: Mode = option("diffusion", "Mode of requests that name none.", flag="--mode")
+    max_context: int | None = option(
+        None,
+        "Most tokens of a prompt and its answer.",
+        least=2,
+        shown_default=f"the checkpoint's, or {MAX_CONTEXT}",
+    )
+    max_choices: int = option(64, "Most texts that one request may ask for: its prompts times n.", least=1)
+    max_body_bytes: int = option(2 * MIB, "Most bytes of a request's body.", least=1024)
+    api_keys: tuple[str, ...] = option(
+        (), "Key that requests must carry; several may be given.", shown_default="none", flag="--api-key"
+    )
+    cors_origins: tuple[str, ...] = option(
+        (),
+        "Web site whose pages may use the server; several may be given.",
+        shown_default="none",
+        flag="--cors-origin",
+    )
+    shutdown_seconds: int = option(
+        30, "How long running requests may take to finish when the server is stopped.", least=0
+    )
+    log_level: LogLevel = option("info", "Least level of log lines.")
 
     def __post_init__(self) -> None:
+        check_options(self)
         for name in ("model_name", "host"):
-            if not getattr(self, name):
-                raise SettingError(name, getattr(self, name), "a text that is not empty")
-        check_choice("default_mode", self.default_mode, get_args(Mode))
-        check_choice("log_level", self.log_level, get_args(LogLevel))
-        check_integer("port", self.port, 0, 65535)
-        for name, low in {"max_context": 2, "max_choices": 1, "max_body_bytes": 1024, "shutdown_seconds": 0}.items():
-            check_integer(name, getattr(self, name), low)
+            if getattr(self, name) == "":
+                raise SettingError(name, "", "a text that is not empty")
         for key in self.api_keys:
             if not (key.isascii() and key.isprintable() and key.strip() == key != ""):
                 # the message must not show what may be most of a key
-                raise SettingError(
-                    "api_keys", "…", "printable ASCII, as HTTP headers carry it, without blanks around it"
-                )
+                rule = "printable ASCII, as HTTP headers carry it, without blanks around it"
+                raise SettingError("api_keys", "…", rule)

@@ -97,8 +97,9 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
 
 async def _setting(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SettingError)
-    param = _NAMES.get(error.name)
-    return JSONResponse(body(400, error.told(param or error.name), param, "invalid_value"), 400)
+    name, bracket, place = error.name.partition("[")  # prompt[3] is an entry of prompt
+    param = _NAMES.get(name)
+    return JSONResponse(body(400, error.told((param or name) + bracket + place), param, "invalid_value"), 400)
 
 
 async def _full(_: Request, error: Exception) -> JSONResponse:

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import socket
 import time
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from twotower.decoding.modes import Mode
 from twotower.engine.aio import AsyncEngine
 from twotower.server.config import LogLevel, ServerConfig
 
@@ -41,6 +43,24 @@ def log_to_stderr(level: LogLevel) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
+class _AnnouncedServer(uvicorn.Server):
+    """Logs the address, the default mode and what runs each tower, once it takes requests."""
+
+    def __init__(self, settings: uvicorn.Config, engine: AsyncEngine, default_mode: Mode) -> None:
+        super().__init__(settings)
+        self._engine = engine
+        self._default_mode = default_mode
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            fields = {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}", "mode": self._default_mode}
+            for tower, backend in self._engine.model.backends.items():
+                fields[tower.replace(" ", "_")] = f"{backend.name} ({backend.reason})"
+            logger.info("serving", extra={"fields": fields})
+
+
 def run(app: FastAPI, engine: AsyncEngine, config: ServerConfig) -> None:
     """Serves until SIGINT or SIGTERM, then takes no more requests and returns when the running ones have finished.
 
@@ -59,6 +79,6 @@ def run(app: FastAPI, engine: AsyncEngine, config: ServerConfig) -> None:
     )
     engine.start()
     try:
-        uvicorn.Server(settings).run()
+        _AnnouncedServer(settings, engine, config.default_mode).run()
     finally:
         engine.close()

@@ -108,7 +108,7 @@ async def reply(
         "id": f"{plan.format.prefix}-{secrets.token_hex(12)}",
         "object": plan.format.object + (plan.format.chunk_suffix if stream else ""),
         "created": int(time.time()),
-        "model": service.config.model_name,
+        "model": service.model_name,
     }
     log = request.state.log
     log |= {"id": head["id"], "mode": plan.requests[0].params.mode, "texts": len(plan.requests)}

@@ -10,10 +10,11 @@ import tokenizers
 
 from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.decoding.output import StepOutput
-from twotower.decoding.prompt import Prompt
+from twotower.decoding.prompt import Prompt, prompt_ids
 from twotower.decoding.step import Request
 from twotower.engine.aio import Admission, AsyncEngine
-from twotower.server.config import ServerConfig
+from twotower.model.two_tower import TwoTower
+from twotower.server.config import MAX_CONTEXT, ServerConfig
 from twotower.server.errors import ApiError
 from twotower.server.logprobs import TokenNames
 from twotower.server.metrics import Metrics
@@ -31,6 +32,8 @@ class Service:
             raise ValueError("the checkpoint has no tokenizer.json, and a server needs texts; serve another one")
         self.engine = engine
         self.config = config
+        self.model_name = config.model_name or "twotower"
+        self.max_context = config.max_context or _trained_context(engine.model) or MAX_CONTEXT
         self.template = template
         self.tokenizer: tokenizers.Tokenizer = engine.model.tokenizer
         self.metrics = Metrics(engine)
@@ -42,13 +45,13 @@ class Service:
     @property
     def model_card(self) -> dict[str, Any]:
         """The model as /v1/models shows it."""
-        card = {"id": self.config.model_name, "object": "model", "created": self.started, "owned_by": "twotower"}
-        return card | {"max_model_len": self.config.max_context}
+        card = {"id": self.model_name, "object": "model", "created": self.started, "owned_by": "twotower"}
+        return card | {"max_model_len": self.max_context}
 
     def check_model(self, name: str) -> None:
         """Raises ApiError unless `name` is the served model."""
-        if name != self.config.model_name:
-            message = f"the model {name!r} does not exist; this server has {self.config.model_name!r}"
+        if name != self.model_name:
+            message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def admit(self, count: int) -> AbstractContextManager[Admission]:
@@ -81,7 +84,7 @@ class Service:
         such as BOS. Raises ApiError and SettingError for what can't run.
         """
         ids = await self._encode(prompt, special)
-        room = self.config.max_context - len(ids)
+        room = self.max_context - len(ids)
         if (1 if wanted is None else wanted) > room:
             raise self._too_long(len(ids), wanted or 1)
         if wanted is None:
@@ -127,29 +130,26 @@ class Service:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _encode(self, prompt: Prompt, special: bool) -> tuple[int, ...]:
-        """The token ids of a prompt, at least one. Raises ApiError for ids out of range, and for more than fit."""
+        """The token ids of a prompt, at least one. Raises SettingError for bad ids, ApiError for more than fit."""
         if isinstance(prompt, str):
             # A whole book takes seconds, and of the tokenizer's calls only encode_batch releases the GIL meanwhile.
             async with self._long_texts if len(prompt) > _LONG_TEXT else nullcontext():
                 encoded = await asyncio.to_thread(self.tokenizer.encode_batch, [prompt], add_special_tokens=special)
             prompt = encoded[0].ids
-        v = self.engine.model.config.vocab_size
-        strange = next((i for i in prompt if not 0 <= i < v), None)
-        if strange is not None:
-            message = f"prompt has token id {strange}, must be in [0, {v - 1}]"
-            raise ApiError(400, message, param="prompt", code="invalid_value")
-        bos = self.engine.model.config.bos_token_id
-        ids = tuple(prompt)
-        if not ids and bos is None:
-            raise ApiError(400, "prompt has no tokens, must have at least one", param="prompt", code="invalid_value")
-        ids = ids or (bos,)  # type: ignore[assignment]
-        if len(ids) > self.config.max_context:
+        ids = prompt_ids(self.engine.model, prompt)
+        if len(ids) > self.max_context:
             raise self._too_long(len(ids), 0)
         return ids
 
     def _too_long(self, num_prompt: int, num_new: int) -> ApiError:
         message = (
-            f"this model's context is {self.config.max_context} tokens, but the request has {num_prompt} in the prompt "
+            f"this model's context is {self.max_context} tokens, but the request has {num_prompt} in the prompt "
             f"and asks for {num_new} new ones; shorten the prompt or lower max_tokens"
         )
         return ApiError(400, message, param="prompt" if num_new == 0 else "max_tokens", code="context_length_exceeded")
+
+
+def _trained_context(model: TwoTower) -> int | None:
+    """How many tokens the texts had that the checkpoint was trained on, if its config says so."""
+    length = model.config.carried.get("max_position_embeddings")
+    return length if isinstance(length, int) else None

@@ -21,11 +21,11 @@ _MAX_TOKENS = 128
 def about(service: Service) -> dict[str, Any]:
     """What the page needs to know before it asks for texts."""
     return {
-        "model": service.config.model_name,
+        "model": service.model_name,
         "modes": list(get_args(Mode)),
         "default_mode": service.config.default_mode,
         "block_size": service.engine.model.config.block_size,
-        "max_context": service.config.max_context,
+        "max_context": service.max_context,
     }
 
 
