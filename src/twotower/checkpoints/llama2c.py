@@ -22,7 +22,7 @@ _CONTROL = ("<unk>", "<s>", "</s>")
 _FIRST_PIECE = len(_CONTROL) + 256
 
 
-class Header(NamedTuple):
+class Llama2cHeader(NamedTuple):
     """The seven numbers that a file starts with. A negative vocab_size there means a head of its own; here it is
     positive and `tied` says whether the head is the embedding."""
 
@@ -92,7 +92,7 @@ def open_llama2c(path: Path) -> Backbone:
     return Backbone(config=config, specs=specs, stream=stream, tokenizer=tokenizer, documents={})
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> Llama2cHeader:
     """The header of a version 0 file. Raises ValueError, naming the file, for anything else."""
     with path.open("rb") as file:
         start = file.read(_HEADER.size)
@@ -103,7 +103,7 @@ def read_header(path: Path) -> Header:
         raise ValueError(
             f"{path} is llama2.c format version {hidden_dim}, must be version 0; export it with --version 0"
         )
-    header = Header(dim, hidden_dim, layers, heads, kv_heads, abs(vocab_size), length, tied=vocab_size > 0)
+    header = Llama2cHeader(dim, hidden_dim, layers, heads, kv_heads, abs(vocab_size), length, tied=vocab_size > 0)
     if min(header[:7]) < 1 or dim % heads or heads % kv_heads or header.head_dim % 2:
         raise ValueError(f"{path} is not a llama2.c file: its header reads {header}; give a version 0 .bin file")
     return header
@@ -122,7 +122,7 @@ def read_pieces(path: str | Path) -> ScoredPieces:
     return vocabulary
 
 
-def _layout(h: Header) -> dict[str, _Part]:
+def _layout(h: Llama2cHeader) -> dict[str, _Part]:
     """Our tensors' names -> where they lie in the file, which keeps the same tensor of all layers together."""
     parts: dict[str, _Part] = {}
     offset = _HEADER.size
@@ -155,7 +155,7 @@ def _layout(h: Header) -> dict[str, _Part]:
     return parts
 
 
-def _weights_end(header: Header) -> int:
+def _weights_end(header: Llama2cHeader) -> int:
     """The number of bytes up to the end of the weights."""
     parts = _layout(header)
     last = parts["norm_f.weight" if header.tied else "lm_head.weight"]
@@ -163,7 +163,7 @@ def _weights_end(header: Header) -> int:
     return last.offset + 4 * math.prod(last.shape) + tables
 
 
-def _read_vocabulary(path: Path, header: Header, weights_end: int) -> ScoredPieces | None:
+def _read_vocabulary(path: Path, header: Llama2cHeader, weights_end: int) -> ScoredPieces | None:
     size = path.stat().st_size
     if size < weights_end:
         raise ValueError(

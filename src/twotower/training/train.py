@@ -1,0 +1,47 @@
+"""Training a denoiser in one call, in this process."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from twotower.model.two_tower import TwoTower
+from twotower.training.config import DenoisingConfig, TrainConfig
+from twotower.training.corpus.shards import Corpus
+from twotower.training.denoising import Denoising
+from twotower.training.run.trainer import StepReport, Trainer
+
+
+def train(
+    model: TwoTower,
+    corpus: str | Path,
+    out: str | Path,
+    config: TrainConfig | None = None,
+    denoising: DenoisingConfig | None = None,
+    *,
+    held_out: str | Path | None = None,
+    report: Callable[[StepReport], None] | None = None,
+) -> None:
+    """Trains the denoiser of `model`, in place, on the rows of a corpus, as `twotower train` does.
+
+    Load the model with `twotower.load(path, dtype="float32", pack=False)`, and write it with `twotower.save`. `corpus`
+    and `held_out` are folders of shards that `twotower tokenize` or `twotower sample` made for this model's tokenizer.
+    `out` keeps metrics.jsonl and the last saved state: a call with the same arguments resumes from it, and more
+    `config.steps` go on with it. None for `config` or `denoising` means their defaults. `report` is called after every
+    step; rows of `held_out` are measured every `config.evaluate_every` steps.
+
+    Raises SettingError for a setting that is not allowed, and ValueError or FileNotFoundError, with what to change, for
+    a model that can't be trained, a corpus that can't be read, or an `out` that belongs to another run.
+    """
+    model.released_tensors()  # raises ValueError for a packed model
+    dtype = model.denoiser_tower.embeddings.dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the model is held in {dtype}, must be float32 to learn in small steps; load it with dtype='float32', and "
+            "set bf16 to compute in bfloat16"
+        )
+    size = model.config.vocab_size
+    rows = None if held_out is None else Corpus(held_out, vocab_size=size)
+    objective = Denoising(model, denoising or DenoisingConfig())
+    trainer = Trainer(objective, Corpus(corpus, vocab_size=size), config or TrainConfig(), out, held_out=rows)
+    trainer.run(report or (lambda done: None))
