@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from twotower.errors import SettingError
     from twotower.model.state import ContextState
     from twotower.model.two_tower import TwoTower
+    from twotower.training.config import DenoisingConfig, TrainConfig
+    from twotower.training.run.trainer import StepReport
+    from twotower.training.train import train
 
 __version__ = "0.1.0"
 
@@ -27,6 +30,7 @@ __all__ = [
     "AsyncEngine",
     "BlockView",
     "ContextState",
+    "DenoisingConfig",
     "Engine",
     "EngineConfig",
     "EngineFailed",
@@ -37,7 +41,9 @@ __all__ = [
     "SamplingParams",
     "SettingError",
     "StepOutput",
+    "StepReport",
     "Token",
+    "TrainConfig",
     "TwoTower",
     "TwoTowerConfig",
     "__version__",
@@ -46,6 +52,7 @@ __all__ = [
     "load",
     "save",
     "stream",
+    "train",
 ]
 
 # Imported when first used: `twotower --help` imports this package too, and torch takes seconds.
@@ -53,6 +60,7 @@ _HOMES = {
     "AsyncEngine": "twotower.engine.aio",
     "BlockView": "twotower.decoding.output",
     "ContextState": "twotower.model.state",
+    "DenoisingConfig": "twotower.training.config",
     "Engine": "twotower.engine.engine",
     "EngineConfig": "twotower.engine.config",
     "EngineFailed": "twotower.engine.aio",
@@ -63,7 +71,9 @@ _HOMES = {
     "SamplingParams": "twotower.decoding.params",
     "SettingError": "twotower.errors",
     "StepOutput": "twotower.decoding.output",
+    "StepReport": "twotower.training.run.trainer",
     "Token": "twotower.decoding.output",
+    "TrainConfig": "twotower.training.config",
     "TwoTower": "twotower.model.two_tower",
     "TwoTowerConfig": "twotower.config",
     "generate": "twotower.decoding.generate",
@@ -71,6 +81,7 @@ _HOMES = {
     "load": "twotower.checkpoints.load",
     "save": "twotower.checkpoints.hf.two_towers",
     "stream": "twotower.decoding.generate",
+    "train": "twotower.training.train",
 }
 
 

@@ -158,8 +158,10 @@ class TrainConfig:
 
     @property
     def schedule(self) -> RateSchedule:
+        """The learning rates of the run."""
         names = [f.name for f in dataclasses.fields(RateSchedule)]
         return RateSchedule(**{name: getattr(self, name) for name in names})
 
     def guard(self) -> Guard:
+        """A new guard against harmful steps."""
         return Guard(spike_factor=self.spike_factor, skip_limit=self.skip_limit)

@@ -10,10 +10,12 @@ from twotower.training.run.trainer import TrainConfig, Trainer
 
 
 def test_sharding_needs_ranks_and_no_compiler(make: Callable, tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="shard is set for one process, must be for several ranks"):
+    with pytest.raises(
+        ValueError, match="shard is True, must be left out for one process; start several with torchrun"
+    ):
         make(tiny("*"), corpus, tmp_path, shard=True)
     objective = Denoising(tiny("*"), DenoisingConfig(compile=True))
-    with pytest.raises(ValueError, match="shard and compile are both set"):
+    with pytest.raises(ValueError, match="shard is True, must be left out with compile"):
         Trainer(objective, corpus, TrainConfig(steps=1, shard=True), tmp_path, Ranks(0, 2))
 
 

@@ -29,9 +29,10 @@ from twotower.training.run.weights import TensorStream, fill_
 
 
 class StepReport(NamedTuple):
-    """One optimiser step, numbered from 1: its loss in nats, the gradient's norm before clipping, the learning rate.
-    `fault` says why the step was skipped, None if it was not; `num_skipped` counts the skipped steps so far. `held_out`
-    is what `Trainer.evaluate` gave after it, None where it was not called."""
+    """Optimiser step number `step`, from 1: its `loss` in nats, `grad_norm`, the gradient's norm before clipping, its
+    `learning_rate`, and `tokens_per_second` over all ranks. `fault` says why the step was skipped, None if it was not;
+    `num_skipped` counts the skipped steps so far. `held_out` has the measurements of held-out rows after it, by name,
+    None where none were made."""
 
     step: int
     loss: float
@@ -53,9 +54,9 @@ def check_run(config: TrainConfig, objective: ObjectiveConfig, num_ranks: int, *
     if has_held_out != (config.evaluate_every > 0):
         raise SettingError("evaluate_every", config.evaluate_every, "above 0 with held-out rows, else 0")
     if config.shard and num_ranks == 1:
-        raise ValueError("shard is set for one process, must be for several ranks; start them with torchrun")
+        raise SettingError("shard", True, "left out for one process", "start several with torchrun")
     if config.shard and objective.compile:
-        raise ValueError("shard and compile are both set, must not be: gathered weights can't be traced; drop one")
+        raise SettingError("shard", True, "left out with compile, which can't trace gathered weights", "drop one")
 
 
 class Trainer:
