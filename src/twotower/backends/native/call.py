@@ -23,14 +23,14 @@ _FUNCTION = re.compile(r"API (\w+) (\w+)\((.*?)\);", re.DOTALL)
 _DECLARATION = re.compile(r"(?:const\s+)?(\w+)\b(.*)", re.DOTALL)
 
 
-class Header(NamedTuple):
+class CHeader(NamedTuple):
     """The structures by name, and each function's result and argument types."""
 
     structures: dict[str, type[ctypes.Structure]]
     functions: dict[str, tuple[Any, list[Any]]]
 
 
-def read_header(text: str) -> Header:
+def read_header(text: str) -> CHeader:
     """Reads what a header declares as `typedef struct {…} Name;` and `API result name(…);`, of numbers, pointers and
     structures declared before. Raises KeyError for any other type."""
     text = _COMMENT.sub("", text)
@@ -43,7 +43,7 @@ def read_header(text: str) -> Header:
         parts = [] if arguments == "void" else arguments.split(",")
         types = [kind for part in parts for _, kind in _declared(part, structures)]
         functions[name] = (None if result == "void" else _TYPES[result], types)
-    return Header(structures, functions)
+    return CHeader(structures, functions)
 
 
 def _declared(line: str, structures: dict[str, type[ctypes.Structure]]) -> list[tuple[str, Any]]:
@@ -60,7 +60,7 @@ def _declared(line: str, structures: dict[str, type[ctypes.Structure]]) -> list[
 
 
 @functools.cache
-def _header() -> Header:
+def _header() -> CHeader:
     return read_header((SOURCES / "calls.h").read_text())
 
 
@@ -72,10 +72,14 @@ def structure(name: str) -> type[ctypes.Structure]:
 
 def filled(name: str, **fields: Any) -> ctypes.Structure:
     """The C structure `name` with some of its fields set and zeros in the others."""
-    made = structure(name)
-    unknown = fields.keys() - {field[0] for field in made._fields_}
+    unknown = fields.keys() - _field_names(name)
     assert not unknown, f"{name} has no {', '.join(sorted(unknown))}"
-    return made(**fields)
+    return structure(name)(**fields)
+
+
+@functools.cache
+def _field_names(name: str) -> frozenset[str]:
+    return frozenset(field[0] for field in structure(name)._fields_)
 
 
 @functools.cache
