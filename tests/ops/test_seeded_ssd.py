@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from twotower.ops.chunks import Chunks, make_chunks, take
-from twotower.ops.seeded_ssd import ChunkInputs, chunk_states, context_output, seeded_output
+from twotower.ops.seeded_ssd import chunk_states, context_output, seeded_output
+from twotower.ops.ssd import ScanInputs
 
 HEADS, WIDTH, GROUPS, STATE, TOKENS = 4, 3, 2, 5, 22
 
@@ -76,9 +77,9 @@ def naive(own: Stream, context: Stream, block: Tensor, document: Tensor) -> tupl
     return causal, outputs
 
 
-def laid(s: Stream, token: Tensor, filled: Tensor) -> ChunkInputs:
+def laid(s: Stream, token: Tensor, filled: Tensor) -> ScanInputs:
     x, dt, B, C = (take(v, token) for v in s[:4])
-    return ChunkInputs(x, dt * filled.unsqueeze(-1), B, C)
+    return ScanInputs(x, dt * filled.unsqueeze(-1), B, C)
 
 
 def run(own: Stream, context: Stream, chunks: Chunks) -> tuple[Tensor, Tensor]:

@@ -63,26 +63,29 @@ class Mamba2(nn.Module):
         )
 
     def prepare(self, x: Tensor, past: Tensor) -> MambaInputs:
-        """x (b, s, d) after the conv rows `past` (b, w-1, c)."""
+        """The scan's inputs for x (b, s, d) after the conv rows `past` (b, w-1, c)."""
+        z, xbc, dt = self.split(x)
+        return MambaInputs(z, xbc, self.scan_inputs(conv_silu(xbc, past, self.conv_taps, self.conv_bias), dt))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gate z (b, s, h·p), xBC before the convolution (b, s, c) and dt (b, s, h) of x (b, s, d)."""
         c = self.config
         z, xbc, dt = self.in_proj(x).split((c.mamba_width, c.conv_width, c.mamba_num_heads), dim=-1)
-        active = conv_silu(xbc, past, self.conv_taps, self.conv_bias)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        states, B, C = active.to(wide).split((c.mamba_width, *(c.mamba_num_groups * c.mamba_state_size,) * 2), dim=-1)
-        dt = time_steps(dt, self.dt_bias, c.time_step_limit)
-        groups = (c.mamba_num_groups, c.mamba_state_size)
-        scan = ScanInputs(
-            states.unflatten(-1, (c.mamba_num_heads, c.mamba_head_dim)),
-            dt,
-            B.unflatten(-1, groups),
-            C.unflatten(-1, groups),
-        )
-        return MambaInputs(z, xbc, scan)
+        return z, xbc, dt
+
+    def scan_inputs(self, xbc: Tensor, dt: Tensor) -> ScanInputs:
+        """What the scan reads, from xBC (…, c) after convolution and SiLU and from dt (…, h) before its softplus."""
+        c = self.config
+        wide = xbc.to(torch.promote_types(xbc.dtype, torch.float32))
+        x, B, C = wide.split((c.mamba_width, *(c.mamba_num_groups * c.mamba_state_size,) * 2), dim=-1)
+        heads, groups = (c.mamba_num_heads, c.mamba_head_dim), (c.mamba_num_groups, c.mamba_state_size)
+        steps = time_steps(dt, self.dt_bias, c.time_step_limit)
+        return ScanInputs(x.unflatten(-1, heads), steps, B.unflatten(-1, groups), C.unflatten(-1, groups))
 
     def outputs(self, inputs: MambaInputs, state: MambaState, dtype: torch.dtype) -> Tensor:
         """The mixer's output (b, s, d) for all tokens of a block, from the state before it."""
         y = ssd_output(inputs.scan, self.A, self.D, state.ssm)
-        return self._project(y, inputs.z, dtype)
+        return self.output(y, inputs.z, dtype)
 
     def scan(self, inputs: MambaInputs, state: MambaState, marks: tuple[int, ...], dtype: torch.dtype) -> Scanned:
         """The mixer's output (b, s, d), the SSM state after the last token, and the states after `marks` tokens."""
@@ -95,7 +98,7 @@ class Mamba2(nn.Module):
             if last in marks:
                 marked.append(MambaState(next_past(inputs.xbc[:, :last], state.conv, None), ssm))
         y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-        return Scanned(self._project(y, inputs.z, dtype), ssm, tuple(marked))
+        return Scanned(self.output(y, inputs.z, dtype), ssm, tuple(marked))
 
     def advance(self, inputs: MambaInputs, state: MambaState, counts: Tensor | None, end: Tensor | None) -> MambaState:
         """The state after the first counts[b] (b,) tokens of `inputs`, all of them where counts is None.
@@ -111,7 +114,8 @@ class Mamba2(nn.Module):
     def A(self) -> Tensor:
         return -self.A_log.exp() if self.packed_A is None else self.packed_A
 
-    def _project(self, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    def output(self, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+        """The mixer's output (b, s, d) from the scan's y (b, s, h, p): gated norm and output projection."""
         c = self.config
         normed = gated_group_rms_norm(y.flatten(2), z, self.norm, c.mamba_num_groups, c.layer_norm_epsilon)
         return self.out_proj(normed.to(dtype))

@@ -1,8 +1,9 @@
 """Mamba-2's scan in training: one pass over the context and over every block seeded with it.
 
 Letters: b batch, r rows of the layout (b or 1), c chunks, q places of a chunk, k blocks of a chunk, s places of a
-block, h heads, p head width, g groups, n state width. Inputs lie in chunks (`ops.chunks`), are float32 or wider, and
-have dt = 0 where a place holds no token.
+block, h heads, p head width, g groups, n state width. Inputs lie in chunks (`ops.chunks`): the (…) of their shapes is
+(b, c, q) in the context tower and (b, c, k, s) in the denoiser. They are float32 or wider and have dt = 0 where a place
+holds no token.
 
 Let a = dt·A per token, c its running sum over a document within a chunk, u its running sum over a block, and e the sum
 over the context tokens of the chunk that precede the block. With H the context tower's state before the chunk, j over
@@ -15,28 +16,17 @@ context tokens of earlier blocks in the chunk, and l over the block's own tokens
 context and block are one per block and context token.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from twotower.ops.chunks import Chunks
+from twotower.ops.ssd import ScanInputs
 
 # exp of less is 0: 1e-26 of a token's weight is beyond rounding, and denormal numbers are very slow on CPUs.
 LEAST_EXPONENT = -60.0
 
 
-class ChunkInputs(NamedTuple):
-    """What one layer's scan reads: x (…, h, p), dt (…, h), B and C (…, g, n), with (…) the places: (b, c, q) in the
-    context tower, (b, c, k, s) in the denoiser."""
-
-    x: Tensor
-    dt: Tensor
-    B: Tensor
-    C: Tensor
-
-
-def chunk_states(inputs: ChunkInputs, A: Tensor, chunks: Chunks) -> Tensor:
+def chunk_states(inputs: ScanInputs, A: Tensor, chunks: Chunks) -> Tensor:
     """The context tower's state before each chunk, (b, c, h, p, n); zeros before a row's first. A (h,).
 
     H_next = exp(c_last)·H + Σ_j exp(c_last − c_j)·dt_j·x_j ⊗ B_j over the document that the chunk ends in; H is dropped
@@ -59,7 +49,7 @@ def chunk_states(inputs: ChunkInputs, A: Tensor, chunks: Chunks) -> Tensor:
     return torch.stack(states, dim=1)
 
 
-def context_output(inputs: ChunkInputs, A: Tensor, D: Tensor, states: Tensor, chunks: Chunks) -> Tensor:
+def context_output(inputs: ScanInputs, A: Tensor, D: Tensor, states: Tensor, chunks: Chunks) -> Tensor:
     """The context tower's own causal outputs (b, c, q, h, p) from its `states`; A, D (h,)."""
     x, dt, B, C = inputs
     total = _sums(chunks.causal, dt * A)  # (b, c, q, h)
@@ -69,7 +59,7 @@ def context_output(inputs: ChunkInputs, A: Tensor, D: Tensor, states: Tensor, ch
 
 
 def seeded_output(
-    inputs: ChunkInputs, A: Tensor, D: Tensor, context: ChunkInputs, context_A: Tensor, states: Tensor, chunks: Chunks
+    inputs: ScanInputs, A: Tensor, D: Tensor, context: ScanInputs, context_A: Tensor, states: Tensor, chunks: Chunks
 ) -> Tensor:
     """Every block's outputs (b, c, k, s, h, p), each from the context's state at its own start.
 
@@ -112,7 +102,7 @@ def _within(x: Tensor, B: Tensor, C: Tensor, total: Tensor, visible: Tensor) -> 
     return (weights @ x.transpose(-2, -3)).transpose(-2, -3)
 
 
-def _across(C: Tensor, context: ChunkInputs, total: Tensor, before: Tensor, chunks: Chunks) -> Tensor:
+def _across(C: Tensor, context: ScanInputs, total: Tensor, before: Tensor, chunks: Chunks) -> Tensor:
     """Σ_j exp(before − total_j)·(C_i·B'_j)·dt'_j x'_j over the chunk's earlier blocks: (b, c, k, s, h, p); C
     (b, c, k, s, g, n), total (b, c, q, h), before (b, c, k, h)."""
     b, c, k, s, g, _ = C.shape

@@ -16,7 +16,7 @@ CHUNK = 64
 
 
 class ScanInputs(NamedTuple):
-    """What one layer's scan reads: x (b, s, h, p), dt (b, s, h), B and C (b, s, g, n)."""
+    """What one layer's scan reads: x (…, h, p), dt (…, h), B and C (…, g, n). The dimensions (…) are (b, s) here."""
 
     x: Tensor
     dt: Tensor

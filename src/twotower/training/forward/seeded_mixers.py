@@ -16,8 +16,8 @@ from twotower.model.attention import Attention, Projected, Rotation, rotation
 from twotower.model.mamba2 import Mamba2
 from twotower.ops import seeded_conv
 from twotower.ops.chunks import Chunks, take
-from twotower.ops.norm import gated_group_rms_norm
-from twotower.ops.seeded_ssd import ChunkInputs, chunk_states, context_output, seeded_output
+from twotower.ops.seeded_ssd import chunk_states, context_output, seeded_output
+from twotower.ops.ssd import ScanInputs
 from twotower.ops.tiled_attention import Tile, make_tiles, tiled_attention
 from twotower.training.forward.layout import Layout
 from twotower.training.forward.recompute import maybe_recomputed
@@ -57,7 +57,7 @@ class MambaSeed(NamedTuple):
 
     z: Tensor
     xbc: Tensor
-    inputs: ChunkInputs
+    inputs: ScanInputs
     A: Tensor
     states: Tensor
 
@@ -76,7 +76,7 @@ def context_seed(mixer: Mamba2 | Attention, x: Tensor, plan: Plan) -> Seed:
     if isinstance(mixer, Attention):
         return AttentionSeed(mixer.project(x, plan.rope))
     assert plan.chunks is not None
-    z, xbc, dt = _split(mixer, x)
+    z, xbc, dt = mixer.split(x)
     inputs = _scan_inputs(mixer, xbc, None, dt, plan.context_rows, plan.chunks.token, plan.chunks.filled)
     A = -mixer.A_log.exp()
     return MambaSeed(z, xbc, inputs, A, chunk_states(inputs, A, plan.chunks))
@@ -91,7 +91,7 @@ def context_mixed(mixer: Mamba2 | Attention, seed: Seed, plan: Plan, dtype: torc
     assert isinstance(seed, MambaSeed)
     assert plan.chunks is not None
     y = _recomputed(context_output, seed.inputs, seed.A, mixer.D, seed.states, plan.chunks)
-    return _finished(mixer, take(y.flatten(1, 2), plan.chunks.place), seed.z, dtype)
+    return mixer.output(take(y.flatten(1, 2), plan.chunks.place), seed.z, dtype)
 
 
 def block_mixed(mixer: Mamba2 | Attention, x: Tensor, seed: Seed, plan: Plan, dtype: torch.dtype) -> Tensor:
@@ -104,23 +104,16 @@ def block_mixed(mixer: Mamba2 | Attention, x: Tensor, seed: Seed, plan: Plan, dt
         return mixer.output(tiled_attention(q, key, value, past, plan.block_tiles))
     assert isinstance(seed, MambaSeed)
     assert plan.chunks is not None
-    z, xbc, dt = _split(mixer, x)
+    z, xbc, dt = mixer.split(x)
     chunks = plan.chunks
     inputs = _scan_inputs(mixer, xbc, seed.xbc, dt, plan.block_rows, chunks.block_token, chunks.block_filled)
     y = _recomputed(seeded_output, inputs, -mixer.A_log.exp(), mixer.D, seed.inputs, seed.A, seed.states, plan.chunks)
-    return _finished(mixer, take(y.flatten(1, 3), chunks.block_place), z, dtype)
+    return mixer.output(take(y.flatten(1, 3), chunks.block_place), z, dtype)
 
 
 def _recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
     """The scan's (q, q) products per head are cheap to compute again; kept, they would be most of a layer's memory."""
     return maybe_recomputed(torch.is_grad_enabled(), function, *arguments)
-
-
-def _split(mixer: Mamba2, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z (b, t, h·p), xBC (b, t, channels) and dt (b, t, h) of normed inputs x (b, t, d)."""
-    c = mixer.config
-    z, xbc, dt = mixer.in_proj(x).split((c.mamba_width, c.conv_width, c.mamba_num_heads), dim=-1)
-    return z, xbc, dt
 
 
 def _scan_inputs(
@@ -131,25 +124,9 @@ def _scan_inputs(
     rows: seeded_conv.RowReach,
     token: Tensor,
     filled: Tensor,
-) -> ChunkInputs:
+) -> ScanInputs:
     """The scan's inputs, laid out in chunks: the convolution over xBC, seeded with the context tower's rows, then SiLU;
     dt = softplus(dt + bias), limited as the config says, and 0 in places that hold no token (`filled` False)."""
-    c = mixer.config
-    wide = torch.promote_types(xbc.dtype, torch.float32)
     active = F.silu(seeded_conv.seeded_conv(xbc, context, rows, mixer.conv_taps, mixer.conv_bias))
-    laid = take(active, token).to(wide)  # (b, …, channels)
-    x, B, C = laid.split((c.mamba_width, *(c.mamba_num_groups * c.mamba_state_size,) * 2), dim=-1)
-    dt = F.softplus(take(dt, token).to(wide) + mixer.dt_bias)
-    low, high = c.time_step_limit
-    if low > 0 or high != float("inf"):
-        dt = dt.clamp(low, high)
-    dt = dt * filled.unsqueeze(-1)
-    heads, groups = (c.mamba_num_heads, c.mamba_head_dim), (c.mamba_num_groups, c.mamba_state_size)
-    return ChunkInputs(x.unflatten(-1, heads), dt, B.unflatten(-1, groups), C.unflatten(-1, groups))
-
-
-def _finished(mixer: Mamba2, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-    """The layer's output (b, t, d) from the scan's y (b, t, h, p): gated norm and output projection."""
-    c = mixer.config
-    normed = gated_group_rms_norm(y.flatten(2), z, mixer.norm, c.mamba_num_groups, c.layer_norm_epsilon)
-    return mixer.out_proj(normed.to(dtype))
+    inputs = mixer.scan_inputs(take(active, token), take(dt, token))
+    return inputs._replace(dt=inputs.dt * filled.unsqueeze(-1))
