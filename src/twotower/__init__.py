@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from twotower.decoding.generate import generate, stream
     from twotower.decoding.output import BlockView, Generation, GenerationStats, StepOutput, Token
     from twotower.decoding.params import SamplingParams
+    from twotower.decoding.scoring import Scores, score
     from twotower.engine.aio import AsyncEngine, EngineFailed, Overloaded
     from twotower.engine.config import EngineConfig
     from twotower.engine.engine import Engine, EngineStats
@@ -39,6 +40,7 @@ __all__ = [
     "GenerationStats",
     "Overloaded",
     "SamplingParams",
+    "Scores",
     "SettingError",
     "StepOutput",
     "StepReport",
@@ -51,6 +53,7 @@ __all__ = [
     "init",
     "load",
     "save",
+    "score",
     "stream",
     "train",
 ]
@@ -69,6 +72,7 @@ _HOMES = {
     "GenerationStats": "twotower.decoding.output",
     "Overloaded": "twotower.engine.aio",
     "SamplingParams": "twotower.decoding.params",
+    "Scores": "twotower.decoding.scoring",
     "SettingError": "twotower.errors",
     "StepOutput": "twotower.decoding.output",
     "StepReport": "twotower.training.run.trainer",
@@ -80,6 +84,7 @@ _HOMES = {
     "init": "twotower.checkpoints.initialise",
     "load": "twotower.checkpoints.load",
     "save": "twotower.checkpoints.hf.two_towers",
+    "score": "twotower.decoding.scoring",
     "stream": "twotower.decoding.generate",
     "train": "twotower.training.train",
 }

@@ -34,7 +34,7 @@ def of_prompts(model: TwoTower) -> Iterator[Callable]:
 @pytest.mark.parametrize("bare", ["hello", [5, 6]])
 def test_one_prompt_where_a_list_is_meant_is_refused(bare: Any, tiny: Callable) -> None:
     for entrance in of_lists(tiny()):
-        with pytest.raises(SettingError, match=r"must be a list of prompts, .*write \[prompt\]") as raised:
+        with pytest.raises(SettingError, match=r"must be a list of prompts, .*write it in \[ \]") as raised:
             entrance(bare)
         assert (raised.value.name, raised.value.value) == ("prompts", bare)
 

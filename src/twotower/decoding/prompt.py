@@ -10,13 +10,13 @@ from twotower.model.two_tower import TwoTower
 Prompt = str | Sequence[int]
 
 
-def check_prompts(prompts: Sequence[Prompt]) -> None:
-    """Raises SettingError for one bare prompt where a list of prompts is meant."""
+def check_prompts(prompts: Sequence[Prompt], name: str = "prompts") -> None:
+    """Raises SettingError, which calls them `name`, for one bare prompt or text where a list of them is meant."""
     if isinstance(prompts, str):
-        raise SettingError("prompts", prompts, "a list of prompts, and is one string", "write [prompt]")
+        raise SettingError(name, prompts, f"a list of {name}, and is one string", "write it in [ ]")
     first = next(iter(prompts), None)
-    if first is not None and not isinstance(first, str | Iterable):
-        raise SettingError("prompts", prompts, "a list of prompts, and is one prompt's ids", "write [prompt]")
+    if first is not None and not isinstance(first, Iterable):
+        raise SettingError(name, prompts, f"a list of {name}, and is the ids of one", "write it in [ ]")
 
 
 def prompt_ids(model: TwoTower, prompt: Prompt, name: str = "prompt") -> tuple[int, ...]:
@@ -26,19 +26,26 @@ def prompt_ids(model: TwoTower, prompt: Prompt, name: str = "prompt") -> tuple[i
     token, and for ids that are no integers or not in the vocabulary.
     """
     config = model.config
-    if isinstance(prompt, str):
-        if model.tokenizer is None:
-            rule = "token ids, because the checkpoint has no tokenizer.json"
-            raise SettingError(name, prompt, rule, "give the prompt as token ids")
-        ids = tuple(model.tokenizer.encode(prompt).ids)
-    else:
-        ids = checked_ids(prompt, config.vocab_size, name)
+    ids = text_ids(model, prompt, name, special=True)
     if not ids:
         if config.bos_token_id is None:
             rule = "not empty, because the config has no bos_token_id"
             raise SettingError(name, prompt, rule, "give at least one token")
         ids = (config.bos_token_id,)
     return ids
+
+
+def text_ids(model: TwoTower, text: Prompt, name: str, *, special: bool = False) -> tuple[int, ...]:
+    """The token ids of a text, maybe none; with `special` those that the tokenizer adds, such as BOS, are among them.
+
+    Raises SettingError, which calls the text `name`, for a string without a tokenizer and for ids that are none.
+    """
+    if not isinstance(text, str):
+        return checked_ids(text, model.config.vocab_size, name)
+    if model.tokenizer is None:
+        rule = "token ids, because the checkpoint has no tokenizer.json"
+        raise SettingError(name, text, rule, f"give the {name.partition('[')[0]} as token ids")
+    return tuple(model.tokenizer.encode(text, add_special_tokens=special).ids)
 
 
 def checked_ids(ids: Iterable[int], vocab_size: int, name: str) -> tuple[int, ...]:
