@@ -191,7 +191,7 @@ def test_bad_prefixes_raise(tiny: Callable) -> None:
     for prompt, message in (
         ([], "prompt 2 has 0 tokens, must have 1 to 4"),
         ([1] * 5, "2 has 5 tokens"),
-        ([40], "40, must be in"),
+        ([40], "40, must be a token id"),
     ):
         with pytest.raises(ValueError, match=message):
             sample_rows(tiny("*"), [[1], prompt], length=5, prefix=1, seed=0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twotower.decoding.prompt import check_prompts, checked_ids
 from twotower.decoding.sampling import inverse_sample
 from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
@@ -90,9 +91,13 @@ def sample_rows(
     `temperature` from there on; 0 is greedy.
 
     A greedy continuation is a function of its prefix, which a denoiser can learn; the sampled prefix gives variety. The
-    mask token and the tokenizer's unknown token are never drawn. The draws depend on `seed` alone. Raises SettingError
-    for a prefix outside [1, length], and ValueError for a prompt that is empty, too long or not of this vocabulary.
+    mask token and the tokenizer's unknown token are never drawn. Raises SettingError for a prefix outside [1, length]
+    and for prompts that are not lists of this vocabulary's ids, and ValueError for one that is empty or too long.
+
+    This loop is not that of mode `ar`, because shards must stay reproducible: it takes one draw per row and position
+    from a single generator, given positions included, where decoding names each draw by its row's own seed.
     """
+    check_prompts(prompts)
     if not 1 <= prefix <= length:
         raise SettingError("prefix", prefix, f"in [1, length={length}]")
     for number, prompt in enumerate(prompts, 1):
@@ -146,9 +151,7 @@ def check_prompt(prompt: Sequence[int], name: str, vocab_size: int, length: int)
     """Raises ValueError, calling the prompt `name`, unless it has 1 to length − 1 tokens of the vocabulary."""
     if not 1 <= len(prompt) < length:
         raise ValueError(f"{name} has {len(prompt)} tokens, must have 1 to {length - 1}, below length={length}")
-    strange = [i for i in prompt if not 0 <= i < vocab_size]
-    if strange:
-        raise ValueError(f"{name} has token id {strange[0]}, must be in [0, {vocab_size - 1}]; use its own tokenizer")
+    checked_ids(prompt, vocab_size, name)
 
 
 def _unknown(model: TwoTower) -> list[int]:
