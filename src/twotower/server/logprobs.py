@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, as the two endpoints show them."""
+"""Log-probabilities of tokens in the formats of /v1/completions and /v1/chat/completions."""
 
 import math
 import threading
@@ -15,12 +15,12 @@ from twotower.model.two_tower import TwoTower
 
 # Positions scored at a time: bounds the (t, v) logits.
 _CHUNK = 64
-# What stands for log 0, which JSON lacks.
+# Shown for log 0: JSON has no infinity.
 _LEAST = -9999.0
 
 
 class ScoredToken(NamedTuple):
-    """A token with its log-probability, None for a text's first, and the likeliest tokens at its place, best first."""
+    """A token, its log-probability (None for a text's first), and the likeliest tokens at its place, best first."""
 
     id: int
     logprob: float | None
@@ -32,7 +32,7 @@ class Cancelled(Exception):
 
 
 def committed(tokens: Sequence[Token]) -> list[ScoredToken]:
-    """Tokens with the log-probability that they had when they were committed."""
+    """Tokens with the log-probabilities that they had when they were committed."""
     return [ScoredToken(t.id, math.log(t.confidence) if t.confidence > 0 else _LEAST) for t in tokens]
 
 
@@ -80,34 +80,35 @@ class Scorer:
 
 
 class TokenNames:
-    """Single tokens as text."""
+    """The texts of single tokens."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # Some decoders drop the first space of a text: tokens are decoded after this.
+        # Some decoders drop the first space of a text, so a token is decoded behind another one.
         self._anchor = tokenizer.encode("a", add_special_tokens=False).ids
         self._alone = len(tokenizer.decode(self._anchor))
 
     def text(self, token: int) -> str | None:
-        """The token's own text; None for control tokens, and for a part of a character."""
+        """The token's own text; None for control tokens and for tokens that are only a part of a character."""
         piece = self._tokenizer.decode([*self._anchor, token])[self._alone :]
         return piece if piece and "\ufffd" not in piece else None
 
     def width(self, token: int, *, first: bool) -> int:
-        """How many characters the token adds to a text, where it may be the first."""
+        """How many characters the token adds to a text; `first` says that it begins the text."""
         return len(self._tokenizer.decode([token]) if first else self.text(token) or "")
 
     def name(self, token: int) -> str:
-        """The token's text, or what the vocabulary calls it."""
+        """The token's text, or else its name in the vocabulary."""
         return self.text(token) or self._tokenizer.id_to_token(token) or f"<{token}>"
 
 
 def completion_logprobs(
     names: TokenNames, tokens: Sequence[ScoredToken], offset: int, *, at_start: bool, with_top: bool
 ) -> dict[str, list[Any] | None]:
-    """The object of /v1/completions; `offset` is the number of characters before the tokens.
+    """The `logprobs` object of /v1/completions.
 
-    `at_start` where the tokens begin a text, and none is before them.
+    `offset` is the number of characters before the tokens. `at_start` says that the text shown begins with the first of
+    all tokens, so that a token at offset 0 is the first. `with_top` says whether to list the likeliest tokens.
     """
     offsets = []
     for token in tokens:
@@ -117,7 +118,7 @@ def completion_logprobs(
     for token in tokens:
         top: dict[str, float] = {}
         for i, value in token.top:
-            top.setdefault(names.name(i), value)  # the first of two tokens with one text is the likelier
+            top.setdefault(names.name(i), value)  # of two tokens with the same text, the likelier comes first
         tops.append(None if token.logprob is None else top)
     return {
         "tokens": [names.name(token.id) for token in tokens],
@@ -128,7 +129,7 @@ def completion_logprobs(
 
 
 def chat_logprobs(names: TokenNames, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
-    """The object of /v1/chat/completions."""
+    """The `logprobs` object of /v1/chat/completions."""
 
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
         text = names.text(token)

@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus' text format."""
+"""The server's counts and times, in Prometheus' text format."""
 
 import time
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _PER_CALL = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 class Metrics:
-    """The counts of one server; each has its own registry."""
+    """The counts of one server, in a registry of its own: a process may have several servers."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._registry = CollectorRegistry()
@@ -61,7 +61,7 @@ class Metrics:
 
     @contextmanager
     def observe(self, mode: str) -> Iterator["Observed"]:
-        """Counts one text, which is cancelled unless its result comes."""
+        """Counts one text by its outcome when the context ends: "cancelled" unless its result came before."""
         observed = Observed(self, mode)
         try:
             yield observed
@@ -69,12 +69,12 @@ class Metrics:
             self.texts.labels(mode, observed.outcome).inc()
 
     def exposition(self) -> bytes:
-        """All of it, in the text format."""
+        """All counts in the text format."""
         return generate_latest(self._registry)
 
 
 class Observed:
-    """One text while it is written."""
+    """One text while it is written: `take` counts each of its outputs."""
 
     def __init__(self, metrics: Metrics, mode: str) -> None:
         self._metrics = metrics
@@ -84,20 +84,20 @@ class Observed:
         self._seen = False
         self.outcome = "cancelled"
 
-    def take(self, event: StepOutput, num_prompt: int) -> None:
+    def take(self, output: StepOutput, num_prompt: int) -> None:
         metrics, mode = self._metrics, self._mode
         now = time.perf_counter()
         if not self._seen:
             self._seen = True
-            metrics.queued.labels(mode).observe(event.seconds_queued)
-        metrics.new_tokens.labels(mode).inc(len(event.tokens))
-        if self._first is None and event.tokens:
+            metrics.queued.labels(mode).observe(output.seconds_queued)
+        metrics.new_tokens.labels(mode).inc(len(output.tokens))
+        if self._first is None and output.tokens:
             self._first = now
             metrics.first.labels(mode).observe(now - self._began)
-        if event.result is None:
+        if output.result is None:
             return
-        self.outcome = event.result.finish_reason
-        stats = event.result.stats
+        self.outcome = output.result.finish_reason
+        stats = output.result.stats
         metrics.prompt_tokens.labels(mode).inc(num_prompt)
         if self._first is not None and stats.num_tokens > 1:
             metrics.per_token.labels(mode).observe((now - self._first) / (stats.num_tokens - 1))
@@ -106,7 +106,7 @@ class Observed:
 
 
 class _EngineCollector(Collector):
-    """The engine's own counts, read when asked for."""
+    """The engine's own counts, read each time that the metrics are requested."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -118,9 +118,9 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("twotower_waiting", "Texts waiting for a slot.", stats.num_waiting)
         yield GaugeMetricFamily("twotower_batch_occupancy", "Fraction of slots in use.", occupancy)
         yield GaugeMetricFamily("twotower_state_bytes", "Bytes of keys, values and states.", stats.bytes_used)
-        yield GaugeMetricFamily("twotower_state_bytes_limit", "What they may have.", stats.bytes_budget)
+        yield GaugeMetricFamily("twotower_state_bytes_limit", "Limit of those bytes.", stats.bytes_budget)
         yield CounterMetricFamily("twotower_cache_hit_tokens", "Prompt tokens found in cache.", stats.cache_hit_tokens)
         yield CounterMetricFamily("twotower_rounds", "Rounds of the engine.", stats.num_rounds)
-        yield CounterMetricFamily("twotower_preemptions", "Texts put back for want of room.", stats.num_preemptions)
+        yield CounterMetricFamily("twotower_preemptions", "Texts requeued for lack of memory.", stats.num_preemptions)
         yield CounterMetricFamily("twotower_denoiser_calls", "Denoiser calls, per text.", stats.denoiser_calls)
         yield CounterMetricFamily("twotower_context_calls", "Context tower calls, per text.", stats.context_calls)

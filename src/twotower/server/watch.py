@@ -3,12 +3,12 @@
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
-from typing import Any, get_args
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
 
-from twotower.decoding.modes import Mode
+from twotower.decoding.modes import AUTO_SUMMARY, MODES, DecodingMode
 from twotower.decoding.output import BlockView, Generation, StepOutput, Token
 from twotower.server.protocol import WatchRequest
 from twotower.server.service import Service
@@ -22,11 +22,15 @@ def about(service: Service) -> dict[str, Any]:
     """What the page needs to know before it asks for texts."""
     return {
         "model": service.model_name,
-        "modes": list(get_args(Mode)),
+        "modes": [*map(_mode, MODES.values()), {"name": "auto", "summary": AUTO_SUMMARY, "fills_blocks": False}],
         "default_mode": service.config.default_mode,
         "block_size": service.engine.model.config.block_size,
         "max_context": service.max_context,
     }
+
+
+def _mode(mode: DecodingMode) -> dict[str, Any]:
+    return {"name": mode.name, "summary": mode.summary, "fills_blocks": mode.fills_blocks}
 
 
 async def watch(service: Service, body: WatchRequest, request: Request) -> Response:

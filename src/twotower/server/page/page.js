@@ -1,15 +1,16 @@
-// The form, the streams and the replay.
+// The form, the requests to the server, and the replay.
 
-import { Panel, describe } from "./panel.js";
+import { Panel, plain } from "./panel.js";
 
 const SHOWN_AT_FIRST = ["ar", "diffusion", "verified"];
 const STEPS_IN_LEGEND = 16;
 const REPLAY_SECONDS = 5;
 const byId = (id) => document.getElementById(id);
 
+let known = []; // the modes that the server has
 let panels = [];
-let stopping = null; // ends the streams that run
-let replaying = 0; // the running replay, or 0
+let stopping = null; // aborts the running requests
+let replaying = 0; // the animation frame of a running replay, 0 if there is none
 
 function headers() {
   const key = byId("key").value;
@@ -26,7 +27,7 @@ async function explain(response) {
   return body?.error?.message ?? `the server answered ${response.status}`;
 }
 
-// The objects of a stream of server-sent events.
+// Yields the JSON objects of a stream of server-sent events.
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -59,7 +60,8 @@ async function write(panel, request, signal) {
 async function run() {
   cancelAnimationFrame(replaying);
   const request = settings();
-  const modes = [...document.querySelectorAll("#modes input:checked")].map((box) => box.value);
+  const chosen = [...document.querySelectorAll("#modes input:checked")].map((box) => box.value);
+  const modes = known.filter((mode) => chosen.includes(mode.name));
   if (modes.length === 0) return say("Choose at least one mode.", true);
   panels = modes.map((mode) => {
     const root = byId("panel").content.firstElementChild.cloneNode(true);
@@ -85,7 +87,7 @@ function busy(is) {
   byId("replay").disabled = is || panels.every((panel) => panel.steps.length === 0);
 }
 
-// Shows all texts again as they came, stretched to the same few seconds.
+// Shows again how all texts were written, stretched to REPLAY_SECONDS.
 function replay() {
   cancelAnimationFrame(replaying);
   const whole = Math.max(...panels.map((panel) => panel.seconds));
@@ -101,14 +103,15 @@ function replay() {
 function offer(about) {
   byId("model").textContent = `The model here is ${about.model}.`;
   byId("block_size").value = about.block_size;
-  const boxes = about.modes.map((mode) => {
+  known = about.modes;
+  const boxes = known.map((mode) => {
     const label = document.createElement("label");
     const box = document.createElement("input");
     box.type = "checkbox";
-    box.value = mode;
-    box.checked = SHOWN_AT_FIRST.includes(mode);
-    label.title = describe(mode);
-    label.append(box, mode);
+    box.value = mode.name;
+    box.checked = SHOWN_AT_FIRST.includes(mode.name);
+    label.title = plain(mode.summary);
+    label.append(box, mode.name);
     return label;
   });
   byId("modes").querySelectorAll("label").forEach((label) => label.remove());
@@ -139,6 +142,6 @@ byId("stop").addEventListener("click", () => stopping.abort());
 byId("replay").addEventListener("click", replay);
 byId("key").addEventListener("change", begin);
 document.addEventListener("input", (event) => {
-  if (event.target.type === "range") cancelAnimationFrame(replaying); // the hand wins over the replay
+  if (event.target.type === "range") cancelAnimationFrame(replaying); // moving a slider ends the replay
 });
 begin();

@@ -1,42 +1,34 @@
-// One mode's text: every step that came, and the view of any of them.
+// The panel of one mode: keeps all steps that the server sent, and draws the text as it was after any of them.
 
-const ABOUT = {
-  ar: "the context tower alone, token by token",
-  diffusion: "whole blocks, the surest places first",
-  verified: "drafts that the context tower checks",
-  simulated_ar: "blocks from left to right",
-  mock_ar: "the denoiser as a second ar model",
-  auto: "ar or verified, whichever is faster now",
-};
-const WITH_BLOCKS = ["diffusion", "simulated_ar"];
-
-export function describe(mode) {
-  return ABOUT[mode] ?? "";
+// A mode's summary without the marks of code in it.
+export function plain(summary) {
+  return summary.replaceAll("`", "");
 }
 
 export class Panel {
+  // `mode` is an entry of /twotower/about.
   constructor(mode, prompt, root) {
-    this.mode = mode;
-    this.steps = []; // as the server sent them
-    this.counts = []; // tokens after each
-    this.tokens = []; // {text, step, confidence, pass}: pass is whether a pass began with it
+    this.mode = mode.name;
+    this.steps = []; // the objects that the server sent
+    this.counts = []; // number of tokens after each step
+    this.tokens = []; // {text, step, confidence, pass}; pass is true for the first token that a step gave
     this.result = null;
     this.find = (selector) => root.querySelector(selector);
-    this.fixed = []; // the step at which each place of the present block was fixed, null where it is masked
-    this.find("h2").textContent = mode;
-    this.find(".block").hidden = !WITH_BLOCKS.includes(mode);
-    this.find(".what").textContent = describe(mode);
+    this.fixed = []; // the step at which each place of the current block was fixed, null where it is masked
+    this.find("h2").textContent = mode.name;
+    this.find(".block").hidden = !mode.fills_blocks;
+    this.find(".what").textContent = plain(mode.summary);
     this.text = this.find(".text");
-    this.text.setAttribute("aria-label", `Text of mode ${mode}`);
+    this.text.setAttribute("aria-label", `Text of mode ${mode.name}`);
     this.slider = this.find("input");
-    this.slider.setAttribute("aria-label", `Step of mode ${mode}`);
+    this.slider.setAttribute("aria-label", `Step of mode ${mode.name}`);
     this.slider.addEventListener("input", () => this.show(Number(this.slider.value)));
     const given = document.createElement("span");
     given.className = "given";
     given.textContent = prompt;
     this.text.append(given);
-    this.drawn = 0; // tokens in the text
-    this.open = []; // the block's spans behind them
+    this.drawn = 0; // number of tokens drawn
+    this.open = []; // the spans of the unfinished block behind them
     this.pending = false;
   }
 
@@ -68,7 +60,7 @@ export class Panel {
     return this.steps.length ? this.steps[this.steps.length - 1].seconds : 0;
   }
 
-  // The number of steps that had been taken after so many seconds.
+  // How many steps had been taken `seconds` after the start.
   stepsAt(seconds) {
     const later = this.steps.findIndex((step) => step.seconds > seconds);
     return later < 0 ? this.steps.length : later;
@@ -104,7 +96,7 @@ export class Panel {
     return span;
   }
 
-  // A place of the unfinished block, fixed at a step or masked.
+  // The span of one place of the unfinished block: a token fixed at step `fixed`, or a mask.
   place(place, fixed) {
     if (place === null) {
       const span = document.createElement("span");
@@ -160,7 +152,8 @@ export class Panel {
     this.find(".speed").replaceChildren(speed, " tokens/s", counts);
   }
 
-  // What the denoiser did for it: each step but those of ar is one NFE, and auto takes both kinds.
+  // The number of denoiser calls (NFE) in words. Each step is one, except in ar; auto mixes both kinds, so until its
+  // result says how many calls there were, it shows steps.
   calls(count, tokens, whole) {
     const nfe = whole ? this.result.denoiser_calls : this.mode === "ar" ? 0 : count;
     if (this.mode === "auto" && !whole) return `${count} passes`;
