@@ -1,6 +1,7 @@
 """What MkDocs does beside turning docs/*.md into pages; mkdocs.yml names this file under `hooks`.
 
 - cli.md is written from the command line's own declarations, and examples.md from the scripts in examples/.
+- A dataclass whose fields are declared as options (twotower.options) is shown as a table of them.
 - The README of every recipe, CONTRIBUTING.md and CHANGELOG.md become pages. Pages link to those files as they lie in
   the repository, so that a link works on a code host too; here it is turned to the page.
 - Drawings stand inline, and a <picture> becomes Material's two images, so that both follow the theme that the reader
@@ -9,6 +10,8 @@
 """
 
 import ast
+import dataclasses
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,15 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
+import twotower
 from twotower.cli import reference
+from twotower.options import options_of
 
 ROOT = Path(__file__).parents[1]
 _DRAWING = re.compile(r"^!\[([^\]]*)\]\((drawings/[\w-]+\.svg)\)$", re.MULTILINE)
 _PICTURE = re.compile(r'<picture>.*?srcset="([^"]+)".*?src="([^"]+)" alt="([^"]+)".*?</picture>')
 _FETCHED = re.compile(r"""<(?:script|link|img)[^>]+(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""")
+_CLASS = re.compile(r"^::: twotower\.([A-Z]\w+)$", re.MULTILINE)
 _LINK = re.compile(r"(?<=\]\()[^)#\s][^)\s]*")
 
 
@@ -68,7 +74,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return "../" * source.count("/") + page_there + hash_ + anchor
 
     markdown = _PICTURE.sub(r"![\3](\2#only-light)![\3](\1#only-dark)", _LINK.sub(link, markdown))
-    return _DRAWING.sub(_inline, markdown)
+    return _CLASS.sub(_options, _DRAWING.sub(_inline, markdown))
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
@@ -81,6 +87,20 @@ def _in_repository(file: Path, target: str) -> str:
     """A link's target, seen from the root of the repository."""
     path = (file.parent / target).resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else target
+
+
+def _options(found: re.Match[str]) -> str:
+    """A class's docstring and its options; any other class is left to mkdocstrings."""
+    name = found[1]
+    owner = getattr(twotower, name)
+    if not dataclasses.is_dataclass(owner) or not options_of(owner):
+        return found[0]
+    rows = []
+    for field, (declared, what) in options_of(owner).items():
+        default = what.shown_default or f"`{declared.default!r}`"
+        rows.append(f"| `{field}` | {default} | {what.help} | {what.range} |")
+    table = "\n".join(["| setting | default | meaning | range |", "|---|---|---|---|", *rows])
+    return f"### {name} {{ #twotower.{name} }}\n\n{inspect.getdoc(owner)}\n\n{table}\n"
 
 
 def _inline(found: re.Match[str]) -> str:
