@@ -1,60 +1,46 @@
 """Log-probabilities: of the decoder's choice, of the context tower's pass, and what evaluation clients read."""
 
-import itertools
+import asyncio
 import math
-import threading
+import time
 
 import pytest
 import torch
 
-from twotower.backends.choose import pack_
-from twotower.backends.native.build import library
 from twotower.decoding.generate import generate
 from twotower.decoding.modes import MODES
 from twotower.decoding.output import Token
 from twotower.decoding.params import SamplingParams
-from twotower.server.logprobs import Cancelled, Scorer, TokenNames
+from twotower.server.config import ServerConfig
+from twotower.server.logprobs import TokenNames, committed
+from twotower.server.reply import _score
+from twotower.server.service import Service
 
 
-@pytest.fixture(scope="module")
-def random_model(tiny):
-    return tiny("*-ME", vocab_size=260)
+class EndlessScorer:
+    """Scores chunks until nobody takes them any more."""
+
+    num_chunks = 0
+
+    def push(self, ids, *, skip, chunk):
+        while True:
+            time.sleep(0.01)
+            self.num_chunks += 1
+            yield [[]]
 
 
-@pytest.mark.parametrize("length", [1, 2, 64, 65, 66, 150])
-def test_scores_are_those_of_one_causal_pass(random_model, ids, length):
-    prompt = ids(1, length, vocab_size=260)[0].tolist()
-    scored = Scorer(random_model, 3, length).push(prompt, threading.Event())
-    log_p = random_model.context_logits([prompt])[0].double().log_softmax(-1)
-    assert [s.id for s in scored] == prompt
-    assert scored[0].logprob is None
-    for i, one in enumerate(scored[1:], start=1):
-        assert one.logprob == pytest.approx(log_p[i - 1, prompt[i]].item(), abs=1e-4)  # float32 against float64
-        values = log_p[i - 1].topk(3).values.tolist()
-        assert [v for _, v in one.top] == pytest.approx(values, abs=1e-4)
+def test_scoring_stops_when_nobody_waits(engine):
+    async def leave(scorer):
+        service = Service(engine, ServerConfig(), None)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(_score(service, scorer, [5, 6, 7]), 0.1)
+        taken = scorer.num_chunks
+        await asyncio.sleep(0.1)
+        assert taken > 0
+        assert scorer.num_chunks <= taken + 1
+        assert not service.scoring.locked()
 
-
-def test_scores_of_pieces_are_those_of_the_whole(tiny, ids):
-    """To the bit, with the C kernels: no sum of theirs depends on where a text is cut."""
-    model = tiny("*-ME", vocab_size=260)
-    pack_(model)
-    prompt = ids(1, 100, vocab_size=260)[0].tolist()
-    whole = Scorer(model, 3, 100).push(prompt, threading.Event())
-    scorer, pieces = Scorer(model, 3, 1), []
-    for first, last in itertools.pairwise((0, 1, 2, 30, 99, 99, 100)):
-        pieces += scorer.push(prompt[first:last], threading.Event())
-    if library() is not None:
-        assert pieces == whole
-    assert [s.id for s in pieces] == [s.id for s in whole]
-    for ours, theirs in zip(pieces[1:], whole[1:], strict=True):
-        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
-
-
-def test_scoring_stops_when_nobody_waits(random_model):
-    gone = threading.Event()
-    gone.set()
-    with pytest.raises(Cancelled):
-        Scorer(random_model, 0, 3).push([5, 6, 7], gone)
+    asyncio.run(leave(EndlessScorer()))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -176,7 +162,6 @@ def test_names_of_tokens(byte_tokenizer):
 
 
 def test_zero_probability_is_a_number():
-    from twotower.server.logprobs import committed
 
     assert committed([Token(1, 0, 0.0)])[0].logprob == -9999.0
     assert torch.isfinite(torch.tensor(committed([Token(1, 0, 1e-30)])[0].logprob))

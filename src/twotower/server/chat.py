@@ -10,8 +10,9 @@ from fastapi.responses import Response
 
 from twotower.checkpoints.chat_template import Turn
 from twotower.decoding.output import Generation
+from twotower.decoding.scoring import TokenScore
 from twotower.server.errors import ApiError
-from twotower.server.logprobs import ScoredToken, TokenNames, chat_logprobs
+from twotower.server.logprobs import TokenNames, chat_logprobs
 from twotower.server.protocol import ChatRequest
 from twotower.server.reply import LogprobOptions, ReplyPlan, reply
 from twotower.server.service import Service
@@ -26,16 +27,16 @@ class ChatFormat:
     object: str = "chat.completion"
     chunk_suffix: str = ".chunk"
 
-    def choice(self, index: int, result: Generation, logprobs: Sequence[ScoredToken] | None) -> dict[str, Any]:
+    def choice(self, index: int, result: Generation, logprobs: Sequence[TokenScore] | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": result.text, "refusal": None}
         shown = None if logprobs is None else chat_logprobs(self.names, logprobs)
         return {"index": index, "message": message, "logprobs": shown, "finish_reason": result.finish_reason}
 
-    def beginning(self, index: int, logprobs: Sequence[ScoredToken] | None) -> list[dict[str, Any]]:
+    def beginning(self, index: int, logprobs: Sequence[TokenScore] | None) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def chunk(self, index: int, text: str, logprobs: Sequence[ScoredToken] | None) -> dict[str, Any]:
+    def chunk(self, index: int, text: str, logprobs: Sequence[TokenScore] | None) -> dict[str, Any]:
         shown = None if logprobs is None else chat_logprobs(self.names, logprobs)
         return {"index": index, "delta": {"content": text}, "logprobs": shown, "finish_reason": None}
 

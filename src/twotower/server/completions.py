@@ -8,7 +8,8 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from twotower.decoding.output import Generation
-from twotower.server.logprobs import ScoredToken, TokenNames, completion_logprobs
+from twotower.decoding.scoring import TokenScore
+from twotower.server.logprobs import TokenNames, completion_logprobs
 from twotower.server.protocol import CompletionRequest
 from twotower.server.reply import LogprobOptions, ReplyPlan, reply
 from twotower.server.service import Service
@@ -32,19 +33,19 @@ class CompletionFormat:
         self._with_top = with_top
         self._offsets = [len(echo) for echo in echoes]
 
-    def choice(self, index: int, result: Generation, logprobs: Sequence[ScoredToken] | None) -> dict[str, Any]:
+    def choice(self, index: int, result: Generation, logprobs: Sequence[TokenScore] | None) -> dict[str, Any]:
         assert result.text is not None
         # an echoed prompt's tokens are among `logprobs`, and their text is at the beginning of the choice
         shown = None if logprobs is None else self._logprobs(logprobs, 0)
         text = self._echoes[index] + result.text
         return {"index": index, "text": text, "logprobs": shown, "finish_reason": result.finish_reason}
 
-    def beginning(self, index: int, logprobs: Sequence[ScoredToken] | None) -> list[dict[str, Any]]:
+    def beginning(self, index: int, logprobs: Sequence[TokenScore] | None) -> list[dict[str, Any]]:
         if logprobs is not None:
             self._offsets[index] = 0  # the echoed tokens come first, and each adds its width
         return [self.chunk(index, self._echoes[index], logprobs)] if self._echoes[index] or logprobs else []
 
-    def chunk(self, index: int, text: str, logprobs: Sequence[ScoredToken] | None) -> dict[str, Any]:
+    def chunk(self, index: int, text: str, logprobs: Sequence[TokenScore] | None) -> dict[str, Any]:
         shown = None
         if logprobs is not None:
             shown = self._logprobs(logprobs, self._offsets[index])
@@ -56,7 +57,7 @@ class CompletionFormat:
     def end(self, index: int, result: Generation) -> dict[str, Any]:
         return {"index": index, "text": "", "logprobs": None, "finish_reason": result.finish_reason}
 
-    def _logprobs(self, tokens: Sequence[ScoredToken], offset: int) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[TokenScore], offset: int) -> dict[str, Any]:
         return completion_logprobs(self._names, tokens, offset, at_start=bool(self._echoes[0]), with_top=self._with_top)
 
 

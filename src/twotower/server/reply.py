@@ -13,12 +13,16 @@ from fastapi.responses import JSONResponse, Response
 
 from twotower.decoding.output import Generation, Token
 from twotower.decoding.params import SamplingParams
+from twotower.decoding.scoring import ContextScorer, TokenScore
 from twotower.decoding.step import Request as TextRequest
 from twotower.engine.aio import Admission
 from twotower.server.errors import ApiError
-from twotower.server.logprobs import ScoredToken, Scorer, committed
+from twotower.server.logprobs import committed
 from twotower.server.service import Service
 from twotower.server.streaming import EventStream, unless_gone
+
+# Tokens scored at once, which bounds the memory of their logits.
+_SCORED_TOKENS = 64
 
 
 class LogprobOptions(NamedTuple):
@@ -48,15 +52,15 @@ class ReplyFormat(Protocol):
     @property
     def chunk_suffix(self) -> str: ...
 
-    def choice(self, index: int, result: Generation, logprobs: Sequence[ScoredToken] | None) -> dict[str, Any]:
+    def choice(self, index: int, result: Generation, logprobs: Sequence[TokenScore] | None) -> dict[str, Any]:
         """A whole choice."""
         ...
 
-    def beginning(self, index: int, logprobs: Sequence[ScoredToken] | None) -> list[dict[str, Any]]:
+    def beginning(self, index: int, logprobs: Sequence[TokenScore] | None) -> list[dict[str, Any]]:
         """The choices of the chunks that precede the text; `logprobs` are those of an echoed prompt."""
         ...
 
-    def chunk(self, index: int, text: str, logprobs: Sequence[ScoredToken] | None) -> dict[str, Any]:
+    def chunk(self, index: int, text: str, logprobs: Sequence[TokenScore] | None) -> dict[str, Any]:
         """A chunk's choice."""
         ...
 
@@ -149,9 +153,9 @@ async def _whole(
         if plan.logprobs is not None:
             logprobs = committed(tokens[i])
             if plan.needs_scoring:
-                scorer = _scorer(service, text, plan.logprobs)
-                scored = await _score(service, scorer, [*text.prompt_ids, *results[i].token_ids])
-                logprobs = scored if plan.logprobs.echo else scored[len(text.prompt_ids) :]
+                ids = [*text.prompt_ids, *results[i].token_ids]
+                skip = 0 if plan.logprobs.echo else len(text.prompt_ids)
+                logprobs = await _score(service, _scorer(service, text, plan.logprobs), ids, skip)
         choices.append(plan.format.choice(i, results[i], logprobs))
     usage = plan.usage([results[i] for i in range(len(choices))])
     log |= usage
@@ -165,13 +169,13 @@ async def _chunks(
     if plan.includes_usage:
         head = head | {"usage": None}
     results: dict[int, Generation] = {}
-    scorers: list[Scorer] = []
+    scorers: list[ContextScorer] = []
     for i, text in enumerate(plan.requests):
         echoed = None
         if plan.logprobs is not None and plan.needs_scoring:
             scorers.append(_scorer(service, text, plan.logprobs))
-            scored = await _score(service, scorers[i], text.prompt_ids)
-            echoed = scored if plan.logprobs.echo else None
+            skip = 0 if plan.logprobs.echo else len(text.prompt_ids)
+            echoed = await _score(service, scorers[i], text.prompt_ids, skip) or None
         for beginning in plan.format.beginning(i, echoed):
             yield head | {"choices": [beginning]}
     async with aclosing(service.run(plan.requests, admission, log)) as outputs:
@@ -190,15 +194,29 @@ async def _chunks(
         yield head | {"choices": [], "usage": usage}
 
 
-def _scorer(service: Service, text: TextRequest, logprobs: LogprobOptions) -> Scorer:
-    return Scorer(service.engine.model, logprobs.num_top, len(text.prompt_ids) + text.params.max_new_tokens)
+def _scorer(service: Service, text: TextRequest, logprobs: LogprobOptions) -> ContextScorer:
+    model = service.engine.model
+    num_top = min(logprobs.num_top, model.config.vocab_size)
+    return ContextScorer(model, num_top=num_top, capacity=len(text.prompt_ids) + text.params.max_new_tokens)
 
 
-async def _score(service: Service, scorer: Scorer, ids: Sequence[int]) -> list[ScoredToken]:
-    """The log-probabilities of a text's next tokens. Only one pass runs at a time, so that decoding stays fast."""
+async def _score(service: Service, scorer: ContextScorer, ids: Sequence[int], skip: int = 0) -> list[TokenScore]:
+    """The log-probabilities of a text's next tokens behind the first `skip`.
+
+    Only one text is scored at a time, beside decoding. Cancelling stops it after the chunk that is under way.
+    """
     cancelled = threading.Event()
+
+    def push() -> list[TokenScore]:
+        scored: list[TokenScore] = []
+        for [tokens] in scorer.push([ids], skip=skip, chunk=_SCORED_TOKENS):
+            scored += tokens
+            if cancelled.is_set():
+                break
+        return scored
+
     async with service.scoring:
         try:
-            return await asyncio.to_thread(scorer.push, ids, cancelled)
+            return await asyncio.to_thread(push)
         finally:
             cancelled.set()
