@@ -1,4 +1,4 @@
-"""Tiny single-tower models, written to files by other people's code where there is any."""
+"""Tiny single-tower models, written to files by transformers and other libraries where these can."""
 
 import struct
 from collections.abc import Callable

@@ -24,7 +24,7 @@ def assert_same_logits(source: Any, out: Path, **options: Any) -> None:
     found = model.context_logits(ids)[..., : expected.shape[-1]]
     assert expected.std() > 0.5, "logits near zero would agree whatever was loaded"
     torch.testing.assert_close(found, expected, atol=TOLERANCE * expected.abs().max().item(), rtol=0)
-    # The denoiser is the same backbone: on one token, which has nothing to its right, it must say the same.
+    # The denoiser is the same backbone, so its logits for a block of one token, which sees nothing later, are the same.
     state = model.prefill(ids[:, :-1])
     last = model.denoise(ids[:, -1:], state, t=0.5)[:, 0, : expected.shape[-1]]
     torch.testing.assert_close(last, expected[:, -1], atol=TOLERANCE * expected.abs().max().item(), rtol=0)

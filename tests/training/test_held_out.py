@@ -38,7 +38,7 @@ def test_fewer_rows_than_ranks_raise(corpus: Corpus) -> None:
 
 
 def test_questions_are_whole_documents_with_a_prompt(tmp_path: Path, tiny: Callable) -> None:
-    """BOS is 1 and the end 2: the rest of a document, a question, its answer with two ends, a text, what is cut off."""
+    """BOS is 1, EOS 2. The row: the rest of a document, a question, its answer and two EOS, a text, a cut document."""
     ids = np.array([[8, 9, 2, 1, 5, 6, 7, 2, 2, 1, 9, 2, 1, 5, 6]])
     document = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3]])
     scored = np.array([[1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1, 1, 0, 0, 1]])
@@ -65,7 +65,7 @@ def test_answers_are_those_that_decoding_gives(tmp_path: Path, tiny: Callable) -
     parts: list[Sequence[float]] = []
 
     class OneOfSeveral(Ranks):
-        """Notes what it would add up with the others."""
+        """One of several ranks, run alone: records what it would add up with the others."""
 
         def total(self, values: Sequence[float]) -> list[float]:
             parts.append(values)

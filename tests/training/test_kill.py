@@ -38,7 +38,9 @@ def kill_during_run(folder: Path, out: str, after: int) -> None:
     """Ends a run by SIGKILL some time after a number of steps."""
     metrics = folder / out / "metrics.jsonl"
     command = [sys.executable, "-m", "twotower", *arguments(folder, out)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: sums in one order
+    one_thread = os.environ | {
+        "OMP_NUM_THREADS": "1"
+    }  # one thread, as in this process, so that sums have the same order
     with subprocess.Popen(command, env=one_thread, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while process.poll() is None and (not metrics.exists() or len(metrics.read_bytes().splitlines()) < after):
             time.sleep(0.001)

@@ -83,7 +83,7 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_cut(
 ) -> None:
     model, x0 = tiny("M*-E", dtype=torch.float64), ids(6, 15)
     noisy = corrupted(x0, complementary=complementary)
-    assert len(set(noisy.masked.sum(1).tolist())) > 2  # else a mean of means would pass
+    assert len(set(noisy.masked.sum(1).tolist())) > 2  # otherwise a mean of the parts' means would pass too
     step(model, x0, noisy, [slice(0, 6)], reduction, noisy)
     whole = gradients(model)
     for cut in ([1] * 6, [2, 4], [5, 1], [3, 3]):
@@ -197,7 +197,7 @@ def test_elbo_of_random_draws_converges_to_the_bound(level_per: Any, toy: TwoTow
         sum(sum(values) / len(values) for values in (any_order(toy, x0[0], a, b) for a, b in blocks)) / 4
         for blocks in ([(0, 4)], [(0, 3), (3, 4)], [(0, 2), (2, 4)], [(0, 1), (1, 4)])
     ]
-    # one draw's deviation is about the bound itself
+    # the standard deviation of one draw is about the bound itself
     assert drawn == pytest.approx(sum(bounds) / 4, rel=4 / rows**0.5)
 
 
@@ -265,7 +265,7 @@ def test_distilling_is_the_divergence_from_what_the_context_tower_expects(tiny: 
 
 def test_a_teacher_gets_no_gradient_from_its_pupil(tiny: Callable, ids: Callable) -> None:
     model, x0 = tiny("*-", dtype=torch.float64), ids(2, 8)
-    noisy = corrupted(x0, block_size=8)  # nothing is before a block but its own document's start
+    noisy = corrupted(x0, block_size=8)  # one block a row: the context tower is read by nothing but its own head
     sums = loss_sums(model, x0, noisy, weigh(noisy, "masked_mean").weight, with_distil=True)
     assert sums.distil is not None
     sums.distil.backward()

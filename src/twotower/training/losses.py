@@ -30,8 +30,8 @@ class Weighted(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Weighted sums, scalars: the denoiser's cross-entropies, its divergences from the context tower, and the context
-    tower's next-token cross-entropies. None for those that were not asked for."""
+    """Weighted sums (scalars): the denoiser's cross-entropies, its divergences from the context tower, and the context
+    tower's next-token cross-entropies; None where not asked for."""
 
     denoising: Tensor
     distil: Tensor | None
@@ -61,8 +61,8 @@ def weigh(noisy: Corrupted, reduction: Reduction) -> Weighted:
     - `example_mean`: each row's mean over its masked positions (0 for a row without any), then the mean over rows. This
       is the loss of code that averages over micro-batches of one row.
     - `elbo`: 1/t̂ per masked position, divided by the number of scored positions. Its expectation is an upper bound on
-      the negative log-likelihood in nats per token (MDLM, arXiv 2406.07524), up to the levels below 1e-3, which are
-      never drawn. Requires t̂ to be uniform.
+      the negative log-likelihood in nats per token (MDLM, arXiv 2406.07524), but for levels below 1e-3, which are never
+      drawn. Requires t̂ to be uniform.
     """
     masked = noisy.masked.float()
     if reduction == "masked_mean":

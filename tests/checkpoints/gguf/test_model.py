@@ -276,7 +276,7 @@ def test_byte_level_tokenizers(
 
 
 def test_pre_tokenizers_differ_on_the_samples() -> None:
-    """Or the test above could not tell them apart."""
+    """Otherwise the test above could not tell them apart."""
     gpt2, smollm = byte_level([GPT2]), byte_level([pre_tokenizers.Digits(individual_digits=True), GPT2])
     qwen2, llama3 = (byte_level(words(HEAD + digits + TAIL)) for digits in (r"\p{N}", r"\p{N}{1,3}"))
     encoded = [[t.encode(s).ids for s in SAMPLES] for t in (gpt2, smollm, qwen2, llama3)]

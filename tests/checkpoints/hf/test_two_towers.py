@@ -143,7 +143,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_one_error(saved: Path) -> 
 
 def test_shapes_are_compared_before_anything_is_allocated(saved: Path) -> None:
     raw = json.loads((saved / "config.json").read_text())
-    # 4 TiB for each of the four vocabulary matrices: allocating them would fail otherwise than like this.
+    # 4 TiB for each of the four vocabulary matrices: allocating them would fail with another error.
     (saved / "config.json").write_text(json.dumps(raw | {"vocab_size": 2**35}))
     with pytest.raises(ValueError, match=r"4 of the wrong shape: context_tower\.embeddings\.weight"):
         load_model(saved)

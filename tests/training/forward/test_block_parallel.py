@@ -20,14 +20,14 @@ def one_document(length: int, block_size: int, offset: int = 0) -> Layout:
 
 
 def packed(block_size: int) -> Layout:
-    """Documents of other lengths in each row, with other grids; the last of row 0 is padding."""
+    """Rows with documents of different lengths and grids of blocks; the last document of row 0 is padding."""
     lengths = torch.tensor([[9, 1, 20, 10], [17, 17, 3, 3]])
     document = torch.stack([torch.arange(4).repeat_interleave(row) for row in lengths])
     return make_layout(document, block_size, torch.tensor([0, 3]))
 
 
 def noisy(x0: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Some masks, and a level per row and block."""
+    """x0 with some masks, and a noise level for each block of each row."""
     torch.manual_seed(0)
     xt = x0.masked_fill(torch.rand(x0.shape) < 0.5, 3)
     level = torch.rand(x0.shape[0], int(layout.block.max()) + 1)
@@ -107,7 +107,7 @@ def test_the_context_tower_computes_what_it_does_alone(
 
 
 def silence(model: TwoTower, keep: str) -> None:
-    """Leaves one way from clean tokens to the denoiser of pattern M*: the SSM state, the convolution or the keys."""
+    """Closes all ways from clean tokens to the denoiser of pattern M* but one: SSM state, convolution or keys."""
     with torch.no_grad():
         for tower in (model.context_tower, model.denoiser_tower):
             mamba, attention = (layer.mixer for layer in tower.stack)

@@ -24,7 +24,7 @@ def test_a_state_is_read_as_it_was_when_saving_began(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, Ranks())
     saved = tensors(1.0)
     checkpoints.save(5, saved, {"step": 5, "run": {}, "loss": 0.1})
-    saved["weights"]["a.b"].zero_()  # training goes on while the write does
+    saved["weights"]["a.b"].zero_()  # training changes the tensors while they are being written
     checkpoints.finish()
     state = latest_state(tmp_path)
     assert state is not None
@@ -51,7 +51,7 @@ def test_what_a_kill_leaves_half_written_is_no_state(tmp_path: Path) -> None:
     killed = Checkpoints(tmp_path, Ranks())
     killed.save(3, tensors(3), {"step": 3, "run": {}})  # and never finished
     assert killed._pending is not None
-    killed._pending.future.result()  # a dead process would not write on beside the next
+    killed._pending.future.result()  # unlike this one, a killed process does not go on writing beside the next
     latest = latest_state(tmp_path)
     assert latest is None
     again = Checkpoints(tmp_path, Ranks())

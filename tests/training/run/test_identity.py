@@ -1,4 +1,4 @@
-"""What a state refuses to be resumed with."""
+"""The runs that may not resume from a state."""
 
 import functools
 from collections.abc import Callable

@@ -29,7 +29,7 @@ RUN = {
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Rows of different numbers of scored positions and documents, so that a mean of means would show."""
+    """Rows with different numbers of scored positions and documents: a mean of the ranks' means would differ."""
     rng = np.random.default_rng(0)
     ids = rng.integers(4, 40, (8, 20))
     scored = np.arange(20) >= rng.integers(0, 15, (8, 1))
@@ -40,7 +40,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 class Recording(Denoising):
-    """Notes each sample's noise."""
+    """Records each sample's noise."""
 
     seen: dict[str, list[Any]]
 
@@ -55,7 +55,7 @@ class Recording(Denoising):
 def train(
     model: TwoTower, corpus: Path, folder: Path, settings: dict[str, Any], what: dict[str, Any], ranks: Ranks
 ) -> None:
-    """Trains and leaves each rank's noise in `folder`; reports go to metrics.jsonl."""
+    """Trains, and writes each rank's noise into `folder`; the steps are in metrics.jsonl."""
     objective = Recording(model, DenoisingConfig(**what))
     objective.seen = {}
     config = TrainConfig(**RUN | settings)

@@ -37,7 +37,7 @@ def test_what_is_not_finite_is_a_fault_and_a_high_loss_once_others_are_known() -
 
 
 def test_hard_rows_are_no_spikes() -> None:
-    """Losses as near the end of learning answers: one in thirty is three times their median."""
+    """Losses as they are once most answers are learnt: one in thirty is three times the median."""
     rng = random.Random(0)
     losses = [0.04 * math.exp(0.6 * rng.gauss(0, 1)) for _ in range(2000)]
     assert sum(loss > 0.12 for loss in losses) > 40

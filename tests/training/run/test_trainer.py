@@ -54,7 +54,7 @@ def test_the_context_tower_stays_bit_identical_and_all_else_trains(
         same = torch.equal(after, before[name])
         if name.startswith("context"):
             assert same, name
-        elif not name.endswith("e_score_correction_bias"):  # which only chooses
+        elif not name.endswith("e_score_correction_bias"):  # which chooses experts and gets no gradient
             assert not same, name
 
 
@@ -140,7 +140,7 @@ def test_bf16_computes_coarsely_and_learns_finely(
     assert model.denoiser_tower.embeddings.dtype == model.context_tower.norm_f.dtype == torch.bfloat16
     kept = {p.dtype for n, p in model.named_parameters() if n.endswith(("A_log", "dt_bias", ".D", "gate"))}
     assert kept == {torch.float32}
-    # eight updates of 1e-5 are far below bf16's steps, and in the weights all the same
+    # eight updates of 1e-5 are too small for bf16 weights, but the float32 masters have them
     resumed = make(tiny("M*-E", block_size=8), corpus, tmp_path / "bf16", bf16=True, **settings)
     resumed.run(lambda report: None)
     start, end = tiny("M*-E", block_size=8), resumed.optimiser.masters["model.lm_head.weight"]

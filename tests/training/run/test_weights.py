@@ -49,7 +49,7 @@ def one_of_two(rank: int, check: Callable[..., None], folder: Path, arguments: t
     torch.set_num_threads(1)
     with joined(rank, 2, torch.device("cpu"), init_method=f"file://{folder}/init") as ranks:
         check(ranks, folder, *arguments)
-        ranks.wait()  # none leaves while the other still looks for it
+        ranks.wait()  # neither process ends while the other still needs it
 
 
 def same_runs(
@@ -164,5 +164,5 @@ def test_a_state_gives_the_trained_model_one_tensor_at_a_time(
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    assert len(read) <= 2 * len(set(read))  # not once for each of a parameter's parts
+    assert len(read) <= 2 * len(set(read))  # each parameter once, and not once for each of its parts
     assert {f"weights.{name}" for name in trained_parameters(trained)} == set(read)

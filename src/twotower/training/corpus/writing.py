@@ -1,4 +1,4 @@
-"""A corpus of text: documents to shards of packed rows."""
+"""Writing a corpus: from documents to shards of packed rows."""
 
 import itertools
 import shutil
@@ -16,12 +16,13 @@ from twotower.training.corpus.packing import Packed, pack
 from twotower.training.corpus.shards import CorpusRows, write_shard
 from twotower.training.corpus.text import TextConfig, read_documents
 
-ROWS = 4096  # of a shard
+# The number of rows in a shard.
+ROWS = 4096
 
 
 class CorpusCounts(NamedTuple):
-    """What a corpus holds: rows, scored tokens, tokens of padding, documents longer than a row and the tokens that
-    these lost."""
+    """The size of a corpus: its rows, scored tokens, padding tokens, the documents that were longer than a row, and the
+    tokens that were cut off them."""
 
     rows: int
     scored: int
@@ -38,11 +39,11 @@ def write_corpus(
     rows: int = ROWS,
     progress: Callable[[int], None] = lambda written: None,
 ) -> CorpusCounts:
-    """Writes shards of `rows` rows with the tokenizer of the checkpoint `model`; `source` is what `read_documents`
-    reads. Calls `progress` with the rows written so far after each shard.
+    """Writes the documents of `source`, as `read_documents` finds them, into shards of `rows` rows, with the tokenizer
+    of the checkpoint `model`. `progress` is called after each shard with the number of rows written so far.
 
-    Raises FileExistsError unless `out` is new or empty, ValueError for a checkpoint without a tokenizer and for a
-    source without text. `out` has nothing in it until all is written.
+    `out` stays empty until all shards are written. Raises FileExistsError unless `out` is new or empty, and ValueError
+    for a checkpoint without a tokenizer or a source without text.
     """
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose a new directory")
@@ -51,9 +52,9 @@ def write_corpus(
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer.json to tokenize with; add one")
     packed = pack(read_documents(source, config), tokenizer, TwoTowerConfig.from_json(folder / "config.json"), config)
-    place = out.resolve()  # `.` has no name and no parent
+    place = out.resolve()  # absolute, because the path "." has neither name nor parent
     place.parent.mkdir(parents=True, exist_ok=True)
-    # Half a corpus could be trained on without anybody noticing, so the shards are moved to `out` when all are there.
+    # An incomplete corpus could be trained on unnoticed, so the shards are moved to `out` when all are written.
     with tempfile.TemporaryDirectory(prefix=f"{place.name}.partial-", dir=place.parent) as building:
         counts = _write(packed, rows, Path(building), progress)
         if not counts.rows:
