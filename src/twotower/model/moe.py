@@ -53,7 +53,7 @@ class MixtureOfExperts(nn.Module):
         for bias in (self.up_bias, self.down_bias):
             if bias is not None:
                 bias.data = bias.data.to(dtype)
-        if "up" not in self._parameters:
+        if not hasattr(self, "up"):
             return  # a guest has taken the experts
         if dtype == torch.bfloat16:
             return  # bf16 matrix units multiply the stacked experts at once, see ops.moe
@@ -71,7 +71,7 @@ class MixtureOfExperts(nn.Module):
             del self.up, self.down
 
     def released_tensors(self) -> dict[str, Tensor]:
-        if "up" not in self._parameters:
+        if not hasattr(self, "up"):
             raise ValueError("this model is packed for inference and can't be saved; load it with pack=False")
         found = {"gate.weight": self.gate.data, "gate.e_score_correction_bias": self.correction_bias.data}
         for j in range(self.config.num_experts):
