@@ -72,6 +72,14 @@ def test_getting_started_names_every_extra() -> None:
     assert {*re.findall(r"^\| `(\w+)` \| ", page, re.MULTILINE)} == {*extras} - {"dev", "docs"}
 
 
+def test_the_page_on_architecture_has_the_contract_of_imports() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    layers = reversed(tools["importlinter"]["contracts"][0]["layers"])
+    order = [sorted(re.findall(r"twotower\.(\w+)", layer)) for layer in layers]
+    [chain] = [block for block in pieces(ROOT / "docs" / "architecture.md", "text") if "<" in block]
+    assert [sorted(re.findall(r"\w+", layer)) for layer in chain.split("<")] == order
+
+
 def test_the_page_on_architecture_lists_every_folder() -> None:
     listed = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
     package = ROOT / "src" / "twotower"
