@@ -1,6 +1,6 @@
 """See what a mode did: when each token was fixed, how sure the model was, and what the text cost.
 
-    python examples/inspect_steps.py "Once upon a time" --mode diffusion
+python examples/inspect_steps.py "Once upon a time" --mode diffusion
 """
 
 import argparse

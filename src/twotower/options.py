@@ -17,8 +17,9 @@ class Option(NamedTuple):
     """What a field says beside its type and default.
 
     `least` and `most` belong to the range, `above` and `below` bound it without belonging to it. `shown_default` is
-    shown for a default that is worked out later. `flag` is the option's spelling where it isn't the field's, and
-    `parse` reads a text where the field's type doesn't say how.
+    shown for a default that is worked out later. `flag` is the option's spelling where it isn't the field's, `envvar`
+    an environment variable that sets it, `unit` what a number on the command line counts, such as 2**20 for MiB of
+    bytes, and `parse` reads a text where the field's type doesn't say how.
     """
 
     help: str
@@ -28,6 +29,8 @@ class Option(NamedTuple):
     below: float | None
     shown_default: str | None
     flag: str | None
+    envvar: str | None
+    unit: int
     parse: Callable[[str], Any] | None
 
     @property
@@ -67,10 +70,12 @@ def option(
     below: float | None = None,
     shown_default: str | None = None,
     flag: str | None = None,
+    envvar: str | None = None,
+    unit: int = 1,
     parse: Callable[[str], Any] | None = None,
 ) -> Any:
     """A dataclass field with a default and an `Option`, where the arguments are explained."""
-    what = Option(help, least, most, above, below, shown_default, flag, parse)
+    what = Option(help, least, most, above, below, shown_default, flag, envvar, unit, parse)
     return dataclasses.field(default=default, metadata={"option": what})
 
 

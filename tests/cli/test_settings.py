@@ -22,6 +22,8 @@ class Oven:
     notes: tuple[str, ...] = option((), "What to write down.", shown_default="none")
     racks: tuple[Path, ...] = option((), "Paths.", parse=lambda text: tuple(map(Path, text.split(":"))))
 
+    bytes: int = option(3 * 2**20, "Size of the recipe.", least=1, flag="--mib", unit=2**20)
+
     def __post_init__(self) -> None:
         check_options(self)
 
@@ -44,11 +46,18 @@ def bake():
 
 def test_the_command_gets_the_dataclass(bake):
     options = ("--degrees", 200, "--fan", "--shelf", "high", "--minutes", 9, "--turns", "1,2", "--notes", "a",
-               "--notes", "b", "--racks", "a:b", "--loud")  # fmt: skip
+               "--notes", "b", "--racks", "a:b", "--mib", 2, "--loud")  # fmt: skip
     result, got = bake("dinner", *options)
     assert result.exit_code == 0, result.output
     oven = Oven(
-        heat=200.0, fan=True, shelf="high", minutes=9, turns=(1, 2), notes=("a", "b"), racks=(Path("a"), Path("b"))
+        heat=200.0,
+        fan=True,
+        shelf="high",
+        minutes=9,
+        turns=(1, 2),
+        notes=("a", "b"),
+        racks=(Path("a"), Path("b")),
+        bytes=2**21,
     )
     assert got == [("dinner", oven, True)]
 

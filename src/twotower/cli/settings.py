@@ -23,7 +23,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         if parameter.name in settings:
-            found = options_of(parameter.annotation).items()
+            found = options_of(settings[parameter.name]).items()
             parameters += [_parameter(name, field, what) for name, (field, what) in found]
         else:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
@@ -32,12 +32,18 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     def called(**values: Any) -> None:
         for place, made in settings.items():
             fields = options_of(made).items()
-            values[place] = made(**{name: _read(values.pop(name), field, what) for name, (field, what) in fields})
+            given = {name: _read(values.pop(_key(name, what)), field, what) for name, (field, what) in fields}
+            values[place] = made(**given)
         command(**values)
 
     called.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return called
+
+
+def _key(name: str, what: Option) -> str:
+    """What recipes call a field: its name, or its flag's where that counts in another unit, such as state_mib."""
+    return name if what.unit == 1 or what.flag is None else what.flag.removeprefix("--").replace("-", "_")
 
 
 def _parameter(name: str, field: dataclasses.Field[Any], what: Option) -> inspect.Parameter:
@@ -51,12 +57,17 @@ def _parameter(name: str, field: dataclasses.Field[Any], what: Option) -> inspec
         kind, default = list[str] | None, None
     elif get_origin(field.type) is tuple:
         kind, default = str, ",".join(f"{value:g}" for value in default)
+    elif what.unit > 1:
+        default //= what.unit
     bounds = what.range and f" {what.range[0].upper()}{what.range[1:]}."
     declared = typer.Option(
-        *([] if what.flag is None else [what.flag]), help=what.help + bounds, show_default=what.shown_default or True
+        *([] if what.flag is None else [what.flag]),
+        help=what.help + bounds,
+        envvar=what.envvar,
+        show_default=what.shown_default or True,
     )
     annotation = Annotated[kind, declared]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return inspect.Parameter(_key(name, what), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _read(value: Any, field: dataclasses.Field[Any], what: Option) -> Any:
@@ -64,7 +75,7 @@ def _read(value: Any, field: dataclasses.Field[Any], what: Option) -> Any:
     if what.parse is not None:
         return what.parse(value)
     if get_origin(field.type) is not tuple:
-        return value
+        return value * what.unit if what.unit > 1 else value
     kind = value_type(field.type)
     if kind is str:
         return tuple(value or ())

@@ -3,6 +3,7 @@
 import dataclasses
 
 from twotower.errors import SettingError, check_integer
+from twotower.options import check_options, option
 
 MIB = 1 << 20
 
@@ -24,17 +25,21 @@ class EngineConfig:
     are on two devices, which then work at once, and nothing on one device; None chooses accordingly.
     """
 
-    max_num_requests: int = 16
-    max_num_waiting: int = 256
+    max_num_requests: int = option(16, "Most texts written at a time.", least=1, flag="--max-requests")
+    max_num_waiting: int = option(
+        256, "Most texts that wait; the server refuses what comes beyond.", least=0, flag="--max-waiting"
+    )
     prompt_chunk: int = 256
-    state_bytes: int = 256 * MIB
+    state_bytes: int = option(
+        256 * MIB, "MiB for the keys, values and states of all texts.", least=1, flag="--state-mib", unit=MIB
+    )
     snapshot_bytes: int = 32 * MIB
     commits_apart: bool | None = None
 
     def __post_init__(self) -> None:
-        least = {"max_num_requests": 1, "max_num_waiting": 0, "prompt_chunk": 1, "state_bytes": 1, "snapshot_bytes": 0}
-        for name, low in least.items():
-            check_integer(name, getattr(self, name), low)
+        check_options(self)
+        check_integer("prompt_chunk", self.prompt_chunk, 1)
+        check_integer("snapshot_bytes", self.snapshot_bytes, 0)
         if self.commits_apart not in (None, True, False):
             raise SettingError(
                 "commits_apart", self.commits_apart, "True, False or None", "None lets the engine choose"

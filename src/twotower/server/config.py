@@ -38,7 +38,11 @@ class ServerConfig:
     max_choices: int = option(64, "Most texts that one request may ask for: its prompts times n.", least=1)
     max_body_bytes: int = option(2 * MIB, "Most bytes of a request's body.", least=1024)
     api_keys: tuple[str, ...] = option(
-        (), "Key that requests must carry; several may be given.", shown_default="none", flag="--api-key"
+        (),
+        "Key that requests must carry; several may be given.",
+        shown_default="none",
+        flag="--api-key",
+        envvar="TWOTOWER_API_KEY",
     )
     cors_origins: tuple[str, ...] = option(
         (),
