@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from twotower.backends import native
 from twotower.backends.native.build import find_compiler, library
-from twotower.backends.native.pack import pack_weight
-from twotower.backends.native.tower import take_tower_
-from twotower.backends.protocol import BackendChoice
+from twotower.backends.protocol import Backend, BackendChoice
 from twotower.errors import SettingError
 from twotower.model.linear import Linear
 from twotower.model.time_conditioning import TimeConditioning
@@ -83,12 +82,12 @@ def pack_(model: TwoTower, wanted: str | None = None) -> None:
 
 
 def _pack_side_(choice: BackendChoice, tower: Tower, others: list[Linear | TimeConditioning]) -> None:
-    weights = tower.embeddings
     if choice.name == "native":
-        take_tower_(tower)
+        backend: Backend = native
+        backend.take_tower_(tower)
         for module in others:
-            module.pack_(torch.float32, pack_weight)
+            module.pack_(tower.activation_dtype, backend.pack_weight)
     else:
-        activations = activation_dtype(weights.device.type, weights.dtype)
+        dtype = activation_dtype(tower.embeddings.device.type, tower.embeddings.dtype)
         for part in (tower, *others):
-            part.pack_(activations, pack)
+            part.pack_(dtype, pack)

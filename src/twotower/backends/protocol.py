@@ -1,13 +1,11 @@
 """What a backend offers: all that whoever writes one for another device needs to know.
 
 A backend runs a tower's passes in the place of the layers in `twotower.model`, which are the reference: `Tower.causal`
-and `Tower.block` define every result here, and tests hold each backend to them. It is a package beside this file with
-three parts: a `TowerGuest`, made once per tower from the tower's weights; the `LogitOps`; and a function that packs
-one weight as an `ops.linear.PackedWeight`, with which the heads and the time conditioning multiply. `choose.pack_` puts
-them into a model, and nothing else names a backend.
+and `Tower.block` define every result here, and tests hold each backend to them. It is a package beside this file that
+has the functions of `Backend`; `choose` decides where it runs and puts it into a model, and nothing else names it.
 
-Letters: b rows, s tokens, t cached places, d width, i layers, m `M` layers, c conv channels, w conv kernel, h heads,
-p head width, n state width, v vocabulary.
+Letters: b rows, s tokens, d width, v vocabulary, e experts and f their width, i inputs and o outputs of a weight, c
+conv channels, w conv kernel, h heads, p head width, n state width.
 
 **Dtypes.** The tower's `activation_dtype` is the backend's to set: x, hidden states, keys, values and conv rows have
 it. SSM states are float32 or wider, router scores float64, norms and softmax at least float32. Logits are float32.
@@ -37,20 +35,38 @@ from typing import Protocol
 from torch import Tensor
 
 from twotower.model.passes import CausalPass, PassInputs
+from twotower.model.tower import Tower
+from twotower.ops.linear import PackedWeight
 from twotower.ops.unmask import Best, BlockPlaces
 
 
 @dataclasses.dataclass(frozen=True)
 class BackendChoice:
-    """What runs a tower, "reference" or a backend's name, and why, as a sentence's end: "bfloat16 on cpu, …"."""
+    """What runs a tower, "reference" or a backend's name, and why: "asked for", or such as "float64 on cpu: …"."""
 
     name: str
     reason: str
 
 
+class Backend(Protocol):
+    """A backend's package."""
+
+    def take_tower_(self, tower: Tower, /) -> None:
+        """Sets `tower.guest` to a `TowerGuest` that has the tower's weights, and `tower.activation_dtype`.
+
+        `tower.pack_(dtype, pack_weight)` packs every projection (`Linear.packed`) and converts small parameters. The
+        experts of an `E` layer (`mixer.up`, `mixer.down`, both (e, f, d)) are the backend's to store: it packs and
+        deletes them before. What was packed can't be trained or saved any more.
+        """
+
+    def pack_weight(self, weight: Tensor, /) -> PackedWeight:
+        """A constant weight (o, i) as a function of x (…, i) in the activation dtype and a bias (o,) or None, which
+        gives their product (…, o). The head and the denoiser's time conditioning multiply with it."""
+
+
 class TowerGuest(Protocol):
-    """Runs one tower, from the embedded tokens to the last norm. It keeps what it needs of the tower's weights, so that
-    the layers in `twotower.model` may drop theirs; `copy.deepcopy` gives a guest with weights of its own."""
+    """Runs one tower, from the embedded tokens to the last norm. After `copy.deepcopy` of a model, the copy's guest
+    reads the copy's weights."""
 
     @property
     def logit_ops(self) -> "LogitOps":
@@ -72,8 +88,8 @@ class TowerGuest(Protocol):
 
         In `*` layers each place sees the row's cached keys and the first widths[b] places of its own block, both ways;
         `M` layers run from `inputs.state` forward. Places beyond a row's width hold no defined values. Writes nothing
-        that outlives the pass. `modulation` (i, b, 3, 1, d) has each layer's shift, scale and gate, see `model.layer`;
-        None leaves them out.
+        that outlives the pass. `modulation` (layers, b, 3, 1, d) has each layer's shift, scale and gate, see
+        `model.layer`; None leaves them out.
         """
 
 

@@ -1,4 +1,4 @@
-"""The `*` mixer. Letters: b batch, s tokens, d width, h heads, k KV heads, p head width."""
+"""The `*` mixer: attention. Letters: b batch, s tokens, d width, h heads, k KV heads, p head width."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ class Projected(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """RoPE's cosines and sines for the tokens at hand, (b, s, 1, p/2)."""
+    """RoPE's cosines and sines for s tokens, (b or 1, s, 1, p/2)."""
 
     cos: Tensor
     sin: Tensor

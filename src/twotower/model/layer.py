@@ -51,7 +51,7 @@ class Layer(nn.Module):
         return modulated_rms_norm(x, self.norm, self.eps, shift, scale, norm_first=self.kind in "E-", dtype=dtype)
 
     def leave(self, x: Tensor, mixed: Tensor, modulation: Modulation | None) -> Tensor:
-        """The residual sum."""
+        """x + mixed, with the modulation's gate if there is one: x + mixed · gate."""
         return residual_sum(x, mixed, None if modulation is None else modulation.gate)
 
     def pack_(self, dtype: torch.dtype, pack: Pack) -> None:

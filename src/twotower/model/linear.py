@@ -12,7 +12,7 @@ Pack = Callable[[Tensor], PackedWeight | None]
 
 
 class Linear(nn.Module):
-    """weight (o, i) and an optional bias (o,); several released projections may be rows of one."""
+    """weight (o, i) and an optional bias (o,). Several released projections may be stacked in one weight."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Linear(nn.Module):
             self.bias.data = self.bias.data.to(dtype)
 
     def released_tensors(self, names: Sequence[str], sizes: Sequence[int]) -> dict[str, Tensor]:
-        """The released projections `names`, with `sizes` output rows each, as views of the fused parameter."""
+        """The released projections `names`, with `sizes` output rows each, as views of the stacked parameter."""
         if self.packed is not None:
             raise ValueError("this model is packed for inference and can't be saved; load it with pack=False")
         found = {f"{n}.weight": w for n, w in zip(names, self.weight.data.split(list(sizes)), strict=True)}

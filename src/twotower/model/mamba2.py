@@ -1,5 +1,5 @@
-"""The `M` mixer. Letters: b batch, s tokens, d width, h heads, p head width, g groups, n state width, c = h·p + 2·g·n,
-w conv kernel."""
+"""The `M` mixer: Mamba-2. Letters: b batch, s tokens, d width, h heads, p head width, g groups, n state width,
+c = h·p + 2·g·n, w conv kernel."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ from twotower.ops.ssd import ScanInputs, ssd_output, ssd_scan, ssd_state, time_s
 
 
 class MambaInputs(NamedTuple):
-    """One layer's inputs for s tokens: gate z (b, s, h·p), raw xBC (b, s, c), and what the scan reads."""
+    """One layer's inputs for s tokens: gate z (b, s, h·p), xBC before the convolution (b, s, c), and what the scan
+    reads."""
 
     z: Tensor
     xbc: Tensor

@@ -1,4 +1,4 @@
-"""The `-` mixer. Letters: d width, f inner width."""
+"""The `-` mixer: a two-layer network. Letters: d width, f inner width."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""The `E` mixer. Letters: b batch, s tokens, d width, e experts, f expert width."""
+"""The `E` mixer: a mixture of experts. Letters: b batch, s tokens, d width, e experts, f expert width."""
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class MixtureOfExperts(nn.Module):
 
     def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
         self.shared.pack_(dtype, pack)
-        for parameter in (self.gate, self.correction_bias):  # what the router would convert at every call
+        for parameter in (self.gate, self.correction_bias):  # else the router would convert them at every call
             parameter.data = parameter.data.double()
         for bias in (self.up_bias, self.down_bias):
             if bias is not None:
@@ -56,7 +56,7 @@ class MixtureOfExperts(nn.Module):
         if not hasattr(self, "up"):
             return  # a guest has taken the experts
         if dtype == torch.bfloat16:
-            return  # bf16 matrix units multiply the stacked experts at once, see ops.moe
+            return  # bf16 matrix units multiply the stacked experts at once, see `ops.moe`
         ups, downs = [pack(w) for w in self.up], [pack(w.t().contiguous()) for w in self.down]
         if all(w is not None for w in (*ups, *downs)):
             none = self.up.new_empty(0)

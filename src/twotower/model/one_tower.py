@@ -1,4 +1,4 @@
-"""A single tower with its head: the backbone that two towers start from. Letters: v vocabulary, d width."""
+"""A single tower with its head: the backbone that two towers start from."""
 
 import math
 from collections.abc import Iterator

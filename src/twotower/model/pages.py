@@ -1,5 +1,5 @@
-"""Keys and values in pages of a pool that many requests share. Letters: b rows, k KV heads, s new tokens, p head width,
-n pages."""
+"""Keys and values in pages of a pool that many requests share. Letters: b rows, k KV heads, s new tokens, t places of a
+row, p head width, n pages of the pool, m pages of a row."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -44,9 +44,9 @@ class Past(NamedTuple):
 class PagedKeys:
     """Rows of a pool: keys and values (n, k, PAGE_SIZE, p) of every attention layer, views of (n, PAGE_SIZE, k, p).
 
-    `tables` name each row's pages in order. They are lists that the rows' owner extends before a pass; what a row
-    writes beyond them is padding and goes to page 0, which is nobody's. `tip` is as in `KeyBuffer`, but a state that
-    does not end there can't be extended: there is no copy.
+    `tables` hold each row's page numbers in order. They are lists that the engine extends before a pass. Padding behind
+    a row's last page is written to page 0, which belongs to no row. `tip` is as in `KeyBuffer`, but a state that does
+    not end there can't be extended, because pages are not copied.
     """
 
     keys: list[Tensor]
@@ -66,7 +66,7 @@ class PagedKeys:
         return to_device(index.flatten(), self.keys[0].device)
 
     def append_(self, layer: int, starts: tuple[int, ...], places: Tensor | None, key: Tensor, value: Tensor) -> None:
-        """Writes key and value (b, k, s, p) of one layer at `places`, which `starts` gave."""
+        """Writes key and value (b, k, s, p) of one layer at `places`, see the method of that name."""
         assert places is not None
         for pool, new in ((self.keys[layer], key), (self.values[layer], value)):
             rows = pool.transpose(1, 2).flatten(0, 1)  # (n·PAGE_SIZE, k, p), a view
@@ -82,12 +82,12 @@ class PagedKeys:
         return PagedKeys(self.keys, self.values, tuple(self.tables[r] for r in rows), lengths)
 
     def put_(self, rows: Sequence[int], newer: object, starts: Sequence[int], ends: Sequence[int]) -> None:
-        """Nothing to copy: a selection of rows has appended to the same pages."""
+        """Copies nothing: `newer` has appended to the same pages."""
         assert isinstance(newer, PagedKeys)
         assert all(self.tables[row] is table for row, table in zip(rows, newer.tables, strict=True))
 
     def moved(self, used: int, lengths: tuple[int, ...], device: torch.device | str) -> "PagedKeys":
-        """A copy of the pages in use on another device, numbered anew."""
+        """A copy on another device of the pages in use, with new page numbers."""
         table = self._table(-(-used // PAGE_SIZE))
         b, m = table.shape
         pools = [[pool[table.flatten()].to(device) for pool in side] for side in (self.keys, self.values)]
@@ -95,14 +95,14 @@ class PagedKeys:
         return PagedKeys(pools[0], pools[1], numbered, lengths)
 
     def _table(self, num_pages: int, *, on_cpu: bool = False) -> Tensor:
-        """(b, num_pages) int64, 0 behind a row's last page."""
+        """The first page numbers of every row, (b, num_pages) int64; 0 behind a row's last page."""
         rows = [table[:num_pages] + [0] * (num_pages - len(table)) for table in self.tables]
         table = torch.tensor(rows, dtype=torch.long)
         return table if on_cpu else to_device(table, self.keys[0].device)
 
 
 def join_pages(buffers: Sequence[PagedKeys], lengths: tuple[int, ...]) -> PagedKeys:
-    """One object with the rows of all, which have `lengths` tokens; what is in several pools is copied to a new one."""
+    """The rows of all, which have `lengths` tokens, in one object; pages of several pools are copied to a new one."""
     first = buffers[0]
     if any(b.keys is not first.keys for b in buffers):
         buffers = _in_one_pool(buffers)
@@ -111,7 +111,7 @@ def join_pages(buffers: Sequence[PagedKeys], lengths: tuple[int, ...]) -> PagedK
 
 
 def _in_one_pool(buffers: Sequence[PagedKeys]) -> list[PagedKeys]:
-    """Copies of what the rows have in their tables, numbered anew."""
+    """Copies of the rows' pages in one new pool, with new page numbers."""
     compact = []
     for buffer in buffers:
         assert buffer.tip is not None

@@ -1,5 +1,5 @@
-"""What the context tower remembers. Letters: b batch, k KV heads, t places, p head width, c conv channels, w kernel,
-h SSM heads, n state width."""
+"""The state of the context tower: cached keys and values, and recurrent states. Letters: b batch, k KV heads, p head
+width, c conv channels, w conv kernel, h SSM heads, n state width."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ class MambaState(NamedTuple):
 class KeyBuffer:
     """Preallocated keys and values (b, k, capacity, p) of every attention layer, shared by successive states.
 
-    `tip` is each row's number of places in use by the newest state, None while scored tokens beyond it wait to be
-    committed; only a state that ends at the tip may append in place.
+    `tip` is the number of places that the newest state uses in each row; it is None between a causal pass, which has
+    already written keys behind it, and the pass's commit. Only a state that ends at the tip may append in place.
     """
 
     keys: list[Tensor]
@@ -43,7 +43,7 @@ class KeyBuffer:
         return Past([k[:, :, :used] for k in self.keys], [v[:, :, :used] for v in self.values], None)
 
     def places(self, starts: tuple[int, ...], s: int) -> None:
-        """Nothing more than `starts` is needed to append."""
+        """None: keys of a row lie side by side, so `starts` says where to append (pages need explicit places)."""
 
     def append_(self, layer: int, starts: tuple[int, ...], places: Tensor | None, key: Tensor, value: Tensor) -> None:
         """Writes key and value (b, k, s, p) of one layer at each row's places from starts[b] on."""
@@ -57,7 +57,7 @@ class KeyBuffer:
                 values[row, :, start : start + s] = value[row]
 
     def reserved(self, lengths: tuple[int, ...], extra: int) -> Self | "KeyBuffer":
-        """A buffer with room for `extra` tokens after `lengths`: this one, or a copy where it is too small or a newer
+        """A buffer with room for `extra` tokens after `lengths`: this one, or a copy if it is too small or a newer
         state has appended to it."""
         wanted = padded(max(lengths) + extra)
         if self.tip == lengths and self.capacity >= wanted:
@@ -76,7 +76,7 @@ class KeyBuffer:
     def put_(
         self, rows: Sequence[int], newer: "KeyBuffer | PagedKeys", starts: Sequence[int], ends: Sequence[int]
     ) -> None:
-        """Copies what a selection of rows has appended since: places from starts[i] to ends[i] of its row i."""
+        """Copies what `newer`, a copy of these rows, has appended: places starts[i] to ends[i] of its row i."""
         assert isinstance(newer, KeyBuffer)
         for ours, theirs in zip((*self.keys, *self.values), (*newer.keys, *newer.values), strict=True):
             for i, row in enumerate(rows):
@@ -109,10 +109,10 @@ def padded(length: int) -> int:
 class ContextState:
     """State of the context tower after each row's `lengths` tokens.
 
-    `mamba` and `buffer` follow the order of the `M` and `*` layers. `next_logits` (b, v) float32 are the context
-    tower's logits after the last token, None before any token. States are values: extending one leaves it usable.
-    Successive states share one key buffer, which only the newest appends to; an older one copies it first. Where the
-    keys lie in pages of a pool, only the newest state can be extended.
+    `mamba` and `buffer` follow the order of the `M` and `*` layers. `next_logits` (b, vocabulary) float32 are the
+    context tower's logits after the last token, None before any token. States are values: extending one leaves it
+    usable. Successive states share one key buffer, to which only the newest appends; extending an older one copies the
+    buffer first. Keys in pages of a pool are never copied, so there only the newest state can be extended.
     """
 
     lengths: tuple[int, ...]
@@ -137,8 +137,8 @@ class ContextState:
         return padded(max(self.lengths) + extra)
 
     def reserve(self, extra: int) -> Self:
-        """A state whose buffer has room for `extra` more tokens and belongs to it alone or ends at its tip."""
-        if not self.buffer.keys:  # nothing to append to, but the next commit looks at the tip
+        """This state with room in its buffer for `extra` more tokens, which it may append in place."""
+        if not self.buffer.keys:  # no attention layers, but the next commit sets and checks the tip
             return dataclasses.replace(self, buffer=KeyBuffer([], [], self.lengths))
         buffer = self.buffer.reserved(self.lengths, extra)
         return self if buffer is self.buffer else dataclasses.replace(self, buffer=buffer)
@@ -156,9 +156,9 @@ class ContextState:
         )
 
     def put(self, rows: Sequence[int], newer: Self) -> Self:
-        """This state with some rows replaced by `newer`, a selection of them that has been extended since.
+        """This state with some rows replaced by `newer`, which was selected from them and has been extended since.
 
-        Appends in place like an extension by as many tokens; `next_logits` is dropped unless `newer` has it.
+        Keys are appended in place if they can be, as in an extension; `next_logits` is None unless `newer` has it.
         """
         lengths = list(self.lengths)
         for row, length in zip(rows, newer.lengths, strict=True):
@@ -188,7 +188,7 @@ class ContextState:
         return torch.device("cpu") if self.next_logits is None else self.next_logits.device
 
     def to(self, device: torch.device | str) -> Self:
-        """This state on another device, itself if it is there already; used to seed a denoiser elsewhere."""
+        """This state on the denoiser's device: itself, or a copy without `next_logits` moved."""
         if self.device == torch.device(device):
             return self
         return dataclasses.replace(
@@ -199,7 +199,7 @@ class ContextState:
 
 
 def join(states: Sequence[ContextState]) -> ContextState:
-    """One state with the rows of all, in order. Their keys must lie in pages, which one pool lets them share."""
+    """One state with the rows of all, in order. Their keys must lie in pages."""
     first = states[0]
     mamba = tuple(
         MambaState(torch.cat([m.conv for m in layer]), torch.cat([m.ssm for m in layer]))
@@ -207,7 +207,7 @@ def join(states: Sequence[ContextState]) -> ContextState:
     )
     logits = None
     known = next((s.next_logits for s in states if s.next_logits is not None), None)
-    if known is not None:  # rows that have none get zeros, which nobody reads
+    if known is not None:  # rows without logits get zeros, which nobody reads
         parts = (
             known.new_zeros(s.batch_size, known.shape[1]) if s.next_logits is None else s.next_logits for s in states
         )

@@ -1,4 +1,4 @@
-"""How the denoiser learns the noise level. Letters: b batch, d width, i layer."""
+"""The denoiser's conditioning on the noise level t. Letters: b batch, d width, i layers."""
 
 import math
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from twotower.model.linear import Linear, Pack
 from twotower.ops.transfer import to_device
 
 NUM_FREQUENCIES = 128
-MAX_LEVELS = 64  # modulations that are remembered; 0.8 MB each at the released size in bf16
+MAX_LEVELS = 64  # noise levels whose modulation is remembered, 0.8 MB each at the released size in bf16
 
 
 class Modulation(NamedTuple):
@@ -24,13 +24,13 @@ class Modulation(NamedTuple):
 
 
 def frequencies(device: torch.device | None = None) -> Tensor:
-    """The sinusoids' (128,), on `device` or the default one."""
+    """The frequencies of the sinusoids (128,), from 1 down to 1/10000, on `device` or the default one."""
     j = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=device)
     return torch.exp(j * (-math.log(10000.0) / NUM_FREQUENCIES))
 
 
 class TimeConditioning(nn.Module):
-    """t̂ -> sinusoidal embedding -> two MLPs -> (3, d), to which every layer adds its own table."""
+    """Noise level -> sinusoidal embedding -> two MLPs -> (3, d), to which every layer adds its own table."""
 
     frequencies: Tensor  # (128,)
 
@@ -51,8 +51,8 @@ class TimeConditioning(nn.Module):
         return self.tables[:, None, :, None] + self.shared(t)[None, :, :, None]
 
     def at(self, t: tuple[float, ...]) -> Tensor:
-        """What `forward` gives for levels known on the host, (i, b, 3, 1, d). With constant weights a level met before
-        is not computed again: a block of s positions has s of them."""
+        """`forward` for levels known on the host: (i, b, 3, 1, d). With constant weights the result for a level is
+        remembered: blocks of s positions have only s different levels."""
         if not self.constant:
             return self(to_device(t, self.frequencies.device))
         every = [self._remembered(level) for level in t]
@@ -62,14 +62,14 @@ class TimeConditioning(nn.Module):
         found = self._known.get(level)
         if found is None:
             if len(self._known) == MAX_LEVELS:
-                del self._known[next(iter(self._known))]  # the one met first
+                del self._known[next(iter(self._known))]  # the oldest
             found = self._known[level] = self(to_device((level,), self.frequencies.device))
         return found
 
     def shared(self, t: Tensor) -> Tensor:
         """(b, 3, d): what t (b,) adds to every layer's own table."""
         dtype = self.tables.dtype
-        # The released model casts t̂ before multiplying; in bf16 that rounds 812.5 to 812, and training saw the same.
+        # The released model casts t before multiplying; in bf16 that rounds 812.5 to 812, and it was trained so.
         scaled = (t.to(self.released_dtype) * 1000).to(torch.promote_types(dtype, torch.float32))
         angles = scaled[:, None] * self.frequencies  # (b, 128)
         embedding = torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)

@@ -1,5 +1,5 @@
-"""Both towers and the calls that decoding is made of. Letters: b batch, t context tokens, s block tokens, d width,
-v vocabulary."""
+"""Both towers and the calls that decoding is made of. Letters: b batch, s tokens, d width, v vocabulary;
+t is the noise level."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -72,7 +72,7 @@ class TwoTower(nn.Module):
 
     @torch.no_grad()
     def context_logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """The context tower's causal logits for ids (b, t) int64: (b, t, v) float32."""
+        """The context tower's logits for ids (b, s) int64: (b, s, v) float32; position i predicts token i + 1."""
         ids = self._checked(ids, self.context_device)
         if ids.shape[1] == 0:
             raise ValueError("ids have 0 tokens, must have at least 1")
@@ -88,18 +88,18 @@ class TwoTower(nn.Module):
     def prefill(
         self, ids: Tensor | Sequence[Sequence[int]], lengths: Sequence[int] | None = None, *, capacity: int = 0
     ) -> ContextState:
-        """The state after prompts ids (b, t) int64, right-padded to t where `lengths` gives shorter rows.
+        """The state after prompts ids (b, s) int64, right-padded to s where `lengths` gives shorter rows.
 
         `capacity` tokens per row are allocated at once. `next_logits` is (b, v) float32, or None if all rows are
         empty.
         """
         ids = self._checked(ids, self.context_device)
-        b, t = ids.shape
-        lengths = (t,) * b if lengths is None else tuple(lengths)
-        if len(lengths) != b or not all(0 <= n <= t for n in lengths):
-            raise ValueError(f"lengths are {lengths}, must be {b} values in [0, {t}]")
-        state = self.context_tower.initial_state(b, max(capacity, t))
-        for start in range(0, t, PREFILL_CHUNK):
+        b, s = ids.shape
+        lengths = (s,) * b if lengths is None else tuple(lengths)
+        if len(lengths) != b or not all(0 <= n <= s for n in lengths):
+            raise ValueError(f"lengths are {lengths}, must be {b} values in [0, {s}]")
+        state = self.context_tower.initial_state(b, max(capacity, s))
+        for start in range(0, s, PREFILL_CHUNK):
             chunk = ids[:, start : start + PREFILL_CHUNK]
             counts = tuple(min(max(n - start, 0), chunk.shape[1]) for n in lengths)
             state = self.absorb(chunk, state, counts, with_logits=True)
@@ -137,10 +137,10 @@ class TwoTower(nn.Module):
     def denoiser_logits(
         self, ids: Tensor, seed: ContextState, t: tuple[float, ...] | None, widths: tuple[int, ...] | None = None
     ) -> Tensor:
-        """Unchecked `denoise` with `seed` on the denoiser's device; t None leaves time modulation out, for `mock_ar`.
+        """`denoise` without checks, with `seed` on the denoiser's device.
 
-        t is on the host, where decoding knows it: the modulation of a level met before is not computed again. `widths`
-        are the rows' block lengths where they are not all s.
+        t holds Python numbers: the modulation of a level met before is not computed again. None is without modulation,
+        for mode `mock_ar`. `widths` are the rows' block lengths where they are not all s.
         """
         modulation = None if t is None else self.time_conditioning.at(t)
         return self.lm_head(self.denoiser_tower.block(ids, seed, modulation, widths)).float()
@@ -166,17 +166,17 @@ class TwoTower(nn.Module):
         with_logits: bool,
         rows: list[int] | None = None,
     ) -> ContextState:
-        """Unchecked `extend` by the first counts[b] of ids (b, s); the rest of a row is padding.
+        """`extend` without checks, by the first counts[b] of ids (b, s); the rest of a row is padding.
 
-        `with_logits` False skips the head where nobody reads next_logits. `rows` are the state's rows that ids belong
-        to; the others stay as they are.
+        With `with_logits` False the new state has no `next_logits`, which saves the head's product. `rows` are the
+        state's rows that ids belong to; the others stay as they are.
         """
         if rows is not None and len(rows) < state.batch_size:
             return state.put(rows, self.absorb(ids, state.select(rows), counts, with_logits=with_logits))
         return state if ids.shape[1] == 0 else self.keep(self.score(ids, state), counts, with_logits=with_logits)
 
     def keep(self, scored: CausalPass, counts: tuple[int, ...] | None = None, *, with_logits: bool) -> ContextState:
-        """The second half of `absorb`: the state after the first counts[b] scored tokens of each row, maybe none."""
+        """The second half of `absorb`: the state after the first counts[b] scored tokens of each row, 0 or more."""
         b, s, _ = scored.hidden.shape
         counts = (s,) * b if counts is None else counts
         logits = None

@@ -53,7 +53,7 @@ def seeded_attention(
     mask: Tensor | None,
     pages: Tensor | None = None,
 ) -> Tensor:
-    """A block's queries over [past keys | the block's own keys], one softmax, no copy of the past.
+    """A block's queries over [past keys | the block's own keys] with one softmax; the past is not copied.
 
     q (b, h, s, p); key, value (b, k, s, p); past (b, k, t, p), t may be 0, or in `pages` as in `cached_attention`; mask
     from `block_mask`. Returns (b, h, s, p).

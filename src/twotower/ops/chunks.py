@@ -33,10 +33,10 @@ class Chunks(NamedTuple):
 
 
 def make_chunks(block: Tensor, document: Tensor, size: int) -> Chunks:
-    """As many blocks per chunk as `size` tokens hold at the longest block's length, at least one.
+    """Chunks of as many blocks as fit into `size` tokens if all were as long as the longest, at least one.
 
-    block, document (r, t) int64 are non-decreasing along a row, and a new document starts a new block. A chunk that
-    held part of a block would need the state inside it; whole blocks need one state per chunk, whatever their lengths.
+    block, document (r, t) int64 are non-decreasing along a row, and a new document starts a new block. Chunks hold
+    whole blocks, so that one state per chunk is enough: a chunk that ended inside a block would need the state there.
     """
     if size < 1:
         raise ValueError(f"chunk size is {size}, must be at least 1 token")
@@ -92,6 +92,6 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _held(token: Tensor, place: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The token in each of `size` places and whether it is one of its own: both (r, size)."""
+    """The token in each of `size` places, and False where the place only repeats an earlier token: both (r, size)."""
     held = token.new_full((token.shape[0], size), -1).scatter_(1, place, token)
     return held.cummax(1).values, held >= 0

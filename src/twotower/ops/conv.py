@@ -13,8 +13,8 @@ def conv_silu(x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None) -> Ten
 def causal_conv(x: Tensor, past: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
     """y_t = bias + Σ_j taps[j] · x_{t-w+1+j} over the rows of x (b, s, c) preceded by `past` (b, w-1, c).
 
-    taps (w, c), bias (c,) or None; returns (b, s, c). Written as w fused multiply-adds: a convolution primitive is
-    compiled anew for each s and is slower at block lengths.
+    taps (w, c), bias (c,) or None; returns (b, s, c). Written as w multiply-adds, because oneDNN compiles a convolution
+    anew for each s and is slower at block lengths.
     """
     s, width = x.shape[1], taps.shape[0]
     rows = torch.cat((past, x), dim=1)  # (b, w-1+s, c)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of a piece of the rows: 1 MB of float32, half of what a CPU's core keeps at hand.
+# Elements that are worked on together: 1 MB of float32, half of a typical CPU core's second-level cache.
 PIECE = 1 << 18
 
 
@@ -42,8 +42,8 @@ def seeded_conv(x: Tensor, context: Tensor | None, reach: RowReach, taps: Tensor
 class _SeededConv(torch.autograd.Function):
     """`seeded_conv` with its gradient written out.
 
-    Autograd's own would keep the rows that each tap read, w tensors of x's size, and pass over memory some thirty
-    times. This keeps the inputs, and goes over pieces of a few tokens that stay in a CPU's cache.
+    Autograd would keep the rows that each tap read, w tensors of x's size, and pass over memory some thirty times. This
+    keeps only the inputs, and works on pieces of a few tokens that stay in a CPU's cache.
     """
 
     @staticmethod
@@ -75,8 +75,8 @@ class _SeededConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Row j has the gradient Σ_δ taps[w-1-δ] · grad_{j+δ} over the tokens j+δ that read it, each tap their sum
-        times that row."""
+        """Row j has the gradient Σ_δ taps[w-1-δ] · grad_{j+δ} over the tokens j+δ that read it; the tap at δ has
+        Σ_i grad_i · row_{i-δ}."""
         x, context, own, past, taps = ctx.saved_tensors
         wants = ctx.needs_input_grad
         grad_x = torch.empty_like(x)
@@ -102,7 +102,7 @@ class _SeededConv(torch.autograd.Function):
 
 
 def _pieces(x: Tensor) -> Iterator[slice]:
-    """The tokens of x (b, t, c) in turn, all at once where that is fused or has no cache to keep to."""
+    """Slices of the tokens of x (b, t, c), in order: one slice where a compiler fuses the passes or on a GPU."""
     b, t, c = x.shape
     whole = x.device.type != "cpu" or torch.compiler.is_compiling()
     size = t if whole else max(PIECE // max(b * c, 1), 1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Queries attended together. Their mask is (s, m); nothing of that size outlives the tile.
+# Queries per tile. A tile's mask and weights are (s, m) and are freed with the tile.
 TILE = 256
 # The past of a tile ends at a multiple of this.
 SPAN = 64
@@ -23,7 +23,7 @@ class KeyReach(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Some queries, what each of them sees, and the spans of own and past keys that hold all of that."""
+    """A slice of the queries, what each of them sees, and the slices of own and past keys that hold all of that."""
 
     queries: slice
     seen: KeyReach
@@ -32,13 +32,14 @@ class Tile(NamedTuple):
 
 
 def make_tiles(reach: KeyReach, size: int = TILE) -> list[Tile]:
-    """`size` queries per tile; made once per layout, because the spans' ends come to the host."""
+    """Tiles of `size` queries. To be made once per layout: the slices' ends are read on the host, which waits for a
+    GPU."""
     tiles = []
     for start in range(0, reach.own_start.shape[1], size):
         queries = slice(start, start + size)
         seen = KeyReach(*(edge[:, queries] for edge in reach))
         own = slice(int(seen.own_start.min()), int(seen.own_end.max()))
-        # Rounded up: the last block's start moves with the grid's offset, and each length is compiled by itself
+        # Rounded up: the last block's start moves with the grid's offset, and torch.compile compiles each length anew
         end = -(-int(seen.own_start.max()) // SPAN) * SPAN
         before = slice(int(seen.past_start.min()), min(end, reach.own_start.shape[1]))
         tiles.append(Tile(queries, seen, own, before))

@@ -1,4 +1,5 @@
-"""From logits to the next state of a block. Letters: b rows, s positions, v vocabulary."""
+"""From logits to the next state of a block: what decoding calls at every step. Letters: b rows, s positions,
+v vocabulary."""
 
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ class Best(NamedTuple):
 
 
 class BlockPlaces(NamedTuple):
-    """A block's ids (b, s) int64 with masks, which places are masked (b, s) bool, and the probability and the step of
-    each fixed place's commit, (b, s) float32 and int64."""
+    """A block's ids (b, s) int64, the mask token among them; which places are masked (b, s) bool; and the probability
+    and the step with which each other place was committed, (b, s) float32 and int64."""
 
     xt: Tensor
     masked: Tensor
@@ -25,7 +26,7 @@ class BlockPlaces(NamedTuple):
 
 
 def best(logits: Tensor) -> Best:
-    """The greedy tokens of logits (…, v) float32, and what turns a logit into a probability."""
+    """The greedy tokens of logits (…, v) float32, their logits, and log Σ exp: p(token) = exp(its logit - log_sum)."""
     values, tokens = logits.max(-1)
     return Best(tokens, values, logits.logsumexp(-1))
 
@@ -38,8 +39,8 @@ def argmax(logits: Tensor) -> Tensor:
 def commit(sure: Tensor, masked: Tensor, left: Tensor, threshold: Tensor | None, *, leftmost: bool) -> Tensor:
     """The masked places (b, s) bool that commit when `left` (b,) int64 steps are left, this one included.
 
-    An equal share of the masked places at least, and all in the last step; with a threshold (b,) also every place of
-    which `sure` (b, s) is above it. They are the first ones where `leftmost`, else the surest, the earlier of equals.
+    At least an equal share of the masked places, and all in the last step; with a threshold (b,) at least as many as
+    have `sure` (b, s) above it. If `leftmost` they are the first ones, else the surest, the earlier of equal ones.
     """
     remaining = masked.sum(-1)  # (b,)
     share = left.clamp(min=1)

@@ -4,3 +4,8 @@ when it is first needed, see `build`.
 A row's results have the same bits whatever shares its batch, and a token's whatever chunk it comes in: the order of
 every sum depends on the length of the sum alone.
 """
+
+from twotower.backends.native.pack import pack_weight
+from twotower.backends.native.tower import take_tower_
+
+__all__ = ["pack_weight", "take_tower_"]

@@ -19,9 +19,9 @@ void tt_rotate(const float *x, long batch, long token, const float *cosine, cons
 }
 
 typedef struct {
-    const float *key, *value;       /* one head's, rows p floats long */
-    long key_token, value_token;    /* their distances in floats */
-    long count;                     /* how many the query sees */
+    const float *key, *value;    /* of one head, rows of p floats */
+    long key_token, value_token; /* distances of the rows in floats */
+    long count;                  /* how many of them the query sees */
 } Segment;
 
 static float scores(const float *q, float scale, const Segment *seg, long p, float *out, float top) {

@@ -8,9 +8,9 @@ INLINE const void *panel_at(const Weight *w, long panel) {
     return w->bf16 ? (const void *)((const uint16_t *)w->data + offset) : (const void *)((const float *)w->data + offset);
 }
 
-#define AHEAD 16384 /* bytes that a lone tile fetches ahead of its reading */
+#define AHEAD 16384 /* how many bytes ahead of its reading a lone tile prefetches */
 
-/* What a tile fetches into the cache on its way: `step` bytes from `from` for each of its inputs. */
+/* What a tile prefetches while it computes: `step` bytes, from `from` on, for each of its inputs */
 typedef struct {
     const char *from;
     long step;
@@ -18,7 +18,7 @@ typedef struct {
 
 typedef vf Sums[MR][4][2];
 
-/* Adds rows . weight, all of float32 but for a bf16 weight, which is widened */
+/* Adds rows . weight to the sums: rows of float32, a weight of float32 or of bf16, which is widened */
 INLINE void add_products(Sums acc, long k, int bf16, const void *const *p, int np, const void *const *rows, int mr,
                          Ahead ahead) {
     for (long i = 0; i < k; i++) {

@@ -60,7 +60,7 @@ int tt_ssd(const float *x, long x_batch, long x_token, const float *B, const flo
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1 && b * s * h * p * n >= 65536)
     {
-        /* A head's x and y lie dense while it is scanned: apart by whole pages, its tokens would share a cache set. */
+        /* A head's x and y are copied side by side: whole pages apart, its tokens would fall into one set of the cache. */
         float *decay = malloc((2 * s + n + 2 * s * p) * sizeof(float)), *step = decay + s, *spare = step + s;
         float *dense_x = spare + n, *dense_y = dense_x + s * p;
         if (!decay) FAIL(failed);

@@ -13,8 +13,8 @@ static int product(const TowerShape *t, const Product *w, const float *x, long r
     return tt_linear(x, inputs, r, w->weight, t->bf16, w->outputs, inputs, w->bias, y, threads);
 }
 
-static int mamba(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const Room *room, const void *const *memory, long index,
-                  long num_mamba) {
+static int mamba(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const Room *room,
+                 const void *const *memory, long index, long num_mamba) {
     const long b = in->b, s = in->s, h = t->mamba_heads, inner = h * t->mamba_head, bc = t->mamba_groups * t->state;
     const long channels = inner + 2 * bc, wide = inner + channels + h, size = b * inner * t->state;
     const long kept = in->keeps ? index * b * s : 0;

@@ -1,6 +1,6 @@
 #include "calls.h"
 
-/* Terms of a sum in float before it goes on in double: 131,072 of them lose no more than 64 do. */
+/* So many terms are summed in float, and these sums in double: then 131,072 terms lose no more than 64 do */
 #define SPAN (64 * VL)
 
 INLINE vf load_filled(const float *p, long n, float fill) {
@@ -39,7 +39,7 @@ API void tt_best(const float *logits, long r, long v, int64_t *tokens, float *va
         tokens[m] = at;
         if (!values) continue;
         values[m] = log_sum[m] = most;
-        if (!isfinite(most)) continue; /* nothing to add up: -inf, inf and nan are their own sums */
+        if (!isfinite(most)) continue; /* -inf, inf and NaN are their own log of the sum */
         double total = 0;
         for (long start = 0; start < v; start += SPAN) {
             const long end = v - start < SPAN ? v : start + SPAN;
@@ -92,7 +92,7 @@ API int tt_commit(const float *sure, const uint8_t *masked, const int64_t *left,
     return 0;
 }
 
-/* A block's ids, masks, confidences and steps (b, s) after the places `fixed` are */
+/* A block's ids, masks, confidences and steps (b, s) after a step in which the places `fixed` have their tokens */
 API void tt_fix(const int64_t *xt, const uint8_t *masked, const float *confidence, const int64_t *committed_at,
                 const uint8_t *valid, const uint8_t *fixed, const int64_t *tokens, const float *proposed,
                 const int64_t *step, int64_t mask_token_id, long b, long s, int64_t *xt_out, uint8_t *masked_out,
