@@ -5,14 +5,14 @@ import math
 import time
 
 import pytest
-import torch
 
 from twotower.decoding.generate import generate
 from twotower.decoding.modes import MODES
 from twotower.decoding.output import Token
 from twotower.decoding.params import SamplingParams
+from twotower.decoding.scoring import TokenScore
 from twotower.server.config import ServerConfig
-from twotower.server.logprobs import TokenNames, committed
+from twotower.server.logprobs import TokenNames, chat_logprobs, committed, completion_logprobs
 from twotower.server.reply import _score
 from twotower.server.service import Service
 
@@ -161,7 +161,11 @@ def test_names_of_tokens(byte_tokenizer):
     assert names.name(10_000) == "<10000>"
 
 
-def test_zero_probability_is_a_number():
-
+def test_zero_probability_is_a_number(byte_tokenizer):
     assert committed([Token(1, 0, 0.0)])[0].logprob == -9999.0
-    assert torch.isfinite(torch.tensor(committed([Token(1, 0, 1e-30)])[0].logprob))
+    assert math.isfinite(committed([Token(1, 0, 1e-30)])[0].logprob)
+    impossible = [TokenScore(100, -math.inf, False, ((100, -math.inf),))]
+    shown = completion_logprobs(TokenNames(byte_tokenizer), impossible, 0, at_start=False, with_top=True)
+    assert (shown["token_logprobs"], shown["top_logprobs"]) == ([-9999.0], [{"`": -9999.0}])
+    [entry] = chat_logprobs(TokenNames(byte_tokenizer), impossible)["content"]
+    assert (entry["logprob"], entry["top_logprobs"][0]["logprob"]) == (-9999.0, -9999.0)

@@ -57,9 +57,8 @@ def completion_logprobs(
     for token in tokens:
         top: dict[str, float] = {}
         for i, value in token.top:
-            top.setdefault(
-                names.name(i), max(value, _LEAST)
-            )  # of two tokens with the same text, the likelier comes first
+            # of two tokens with the same text, the likelier comes first
+            top.setdefault(names.name(i), max(value, _LEAST))
         tops.append(None if token.logprob is None else top)
     return {
         "tokens": [names.name(token.id) for token in tokens],
