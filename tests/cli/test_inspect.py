@@ -161,3 +161,10 @@ def test_a_tied_head_is_read_as_the_whole_embedding(tiny):
     tensors = released_tensors(config, torch.float32)
     with_head, without = (pass_bytes(config, tensors, "context", 1, head=head) for head in (True, False))
     assert with_head - without == config.vocab_size * config.hidden_size * 4
+
+
+def test_the_backend_is_told_with_its_reason(run, checkpoint):
+    found = report(run, checkpoint)["backends"]
+    assert set(found) == {"float32", "bfloat16"}
+    for choice in found.values():
+        assert f"Backend {choice['name']}: {choice['reason']}." in run("inspect", checkpoint).stdout

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from twotower.backends.choose import choose_backend, native_build
+from twotower.backends.protocol import BackendChoice
 from twotower.eval.provenance import cpu_model
 from twotower.ops.linear import cpu_has_bf16_matmul
 
@@ -145,7 +146,7 @@ def _backend() -> dict[str, Any]:
         "compiler": compiler,
         "compiler_version": None if compiler is None else _first_line(compiler, "--version"),
         "kernels": library,
-        **{f"on_cpu_in_{str(d).removeprefix('torch.')}": choose_backend("cpu", d).name for d in _DTYPES},
+        **{f"on_cpu_in_{str(d).removeprefix('torch.')}": _told(choose_backend("cpu", d)) for d in _DTYPES},
     }
 
 
@@ -230,3 +231,7 @@ def _first_line(*program: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return next(iter(done.stdout.splitlines()), None)
+
+
+def _told(choice: BackendChoice) -> str:
+    return f"{choice.name} ({choice.reason})"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from twotower.backends.choose import choose_backend
 from twotower.checkpoints.hf import read_config, released_shapes, resolve
 from twotower.checkpoints.hf.tensor_files import TensorFiles, scan
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
@@ -51,7 +52,10 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show parameters per part and tower, memory per dtype and context length, and every tensor that differs from what
-    the config asks for; then the exit code is 1. Reads no weights."""
+    the config asks for; then the exit code is 1. Reads no weights.
+
+    Says which backend computes on this machine's CPU, and why.
+    """
     directory = DEFAULT_CHECKPOINT if model is None else resolve(model)
     config = read_config(directory)
     files = scan(directory)
@@ -112,6 +116,7 @@ def _report(
         "tied_head": config.tie_word_embeddings,
         "stored_parameters": _stored(files),
         "weight_bytes": _weight_bytes(config),
+        "backends": {name: dataclasses.asdict(choose_backend("cpu", dtype)) for name, dtype in _DTYPES.items()},
         "state_bytes": states,
         "differences": dataclasses.asdict(differences),
     }
@@ -126,6 +131,9 @@ def _print(
     console.print(Text(f"{config.num_layers} layers {config.pattern}, blocks of {config.block_size}; stored: {stored}"))
     console.print(_parameter_table(config))
     console.print(_memory_table(config, lengths))
+    for dtype in _DTYPES.values():
+        choice = choose_backend("cpu", dtype)
+        console.print(Text(f"Backend {choice.name}: {choice.reason}."), soft_wrap=True)
     for line in _difference_lines(differences):
         console.print(Text(line, "red"), soft_wrap=True)
     if not differences:
