@@ -100,3 +100,14 @@ def test_a_state_is_not_exported_with_another_config(run, inputs):
     result = run("pretrain", inputs / "config", inputs / "corpus", inputs / "run", "--export-only")
     assert result.exit_code == 2
     assert "config.time_step_limit is [0.0, 0.5]" in result.stderr
+
+
+def test_the_config_that_transformers_writes_is_taken(run, inputs):
+    kinds = ["mamba", "moe", "attention", "mlp"]
+    theirs = {"layers_block_type": kinds, "num_hidden_layers": 4, "transformers_version": "5.0", "rms_norm_eps": 1e-5}
+    config = {name: value for name, value in CONFIG.items() if name != "hybrid_override_pattern"} | theirs
+    (inputs / "config" / "config.json").write_text(json.dumps(config))
+    assert "parameters: " in pretrain(run, inputs, "--dry-run").stdout
+    (inputs / "a.txt").write_text("some text")
+    result = run("tokenize", inputs / "config", inputs / "a.txt", inputs / "tokens", "--length", 4)
+    assert result.exit_code == 0, result.output

@@ -8,7 +8,8 @@ from typing import Annotated
 import torch
 import typer
 
-from twotower.checkpoints.hf import carried_documents, load_tokenizer, read_config, resolve, save_rounded
+from twotower.checkpoints.families.nemotron_h import read_one_tower_config
+from twotower.checkpoints.hf import carried_documents, load_tokenizer, resolve, save_rounded
 from twotower.cli.options import torch_dtype
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
@@ -68,7 +69,7 @@ def command(
     weights. Under torchrun every process takes its share of each step's rows.
     """
     folder = resolve(config)
-    shapes = read_config(folder)
+    shapes = read_one_tower_config(folder)
     if run.dry_run:
         print_estimate(shapes, training, what, corpus, row_length=row_length, num_ranks=run.num_ranks)
         return
@@ -102,7 +103,7 @@ def _without_weights(shapes: TwoTowerConfig) -> OneTower:
 
 
 def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
-    model = _without_weights(read_config(folder))
+    model = _without_weights(read_one_tower_config(folder))
     state = saved_state(out)
     progress = read_progress(state)
     check_same(state, progress["run"], progress["run"] | config_identity(model.config), progress["step"])

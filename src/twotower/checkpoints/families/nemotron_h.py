@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone
+from twotower.checkpoints.hf.config_file import read_raw_config
 from twotower.checkpoints.hf.tensor_files import scan
 from twotower.checkpoints.hf.tokenizer_file import read_tokenizer_text
 from twotower.config import TwoTowerConfig
@@ -40,7 +41,7 @@ def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[
     Multi-token prediction heads (`mtp.*`) are left out: they are not part of the backbone. Raises ValueError for a
     setting under which the model computes something that our towers don't.
     """
-    config = _config(raw)
+    config = _config({**raw, "architectures": ["NemotronHTwoTowerForCausalLM"]})
     files = scan(directory)
     names: dict[str, str] = {}
     for name in files.specs:
@@ -65,6 +66,14 @@ def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[
     )
 
 
+def read_one_tower_config(directory: Path) -> TwoTowerConfig:
+    """The config.json of a model to be trained from nothing, as we or transformers write it for a Nemotron-H model.
+
+    Raises FileNotFoundError without one, ValueError for a setting that our towers don't compute.
+    """
+    return _config(read_raw_config(directory))
+
+
 def _config(raw: Mapping[str, Any]) -> TwoTowerConfig:
     for key in ("moe_latent_size", "sliding_window"):
         if raw.get(key) is not None:
@@ -78,4 +87,4 @@ def _config(raw: Mapping[str, Any]) -> TwoTowerConfig:
         kept["hybrid_override_pattern"] = "".join(_LAYER_KINDS[kind] for kind in kinds)
     if "head_dim" not in kept and "attention_head_dim" in kept:
         kept["head_dim"] = kept["attention_head_dim"]
-    return TwoTowerConfig.from_dict(kept | {"architectures": ["NemotronHTwoTowerForCausalLM"]})
+    return TwoTowerConfig.from_dict(kept)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from twotower.checkpoints.families.nemotron_h import read_one_tower_config
 from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
-from twotower.config import TwoTowerConfig
 from twotower.training.corpus.packing import Packed, pack
 from twotower.training.corpus.shards import CorpusRows, write_shard
 from twotower.training.corpus.text import TextConfig, read_documents
@@ -51,7 +51,7 @@ def write_corpus(
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer.json to tokenize with; add one")
-    packed = pack(read_documents(source, config), tokenizer, TwoTowerConfig.from_json(folder / "config.json"), config)
+    packed = pack(read_documents(source, config), tokenizer, read_one_tower_config(folder), config)
     place = out.resolve()  # absolute, because the path "." has neither name nor parent
     place.parent.mkdir(parents=True, exist_ok=True)
     # An incomplete corpus could be trained on unnoticed, so the shards are moved to `out` when all are written.
