@@ -3,8 +3,11 @@
 #   make demo     watch a story being written
 #   make serve    OpenAI's API and a page on http://127.0.0.1:8000 (ARGS="--port 9000" for another port)
 #   make test     run the tests
+#   make quick    run the tests but for the slow ones
 #   make check    lint, types, tests and docs, as CI does
 #   make docs     build the documentation into site/; make docs-serve shows it on http://127.0.0.1:8001
+#   make test-lowest    run the tests with the lowest versions that pyproject.toml declares
+#   make wheel-check    build the wheel, and use it in an empty environment without a network
 #
 # TORCH is what pip installs PyTorch from, and PyTorch is installed first so that nothing replaces it:
 #   make demo TORCH=torch==2.13.0
@@ -16,7 +19,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo serve test lint types check docs docs-serve clean
+.PHONY: demo serve test quick test-lowest wheel-check lint types check docs docs-serve clean
 
 demo: $(VENV)/.installed
 	$(BIN)/twotower demo
@@ -35,7 +38,21 @@ types: $(VENV)/.dev-installed
 	$(BIN)/mypy
 
 test: $(VENV)/.dev-installed
-	$(BIN)/pytest
+	$(BIN)/pytest $(ARGS)
+
+quick: $(VENV)/.dev-installed
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+# PyTorch is the one that TORCH names: its own lowest version may have no build for this Python or this machine.
+test-lowest:
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install uv $(TORCH)
+	VIRTUAL_ENV=$(VENV)-lowest $(VENV)-lowest/bin/uv pip install --resolution lowest-direct -e ".[dev]" \
+		"torch==$$($(VENV)-lowest/bin/python -c 'import importlib.metadata as m; print(m.version("torch"))')"
+	$(VENV)-lowest/bin/python -m pytest $(ARGS)
+
+wheel-check:
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" .ci/wheel-check
 
 # Strict: a broken link, or a name that the pages show and the code lacks, is an error.
 docs: $(VENV)/.docs-installed
@@ -45,7 +62,7 @@ docs-serve: $(VENV)/.docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict --dev-addr 127.0.0.1:8001
 
 clean:
-	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache src/*.egg-info
+	rm -rf $(VENV) $(VENV)-lowest build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make a second run skip pip; a change of the dependencies brings it back.
