@@ -1,7 +1,6 @@
 """The command as a whole: what it imports, and how it fails."""
 
 import importlib
-import importlib.metadata
 import inspect
 import os
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import twotower
 from twotower.cli.main import _COMMANDS
 
 
@@ -22,7 +22,7 @@ def test_help_lists_the_commands(run):
 
 
 def test_the_version_is_that_of_the_package(run):
-    assert run("--version").stdout == f"{importlib.metadata.version('twotower')}\n"
+    assert run("--version").stdout == f"{twotower.__version__}\n"
 
 
 @pytest.mark.parametrize(("line", "offered"), [("twotower tok", "tokenize"), ("twotower init --block", "--block-size")])

@@ -20,7 +20,9 @@ RUNS = {
     "inspect_steps": (["--tokens", "16"], "ended by 'length' after 16 tokens"),
     "many_requests": (["--tokens", "8"], "[verified, waited "),
     "openai_client": ([], "total_tokens=37"),
+    "score_texts": ([], "'Lily. She loved to play outside.': log-probability "),
     "stream_steps": (["--tokens", "16"], "  0% masked  "),
+    "train_denoiser": (["--steps", "5"], "step    5  loss "),
 }
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import importlib
-import importlib.metadata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+import twotower
 from twotower.errors import SettingError
 
 # Sub-command -> the line that `twotower --help` shows for it; its file has the same name.
@@ -103,7 +103,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(importlib.metadata.version("twotower"))
+        print(twotower.__version__)
         raise typer.Exit()
 
 
