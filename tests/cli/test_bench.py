@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 import twotower
 from twotower.cli import bench
-from twotower.cli.accounting import pass_bytes, released_tensors
 from twotower.decoding.modes import MODES
 from twotower.decoding.params import SamplingParams
 from twotower.eval.throughput import Timed
+from twotower.planning.footprint import pass_bytes, released_tensors
 
 NEW = 12
 

@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 
-from twotower.cli.load_plan import Mixes, Share, Shot, parse_mix, plan
-from twotower.cli.load_report import Goal, Reading, report, row
+from twotower.cli.load_test.plan import Mixes, Share, Shot, parse_mix, plan
+from twotower.cli.load_test.report import Goal, Reading, report, row
 
 fastapi = pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")

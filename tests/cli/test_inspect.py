@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import twotower
 from twotower.checkpoints import released_shapes, save
-from twotower.cli.accounting import pass_bytes, released_tensors, state_bytes
+from twotower.planning.footprint import pass_bytes, released_tensors, state_bytes
 
 
 def report(run, path, *options):

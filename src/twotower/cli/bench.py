@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twotower.cli import bench_serve
-from twotower.cli.accounting import pass_bytes, released_tensors
 from twotower.cli.eval import listed_modes
 from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_model
 from twotower.decoding.generate import generate
@@ -21,6 +20,7 @@ from twotower.eval.provenance import provenance
 from twotower.eval.scoring import is_degenerate
 from twotower.eval.throughput import Speed, Timed, Work, clock, speeds
 from twotower.model.two_tower import TwoTower
+from twotower.planning.footprint import pass_bytes, released_tensors
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

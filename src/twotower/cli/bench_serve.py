@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from twotower.cli.load_plan import LoadTest, Mixes, Target, parse_mix, plan
-from twotower.cli.load_report import Goal, Reading, report, row
+from twotower.cli.load_test.plan import LoadTest, Mixes, Target, parse_mix, plan
+from twotower.cli.load_test.report import Goal, Reading, report, row
 
 
 def command(
@@ -69,7 +69,7 @@ def command(
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
         raise ValueError(f"the load tool needs {', '.join(missing)}; pip install 'twotower[bench]'")
-    from twotower.cli.load_client import find_model
+    from twotower.cli.load_test.client import find_model
 
     loads = _loads("rate", rate, float) if rate is not None else _loads("concurrency", concurrency or "", int)
     mixes = Mixes(
@@ -111,7 +111,7 @@ def command(
 
 async def _measured(test: LoadTest, api_key: str | None, timeout: float) -> dict[str, list[Reading]]:
     """Every load's readings, one load after the other; a progress bar on stderr where that is a terminal."""
-    from twotower.cli.load_client import client, run_closed, run_open
+    from twotower.cli.load_test.client import client, run_closed, run_open
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -133,7 +133,7 @@ def _write(
     out: Path, test: LoadTest, results: Mapping[str, Sequence[Reading]], figures: Sequence[dict[str, Any]]
 ) -> None:
     """requests.jsonl with one line per request, and load.png."""
-    from twotower.cli.load_plot import draw
+    from twotower.cli.load_test.plot import draw
 
     out.mkdir(parents=True, exist_ok=True)
     axis = "requests due per second" if test.is_open else "requests at a time"

@@ -16,9 +16,9 @@ from twotower.backends.choose import choose_backend
 from twotower.checkpoints.hf import read_config, released_shapes, resolve
 from twotower.checkpoints.hf.tensor_files import TensorFiles, scan
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
-from twotower.cli.accounting import PARTS, Place, parameters, released_tensors, state_bytes
 from twotower.cli.options import ModelArgument
 from twotower.config import TwoTowerConfig
+from twotower.planning.footprint import PARTS, Place, parameters, released_tensors, state_bytes
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

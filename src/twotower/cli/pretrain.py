@@ -13,7 +13,7 @@ from twotower.checkpoints.hf import carried_documents, load_tokenizer, resolve, 
 from twotower.cli.options import torch_dtype
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
-from twotower.cli.training import (
+from twotower.cli.training_run import (
     RunOptions,
     export_state,
     open_corpus,

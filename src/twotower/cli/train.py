@@ -20,7 +20,7 @@ from twotower.cli.options import check_out, open_device, open_model, torch_dtype
 from twotower.cli.prepare import prepare, towers_config
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
-from twotower.cli.training import (
+from twotower.cli.training_run import (
     RunOptions,
     export_state,
     num_processes,

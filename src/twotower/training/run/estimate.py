@@ -1,4 +1,4 @@
-"""What a training run will need, from its settings alone: nothing is loaded or allocated.
+"""Estimates what a training run needs, from its settings alone: nothing is loaded or allocated.
 
 Letters: t tokens of a row, d width, h heads, p head width, n state width, a active experts, e experts, v vocabulary.
 """

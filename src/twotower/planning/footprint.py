@@ -1,4 +1,4 @@
-"""What a config implies without any weights: parameters, bytes of weights, of context state and of one pass."""
+"""What a config costs, without any weights: parameters, and bytes of weights, of context state and of one pass."""
 
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from twotower.cli.load_plan import Shot
+from twotower.cli.load_test.plan import Shot
 
 
 @dataclasses.dataclass

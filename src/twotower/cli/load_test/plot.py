@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from twotower.cli.load_report import Reading
+from twotower.cli.load_test.report import Reading
 
 
 def draw(runs: Mapping[str, Sequence[Reading]], figures: Sequence[dict[str, Any]], axis: str, path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from twotower.cli.dry_run import estimate, lines
 from twotower.cli.logs import logging_to
 from twotower.cli.options import Dtype, open_device
 from twotower.config import TwoTowerConfig
@@ -20,6 +19,7 @@ from twotower.training.config import DenoisingConfig, NextTokenConfig, TrainConf
 from twotower.training.corpus.shards import Corpus, is_corpus
 from twotower.training.objective import Objective
 from twotower.training.run.checkpointing import check_tensors, latest_state, stored_groups
+from twotower.training.run.estimate import estimate, lines
 from twotower.training.run.ranks import Ranks, joined
 from twotower.training.run.trainer import StepReport, Trainer, trained_parameters
 from twotower.training.run.weights import TensorStream, trained_tensors

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from twotower.cli.dry_run import estimate
 from twotower.config import TwoTowerConfig
 from twotower.model.one_tower import OneTower
 from twotower.model.two_tower import TwoTower
 from twotower.training.corpus.shards import RowBatch
 from twotower.training.denoising import Denoising, DenoisingConfig
 from twotower.training.next_token import NextToken, NextTokenConfig
+from twotower.training.run.estimate import estimate
 from twotower.training.run.trainer import TrainConfig, trained_parameters
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 
-from twotower.cli.load_plan import Shot, Target
-from twotower.cli.load_report import Reading
+from twotower.cli.load_test.plan import Shot, Target
+from twotower.cli.load_test.report import Reading
 
 
 def client(api_key: str | None, timeout: float) -> httpx.AsyncClient:
