@@ -165,6 +165,7 @@ def test_plain_output_is_the_text(run, checkpoint, mode):
 
 def test_without_a_tokenizer_ids_go_in_and_out(run, model, tmp_path):
     save(model, tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": [1, 7]}')
     options = ["--model", tmp_path / "bare", "--file", file, "--max-new-tokens", 4]
@@ -178,8 +179,8 @@ def test_without_a_tokenizer_ids_go_in_and_out(run, model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "--top-p", 3], "top_p is 3.0"),
-        (["a", "--max-new-tokens", -1], "max_new_tokens is -1"),
+        (["a", "--top-p", 3], "--top-p is 3.0"),
+        (["a", "--max-new-tokens", -1], "--max-new-tokens is -1"),
         (["a", "--mode", "fast"], "fast"),
         (["a", "--json", "--live"], "--json and --live"),
         (["a", "--device", "tpu0"], "device is 'tpu0'"),

@@ -1,4 +1,4 @@
-"""`twotower bench`; `decode` sets the modes against each other and against the floor of reading the weights."""
+"""`twotower bench`: `decode` measures the modes, beside the time that reading their weights takes; `serve` a server."""
 
 import json
 import statistics
@@ -136,7 +136,7 @@ def sample_prompts(model: TwoTower, count: int, length: int) -> list[list[int]]:
 
 
 def count_calls(model: TwoTower, prompts: list[list[int]], params: SamplingParams) -> Calls:
-    """Runs each prompt once more with a clock around every call, which the measured runs are spared."""
+    """Counts and times the calls of each prompt in a run of its own; measured runs have no clock around calls."""
     timed = Timed(model)
     done = [generate(cast(TwoTower, timed), [prompt], params)[0] for prompt in prompts]
     texts = [one.text for one in done if one.text is not None]

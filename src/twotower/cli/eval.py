@@ -76,13 +76,14 @@ def command(
 ) -> None:
     """Measure what each mode keeps of ar's quality, and how many times as fast as ar it writes.
 
-    Both compare a mode with ar of the same checkpoint, prompts (as tasks have them, in no chat template) and stop
-    rules. An answer that falls into a loop scores nothing and is left out of tokens per NFE. Timed are prompts that
-    every timed mode answers neither with a loop nor with nothing; a mode is where at least half of its answers are so.
+    Both compare a mode with ar, with the same checkpoint, prompts (as tasks have them, in no chat template) and stop
+    rules. An answer that repeats itself in a loop scores nothing and is left out of tokens per NFE. A mode is timed if
+    at least half of its answers are sound, neither a loop nor empty; the prompts that are timed are those that all of
+    these modes answer soundly.
 
-    What a mode keeps is its score over ar's; "all" is the mean over tasks. A task is not in it where ar's own score is
-    0 or its standard error more than 25 % of it: a share of luck means nothing. In the mean of the speeds are those of
-    these tasks where the mode keeps at least half of ar's score.
+    What a mode keeps is its score divided by ar's; "all" is the mean over tasks. It leaves out a task where ar scores
+    0, or where the standard error of ar's score is more than 25 % of it. The mean speed is over the remaining tasks in
+    which the mode keeps at least half of ar's score.
     """
     thresholds = numbers("thresholds", threshold)
     settings = {
@@ -124,7 +125,8 @@ def command(
 
 
 def fitted(model: TwoTower, task: Task, longest: int | None) -> Task:
-    """The task without what the checkpoint has no positions for, or needs more than `longest`; says so on stderr."""
+    """The task without questions that need more tokens than the checkpoint has positions, or than `longest`; says on
+    stderr how many these are."""
     most = longest or model.config.carried.get("max_position_embeddings")
     if most is None or model.tokenizer is None:
         return task
@@ -137,7 +139,7 @@ def fitted(model: TwoTower, task: Task, longest: int | None) -> Task:
 
 
 def listed_modes(text: str) -> list[Mode]:
-    """Modes with commas between them, after ar. Raises ValueError for what is no mode that decodes by itself."""
+    """The modes of a text with commas between them, ar first. Raises ValueError for anything else, auto included."""
     found = list(dict.fromkeys(["ar", *text.split(",")]))
     unknown = [mode for mode in found if mode not in MODES]
     if unknown:
@@ -147,7 +149,8 @@ def listed_modes(text: str) -> list[Mode]:
 
 
 def _listed_tasks(text: str, limit: int | None) -> list[Task]:
-    """Tasks with commas between them. Raises ValueError for two of one name, which results go by."""
+    """The tasks of a text with commas between them. Raises ValueError for two of the same name, by which results are
+    told apart."""
     found: dict[str, tuple[str, Task]] = {}
     for source in text.split(","):
         task = read_task(source, limit)
@@ -185,7 +188,7 @@ def numbers(name: str, text: str) -> tuple[float, ...]:
 
 
 def warn_about_programs(tasks: list[Task]) -> None:
-    """Says on stderr how a model's programs are shut in, before the first of them runs."""
+    """Says on stderr, before the first of a model's programs runs, what the sandbox keeps from them."""
     if not any(example.scorer == "program" for task in tasks for example in task.examples):
         return
     words = {"no_network": "network", "no_other_processes": "other processes", "no_writing": "writing of files"}
@@ -201,7 +204,8 @@ def warn_about_programs(tasks: list[Task]) -> None:
 
 @contextmanager
 def telling() -> Iterator[Callable[[str], None]]:
-    """Says on stderr what is being measured: a line that changes in a terminal, else one line each."""
+    """Yields a function that tells on stderr what is being measured: in a terminal one line that changes, else a line
+    each time."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda what: console.print(what, soft_wrap=True, highlight=False)

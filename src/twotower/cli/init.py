@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from twotower.checkpoints.initialise import init
-from twotower.cli.options import Dtype, check_out, torch_dtype
+from twotower.cli.options import Dtype, check_out
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -52,7 +52,7 @@ def command(
         init(
             backbone,
             out,
-            dtype=None if dtype is None else torch_dtype(dtype),
+            dtype=dtype,
             mask_token_id=mask_token_id,
             block_size=block_size,
             keep_tokens=None if keep_tokens is None else _token_ids(keep_tokens),

@@ -85,7 +85,7 @@ class StoryView:
 
 
 def steps(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Iterator[Step]:
-    """Streams one generation step by step; what is done with a piece is not in the seconds of the next."""
+    """Streams one generation step by step; time that the caller spends between two steps is not counted."""
     pieces = stream(model, prompt, params, every_step=True)
     while True:
         began = time.perf_counter()

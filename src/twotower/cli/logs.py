@@ -1,4 +1,4 @@
-"""Other places that a run's numbers go to: TensorBoard, Weights & Biases."""
+"""Logs a training run's numbers to TensorBoard and to Weights & Biases."""
 
 import secrets
 from collections.abc import Callable, Iterator
@@ -14,8 +14,8 @@ from twotower.training.run.trainer import StepReport
 def logging_to(
     out: Path, *, tensorboard: bool, wandb: str | None, settings: dict[str, Any]
 ) -> Iterator[Callable[[StepReport], None]]:
-    """What takes each step's numbers there, from the one after the saved state. Raises ValueError where a package is
-    missing."""
+    """Yields a function that logs a step's report to those that are asked for. A resumed run goes on after its saved
+    state. Raises ValueError where a package is missing."""
     writer = _writer(out) if tensorboard else None
     run = _run(wandb, out, settings) if wandb else None
 
@@ -44,7 +44,7 @@ def _writer(out: Path) -> Any:
         raise ValueError(f"--tensorboard needs a package ({error}); pip install 'twotower[log]'") from error
     state = latest_state(out)
     done = 0 if state is None else read_progress(state)["step"]
-    # What a killed run wrote of later steps is run again, and would stand twice
+    # A killed run may have logged steps after its saved state; they are run again and would be shown twice.
     return SummaryWriter(out / "tensorboard", purge_step=done + 1)
 
 
@@ -57,7 +57,7 @@ def _run(project: str, out: Path, settings: dict[str, Any]) -> Any:
 
 
 def _run_id(out: Path) -> str:
-    """Kept in the folder, so that a resumed run goes on in the same curves, and one in another folder doesn't."""
+    """The run's id, kept in its folder: a resumed run continues its curves, a run in another folder begins new ones."""
     file = out / "wandb-run-id"
     if not file.exists():
         out.mkdir(parents=True, exist_ok=True)

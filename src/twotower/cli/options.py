@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from twotower.checkpoints.hf import SHIPPED
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT, load
+from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
 
 Dtype = Literal["float32", "bfloat16"]
@@ -50,7 +51,7 @@ def open_model(
         return load(
             path,
             device=open_device(device),
-            dtype=None if dtype is None else torch_dtype(dtype),
+            dtype=dtype,
             context_device=None if context_device is None else open_device(context_device),
             denoiser_device=None if denoiser_device is None else open_device(denoiser_device),
             pack=pack,
@@ -58,19 +59,16 @@ def open_model(
         )
 
 
-def torch_dtype(name: Dtype) -> torch.dtype:
-    return torch.float32 if name == "float32" else torch.bfloat16
-
-
 def open_device(name: str) -> torch.device:
+    """The device of that name. Raises SettingError for one that this machine and this build of torch don't have."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device is {name!r}, must be cpu, cuda, cuda:N or mps") from error
+        raise SettingError("device", name, "cpu, cuda, cuda:N or mps") from error
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= there.get(device.type, 0):
         found = ", ".join(f"{count} {kind}" for kind, count in there.items())
-        raise ValueError(f"device is {name!r}, but this machine and this build of torch have {found}; choose one there")
+        raise SettingError("device", name, "a device of this machine and this build of torch", f"they have {found}")
     return device
 
 

@@ -1,4 +1,4 @@
-"""What `train` starts from: a two-tower checkpoint and corpora of tokens, made first where it is given less."""
+"""Makes what `train` starts from of what it is given: two towers of a single one, corpora of tokens of texts."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from twotower.config import TwoTowerConfig
 from twotower.training.corpus.shards import is_corpus
 from twotower.training.corpus.text import TextConfig
 
-# What was made of what, by name; None where it is not whole yet. Written before and after each.
+# What each result was made of, by its name; None while it is being made. Written before and after each.
 _RECORD = "prepared.json"
 _Made = dict[str, dict[str, str | int] | None]
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -31,10 +31,11 @@ class TrainingInputs(NamedTuple):
 def prepare(model: str, sources: Mapping[str, str], out: Path, row_length: int | None) -> TrainingInputs:
     """Makes `out`/initial of a `model` that is a single tower, and `out`/NAME of every source that is text.
 
-    A source is a folder of shards, or anything that `read_documents` reads. What an earlier call made is taken as it
-    is, and what one was making when it was killed is made again. Under torchrun rank 0 makes them and the others wait.
-    Raises ValueError where `out` has one of them made of something else or lies in a source, FileExistsError where one
-    was not made here.
+    A source is a folder of shards, or anything that `read_documents` reads. Results of an earlier call are reused; one
+    that was unfinished when that call was killed is made again. Under torchrun rank 0 makes them and the others wait.
+
+    Raises ValueError where `out` has a result made of something else, or lies in a source, and FileExistsError where a
+    folder of that name in `out` was made by something else.
     """
     towers = model if holds_two_towers(model) else str(out / "initial")
     corpora = {name: Path(source) if is_corpus(source) else out / name for name, source in sources.items()}
@@ -44,7 +45,7 @@ def prepare(model: str, sources: Mapping[str, str], out: Path, row_length: int |
     for name, source in texts.items():
         wanted[name] = {"model": _spelled(model), "text": _spelled(source), "row_length": config.length}
     if int(os.environ.get("RANK", "0")):
-        while not wanted.items() <= _read(out).items():  # rank 0 looks what is wrong, if anything
+        while not wanted.items() <= _read(out).items():  # rank 0 reports what is wrong, if anything
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         return TrainingInputs(towers, corpora)
     for source in texts.values():
@@ -86,7 +87,7 @@ def _spelled(source: str) -> str:
 
 
 def towers_config(model: str) -> TwoTowerConfig:
-    """What the towers of `prepare` would have; of a two-tower checkpoint the weights needn't be there."""
+    """The config of the towers that `prepare` would give; a two-tower checkpoint may lack its weights."""
     try:
         single = not holds_two_towers(model)
     except FileNotFoundError:

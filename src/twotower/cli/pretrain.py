@@ -10,7 +10,7 @@ import typer
 
 from twotower.checkpoints.families.nemotron_h import read_one_tower_config
 from twotower.checkpoints.hf import carried_documents, load_tokenizer, resolve, save_rounded
-from twotower.cli.options import torch_dtype
+from twotower.checkpoints.hf.config_file import as_dtype
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
 from twotower.cli.training_run import (
@@ -85,7 +85,7 @@ def command(
             with reporting(trainer, run, settings) as report:
                 trainer.run(report)
         if ranks.rank == 0:
-            _export(folder, out, torch_dtype(run.dtype))
+            _export(folder, out, as_dtype(run.dtype))
 
 
 def _open(shapes: TwoTowerConfig, seed: int, device: torch.device, shard: bool) -> OneTower:

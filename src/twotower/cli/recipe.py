@@ -41,7 +41,7 @@ RecipeOption = Annotated[
         "--recipe",
         exists=True,
         dir_okay=False,
-        is_eager=True,  # its values must be there before the others are looked at
+        is_eager=True,  # read first: its values are the defaults of all other options
         callback=_use,
         help="YAML file with values for these arguments and options, by their names; what is given here wins.",
         show_default="none",

@@ -16,7 +16,8 @@ from twotower.checkpoints.hf import (
     resolve,
     save_rounded,
 )
-from twotower.cli.options import check_out, open_device, open_model, torch_dtype
+from twotower.checkpoints.hf.config_file import as_dtype
+from twotower.cli.options import check_out, open_device, open_model
 from twotower.cli.prepare import prepare, towers_config
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
@@ -119,7 +120,7 @@ def command(
             with reporting(trainer, run, settings) as report:
                 trainer.run(report)
         if ranks.rank == 0:
-            _export(folder, out, torch_dtype(run.dtype))
+            _export(folder, out, as_dtype(run.dtype))
 
 
 def _open(folder: Path, device: torch.device, shard: bool) -> TwoTower:

@@ -1,4 +1,4 @@
-"""What the commands that train share: options, ranks, progress and writing the result."""
+"""What `train` and `pretrain` share: options, ranks, progress, and writing the result."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ from twotower.training.run.weights import TensorStream, trained_tensors
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What the commands that train are told beside what to learn: where, how long rows are, and what else to do."""
+    """Where a run computes, what it writes and logs, and whether it only estimates or exports."""
 
     device: str = option("cpu", "Where the model is: cpu, cuda, cuda:N or mps.")
     dtype: Dtype = option("bfloat16", "Type of the exported weights.")
@@ -44,13 +44,14 @@ class RunOptions:
 
 
 def num_processes() -> int:
-    """The processes that torchrun's environment tells of; without it this one."""
+    """The number of processes that torchrun started, as its environment variables say; 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def torchrun_ranks(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun's environment tells of, each on its own GPU where `device` is cuda; else this process."""
+    """Joins the ranks that torchrun started, each on its own GPU where `device` is cuda; without it this process is the
+    only rank."""
     size = num_processes()
     if size == 1:
         yield Ranks(device=open_device(device))
@@ -120,8 +121,8 @@ def export_state(
 def reporting(
     trainer: Trainer, options: RunOptions, settings: dict[str, Any]
 ) -> Iterator[Callable[[StepReport], None]]:
-    """What rank 0 does with each step's report: a progress bar on stderr where that is a terminal, else a line there
-    every 50 steps, and the logs that are asked for. `settings` describe the run to them."""
+    """Yields a function that shows a step's report on stderr, as a progress bar in a terminal and else as a line every
+    50 steps, and logs it; on ranks other than 0 it does nothing. `settings` describe the run in the logs."""
     if trainer.ranks.rank > 0:
         yield lambda done: None
         return

@@ -24,8 +24,8 @@ from twotower.training.run.trainer import trained_parameters
 
 
 class Memory(NamedTuple):
-    """Bytes of one rank: weights to compute with and to learn in, what is learnt from and with, and what a micro-batch
-    leaves for backward, roughly."""
+    """Bytes of one rank: weights (with float32 masters), gradients, the optimiser's moments, the running mean of the
+    weights, and, roughly, what the forward pass of a micro-batch keeps for the backward pass."""
 
     weights: int
     gradients: int
@@ -92,7 +92,8 @@ def _memory(objective: Denoising | NextToken, run: TrainConfig, tokens: int, num
 
 
 def _gathered(objective: Denoising | NextToken, width: int) -> int:
-    """What a rank holds whole while it computes: two groups of layers, one in use and one on its way, and the rest."""
+    """Bytes that a rank holds unsharded while it computes: the group of layers in use, the next one, which is being
+    gathered, and all parameters outside of layers."""
     layers = [sum(p.numel() for module in group for p in module.parameters()) for group in objective.layer_groups()]
     rest = sum(p.numel() for p in objective.parameters()) - sum(layers)
     return width * (2 * max(layers) + rest)
