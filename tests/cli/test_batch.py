@@ -81,7 +81,7 @@ def test_a_file_of_something_else_is_left_alone(run, checkpoint, prompts, tmp_pa
     ("arguments", "message"),
     [
         (("--out", "x.jsonl"), "--out needs --file"),
-        (("--mode", "auto"), "mode is 'auto', which only twotower.Engine can choose for"),
+        (("--mode", "auto"), "only twotower.Engine can choose a mode"),
     ],
 )
 def test_what_does_not_go_together_is_said(run, checkpoint, arguments, message):
