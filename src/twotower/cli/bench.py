@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twotower.cli import bench_serve
-from twotower.cli.eval import listed_modes
+from twotower.cli.measuring import listed_modes
 from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_model
 from twotower.decoding.generate import generate
 from twotower.decoding.modes import MODES

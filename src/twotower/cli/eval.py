@@ -2,23 +2,19 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from twotower.cli.measuring import fitted, integers, listed_modes, numbers, telling, warn_about_programs
 from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, open_model
-from twotower.decoding.modes import MODES, Mode
 from twotower.decoding.params import SamplingParams
 from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig, evaluate
 from twotower.eval.provenance import provenance
 from twotower.eval.report import group_table, quality_table, speed_table, to_json
-from twotower.eval.sandbox import LIMITS, walls
-from twotower.eval.tasks import HUMANEVAL, Task, fitting, read_task, shipped_tasks
-from twotower.model.two_tower import TwoTower
+from twotower.eval.tasks import HUMANEVAL, Task, read_task, shipped_tasks
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -124,30 +120,6 @@ def command(
         json_file.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def fitted(model: TwoTower, task: Task, longest: int | None) -> Task:
-    """The task without questions that need more tokens than the checkpoint has positions, or than `longest`; says on
-    stderr how many these are."""
-    most = longest or model.config.carried.get("max_position_embeddings")
-    if most is None or model.tokenizer is None:
-        return task
-    kept = fitting(task, model.tokenizer, most)
-    missing = len(task.examples) - len(kept.examples)
-    if missing:
-        line = f"{task.name}: {missing} of {len(task.examples)} questions need more than {most} tokens and are left out"
-        Console(stderr=True).print(line, soft_wrap=True, highlight=False)
-    return kept
-
-
-def listed_modes(text: str) -> list[Mode]:
-    """The modes of a text with commas between them, ar first. Raises ValueError for anything else, auto included."""
-    found = list(dict.fromkeys(["ar", *text.split(",")]))
-    unknown = [mode for mode in found if mode not in MODES]
-    if unknown:
-        why = "; auto is an engine's choice among them, request by request" if "auto" in unknown else ""
-        raise ValueError(f"modes are {text!r}, must be of {', '.join(MODES)}, with commas between them{why}")
-    return cast(list[Mode], found)
-
-
 def _listed_tasks(text: str, limit: int | None) -> list[Task]:
     """The tasks of a text with commas between them. Raises ValueError for two of the same name, by which results are
     told apart."""
@@ -169,47 +141,3 @@ def _check_writable(file: Path) -> None:
         raise IsADirectoryError(f"--json is {file}, which is a directory; name a file in it")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise PermissionError(f"--json is {file}, which may not be written; name a file elsewhere")
-
-
-def integers(name: str, text: str) -> tuple[int, ...]:
-    """Integers with commas between them, each once. Raises ValueError for anything else."""
-    try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError as error:
-        raise ValueError(f"{name} are {text!r}, must be integers with commas between them, such as 1,4") from error
-
-
-def numbers(name: str, text: str) -> tuple[float, ...]:
-    """Numbers with commas between them, each once. Raises ValueError for anything else."""
-    try:
-        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
-    except ValueError as error:
-        raise ValueError(f"{name} are {text!r}, must be numbers with commas between them, such as 0,0.5") from error
-
-
-def warn_about_programs(tasks: list[Task]) -> None:
-    """Says on stderr, before the first of a model's programs runs, what the sandbox keeps from them."""
-    if not any(example.scorer == "program" for task in tasks for example in task.examples):
-        return
-    words = {"no_network": "network", "no_other_processes": "other processes", "no_writing": "writing of files"}
-    kept = [word for wall, word in words.items() if walls()[wall]]
-    left = ["reading of files", *(word for wall, word in words.items() if not walls()[wall])]
-    limits = f"{LIMITS['cpu_seconds']} s of CPU, {LIMITS['wall_seconds']} s in all, {LIMITS['memory_bytes'] >> 20} MB"
-    line = (
-        f"Programs that the model writes run here with at most {limits}; kept from them: {', '.join(kept) or 'nothing'}"
-        f"; not kept from them: {', '.join(left)}"
-    )
-    Console(stderr=True).print(line, soft_wrap=True, highlight=False)
-
-
-@contextmanager
-def telling() -> Iterator[Callable[[str], None]]:
-    """Yields a function that tells on stderr what is being measured: in a terminal one line that changes, else a line
-    each time."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda what: console.print(what, soft_wrap=True, highlight=False)
-        return
-    # A status that redraws by itself would take time from the runs that are measured.
-    with console.status("", refresh_per_second=1) as status:
-        yield status.update

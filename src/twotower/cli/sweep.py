@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from twotower.cli.eval import fitted, integers, listed_modes, numbers, telling, warn_about_programs
+from twotower.cli.measuring import fitted, integers, listed_modes, numbers, telling, warn_about_programs
 from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, check_out, open_model
 from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig
 from twotower.eval.provenance import provenance
