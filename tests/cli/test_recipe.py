@@ -89,3 +89,19 @@ def test_a_switch_s_value_is_no_number(run, checkpoint, tmp_path):
     assert result.exit_code == 2
     assert "steps is True" in result.stderr
     assert "must be a value of --steps" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "message"),
+    [
+        (("sample", "stories", "out"), "length: 1", "--length is 1, must be an integer of at least 2"),
+        (("serve",), "max_num_requests: 0", "--max-requests is 0, must be an integer of at least 1"),
+        (("serve",), "state_mib: 0", "state_bytes is 0, must be an integer of at least 1"),
+    ],
+)
+def test_sample_and_serve_read_recipes(run, tmp_path, monkeypatch, command, line, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(line)
+    result = run(*command, "--recipe", tmp_path / "a.yaml")
+    assert result.exit_code == 2
+    assert message in result.stderr
