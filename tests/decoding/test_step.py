@@ -11,7 +11,7 @@ from twotower.decoding.generate import generate
 from twotower.decoding.modes import MODES
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.record import make_request
-from twotower.decoding.step import Rows, read, step
+from twotower.decoding.step import RowBatch, read, step
 from twotower.model.pages import PagedKeys
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
@@ -33,7 +33,7 @@ def paged(model: TwoTower, prompts: list[tuple[int, ...]]) -> list[ContextState]
     return states
 
 
-def start(model: TwoTower, params: list[SamplingParams]) -> list[Rows]:
+def start(model: TwoTower, params: list[SamplingParams]) -> list[RowBatch]:
     steps = MODES[params[0].mode].steps
     requests = [make_request(model, [9 + i, 8, 7 + i] * (i + 1), p) for i, p in enumerate(params)]
     states = paged(model, [steps.context_ids(r) for r in requests])
@@ -52,7 +52,7 @@ def test_rows_join_and_leave_at_any_step(mode: Any, pattern: str, tiny: Callable
     singles = start(model, params)
     tokens: list[list[int]] = [[] for _ in params]
     members: list[int] = []
-    batch: Rows | None = None
+    batch: RowBatch | None = None
     with torch.inference_mode():
         while singles or batch is not None:
             if batch is not None:

@@ -27,7 +27,7 @@ PROMPT = [9, 8, 7, 4, 6]
 def rows(
     model: TwoTower, prompts: Sequence[Sequence[int]], params: SamplingParams, newest: Sequence[int]
 ) -> VerifiedRows:
-    """Rows whose prompts are absorbed; `newest` holds each row's one token after the prompt, or nothing."""
+    """RowBatch whose prompts are absorbed; `newest` holds each row's one token after the prompt, or nothing."""
     table = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
     for row, prompt in enumerate(prompts):
         table[row, : len(prompt)] = torch.tensor(prompt)

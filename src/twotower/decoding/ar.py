@@ -1,62 +1,29 @@
 """Mode `ar`: the context tower alone, one token at a time. Letters: b rows, v vocabulary."""
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from twotower.decoding.constraint import Guides, guides
-from twotower.decoding.output import BlockView, Token
-from twotower.decoding.sampling import Temper, probability, propose, results, temper, uniforms
-from twotower.decoding.step import BatchStep, Request
-from twotower.model.state import ContextState, join
+from twotower.decoding.output import Token
+from twotower.decoding.sampling import probability, propose, results, temper, uniform_table
+from twotower.decoding.step import BatchStep, Request, RowBatch
+from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
 from twotower.ops.transfer import to_device
 
 
 @dataclasses.dataclass(frozen=True)
-class ArRows:
+class ArRows(RowBatch):
     """Rows after some tokens; `newest` (b) are those the context tower has not absorbed yet, empty at the start."""
 
-    requests: tuple[Request, ...]
-    context: ContextState
-    settings: Temper
     guides: Guides
     newest: tuple[int, ...] = ()
 
     @property
-    def rests(self) -> tuple[bool, ...]:
-        return (True,) * len(self.requests)
-
-    @property
     def joins(self) -> bool:
         return bool(self.newest)
-
-    def select(self, rows: list[int]) -> Self:
-        return dataclasses.replace(
-            self,
-            requests=tuple(self.requests[r] for r in rows),
-            context=self.context.select(rows),
-            settings=self.settings.select(rows),
-            guides=self.guides.select(rows),
-            newest=tuple(self.newest[r] for r in rows) if self.newest else (),
-        )
-
-    def join(self, others: Self) -> Self:
-        assert self.newest
-        assert others.newest
-        return dataclasses.replace(
-            self,
-            requests=self.requests + others.requests,
-            context=join((self.context, others.context)),
-            settings=self.settings.join(others.settings),
-            guides=self.guides.join(others.guides),
-            newest=self.newest + others.newest,
-        )
-
-    def view(self, row: int) -> BlockView | None:
-        return None
 
 
 def context_ids(request: Request) -> tuple[int, ...]:
@@ -101,8 +68,8 @@ def launch(model: TwoTower, rows: ArRows) -> _ArStep:
     draws = None
     if not rows.settings.all_greedy:
         # the token's position in the sequence names its draw: a resumed row uses the same
-        pairs = zip(rows.requests, context.lengths, strict=True)
-        draws = to_device(torch.stack([uniforms(r.seed, n, 0, 1) for r, n in pairs]), model.context_device)
+        seeds, ones = [r.seed for r in rows.requests], (1,) * len(rows.requests)
+        draws = to_device(uniform_table(seeds, context.lengths, (0,) * len(ones), ones, 1), model.context_device)
     logits = context.next_logits.unsqueeze(1)  # (b, 1, v)
     ops = model.context_tower.logit_ops
     proposal = propose(rows.guides.mask(logits, [()] * len(rows.requests)), rows.settings, draws, ops)

@@ -1,5 +1,6 @@
 """Modes `diffusion` and `simulated_ar`: block-wise mask diffusion. Letters: b rows, s positions of the block."""
 
+import dataclasses
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 from twotower.backends.protocol import LogitOps
 from twotower.decoding import unmasking
 from twotower.decoding.output import BlockView, Token
-from twotower.decoding.sampling import Proposal, Temper, propose, temper, uniforms
-from twotower.decoding.step import BatchStep, Request
+from twotower.decoding.sampling import Proposal, propose, temper, uniform_table
+from twotower.decoding.step import BatchStep, Request, RowBatch, join_rows, select_rows
 from twotower.decoding.unmasking import CommitSchedule
-from twotower.model.state import ContextState, join
+from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
 from twotower.ops.transfer import to_device
 from twotower.ops.unmask import BlockPlaces
@@ -21,9 +22,10 @@ from twotower.ops.unmask import BlockPlaces
 _COIN_STEP = 1 << 20
 
 
-class Block(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Block:
     """The rows' blocks: xt (b, s) int64 with masks, `valid` (b, s) bool false at padding, and for fixed positions the
-    probability and the step of their commit, (b, s) each. `seed` is the context state on the denoiser's device.
+    probability and the step of their commit, (b, s) each.
 
     Each row is at its own step: `steps` counts those its block has seen, `left` the positions still masked.
     """
@@ -36,47 +38,24 @@ class Block(NamedTuple):
     widths: tuple[int, ...]
     steps: tuple[int, ...]
     left: tuple[int, ...]
-    seed: ContextState
     mask_token_id: int
 
-    def select(self, rows: list[int]) -> "Block":
-        index = to_device(rows, self.xt.device)
-        return self._replace(
-            xt=self.xt[index],
-            valid=self.valid[index],
-            masked=self.masked[index],
-            confidence=self.confidence[index],
-            committed_at=self.committed_at[index],
-            widths=tuple(self.widths[r] for r in rows),
-            steps=tuple(self.steps[r] for r in rows),
-            left=tuple(self.left[r] for r in rows),
-            seed=self.seed.select(rows),
-        )
+    def select(self, rows: list[int]) -> Self:
+        """The blocks of some rows."""
+        return select_rows(self, rows)
 
-    def join(self, others: "Block", context: ContextState) -> "Block":
-        """Both, over the joined rows' `context`, or the copies that the denoiser's device has of it."""
-        here = context.device == self.seed.device
+    def join(self, others: Self) -> Self:
+        """The blocks of both batches' rows, padded to the longer one's width."""
         size = max(self.xt.shape[1], others.xt.shape[1])
-        ours, theirs = self.resized(size), others.resized(size)
-        return Block(
-            xt=torch.cat((ours.xt, theirs.xt)),
-            valid=torch.cat((ours.valid, theirs.valid)),
-            masked=torch.cat((ours.masked, theirs.masked)),
-            confidence=torch.cat((ours.confidence, theirs.confidence)),
-            committed_at=torch.cat((ours.committed_at, theirs.committed_at)),
-            widths=self.widths + others.widths,
-            steps=self.steps + others.steps,
-            left=self.left + others.left,
-            seed=context if here else join((self.seed, others.seed)),
-            mask_token_id=self.mask_token_id,
-        )
+        return join_rows(self.resized(size), others.resized(size))
 
-    def resized(self, size: int) -> "Block":
+    def resized(self, size: int) -> Self:
         """With `size` columns; those that come or go are padding."""
         if size == self.xt.shape[1]:
             return self
         extra = (0, size - self.xt.shape[1])
-        return self._replace(
+        return dataclasses.replace(
+            self,
             xt=F.pad(self.xt, extra, value=self.mask_token_id),
             valid=F.pad(self.valid, extra),
             masked=F.pad(self.masked, extra),
@@ -85,44 +64,21 @@ class Block(NamedTuple):
         )
 
 
-class DiffusionRows(NamedTuple):
-    """Rows whose context holds everything before `block`."""
+@dataclasses.dataclass(frozen=True)
+class DiffusionRows(RowBatch):
+    """Rows whose context holds everything before `block`; `produced` (b) counts each row's new tokens before it.
 
-    requests: tuple[Request, ...]
-    context: ContextState
-    settings: Temper
+    `seed` is a copy of the context on the denoiser's device, None where both towers are on one.
+    """
+
     schedule: CommitSchedule
-    produced: tuple[int, ...]  # new tokens of each row before the block
+    produced: tuple[int, ...]
     block: Block
+    seed: ContextState | None
 
     @property
     def rests(self) -> tuple[bool, ...]:
         return tuple(n == 0 for n in self.block.left)
-
-    @property
-    def joins(self) -> bool:
-        return True
-
-    def select(self, rows: list[int]) -> Self:
-        return self._replace(
-            requests=tuple(self.requests[r] for r in rows),
-            context=self.context.select(rows),
-            settings=self.settings.select(rows),
-            schedule=self.schedule.select(rows),
-            produced=tuple(self.produced[r] for r in rows),
-            block=self.block.select(rows),
-        )
-
-    def join(self, others: Self) -> Self:
-        context = join((self.context, others.context))
-        return self._replace(
-            requests=self.requests + others.requests,
-            context=context,
-            settings=self.settings.join(others.settings),
-            schedule=self.schedule.join(others.schedule),
-            produced=self.produced + others.produced,
-            block=self.block.join(others.block, context),
-        )
 
     def view(self, row: int) -> BlockView | None:
         width = self.block.widths[row]
@@ -144,8 +100,14 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     params, device = tuple(r.params for r in requests), model.denoiser_device
     settings = temper(params, model.config.vocab_size, device)
     produced = tuple(len(r.produced) for r in requests)
-    block = _masks(model, _widths(requests, produced), context.to(device))
-    return DiffusionRows(requests, context, settings, unmasking.schedule(params, device), produced, block)
+    block = _masks(model, _widths(requests, produced))
+    seed = _seed(model, context)
+    return DiffusionRows(requests, context, settings, unmasking.schedule(params, device), produced, block, seed)
+
+
+def _seed(model: TwoTower, context: ContextState) -> ContextState | None:
+    """A copy of the context on the denoiser's device, if that is another."""
+    return None if model.context_device == model.denoiser_device else context.to(model.denoiser_device)
 
 
 class _DiffusionStep(NamedTuple):
@@ -169,7 +131,8 @@ class _DiffusionStep(NamedTuple):
             )
             for row, (count, width) in enumerate(zip(left, block.widths, strict=True))
         )
-        return BatchStep(self.rows._replace(block=block._replace(left=left)), tokens, (1,) * len(left), self.absorbed)
+        rows = dataclasses.replace(self.rows, block=dataclasses.replace(block, left=left))
+        return BatchStep(rows, tokens, (1,) * len(left), self.absorbed)
 
 
 def launch(model: TwoTower, rows: DiffusionRows) -> _DiffusionStep:
@@ -183,15 +146,15 @@ def launch(model: TwoTower, rows: DiffusionRows) -> _DiffusionStep:
     block = rows.block
     level = tuple(left / width for left, width in zip(block.left, block.widths, strict=True))
     ragged = block.widths if min(block.widths) < block.xt.shape[1] else None
-    logits = model.denoiser_logits(block.xt, block.seed, level, ragged)
+    logits = model.denoiser_logits(block.xt, rows.seed or rows.context, level, ragged)
     logits.select(-1, model.config.mask_token_id).fill_(-torch.inf)
-    draws = None if rows.settings.all_greedy else _uniforms(rows.requests, block, 0)
+    draws = None if rows.settings.all_greedy else _uniforms(rows, 0)
     ops = model.denoiser_tower.logit_ops
     proposal = propose(logits, rows.settings, draws, ops)
     after = _unmask(rows, proposal, logits, ops)
     columns = (after.xt, after.committed_at, after.confidence, after.masked)
     found = torch.stack([c.double() for c in columns])
-    return _DiffusionStep(rows._replace(block=after), found, absorbed)
+    return _DiffusionStep(dataclasses.replace(rows, block=after), found, absorbed)
 
 
 def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
@@ -208,14 +171,14 @@ def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
     ids = ids.to(model.context_device, non_blocking=True)
     context = model.absorb(ids, rows.context, done, with_logits=False, rows=full)
     produced = tuple(n + (0 if left else w) for n, w, left in zip(rows.produced, block.widths, block.left, strict=True))
-    seed = context.to(model.denoiser_device)
     next_widths = _widths(rows.requests, produced)
     widths = tuple(w if left else n for n, w, left in zip(next_widths, block.widths, block.left, strict=True))
-    begun = _masks(model, widths, seed)
+    begun = _masks(model, widths)
     if not every:
         old = block.resized(max(widths))
         goes_on = to_device([left > 0 for left in block.left], block.xt.device)[:, None]
-        begun = begun._replace(
+        begun = dataclasses.replace(
+            begun,
             xt=torch.where(goes_on, old.xt, begun.xt),
             masked=torch.where(goes_on, old.masked, begun.masked),
             confidence=torch.where(goes_on, old.confidence, begun.confidence),
@@ -223,7 +186,8 @@ def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
             steps=tuple(n if left else 0 for n, left in zip(block.steps, block.left, strict=True)),
             left=tuple(left or w for left, w in zip(block.left, widths, strict=True)),
         )
-    return rows._replace(context=context, produced=produced, block=begun)
+    seed = _seed(model, context)
+    return dataclasses.replace(rows, context=context, produced=produced, block=begun, seed=seed)
 
 
 def _widths(requests: tuple[Request, ...], produced: tuple[int, ...]) -> tuple[int, ...]:
@@ -231,7 +195,7 @@ def _widths(requests: tuple[Request, ...], produced: tuple[int, ...]) -> tuple[i
     return tuple(min(r.params.block_size, r.params.max_new_tokens - n) for r, n in zip(requests, produced, strict=True))
 
 
-def _masks(model: TwoTower, widths: tuple[int, ...], seed: ContextState) -> Block:
+def _masks(model: TwoTower, widths: tuple[int, ...]) -> Block:
     """Blocks of `widths`, all masks."""
     assert min(widths) > 0, "a row that is done was not taken out"
     shape, device = (len(widths), max(widths)), model.denoiser_device
@@ -247,7 +211,6 @@ def _masks(model: TwoTower, widths: tuple[int, ...], seed: ContextState) -> Bloc
         widths=widths,
         steps=(0,) * len(widths),
         left=widths,
-        seed=seed,
         mask_token_id=model.config.mask_token_id,
     )
 
@@ -264,7 +227,7 @@ def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, ops: LogitO
             sure = torch.where(block.masked, proposal.confidence, block.confidence)
             kept = unmasking.remask(sure, block.valid, at)
         else:
-            coins = _uniforms(rows.requests, block, _COIN_STEP) if rule == "posterior" else None
+            coins = _uniforms(rows, _COIN_STEP) if rule == "posterior" else None
             ranked = unmasking.certainty(rule, logits, proposal)
             new = unmasking.commit(rule, ranked, block.masked, at, coins, ops)
             kept = block.valid & (new | ~block.masked)
@@ -276,7 +239,8 @@ def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, ops: LogitO
     assert fixed is not None, "a batch has rows"
     before = BlockPlaces(block.xt, block.masked, block.confidence, block.committed_at)
     after = ops.fix(before, block.valid, fixed, *proposal, steps, block.mask_token_id)
-    return block._replace(
+    return dataclasses.replace(
+        block,
         xt=after.xt,
         masked=after.masked,
         confidence=after.confidence,
@@ -285,10 +249,9 @@ def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, ops: LogitO
     )
 
 
-def _uniforms(requests: tuple[Request, ...], block: Block, first_step: int) -> Tensor:
+def _uniforms(rows: DiffusionRows, first_step: int) -> Tensor:
     """(b, s) uniforms named by each row's step: as many per row as its block is wide, whatever the batch's width."""
-    table = torch.zeros(block.valid.shape, dtype=torch.float32)
-    for row, (request, start) in enumerate(zip(requests, block.seed.lengths, strict=True)):
-        width = block.widths[row]
-        table[row, :width] = uniforms(request.seed, start, first_step + block.steps[row], width)
+    block, seeds = rows.block, [r.seed for r in rows.requests]
+    steps = [first_step + n for n in block.steps]
+    table = uniform_table(seeds, rows.context.lengths, steps, block.widths, block.xt.shape[1])
     return to_device(table, block.xt.device)

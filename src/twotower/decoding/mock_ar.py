@@ -2,57 +2,24 @@
 the context state before that token; then the context tower absorbs the token. Letters: b rows."""
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from twotower.decoding.output import BlockView, Token
-from twotower.decoding.sampling import Temper, propose, results, temper, uniforms
-from twotower.decoding.step import BatchStep, Request
-from twotower.model.state import ContextState, join
+from twotower.decoding.output import Token
+from twotower.decoding.sampling import propose, results, temper, uniform_table
+from twotower.decoding.step import BatchStep, Request, RowBatch
+from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
 from twotower.ops.transfer import to_device
 
 
 @dataclasses.dataclass(frozen=True)
-class MockArRows:
+class MockArRows(RowBatch):
     """Rows whose context holds all tokens but the `newest` (b) of each."""
 
-    requests: tuple[Request, ...]
-    context: ContextState
-    settings: Temper
     newest: tuple[int, ...]
-
-    @property
-    def rests(self) -> tuple[bool, ...]:
-        return (True,) * len(self.requests)
-
-    @property
-    def joins(self) -> bool:
-        return True
-
-    def select(self, rows: list[int]) -> Self:
-        requests = tuple(self.requests[r] for r in rows)
-        return dataclasses.replace(
-            self,
-            requests=requests,
-            context=self.context.select(rows),
-            settings=self.settings.select(rows),
-            newest=tuple(self.newest[r] for r in rows),
-        )
-
-    def join(self, others: Self) -> Self:
-        return dataclasses.replace(
-            self,
-            requests=self.requests + others.requests,
-            context=join((self.context, others.context)),
-            settings=self.settings.join(others.settings),
-            newest=self.newest + others.newest,
-        )
-
-    def view(self, row: int) -> BlockView | None:
-        return None
 
 
 def context_ids(request: Request) -> tuple[int, ...]:
@@ -87,8 +54,9 @@ def launch(model: TwoTower, rows: MockArRows) -> _MockArStep:
     logits = model.denoiser_logits(to_device(newest, model.denoiser_device), seed, None)
     draws = None
     if not rows.settings.all_greedy:
-        pairs = zip(rows.requests, rows.context.lengths, strict=True)
-        draws = to_device(torch.stack([uniforms(r.seed, n + 1, 0, 1) for r, n in pairs]), model.denoiser_device)
+        seeds, ones = [r.seed for r in rows.requests], (1,) * len(rows.requests)
+        places = [n + 1 for n in rows.context.lengths]
+        draws = to_device(uniform_table(seeds, places, (0,) * len(ones), ones, 1), model.denoiser_device)
     proposal = propose(logits, rows.settings, draws, model.denoiser_tower.logit_ops)
     context = model.absorb(to_device(newest, model.context_device), rows.context, with_logits=False)
     found = results(proposal.tokens[:, 0], proposal.confidence[:, 0])

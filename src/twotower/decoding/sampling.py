@@ -1,5 +1,6 @@
 """Logits to proposals. Letters: b rows, s positions, v vocabulary."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -142,3 +143,13 @@ def uniforms(seed: int, position: int, step: int, count: int) -> Tensor:
         key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _MASK64
         key ^= key >> 31
     return torch.rand(count, dtype=torch.float32, generator=torch.Generator().manual_seed(key >> 1))
+
+
+def uniform_table(
+    seeds: Sequence[int], places: Sequence[int], steps: Sequence[int], widths: Sequence[int], size: int
+) -> Tensor:
+    """`uniforms` of many rows on the CPU, (b, size): widths[r] draws of row r, and zeros behind them."""
+    table = torch.zeros(len(seeds), size, dtype=torch.float32)
+    for row, (seed, place, step, width) in enumerate(zip(seeds, places, steps, widths, strict=True)):
+        table[row, :width] = uniforms(seed, place, step, width)
+    return table

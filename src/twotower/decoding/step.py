@@ -1,27 +1,31 @@
 """What a step of any mode takes and gives. Letters: b rows.
 
-Each mode's `launch` gives the devices a step's work and waits for nothing; `read` then waits for any number of steps at
-once, and each one's `finish` makes tokens of what came. Values on the host in between would be waits of their own.
+A step has three parts, so that one wait for the devices can serve many steps. A mode's `launch` gives the devices their
+work and waits for nothing, `read` waits for any number of launched steps at once, and each one's `finish` makes tokens
+of its results. Nothing between launch and finish reads a tensor's values on the host: every such read would wait.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from twotower.decoding.output import BlockView, Token
 from twotower.decoding.params import SamplingParams
-from twotower.model.state import ContextState
+from twotower.decoding.sampling import Temper
+from twotower.model.state import ContextState, join
 from twotower.model.two_tower import TwoTower
+from twotower.ops.transfer import to_device
 
 
 class Request(NamedTuple):
     """A prompt's ids (at least one) with its settings; `seed` is settled.
 
-    `produced` are new tokens that it has already, where it goes on with a context state that was made anew. `draft` is
-    the length of the next draft of mode `verified`, which depends on what became of those before; the first is long
-    enough for a short answer to need one round.
+    `produced` are tokens generated already, where the request restarts from a rebuilt context. `draft` is the length of
+    the next draft of mode `verified`, which depends on how many tokens of earlier drafts were kept; the first draft is
+    long enough for a short answer.
     """
 
     prompt_ids: tuple[int, ...]
@@ -31,45 +35,83 @@ class Request(NamedTuple):
     draft: int = 8
 
 
-class Rows(Protocol):
-    """A batch between two steps of one mode."""
+@dataclasses.dataclass(frozen=True)
+class RowBatch:
+    """The rows of one mode's batch between two steps.
 
-    @property
-    def requests(self) -> tuple[Request, ...]: ...
+    Each mode adds fields. A field is a tuple or tensor with an entry per row (an empty tuple where no row has one yet),
+    the same number for all rows, None, or a value that selects and joins rows itself.
+    """
 
-    @property
-    def context(self) -> ContextState: ...
+    requests: tuple[Request, ...]
+    context: ContextState
+    settings: Temper
 
     @property
     def rests(self) -> tuple[bool, ...]:
         """Whether each row is between two blocks, so that it may go on in another mode."""
-        ...
+        return (True,) * len(self.requests)
 
     @property
     def joins(self) -> bool:
         """Whether the batch can be joined with another; any can after a step."""
-        ...
+        return True
 
     def select(self, rows: list[int]) -> Self:
-        """The batch without the rows that are done."""
-        ...
+        """The batch with these rows alone."""
+        return select_rows(self, rows)
 
     def join(self, others: Self) -> Self:
-        """This batch with the rows of another behind its own; both say that they join, and keys lie in one pool."""
-        ...
+        """This batch with the rows of another behind its own; keys of both must lie in pages of one pool."""
+        assert self.joins
+        assert others.joins
+        return join_rows(self, others)
 
     def view(self, row: int) -> BlockView | None:
-        """The row's block as the last step left it, None in modes without one."""
-        ...
+        """The row's block after the last step; None in modes that fill no blocks."""
+        return None
 
 
-R = TypeVar("R", bound=Rows)
+D = TypeVar("D")
+
+
+def select_rows(value: D, rows: list[int]) -> D:
+    """A dataclass of per-row values with these rows alone; see `RowBatch` for what its fields may be."""
+    fields = {f.name: _select(getattr(value, f.name), rows) for f in dataclasses.fields(cast(Any, value))}
+    return cast(D, dataclasses.replace(cast(Any, value), **fields))
+
+
+def _select(value: Any, rows: list[int]) -> Any:
+    if value is None or isinstance(value, int) or (isinstance(value, tuple) and not value):
+        return value
+    if isinstance(value, Tensor):
+        return value[to_device(rows, value.device)]
+    return value.select(rows) if hasattr(value, "select") else tuple(value[r] for r in rows)
+
+
+def join_rows(ours: D, theirs: D) -> D:
+    """A dataclass of per-row values with the rows of another behind its own."""
+    pairs = {f.name: (getattr(ours, f.name), getattr(theirs, f.name)) for f in dataclasses.fields(cast(Any, ours))}
+    return cast(D, dataclasses.replace(cast(Any, ours), **{name: _join(*pair) for name, pair in pairs.items()}))
+
+
+def _join(ours: Any, theirs: Any) -> Any:
+    if ours is None or isinstance(ours, int):
+        return ours
+    if isinstance(ours, Tensor):
+        return torch.cat((ours, theirs))
+    if isinstance(ours, ContextState):
+        return join((ours, theirs))
+    return ours.join(theirs) if hasattr(ours, "join") else ours + theirs
+
+
+R = TypeVar("R", bound=RowBatch)
 
 
 class BatchStep(NamedTuple):
     """The batch after one step, the tokens each row got, and which towers ran for each row."""
 
-    rows: Rows
+    rows: RowBatch
     tokens: tuple[tuple[Token, ...], ...]
     denoiser_calls: tuple[int, ...]
     context_calls: tuple[int, ...]
@@ -80,11 +122,11 @@ class LaunchedStep(Protocol):
 
     @property
     def results(self) -> Tensor:
-        """What the host must know of it, float64, which holds any id and any float32 exactly."""
+        """The numbers that `finish` needs, float64, which holds any id and any float32 exactly."""
         ...
 
     def finish(self, values: list[Any]) -> BatchStep:
-        """What came of the step, given its `results` as nested lists; may launch more, and waits for nothing."""
+        """The batch after the step and its tokens, given `results` as nested lists; waits for nothing."""
         ...
 
 

@@ -5,18 +5,26 @@ The output is distributed exactly as `ar` (speculative sampling, Leviathan et al
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.decoding.constraint import Guides, guides
-from twotower.decoding.output import BlockView, Token
-from twotower.decoding.sampling import Temper, distribution, inverse_sample, probability, results, temper, uniforms
-from twotower.decoding.step import BatchStep, Request
+from twotower.decoding.output import Token
+from twotower.decoding.sampling import (
+    distribution,
+    inverse_sample,
+    probability,
+    results,
+    temper,
+    uniform_table,
+    uniforms,
+)
+from twotower.decoding.step import BatchStep, Request, RowBatch
 from twotower.model.passes import CausalPass
-from twotower.model.state import ContextState, join
+from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
 from twotower.ops.transfer import to_device
 
@@ -25,55 +33,22 @@ _DRAFT, _ACCEPT, _CORRECT = 1 << 21, 1 << 22, 1 << 23
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifiedRows:
-    """Rows whose context holds all tokens but the `newest` (b) of each, empty before the first."""
+class VerifiedRows(RowBatch):
+    """Rows whose context holds all tokens but the `newest` (b) of each, empty before the first; `produced` (b) counts
+    each row's new tokens."""
 
-    requests: tuple[Request, ...]
-    context: ContextState
-    settings: Temper
     guides: Guides
     produced: tuple[int, ...]
     newest: tuple[int, ...] = ()
 
     @property
-    def rests(self) -> tuple[bool, ...]:
-        return (True,) * len(self.requests)
-
-    @property
     def joins(self) -> bool:
         return bool(self.newest)
-
-    def select(self, rows: list[int]) -> Self:
-        return dataclasses.replace(
-            self,
-            requests=tuple(self.requests[r] for r in rows),
-            context=self.context.select(rows),
-            settings=self.settings.select(rows),
-            guides=self.guides.select(rows),
-            produced=tuple(self.produced[r] for r in rows),
-            newest=tuple(self.newest[r] for r in rows) if self.newest else (),
-        )
-
-    def join(self, others: Self) -> Self:
-        assert self.newest
-        assert others.newest
-        return dataclasses.replace(
-            self,
-            requests=self.requests + others.requests,
-            context=join((self.context, others.context)),
-            settings=self.settings.join(others.settings),
-            guides=self.guides.join(others.guides),
-            produced=self.produced + others.produced,
-            newest=self.newest + others.newest,
-        )
 
     @property
     def widths(self) -> tuple[int, ...]:
         """The lengths of the rows' next drafts."""
         return tuple(_width(r, n) for r, n in zip(self.requests, self.produced, strict=True))
-
-    def view(self, row: int) -> BlockView | None:
-        return None
 
 
 class Draft(NamedTuple):
@@ -263,7 +238,6 @@ def _next_draft(width: int, num_emitted: int) -> int:
 
 def _table(rows: VerifiedRows, purpose: int, widths: tuple[int, ...], size: int) -> Tensor:
     """(b, size) uniforms named by each row's context length and the purpose of the draw."""
-    table = torch.zeros(len(widths), size, dtype=torch.float32)
-    for row, (request, start) in enumerate(zip(rows.requests, rows.context.lengths, strict=True)):
-        table[row, : widths[row]] = uniforms(request.seed, start, purpose, widths[row])
+    seeds = [r.seed for r in rows.requests]
+    table = uniform_table(seeds, rows.context.lengths, (purpose,) * len(widths), widths, size)
     return to_device(table, rows.settings.top_k.device)

@@ -4,7 +4,7 @@ import dataclasses
 
 from twotower.decoding.modes import MODES, DecodingMode
 from twotower.decoding.record import Record
-from twotower.decoding.step import Request, Rows
+from twotower.decoding.step import Request, RowBatch
 from twotower.engine.auto import AutoRow
 from twotower.model.state import ContextState
 
@@ -59,7 +59,7 @@ class ModeBatch:
     """The jobs of one mode between two steps; row i belongs to jobs[i]."""
 
     jobs: list[Job]
-    rows: Rows
+    rows: RowBatch
 
     def join(self, others: "ModeBatch") -> None:
         """Takes in the jobs of another batch of the mode."""
