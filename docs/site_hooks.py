@@ -2,8 +2,8 @@
 
 - cli.md is written from the command line's own declarations, and examples.md from the scripts in examples/.
 - A dataclass whose fields are declared as options (twotower.options) is shown as a table of them.
-- The README of every recipe, CONTRIBUTING.md and CHANGELOG.md become pages. Pages link to those files as they lie in
-  the repository, so that a link works on a code host too; here it is turned to the page.
+- The README of every recipe, CONTRIBUTING.md, CHANGELOG.md, SECURITY.md and LICENSE become pages. Pages link to those
+  files as they lie in the repository, so that a link works on a code host too; here it is turned to the page.
 - Drawings stand inline, and a <picture> becomes Material's two images, so that both follow the theme that the reader
   has chosen.
 - A page that would fetch anything from another host is an error: the site works without a network.
@@ -34,8 +34,8 @@ _LINK = re.compile(r"(?<=\]\()[^)#\s][^)\s]*")
 def _pages_of_repository() -> dict[str, Path]:
     """Page -> the file of the repository that it shows."""
     pages = {f"recipes/{path.parent.name}.md": path for path in sorted(ROOT.glob("recipes/*/README.md"))}
-    pages |= {f"{name.lower()}.md": ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG")}
-    return {page: path for page, path in pages.items() if path.exists()}
+    pages |= {f"{name.lower()}.md": ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY")}
+    return pages | {"license.md": ROOT / "LICENSE"}
 
 
 def on_files(files: Files, config: Any) -> Files:

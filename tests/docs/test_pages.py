@@ -12,7 +12,11 @@ from twotower.decoding.modes import MODES
 from twotower.decoding.params import COMMIT_RULES
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*/README.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "recipes").glob("*/README.md")),
+]
 
 
 def pieces(page: Path, language: str) -> list[str]:
