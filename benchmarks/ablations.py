@@ -41,7 +41,7 @@ from twotower.config import TwoTowerConfig
 from twotower.eval.provenance import provenance
 from twotower.model.two_tower import TwoTower
 from twotower.training.config import DenoisingConfig, Phase
-from twotower.training.corpus.shards import Corpus, RowBatch
+from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.corruption import Corrupted
 from twotower.training.denoising import Denoising, NoisyRows
 from twotower.training.forward.block_parallel import block_parallel_hidden
@@ -90,7 +90,7 @@ class Ablated(Denoising):
         super().__init__(model, DenoisingConfig(**variant.settings))
         self.change = variant.change
 
-    def prepare(self, batch: RowBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
+    def prepare(self, batch: CorpusBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
         rows = super().prepare(batch, step, seed, device)
         return rows._replace(noisy=self.change(rows.noisy))
 
@@ -99,13 +99,13 @@ class Answers(NamedTuple):
     """Held-out rows, their blocks, which positions are judged, those of whole documents up to the answer's end, (b, t)
     bool, and each position's answer (b, t), numbered over all rows."""
 
-    rows: RowBatch
+    rows: CorpusBatch
     layout: Layout
     judged: Tensor
     number: Tensor
 
 
-def answers(rows: RowBatch, config: TwoTowerConfig) -> Answers:
+def answers(rows: CorpusBatch, config: TwoTowerConfig) -> Answers:
     part = rows.document * 2 + rows.scored  # a document's prompt, then its answer
     layout = Layout(make_layout(part, config.block_size).block, rows.document)
     starts = layout.document_start

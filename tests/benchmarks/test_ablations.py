@@ -12,7 +12,7 @@ import torch
 import twotower
 from twotower.checkpoints import save
 from twotower.config import TwoTowerConfig
-from twotower.training.corpus.shards import CorpusRows, RowBatch, write_shard
+from twotower.training.corpus.shards import CorpusBatch, CorpusRows, write_shard
 from twotower.training.corruption import Corrupted
 from twotower.training.forward.layout import make_layout
 
@@ -46,7 +46,7 @@ def row(*documents):
 
 def batch(*rows):
     ids, scored, document = (torch.tensor(part) for part in zip(*rows, strict=True))
-    return RowBatch(ids, scored, document, torch.arange(len(ids)))
+    return CorpusBatch(ids, scored, document, torch.arange(len(ids)))
 
 
 def write_corpus(path, seed):

@@ -7,7 +7,7 @@ import pytest
 
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
-from twotower.training.corpus.shards import Corpus, CorpusRows, RowBatch, write_shard
+from twotower.training.corpus.shards import Corpus, CorpusBatch, CorpusRows, write_shard
 from twotower.training.held_out import answer, measure, questions
 from twotower.training.objective import Measured
 from twotower.training.run.ranks import Ranks
@@ -24,7 +24,7 @@ def corpus(tmp_path: Path) -> Corpus:
 def test_every_row_counts_once(at_once: int, corpus: Corpus) -> None:
     seen: list[int] = []
 
-    def objective(batch: RowBatch) -> dict[str, Measured]:
+    def objective(batch: CorpusBatch) -> dict[str, Measured]:
         seen.extend(batch.ids[:, 0].tolist())
         return {"first": Measured(float(batch.ids[:, 0].sum()), len(batch.ids)), "none": Measured(0.0, 0.0)}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.model.two_tower import TwoTower
-from twotower.training.corpus.shards import Corpus, CorpusRows, RowBatch, write_shard
+from twotower.training.corpus.shards import Corpus, CorpusBatch, CorpusRows, write_shard
 from twotower.training.objective import LossPart, Measured, Objective
 from twotower.training.run.ranks import Ranks
 from twotower.training.run.trainer import StepReport, TrainConfig, Trainer
@@ -38,7 +38,7 @@ class Pull(nn.Module):
     def layer_groups(self) -> list[list[nn.Module]]:
         return []
 
-    def prepare(self, batch: RowBatch, step: int, seed: int, device: torch.device) -> PullRows:
+    def prepare(self, batch: CorpusBatch, step: int, seed: int, device: torch.device) -> PullRows:
         return PullRows(batch.ids.to(device), (float(batch.ids.numel()),))
 
     def forward(self, rows: PullRows, part: slice, denominators: Sequence[float]) -> LossPart:
@@ -48,7 +48,7 @@ class Pull(nn.Module):
     def after_update_(self, loads: Tensor | None) -> None:
         self.num_updates += 1
 
-    def measure(self, batch: RowBatch, step: int, device: torch.device) -> dict[str, Measured]:
+    def measure(self, batch: CorpusBatch, step: int, device: torch.device) -> dict[str, Measured]:
         with torch.no_grad():
             rows = self.prepare(batch, step, 0, device)
             loss = self(rows, slice(None), (1.0,)).loss

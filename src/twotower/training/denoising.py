@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from twotower.model.two_tower import TwoTower
 from twotower.training.config import DenoisingConfig
-from twotower.training.corpus.shards import Corpus, RowBatch
+from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.corruption import Corrupted, Noise, corrupt
 from twotower.training.forward.block_parallel import Hidden, block_parallel_hidden
 from twotower.training.held_out import answer
@@ -64,7 +64,7 @@ class Denoising(nn.Module):
         pairs = zip(self.model.context_tower.stack, self.model.denoiser_tower.stack, strict=True)
         return [list(dict.fromkeys(pair)) for pair in pairs]
 
-    def prepare(self, batch: RowBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
+    def prepare(self, batch: CorpusBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
         """Masks a rank's rows of a 0-based step; a row's noise depends on `seed` and its number in the run alone."""
         noisy = self._corrupted(batch, step, seed, _noise(self.config))
         weight, denominator = weigh(noisy, self.config.reduction)
@@ -98,7 +98,7 @@ class Denoising(nn.Module):
         """Nothing: experts keep the biases of the backbone that the denoiser started as."""
 
     @torch.no_grad()
-    def measure(self, batch: RowBatch, step: int, device: torch.device) -> dict[str, Measured]:
+    def measure(self, batch: CorpusBatch, step: int, device: torch.device) -> dict[str, Measured]:
         """The negative log-likelihood of held-out rows: `elbo`, an upper bound for the denoiser at the step's block
         size and with the same noise at every call, and `ar`, exact, for the context tower."""
         noisy = self._corrupted(batch, step, 0, Noise())
@@ -113,7 +113,7 @@ class Denoising(nn.Module):
         """Tokens per denoiser pass and exact matches of answers decoded at the step's block size, see `answer`."""
         return answer(self.model, held_out, self.config.block_size(step, self.model.config.block_size), ranks)
 
-    def _corrupted(self, batch: RowBatch, step: int, seed: int, noise: Noise) -> Corrupted:
+    def _corrupted(self, batch: CorpusBatch, step: int, seed: int, noise: Noise) -> Corrupted:
         model = self.model.config
         return corrupt(
             batch.ids,

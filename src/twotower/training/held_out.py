@@ -8,7 +8,7 @@ from twotower.config import TwoTowerConfig
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
-from twotower.training.corpus.shards import Corpus, RowBatch
+from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.objective import Measured
 from twotower.training.run.ranks import Ranks
 
@@ -18,7 +18,7 @@ _ANSWER_LENGTH = 64
 
 
 def measure(
-    corpus: Corpus, rows_at_once: int, ranks: Ranks, objective: Callable[[RowBatch], dict[str, Measured]]
+    corpus: Corpus, rows_at_once: int, ranks: Ranks, objective: Callable[[CorpusBatch], dict[str, Measured]]
 ) -> dict[str, float]:
     """Nats per token over the corpus, by the names that `objective` gives for `rows_at_once` rows at a time.
 

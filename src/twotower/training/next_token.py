@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.one_tower import OneTower
 from twotower.training.config import NextTokenConfig
-from twotower.training.corpus.shards import Corpus, RowBatch
+from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.forward.causal_parallel import Causal, causal_hidden
 from twotower.training.forward.layout import Layout, make_layout
 from twotower.training.forward.seeded_mixers import CHUNK_SIZE
@@ -48,7 +48,7 @@ class NextToken(nn.Module):
         """Each layer by itself."""
         return [[layer] for layer in self.model.tower.stack]
 
-    def prepare(self, batch: RowBatch, step: int, seed: int, device: torch.device) -> TextRows:
+    def prepare(self, batch: CorpusBatch, step: int, seed: int, device: torch.device) -> TextRows:
         """Moves a rank's rows to its device; nothing is random."""
         document = batch.document.to(device)
         x0, scored = batch.ids.to(device), batch.scored.to(device)
@@ -74,7 +74,7 @@ class NextToken(nn.Module):
             mixer.correction_bias.add_((load.mean() - load).sign().to(mixer.correction_bias), alpha=BALANCE_RATE)
 
     @torch.no_grad()
-    def measure(self, batch: RowBatch, step: int, device: torch.device) -> dict[str, Measured]:
+    def measure(self, batch: CorpusBatch, step: int, device: torch.device) -> dict[str, Measured]:
         """The negative log-likelihood of held-out rows, as `ar`."""
         rows = self.prepare(batch, step, 0, device)
         (count,) = rows.denominators

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from twotower.model.one_tower import OneTower
 from twotower.model.two_tower import TwoTower
-from twotower.training.corpus.shards import Corpus, RowBatch
+from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.run.ranks import Ranks
 
 
@@ -69,7 +69,7 @@ class Objective(Protocol[Rows]):
     def layer_groups(self) -> list[list[nn.Module]]:
         """The modules whose parameters are used together; sharded parameters are gathered one group at a time."""
 
-    def prepare(self, batch: RowBatch, step: int, seed: int, device: torch.device) -> Rows:
+    def prepare(self, batch: CorpusBatch, step: int, seed: int, device: torch.device) -> Rows:
         """Moves this rank's rows of a 0-based step to `device` and draws what is random about them. It may depend on
         `seed`, `step` and `batch.samples` alone, so that neither resuming nor the number of ranks changes it."""
 
@@ -80,7 +80,7 @@ class Objective(Protocol[Rows]):
     def after_update_(self, loads: Tensor | None) -> None:
         """Called after the optimiser's update, with the sum of the step's `LossPart.loads` over all ranks."""
 
-    def measure(self, batch: RowBatch, step: int, device: torch.device) -> dict[str, Measured]:
+    def measure(self, batch: CorpusBatch, step: int, device: torch.device) -> dict[str, Measured]:
         """The negative log-likelihood of held-out rows, by name; changes nothing and is the same at every call."""
 
     def decode(self, held_out: Corpus, step: int, ranks: Ranks) -> dict[str, float]:

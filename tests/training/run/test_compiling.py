@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from twotower.training.corpus.shards import RowBatch
+from twotower.training.corpus.shards import CorpusBatch
 from twotower.training.denoising import Denoising, DenoisingConfig
 from twotower.training.run.compiling import compiled
 
@@ -37,7 +37,7 @@ def test_a_function_has_a_version_for_each_kind_of_layer() -> None:
 
 def loss(objective: Denoising) -> float:
     ids = torch.randint(4, 40, (2, 16), generator=torch.Generator().manual_seed(0))
-    batch = RowBatch(ids, torch.ones_like(ids).bool(), ids * 0, torch.arange(2))
+    batch = CorpusBatch(ids, torch.ones_like(ids).bool(), ids * 0, torch.arange(2))
     rows = objective.prepare(batch, 0, 0, torch.device("cpu"))
     return objective(rows, slice(0, 2), rows.denominators).loss.item()
 

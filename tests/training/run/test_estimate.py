@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from twotower.config import TwoTowerConfig
 from twotower.model.one_tower import OneTower
 from twotower.model.two_tower import TwoTower
-from twotower.training.corpus.shards import RowBatch
+from twotower.training.corpus.shards import CorpusBatch
 from twotower.training.denoising import Denoising, DenoisingConfig
 from twotower.training.next_token import NextToken, NextTokenConfig
 from twotower.training.run.estimate import estimate
@@ -54,7 +54,7 @@ def test_flops_are_those_that_torch_counts(what, recompute):
     for parameter in objective.parameters():
         torch.nn.init.constant_(parameter, 0.01)
     ids = torch.randint(4, 50, (8, 129))
-    batch = RowBatch(ids, torch.ones_like(ids).bool(), ids * 0, torch.arange(8))
+    batch = CorpusBatch(ids, torch.ones_like(ids).bool(), ids * 0, torch.arange(8))
     rows = objective.prepare(batch, 0, 0, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
         objective(rows, slice(0, 8), rows.denominators).loss.backward()

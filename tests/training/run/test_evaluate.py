@@ -11,7 +11,7 @@ from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
 from twotower.training import held_out
 from twotower.training.config import DenoisingConfig, Phase
-from twotower.training.corpus.shards import Corpus, RowBatch
+from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.denoising import Denoising
 from twotower.training.run.trainer import StepReport, TrainConfig, Trainer
 
@@ -77,9 +77,9 @@ def test_held_out_answers_are_decoded_at_the_phase_s_block_size(
     assert [list(report.held_out or {}) for report in reports] == [[*names, *(f"ema_{n}" for n in names)]] * 2
 
 
-def rows(corpus: Corpus) -> list[RowBatch]:
+def rows(corpus: Corpus) -> list[CorpusBatch]:
     """Each row, as tensors without a batch."""
-    return [RowBatch(*(part[0] for part in corpus.batch(range(i, i + 1), 0))) for i in range(len(corpus))]
+    return [CorpusBatch(*(part[0] for part in corpus.batch(range(i, i + 1), 0))) for i in range(len(corpus))]
 
 
 def test_held_out_rows_need_a_time_to_be_measured(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:

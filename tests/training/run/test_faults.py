@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from twotower.model.two_tower import TwoTower
-from twotower.training.corpus.shards import Corpus, RowBatch
+from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.denoising import Denoising, DenoisingConfig, NoisyRows
 from twotower.training.objective import LossPart
 from twotower.training.run.trainer import StepReport, TrainConfig, Trainer
@@ -20,7 +20,7 @@ class Broken(Denoising):
         super().__init__(model, DenoisingConfig())
         self.faults, self.step = faults, 0
 
-    def prepare(self, batch: RowBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
+    def prepare(self, batch: CorpusBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
         self.step = step
         return super().prepare(batch, step, seed, device)
 

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from twotower.model.two_tower import TwoTower
-from twotower.training.corpus.shards import Corpus, CorpusRows, RowBatch, write_shard
+from twotower.training.corpus.shards import Corpus, CorpusBatch, CorpusRows, write_shard
 from twotower.training.denoising import Denoising, DenoisingConfig, NoisyRows
 from twotower.training.run.checkpointing import latest_state, read_tensors_
 from twotower.training.run.ranks import Ranks, joined
@@ -44,7 +44,7 @@ class Recording(Denoising):
 
     seen: dict[str, list[Any]]
 
-    def prepare(self, batch: RowBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
+    def prepare(self, batch: CorpusBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
         rows = super().prepare(batch, step, seed, device)
         views = (v.unflatten(0, (-1, len(batch.ids))).transpose(0, 1).tolist() for v in rows.noisy[:4])
         noise = zip(batch.samples.tolist(), *views, strict=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 _DTYPES = {"ids": "I32", "scored": "BOOL", "document": "I32"}
 
 
-class RowBatch(NamedTuple):
+class CorpusBatch(NamedTuple):
     """Rows as tensors: `ids` (b, t) int64, `scored` (b, t) bool, `document` (b, t) int64. `samples` (b,) int64 are the
     rows' numbers in an endless run over the corpus, on which their noise depends."""
 
@@ -71,7 +71,7 @@ class Corpus:
         """The number of rows in all shards."""
         return int(self._ends[-1])
 
-    def batch(self, samples: range, seed: int) -> RowBatch:
+    def batch(self, samples: range, seed: int) -> CorpusBatch:
         """The rows with the numbers `samples` of an endless run over the corpus.
 
         Each epoch visits every row once, in an order that depends on (seed, epoch) alone, so that a run can resume from
@@ -80,7 +80,7 @@ class Corpus:
         orders = {epoch: _order(seed, epoch, len(self)) for epoch in {sample // len(self) for sample in samples}}
         rows = [self.row(int(orders[sample // len(self)][sample % len(self)])) for sample in samples]
         ids, scored, document = (torch.from_numpy(np.stack(parts)) for parts in zip(*rows, strict=True))
-        return RowBatch(ids.long(), scored, document.long(), torch.tensor(samples))
+        return CorpusBatch(ids.long(), scored, document.long(), torch.tensor(samples))
 
     def row(self, index: int) -> CorpusRows:
         """The arrays (t,) of row `index` of the table. Raises ValueError for tokens outside the vocabulary."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from twotower.errors import SettingError
 from twotower.training.config import TrainConfig
-from twotower.training.corpus.shards import Corpus, RowBatch
+from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.held_out import measure
 from twotower.training.objective import LossPart, Objective, ObjectiveConfig
 from twotower.training.run.checkpointing import Checkpoints, latest_state, read_progress, read_tensors_, stored_groups
@@ -171,7 +171,7 @@ class Trainer:
         """Whether the step just made is one of every `every` or the last; never if `every` is 0."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
-    def _backward(self, batch: RowBatch) -> tuple[float, Tensor | None]:
+    def _backward(self, batch: CorpusBatch) -> tuple[float, Tensor | None]:
         """Accumulates this rank's gradient, one micro-batch after the other; returns the loss and the expert loads,
         both summed over all ranks."""
         rows = self.objective.prepare(batch, self.step, self.config.seed, self.ranks.device)
