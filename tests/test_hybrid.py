@@ -9,7 +9,7 @@ import torch
 import twotower
 from twotower.checkpoints.hf import SHIPPED, resolve
 from twotower.decoding.modes import Mode
-from twotower.eval.quality import answer, mean_score
+from twotower.eval.answering import answer, mean_score
 from twotower.eval.tasks import read_task
 
 

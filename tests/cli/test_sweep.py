@@ -1,6 +1,7 @@
 """`twotower sweep`: its files, and mistakes."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from twotower.cli import sweep as module
 from twotower.decoding.output import GenerationStats
 from twotower.eval import sweep as eval_sweep
+from twotower.eval.answering import Answer
 from twotower.eval.evaluate import TaskResult
-from twotower.eval.quality import Answer
 from twotower.eval.throughput import Quartiles, Speed
 
 LINE = {"scorer": "likelihood", "max_new_tokens": 4}
@@ -73,7 +74,7 @@ def test_the_table_says_what_is_uncertain_what_does_not_count_and_what_is_not_ti
         examples = asked.examples[:1] * 40
         own = Speed(*[Quartiles(1, 2, 3)] * 3)
         timed = {name: own for name, replies in answers.items() if replies is not loops}
-        return TaskResult(asked._replace(examples=examples), settings, answers, {1: timed}, {1: [0]})
+        return TaskResult(dataclasses.replace(asked, examples=examples), settings, answers, {1: timed}, {1: [0]})
 
     monkeypatch.setattr(eval_sweep, "evaluate", evaluated)
     monkeypatch.setenv("COLUMNS", "200")

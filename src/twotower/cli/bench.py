@@ -16,8 +16,8 @@ from twotower.decoding.generate import generate
 from twotower.decoding.modes import MODES
 from twotower.decoding.params import SamplingParams
 from twotower.eval.evaluate import FEWEST_REPEATS
+from twotower.eval.judging import is_degenerate
 from twotower.eval.provenance import provenance
-from twotower.eval.scoring import is_degenerate
 from twotower.eval.throughput import Speed, Timed, Work, clock, speeds
 from twotower.model.two_tower import TwoTower
 from twotower.planning.footprint import pass_bytes, released_tensors

@@ -1,12 +1,12 @@
-"""One task under several settings: what each answers, and how fast it is where all of them write sound text."""
+"""Answers a task under several settings, and times the settings on questions to which all of them write sound text."""
 
 import dataclasses
 import random
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from twotower.decoding.params import SamplingParams
-from twotower.eval.quality import Answer, answer, mean_score, request
+from twotower.errors import SettingError, check_integer
+from twotower.eval.answering import Answer, answer, mean_score, request
 from twotower.eval.tasks import Task, prompt_ids
 from twotower.eval.throughput import Speed, Work, speeds
 from twotower.model.two_tower import TwoTower
@@ -16,30 +16,32 @@ FEWEST_REPEATS = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
-    """Timing: a sample of at most `prompts` of each task, in `repeats` rounds, at each of `batch_sizes`."""
+    """How to time: at most `prompts` prompts of each task, in `repeats` rounds, at each of `batch_sizes`."""
 
     prompts: int = 8
     repeats: int = FEWEST_REPEATS
     batch_sizes: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
-        if self.repeats < FEWEST_REPEATS:
-            raise ValueError(f"repeats is {self.repeats}, must be at least {FEWEST_REPEATS} for a median")
+        check_integer("repeats", self.repeats, FEWEST_REPEATS, fix="a median needs that many")
         if not self.batch_sizes or not all(1 <= size <= self.prompts for size in self.batch_sizes):
-            raise ValueError(
-                f"batch sizes are {self.batch_sizes}, must be in [1, {self.prompts}], the number of timed prompts; "
-                "time more prompts for larger ones"
-            )
+            rule = f"in [1, {self.prompts}], the number of timed prompts"
+            raise SettingError("batch_sizes", self.batch_sizes, rule, "time more prompts for larger ones")
 
 
-class TaskResult(NamedTuple):
-    """Params and answers by setting, speeds by batch size and setting, and the examples timed at each batch size.
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """What was measured on one task; `settings` and `answers` are by setting's name, `speeds` by batch size and name.
 
-    Only what is worth reading is timed, because repetition is easy to predict and would count as speed: tasks where ar
-    scores at all (`timed` is empty for others), settings with sound answers to at least half of the questions (neither
-    empty nor degenerate), and examples to which every one of those settings gives a sound answer. `timed` are places in
-    the task, a sample of those, as files often begin with what is easy, in whole batches; a batch size that too few
-    examples fill has none of them and no speeds.
+    Repetition is easy to predict and would count as speed, so only text worth reading is timed:
+
+    - tasks on which ar scores above 0; for others `timed` and `speeds` are empty,
+    - settings with sound answers (neither empty nor degenerate) to at least half of the questions,
+    - questions to which every such setting gives a sound answer.
+
+    `timed` has the places of the timed questions in the task, by batch size: a random sample, because files often begin
+    with their easiest questions, in whole batches. It is empty for a batch size that too few questions fill, which then
+    has no speeds.
     """
 
     task: Task
@@ -56,9 +58,10 @@ def evaluate(
     timing: SpeedConfig | None,
     advance: Callable[[str], None] = lambda what: None,
 ) -> TaskResult:
-    """Answers a task under every setting, "ar" among them, and times them unless `timing` is None.
+    """Answers a task under every setting, and times them unless `timing` is None.
 
-    Settings must have a seed. `advance` is told before each part what comes next.
+    One setting is named "ar", and all have a seed. `advance` is called before each part with a line that says what it
+    is.
     """
     answers = {}
     for name, params in settings.items():
@@ -66,7 +69,7 @@ def evaluate(
         answers[name] = answer(model, task, params)
     if timing is None or mean_score(answers["ar"]) == 0:
         return TaskResult(task, settings, answers, {}, {})
-    sound = {name: [_is_sound(reply) for reply in replies] for name, replies in answers.items()}
+    sound = {name: [reply.is_sound for reply in replies] for name, replies in answers.items()}
     readable = {name: p for name, p in settings.items() if name == "ar" or sum(sound[name]) >= len(sound[name]) / 2}
     usable = [i for i in range(len(task.examples)) if all(sound[name][i] for name in readable)]
     drawn = random.Random(settings["ar"].seed).sample(usable, min(timing.prompts, len(usable)))
@@ -75,18 +78,15 @@ def evaluate(
     for size, examples in timed.items():
         if examples:
             advance(f"{task.name}: speed at batch {size}")
-            work = timed_work(model, task, readable, examples)._replace(batch_size=size)
-            found[size] = speeds(model, work, timing.repeats)
+            found[size] = speeds(model, timed_work(model, task, readable, examples, size), timing.repeats)
     return TaskResult(task, settings, answers, found, timed)
 
 
-def timed_work(model: TwoTower, task: Task, settings: Mapping[str, SamplingParams], examples: list[int]) -> Work:
-    """The prompts of some of a task's examples, with each setting's params for them, one at a time."""
+def timed_work(
+    model: TwoTower, task: Task, settings: Mapping[str, SamplingParams], examples: list[int], batch_size: int
+) -> Work:
+    """The prompts at these places of a task, with the params of every setting for each."""
     assert model.tokenizer is not None
     prompts = [prompt_ids(task.examples[i], model.tokenizer) for i in examples]
     params = {name: [request(task.examples[i], p, i) for i in examples] for name, p in settings.items()}
-    return Work(prompts, params, 1)
-
-
-def _is_sound(reply: Answer) -> bool:
-    return bool(reply.text.strip()) and not reply.degenerate
+    return Work(prompts, params, batch_size)

@@ -1,9 +1,10 @@
-"""The model of lm-evaluation-harness that decodes with a two-tower checkpoint, in any mode.
+"""A model for lm-evaluation-harness that decodes with a two-tower checkpoint, in any mode.
 
     python -m twotower.eval.lm_eval --model twotower --model_args pretrained=CHECKPOINT,mode=diffusion --tasks …
 
-is lm_eval's own command line, which by itself finds no models of other packages. Without `pretrained` it is the shipped
-stories checkpoint; every setting of SamplingParams is a model argument, and so is dtype.
+is lm_eval's own command line with this model in it; lm_eval does not find models of other packages by itself. Without
+`pretrained` the model is the shipped stories checkpoint. Every setting of SamplingParams is a model argument, and so is
+dtype.
 """
 
 import dataclasses
@@ -13,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -25,14 +25,14 @@ from twotower.checkpoints.hf import resolve
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT, load
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
-from twotower.eval.scoring import score_text
+from twotower.decoding.scoring import score
 from twotower.eval.tasks import Example
 
-# What a task may say about a generation; its length, under all of its names, where the task says none.
+# All that a task may set of a generation, its length under any of these names; _MAX_GEN_TOKS if it sets no length.
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _GENERATION = ("until", *_LENGTHS, "do_sample", "temperature", "top_k", "top_p")
 _MAX_GEN_TOKS = 256
-# What tasks say for other models and means nothing but the default: other values are mistakes.
+# Settings of other models that tasks may name, with the value that means no change here; others are refused.
 _NEUTRAL: dict[str, float] = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -49,17 +49,17 @@ _NEUTRAL: dict[str, float] = {
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
 
 
-class Scored(NamedTuple):
-    """Sum of log-probabilities of some tokens, and whether each is the likeliest at its place."""
+class Loglikelihood(NamedTuple):
+    """The pair that lm_eval takes: some tokens' summed log-probabilities, and whether each is the likeliest."""
 
     log_probability: float
     is_greedy: bool
 
 
 class TwoTowerLM(TemplateLM):
-    """Log-likelihoods by the context tower; generation in the mode of the model arguments.
+    """Log-likelihoods under the context tower, and generation in the mode that the model arguments name.
 
-    `max_batch_size` is what the harness passes to every model; there is no automatic batch size.
+    The harness passes `max_batch_size` to every model; here it has no effect, as there is no automatic batch size.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class TwoTowerLM(TemplateLM):
         self.batch_size = int(size)
         self.params = SamplingParams(**({"seed": 0} | settings))
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            # what lm_eval passes where its user names no device
+            # lm_eval passes cuda if its user names no device
             warnings.warn(f"device is {device!r}, but this build of torch sees no GPU: running on cpu", stacklevel=2)
             device = "cpu"
         self._name = pretrained or "stories"
@@ -102,22 +102,22 @@ class TwoTowerLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands before a text that has no context."""
+        """The token that stands before a text without context."""
         first = self.model.config.bos_token_id
         return self.eot_token_id if first is None else first
 
     @property
     def max_length(self) -> int | None:
-        """Positions of the checkpoint; None where it names no limit."""
+        """The number of positions of the checkpoint; None if its config names no limit."""
         return self.model.config.carried.get("max_position_embeddings")
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm_eval's cache of requests goes by."""
+        """The model's name in lm_eval's cache of requests."""
         return self._name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template itself, for lm_eval's record of a run; None where none is to be applied."""
+        """The source of the template, for lm_eval's record of a run; None if no template is applied."""
         if isinstance(chat_template, str):
             raise ValueError(
                 f"apply_chat_template is {chat_template!r}, but only the default one is read; drop the name"
@@ -125,7 +125,7 @@ class TwoTowerLM(TemplateLM):
         return self._chat().source if chat_template else None
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt for the next assistant message; without `add_generation_prompt` for the rest of the last one."""
+        """The prompt for the next message of the assistant, or for the rest of the last one."""
         turns = [Turn(message["role"], message["content"]) for message in chat_history]
         return self._chat().render(turns, continue_last=not add_generation_prompt)
 
@@ -135,17 +135,17 @@ class TwoTowerLM(TemplateLM):
         return self._template
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        if add_special_tokens is None:  # chat templates write the token that texts begin with themselves
+        if add_special_tokens is None:  # a chat template writes the first token itself
             first = self.model.config.bos_token_id
             written = None if first is None else self.encoder.id_to_token(first)
             add_special_tokens = not written or not string.startswith(written)
         return list(self.encoder.encode(string, add_special_tokens=add_special_tokens).ids)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers every (context, generation settings) pair; the request's number is added to the seed.
+        """Answers every (context, generation settings) pair; the number of the request is added to the seed.
 
-        A context that leaves too few of the checkpoint's positions for the answer loses its start. Raises ValueError
-        where the answer alone needs all of them.
+        A context that leaves too few of the checkpoint's positions for the answer is cut at its start. Raises
+        ValueError if the answer alone may need all of them.
         """
         settings = [self._params(request.args[1], i) for i, request in enumerate(requests)]
         prompts = [
@@ -161,7 +161,7 @@ class TwoTowerLM(TemplateLM):
         return texts
 
     def _room(self, max_new_tokens: int) -> int:
-        """Most tokens of a context before an answer of so many; 0 for any number."""
+        """The most tokens that a context may have before an answer of so many; 0 for no limit."""
         if self.max_length is None:
             return 0
         if max_new_tokens >= self.max_length:
@@ -172,50 +172,43 @@ class TwoTowerLM(TemplateLM):
         return self.max_length - max_new_tokens
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of every whole text, in windows where it has more tokens than the checkpoint positions."""
+        """The log-likelihood of every text, in windows if it has more tokens than the checkpoint has positions."""
         totals = []
         for request in requests:
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             longest = self.max_length or len(ids)
             windows = get_rolling_token_windows(ids, self.prefix_token_id, max(1, longest), 1)
             pairs = [make_disjoint_window(window) for window in windows]
-            totals.append(sum(self._score([(pair[0], pair[1])])[0].log_probability for pair in pairs))
+            totals.append(_joined(self._score([(context, new) for context, new in pairs])).log_probability)
         return totals
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
-    ) -> list[Scored]:
+    ) -> list[Loglikelihood]:
         windows = [self._windows(context, new) for _, context, new in requests]
-        pairs = [pair for own in windows for pair in own]
-        batches = (pairs[start : start + self.batch_size] for start in range(0, len(pairs), self.batch_size))
-        scores = itertools.chain.from_iterable(map(self._score, batches))
+        scores = iter(self._score([pair for own in windows for pair in own]))
         found = [_joined(list(itertools.islice(scores, len(own)))) for own in windows]
         for (texts, _, _), scored in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, scored)
         return found
 
     def _windows(self, context: list[int], new: list[int]) -> list[tuple[list[int], list[int]]]:
-        """The pair, or where its new tokens are more than the checkpoint positions several, each of as many as fit."""
+        """The pair, or several of as many new tokens as fit if these are more than the checkpoint has positions."""
         most = self.max_length or max(1, len(new))
         return [([*context, *new[:start]], new[start : start + most]) for start in range(0, len(new), most)]
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
-        """The context tower over (context, new tokens) pairs as one batch; what is too long loses its start."""
-        most = self.max_length
-        rows = [[*context, *new] if most is None else [*context, *new][-most - 1 :] for context, new in pairs]
-        table = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for row, ids in zip(table, rows, strict=True):
-            row[: len(ids)] = torch.tensor(ids)  # padding comes after everything that a row reads
-        logits = self.model.context_logits(table[:, :-1]).cpu()
-        found = []
-        for ids, (_, new), own in zip(rows, pairs, logits, strict=True):
-            predicted, truth = own[len(ids) - 1 - len(new) : len(ids) - 1], torch.tensor(ids[len(ids) - len(new) :])
-            total = -F.cross_entropy(predicted, truth, reduction="sum").item()
-            found.append(Scored(total, bool((predicted.argmax(-1) == truth).all())))
-        return found
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Loglikelihood]:
+        """The new tokens of every (context, new tokens) pair; a context that is too long is cut at its start."""
+        texts, contexts = [new for _, new in pairs], [context for context, _ in pairs]
+        if self.max_length is not None:
+            # One more than the positions: no score depends on what the model makes of the last token
+            room = [self.max_length + 1 - len(new) for new in texts]
+            contexts = [context[-left:] for context, left in zip(contexts, room, strict=True)]
+        found = score(self.model, texts, contexts, batch_size=self.batch_size)
+        return [Loglikelihood(own.total, all(own.is_greedy)) for own in found]
 
     def _params(self, asked: Mapping[str, Any], index: int) -> SamplingParams:
-        """The settings of request number `index`, whose task decides about length, stops and sampling."""
+        """The settings of request number `index`, with the length, stop strings and sampling that its task sets."""
         asked = {name: value for name, value in asked.items() if value is not None}
         foreign = {k: v for k, v in asked.items() if k not in _GENERATION and (k not in _NEUTRAL or v != _NEUTRAL[k])}
         if foreign:
@@ -232,39 +225,39 @@ class TwoTowerLM(TemplateLM):
             max_new_tokens=next((asked[name] for name in _LENGTHS if name in asked), _MAX_GEN_TOKS),
             stop=(stops,) if isinstance(stops, str) else tuple(stops),
             temperature=temperature,
-            top_k=None if top_k in (0, -1) else top_k,  # that is how others say that every token is kept
+            top_k=None if top_k in (0, -1) else top_k,  # other models keep every token with these
             top_p=None if temperature == 0 else asked.get("top_p", base.top_p),
             seed=base.seed + index,
         )
 
 
-def _joined(windows: Sequence[Scored]) -> Scored:
-    return Scored(sum(w.log_probability for w in windows), all(w.is_greedy for w in windows))
+def _joined(windows: Sequence[Loglikelihood]) -> Loglikelihood:
+    return Loglikelihood(sum(w.log_probability for w in windows), all(w.is_greedy for w in windows))
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Scores an answer as `twotower eval` does, loops included, for a lm_eval task over one of our task files.
+    """Judges a reply as `twotower eval` does, loops included, for an lm_eval task over one of our task files.
 
-    Such a task says `process_results: !function twotower.eval.lm_eval.process_results`. Raises ValueError for lines
-    that lm_eval can't ask or judge: with filler, or scored by the context tower.
+    Such a task has `process_results: !function twotower.eval.lm_eval.process_results`. Raises ValueError for a line
+    that lm_eval can't ask or judge, which has filler or is scored by the context tower.
     """
-    # datasets puts None where a line lacks a key that others have
+    # datasets puts None for a key that only other lines have
     given = {name: value for name, value in doc.items() if value is not None}
     example = Example.from_dict(given)
     if example.distance or example.scorer == "likelihood":
         what = f"distance {example.distance}" if example.distance else "scorer 'likelihood'"
         raise ValueError(f"an example has {what}, which needs the model itself; measure it with twotower eval")
-    return {"score": score_text(example, results[0])}
+    return {"score": example.score(results[0])}
 
 
 def main() -> None:
-    """lm_eval's command line, with the model `twotower` in it."""
+    """Runs lm_eval's command line with the model `twotower` in it."""
     register_model("twotower")(TwoTowerLM)
     cli_evaluate()
 
 
 if __name__ == "__main__":
-    # Under its own name, so that tasks that name its functions don't import it a second time.
+    # Run under its own name: tasks that name its functions would import it a second time beside __main__
     from twotower.eval import lm_eval
 
     lm_eval.main()

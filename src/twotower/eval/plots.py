@@ -1,4 +1,4 @@
-"""Pictures of a sweep, by matplotlib (the extra `eval`), which draws to files alone: no window is opened."""
+"""Draws the results of a sweep to PNG files with matplotlib (the extra `eval`); no window is opened."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _MOST_HEATMAPS = 12  # more would be too small to read
 
 
 def draw(points: Sequence[Point], folder: Path) -> list[Path]:
-    """Writes pareto.png, tokens_per_nfe.png, commits.png and phases.png, those of them that there is something for."""
+    """Writes pareto.png, tokens_per_nfe.png, commits.png and phases.png if there is data for them; returns paths."""
     pictures = {
         "pareto": _pareto([p for p in points if p.speed is not None]),
         "tokens_per_nfe": _tokens_per_nfe([p for p in points if p.tokens_per_nfe is not None]),
@@ -30,7 +30,7 @@ def draw(points: Sequence[Point], folder: Path) -> list[Path]:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other one beats in both score and speed, by falling speed."""
+    """The points that no other point beats in both score and speed, fastest first."""
     kept: list[Point] = []
     for point in sorted(points, key=lambda p: (_rate(p), p.score), reverse=True):
         if not kept or point.score > kept[-1].score:
@@ -39,8 +39,8 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def _pareto(points: Sequence[Point]) -> Figure | None:
-    """Score against tokens per second with quartiles; a line joins what is not beaten under its condition, and that
-    and ar have their names."""
+    """Score against tokens per second, with quartiles. Under each condition a line joins the points that are not
+    beaten; these and ar are labelled."""
     if not points:
         return None
     figure, axes = _figure(9, 6)
@@ -64,7 +64,7 @@ def _pareto(points: Sequence[Point]) -> Figure | None:
 def _tokens_per_nfe(points: Sequence[Point]) -> Figure | None:
     if not points:
         return None
-    # an answer costs the same NFEs in any batch
+    # one point for all batch sizes, on which the number of NFEs does not depend
     own = list({(p.label, p.params.temperature, p.distance): p for p in points}.values())
     figure, axes = _bars([_name(p) for p in own])
     axes.barh(range(len(own)), [p.tokens_per_nfe or 0.0 for p in own])
@@ -74,7 +74,7 @@ def _tokens_per_nfe(points: Sequence[Point]) -> Figure | None:
 
 
 def _commits(points: Sequence[Point]) -> Figure | None:
-    """Share of each place's tokens by the step that committed them."""
+    """For each place in the block, the share of its tokens that each step committed."""
     own = list({(p.label, p.params.temperature, p.distance): p for p in points}.values())[:_MOST_HEATMAPS]
     if not own:
         return None

@@ -1,4 +1,4 @@
-"""Where a figure comes from: the command, the commit, the machine."""
+"""Where a measurement comes from: its command, commit and machine."""
 
 import platform
 import shlex
@@ -15,9 +15,9 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def provenance(model: TwoTower) -> dict[str, Any]:
-    """What every published figure is published with; `commit` is None where the package isn't in its git checkout.
+    """What is published with every measurement.
 
-    The threads that PyTorch runs on are in `machine`.
+    `commit` is None unless the package is in its git checkout. `machine` includes the number of PyTorch's threads.
     """
     return {
         "command": command(),
@@ -29,9 +29,9 @@ def provenance(model: TwoTower) -> dict[str, Any]:
 
 
 def command() -> str:
-    """What runs this process again: `twotower …`, `python -m MODULE …` or `python FILE …`."""
+    """A command that runs this process again: `twotower …`, `python -m MODULE …` or `python FILE …`."""
     spec = sys.modules["__main__"].__spec__
-    if spec is not None:  # of python -m; a package runs its __main__
+    if spec is not None:  # started by python -m; for a package that runs its __main__
         start = ["python", "-m", spec.name.removesuffix(".__main__")]
     elif sys.argv[0].endswith(".py"):
         start = ["python", sys.argv[0]]
@@ -41,7 +41,7 @@ def command() -> str:
 
 
 def machine(model: TwoTower) -> dict[str, Any]:
-    """The processor's name and the threads used of it; the GPU's name where the model is on one."""
+    """The processor's name, the number of threads used, and the GPU's name if the model is on one."""
     found: dict[str, Any] = {"cpu": cpu_model(), "threads": torch.get_num_threads()}
     if model.context_device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(model.context_device)
@@ -49,10 +49,10 @@ def machine(model: TwoTower) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "-dirty" after it where files were changed."""
+    """The commit of the checkout, with "-dirty" after it if files were changed; None outside of a checkout."""
     top = _git("rev-parse", "--show-toplevel")
     if top is None or Path(top) / "src" / "twotower" != _PACKAGE:
-        return None  # installed, perhaps below another project's checkout
+        return None  # an installed package, which may lie inside another project's checkout
     return _git("describe", "--always", "--dirty")
 
 
@@ -65,7 +65,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def cpu_model() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, or its architecture if the system does not say more."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

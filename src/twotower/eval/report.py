@@ -1,4 +1,4 @@
-"""Results as JSON objects and as tables."""
+"""Reports results: means over tasks, the JSON file of `twotower eval` and its tables."""
 
 import dataclasses
 import statistics
@@ -7,23 +7,23 @@ from typing import Any
 
 from rich.table import Table
 
+from twotower.decoding.modes import MODES
 from twotower.decoding.params import SamplingParams
+from twotower.eval.answering import Answer, mean_score
 from twotower.eval.evaluate import TaskResult
-from twotower.eval.quality import Answer, Interval, mean_retention, mean_score, not_counted, retention
+from twotower.eval.retention import Interval, mean_retention, not_counted, retention
 
 _UNDEFINED = "undefined"
-# Modes whose output is ar's by their construction: text for text when greedy.
-_EXACT_MODES = ("ar", "verified")
-# A gain in speed is none for answers that mostly fail: the least share of ar's score with which it counts.
+# A gain in speed counts only if at least this share of ar's score is kept: wrong answers written fast are no gain.
 _LEAST_KEPT = 0.5
 UNCOUNTED = f"* does not count: less than {_LEAST_KEPT:.0%} of ar's score is kept, or ar scores too little"
 
 
 def to_json(results: Sequence[TaskResult]) -> dict[str, Any]:
-    """Everything that was measured: per setting, per task and setting, and every answer.
+    """Everything that was measured: by setting over all tasks, by task and setting, and every answer.
 
-    A retention or an interval is null where it is undefined, and so is a gain over all tasks where none counts; a
-    task's gain is missing where nothing could be timed. Seconds of prefill are those of all timed examples.
+    A retention or an interval is null if undefined. A gain over all tasks is null if no task counts, and a task's speed
+    is missing if nothing was timed. Seconds of prefill are those of all timed examples together.
     """
     settings = results[0].settings
     return {
@@ -34,53 +34,53 @@ def to_json(results: Sequence[TaskResult]) -> dict[str, Any]:
 
 
 def total_retention(results: Sequence[TaskResult], name: str) -> Interval:
-    """The mean of a setting's retention over the tasks that `left_out` doesn't name."""
+    """The mean of a setting's retention over the tasks that `left_out` does not name."""
     out = left_out(results)
     return mean_retention([task_retention(r, name) for r in results if r.task.name not in out])
 
 
 def left_out(results: Sequence[TaskResult]) -> dict[str, str]:
-    """Tasks where ar scores too little for a share of it to mean anything, with what it scores."""
+    """The tasks on which ar's score is too low or too uncertain to compare with, each with the reason."""
     reasons = {result.task.name: not_counted(result.answers["ar"]) for result in results}
     return {task: reason for task, reason in reasons.items() if reason is not None}
 
 
 def task_retention(result: TaskResult, name: str) -> Interval:
-    """A setting's retention on one task, certain where its mode is `ar` by construction."""
-    exact = result.settings[name].mode in _EXACT_MODES
+    """A setting's retention on one task."""
+    exact = MODES[result.settings[name].mode].exact
     return retention(result.answers[name], result.answers["ar"], exact=exact)
 
 
 def total_gain(results: Sequence[TaskResult], name: str, batch_size: int) -> float | None:
-    """The mean of a setting's median gains over `tasks_in_gain`, None where there are none."""
+    """The mean of a setting's median gains over `tasks_in_gain`; None if there are none."""
     counted = tasks_in_gain(results, name, batch_size)
     gains = [r.speeds[batch_size][name].gain.median for r in results if r.task.name in counted]
     return statistics.mean(gains) if gains else None
 
 
 def tasks_in_gain(results: Sequence[TaskResult], name: str, batch_size: int) -> list[str]:
-    """Tasks that were timed, count in the retention, and keep at least half of ar's score."""
+    """The tasks on which the setting was timed and its gain counts."""
     timed = [r for r in results if name in r.speeds.get(batch_size, {})]
     return [r.task.name for r in timed if gain_counts(r, name)]
 
 
 def gain_counts(result: TaskResult, name: str) -> bool:
-    """Whether ar's score on the task means something, and the setting keeps at least half of it."""
+    """Whether the task counts in means and the setting keeps at least half of ar's score on it."""
     kept = task_retention(result, name).value
     return not left_out([result]) and kept is not None and kept >= _LEAST_KEPT
 
 
 def tokens_per_call(answers: Sequence[Answer]) -> tuple[float | None, float | None]:
-    """New tokens per NFE and per context call but the prefill, over sound answers; None without such calls."""
-    sound = [a.stats for a in answers if not a.degenerate]
-    tokens = sum(s.num_tokens for s in sound)
-    denoiser = sum(s.denoiser_calls for s in sound)
-    context = sum(s.context_calls - 1 for s in sound)
+    """New tokens per NFE, and per context call after prefill, of answers that don't loop; None without such calls."""
+    counted = [a.stats for a in answers if not a.degenerate]
+    tokens = sum(s.num_tokens for s in counted)
+    denoiser = sum(s.denoiser_calls for s in counted)
+    context = sum(s.context_calls - 1 for s in counted)
     return (tokens / denoiser if denoiser else None, tokens / context if context else None)
 
 
 def group_scores(result: TaskResult, name: str) -> dict[str, float]:
-    """Mean score of each group of a task, in the file's order; {} where it has none."""
+    """The mean score of each group of a task, in the file's order; empty if it has no groups."""
     found: dict[str, list[float]] = {}
     for example, reply in zip(result.task.examples, result.answers[name], strict=True):
         if example.group:
@@ -100,7 +100,7 @@ def _overall(results: Sequence[TaskResult], name: str) -> dict[str, Any]:
 
 
 def _own_settings(params: SamplingParams) -> dict[str, Any]:
-    """Without those that every example has its own of."""
+    """The params without the fields that every example sets itself."""
     return {k: v for k, v in dataclasses.asdict(params).items() if k not in ("max_new_tokens", "stop")}
 
 
@@ -124,7 +124,7 @@ def _setting(result: TaskResult, name: str) -> dict[str, Any]:
         "tokens_per_nfe": per_nfe,
         "tokens_per_context_call": per_context_call,
         "speed": {
-            size: {field: value._asdict() for field, value in by_name[name]._asdict().items()}
+            size: {field: quartiles._asdict() for field, quartiles in vars(by_name[name]).items()}
             for size, by_name in result.speeds.items()
             if name in by_name
         },
@@ -133,7 +133,7 @@ def _setting(result: TaskResult, name: str) -> dict[str, Any]:
 
 
 def quality_table(results: Sequence[TaskResult]) -> Table:
-    """Scores and retention, and its means over the tasks that count; below the table why the others don't."""
+    """Scores and retention, with means over the tasks that count; the caption says why others do not."""
     out = left_out(results)
     table = Table(title="Quality", caption=_reasons(out), caption_justify="left")
     for heading in ("task", "mode", "score", "degenerate", "of ar's score (95 %)", "tokens per NFE"):
@@ -158,7 +158,7 @@ def _reasons(out: dict[str, str]) -> str | None:
 
 
 def group_table(results: Sequence[TaskResult]) -> Table:
-    """Scores of the parts that tasks have; no rows where no task has any."""
+    """Mean scores of the groups of every task; no rows if no task has groups."""
     names = list(results[0].answers)
     table = Table(title="Scores by group")
     for heading in ("task", "group", *names):
@@ -171,7 +171,7 @@ def group_table(results: Sequence[TaskResult]) -> Table:
 
 
 def speed_table(results: Sequence[TaskResult]) -> Table:
-    """Medians with quartiles of the rounds, and the gains' mean over the tasks that count; why others don't."""
+    """Medians and quartiles of the rounds, with the mean gain over the tasks that count; starred gains do not count."""
     table = Table(title="Speed without prefill: medians (quartiles)", pad_edge=False)  # fits 80 columns
     for heading in ("task", "prompts", "batch", "mode", "tokens/s", "times ar", "prefill,\nms per\nprompt"):
         table.add_column(heading, justify="left" if heading in ("task", "mode") else "right", overflow="fold")
@@ -209,10 +209,10 @@ def speed_table(results: Sequence[TaskResult]) -> Table:
 
 
 def share(found: Interval) -> str:
-    """A retention in words: in per cent with its interval, or why there is none."""
+    """A retention as text: in per cent with its interval, or the reason why it is undefined."""
     if found.value is None:
         return f"{_UNDEFINED}: ar scores 0"
-    if found == (1, 1, 1):  # only where no answer differs from ar's
+    if found == (1, 1, 1):  # only if no answer differs from ar's
         return "100.0% (identical texts)"
     if found.low is None or found.high is None:
         return f"{found.value:.1%} (interval {_UNDEFINED}: too few questions, or ar scores too little)"

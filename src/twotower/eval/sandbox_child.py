@@ -1,8 +1,8 @@
-"""The inside of `sandbox`: shuts this process in, runs the program that stdin holds in another one, and ends whatever
-that one leaves. Exits with 0 if the program came to its end. Imports nothing of ours.
+"""The subprocess of `sandbox`: confines itself, runs the program that it reads from stdin in a process of its own, and
+kills whatever that leaves. Exits with 0 if the program ran to its end. Imports nothing of this package.
 
-Linux namespaces keep the network, other processes and the writing of files away, where the kernel grants them to this
-user; resource limits hold on every POSIX system.
+Linux namespaces take away the network, the other processes and the right to write files, if the kernel grants them to
+this user. Resource limits hold on every POSIX system.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _ON_LINUX = sys.platform == "linux"
 
 
 def shut_in() -> dict[str, bool]:
-    """Leaves the network, the other processes (for children) and the right to write files; says what succeeded."""
+    """Gives up the network, the sight of other processes (for children) and writing files; says what succeeded."""
     walls = {"no_network": False, "no_other_processes": False, "no_writing": False}
     if not _ON_LINUX:
         return walls
@@ -34,13 +34,15 @@ def shut_in() -> dict[str, bool]:
         walls["no_network"] = walls["no_other_processes"] = True
         attributes = struct.pack("4Q", _READ_ONLY, 0, _PRIVATE, 0)
         read_only = libc.syscall(_MOUNT_SETATTR, -100, b"/", _WHOLE_TREE, attributes, len(attributes)) == 0
-        # This namespace's own rights go too, with which the program could make it writable again
+        # Capabilities in the new namespace are dropped too: with them the program could make files writable again
         no_rights = libc.capset(struct.pack("Ii", _CAPABILITIES_V3, 0), bytes(24)) == 0
         walls["no_writing"] = read_only and no_rights
     return walls
 
 
 class Process(NamedTuple):
+    """A process as /proc shows it: its id, its parent's, its user's, and its number of threads."""
+
     pid: int
     parent: int
     owner: int
@@ -48,16 +50,19 @@ class Process(NamedTuple):
 
 
 def processes() -> Iterator[Process]:
-    """All that Linux shows to this user."""
+    """All processes that Linux shows to this user."""
     for name in os.listdir("/proc"):
         if name.isdigit():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:  # it may just have ended
-                fields = file.read().rpartition(b")")[2].split()  # its name, which ends there, may hold anything
+            with (
+                contextlib.suppress(OSError),
+                open(f"/proc/{name}/stat", "rb") as file,
+            ):  # the process may just have ended
+                fields = file.read().rpartition(b")")[2].split()  # the name before it may hold any character
                 yield Process(int(name), int(fields[1]), os.fstat(file.fileno()).st_uid, int(fields[17]))
 
 
 def limit(cpu_seconds: int, memory_bytes: int, most_threads: int) -> None:
-    """Hard limits: nothing that runs later can raise them, unless it runs as root outside of a user namespace."""
+    """Sets hard limits, which only root outside of a user namespace could raise again."""
     limits = {
         resource.RLIMIT_CPU: cpu_seconds,
         resource.RLIMIT_AS: memory_bytes,
@@ -73,14 +78,14 @@ def limit(cpu_seconds: int, memory_bytes: int, most_threads: int) -> None:
 
 
 def passes(program: str, cpu_seconds: int, memory_bytes: int, most_threads: int, wall_seconds: int) -> bool:
-    """Whether the program, in a process of its own, came to its end; nothing that it started is left.
+    """Whether the program, in a process of its own, runs to its end; kills whatever it started.
 
-    Leaving early must differ from that, so what the process hands back after the program is a random sign, which this
-    process sends it by a pipe, so that the program doesn't find it among its variables.
+    To tell its end from leaving early, the process hands back a random sign after the program. It reads the sign from a
+    pipe only then, so that the program does not find it among its variables.
     """
     signs, sign_in = os.pipe()
     reports, report = os.pipe()
-    runner = os.fork()  # in a new namespace its first process: when it ends, so does whatever it started
+    runner = os.fork()  # the first process of a new namespace: with its end the kernel kills all that it started
     if runner == 0:
         os.close(sign_in)
         os.close(reports)
@@ -93,7 +98,7 @@ def passes(program: str, cpu_seconds: int, memory_bytes: int, most_threads: int,
 
 
 def run(program: str, signs: int, report: int, limits: tuple[int, int, int]) -> NoReturn:
-    """Runs the program in this process, under `limit`, and from its end hands the sign of `signs` on to `report`."""
+    """Runs the program in this process under `limit`, and after its end copies the sign from `signs` to `report`."""
     os.setpgid(0, 0)
     if _ON_LINUX:
         ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_END, signal.SIGKILL)
@@ -107,7 +112,7 @@ def run(program: str, signs: int, report: int, limits: tuple[int, int, int]) -> 
 
 
 def end(runner: int, wall_seconds: int) -> None:
-    """Waits until the process has ended, so long at most, or for SIGTERM; then kills it and whatever it started."""
+    """Waits for the process to end, at most `wall_seconds` or until SIGTERM; then kills it and whatever it started."""
 
     def stop(*_: object) -> None:
         ignore()
@@ -125,9 +130,9 @@ def end(runner: int, wall_seconds: int) -> None:
         ignore()
     except TimeoutError:
         os.kill(runner, signal.SIGKILL)
-    with contextlib.suppress(OSError):  # its group at once, which can't outrun that by forking, if there is one left
+    with contextlib.suppress(OSError):  # the whole group at once, if any is left, which forking can't outrun
         os.killpg(runner, signal.SIGKILL)
-    while True:  # what left the group comes to this process as its parents end
+    while True:  # processes that left the group become children of this one as their parents end
         for process in processes() if _ON_LINUX else ():
             if process.parent == os.getpid():
                 os.kill(process.pid, signal.SIGKILL)
@@ -144,11 +149,11 @@ def main() -> None:
     if job["program"] is None:
         sys.stdout.write(json.dumps(walls))
         return
-    if _ON_LINUX:  # after the namespace, whose making resets it
+    if _ON_LINUX:  # after shut_in, because a new namespace resets it
         libc = ctypes.CDLL(None)
         libc.prctl(_ADOPT_ORPHANS, 1)
         libc.prctl(_SIGNAL_AT_PARENTS_END, signal.SIGTERM)
-    # The kernel counts all that the user runs, in a namespace since Linux 5.14 only what is in there
+    # The kernel counts all processes of the user; in a user namespace, since Linux 5.14, only those in it
     most_threads = running + job["processes"]
     passed = passes(job["program"], job["cpu_seconds"], job["memory_bytes"], most_threads, job["wall_seconds"])
     sys.exit(0 if passed else 1)

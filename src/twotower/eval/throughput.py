@@ -1,5 +1,6 @@
-"""Tokens per second of decoding modes against `ar`'s: same prompts, same run, in turns, prefill apart."""
+"""Tokens per second of decoding modes beside `ar`'s: the same prompts in the same run, in turns, without prefill."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
 
 PHASES = ("prefill", "denoise", "extend", "other")
-# The model's calls that a step is made of, and the phase that each of them belongs to.
+# The phase of each of the model's calls that decoding is made of.
 _PHASES = {
     "prefill": "prefill",
     "denoiser_logits": "denoise",
@@ -25,9 +26,9 @@ _PHASES = {
 
 
 class Timed:
-    """A model that adds up the seconds of its calls per phase, and otherwise is the model it wraps.
+    """Stands for the model that it wraps and adds up the seconds of its calls, by phase.
 
-    Only `phases` are timed: on a GPU every clock waits for the device.
+    Only `phases` are timed, because on a GPU each reading of the clock waits for the device.
     """
 
     def __init__(self, model: TwoTower, phases: Sequence[str] = ("prefill", "denoise", "extend")) -> None:
@@ -49,29 +50,34 @@ class Timed:
 
 
 class Quartiles(NamedTuple):
+    """The quartiles of some values."""
+
     q1: float
     median: float
     q3: float
 
 
-class Work(NamedTuple):
-    """Prompts' token ids, the settings of each by the setting's name, and how many run as one batch."""
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is timed: the token ids of prompts, each setting's params for every prompt, and the size of a batch."""
 
     prompts: Sequence[Sequence[int]]
     settings: Mapping[str, Sequence[SamplingParams]]
     batch_size: int
 
 
-class Sample(NamedTuple):
-    """One setting over all prompts, once; prefill is not part of `seconds`."""
+@dataclasses.dataclass(frozen=True)
+class SpeedSample:
+    """One run of a setting over all prompts; `seconds` are without prefill."""
 
     tokens: int
     seconds: float
     prefill_seconds: float
 
 
-class Speed(NamedTuple):
-    """One setting's rounds: its speed without prefill, that over ar's in the same round, seconds of all prefills."""
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """A setting's rounds: its speed without prefill, this divided by ar's of the same round, its seconds of prefill."""
 
     tokens_per_second: Quartiles
     gain: Quartiles
@@ -79,11 +85,11 @@ class Speed(NamedTuple):
 
 
 def speeds(model: TwoTower, work: Work, repeats: int, advance: Callable[[], None] = lambda: None) -> dict[str, Speed]:
-    """Every setting's speed over `repeats` rounds in which they take turns, after one to warm up.
+    """The speed of every setting over `repeats` rounds in which they take turns, after one more to warm up.
 
-    `work.settings` has "ar", which the gains compare with. `advance` is called after each setting of each round.
+    One setting is named "ar", which gains compare with. `advance` is called after each setting of each round.
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in work.settings}
+    samples: dict[str, list[SpeedSample]] = {name: [] for name in work.settings}
     for round_number in range(repeats + 1):
         for name, own in samples.items():
             sample = _sample(model, work, name)
@@ -100,18 +106,19 @@ def speeds(model: TwoTower, work: Work, repeats: int, advance: Callable[[], None
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
+    """The quartiles of at least two values, the smallest and largest of which are the ends."""
     return Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
 def phase_seconds(model: TwoTower, work: Work, name: str) -> dict[str, float]:
-    """Seconds of one more run in each phase, with a clock around every call, and under "other" what is left."""
+    """Seconds in each phase of one more run of a setting, with a clock around every call; "other" is the remainder."""
     timed = Timed(model)
     seconds, _ = clock(model, lambda: _run(timed, work, name))
     return timed.seconds | {"other": seconds - sum(timed.seconds.values())}
 
 
 def clock(model: TwoTower, call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that a call takes, the device's work included, and its result."""
+    """The seconds that a call takes, including the work it starts on the device, and its result."""
     _synchronise(model)
     began = time.perf_counter()
     result = call()
@@ -119,11 +126,11 @@ def clock(model: TwoTower, call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-def _sample(model: TwoTower, work: Work, name: str) -> Sample:
+def _sample(model: TwoTower, work: Work, name: str) -> SpeedSample:
     timed = Timed(model, ("prefill",))
     seconds, done = clock(model, lambda: _run(timed, work, name))
     prefill = timed.seconds["prefill"]
-    return Sample(sum(one.stats.num_tokens for one in done), seconds - prefill, prefill)
+    return SpeedSample(sum(one.stats.num_tokens for one in done), seconds - prefill, prefill)
 
 
 def _run(model: Timed, work: Work, name: str) -> list[Generation]:

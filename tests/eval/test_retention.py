@@ -1,81 +1,14 @@
-"""Answers are what the library generates; scores and retention are what their definitions say."""
+"""Retention is what its definition says, and its intervals cover the truth as often as they claim."""
 
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
-import twotower
-from twotower.decoding.modes import MODES
-from twotower.decoding.params import SamplingParams
-from twotower.eval import quality
-from twotower.eval.quality import (
-    Answer,
-    Interval,
-    _batches,
-    answer,
-    likelihood_score,
-    log_probabilities,
-    mean_retention,
-    not_counted,
-    retention,
-)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_answers_are_what_each_question_gets_alone(model, asking, mode):
-    task = asking("exact")
-    params = SamplingParams(mode=mode, block_size=8, temperature=1.0, seed=5)
-    answers = answer(model, task, params)
-    for i, (example, reply) in enumerate(zip(task.examples, answers, strict=True)):
-        own = dataclasses.replace(params, max_new_tokens=example.max_new_tokens, seed=5 + i)
-        alone = twotower.generate(model, [example.prompt], own)[0]
-        assert reply.text == alone.text
-        assert reply.commit_steps == alone.commit_steps
-        assert reply.stats.denoiser_calls == alone.stats.denoiser_calls
-
-
-def test_batches_hold_similar_lengths_and_bounded_sizes():
-    lengths = [10, 5000, 20, 3000, 30, 9000, *[7] * 9]
-    batches = _batches(lengths)
-    assert batches == [[6, 7, 8, 9, 10, 11, 12, 13], [14, 0, 2, 4], [3], [1], [5]]
-
-
-def test_the_stop_strings_of_a_question_end_its_answer(model, asking):
-    params = SamplingParams(mode="ar", seed=0, temperature=1.0)
-    [long, *_] = answer(model, asking("exact"), params)
-    stopping = asking("exact")
-    example = dataclasses.replace(stopping.examples[0], stop=(long.text[3],))
-    [cut] = answer(model, stopping._replace(examples=(example,)), params)
-    assert cut.text == long.text[: long.text.index(long.text[3])]
-
-
-def test_the_scorer_decides(model, asking):
-    params = SamplingParams(mode="ar", seed=0, temperature=1.0)
-    texts = [reply.text for reply in answer(model, asking("exact"), params)]
-    scores = [reply.score for reply in answer(model, asking("exact", ("wrong", *texts[1:])), params)]
-    assert scores == [0.0, *[1.0] * (len(texts) - 1)]
-
-
-def test_a_checkpoint_without_a_tokenizer_cannot_be_asked(tiny, asking):
-    with pytest.raises(ValueError, match="no tokenizer"):
-        answer(tiny(), asking("exact"), SamplingParams(seed=0))
-
-
-def test_likelihood_is_the_context_towers_own_step_by_step(model):
-    prompt, new = [1, 70, 80, 90], [100, 75, 60]
-    state = model.prefill([prompt])
-    expected = []
-    for token in new:
-        expected.append(state.next_logits[0].log_softmax(-1)[token].item())
-        state = model.extend([[token]], state)
-    assert log_probabilities(model, prompt, new).tolist() == pytest.approx(expected, abs=1e-4)
-    score = likelihood_score(model, prompt, new, "abc")
-    assert score == pytest.approx(math.exp(sum(expected) / 3), rel=1e-4)
-    assert likelihood_score(model, prompt, new, "abc " * 20) == 0.0
-    assert likelihood_score(model, prompt, [], "") == 0.0
+from twotower.eval import retention as module
+from twotower.eval.answering import Answer
+from twotower.eval.retention import Interval, mean_retention, not_counted, retention
 
 
 def replies(*scores, text=""):
@@ -104,7 +37,7 @@ def test_pairs_are_drawn_together():
 @pytest.mark.parametrize("share", [0.95, 0.98, 1.0])
 @pytest.mark.parametrize(("count", "tasks"), [(24, 1), (48, 1), (48, 4)])
 def test_intervals_hold_the_true_share_near_100_percent(count, share, tasks, monkeypatch):
-    monkeypatch.setattr(quality, "_RESAMPLES", 400)
+    monkeypatch.setattr(module, "_RESAMPLES", 400)
     generator = np.random.default_rng(0)
     held = []
     for _ in range(150):
@@ -114,7 +47,7 @@ def test_intervals_hold_the_true_share_near_100_percent(count, share, tasks, mon
 
 
 def test_intervals_hold_100_percent_of_a_mode_that_gains_answers_as_it_loses_them(monkeypatch):
-    monkeypatch.setattr(quality, "_RESAMPLES", 400)
+    monkeypatch.setattr(module, "_RESAMPLES", 400)
     generator = np.random.default_rng(0)
     held = []
     for _ in range(150):
@@ -140,7 +73,7 @@ def test_intervals_of_probabilities_hold_the_true_share():
 
 @pytest.mark.parametrize("count", [4, 8])
 def test_intervals_of_few_probabilities_hold_the_true_share(count, monkeypatch):
-    monkeypatch.setattr(quality, "_RESAMPLES", 400)
+    monkeypatch.setattr(module, "_RESAMPLES", 400)
     generator = np.random.default_rng(0)
     held = []
     for _ in range(200):

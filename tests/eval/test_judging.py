@@ -1,21 +1,16 @@
-"""Scorers, and what counts as a loop."""
+"""Right and wrong replies by each scorer, and what counts as a loop."""
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from twotower.eval.scoring import is_degenerate, score_text
-from twotower.eval.tasks import Example
+from twotower.eval.judging import is_degenerate, judge
 
 STORY = (
     "Once upon a time there was a cat named Tom. Tom liked to run and jump all day. One day he saw a big red ball in "
     "the park and wanted to play with it. A girl came and said that the ball was hers, but that he could play too. "
     "They threw it far away, ran after it and laughed until the sun went down behind the hills and it was time for bed."
 )
-
-
-def example(scorer, answer, prompt="?"):
-    return Example(prompt=prompt, scorer=scorer, answer=answer, max_new_tokens=8)
 
 
 @pytest.mark.parametrize(
@@ -35,9 +30,8 @@ def example(scorer, answer, prompt="?"):
     ],
 )
 def test_right_and_wrong_answers(scorer, answer, right, wrong):
-    asked = example(scorer, answer, prompt="def f(x):\n" if scorer == "program" else "?")
-    assert [score_text(asked, text) for text in right] == [1.0] * len(right)
-    assert [score_text(asked, text) for text in wrong] == [0.0] * len(wrong)
+    assert [judge(scorer, answer, text, "def f(x):\n") for text in right] == [1.0] * len(right)
+    assert [judge(scorer, answer, text, "def f(x):\n") for text in wrong] == [0.0] * len(wrong)
 
 
 # Texts that are almost JSON and numbers, and whatever else there is.
@@ -63,26 +57,23 @@ ANSWERS = {"exact": "blue", "number": "-1,200.5", "json": '{"a": [1, true]}', "p
     ],
 )
 def test_no_reply_ends_an_evaluation(scorer, text, monkeypatch):
-    monkeypatch.setattr("twotower.eval.scoring.is_degenerate", lambda text: False)  # which would keep some from scorers
-    assert score_text(example(scorer, ANSWERS[scorer]), text) == 0.0
+    monkeypatch.setattr("twotower.eval.judging.is_degenerate", lambda text: False)  # which would keep some from scorers
+    assert judge(scorer, ANSWERS[scorer], text) == 0.0
 
 
-@pytest.mark.parametrize(("scorer", "times"), [("exact", 50), ("number", 300), ("json", 300), ("program", 10)])
-def test_any_reply_is_worth_0_or_1(scorer, times):
-    asked = example(scorer, ANSWERS[scorer])
-
+@pytest.mark.parametrize(("scorers", "times"), [(("exact", "number", "json"), 150), (("program",), 5)])
+def test_any_reply_is_worth_0_or_1(scorers, times):
     @hypothesis.settings(deadline=None, derandomize=True, database=None, max_examples=times)
     @hypothesis.given(REPLIES)
     def check(text: str) -> None:
-        assert score_text(asked, text) in (0.0, 1.0)
+        assert {judge(scorer, ANSWERS[scorer], text) for scorer in scorers} <= {0.0, 1.0}
 
     check()
 
 
 def test_a_right_answer_with_a_loop_after_it_is_wrong():
-    asked = example("number", "7")
-    assert score_text(asked, "7, because 3 and 4 make 7.") == 1.0
-    assert score_text(asked, "7. The answer is 7. The answer is 7. The answer is 7. The answer is 7. The answer") == 0.0
+    assert judge("number", "7", "7, because 3 and 4 make 7.") == 1.0
+    assert judge("number", "7", "7. " + "The answer is 7. " * 4) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,32 @@
-"""What an answer is worth, from 0 to 1. A degenerate answer is worth nothing, whatever it begins with."""
+"""Judges the answers of tasks: 1.0 for a right one, else 0.0. A degenerate answer is wrong, whatever it begins with."""
 
 import ast
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import numpy as np
 
 from twotower.eval.sandbox import passes
 
-if TYPE_CHECKING:
-    from twotower.eval.tasks import Example  # which checks its answers here
+# `exact`, `number` and `json` compare a reply with the answer, `program` runs it with the answer as its tests, and
+# `likelihood` asks the context tower.
+Scorer = Literal["exact", "number", "json", "likelihood", "program"]
+SCORERS: tuple[str, ...] = get_args(Scorer)
 
-# A loop is text that says one thing at least so many times in a row, over at least so many characters.
+# A text loops where it repeats itself at least _LOOP_TIMES times in a row, over at least _LOOP_CHARACTERS characters.
 _LOOP_TIMES, _LOOP_CHARACTERS = 4, 40
-# Longer texts whose runs of so many words are mostly ones seen before go around in circles.
+# A text with at least _FEWEST_RUNS runs of _RUN_WORDS words is degenerate if less than this share of them is distinct.
 _RUN_WORDS, _FEWEST_RUNS, _DISTINCT_SHARE = 4, 40, 0.5
 
-# Commas belong to a number where they part thousands: "1,200" is one number, "3,4" are two.
+# A comma belongs to a number only between thousands: "1,200" is one number, "3,4" are two.
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether a text falls into a loop anywhere, or repeats most of its runs of four words."""
+    """Whether a text loops anywhere, or repeats most of its runs of four words."""
     words = text.split()
     runs = [tuple(words[i : i + _RUN_WORDS]) for i in range(len(words) - _RUN_WORDS + 1)]
     if len(runs) >= _FEWEST_RUNS and len(set(runs)) < _DISTINCT_SHARE * len(runs):
@@ -34,16 +36,15 @@ def is_degenerate(text: str) -> bool:
 
 
 def _loops(letters: np.ndarray, period: int) -> bool:
-    """Whether letters[i] = letters[i - period] holds over a stretch long enough."""
+    """Whether letters[i] = letters[i - period] holds over a stretch that is long enough for a loop."""
     changes = np.flatnonzero(letters[period:] != letters[:-period])
     edges = np.concatenate(([-1], changes, [len(letters) - period]))
     longest = int(np.diff(edges).max()) - 1 + period
     return longest >= max(_LOOP_TIMES * period, _LOOP_CHARACTERS)
 
 
-def check_answer(example: "Example") -> None:
-    """Raises ValueError for an answer that no reply can match, so that every reply would score 0."""
-    answer, scorer = example.answer, example.scorer
+def check_answer(scorer: Scorer, answer: str, stop: Sequence[str]) -> None:
+    """Raises ValueError for an answer that no reply, which ends before any of `stop`, can match."""
     if scorer == "likelihood":
         return
     if not answer.strip() and scorer != "program":  # without tests a program has only to run
@@ -60,54 +61,62 @@ def check_answer(example: "Example") -> None:
             ast.parse(answer)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"answer is {answer!r}, must be Python for scorer 'program': {error}") from error
-    needed = ""  # in every spelling
+    needed = ""  # text that stands in every reply that matches
     if scorer == "exact":
         needed = answer.strip()
     elif scorer == "number" and _decimal(answer) != _decimal(answer).to_integral_value():
         needed = "."
-    cut = [stop for stop in example.stop if stop in needed]
+    cut = [end for end in stop if end in needed]
     if cut:
         raise ValueError(f"answer is {answer!r}, but replies end before stop {cut[0]!r}; drop it from one of the two")
     if scorer == "exact" and is_degenerate(answer):
-        raise ValueError(f"answer is {answer!r}, a loop, for which a reply scores nothing; ask for something else")
+        raise ValueError(
+            f"answer is {answer!r}, which is a loop, and replies that loop are wrong; ask for something else"
+        )
 
 
-def score_text(example: "Example", text: str) -> float:
-    """1.0 for a right answer, else 0.0, by any scorer but `likelihood`, which needs the model; never raises for what a
-    reply says."""
-    return float(not is_degenerate(text) and _SCORERS[example.scorer](example, text))
+def judge(scorer: Scorer, answer: str, reply: str, prompt: str = "") -> float:
+    """1.0 if a reply to `prompt` is right, else 0.0. Never raises for what a reply says.
+
+    Every scorer but `likelihood`, for which the model itself is needed, can judge.
+    """
+    if is_degenerate(reply):
+        return 0.0
+    if scorer == "program":
+        return float(passes(f"{prompt}{reply}\n{answer}\n"))
+    return float(_COMPARISONS[scorer](answer, reply))
 
 
-def _exact(example: "Example", text: str) -> bool:
-    return text.strip() == example.answer.strip()
+def _exact(answer: str, reply: str) -> bool:
+    return reply.strip() == answer.strip()
 
 
-def _number(example: "Example", text: str) -> bool:
-    """The first number of the text is the answer."""
-    found = _NUMBER.search(text)
-    return found is not None and _decimal(found[0]) == _decimal(example.answer)
+def _number(answer: str, reply: str) -> bool:
+    """Whether the first number of the reply is the answer."""
+    found = _NUMBER.search(reply)
+    return found is not None and _decimal(found[0]) == _decimal(answer)
 
 
 def _decimal(digits: str) -> Decimal:
     return Decimal(digits.replace(",", ""))
 
 
-def _json(example: "Example", text: str) -> bool:
-    """The whole text is JSON for the same value, whatever its spaces and order of keys."""
+def _json(answer: str, reply: str) -> bool:
+    """Whether the whole reply is JSON for the same value, whatever its spaces and the order of its keys."""
     try:
-        return bool(_json_value(text) == _json_value(example.answer))
+        return bool(_json_value(reply) == _json_value(answer))
     except (ValueError, RecursionError):
         return False
 
 
 class _Number(NamedTuple):
-    """A number in JSON: exact, however long, and unlike a bare 1 not equal to true."""
+    """A number in JSON, exact however long it is. Unlike a Python 1, it is not equal to True."""
 
     value: Decimal
 
 
 def _json_value(text: str) -> Any:
-    """JSON's value, its numbers as _Number. Raises ValueError for anything that is not JSON, NaN and infinities too."""
+    """The value of a JSON text, with numbers as _Number. Raises ValueError for anything else, NaN included."""
 
     def number(digits: str) -> _Number:
         return _Number(Decimal(digits))
@@ -124,13 +133,4 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"JSON has no {name}")
 
 
-def _program(example: "Example", text: str) -> bool:
-    return passes(f"{example.prompt}{text}\n{example.answer}\n")
-
-
-_SCORERS: dict[str, Callable[["Example", str], bool]] = {
-    "exact": _exact,
-    "number": _number,
-    "json": _json,
-    "program": _program,
-}
+_COMPARISONS: dict[str, Callable[[str, str], bool]] = {"exact": _exact, "number": _number, "json": _json}
