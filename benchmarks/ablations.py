@@ -1,23 +1,29 @@
-"""What each part of the recipe is worth: denoisers for one backbone, trained on equal tokens with and without it.
+"""Measures what each part of the recipe is worth, by training denoisers for one backbone with and without it.
 
     python benchmarks/ablations.py START CORPUS HELD_OUT RUNS.jsonl --steps 100 > benchmarks/results/ablations.json
 
-START is a checkpoint of two equal towers (from `twotower init`), CORPUS and HELD_OUT shards of `twotower tokenize`
-with a prompt field: the scored tokens of a document are an answer. Every variant starts from the same weights and sees
-the same rows with the same noise. Each run adds a line to RUNS.jsonl; those that are there are not made again, and a
-file with runs of other settings, weights or rows is refused. Prints one JSON line: for each variant the mean over seeds
-with its 95 % t-interval, and the same of its difference from `base`, seed by seed.
+START is a checkpoint of two equal towers (from `twotower init`). CORPUS and HELD_OUT are shards of `twotower tokenize`
+with a prompt field, so that the scored tokens of a document are an answer. Every variant starts from the same weights
+and sees the same rows with the same noise. Each run adds a line to RUNS.jsonl. Runs that are already there are not made
+again, and a file with runs of other settings, weights or rows is refused. Prints one JSON line: for each variant the
+mean over seeds with its 95 % t-interval, and the same for its difference from `base`, taken seed by seed.
 
-Measured on held-out answers whose blocks start where the answer does, as in decoding, earlier blocks being given: the
-loss of wholly masked blocks (nats per token), the share of places that the first draft gets right with nothing wrong
-before them in the block, and, decoding by confidence at γ, the share of answers that come out right and the passes that
-a block takes. An answer is judged up to its end, where a row's end doesn't cut it off. `ar_right` is the share that the
-context tower gets right greedily, which only `tied` and `joint` can change.
+Variants:
 
-`tied` is one tower that is both, with the context tower's loss added; `joint` is two that both train, with that loss
-too, which tells the sharing from the further training; `unseeded` shows a block nothing before it; `untimed` says t = 1
-always; `curriculum` has blocks of 32 for two thirds of the steps; `distilled` adds the divergence from the context
-tower.
+- `tied` has one tower that is both, trained with the context tower's loss too. `joint` has two towers that are both
+  trained, with that loss too; it tells the effect of sharing from that of further training.
+- `unseeded` hides from a block everything before it.
+- `untimed` always passes t = 1.
+- `curriculum` has blocks of 32 for two thirds of the steps.
+- `distilled` adds the divergence from the context tower's distribution.
+
+Measures, on held-out answers whose blocks start where the answer does, as in decoding, with the earlier blocks given:
+
+- `loss`: of wholly masked blocks, nats per token.
+- `drafted_right`: the share of positions that the first draft gets right with no error before them in the block.
+- `right` and `passes`: when decoding by confidence at γ, the share of answers that come out right and the passes per
+  block. An answer is judged up to its end, and left out if the row may cut that off.
+- `ar_right`: the share of answers that the context tower gets right greedily; only `tied` and `joint` can change it.
 """
 
 import argparse
@@ -48,7 +54,7 @@ from twotower.training.forward.block_parallel import block_parallel_hidden
 from twotower.training.forward.layout import Layout, make_layout
 from twotower.training.run.trainer import TrainConfig, Trainer
 
-# two-sided 95 % quantiles of Student's t by degrees of freedom: one less than seeds
+# Two-sided 95 % quantiles of Student's t by degrees of freedom, which are one less than the seeds
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 THRESHOLD = 0.8  # γ
 HELD_OUT = 16  # rows
@@ -56,22 +62,24 @@ Change = Callable[[Corrupted], Corrupted]
 
 
 def unseeded(noisy: Corrupted) -> Corrupted:
-    """Every block a document of its own: keys and states never cross from one to the next."""
+    """The rows with every block as a document of its own, so that no key or state reaches the next block."""
     return noisy._replace(layout=Layout(noisy.layout.block, noisy.layout.block))
 
 
 def untimed(noisy: Corrupted) -> Corrupted:
+    """The rows with t = 1 as the level that the denoiser is told."""
     return noisy._replace(told=torch.ones_like(noisy.told))
 
 
 class Variant(NamedTuple):
-    """Settings that differ from the base's, and what is taken from every row in training and measuring."""
+    """Settings that differ from the base's, and a change of every row that is trained on or measured."""
 
     settings: dict[str, Any]
     change: Change = lambda noisy: noisy
 
 
 def variants(steps: int) -> dict[str, Variant]:
+    """All variants by name, for runs of `steps` steps."""
     return {
         "base": Variant({}),
         "tied": Variant({"context": "tied", "ar_weight": 1.0}),
@@ -84,7 +92,7 @@ def variants(steps: int) -> dict[str, Variant]:
 
 
 class Ablated(Denoising):
-    """Denoising of rows from which something is taken."""
+    """The denoising objective on rows that a variant changes."""
 
     def __init__(self, model: TwoTower, variant: Variant) -> None:
         super().__init__(model, DenoisingConfig(**variant.settings))
@@ -96,8 +104,11 @@ class Ablated(Denoising):
 
 
 class Answers(NamedTuple):
-    """Held-out rows, their blocks, which positions are judged, those of whole documents up to the answer's end, (b, t)
-    bool, and each position's answer (b, t), numbered over all rows."""
+    """Held-out rows and their layout in blocks.
+
+    `judged` (b, t) bool marks the positions of answers up to their ends, in documents that are wholly in the row.
+    `number` (b, t) is the answer that a position belongs to, numbered over all rows.
+    """
 
     rows: CorpusBatch
     layout: Layout
@@ -106,27 +117,28 @@ class Answers(NamedTuple):
 
 
 def answers(rows: CorpusBatch, config: TwoTowerConfig) -> Answers:
-    part = rows.document * 2 + rows.scored  # a document's prompt, then its answer
+    """Finds the answers in held-out rows."""
+    part = rows.document * 2 + rows.scored  # numbers a document's prompt, then its answer
     layout = Layout(make_layout(part, config.block_size).block, rows.document)
     starts = layout.document_start
     ends = (rows.ids == config.eos_token_ids[0]) & rows.scored
-    before = ends.long().cumsum(1) - ends.long()  # ends before each position, and below those before its document
-    after_end = before - before.gather(1, starts)
-    last = rows.document == rows.document[:, -1:]  # the row's end may cut it off
+    before = ends.long().cumsum(1) - ends.long()  # how many ends are before each position in its row
+    after_end = before - before.gather(1, starts)  # and of these in its document
+    last = rows.document == rows.document[:, -1:]  # the end of the row may cut it off
     whole = (rows.ids.gather(1, starts) == config.bos_token_id) & ~last
     number = rows.document + torch.arange(len(rows.ids))[:, None] * (int(rows.document.max()) + 1)
     return Answers(rows, layout, rows.scored & whole & (after_end == 0), number)
 
 
 def share_right(wrong: Tensor, held_out: Answers) -> float:
-    """The share of answers of which no judged position is wrong (b, t) bool."""
+    """The share of answers without a judged position that is wrong (b, t) bool."""
     failed = held_out.number[held_out.judged & wrong].unique()
     return 1 - len(failed) / len(held_out.number[held_out.judged].unique())
 
 
 @torch.inference_mode()
 def measure(model: TwoTower, held_out: Answers, change: Change, threshold: float) -> dict[str, float]:
-    """The held-out measures of a denoiser, as the module describes them."""
+    """All measures of a model, as the module describes them."""
     rows, layout = held_out.rows, held_out.layout
     ids, mask = rows.ids, model.config.mask_token_id
     masked, passes = rows.scored.clone(), torch.zeros_like(layout.block)
@@ -135,7 +147,7 @@ def measure(model: TwoTower, held_out: Answers, change: Change, threshold: float
     scored = per_block(rows.scored.float(), block)
     out: dict[str, float] = {}
     while bool(masked.any()):
-        left = masked.any(1) if out else torch.ones(len(ids), dtype=torch.bool)  # rows; the first pass takes all
+        left = masked.any(1) if out else torch.ones(len(ids), dtype=torch.bool)  # (b,); the first pass has all rows
         level = (per_block(masked.float(), block) / scored.clamp(min=1))[left]
         where = Layout(layout.block[left], layout.document[left])
         noisy = change(Corrupted(xt[left], masked[left], level, level, rows.scored[left], where))
@@ -150,7 +162,7 @@ def measure(model: TwoTower, held_out: Answers, change: Change, threshold: float
             judged = held_out.judged[masked]
             out["loss"] = float(F.cross_entropy(logits[judged], ids[masked][judged]))
             out["drafted_right"] = leading(token == ids, held_out)
-            # Of the rows as they are, whatever is taken from the denoiser's
+            # Measured on the unchanged rows, whatever the variant changes for the denoiser
             context = block_parallel_hidden(model, ids, xt, level, layout, with_context=True).context
             assert context is not None
             following = model.context_lm_head(context).argmax(-1).roll(1, dims=1)
@@ -163,13 +175,13 @@ def measure(model: TwoTower, held_out: Answers, change: Change, threshold: float
 
 
 def per_block(values: Tensor, block: Tensor, reduce: str = "sum") -> Tensor:
-    """(b, t): each position's sum (or amax) over its block of values (b, t); `block` numbers blocks over all rows."""
+    """(b, t): the sum (or amax) of values (b, t) over each position's block; `block` numbers blocks over all rows."""
     found = values.new_zeros(int(block.max()) + 1).scatter_reduce(0, block.flatten(), values.flatten(), reduce)
     return found[block]
 
 
 def leading(right: Tensor, held_out: Answers) -> float:
-    """The share of judged positions that are right and have nothing wrong before them in their block."""
+    """The share of judged positions that are right, and so is everything before them in their block."""
     errors = (~right).long()
     so_far = errors.cumsum(1)
     before_block = (so_far - errors).gather(1, held_out.layout.block_start)
@@ -195,14 +207,14 @@ def run(a: argparse.Namespace, corpus: Corpus, held_out: Answers, name: str, see
 
 
 def summary(values: list[float]) -> dict[str, float | None]:
-    """Mean and half-width of its 95 % t-interval, None for a single value."""
+    """The mean and the half-width of its 95 % t-interval, which is None for a single value."""
     n = len(values)
     half = T_95[n - 1] * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
     return {"mean": statistics.mean(values), "half_width_95": half}
 
 
 def summaries(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """By variant: its measures, and their differences from the base's of the same seed."""
+    """For each variant its measures, and their differences from the base's with the same seed."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for line in runs:
         found.setdefault(line["variant"], {})[line["seed"]] = line["measures"]
@@ -217,7 +229,7 @@ def summaries(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of what a checkpoint or a corpus holds, wherever it lies."""
+    """A hash of the contents of a checkpoint or corpus, the same wherever it lies."""
     found = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
         with path.open("rb") as file:
@@ -226,7 +238,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def settings(a: argparse.Namespace) -> dict[str, Any]:
-    """All that two runs of a variant and seed must share to be the same run."""
+    """What two runs of a variant and seed must share to be the same run."""
     chosen = {name: getattr(a, name) for name in ("steps", "batch_size", "learning_rate")}
     data = {"start": resolve(a.start), "corpus": a.corpus, "held_out": a.held_out}
     measured = {"threshold": THRESHOLD, "held_out_rows": HELD_OUT}
@@ -234,7 +246,7 @@ def settings(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def runs_of(file: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs that a file holds, none where there is no file. Raises ValueError where one has other settings."""
+    """The runs in a file, none if it is missing. Raises ValueError if one has other settings."""
     runs: list[dict[str, Any]] = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     for number, line in enumerate(runs, start=1):
         names = line["settings"].keys() | wanted.keys()
@@ -264,7 +276,7 @@ def main() -> None:
     wanted = settings(a)
     runs = [made for made in runs_of(a.runs, wanted) if made["seed"] < a.seeds]
     done = {(line["variant"], line["seed"]) for line in runs}
-    for seed in range(a.seeds):  # seed by seed, so that what a kill leaves can be compared
+    for seed in range(a.seeds):  # seed by seed, so that after a kill all variants have the same seeds
         for name in variants(a.steps):
             if (name, seed) not in done:
                 made = {"variant": name, "seed": seed, "settings": wanted}

@@ -1,4 +1,4 @@
-"""Random JSON schemas in every mode that can be held to one, on the shipped checkpoint: how many texts are valid.
+"""Counts how many texts are valid under random JSON schemas, in every mode that can be held to one.
 
 python benchmarks/constrained_json.py              one JSON line per mode; needs twotower[guide] and jsonschema-rs
 """
@@ -17,7 +17,7 @@ _WORDS = ["name", "age", "best friend", "Größe", "happy", "🎈"]
 
 
 def schema(rng: random.Random, depth: int) -> dict[str, Any]:
-    """A schema whose texts are bounded, so that all of them end."""
+    """A random schema whose texts are of bounded length, so that all of them end."""
     kind = rng.choice(["object", "array", "either"]) if depth else "simple"
     if kind == "array":
         least = rng.randrange(0, 3)

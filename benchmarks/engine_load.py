@@ -1,22 +1,22 @@
-"""What the engine gains from scheduling every step anew, on the shipped stories checkpoint.
+"""Measures what the engine gains from scheduling every step anew, on the shipped stories checkpoint.
 
     python benchmarks/engine_load.py [--model PATH] [--new-tokens 96] [--repeats 3] [--part speeds]
 
-Prints one JSON line, all from one process; each of the four parts can be had alone:
+Prints one JSON line. `--part` runs one of the four parts alone:
 
-- `speeds`: requests (held-out prompts of stories_prompts.json, greedy, end tokens ignored) at 1, 2, 4, 8 and 16 at a
-  time, 16 of them or 4 for each place, for every fixed mode and for `auto` with and without loss; medians over repeats,
-  modes alternating.
-  `auto_against_best` is the median of the ratios of runs that followed one another.
-- `rounds`: 72 `diffusion` requests of 16 to 128 new tokens with prompts of 128, one every two rounds, which is about
-  what the engine sustains, and one every three; against three schedulers that separate prompts from decoding: `phases`
-  lets requests come and go but spends a round on prompts or on decoding, never on both; `static` decodes a lot of
-  requests to its end before it takes the next; `aligned` is `phases` where a batch holds only rows that are at the same
-  step of their blocks. Counted, not timed.
-- `easy_p95`: seconds of requests that need one step a block, 16 at a time: with 8 requests beside them that need 16
-  steps a block, against 16 easy ones.
-- `prefix`: seconds to the first token of a prompt of 2048 + 8 tokens, cold and where an earlier one had the same 2048;
-  and tokens per second of prompts that share nothing, with the cache on against off.
+- `speeds`: tokens per second with 1, 2, 4, 8 and 16 requests at a time, 16 requests or 4 for each place (held-out
+  prompts of stories_prompts.json, greedy, end tokens ignored), for every fixed mode and for `auto` with and without
+  loss. Modes alternate, and medians over repeats are printed. `auto_against_best` is the median of the ratios of runs
+  that followed one another.
+- `rounds`: the rounds that 72 `diffusion` requests of 16 to 128 new tokens take, with prompts of 128 tokens. They come
+  one every two rounds, which is about as much as the engine sustains, or one every three. Three simulated schedulers
+  that separate prompts from decoding are compared: `phases` lets requests come and go, but a round is for prompts or
+  for decoding, never for both; `static` decodes a lot of requests to its end before it takes the next lot; `aligned` is
+  `phases` with batches of rows that are at the same step of their blocks.
+- `easy_p95`: seconds of requests that need one step per block, 16 at a time: beside 8 requests that need 16 steps per
+  block, and beside other easy ones.
+- `prefix`: seconds to the first token of a prompt of 2048 + 8 tokens, with nothing cached and after another prompt with
+  the same 2048; and the speed for prompts that share nothing, with the cache on divided by that with it off.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from hybrid_decode import commit, cpu_model
 
 import twotower
+from twotower.eval.provenance import commit, cpu_model
 
 PROMPTS = json.loads(Path(__file__).with_name("stories_prompts.json").read_text())
 CONCURRENT = (1, 2, 4, 8, 16)
 CHUNK = 64
-WARM = 3  # runs before those that count: `auto` measures, and tries less and less of what does not pay
+WARM = 3  # runs before those that count, in which `auto` learns the modes' speeds and ends most of its trials
 
 
 def fixed_modes(new_tokens: int) -> dict[str, twotower.SamplingParams]:
@@ -49,9 +49,9 @@ def fixed_modes(new_tokens: int) -> dict[str, twotower.SamplingParams]:
 
 
 def speeds(model: twotower.TwoTower, new_tokens: int, repeats: int) -> dict[str, object]:
-    """Tokens per second of each mode at each concurrency, and what follows from them."""
+    """Tokens per second of each mode at each concurrency, and ratios of them."""
     modes = fixed_modes(new_tokens)
-    # modes that are compared run one after the other
+    # Ordered so that the modes that are compared run one after the other
     runs: dict[tuple[str, int], list[float]] = {(mode, c): [] for c, mode in itertools.product(CONCURRENT, modes)}
     engines = {
         pair: twotower.Engine(
@@ -82,7 +82,7 @@ def speeds(model: twotower.TwoTower, new_tokens: int, repeats: int) -> dict[str,
 def against_best(
     runs: dict[tuple[str, int], list[float]], name: str, fixed: tuple[str, ...]
 ) -> dict[int, dict[str, float | str]]:
-    """At each concurrency the best of the fixed modes, by its median, and how `name` stood to it in the same repeat."""
+    """At each concurrency the fixed mode with the best median, and the speed of `name` as a multiple of its speed."""
     found: dict[int, dict[str, float | str]] = {}
     for c in CONCURRENT:
         best = max(fixed, key=lambda mode, c=c: statistics.median(runs[mode, c]))
@@ -92,7 +92,7 @@ def against_best(
 
 
 def rounds(model: twotower.TwoTower, gap: int) -> dict[str, float]:
-    """Rounds that each scheduler takes for the same requests, one every `gap` rounds."""
+    """The rounds that each scheduler takes for the same requests, which come one every `gap` rounds."""
     prompts = [list(itertools.islice(itertools.cycle(PROMPTS[i % len(PROMPTS)][i % 7 :]), 128)) for i in range(72)]
     lengths = itertools.cycle((16, 128, 32, 16, 64, 32))
     params = [
@@ -101,7 +101,7 @@ def rounds(model: twotower.TwoTower, gap: int) -> dict[str, float]:
     config = twotower.EngineConfig(max_num_requests=16, prompt_chunk=CHUNK, snapshot_bytes=0)
     engine = twotower.Engine(model, config)
     waiting, now = list(enumerate(prompts)), 0
-    blocks: list[list[int]] = [[] for _ in prompts]  # steps of each block of each request
+    blocks: list[list[int]] = [[] for _ in prompts]  # for each request the steps of each of its blocks
     while waiting or engine.has_work:
         while waiting and waiting[0][0] * gap <= now:
             index, prompt = waiting.pop(0)
@@ -122,7 +122,7 @@ def rounds(model: twotower.TwoTower, gap: int) -> dict[str, float]:
 
 
 def static_rounds(arrivals: list[int], steps: list[int], chunks: int, size: int = 16) -> int:
-    """A lot absorbs its prompts, then decodes until its last request is done."""
+    """The rounds of a scheduler that absorbs a lot of prompts and decodes until the last of them is done."""
     now, first = 0, 0
     while first < len(arrivals):
         now = max(now, arrivals[first])
@@ -133,9 +133,9 @@ def static_rounds(arrivals: list[int], steps: list[int], chunks: int, size: int 
 
 
 def phase_rounds(arrivals: list[int], blocks: list[list[int]], chunks: int, *, aligned: bool, size: int = 16) -> int:
-    """Prompts first: a round absorbs one chunk if any is left, else what runs takes a step.
+    """The rounds of a scheduler that puts prompts first: a round absorbs a chunk of one, or else decodes one step.
 
-    Where `aligned`, that is only the largest group of rows that are at the same step of their blocks.
+    If `aligned`, only the largest group of rows that are at the same step of their blocks decodes.
     """
     left = [[step for steps in request for step in range(steps)] for request in blocks]
     now, coming = 0, 0
@@ -162,7 +162,7 @@ def phase_rounds(arrivals: list[int], blocks: list[list[int]], chunks: int, *, a
 
 
 def easy_p95(model: twotower.TwoTower, repeats: int) -> dict[str, float]:
-    """The 95th percentile of the easy requests' seconds, alone and beside hard ones."""
+    """The 95th percentile of the seconds of easy requests, alone and beside hard ones."""
     easy = twotower.SamplingParams(max_new_tokens=64, ignore_eos=True, confidence_threshold=0.0)
     hard = twotower.SamplingParams(max_new_tokens=64, ignore_eos=True, confidence_threshold=1.0)
     found: dict[str, list[float]] = {"easy_only": [], "mixed": []}
@@ -180,7 +180,7 @@ def easy_p95(model: twotower.TwoTower, repeats: int) -> dict[str, float]:
 def closed_loop(
     engine: twotower.Engine, params: list[twotower.SamplingParams]
 ) -> list[tuple[twotower.SamplingParams, float]]:
-    """Each request's seconds, 16 at a time."""
+    """Runs all requests, 16 at a time; returns the params and the seconds of each, in the order in which they end."""
     coming = iter(enumerate(params))
     began: dict[str, tuple[twotower.SamplingParams, float]] = {}
     done = []
@@ -197,7 +197,7 @@ def closed_loop(
 
 
 def prefix(model: twotower.TwoTower, repeats: int) -> dict[str, float]:
-    """What the prefix cache saves where it hits, and costs where it does not."""
+    """What the prefix cache saves when it hits, and what it costs when it does not."""
     one = twotower.SamplingParams(mode="ar", max_new_tokens=1, ignore_eos=True)
     seconds: dict[str, list[float]] = {"cold": [], "cached": []}
     on, off = (twotower.EngineConfig(state_bytes=96 << 20, snapshot_bytes=n << 20) for n in (8, 0))

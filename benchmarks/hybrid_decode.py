@@ -1,27 +1,24 @@
-"""Speed of one `ar` step and one NFE on a random hybrid, against the floor and against other implementations.
+"""Times one `ar` step and one NFE on a random hybrid, beside floors for both and beside other implementations.
 
     python benchmarks/hybrid_decode.py [--dtype bfloat16|float32]
 
-Prints one JSON line. Hybrid: MEMEM*EMEM*E, d 512, 8/2 heads x 64, Mamba 16 x 64 with state 64 in 4 groups, 32 experts
-of width 256 with 4 active, shared 512, v 8192; context 128, batch 1, block 16. Passes alternate; medians are printed.
-Each timed pass follows an untimed one of its kind, as in decoding, and then a read of 128 MB, so that its weights come
-from memory.
+Prints one JSON line. The hybrid: MEMEM*EMEM*E, d 512, 8/2 heads x 64, Mamba 16 x 64 with state 64 in 4 groups, 32
+experts of width 256 with 4 active, shared 512, v 8192; context 128, batch 1, block 16. Passes alternate, and medians
+are printed. Every timed pass follows an untimed one of its kind, as in decoding, and then a read of 128 MB, so that its
+weights come from memory.
 
-The memory floor is the bytes of weights that a pass touches over the bandwidth of those reads;
-the arithmetic floor its multiplications over the speed of a large matrix product measured there too. `reference` is
-this package's PyTorch ops with its best packed products, what runs without a C compiler. `transformers` is
-transformers' NemotronH of the same shape and dtype on PyTorch ops alone: one token after a cached context for `ar`,
-and for an NFE the same backbone's pass over 16 tokens without any context, which is less than an NFE computes.
+The memory floor is the bytes of weights that a pass reads, divided by the bandwidth of those reads of 128 MB. The
+arithmetic floor is the number of multiplications, divided by the speed of a large matrix product on the same machine.
+`reference` is this package's PyTorch ops with its fastest packed products, which run if there is no C compiler.
+`transformers` is NemotronH of transformers, with the same shapes and dtype, on PyTorch ops alone: for `ar` one token
+after a cached context, and for an NFE a pass over 16 tokens without any context, which is less work than an NFE.
 """
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,6 +26,7 @@ from torch import Tensor
 from twotower import TwoTower, TwoTowerConfig
 from twotower.backends.choose import choose_backend, pack_
 from twotower.backends.native.pack import has_bf16_pairs
+from twotower.eval.provenance import commit, cpu_model
 from twotower.model.moe import MixtureOfExperts
 from twotower.ops.linear import weight_layout
 
@@ -53,7 +51,7 @@ CONTEXT, BLOCK = 128, 16
 
 
 def random_model(dtype: torch.dtype) -> TwoTower:
-    """Weights of the size that keeps activations near 1, different in both towers."""
+    """A model whose random weights keep activations near 1 and differ between the towers."""
     torch.manual_seed(0)
     model = TwoTower(CONFIG, dtype=dtype)
     for name, tensor in model.released_tensors().items():
@@ -71,8 +69,11 @@ def random_model(dtype: torch.dtype) -> TwoTower:
 
 
 def weights_used(tokens: int, experts: float) -> float:
-    """Weights that one pass over `tokens` tokens uses, with `experts` experts per `E` layer: read, with all that are
-    touched; multiplied for each token, with those that are active for it."""
+    """How many weights a pass over `tokens` tokens uses if it uses `experts` experts per `E` layer.
+
+    With the experts that any token is routed to, this is what a pass reads; with those of one token, and `tokens` 0, it
+    is the number of multiplications for each token.
+    """
     c = CONFIG
     d, inner = c.hidden_size, c.mamba_width
     mamba = d * (inner + c.conv_width + c.mamba_num_heads) + inner * d
@@ -83,7 +84,7 @@ def weights_used(tokens: int, experts: float) -> float:
 
 
 def experts_touched(model: TwoTower, run: Callable[[], object]) -> float:
-    """Mean number of distinct experts per `E` layer that a pass uses."""
+    """The mean number of distinct experts per `E` layer that a pass of a model with the reference backend uses."""
     seen: list[int] = []
 
     def count(layer: MixtureOfExperts, inputs: tuple[Tensor]) -> None:
@@ -98,7 +99,7 @@ def experts_touched(model: TwoTower, run: Callable[[], object]) -> float:
 
 
 def transformers_passes(dtype: torch.dtype, ids: Tensor) -> dict[str, Callable[[], object]]:
-    """`ar` and `nfe` of transformers' NemotronH with random weights of CONFIG's shapes; {} where it isn't installed."""
+    """`ar` and `nfe` by transformers' NemotronH with random weights of the same shapes; empty without transformers."""
     try:
         import transformers
     except ImportError:
@@ -125,12 +126,13 @@ def transformers_passes(dtype: torch.dtype, ids: Tensor) -> dict[str, Callable[[
     cache = model(ids, use_cache=True).past_key_values
 
     def ar() -> object:
-        return model(ids[:, :1], past_key_values=cache, use_cache=True).logits  # the cache grows by a token a step
+        return model(ids[:, :1], past_key_values=cache, use_cache=True).logits  # the cache grows by a token each time
 
     return {"transformers_ar": ar, "transformers_nfe": lambda: model(ids[:, :BLOCK], use_cache=False).logits}
 
 
 def timed(run: Callable[[], object]) -> float:
+    """The seconds that a call takes."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
@@ -149,7 +151,7 @@ def main() -> None:
     block = torch.randint(4, CONFIG.vocab_size, (1, BLOCK))
     block[:, 8:] = CONFIG.mask_token_id
     probe = torch.randn(32 * 1024 * 1024)  # 128 MB, beyond any cache
-    # what the products are computed in: float32 unless the backend multiplies bf16 itself
+    # The dtype of the products: float32 unless the backend multiplies bf16 itself
     rounds = choose_backend("cpu", dtype).name == "native" and has_bf16_pairs()
     square = torch.randn(1024, 1024, dtype=dtype if rounds else model.context_tower.activation_dtype)
     with torch.inference_mode():
@@ -157,7 +159,7 @@ def main() -> None:
         level = (0.5,)
 
         def ar(tower: TwoTower) -> Tensor | None:
-            # the state is extended and thrown away: give its places back, as a growing context would not need
+            # Every step extends the same state, so the places that the last one took are given back first
             state = states[tower]
             state.buffer.tip = state.lengths
             return tower.absorb(ids[:, :1], state, with_logits=True).next_logits
@@ -170,7 +172,8 @@ def main() -> None:
             **transformers_passes(dtype, ids),
             "product": lambda: square @ square,
         }
-        touched = {name: experts_touched(model, runs[name]) for name in ("ar", "nfe")}
+        # The reference has the same weights, and its layers can be hooked
+        touched = {name: experts_touched(reference, runs[f"reference_{name}"]) for name in ("ar", "nfe")}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         reads: list[float] = []
         for _ in range(arguments.repeats):
@@ -218,20 +221,6 @@ def main() -> None:
         "commit": commit(),
     }
     print(json.dumps(out))
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        named = (line for line in info.read_text().splitlines() if line.startswith("model name"))
-        return next(named, f": {platform.processor()}").split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def commit() -> str:
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/result_tables.py [--check]
 
-A table stands between `<!-- table: NAME FILE … -->` and `<!-- end of table -->`, where NAME is a function below and
-FILEs are in benchmarks/results; what is between them is replaced. With --check nothing is written, and a page that
-would change is an error.
+A table stands between `<!-- table: NAME FILE … -->` and `<!-- end of table -->`, where NAME is one of TABLES below and
+the FILEs are in benchmarks/results. Everything between the two is replaced. With --check nothing is written, and it is
+an error if the page would change.
 """
 
 import argparse
@@ -23,7 +23,7 @@ Result = dict[str, Any]
 
 
 def rendered(page: str, results: Path = RESULTS) -> str:
-    """The page's text with every table made anew. Raises ValueError for an unknown table or file."""
+    """The text of the page with every table written again. Raises ValueError for an unknown table or file."""
 
     def table(place: re.Match[str]) -> str:
         opening, name, files, closing = place.groups()
@@ -39,7 +39,7 @@ def rendered(page: str, results: Path = RESULTS) -> str:
 
 
 def stories_modes(results: list[Result]) -> str:
-    """Of benchmarks/stories_modes.py: speed and likelihood of the modes."""
+    """From benchmarks/stories_modes.py: speed and likelihood of the modes."""
     [result] = results
     rows = []
     for mode in ("ar", "diffusion", "verified"):
@@ -55,7 +55,7 @@ def stories_modes(results: list[Result]) -> str:
 
 
 def hybrid_decode(results: list[Result]) -> str:
-    """Of benchmarks/hybrid_decode.py, a file per dtype: one pass against its floor and other implementations."""
+    """From benchmarks/hybrid_decode.py, a file per dtype: passes beside their floors and other implementations."""
     rows = []
     for result in results:
         for key, name in (("ar", "one `ar` step"), ("nfe", "one NFE of 16")):
@@ -75,7 +75,7 @@ def hybrid_decode(results: list[Result]) -> str:
 
 
 def training_pass(results: list[Result]) -> str:
-    """Of benchmarks/training_pass.py: a training step's speed and memory beside others."""
+    """From benchmarks/training_pass.py: speed and memory of training steps."""
     [result] = results
     names = {
         "seeded": "ours",
@@ -95,7 +95,7 @@ def training_pass(results: list[Result]) -> str:
 
 
 def evaluation(results: list[Result]) -> str:
-    """Of `twotower eval --json`: what each mode keeps of ar's quality, and its gain."""
+    """From `twotower eval --json`: the share of ar's score that each mode keeps, and its gain in speed."""
     [result] = results
     sizes = list(next(iter(result["overall"].values()))["gain"])
     rows = []
@@ -124,7 +124,7 @@ def evaluation(results: list[Result]) -> str:
 
 
 def _mean_gain(overall: Result, size: str) -> str:
-    """The mean over the tasks that count, with their names where they are not those of the retention."""
+    """The mean gain over the tasks that count, with their names unless these are the tasks of the retention."""
     if overall["gain"][size] is None:
         return ""
     tasks = overall["tasks_in_gain"][size]
@@ -133,8 +133,10 @@ def _mean_gain(overall: Result, size: str) -> str:
 
 
 def evaluation_settings(results: list[Result]) -> str:
-    """Of `twotower eval --json` with several thresholds: a line per setting, with its score in every task and its
-    gain at batch 1 in every file; scores are the first file's, the others are the same run on other threads."""
+    """From `twotower eval --json` with several thresholds: each setting's score on every task and its gains at batch 1.
+
+    The files are of the same run with different numbers of threads. Each has a column of gains; scores are the first's.
+    """
     first = results[0]
     rows = []
     for setting, overall in first["overall"].items():
@@ -151,7 +153,7 @@ def evaluation_settings(results: list[Result]) -> str:
 
 
 def ablations(results: list[Result]) -> str:
-    """Of benchmarks/ablations.py: denoisers trained on equal tokens with one thing changed."""
+    """From benchmarks/ablations.py: denoisers trained on the same tokens with one change each."""
     [result] = results
     names = {
         "base": "frozen context tower, separate denoiser",
@@ -186,7 +188,7 @@ def ablations(results: list[Result]) -> str:
 
 
 def engine_load(results: list[Result]) -> str:
-    """Of benchmarks/engine_load.py: every mode's speed by how many requests run at a time."""
+    """From benchmarks/engine_load.py: the speed of every mode by the number of requests that run at a time."""
     [result] = results
     found = result["speeds"]
     best = {"auto": found["auto_against_best"], "auto, loss allowed": found["lossy_auto_against_best"]}
@@ -215,12 +217,13 @@ TABLES: dict[str, Callable[[list[Result]], str]] = {
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def origin(command: str, result: Result) -> str:
-    """Command, commit and machine, for below a table."""
+    """The line below a table, with command, commit and machine."""
     where = f"{result['cpu']}, {_threads(result['threads'])}"
     commit = "an unknown commit" if result["commit"] is None else result["commit"]
     return f"(`{command}`, {commit}, {where}, torch {result['torch']}; medians with quartiles)"
@@ -231,6 +234,7 @@ def _threads(count: int) -> str:
 
 
 def spread(median: float, quartiles: list[float], digits: int) -> str:
+    """A median with its quartiles."""
     low, high = quartiles
     return f"{median:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
@@ -249,7 +253,7 @@ def _interval(found: dict[str, float | None]) -> str:
         return "undefined"
     if found["low"] is None:
         return f"{found['value']:.1%} (interval undefined)"
-    if found["low"] == found["high"] == 1:  # only where no answer differs from ar's
+    if found["low"] == found["high"] == 1:  # only if no answer differs from ar's
         return "100.0% (identical texts)"
     return f"{found['value']:.1%} ({found['low']:.1%}–{found['high']:.1%})"
 

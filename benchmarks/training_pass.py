@@ -1,18 +1,21 @@
-"""One training step against boundary states with a dense mask, and against a plain AR step of one tower.
+"""Compares our training step with one that keeps boundary states and a dense mask, and with an AR step of one tower.
 
     python benchmarks/training_pass.py > benchmarks/results/training_pass.json
 
-Prints one JSON line. Model: M*-EM*-E, d 512, 8/2 heads x 64, Mamba 16 x 64 with state 128 in 8 groups, 32 experts of
-width 256 with 4 active, shared 512, MLP 1024, v 8192, float32, random weights. Batch 1, t 2048, block 16, half of the
-positions masked. A step is forward and backward without the optimiser.
+Prints one JSON line. The model: M*-EM*-E, d 512, 8/2 heads x 64, Mamba 16 x 64 with state 128 in 8 groups, 32 experts
+of width 256 with 4 active, shared 512, MLP 1024, v 8192, float32, random weights. Batch 1, t 2048, block 16, half of
+the positions masked. A step is forward and backward, without the optimiser.
 
-`boundary` is what released training code does: the context pass runs first and keeps every layer's keys and values and,
-for `M`, a state and convolution rows per block boundary; the denoiser folds blocks into the batch for `M` and adds a
-dense (t, 2t) mask in `*`. It has the same towers, and the same head on masked rows, all at once; like ours it is
-vectorised over blocks. `seeded` is `training.losses.loss_sums`, `recompute` the same with that option, `ar` the
-context tower alone, trained on all positions with one head product. Steps alternate; ratios are of neighbours. On a
-shared machine seconds of the process on its core tell more than those of the clock. Peaks are the resident memory above
-that before the step, with weights and gradients allocated; they come from the kernel (Linux only).
+- `seeded` is `training.losses.loss_sums`, and `recompute` the same with that option.
+- `boundary` does what released training code does. The context pass runs first and keeps the keys and values of every
+  layer and, for `M`, the state and convolution rows at every block boundary. The denoiser folds blocks into the batch
+  for `M` and adds a dense (t, 2t) mask in `*`. It has the same towers, applies the head to all masked rows at once, and
+  is vectorised over blocks, as ours is.
+- `ar` is the context tower alone, trained on all positions with one head product.
+
+Steps alternate, and ratios are of neighbouring steps. On a shared machine the CPU seconds of the process say more than
+those of the clock. A peak is the resident memory above that before the step, with weights and gradients allocated; it
+comes from the kernel (Linux only).
 """
 
 import argparse
@@ -27,10 +30,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hybrid_decode import commit, cpu_model
 from torch import Tensor
 
 from twotower import TwoTower, TwoTowerConfig
+from twotower.eval.provenance import commit, cpu_model
 from twotower.model.attention import Attention
 from twotower.model.mamba2 import Mamba2
 from twotower.model.state import MambaState
@@ -63,16 +66,16 @@ M_MMAP_THRESHOLD = -3
 
 
 class Case(NamedTuple):
-    """One row of tokens and its noisy version."""
+    """A row of tokens and its noisy version."""
 
     x0: Tensor
     noisy: Corrupted
 
 
-def random_model() -> TwoTower:
-    """Weights of the size that keeps activations near 1; gates at 1; gradients allocated where the denoiser trains."""
+def random_model(config: TwoTowerConfig) -> TwoTower:
+    """A model whose random weights keep activations near 1, with gates at 1 and all gradients allocated."""
     torch.manual_seed(0)
-    model = TwoTower(CONFIG)
+    model = TwoTower(config)
     for name, tensor in model.released_tensors().items():
         if name.endswith(("norm.weight", "norm_f.weight", ".D")):
             tensor.fill_(1.0)
@@ -91,18 +94,19 @@ def random_model() -> TwoTower:
     return model
 
 
-def make_case(t: int, block_size: int) -> Case:
+def make_case(config: TwoTowerConfig, t: int, block_size: int) -> Case:
+    """A random row of t tokens, half of them masked."""
     torch.manual_seed(t)
-    x0 = torch.randint(4, CONFIG.vocab_size, (1, t))
+    x0 = torch.randint(4, config.vocab_size, (1, t))
     layout = make_layout(torch.zeros(1, t, dtype=torch.int64), block_size)
     level = (torch.rand(int(layout.block.max()) + 1)[layout.block] * 0.9 + 0.05).clone()
     masked = torch.rand(1, t) < 0.5
     scored = torch.ones_like(masked)
-    return Case(x0, Corrupted(x0.masked_fill(masked, CONFIG.mask_token_id), masked, level, level, scored, layout))
+    return Case(x0, Corrupted(x0.masked_fill(masked, config.mask_token_id), masked, level, level, scored, layout))
 
 
 def train_only(model: TwoTower, *, context: bool) -> None:
-    """Gradients to one tower and its head."""
+    """Leaves gradients on for one tower and its head only."""
     model.requires_grad_(False)
     modules = (model.context_tower, model.context_lm_head) if context else (model.denoiser_tower, model.lm_head)
     for module in modules:
@@ -112,6 +116,7 @@ def train_only(model: TwoTower, *, context: bool) -> None:
 
 
 def seeded_step(model: TwoTower, case: Case, *, recompute: bool) -> None:
+    """Our step."""
     train_only(model, context=False)
     weight = case.noisy.masked.float()
     sums = loss_sums(model, case.x0, case.noisy, weight, recompute=recompute)
@@ -119,9 +124,10 @@ def seeded_step(model: TwoTower, case: Case, *, recompute: bool) -> None:
 
 
 def ar_step(model: TwoTower, case: Case) -> None:
+    """A plain AR step of the context tower."""
     train_only(model, context=True)
     tower = model.context_tower
-    plan = make_plan(CONFIG, case.noisy.layout, chunk_size=64, dtype=torch.float32)
+    plan = make_plan(model.config, case.noisy.layout, chunk_size=64, dtype=torch.float32)
     x = tower.embed(case.x0)
     for layer in tower.stack:
         entered = layer.enter(x, None, torch.float32)
@@ -136,18 +142,18 @@ def ar_step(model: TwoTower, case: Case) -> None:
 
 
 class Boundary(NamedTuple):
-    """An `M` layer's state and convolution rows before every block: (blocks, …)."""
+    """The state and convolution rows of an `M` layer before every block: (blocks, …)."""
 
     state: MambaState
 
 
 @torch.no_grad()
 def boundary_context(model: TwoTower, x0: Tensor, layout: Layout) -> list[Boundary | tuple[Tensor, Tensor] | None]:
-    """The whole context pass, keeping what the denoiser needs of every layer."""
+    """Runs the whole context pass; returns for every layer what the denoiser needs of it."""
     tower, t = model.context_tower, x0.shape[1]
     block_size = int(layout.block_end[0, 0])
-    # chunks of one block each: their initial states are the boundary states
-    plan = make_plan(CONFIG, layout, chunk_size=block_size, dtype=torch.float32)
+    # Chunks of one block each, whose initial states are the boundary states
+    plan = make_plan(model.config, layout, chunk_size=block_size, dtype=torch.float32)
     causal = bias(torch.ones(t, t, dtype=torch.bool).tril())
     kept: list[Boundary | tuple[Tensor, Tensor] | None] = []
     x = tower.embed(x0)
@@ -156,7 +162,7 @@ def boundary_context(model: TwoTower, x0: Tensor, layout: Layout) -> list[Bounda
         if isinstance(layer.mixer, Mamba2):
             seed = context_seed(layer.mixer, entered, plan)
             assert isinstance(seed, MambaSeed)
-            width = CONFIG.conv_kernel - 1
+            width = model.config.conv_kernel - 1
             rows = F.pad(seed.xbc, (0, 0, width, 0))[0].unfold(0, width, block_size)[: t // block_size]
             kept.append(Boundary(MambaState(rows.transpose(1, 2).contiguous(), seed.states[0])))
             mixed = context_mixed(layer.mixer, seed, plan, torch.float32)
@@ -172,6 +178,7 @@ def boundary_context(model: TwoTower, x0: Tensor, layout: Layout) -> list[Bounda
 
 
 def boundary_step(model: TwoTower, case: Case) -> None:
+    """The step with boundary states and a dense mask."""
     train_only(model, context=False)
     x0, noisy = case
     layout, t = noisy.layout, x0.shape[1]
@@ -201,11 +208,12 @@ def boundary_step(model: TwoTower, case: Case) -> None:
 
 
 def bias(visible: Tensor) -> Tensor:
+    """What is added to attention scores: 0 where visible (queries, keys), else minus infinity."""
     return torch.zeros(visible.shape).masked_fill_(~visible, -torch.inf)[None, None]
 
 
 def peak_mb(run: Callable[[], None]) -> float:
-    """The most resident memory during `run` above that before it."""
+    """The peak of resident memory during `run`, in MB above that before it."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
     before = _status("VmRSS")
@@ -219,19 +227,20 @@ def _status(field: str) -> int:
 
 
 def timed(run: Callable[[], None]) -> tuple[float, float]:
-    """Seconds by the clock and of this process on any core."""
+    """The seconds of a call by the clock, and the CPU seconds of this process."""
     began, used = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - began, time.process_time() - used
 
 
 def spread(values: list[float], digits: int = 3) -> dict[str, float]:
+    """Median and quartiles."""
     low, median, high = statistics.quantiles(values, n=4)
     return {"median": round(median, digits), "q1": round(low, digits), "q3": round(high, digits)}
 
 
 def speeds(runs: dict[str, Callable[[], None]], tokens: int, repeats: int) -> dict[str, object]:
-    """Tokens per second of each step, alternating, and the ratios of steps that ran beside each other."""
+    """Tokens per second of each step, which take turns, and the ratios of neighbouring steps."""
     wall: dict[str, list[float]] = {name: [] for name in runs}
     used: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
@@ -261,7 +270,7 @@ def speeds(runs: dict[str, Callable[[], None]], tokens: int, repeats: int) -> di
 
 
 def peaks(model: TwoTower, runs: dict[str, Callable[[], None]], tokens: int, scaling: list[int]) -> dict[str, object]:
-    """Peak memory of each step, and of ours by block length and by tokens."""
+    """Peak memory of each step, and of ours also by block size and by number of tokens."""
     out: dict[str, object] = {}
     found: dict[str, list[float]] = {name: [peak_mb(run) for _ in range(3)] for name, run in runs.items()}
     out["peak_mb"] = {name: spread(values, 0) for name, values in found.items()}
@@ -269,12 +278,12 @@ def peaks(model: TwoTower, runs: dict[str, Callable[[], None]], tokens: int, sca
         ratios = [a / b for a, b in zip(found[name], found["boundary"], strict=True)]
         out[f"{name}_peak_over_boundary"] = spread(ratios)
         steps = functools.partial(seeded_step, model, recompute=name == "recompute")
-        by_block = {size: make_case(tokens, size) for size in (4, 16)}
+        by_block = {size: make_case(model.config, tokens, size) for size in (4, 16)}
         out[f"{name}_peak_mb_by_block"] = {
             size: round(peak_mb(functools.partial(steps, case))) for size, case in by_block.items()
         }
         out[f"{name}_peak_mb_by_tokens"] = {
-            t: round(peak_mb(functools.partial(steps, make_case(t, 16)))) for t in scaling
+            t: round(peak_mb(functools.partial(steps, make_case(model.config, t, 16)))) for t in scaling
         }
     return out
 
@@ -287,8 +296,8 @@ def main() -> None:
     parser.add_argument("--scaling", type=int, nargs="*", default=[1024, 2048, 4096, 8192])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = random_model()
-    case = make_case(arguments.tokens, 16)
+    model = random_model(CONFIG)
+    case = make_case(CONFIG, arguments.tokens, 16)
     runs: dict[str, Callable[[], None]] = {
         "boundary": functools.partial(boundary_step, model, case),
         "seeded": functools.partial(seeded_step, model, case, recompute=False),
@@ -296,10 +305,10 @@ def main() -> None:
         "ar": functools.partial(ar_step, model, case),
     }
     out: dict[str, object] = {"benchmark": "training_pass", "tokens": arguments.tokens, "block": 16}
-    # First, before freed memory is kept for reuse: from 256 KB on it goes back to the kernel, and resident is live
+    # Peaks come first, while freed memory of 256 KB or more goes back to the kernel, so that resident memory is in use
     ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 18)
     out |= peaks(model, runs, arguments.tokens, arguments.scaling)
-    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 25)  # as glibc sets it itself after large frees
+    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 25)  # glibc moves there itself after large frees
     out |= speeds(runs, arguments.tokens, arguments.repeats)
     out |= {
         "threads": torch.get_num_threads(),

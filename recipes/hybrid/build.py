@@ -2,11 +2,16 @@
 
     python recipes/hybrid/build.py PACKAGES STORIES OUT [--documents 100000]
 
-PACKAGES is a directory into which the Debian packages of README.md are unpacked, STORIES a corpus that `twotower
-sample` wrote with the shipped checkpoint. In OUT come `text.jsonl`, to pretrain on; `answers.jsonl`, whose records have
-a prompt that is not learnt, for the denoiser; `held_out_answers.jsonl` with other questions than that;
-`tokenizer.json`; and questions for `twotower eval`, `sums.jsonl` and `python.jsonl`. No question of these, nor of the
-tasks that come with the package, is in what is trained on.
+PACKAGES is a directory with the Debian packages of README.md unpacked, STORIES a corpus that `twotower sample` wrote
+with the shipped checkpoint. Into OUT it writes:
+
+- `text.jsonl`, to pretrain on,
+- `answers.jsonl`, for the denoiser, whose records have a prompt that is not learnt,
+- `held_out_answers.jsonl`, with questions that are not in `answers.jsonl`,
+- `tokenizer.json`,
+- `sums.jsonl` and `python.jsonl`, questions for `twotower eval`.
+
+The training texts contain no question of the last two, nor of the tasks that come with the package.
 """
 
 import argparse
@@ -30,11 +35,11 @@ from twotower.eval.tasks import SHIPPED, Example, prompt_ids
 
 VOCABULARY = 1024
 SPECIAL = ["<unk>", "<s>", "</s>", "<mask>"]
-# A block goes on behind a short answer, and every place of it takes a decision: there stands the end of the text again
+# End tokens after an answer: the block of a short answer goes on behind it, and the denoiser must fill all its places
 ENDS = 15
 SHARES = {"lists": 24, "json": 14, "arithmetic": 14, "dialogue": 14, "recall": 10, "sums": 8, "python": 6}
 PLAIN_SHARES = {"stories": 6, "english": 4}
-# What this backbone learns to answer in the time it is given; a denoiser can't keep what its context tower lacks
+# The tasks that this backbone learns to answer in its training; a denoiser can learn no others
 ANSWER_SHARES = {"lists": 55, "json": 30, "dialogue": 15}
 FUNCTIONS = {
     "the sum of {a} and {b}": "{a} + {b}",
@@ -57,7 +62,7 @@ Line = dict[str, Any]
 
 
 class Document(NamedTuple):
-    """A question, or several of which all but the last are answered, and its answer."""
+    """A prompt of one or several questions, of which all but the last are answered, and the last one's answer."""
 
     prompt: str
     answer: str
@@ -88,7 +93,7 @@ def sums(draw: random.Random) -> list[Line]:
 
 
 def python(draw: random.Random) -> list[Line]:
-    """Functions of one expression, by what their docstring says."""
+    """Functions of one expression, to be written from their docstrings."""
     lines = []
     for _ in range(48):
         what, expression = draw.choice(list(FUNCTIONS.items()))
@@ -103,7 +108,7 @@ def python(draw: random.Random) -> list[Line]:
 
 
 def recall(draw: random.Random) -> list[Line]:
-    """As the task, at distances that fit in a row."""
+    """The questions of the task `recall`, at distances that fit in a row."""
     lines: list[Line] = TASKS.recall(draw)
     for line in lines:
         line["distance"] = draw.choice((4, 8, 16, 32, 64, 128, 200))
@@ -119,12 +124,12 @@ MAKERS: dict[str, Callable[[random.Random], list[Line]]] = {
     "sums": sums,
     "python": python,
 }
-# How many lines of a prompt are the question itself, after an example; the other tasks' questions are whole prompts.
+# How many lines at the end of a prompt are the question itself; in other tasks it is the whole prompt.
 QUESTION_LINES = {"lists": 1, "json": 2, "arithmetic": 2, "sums": 1}
 
 
 def question(task: str, prompt: str) -> str:
-    """What a prompt asks, without the examples before it."""
+    """The question of a prompt, without the examples before it."""
     count = QUESTION_LINES.get(task)
     return prompt if count is None else "\n".join(prompt.split("\n")[-count:])
 
@@ -132,7 +137,7 @@ def question(task: str, prompt: str) -> str:
 def documents(
     task: str, seed: int, banned: set[str], filler: tokenizers.Tokenizer, most: int = 1
 ) -> Iterator[Document]:
-    """Endless documents of a task: one question, or up to `most` where they have lines of their own."""
+    """Endless documents of a task, with up to `most` questions each if the task is in QUESTION_LINES, else one."""
     draw = random.Random(f"{task} of hybrid {seed}")
     while True:
         lines = [line for line in MAKERS[task](draw) if question(task, line["prompt"]) not in banned]
@@ -152,7 +157,7 @@ def documents(
 
 
 def stories(corpus: Path, banned: set[str]) -> Iterator[Document]:
-    """The rows of a corpus, each up to its story's end."""
+    """The rows of a corpus, each up to the end of its story."""
     tokenizer = twotower.load().tokenizer
     assert tokenizer is not None
     for file in sorted(corpus.glob("*.safetensors")):
@@ -177,7 +182,7 @@ def english(packages: Path) -> Iterator[Document]:
 
 
 def paragraphs(text: str) -> Iterator[Document]:
-    """What reads like sentences; markup does not."""
+    """The paragraphs of a text that look like sentences, not like markup."""
     for part in re.split(r"\n\s*\n", text):
         plain = " ".join(part.split())
         if 80 < len(plain) < 1200 and plain[0].isupper() and plain.endswith(".") and plain.isascii():

@@ -1,4 +1,4 @@
-"""Many twotower servers behind one address, by Ray Serve; see README.md."""
+"""Runs several twotower servers behind one address with Ray Serve; see README.md."""
 
 from ray import serve
 from starlette.applications import Starlette
@@ -14,7 +14,7 @@ from twotower.server.config import ServerConfig
 @serve.deployment(health_check_period_s=5)
 @serve.ingress()
 class Replica:
-    """One engine and the whole server over it; Ray replaces it when its engine has failed."""
+    """An engine with a whole server; Ray replaces it when the engine fails."""
 
     def __init__(self, model: str | None, name: str, max_context: int) -> None:
         self.folder = DEFAULT_CHECKPOINT if model is None else resolve(model)
@@ -30,12 +30,12 @@ class Replica:
 
 
 def app(arguments: dict[str, str]) -> serve.Application:
-    """What `serve run` starts, with its key=value arguments; see README.md for them."""
+    """The application that `serve run` starts, with its key=value arguments; see README.md for them."""
     least, most = int(arguments.get("least", 1)), int(arguments.get("most", 4))
     texts = twotower.EngineConfig().max_num_requests
     deployment = Replica.options(
         ray_actor_options={"num_cpus": float(arguments.get("cpus", 1)), "num_gpus": float(arguments.get("gpus", 0))},
-        # what an engine can't write at a time goes to another replica, or waits where any of them can take it
+        # More requests than an engine runs at a time go to another replica, or wait until any has room
         max_ongoing_requests=texts,
         autoscaling_config={"min_replicas": least, "max_replicas": most, "target_ongoing_requests": texts / 2},
     )

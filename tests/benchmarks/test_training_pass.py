@@ -1,27 +1,27 @@
 """The steps that benchmarks/training_pass.py times against one another are the same step."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from twotower.config import TwoTowerConfig
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "training_pass.py"
 
 
 @pytest.fixture(scope="module")
 def training_pass():
-    sys.path.insert(0, str(FOLDER))  # it imports a neighbour, as a script does
-    spec = importlib.util.spec_from_file_location("training_pass", FOLDER / "training_pass.py")
+    spec = importlib.util.spec_from_file_location("training_pass", FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.path.remove(str(FOLDER))
     return module
 
 
-def test_boundary_states_and_a_dense_mask_give_the_same_gradients(training_pass):
-    model, case = training_pass.random_model(), training_pass.make_case(64, 16)
+def test_boundary_states_and_a_dense_mask_give_the_same_gradients(training_pass, sizes):
+    config = TwoTowerConfig(pattern="M*-EM*-E", **sizes)
+    model, case = training_pass.random_model(config), training_pass.make_case(config, 64, 16)
     found = {}
     for name, step in {
         "boundary": training_pass.boundary_step,
