@@ -43,6 +43,7 @@ def check_tie(stories: twotower.TwoTower, prompt: tuple[int, ...], one: list[int
     assert logits[[one[at], other[at]]].min() >= logits.max() - 2**-7 * logits.max().abs()
 
 
+@pytest.mark.slow
 def test_verified_equals_ar_on_200_prompts(stories: twotower.TwoTower) -> None:
     beginnings = (tuple(p[:n]) for p in json.loads(PROMPTS.read_text()) for n in (17, 20, 23, 26, 29, 32))
     rows = list(dict.fromkeys(beginnings))[:200]

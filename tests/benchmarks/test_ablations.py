@@ -75,6 +75,7 @@ def command(ablations, start, corpus, tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_no_variant_is_the_base(command, ablations):
     found = command("--steps", 6, "--learning-rate", 0.01, "--seeds", 1)["variants"]
     assert set(found) == set(ablations.variants(6))
@@ -84,6 +85,7 @@ def test_no_variant_is_the_base(command, ablations):
     assert {name for name, change in ar_right.items() if change} <= {"tied", "joint"}
 
 
+@pytest.mark.slow
 def test_runs_that_are_there_are_not_made_again(command, ablations, monkeypatch, tiny, tmp_path):
     other_start, other_corpus = tmp_path / "start", write_corpus(tmp_path / "corpus", 1)
     save(tiny(block_size=BLOCK, eos_token_id=EOS, seed=1), other_start)

@@ -73,6 +73,7 @@ def local_tasks(task_file):
     return TaskManager(include_path=str(task_file.parent), include_defaults=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "right"), [("ar", 6), ("diffusion", 2), ("verified", 1)])
 def test_lm_eval_gives_the_score_of_twotower_eval(model, checkpoint, task_file, local_tasks, mode, right, monkeypatch):
     monkeypatch.setattr(adapter, "cli_evaluate", lambda: None)

@@ -34,6 +34,7 @@ def test_pairs_are_drawn_together():
     assert retention(replies(*(s / 2 for s in scores)), replies(*scores)) == pytest.approx((0.5, 0.5, 0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.95, 0.98, 1.0])
 @pytest.mark.parametrize(("count", "tasks"), [(24, 1), (48, 1), (48, 4)])
 def test_intervals_hold_the_true_share_near_100_percent(count, share, tasks, monkeypatch):
@@ -46,6 +47,7 @@ def test_intervals_hold_the_true_share_near_100_percent(count, share, tasks, mon
     assert np.mean(held) >= 0.9
 
 
+@pytest.mark.slow
 def test_intervals_hold_100_percent_of_a_mode_that_gains_answers_as_it_loses_them(monkeypatch):
     monkeypatch.setattr(module, "_RESAMPLES", 400)
     generator = np.random.default_rng(0)
@@ -60,6 +62,7 @@ def test_intervals_hold_100_percent_of_a_mode_that_gains_answers_as_it_loses_the
     assert np.mean(held) >= 0.93
 
 
+@pytest.mark.slow
 def test_intervals_of_probabilities_hold_the_true_share():
     generator = np.random.default_rng(0)
     held = []
@@ -71,6 +74,7 @@ def test_intervals_of_probabilities_hold_the_true_share():
     assert np.mean(held) >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [4, 8])
 def test_intervals_of_few_probabilities_hold_the_true_share(count, monkeypatch):
     monkeypatch.setattr(module, "_RESAMPLES", 400)
