@@ -363,6 +363,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_conversion_holds_few_tensors_at_a_time(tmp_path: Path) -> None:
     d, hidden, layers, vocab = 512, 2048, 8, 4000

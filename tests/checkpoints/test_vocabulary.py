@@ -73,6 +73,7 @@ def test_llamas_runs_of_spaces_which_all_score_alike() -> None:
             assert tokenizer.encode(text).ids == reference_encode(text, names, scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space_prefix", [True, False])
 def test_lossless_for_any_text(space_prefix: bool) -> None:
     built = scored_bpe(NAMES, SCORES, control=range(3), unknown=0, first_token=1, space_prefix=space_prefix)
@@ -169,6 +170,7 @@ def test_trimmed_rows_have_the_documented_order(text: str) -> None:
     assert tokenizer.encode("<mask>y").ids == [1, 3, 3 + 1 + ord(" "), trimmed.new_id(piece_id("y"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [FIRST_PIECE, FIRST_PIECE + 9, FIRST_PIECE + 16])
 def test_kept_tokens_encode_as_before(text: str, tokenizer: tokenizers.Tokenizer, size: int) -> None:
     kept = random_closure(size, size)

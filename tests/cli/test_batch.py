@@ -45,8 +45,11 @@ def test_results_are_those_of_generate_in_order(batch, checkpoint):
     assert [line["text"] for line in found] == [g.text for g in expected]
 
 
-@pytest.mark.parametrize("kept", [0, 2, 6])
-@pytest.mark.parametrize("torn", [b"", b'{"prompt": "on', b'{"prompt": "once", "text": "\xc3'])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kept", "torn"),
+    [(0, b'{"prompt": "on'), (2, b""), (2, b'{"prompt": "on\xc3'), (6, b""), (6, b'{"p')],
+)
 def test_it_goes_on_where_it_was_stopped(batch, kept, torn):
     _, whole = batch("--mode", "verified")
     lines = batch.out.read_bytes().splitlines(keepends=True)
@@ -57,6 +60,7 @@ def test_it_goes_on_where_it_was_stopped(batch, kept, torn):
     assert batch.out.read_bytes().splitlines(keepends=True)[:kept] == lines[:kept]
 
 
+@pytest.mark.slow
 def test_auto_writes_the_text_of_ar(batch):
     _, ar = batch("--mode", "ar")
     batch.out.unlink()

@@ -83,6 +83,7 @@ def lines(result):
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_closed_loop_keeps_so_many_requests_unfinished(run, endpoint):
     options = ("--requests", 8, "--warmup", 1, "--prompt-words", 5, "--new-tokens", 6)
     one, three = lines(run("bench", "serve", "--url", endpoint.url, "--concurrency", "1,3", *options))
@@ -102,12 +103,14 @@ def test_a_closed_loop_keeps_so_many_requests_unfinished(run, endpoint):
     assert (body["model"], body["max_tokens"], len(body["prompt"].split())) == ("first", 6, 5)
 
 
+@pytest.mark.slow
 def test_an_open_loop_does_not_wait_for_answers(run, endpoint):
     [line] = lines(run("bench", "serve", "--url", endpoint.url, "--rate", 200, "--requests", 12, "--warmup", 0))
     assert (line["rate"], line["completed"]) == (200, 12)
     assert endpoint.most_running > 3
 
 
+@pytest.mark.slow
 def test_errors_are_counted_by_kind_and_are_never_good(run, endpoint, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("busy\nbroken\n\ncut\ngarbled\nfine\n")
@@ -121,6 +124,7 @@ def test_errors_are_counted_by_kind_and_are_never_good(run, endpoint, tmp_path):
     assert line["goodput"]["share"] == sent["fine"] / 40
 
 
+@pytest.mark.slow
 def test_modes_chat_and_keys_reach_the_endpoint(run, endpoint):
     options = ("--modes", "ar:1,diffusion:3", "--chat", "--ignore-eos", "--api-key", "secret", "--model", "mine")
     [line] = lines(run("bench", "serve", "--url", endpoint.url, "--concurrency", 8, "--requests", 40, *options))
@@ -132,6 +136,7 @@ def test_modes_chat_and_keys_reach_the_endpoint(run, endpoint):
     assert {headers["authorization"] for headers in endpoint.headers} == {"Bearer secret"}
 
 
+@pytest.mark.slow
 def test_readings_and_a_picture_are_written(run, endpoint, tmp_path):
     out = tmp_path / "load"
     lines(run("bench", "serve", "--url", endpoint.url, "--rate", "50,100", "--requests", 4, "--out", out))

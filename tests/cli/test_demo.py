@@ -52,6 +52,7 @@ def test_verified_is_said_to_equal_ar_only_if_it_does(runs):
         result.token_ids[7] -= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [60, 120])
 def test_a_terminal_plays_both_stories_together(runs, width):
     loaded, recorded = runs

@@ -21,6 +21,7 @@ HEALTHY = {
 }
 
 
+@pytest.mark.slow
 def test_the_text_shows_every_fact_and_the_json_says_the_same(run):
     shown, printed = run("doctor"), json.loads(run("doctor", "--json").stdout)
     assert shown.exit_code == 0

@@ -17,6 +17,7 @@ def task(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_the_json_file_has_everything(run, checkpoint, task, tmp_path):
     out = tmp_path / "out.json"
     options = ("--threshold", 0.3, "--block-size", 4, "--temperature", 1, "--speed-prompts", 2, "--batch-sizes", "1,2")

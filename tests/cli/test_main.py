@@ -25,6 +25,7 @@ def test_the_version_is_that_of_the_package(run):
     assert run("--version").stdout == f"{twotower.__version__}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "offered"), [("twotower tok", "tokenize"), ("twotower init --block", "--block-size")])
 def test_the_shell_completes_commands_and_their_options(line, offered):
     program = "from twotower.cli.main import app; app(prog_name='twotower')"
@@ -92,6 +93,7 @@ def test_an_unknown_command_suggests_one(run):
     assert "generate" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_quiet(checkpoint: Path):
     program = "from twotower.cli.main import app; app()"
     command = [sys.executable, "-c", program, "generate", "a", "--model", str(checkpoint), "--json"]

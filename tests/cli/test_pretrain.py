@@ -46,6 +46,7 @@ def pretrain(run, inputs, *options):
     return result
 
 
+@pytest.mark.slow
 def test_a_backbone_gets_a_denoiser_by_our_own_commands(run, inputs):
     (inputs / "config" / "chat_template.jinja").write_text("{{ messages }}")
     result = pretrain(run, inputs, "--steps", 3, "--dtype", "float32", "--ema-decay", 0.9)

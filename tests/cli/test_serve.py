@@ -41,6 +41,7 @@ def client(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
 
 
+@pytest.mark.slow
 def test_killed_under_load_clients_see_clean_errors_and_it_comes_back(checkpoint, tmp_path):
     outcomes = []
     settings = {"model": "tiny", "prompt": "a", "max_tokens": 3000, "extra_body": {"mode": "ar", "ignore_eos": True}}
@@ -88,6 +89,7 @@ def test_killed_under_load_clients_see_clean_errors_and_it_comes_back(checkpoint
         assert '"status": 200' in log.read_text()
 
 
+@pytest.mark.slow
 def test_options_reach_the_server(checkpoint, tmp_path):
     options = ("--mode", "ar", "--max-context", "50", "--api-key", "k", "--max-waiting", "0")
     with process(checkpoint, 0, tmp_path, *options) as (_, url, log):

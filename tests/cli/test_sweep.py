@@ -24,6 +24,7 @@ def task(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_csv_json_and_pictures(run, checkpoint, task, tmp_path):
     out = tmp_path / "out"
     options = ("--thresholds", "0.2,0.9", "--block-sizes", "4", "--temperatures", "1", "--speed-prompts", 2)
@@ -44,6 +45,7 @@ def test_csv_json_and_pictures(run, checkpoint, task, tmp_path):
     assert "diffusion γ 0.9 S 4 T 16" in " ".join(result.stdout.split())
 
 
+@pytest.mark.slow
 def test_distances_and_batches_are_conditions(run, checkpoint, task, tmp_path):
     out = tmp_path / "out"
     options = ("--modes", "verified", "--distances", "0,30", "--batch-sizes", "1,2", "--temperatures", 1)

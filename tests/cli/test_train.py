@@ -173,6 +173,7 @@ def test_the_running_mean_and_the_last_block_size_are_exported(run, backbone, co
     assert twotower.load(tmp_path / "checkpoint-ema").config.block_size == 2
 
 
+@pytest.mark.slow
 def test_a_low_rank_run_exports_whole_weights(run, backbone, corpus, tmp_path):
     train_to(run, backbone, corpus, tmp_path, 3, "--dtype", "float32", "--lora-rank", 2)
     before, after = tensors(backbone), tensors(tmp_path / "checkpoint")
@@ -230,6 +231,7 @@ def test_numbers_go_to_tensorboard_and_to_wandb(run, backbone, corpus, tmp_path,
     assert events.Scalars("train/loss")[0].value == pytest.approx(reports[0]["loss"])
 
 
+@pytest.mark.slow
 def test_curves_go_on_after_a_kill_and_belong_to_one_folder(run, backbone, corpus, tmp_path, monkeypatch):
     ids = []
 
@@ -289,6 +291,7 @@ def files_of_at_most(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_bytes", "options"),
     [

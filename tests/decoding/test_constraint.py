@@ -119,6 +119,7 @@ def test_free_rows_of_the_batch_are_what_they_are_alone(model):
     assert beside.confidences == pytest.approx(alone.confidences, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_engine_gives_what_generate_gives_also_when_it_preempts(model):
     params = [
         SamplingParams(mode=STEP_MODES[s % 2], max_new_tokens=70, temperature=1.0, seed=s, regex="[a-z]{40}[0-9]{4}")

@@ -31,6 +31,7 @@ def test_calls_and_blocks_are_as_the_table_says(name: Any, tiny: Callable) -> No
     assert all(step.tokens for step in steps) or mode.fills_blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODES)
 def test_a_mode_reads_the_settings_that_it_lists_and_no_others(name: Any, tiny: Callable) -> None:
     model = tiny("M*-E")

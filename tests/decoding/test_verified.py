@@ -80,6 +80,7 @@ def test_greedy_is_ar_token_for_token(pattern: str, adaptive_draft: bool, tiny: 
     assert accepted > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "known"), [("M*-E", False), ("M*-E", True), ("llama", True)])
 def test_rejection_at_every_offset(pattern: str, known: bool, tiny: Callable, close: Callable) -> None:
     model, params = tiny(pattern), SamplingParams(mode="verified", max_new_tokens=100, adaptive_draft=False)
@@ -232,6 +233,7 @@ def sampled(model: TwoTower, prompt: list[int], params: SamplingParams, num: int
 NUM = 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "changed"),
     [
@@ -255,6 +257,7 @@ def test_sampling_is_distributed_as_ar(pattern: str, changed: dict[str, Any], ti
     assert found.p_value > 1e-3
 
 
+@pytest.mark.slow
 def test_the_chi_square_test_finds_wrong_acceptance(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of the drafter's distribution, or a correction from p instead of (p − q)⁺, are found."""
     model, prompt = tiny("M*-", vocab_size=6), [4, 5]

@@ -69,9 +69,10 @@ with FakeTensorMode(), Copies() as copies:
     limits = EngineConfig(state_bytes=1 << 20, snapshot_bytes=1 << 16, prompt_chunk=64, max_num_requests=12)
     made = engine.Engine(model, limits)
     for i, mode in enumerate([*MODES, *MODES]):
-        params = SamplingParams(mode=mode, max_new_tokens=8 + i, block_size=5, temperature=i % 2, top_k=9, seed=i)
+        lengths = {"max_new_tokens": 6 + i % 3, "block_size": 5, "steps_per_block": 3}
+        params = SamplingParams(mode=mode, **lengths, temperature=i % 2, top_k=9, seed=i)
         made.add([5, 6, 7, 8 + i], params)
-    made.add([9] * 200, SamplingParams(mode="auto", max_new_tokens=8, allow_loss=True))
+    made.add([9] * 70, SamplingParams(mode="auto", max_new_tokens=8, allow_loss=True))
     finished = 0
     while made.has_work:
         finished += sum(event.result is not None for event in made.step())

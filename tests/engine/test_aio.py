@@ -47,6 +47,7 @@ async def idle(engine: AsyncEngine) -> None:
         await asyncio.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_streams_at_once_are_generate_alone(model: TwoTower, engine: AsyncEngine) -> None:
     params = [SamplingParams(mode=mode, max_new_tokens=9 + i, seed=i, block_size=4) for i, mode in enumerate(MODES)] * 2
     prompts = [[5 + i] * (1 + 5 * i) for i in range(len(params))]

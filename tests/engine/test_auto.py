@@ -209,6 +209,7 @@ def test_a_step_that_takes_far_too_long_is_reason_to_choose_at_once() -> None:
     assert chooser.due(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_changing_over_changes_no_token_of_greedy_text(
     temperature: float, tiny: Callable, monkeypatch: pytest.MonkeyPatch
@@ -273,6 +274,7 @@ def test_only_the_engine_takes_it(tiny: Callable) -> None:
         SamplingParams(allow_loss=True)
 
 
+@pytest.mark.slow
 def test_a_change_after_a_block_has_room_for_block_and_draft(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The block that diffusion has just finished is absorbed in the round in which the first draft is verified."""
     model = tiny("M*-E", vocab_size=6, seed=1)  # drafts are often right

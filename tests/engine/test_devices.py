@@ -17,6 +17,7 @@ from twotower.engine.engine import Engine
 PROGRAM = Path(__file__).parent / "absent_devices.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [{"pattern": "M*-"}, {"pattern": "*-", "use_rope": True, "tie_word_embeddings": True}])
 def test_towers_on_two_devices_wait_for_nothing_but_the_rounds_results(kind, sizes):
     """Without experts: the reference op of `E` layers reads its routing back."""
@@ -31,6 +32,7 @@ def test_towers_on_two_devices_wait_for_nothing_but_the_rounds_results(kind, siz
     assert found["steps per read"] >= len({"ar", "mock_ar", "diffusion", "verified"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apart", [False, True])
 def test_finished_blocks_are_absorbed_while_others_denoise(apart, tiny, monkeypatch):
     """Work that waits for a device waits for all that was launched there before: with commits apart, the denoiser has

@@ -76,6 +76,7 @@ def test_one_large_request_is_not_passed_for_ever(tiny: Callable) -> None:
     assert 5 < i < 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ar", "verified"])
 def test_the_youngest_is_preempted_and_all_end(mode: str, tiny: Callable) -> None:
     model = tiny("M*-E", vocab_size=6, seed=1)
@@ -108,6 +109,7 @@ def test_a_request_that_would_start_anew_keeps_its_draft(tiny: Callable) -> None
     assert len(lengths) > 1
 
 
+@pytest.mark.slow
 def test_aborts_at_random_phases_leave_nothing_behind_and_others_unchanged(tiny: Callable) -> None:
     abort_at_random(tiny("M*-E"), 300)
 

@@ -124,6 +124,7 @@ def play(engine: Engine, requests: list[Known], schedule: list[Arrival]) -> dict
     return done
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     schedule=arrivals,

@@ -61,6 +61,7 @@ def test_no_reply_ends_an_evaluation(scorer, text, monkeypatch):
     assert judge(scorer, ANSWERS[scorer], text) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scorers", "times"), [(("exact", "number", "json"), 150), (("program",), 5)])
 def test_any_reply_is_worth_0_or_1(scorers, times):
     @hypothesis.settings(deadline=None, derandomize=True, database=None, max_examples=times)

@@ -221,6 +221,7 @@ def chatting(checkpoint, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_lm_evals_chats_are_written_by_the_checkpoints_template(chatting, local_tasks, monkeypatch):
     monkeypatch.setattr(adapter, "cli_evaluate", lambda: None)
     adapter.main()

@@ -59,6 +59,7 @@ def test_a_program_that_ends_passes(program):
     assert passes(program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [
@@ -75,6 +76,7 @@ def test_a_program_that_fails_or_leaves_early_does_not(program):
     assert not passes(program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["import time; time.sleep(60)", "bytearray(1 << 29)", "open('a', 'w').write('b')"])
 def test_limits_hold_everywhere(program, short):
     assert not passes(program)

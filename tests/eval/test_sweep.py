@@ -79,6 +79,7 @@ def test_empty_axes_and_bad_distances_are_mistakes():
         SweepConfig(temperatures=(0, -1))
 
 
+@pytest.mark.slow
 def test_every_condition_has_its_own_ar(model, asking):
     config = SweepConfig(thresholds=(0.3,), block_sizes=(4,), temperatures=(1.0,), distances=(0, 40))
     found = list(sweep(model, asking("likelihood", length=4), config, QUICK))
@@ -139,6 +140,7 @@ def test_the_front_is_what_nothing_beats():
     assert [p.label for p in front(points)] == ["fast", "slow"]
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_of_what_there_is(tmp_path):
     points = [point("a", 10, 1.0), point("b", 20, 0.5, distance=64), point("c", None, 0.5, phases={})]
     assert [file.name for file in draw(points, tmp_path)] == [

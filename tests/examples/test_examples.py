@@ -45,6 +45,7 @@ def test_an_example_is_short_and_uses_public_names_only(file: Path) -> None:
     assert {name.partition(".")[0] for name in modules} <= ALLOWED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_an_example_prints_what_it_promises(name: str, tmp_path: Path) -> None:
     arguments, expected = RUNS[name]

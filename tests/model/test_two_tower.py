@@ -29,6 +29,7 @@ def assert_same_state(ours: ContextState, theirs: ContextState, close: Callable,
             close(a[row, :, :length], b[row, :, :length], tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_prefill_and_extend_are_one_prefill_wherever_it_is_split(
     pattern: str, tiny: Callable, ids: Callable, close: Callable

@@ -166,6 +166,7 @@ def test_experts_that_were_not_chosen_add_exactly_nothing(rows: int, everything:
     assert torch.equal(run(x, routing, loud), run(x, routing, stacked))
 
 
+@pytest.mark.slow
 def test_gradients_reach_experts_and_router() -> None:
     x, gate, correction = router(4)
     stacked = weights(biased=False)
@@ -177,6 +178,7 @@ def test_gradients_reach_experts_and_router() -> None:
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cxx_compiler")
 def test_compiled_bfloat16_gradients_are_the_plain_ones() -> None:
     generator = torch.Generator().manual_seed(0)

@@ -39,6 +39,7 @@ def test_blocks_see_the_context_before_them_and_documents_nothing(width: int, bi
     close(alone, naive(context, None, DOCUMENT, taps, bias), 1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", [1, 5 * 2 * 2, module.PIECE])  # one token at a time, five, and the whole row
 def test_gradients_reach_everything(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PIECE", piece)
@@ -82,6 +83,7 @@ def test_it_keeps_its_inputs_and_nothing_of_their_size() -> None:
     assert sorted(large) == sorted([x.data_ptr(), context.data_ptr()])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cxx_compiler")
 def test_compiled_without_a_break_it_has_the_same_values_and_gradients() -> None:
     torch.manual_seed(0)

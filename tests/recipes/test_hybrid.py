@@ -38,6 +38,7 @@ def test_several_questions_are_answered_but_the_last(recipe, byte_tokenizer):
     assert all("\n" not in d.prompt for d in islice(recipe.documents("sums", 0, set(), byte_tokenizer), 20))
 
 
+@pytest.mark.slow
 def test_python_answers_pass_their_own_tests(recipe):
     for line in recipe.python(random.Random(0))[:5]:
         example = Example.from_dict({key: value for key, value in line.items() if key != "written"})

@@ -42,7 +42,7 @@ def test_a_replica_answers_and_says_when_its_engine_has_stopped(replicas):
     assert (asked["autoscaling_config"]["min_replicas"], asked["autoscaling_config"]["max_replicas"]) == (2, 3)
     replica = made(*arguments)
     client = TestClient(replica.__serve_build_asgi_app__())
-    body = {"model": "mine", "prompt": "Once upon a time", "max_tokens": 4}
+    body = {"model": "mine", "prompt": "Once upon a time", "max_tokens": 4, "temperature": 0}
     assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == ", there was a"
     replica.check_health()
     replica.engine.close()

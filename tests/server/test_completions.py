@@ -27,6 +27,7 @@ def joined(stream):
     return texts, reasons
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_completion_is_what_the_library_gives(client, model, mode):
     extra = {"mode": mode, "block_size": 6, "steps_per_block": 4, "confidence_threshold": 0.3, "top_k": 50}
@@ -45,7 +46,10 @@ def test_a_completion_is_what_the_library_gives(client, model, mode):
 
 # What `ar` writes up to each of the stops; without any, 37 tokens: two rounds of 13 bytes and 11 of the third.
 STOPS = {(): (CYCLE * 3).encode()[:37].decode(), ("🎉",): "b ", ("zab", "é…"): "b 🎉", ("z", "ab"): "b 🎉é…"}
-CASES = list(itertools.product((*MODES, "auto", "auto with allow_loss"), (0, 1), STOPS))
+CASES = [
+    pytest.param(*case, marks=[pytest.mark.slow] * (case[1] > 0))
+    for case in itertools.product((*MODES, "auto", "auto with allow_loss"), (0, 1), STOPS)
+]
 
 
 @pytest.fixture
@@ -149,6 +153,7 @@ def test_small_and_default_sizes(client):
     assert short.usage.completion_tokens == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_chat_streams_what_it_gives_whole(client, model, mode):
     parts = [{"type": "text", "text": "hé"}, {"type": "text", "text": "y"}]

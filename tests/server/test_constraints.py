@@ -47,6 +47,7 @@ def complete(client, extra, **settings):
     return client.completions.create(model="tiny", prompt="ab", max_tokens=100, seed=1, extra_body=extra, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ar", "verified", "auto", None])
 def test_a_chat_follows_the_schema_of_its_response_format(client, mode):
     extra = {} if mode is None else {"mode": mode}

@@ -174,6 +174,7 @@ def test_bodies_that_are_no_request(http, path):
     refused(sent(b'{"model": "tiny"}', **{"content-type": "text/plain"}), 400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_too_much_of_everything(http, path):
     def prompt(text):
@@ -230,6 +231,7 @@ def test_without_a_template_chat_says_so(engine, serve):
     assert "no chat template" in refused(response, 400, "messages")
 
 
+@pytest.mark.slow
 def test_a_full_server_says_when_to_come_again(model, serve, wait_until):
     engine = AsyncEngine(model, EngineConfig(max_num_requests=1, max_num_waiting=2)).start()
     body = {"model": "tiny", "prompt": "a", "max_tokens": 3000, "mode": "ar", "stream": True}
@@ -250,6 +252,7 @@ def test_a_full_server_says_when_to_come_again(model, serve, wait_until):
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_stopped_engine_is_unavailable(model, serve):
     engine = AsyncEngine(model).start()
     with serve(make_app(engine, ServerConfig(model_name="tiny"))) as served:

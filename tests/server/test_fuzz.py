@@ -68,6 +68,7 @@ def thinned(body: dict, data: st.DataObject) -> dict:
     return {k: v for k, v in body.items() if kept is None or k not in optional or k in kept}
 
 
+@pytest.mark.slow
 def test_nothing_is_a_5xx(tiny, byte_tokenizer):
     model = tiny("M*-E", vocab_size=260, eos_token_id=2, block_size=8)  # its texts can end where a grammar wants it
     model.tokenizer = byte_tokenizer

@@ -43,6 +43,7 @@ def test_scoring_stops_when_nobody_waits(engine):
     asyncio.run(leave(EndlessScorer()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_chosen_tokens_have_the_probability_they_were_committed_with(client, model, mode):
     settings = {"model": "tiny", "prompt": "a", "max_tokens": 15, "seed": 4, "logprobs": 0}
@@ -73,6 +74,7 @@ def test_tops_are_the_context_towers_and_need_its_modes(client, model, http):
         assert error["param"] == "logprobs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("prompt", ["a", "xé", ""])
 def test_a_stream_has_the_tops_that_come_at_once(client, prompt, echo):

@@ -21,6 +21,7 @@ def guarded(engine, serve):
         yield served.url
 
 
+@pytest.mark.slow
 def test_a_key_opens_everything_else_but_a_few_things(guarded):
     for key in ("one", "two"):
         headers = {"Authorization": f"Bearer {key}"}

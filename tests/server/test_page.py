@@ -20,6 +20,8 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 PIXELS = """
 const pixel = (colour) => {
   const canvas = document.createElement("canvas").getContext("2d");

@@ -120,6 +120,7 @@ def test_slow_readers_do_not_hold_up_others(app, engine, model):
         assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == expected
 
 
+@pytest.mark.slow
 def test_a_huge_prompt_does_not_hold_up_others(url, http):
     huge = {"model": "tiny", "prompt": "a🎉" * 250_000}
     waits = []
@@ -134,6 +135,7 @@ def test_a_huge_prompt_does_not_hold_up_others(url, http):
     assert max(waits) < 0.4 * sum(waits)
 
 
+@pytest.mark.slow
 def test_stopping_finishes_what_runs(model, serve):
     engine = AsyncEngine(model, EngineConfig(max_num_requests=2)).start()
     texts = []

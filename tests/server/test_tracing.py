@@ -27,6 +27,7 @@ def traced(engine, serve, monkeypatch):
         yield served.url, exporter.get_finished_spans
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_span_says_what_a_request_was(traced, wait_until, stream):
     url, spans = traced

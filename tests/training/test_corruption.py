@@ -116,6 +116,7 @@ def test_complementary_views_mask_every_scored_position_once_between_them() -> N
     assert torch.equal(noisy.xt[4:], x0.masked_fill(noisy.masked[4:], MASK))
 
 
+@pytest.mark.slow
 def test_later_positions_are_masked_more_often_at_the_same_rate() -> None:
     beta, x0 = 0.3, tokens(3000, 48)
     noisy = run(x0, later_weight=beta, level_per="example")

@@ -48,6 +48,7 @@ def kill_during_run(folder: Path, out: str, after: int) -> None:
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(inputs: Path) -> None:
     after = random.SystemRandom().randrange(1, STEPS - 10)
     kill_during_run(inputs, "killed", after)

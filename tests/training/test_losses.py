@@ -76,6 +76,7 @@ def step(model: TwoTower, x0: Tensor, noisy: Corrupted, parts: list[slice], redu
         (loss_sums(model, x0[part], piece, weigh(piece, reduction).weight).denoising / denominator).backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("complementary", [True, False])
 def test_the_gradient_does_not_depend_on_how_a_step_is_cut(
@@ -182,6 +183,7 @@ def test_elbo_is_the_enumerated_bound(toy: TwoTower, ids: Callable) -> None:
     assert likelihood < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level_per", ["block", "example"])
 def test_elbo_of_random_draws_converges_to_the_bound(level_per: Any, toy: TwoTower, ids: Callable) -> None:
     x0, rows = ids(1, 4), 3000

@@ -49,6 +49,7 @@ def test_the_loss_is_the_mean_over_scored_next_tokens(recompute: bool, tiny: Cal
     assert sum(parts) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_fresh_backbone_learns(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
     model = OneTower(tiny("ME*-").config)
     model.initialise_(0)
@@ -59,6 +60,7 @@ def test_a_fresh_backbone_learns(tiny: Callable, corpus: Corpus, tmp_path: Path)
     assert losses[-1] < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_size", [0, 3])
 def test_experts_are_balanced(micro_batch_size: int, tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
     model = OneTower(tiny("E").config)

@@ -55,6 +55,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / f"twotower-{os.getuid()}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="this machine has no C compiler")
 def test_a_user_without_a_home_keeps_the_library_among_the_temporary_files(temporary: Path) -> None:
     assert build.library() is not None
@@ -73,6 +74,7 @@ def test_a_temporary_folder_that_others_can_write_is_not_used(
     assert f"{temporary} can be written by others" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="this machine has no C compiler")
 def test_a_home_that_cannot_be_written_is_passed_over(
     temporary: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

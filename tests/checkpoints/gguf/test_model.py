@@ -83,6 +83,7 @@ def converted(source: Path, out: Path) -> dict[str, torch.Tensor]:
     return load_model(out).released_tensors()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_unquantised_is_the_same_model_as_from_its_directory(
     tmp_path: Path, write: Write, request: pytest.FixtureRequest, family: str
@@ -104,6 +105,7 @@ def test_unquantised_is_the_same_model_as_from_its_directory(
         assert getattr(ours, field) == getattr(theirs, field), field
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dtype"), [(Kind.F16, torch.float16), (Kind.BF16, torch.bfloat16)])
 def test_half_precision_is_kept(tmp_path: Path, llama: Any, write: Write, kind: Kind, dtype: torch.dtype) -> None:
     specs = open_gguf(write(llama.model, kind)).specs

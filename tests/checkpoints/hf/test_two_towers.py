@@ -180,6 +180,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_holds_the_model_and_at_most_one_shard(tmp_path: Path) -> None:
     config = TwoTowerConfig(vocab_size=8000, hidden_size=512, pattern="-" * 8, intermediate_size=2048)

@@ -140,6 +140,7 @@ def test_each_way_from_the_block_before_works_alone(keep: str, tiny: Callable, i
     assert not any(moved(quiet, logits(model, changed, xt, t, layout)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["M", "M*-", "MM", "llama"])
 @pytest.mark.parametrize("chunk_size", [8, 12, 64])
 def test_no_block_sees_its_own_clean_tokens_or_anything_later(
@@ -234,6 +235,7 @@ class Pass(nn.Module):
         return block_parallel_hidden(self.model, *arguments, chunk_size=6).denoiser
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["MM", "M*M", "*-*"])
 def test_gradients_through_seeding_into_context_weights(pattern: str, tiny: Callable, ids: Callable) -> None:
     """What reaches the denoiser through state, convolution and keys, against finite differences in float64."""

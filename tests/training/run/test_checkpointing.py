@@ -77,6 +77,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_state_before(tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk."""
     done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=True)

@@ -12,6 +12,8 @@ from twotower.training.corpus.shards import CorpusBatch
 from twotower.training.denoising import Denoising, DenoisingConfig
 from twotower.training.run.compiling import compiled
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -16,6 +16,7 @@ from twotower.training.denoising import Denoising
 from twotower.training.run.trainer import StepReport, TrainConfig, Trainer
 
 
+@pytest.mark.slow
 def test_held_out_rows_are_measured_alike_however_they_are_cut(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
     model = tiny("M*", dtype=torch.float64, block_size=8)
     objective = Denoising(model, DenoisingConfig())
@@ -38,6 +39,7 @@ def test_held_out_rows_are_measured_alike_however_they_are_cut(tiny: Callable, c
     assert found[2] == pytest.approx(found[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_running_mean_is_measured_beside_the_weights(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
     def last(ema_decay: float) -> tuple[Trainer, dict[str, float]]:
         config = TrainConfig(steps=4, batch_size=4, learning_rate=1e-2, evaluate_every=4, ema_decay=ema_decay)

@@ -40,6 +40,7 @@ def corpus(tmp_path: Path) -> Corpus:
     return rows(tmp_path / "corpus", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "what", "message"),
     [

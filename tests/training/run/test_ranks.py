@@ -17,6 +17,8 @@ from twotower.training.run.checkpointing import latest_state, read_tensors_
 from twotower.training.run.ranks import Ranks, joined
 from twotower.training.run.trainer import TrainConfig, Trainer, trained_parameters
 
+pytestmark = pytest.mark.slow
+
 RUN = {
     "evaluate_every": 1,
     "batch_size": 4,

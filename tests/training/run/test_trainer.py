@@ -58,6 +58,7 @@ def test_the_context_tower_stays_bit_identical_and_all_else_trains(
             assert not same, name
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down_and_the_text_is_learnt(
     train: Callable, tiny: Callable, corpus: Corpus, tmp_path: Path
 ) -> None:
@@ -73,6 +74,7 @@ def test_the_loss_goes_down_and_the_text_is_learnt(
     assert result.stats.denoiser_calls < 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -128,6 +130,7 @@ def test_the_running_mean_is_that_of_the_weights(
     assert not torch.equal(mean, trainer.optimiser.masters[name])
 
 
+@pytest.mark.slow
 def test_bf16_computes_coarsely_and_learns_finely(
     make: Callable, train: Callable, tiny: Callable, corpus: Corpus, tmp_path: Path
 ) -> None:
@@ -149,6 +152,7 @@ def test_bf16_computes_coarsely_and_learns_finely(
     assert torch.equal(resumed.objective.model.lm_head.weight, end.bfloat16())
 
 
+@pytest.mark.slow
 def test_a_resumed_bf16_run_is_the_same_run(make: Callable, tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
     settings = {"bf16": True, "ema_decay": 0.9, "learning_rate": 1e-2}
     straight = make(tiny("M*", block_size=8), corpus, tmp_path / "straight", **settings)
@@ -167,6 +171,7 @@ def test_recomputing_changes_nothing(train: Callable, tiny: Callable, corpus: Co
     assert all(torch.equal(a, b) for a, b in zip(state(plain).values(), state(other).values(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_trained_context_moves_and_tied_towers_stay_one(
     train: Callable, tiny: Callable, corpus: Corpus, tmp_path: Path
 ) -> None:

@@ -24,6 +24,8 @@ from twotower.training.run.ranks import Ranks, joined
 from twotower.training.run.trainer import TrainConfig, Trainer, trained_parameters
 from twotower.training.run.weights import TensorStream, trained_tensors
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"steps": 2, "batch_size": 4, "warmup_steps": 1, "learning_rate": 1e-2, "shard": True, "evaluate_every": 1}
 
 
