@@ -40,12 +40,6 @@ def check_integer(name: str, value: object, low: int, high: int | None = None, f
         raise SettingError(name, value, rule, fix)
 
 
-def check_number(name: str, value: object, low: float, high: float, fix: str = "") -> None:
-    """Raises SettingError unless `value` is a number in [`low`, `high`]; NaN is in no interval."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise SettingError(name, value, f"a number in [{low:g}, {high:g}]", fix)
-
-
 def check_choice(name: str, value: object, allowed: Sequence[str], fix: str = "") -> None:
     """Raises SettingError unless `value` is one of `allowed`."""
     if value not in allowed:

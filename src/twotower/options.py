@@ -19,7 +19,8 @@ class Option(NamedTuple):
     `least` and `most` belong to the range, `above` and `below` bound it without belonging to it. `shown_default` is
     shown for a default that is worked out later. `flag` is the option's spelling where it isn't the field's, `envvar`
     an environment variable that sets it, `unit` what a number on the command line counts, such as 2**20 for MiB of
-    bytes, and `parse` reads a text where the field's type doesn't say how.
+    bytes, `parse` reads a text where the field's type doesn't say how, and `fix` is what the error for a number out of
+    the range advises.
     """
 
     help: str
@@ -32,6 +33,7 @@ class Option(NamedTuple):
     envvar: str | None
     unit: int
     parse: Callable[[str], Any] | None
+    fix: str
 
     @property
     def range(self) -> str:
@@ -48,7 +50,7 @@ class Option(NamedTuple):
     def holds(self, number: float) -> bool:
         """Whether a number is finite and in the range."""
         return (
-            math.isfinite(number)
+            -math.inf < number < math.inf  # math.isfinite can't take an integer beyond the floats
             and (self.least is None or number >= self.least)
             and (self.most is None or number <= self.most)
             and (self.above is None or number > self.above)
@@ -73,9 +75,10 @@ def option(
     envvar: str | None = None,
     unit: int = 1,
     parse: Callable[[str], Any] | None = None,
+    fix: str = "",
 ) -> Any:
     """A dataclass field with a default and an `Option`, where the arguments are explained."""
-    what = Option(help, least, most, above, below, shown_default, flag, envvar, unit, parse)
+    what = Option(help, least, most, above, below, shown_default, flag, envvar, unit, parse, fix)
     return dataclasses.field(default=default, metadata={"option": what})
 
 
@@ -123,4 +126,4 @@ def _check(name: str, value: Any, kind: Any, what: Option, whole: Any) -> None:
         accepted = int if kind is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, accepted) or not what.holds(value):
             noun = {int: ("an integer", "integers"), float: ("a number", "numbers")}[kind][whole is not value]
-            raise SettingError(name, whole, f"{noun} {what.range.replace('at', 'of at', 1)}".strip())
+            raise SettingError(name, whole, f"{noun} {what.range.replace('at', 'of at', 1)}".strip(), what.fix)

@@ -10,6 +10,7 @@ import pytest
 import twotower
 from twotower.decoding.modes import MODES
 from twotower.decoding.params import COMMIT_RULES
+from twotower.options import options_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -67,7 +68,9 @@ def test_the_page_on_modes_says_what_the_table_of_modes_says() -> None:
         assert f"| `{mode.name}` | {mode.summary} | {cost} | {text} |" in page
     for setting in {name for mode in MODES.values() for name in mode.settings}:
         readers = ", ".join(f"`{mode.name}`" for mode in MODES.values() if setting in mode.settings)
-        assert re.search(rf"^\| `{setting}` \|.*\| {readers} \|$", page, re.MULTILINE), f"{setting}: {readers}"
+        assert re.search(rf"^\| `{setting}`.*\| {readers} \|$", page, re.MULTILINE), f"{setting}: {readers}"
+    helps = {name: what.help for name, (_, what) in options_of(twotower.SamplingParams).items() if name != "mode"}
+    assert not [name for name, text in helps.items() if f"| {text} |" not in page.replace("`", "")]
 
 
 def test_getting_started_names_every_extra() -> None:

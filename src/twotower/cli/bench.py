@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from twotower.cli import bench_serve
 from twotower.cli.measuring import listed_modes
 from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_model
+from twotower.cli.settings import like
 from twotower.decoding.generate import generate
 from twotower.decoding.modes import MODES
 from twotower.decoding.params import SamplingParams
@@ -59,10 +60,8 @@ def decode(
         int, typer.Option(min=1, help="Most tokens written after each, 1 or more; an end token ends a text before.")
     ] = 128,
     modes: Annotated[str, typer.Option(help="Modes to measure, with commas; ar always runs.")] = ",".join(MODES),
-    block_size: Annotated[int, typer.Option(help="Tokens filled together, 1 or more.")] = _DEFAULTS.block_size,
-    threshold: Annotated[
-        float, typer.Option(help="A token above this probability is fixed at once, 0 to 1.")
-    ] = _DEFAULTS.confidence_threshold,
+    block_size: Annotated[int, like(SamplingParams, "block_size")] = _DEFAULTS.block_size,
+    threshold: Annotated[float, like(SamplingParams, "confidence_threshold")] = _DEFAULTS.confidence_threshold,
     repeats: Annotated[
         int,
         typer.Option(min=FEWEST_REPEATS, help=f"Rounds in which the modes take turns, {FEWEST_REPEATS} or more."),

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from twotower.cli.measuring import fitted, integers, listed_modes, numbers, telling, warn_about_programs
 from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, open_model
+from twotower.cli.settings import like
 from twotower.decoding.params import SamplingParams
 from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig, evaluate
 from twotower.eval.provenance import provenance
@@ -50,11 +51,9 @@ def command(
             help="A token above this probability is fixed at once, 0 to 1; with commas: diffusion runs with each."
         ),
     ] = f"{_DEFAULTS.confidence_threshold:g}",
-    block_size: Annotated[int, typer.Option(help="Tokens filled together, 1 or more.")] = _DEFAULTS.block_size,
-    steps_per_block: Annotated[
-        int, typer.Option(help="Most denoising steps for one block, 1 or more.")
-    ] = _DEFAULTS.steps_per_block,
-    temperature: Annotated[float, typer.Option(help="0 to 100; 0 is greedy.")] = _DEFAULTS.temperature,
+    block_size: Annotated[int, like(SamplingParams, "block_size")] = _DEFAULTS.block_size,
+    steps_per_block: Annotated[int, like(SamplingParams, "steps_per_block")] = _DEFAULTS.steps_per_block,
+    temperature: Annotated[float, like(SamplingParams, "temperature")] = _DEFAULTS.temperature,
     seed: Annotated[int, typer.Option(help="Decides what is sampled and timed, 0 or more.")] = 0,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens per second too.")] = True,
     speed_prompts: Annotated[

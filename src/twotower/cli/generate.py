@@ -16,34 +16,29 @@ from twotower.cli.options import (
     DenoiserDeviceOption,
     DeviceOption,
     DtypeOption,
-    MaxNewTokensOption,
     ModelOption,
     open_model,
 )
+from twotower.cli.settings import with_settings
 from twotower.decoding.generate import generate, stream
-from twotower.decoding.modes import Mode
-from twotower.decoding.params import CommitRule, SamplingParams
+from twotower.decoding.params import SamplingParams
 from twotower.engine.config import MIB, EngineConfig
 from twotower.model.two_tower import TwoTower
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-_DEFAULTS = SamplingParams()
 _LIMITS = EngineConfig()
-_MODE_HELP = (
-    "ar: the context tower alone, one token at a time. diffusion: whole blocks, most certain positions first. "
-    "verified: whole blocks that the context tower checks, the text of ar. simulated_ar: blocks from left to right. "
-    "mock_ar: the denoiser as a second autoregressive model. auto, with --out: ar or verified, whichever is faster."
-)
 _FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 @app.command("generate")
+@with_settings
 def command(
     prompt: Annotated[
         str | None,
         typer.Argument(help='Text to continue; "" starts from nothing.', show_default="--file, else stdin"),
     ] = None,
+    *,
     model: ModelOption = None,
     file: Annotated[
         Path | None,
@@ -58,42 +53,15 @@ def command(
         Path | None,
         typer.Option(
             dir_okay=False,
-            help="With --file: write one JSON object per line there, in order, many prompts at a time. Lines that it "
-            "has are kept: call it again after an interruption.",
+            help="With --file: write one JSON object per line there, in order, many prompts at a time, as mode auto "
+            "needs it. Lines that it has are kept: call it again after an interruption.",
         ),
     ] = None,
-    mode: Annotated[Mode, typer.Option(help=_MODE_HELP)] = _DEFAULTS.mode,
-    max_new_tokens: MaxNewTokensOption = _DEFAULTS.max_new_tokens,
-    block_size: Annotated[
-        int, typer.Option(help="Tokens filled together, 1 or more; verified: the longest draft.")
-    ] = _DEFAULTS.block_size,
-    steps_per_block: Annotated[
-        int, typer.Option(help="Most denoising steps for one block, 1 or more.")
-    ] = _DEFAULTS.steps_per_block,
-    confidence_threshold: Annotated[
-        float, typer.Option(help="A token above this probability is fixed at once, 0 to 1.")
-    ] = _DEFAULTS.confidence_threshold,
-    commit_rule: Annotated[
-        CommitRule, typer.Option(help="Which positions a diffusion step fixes.")
-    ] = _DEFAULTS.commit_rule,
-    temperature: Annotated[float, typer.Option(help="0 to 100; 0 is greedy.")] = _DEFAULTS.temperature,
-    top_k: Annotated[
-        int | None, typer.Option(help="Sample among this many best tokens, 1 or more.", show_default="all")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Sample among the best tokens of this total probability, 0 to 1.", show_default="1"),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="0 or more; repeats a sample.", show_default="a new one")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given several times.", show_default="none")
-    ] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Write on after an end token.")] = False,
+    params: SamplingParams,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     context_device: ContextDeviceOption = None,
     denoiser_device: DenoiserDeviceOption = None,
-    allow_loss: Annotated[bool, typer.Option("--allow-loss", help="Let auto choose diffusion too.")] = False,
     max_num_requests: Annotated[
         int, typer.Option(help="With --out: prompts at a time, 1 or more.")
     ] = _LIMITS.max_num_requests,
@@ -103,10 +71,6 @@ def command(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per prompt, and nothing else on stdout.")
     ] = False,
-    fixed_draft: Annotated[
-        bool,
-        typer.Option("--fixed-draft", help="verified: always draft --block-size tokens, not by what was accepted."),
-    ] = False,
     live: Annotated[
         bool | None,
         typer.Option("--live/--no-live", help="Draw each step, or only print the text.", show_default="in a terminal"),
@@ -115,22 +79,6 @@ def command(
     """Continue a prompt, every prompt of a file, or what stdin holds."""
     if as_json and live:
         raise ValueError("--json and --live exclude each other; drop one of them")
-    params = SamplingParams(
-        mode=mode,
-        max_new_tokens=max_new_tokens,
-        block_size=block_size,
-        steps_per_block=steps_per_block,
-        confidence_threshold=confidence_threshold,
-        commit_rule=commit_rule,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-        allow_loss=allow_loss,
-        adaptive_draft=not fixed_draft,
-    )
     if out is not None and file is None:
         raise ValueError("--out needs --file, a JSON-lines file of prompts; without one, redirect what --json prints")
     if out is not None and (as_json or live):

@@ -30,7 +30,6 @@ DenoiserDeviceOption = Annotated[
 DtypeOption = Annotated[
     Dtype | None, typer.Option("--dtype", help="Type of the weights in memory.", show_default="the checkpoint's")
 ]
-MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to write, 0 or more.")]
 
 
 def open_model(

@@ -59,15 +59,23 @@ def _parameter(name: str, field: dataclasses.Field[Any], what: Option) -> inspec
         kind, default = str, ",".join(f"{value:g}" for value in default)
     elif what.unit > 1:
         default //= what.unit
+    annotation = Annotated[kind, _declared(what)]
+    return inspect.Parameter(_key(name, what), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def like(settings: type, name: str) -> Any:
+    """The typer option of one field, for a command that takes this field but not all of the dataclass."""
+    return _declared(options_of(settings)[name][1])
+
+
+def _declared(what: Option) -> Any:
     bounds = what.range and f" {what.range[0].upper()}{what.range[1:]}."
-    declared = typer.Option(
+    return typer.Option(
         *([] if what.flag is None else [what.flag]),
         help=what.help + bounds,
         envvar=what.envvar,
         show_default=what.shown_default or True,
     )
-    annotation = Annotated[kind, declared]
-    return inspect.Parameter(_key(name, what), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _read(value: Any, field: dataclasses.Field[Any], what: Option) -> Any:

@@ -3,13 +3,16 @@
 import dataclasses
 from typing import Literal, get_args
 
-from twotower.decoding.modes import CONSTRAINED_MODES, MODES, Mode
-from twotower.errors import SettingError, check_choice, check_flag, check_integer, check_number
+from twotower.decoding.modes import AUTO_SUMMARY, CONSTRAINED_MODES, MODES, Mode
+from twotower.errors import SettingError
+from twotower.options import check_options, option
 
 CommitRule = Literal["confidence", "margin", "entropy", "fixed", "leftmost", "posterior", "remask"]
 # Most positions of a block and most steps that it may take: far more than is of use, and what tensors can count.
 MAX_BLOCK = 1 << 16
 COMMIT_RULES: tuple[str, ...] = get_args(CommitRule)
+_SUMMARIES = [*((mode.name, mode.summary) for mode in MODES.values()), ("auto", AUTO_SUMMARY.replace("`", ""))]
+_EVERY_TOKEN = "leave it None to keep every token"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,20 +33,43 @@ class SamplingParams:
     `allow_loss` says so `diffusion`, whose output is not.
     """
 
-    mode: Mode = "diffusion"
-    max_new_tokens: int = 128
-    block_size: int = 16
-    steps_per_block: int = 16
-    confidence_threshold: float = 0.8
-    commit_rule: CommitRule = "confidence"
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    allow_loss: bool = False
-    adaptive_draft: bool = True
+    mode: Mode = option("diffusion", " ".join(f"{mode}: {summary}" for mode, summary in _SUMMARIES))
+    max_new_tokens: int = option(128, "Most tokens to write.", least=0)
+    block_size: int = option(
+        16, "Tokens that are filled together; for verified the longest draft.", least=1, most=MAX_BLOCK
+    )
+    steps_per_block: int = option(
+        16, "Most denoising steps of a block; the last one commits all that is left.", least=1, most=MAX_BLOCK
+    )
+    confidence_threshold: float = option(
+        0.8, "A token whose probability is above this is committed at once.", least=0, most=1
+    )
+    commit_rule: CommitRule = option("confidence", "How diffusion chooses the positions that a step commits.")
+    temperature: float = option(
+        0.0, "0 takes the likeliest token; above 0 tokens are sampled.", least=0, most=100, fix="0 is greedy"
+    )
+    top_k: int | None = option(
+        None, "Sample among this many likeliest tokens.", least=1, shown_default="all", fix=_EVERY_TOKEN
+    )
+    top_p: float | None = option(
+        None,
+        "Sample among the likeliest tokens that together have this probability.",
+        least=0,
+        most=1,
+        shown_default="1",
+        fix=_EVERY_TOKEN,
+    )
+    seed: int | None = option(
+        None, "Decides what is sampled: one seed gives one text.", least=0, shown_default="a new one"
+    )
+    stop: tuple[str, ...] = option((), "End before this text; may be given several times.", shown_default="none")
+    ignore_eos: bool = option(False, "Go on after an end token.", flag="--ignore-eos")
+    allow_loss: bool = option(False, "Let auto choose diffusion too.", flag="--allow-loss")
+    adaptive_draft: bool = option(
+        True,
+        "Let the draft of verified follow how much was accepted lately; otherwise it is as long as a block.",
+        flag="--adaptive-draft/--fixed-draft",
+    )
     json_schema: str | None = None
     regex: str | None = None
     grammar: str | None = None
@@ -52,27 +78,13 @@ class SamplingParams:
         if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise SettingError("stop", self.stop, "a sequence of non-empty strings", "write stop=('…',)")
         object.__setattr__(self, "stop", tuple(self.stop))
-        check_choice("mode", self.mode, (*MODES, "auto"))
-        check_choice("commit_rule", self.commit_rule, COMMIT_RULES)
-        check_integer("max_new_tokens", self.max_new_tokens, 0)
-        check_integer("block_size", self.block_size, 1, MAX_BLOCK)
-        check_integer("steps_per_block", self.steps_per_block, 1, MAX_BLOCK)
-        check_number("confidence_threshold", self.confidence_threshold, 0, 1)
-        check_number("temperature", self.temperature, 0, 100, "0 is greedy")
+        check_options(self)
         if 0 < self.temperature < 1e-6:  # logits divided by it must stay finite in float32
             raise SettingError("temperature", self.temperature, "0 or in [1e-06, 100]", "0 is greedy")
-        if self.top_k is not None:
-            check_integer("top_k", self.top_k, 1, fix="leave it None to keep every token")
-        if self.top_p is not None:
-            check_number("top_p", self.top_p, 0, 1, "leave it None to keep every token")
-            if self.top_p == 0:
-                raise SettingError("top_p", self.top_p, "a number in (0, 1]", "temperature=0 is the greedy setting")
-        if self.seed is not None:
-            check_integer("seed", self.seed, 0)
-            if self.seed >= 2**63:
-                raise SettingError("seed", self.seed, "in [0, 2**63)", "take it modulo 2**63")
-        for name in ("ignore_eos", "allow_loss", "adaptive_draft"):
-            check_flag(name, getattr(self, name))
+        if self.top_p == 0:
+            raise SettingError("top_p", self.top_p, "a number in (0, 1]", "temperature=0 is the greedy setting")
+        if self.seed is not None and self.seed >= 2**63:
+            raise SettingError("seed", self.seed, "in [0, 2**63)", "take it modulo 2**63")
         if self.commit_rule != "confidence" and (self.mode == "auto" or "commit_rule" not in MODES[self.mode].settings):
             rule = f"'confidence' in mode {self.mode!r}"
             raise SettingError("commit_rule", self.commit_rule, rule, "only mode 'diffusion' reads it: drop it")
