@@ -26,7 +26,7 @@ _MEASURED: tuple[Mode, ...] = ("ar", "diffusion", "verified")
 _SHOWN: tuple[Mode, ...] = ("diffusion", "ar")
 _TITLES: dict[Mode, str] = {"diffusion": "diffusion: most certain first", "ar": "ar: one token at a time"}
 _BORDERS: dict[Mode, str] = {"diffusion": "cyan", "ar": "blue"}
-_SIDE_BY_SIDE = 80  # columns that two panels of text need
+_SIDE_BY_SIDE = 80  # columns of the narrowest console with two panels side by side
 
 
 class Run(NamedTuple):
@@ -55,16 +55,16 @@ def command(
     model: ModelOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the story, 1 or more.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 to 100; 0 writes the likeliest story.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="0 or more; another story where temperature is above 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="0 or more; decides the story if --temperature is above 0.")] = 0,
     seconds: Annotated[
-        float, typer.Option(min=0.0, help="How long the stories are shown, 0 or more; both keep their share of it.")
+        float, typer.Option(min=0.0, help="Seconds that the slower story takes, 0 or more; both are slowed down alike.")
     ] = 5.0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
 ) -> None:
     """Write one story in three modes, show two of them side by side in slow motion, and compare the speeds.
 
-    The stories are written first and shown then: pauses between the steps would slow each step down.
+    All stories are written before they are shown, because pauses between the steps would slow the steps down.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, must be at least 1 to have a story to show")
@@ -97,7 +97,7 @@ def _warm_up(model: TwoTower, prompt: str, settings: list[SamplingParams]) -> No
 
 
 def _play(runs: dict[Mode, Run], views: dict[Mode, StoryView], seconds: float, console: Console) -> None:
-    """Shows the recorded stories together, the slower one lasting `seconds`; leaves the whole panels behind."""
+    """Shows the recorded stories together, so that the slower one takes `seconds`, and leaves the finished panels."""
     slowdown = seconds / max(runs[mode].seconds for mode in views)
     captions = dict.fromkeys(views, f"{slowdown:.1f} times slower than it was")
     speeds = {mode: f"{runs[mode].tokens_per_second:.0f} tokens/s" for mode in views}
@@ -108,7 +108,7 @@ def _play(runs: dict[Mode, Run], views: dict[Mode, StoryView], seconds: float, c
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for due, mode, piece in _timeline({mode: runs[mode] for mode in views}):
             left = began + due * slowdown - time.perf_counter()
-            if left > 0:  # a terminal that is too slow misses frames, not the end
+            if left > 0:  # a terminal that is too slow skips frames, but the last is printed below
                 live.update(_stage(views, captions, console, min(lines, room)), refresh=True)
                 time.sleep(max(0.0, began + due * slowdown - time.perf_counter()))
             views[mode].take(piece)
@@ -118,7 +118,7 @@ def _play(runs: dict[Mode, Run], views: dict[Mode, StoryView], seconds: float, c
 
 
 def _timeline(runs: dict[Mode, Run]) -> Iterator[tuple[float, Mode, StepOutput]]:
-    """Every run's pieces in the order they would have come in, had all runs begun together: (seconds, mode, piece)."""
+    """Every run's pieces in the order in which they would come if all runs began together: (seconds, mode, piece)."""
     events: list[tuple[float, Mode, StepOutput]] = []
     for mode, run in runs.items():
         at = 0.0
@@ -138,7 +138,7 @@ def _text_width(console: Console) -> int:
 
 
 def _stage(views: dict[Mode, StoryView], captions: dict[Mode, str], console: Console, lines: int) -> RenderableType:
-    """Both panels, each with the last `lines` of its text; side by side where there is room."""
+    """Both panels, each with the last `lines` of its text; side by side if the console is wide enough."""
     width = _text_width(console)
     panels = [
         Panel(
@@ -179,7 +179,7 @@ def _explanation(runs: dict[Mode, Run], temperature: float) -> Text:
         ("verified", "bold"),
         " lets the context tower, which writes ar, check each block and keep what it would have written itself: ",
     )
-    text.append(_same_or_not(runs) if temperature == 0 else "its stories are those of ar, differently drawn.")
+    text.append(_same_or_not(runs) if temperature == 0 else "its stories have the same distribution as those of ar.")
     return text.append('\nNext: twotower generate "The little dog" --mode verified', "dim")
 
 
@@ -189,4 +189,4 @@ def _same_or_not(runs: dict[Mode, Run]) -> str:
         return f"all {len(ours)} tokens are those of ar."
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     # A pass over a block and a pass over one token round differently.
-    return f"the first {same} tokens are those of ar, then rounding decided between two near equals."
+    return f"the first {same} tokens are those of ar, then rounding decided between two almost equally likely tokens."

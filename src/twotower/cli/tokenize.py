@@ -33,14 +33,14 @@ def command(
 ) -> None:
     """Write a corpus for `twotower train` from text: documents packed into rows, in the order they are read.
 
-    Without --prompt-field rows are full, and a document that a row's end cuts goes on in the next one.
+    Without --prompt-field every row is full, and a document that does not fit in a row is continued in the next.
     """
     tokenize(model, source, out, config, rows)
     print(f"train on it with: twotower train {model} {out} RUN")
 
 
 def tokenize(model: str, source: str, out: Path, config: TextConfig, rows: int = ROWS) -> None:
-    """`write_corpus` with the number of rows on stderr where that is a terminal; prints what the corpus then holds."""
+    """Writes the corpus, shows its rows on stderr if that is a terminal, and prints what it then holds."""
     check_out(out)
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("Tokenising: {task.fields[rows]:,} rows"), TimeElapsedColumn())
@@ -52,4 +52,4 @@ def tokenize(model: str, source: str, out: Path, config: TextConfig, rows: int =
         f"{held.padding / (held.rows * config.length):.1%} padding"
     )
     if held.cut:
-        print(f"{held.cut:,} documents longer than a row lost {held.lost:,} tokens; longer rows keep them")
+        print(f"{held.cut:,} documents longer than a row lost {held.lost:,} tokens; longer rows would keep them")

@@ -1,4 +1,4 @@
-"""Sending a plan to an OpenAI endpoint, and the clock readings of every request."""
+"""Sends a plan to an OpenAI endpoint and records the clock readings of every request."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ def client(api_key: str | None, timeout: float) -> httpx.AsyncClient:
 
 
 def find_model(url: str, api_key: str | None, timeout: float) -> str:
-    """The first model of the endpoint's list. Raises ValueError where it has none."""
+    """The first model of the endpoint's list. Raises ValueError if it has none."""
     try:
         answer = httpx.get(f"{url}/models", headers=_headers(api_key), timeout=timeout)
         answer.raise_for_status()
@@ -80,7 +80,7 @@ async def _send(
 
 
 async def _read(answer: httpx.Response, reading: Reading, began: float) -> None:
-    """Takes the events of a stream up to its [DONE]."""
+    """Reads the events of a stream until its [DONE]; the error is "cut" if the stream ends before."""
     async for line in answer.aiter_lines():
         if not line.startswith("data:"):
             continue
@@ -100,7 +100,7 @@ async def _read(answer: httpx.Response, reading: Reading, began: float) -> None:
 
 
 def _body(target: Target, shot: Shot) -> dict[str, Any]:
-    """The request's JSON; `mode` and `ignore_eos`, which other servers may not know, only where they are asked for."""
+    """The request's JSON. Other servers may not know `mode` and `ignore_eos`, so they are sent only if asked for."""
     messages = [{"role": "user", "content": shot.prompt}]
     given = {"messages": messages} if target.endpoint == "chat" else {"prompt": shot.prompt}
     body = {"model": target.model, "max_tokens": shot.new_tokens, "temperature": target.temperature, "stream": True}

@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-# Words that every tokenizer has, in no order that a prefix cache could know.
+# Common words. Prompts have them in random order, so that a prefix cache does not help.
 _WORDS = (
     *("once", "upon", "a", "time", "there", "was", "little", "girl", "boy", "dog", "cat", "bird", "tree", "house"),
     *("big", "red", "happy", "sad", "one", "day", "she", "he", "they", "went", "to", "the", "park", "and", "saw"),
@@ -20,8 +20,8 @@ class Share(NamedTuple):
 
 
 class Shot(NamedTuple):
-    """One request: its text, how many tokens it asks for, its mode (None for an endpoint that has none), and the second
-    at which it arrives, None where requests wait for each other."""
+    """One request: its text, how many tokens it asks for, its mode (None for an endpoint without modes), and when it
+    arrives, in seconds (None in a closed loop, where requests wait for each other)."""
 
     prompt: str
     new_tokens: int
@@ -30,7 +30,7 @@ class Shot(NamedTuple):
 
 
 class Mixes(NamedTuple):
-    """What requests are drawn from. `prompts` are given texts, or else random words are put together."""
+    """What requests are drawn from. If there are no `prompts`, random words are put together."""
 
     prompt_words: list[Share]
     new_tokens: list[Share]
@@ -49,7 +49,7 @@ class Target(NamedTuple):
 
 
 class LoadTest(NamedTuple):
-    """A load test: requests that are not measured, then those of every load, in an open or in a closed loop."""
+    """A load test: `warmup`, which is not measured, then the requests of every load, in an open or closed loop."""
 
     target: Target
     warmup: Sequence[Shot]
@@ -58,10 +58,10 @@ class LoadTest(NamedTuple):
 
 
 def parse_mix(name: str, text: str, *, integers: bool) -> list[Share]:
-    """ "32:3,128:1" as three times as many 32 as 128; a value without a weight has weight 1.
+    """Reads a mix. "32:3,128:1" means three times as many 32 as 128; a value without a weight has weight 1.
 
-    Raises ValueError naming the option, for values that are no positive integers where they must be, and for weights
-    that are no positive numbers.
+    Raises ValueError that names the option if a weight is not positive, or with `integers` if a value is not a positive
+    integer.
     """
     shares = []
     for part in text.split(","):
@@ -84,7 +84,7 @@ def parse_mix(name: str, text: str, *, integers: bool) -> list[Share]:
 
 
 def plan(mixes: Mixes, count: int, *, rate: float | None, seed: int) -> list[Shot]:
-    """`count` requests. With a `rate` per second they arrive by a Poisson process, else when an earlier one is done.
+    """`count` requests, which arrive by a Poisson process with `rate` per second, or without it as earlier ones end.
 
     The same seed gives the same requests at any rate.
     """

@@ -11,7 +11,7 @@ from twotower.cli.load_test.report import Reading
 
 
 def draw(runs: Mapping[str, Sequence[Reading]], figures: Sequence[dict[str, Any]], axis: str, path: Path) -> None:
-    """One picture: how waiting is distributed at each load, and throughput and goodput over the loads."""
+    """Draws one picture: the distribution of waiting times at each load, and throughput and goodput over the loads."""
     canvas = Figure(figsize=(12, 3.6), layout="constrained")
     first, each, speed = canvas.subplots(1, 3)
     for label, readings in runs.items():

@@ -1,4 +1,4 @@
-"""Clock readings of requests, and what they say: percentiles of waiting, throughput and goodput."""
+"""Clock readings of requests, and their figures: percentiles of waiting, throughput and goodput."""
 
 import dataclasses
 from collections import Counter
@@ -14,8 +14,8 @@ from twotower.cli.load_test.plan import Shot
 class Reading:
     """One request: seconds since the run began. `due` is when it should have been sent.
 
-    `chunks` are the times at which text came. `error` is None for a whole answer, else what ended it: "429" and other
-    statuses, "stream" for an error event, "cut" for a stream without an end, or the exception's name.
+    `chunks` are the times at which text came. `error` is None for a complete answer, otherwise the reason: an
+    HTTP status such as "429", "stream" for an error event, "cut" for a stream without [DONE], or an exception's name.
     """
 
     shot: Shot
@@ -29,14 +29,14 @@ class Reading:
 
     @property
     def first_token_seconds(self) -> float | None:
-        """From when the request was due, so that waiting for a slow client or server counts."""
+        """Seconds from when the request was due, so that waiting for a slow client or server counts."""
         return self.chunks[0] - self.due if self.chunks else None
 
     @property
     def seconds_per_token(self) -> float | None:
         """Seconds from the first chunk to the last for each token after the first.
 
-        None where the usage is unknown, and for answers in one chunk: a block's tokens may all come at once.
+        None if the usage is unknown, or if all text came in one chunk, as the tokens of a block may.
         """
         if self.tokens is None or self.tokens < 2 or len(self.chunks) < 2:
             return None
@@ -50,7 +50,7 @@ class Goal(NamedTuple):
     per_token: float
 
     def met(self, reading: Reading) -> bool:
-        """Whether a whole answer came fast enough; one of a single token has no time per token."""
+        """Whether the answer is complete and came fast enough; an answer of one token has no time per token."""
         first, each = reading.first_token_seconds, reading.seconds_per_token
         if reading.error is not None or first is None:
             return False
@@ -58,7 +58,7 @@ class Goal(NamedTuple):
 
 
 def report(readings: Sequence[Reading], goal: Goal) -> dict[str, Any]:
-    """The figures of one run, and of each of its modes where it has several."""
+    """The figures of one run, and of each of its modes if it has several."""
     figures = _figures(readings, goal, max((r.ended for r in readings), default=0.0))
     modes = sorted({r.shot.mode for r in readings if r.shot.mode is not None})
     if len(modes) > 1:
