@@ -1,13 +1,13 @@
-"""Mode `auto`: which mode each request takes next, from what steps have cost and given so far.
+"""Mode `auto`: chooses each request's mode from the measured seconds and tokens of earlier steps.
 
-The choice is made anew every few rounds, and where the load or the cost of a step is another than it was. A round costs
-what it costs whatever runs, and the sum over its modes of t_m(b) = fixed_m + b · each_m, for b rows; it gives row i the
-tokens y_{i,m} that a step of its mode m gives it. The choice maximises tokens per second. With λ the best rate so far,
-that is the choice with the largest Σ y − λ · Σ t (Dinkelbach 1967): given which modes run at all, every row chooses for
-itself.
+The choice is repeated every few rounds, and at once when the load or the cost of a step changes. A round of the engine
+takes a constant time plus, for each mode m that runs with b rows, t_m(b) = fixed_m + b · each_m; it gives row i, in
+mode m, y_{i,m} tokens on average. The choice maximises tokens per second. With λ the best rate found so far, the best
+choice has the largest Σ y − λ · Σ t (Dinkelbach 1967); for a given set of running modes this splits into one
+independent choice per row.
 
-What a mode gives is known up to chance, and a mode that nobody takes is never known better. So a standard error is
-added to the mean: where two modes can't be told apart, the less known one runs and becomes known.
+The mean tokens per step of a mode are estimated, and the estimate of a mode that no request uses doesn't improve. So
+the standard error is added to the mean: between two modes that look alike, the less measured one runs.
 """
 
 import collections
@@ -17,26 +17,26 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-# Weight that a step's cost keeps when the next one comes, and a row's yield: costs drift with the load, yields with the
-# text, and one step's says little of a mean.
+# Factors by which the weight of earlier steps shrinks at each new step, for costs and for yields: costs drift with the
+# load and yields with the text, but a single step's yield says little about the mean.
 _KEEP, _KEEP_YIELD = 0.95, 0.9995
-# Rounds from one choice to the next; making it costs as much as a twentieth of a round.
+# Rounds from one choice to the next; one choice takes as long as a twentieth of a round.
 _PERIOD = 8
-# Reasons to choose at once: a step that takes so many times what was expected; a load that has changed by one row in so
-# many.
+# Choose at once if a step takes _SURPRISE times the estimate, or if the load changes by 1/_LOAD_CHANGE of itself.
 _SURPRISE, _LOAD_CHANGE = 3.0, 4
-# Rounds after which a mode that nobody takes is tried, at first and, where trials change nothing, at most; and for
-# how many of its steps. A mode that is n times slower by what is known waits n² times as long: a trial of it costs
-# more, and is less likely to change anything.
+# A mode that no request uses is tried for _TRIAL steps after _RETRY rounds. Each time a trial changes nothing, the wait
+# doubles, up to _LONGEST_RETRY. A mode estimated n times slower waits n² times as long: trying it costs more and is
+# less likely to change the choice.
 _RETRY, _LONGEST_RETRY, _TRIAL = 400, 12800, 8
-# Steps at the rate of all requests that a request's own rate starts with: requests differ less than steps do.
+# A request's own rate starts as if it had taken this many steps at the mean rate of all requests, because requests
+# differ less than steps do.
 _PRIOR_STEPS = 12
-# A choice must promise so much more than the present one: changing over is not free.
+# A new choice must promise this many times the present rate, because changing modes is not free.
 _MARGIN = 1.02
 
 
 class Line(NamedTuple):
-    """Seconds of a step without rows, and of each row more."""
+    """Seconds of a step: `fixed` plus `each` for every row."""
 
     fixed: float
     each: float
@@ -44,11 +44,11 @@ class Line(NamedTuple):
 
 @dataclasses.dataclass
 class Cost:
-    """Seconds of a step as a line over the number of rows: weighted least squares, old steps fading.
+    """Seconds of a step as a line over the number of rows, fitted by least squares with fading weights.
 
-    The weights know nothing of the seconds, or the line would lie below the mean where steps differ, as drafts of
-    different lengths do. A step that the machine held up counts as `_SURPRISE` times what was expected, unless it has
-    many more rows than those before it, of which nothing can be expected.
+    Steps are weighted by row count only: weighting by duration biases the line low when steps of one size differ, as
+    drafts of different lengths do. A step delayed by the machine counts as at most `_SURPRISE` times the estimate,
+    except where it has far more rows than earlier ones, for which there is no reliable estimate.
     """
 
     weight: float = 0.0
@@ -59,7 +59,7 @@ class Cost:
     slope: float = 0.0
 
     def observe(self, num_rows: int, seconds: float) -> None:
-        """One step of `num_rows` rows took so long."""
+        """Records that a step of `num_rows` rows took `seconds`."""
         if num_rows * self.weight < 1.5 * self.rows:
             seconds = min(seconds, _SURPRISE * self.expected(num_rows))
         w = 1.0 / num_rows
@@ -74,15 +74,15 @@ class Cost:
             self.slope = max((self.products / self.weight - mean_rows * mean_seconds) / spread, 0.0)
 
     def expected(self, num_rows: int) -> float:
-        """Seconds of a step of so many rows by the line."""
+        """The line's estimate of the seconds of a step of `num_rows` rows."""
         line = self.line()
         return line.fixed + num_rows * line.each
 
     def line(self) -> Line:
-        """The fit, neither part below 0.
+        """The fitted line, with neither part below 0.
 
-        Where all steps had about as many rows, the slope is the last one that could be told, and at first none: hope is
-        put right by the next step of more rows, and despair never would be.
+        While all steps have about the same number of rows, the last measured slope stays in use, 0 at first. Too low a
+        slope is corrected by the next larger batch; too high a one would prevent that batch.
         """
         mean_rows, mean_seconds = self.rows / self.weight, self.seconds / self.weight
         each = min(self.slope, mean_seconds / mean_rows)
@@ -91,15 +91,15 @@ class Cost:
 
 @dataclasses.dataclass
 class Yield:
-    """Tokens per step of one row, old steps fading; `keep` is the weight that a step keeps when the next one comes."""
+    """Mean tokens per step of one row; each new step multiplies the weight of earlier ones by `keep`."""
 
     keep: float
     tokens: float = 0.0
     steps: float = 0.0
-    deviations: float = 1.0  # squared, of tokens from the mean; at first as if a step had been a token off
+    deviations: float = 1.0  # sum of squares; starts as if one step had been a token off the mean
 
     def observe(self, num_tokens: int, num_steps: int) -> None:
-        """A row got so many tokens after so many steps, and none in between."""
+        """Records that a row got `num_tokens` tokens in the last of `num_steps` steps, and none in the others."""
         off = num_tokens - num_steps * self.tokens / self.steps if self.steps else 0.0
         kept = self.keep**num_steps
         self.tokens = kept * self.tokens + num_tokens
@@ -107,31 +107,31 @@ class Yield:
         self.deviations = kept * self.deviations + off**2
 
     def hoped(self) -> float:
-        """The mean and its standard error."""
+        """The mean plus its standard error."""
         return (self.tokens + math.sqrt(self.deviations)) / self.steps
 
     def per_step(self, before: float) -> float:
-        """The rate, as if some steps at the rate `before` had been seen first."""
+        """The mean, counted as if `_PRIOR_STEPS` steps with `before` tokens each had come first."""
         return (self.tokens + _PRIOR_STEPS * before) / (self.steps + _PRIOR_STEPS)
 
 
 class AutoRow:
-    """One request of mode `auto`: the modes it may take, in which it is and in which it should be, and what their steps
-    gave it."""
+    """One request of mode `auto`: the modes it may use, its present and its wanted mode, and its yield in each."""
 
     def __init__(self, modes: Sequence[str]) -> None:
         self.modes = tuple(modes)
         self.mode = self.wanted = self.modes[0]
-        self.trial = 0  # steps for which it stays in a mode to try it
+        self.trial = 0  # steps left of a trial, during which it keeps its mode
         self.yields = {mode: Yield(_KEEP) for mode in modes}
 
     def took_step(self) -> None:
+        """Counts a step in the present mode towards a trial."""
         if self.mode == self.wanted:
             self.trial = max(self.trial - 1, 0)
 
 
 class _Plan(NamedTuple):
-    """Modes of the rows that choose, and what a round then gives and takes."""
+    """A mode for each row of mode `auto`, and the expected tokens and seconds of a round with them."""
 
     modes: tuple[str, ...]
     tokens: float
@@ -139,7 +139,7 @@ class _Plan(NamedTuple):
 
 
 class Chooser:
-    """Costs and yields of every mode in one engine, and the choice they lead to."""
+    """Measures every mode's costs and yields in one engine, and chooses from them."""
 
     def __init__(self) -> None:
         self._costs: dict[str, Cost] = {}
@@ -150,13 +150,13 @@ class Chooser:
         self._round = self._next = self._num_rows = 0
 
     def begin(self, rows: Sequence[AutoRow], num_rows: int) -> None:
-        """Sets the mode of requests that are about to begin: the one that is best where all of `num_rows` are in it."""
+        """Sets the mode of requests that are about to begin: the fastest one if all `num_rows` requests used it."""
         known = {mode: self._rate(mode, num_rows) for mode in self._costs}
         for row in rows:
             row.mode = row.wanted = max(row.modes, key=lambda mode: known.get(mode, 0.0))
 
     def observe(self, mode: str, num_rows: int, seconds: float) -> None:
-        """One step of a mode's batch."""
+        """Records the seconds of one step of a mode's batch."""
         cost = self._costs.setdefault(mode, Cost())
         if cost.weight and seconds > _SURPRISE * cost.expected(num_rows):
             self._next = self._round
@@ -164,34 +164,34 @@ class Chooser:
         self._seen[mode] = self._round
 
     def observe_yield(self, mode: str, row: AutoRow | None, num_tokens: int, num_steps: int) -> None:
-        """A request got so many tokens after so many steps of a mode, and none in between."""
+        """As `Yield.observe`, for a mode and, if it is of mode `auto`, for the request."""
         self._yields.setdefault(mode, Yield(_KEEP_YIELD)).observe(num_tokens, num_steps)
         if row is not None:
             row.yields[mode].observe(num_tokens, num_steps)
 
     def observe_round(self, num_rows: int, seconds: float) -> None:
-        """What a round of so many rows took beside its steps."""
+        """Records the seconds that a round of `num_rows` rows spent outside its steps."""
         self._beside.observe(num_rows, seconds)
 
     def due(self, num_rows: int) -> bool:
-        """Whether to choose in this round, of so many rows in all; asked once in each."""
+        """Whether to choose in this round, which has `num_rows` rows; call it once per round."""
         self._round += 1
         changed = abs(num_rows - self._num_rows) * _LOAD_CHANGE >= self._num_rows
         return changed or self._round > self._next
 
     def choose(self, rows: Sequence[AutoRow], others: Mapping[str, int]) -> None:
-        """Says which mode each row should be in, once it rests.
+        """Sets each row's `wanted` mode, to which it changes at its next block boundary.
 
-        `others` counts by mode the rows that have no choice, or have not begun.
+        `others` counts, by mode, the rows whose mode is fixed and those that have not begun.
         """
         self._next = self._round + _PERIOD - 1
         self._num_rows = len(rows) + sum(others.values())
-        staying = collections.Counter(others)
-        staying.update(row.wanted for row in rows)
-        self._try_one(rows, staying)
+        in_use = collections.Counter(others)
+        in_use.update(row.wanted for row in rows)
+        self._try_one(rows, in_use)
         known = [m for m in dict.fromkeys(m for row in rows for m in row.modes) if m in self._costs]
         if any(row.trial for row in rows) or not all(row.wanted in known for row in rows):
-            return  # beside one that tries a mode, the others would find that mode's fixed cost paid
+            return  # a trial already pays its mode's fixed cost, so the mode would look too cheap to the other rows
         present = self._plan([row.wanted for row in rows], rows, others)
         best = self._best(rows, others, known, present)
         if best.tokens / best.seconds > _MARGIN * present.tokens / present.seconds:
@@ -199,32 +199,35 @@ class Chooser:
                 row.wanted = mode
         self._patience.update(dict.fromkeys((row.wanted for row in rows), _RETRY))
 
-    def _try_one(self, rows: Sequence[AutoRow], staying: collections.Counter[str]) -> None:
-        """Puts a row on trial in a mode that nothing is known of, or nothing recent; one trial at a time.
+    def _try_one(self, rows: Sequence[AutoRow], in_use: collections.Counter[str]) -> None:
+        """Starts a trial of a mode that was never measured, or not recently; one trial at a time.
 
-        Both rows where there are two and something is known: that costs less than a step of each mode, and no trial of
-        one would put right what is wrongly thought of a step of two.
+        With two rows, both try a mode that was measured before: one row's trial can't correct the estimate for two.
         """
+        if any(row.trial for row in rows):
+            return
         rates = {mode: self._rate(mode, self._num_rows) for mode in self._costs}
-        fastest = max(rates.values(), default=1.0)
-        for row in () if any(row.trial for row in rows) else rows:
+        for row in rows:
             for mode in row.modes:
-                patience = self._patience.get(mode, _RETRY)
-                wait = min(patience * (fastest / rates.get(mode, fastest)) ** 2, _LONGEST_RETRY)
-                stale = self._round - self._seen.get(mode, -_LONGEST_RETRY) >= wait
-                if mode != row.wanted and stale and not staying[mode]:
-                    both = mode in self._costs and self._num_rows == len(rows) == 2
-                    for one in rows if both else [row]:
-                        if mode in one.modes:
-                            one.wanted, one.trial = mode, _TRIAL
-                    self._seen[mode] = self._round
-                    if mode in self._costs:
-                        self._patience[mode] = min(2 * patience, _LONGEST_RETRY)
-                    staying[mode] += 1
-                    return
+                if mode == row.wanted or in_use[mode] or not self._is_stale(mode, rates):
+                    continue
+                known = mode in self._costs
+                for one in rows if known and self._num_rows == len(rows) == 2 else [row]:
+                    if mode in one.modes:
+                        one.wanted, one.trial = mode, _TRIAL
+                self._seen[mode] = self._round
+                if known:
+                    self._patience[mode] = min(2 * self._patience.get(mode, _RETRY), _LONGEST_RETRY)
+                return
+
+    def _is_stale(self, mode: str, rates: Mapping[str, float]) -> bool:
+        """Whether the last step of a mode is so long ago that a trial is due; `rates` are those of measured modes."""
+        fastest = max(rates.values(), default=1.0)
+        wait = self._patience.get(mode, _RETRY) * (fastest / rates.get(mode, fastest)) ** 2
+        return self._round - self._seen.get(mode, -_LONGEST_RETRY) >= min(wait, _LONGEST_RETRY)
 
     def _best(self, rows: Sequence[AutoRow], staying: Mapping[str, int], known: Sequence[str], plan: _Plan) -> _Plan:
-        """The plan of most tokens per second, starting from `plan`."""
+        """The plan with the most tokens per second, by Dinkelbach's iteration from `plan`."""
         while True:
             rate = plan.tokens / plan.seconds
             plans = [plan]
@@ -243,7 +246,7 @@ class Chooser:
         return max(mine, key=lambda m: self._row_yield(row, m) - rate * self._costs[m].line().each)
 
     def _plan(self, modes: Sequence[str], rows: Sequence[AutoRow], staying: Mapping[str, int]) -> _Plan:
-        """What a round gives and takes if the rows take these modes."""
+        """The expected tokens and seconds of a round in which the rows use these modes."""
         counts = collections.Counter(modes)
         tokens = sum(self._row_yield(row, mode) for row, mode in zip(rows, modes, strict=True))
         seconds = 0.0
@@ -257,7 +260,7 @@ class Chooser:
         return _Plan(tuple(modes), tokens, seconds)
 
     def _rate(self, mode: str, num_rows: int) -> float:
-        """Tokens per second of rows that are all in one mode."""
+        """Tokens per second if all `num_rows` rows use one mode."""
         beside = self._beside.expected(num_rows) if self._beside.weight else 0.0
         return num_rows * self._mode_yield(mode) / (beside + self._costs[mode].expected(num_rows))
 

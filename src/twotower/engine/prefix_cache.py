@@ -1,8 +1,8 @@
-"""What requests that are gone leave to those that begin alike: pages of keys, and recurrent states at a few points.
+"""Prefix cache: key pages and recurrent-state snapshots that later requests with the same beginning may reuse.
 
-A recurrent state is a point: it can't be cut back to a shorter prefix. So keys are kept for every whole page, and
-states only where another request is likely to go on: on a sparse grid, at the end of a prompt, and where a prompt left
-the path of an earlier one. A request goes on from the longest prefix that has both.
+A recurrent state belongs to one exact prefix and can't be cut back to a shorter one. So keys are kept for every whole
+page, but states only where another request is likely to continue: on a sparse grid, at the end of a prompt, and where
+a prompt diverges from an earlier one. A request continues from its longest prefix that has both keys and states.
 """
 
 import collections
@@ -16,12 +16,12 @@ from twotower.engine.pool import StatePool
 from twotower.model.pages import PAGE_SIZE
 from twotower.model.state import MambaState
 
-# Tokens between the grid's points, as many times 2 as it takes to have no more than so many points in a prompt.
+# Snapshot every _GRID tokens; the spacing is doubled until a prompt has at most _MOST_POINTS of them.
 _GRID, _MOST_POINTS = 32, 16
 
 
 class Snapshot(NamedTuple):
-    """Recurrent states (1, …) after some prefix, one per `M` layer, and (1, v) next logits at the end of a prompt."""
+    """Recurrent states (1, …) after a prefix, one per `M` layer; at the end of a prompt also its next logits (1, v)."""
 
     mamba: tuple[MambaState, ...]
     next_logits: Tensor | None
@@ -33,9 +33,9 @@ class Snapshot(NamedTuple):
 
 
 class Match(NamedTuple):
-    """The first `length` tokens of a request are known, maybe 0: their pages, and the state after them.
+    """A request's first `length` tokens are cached (maybe 0): in `pages`, with the state after them in `snapshot`.
 
-    `shared` tokens, as many or more, are those that an earlier request began with too.
+    An earlier request began with the same `shared` tokens, at least `length` of them.
     """
 
     length: int
@@ -46,7 +46,10 @@ class Match(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _Node:
-    """A page's tokens after its parent's; fewer than PAGE_SIZE only at a leaf. `length` counts from the root on."""
+    """The tokens of one page, which follow the parent's; only a leaf may have fewer than PAGE_SIZE.
+
+    `length` counts tokens from the root; `used` is the cache's clock when the node was last used.
+    """
 
     tokens: tuple[int, ...]
     length: int
@@ -58,10 +61,10 @@ class _Node:
 
 
 class PrefixCache:
-    """A tree of pages in `pool`, with snapshots of at most `snapshot_bytes` together.
+    """A tree of pages in `pool`, with snapshots of at most `snapshot_bytes` in total.
 
-    Both go least recently used first: snapshots for newer ones, pages when a running request needs them. A model
-    without recurrent layers can go on from every whole page.
+    Least recently used entries are dropped first: snapshots to make room for newer ones, pages when a running request
+    needs them. With a model without recurrent layers, a request can continue from every whole page.
     """
 
     def __init__(self, pool: StatePool, snapshot_bytes: int) -> None:
@@ -72,7 +75,7 @@ class PrefixCache:
         self.bytes_of_snapshots = 0
 
     def match(self, ids: Sequence[int], *, needs_logits: bool) -> Match:
-        """The longest known prefix of ids; all of them only where their next logits are there or not needed."""
+        """The longest cached prefix of ids; it is all ids only if their next logits are cached or not needed."""
         self._clock += 1
         node, found = self._root, []
         while True:
@@ -93,9 +96,9 @@ class PrefixCache:
         return Match(hit.length, pages, hit.snapshot or Snapshot((), None), shared)
 
     def points(self, match: Match, length: int) -> list[int]:
-        """After how many tokens a request of `length`, which matched so far, should leave a snapshot."""
+        """The prefix lengths, after its match, at which a request of `length` tokens should leave a snapshot."""
         wanted = {match.shared}
-        if self._pool.slot_bytes:  # else every page is a point
+        if self._pool.slot_bytes:  # without recurrent layers every page is one anyway
             spacing = _GRID
             while length > spacing * _MOST_POINTS:
                 spacing *= 2
@@ -103,7 +106,7 @@ class PrefixCache:
         return sorted({n for n in wanted if match.length < n < length} | {length})
 
     def insert(self, ids: Sequence[int], table: Sequence[int], snapshots: Mapping[int, Snapshot]) -> None:
-        """Keeps the pages of `table` that ids fill, and snapshots by the number of tokens before them.
+        """Keeps the pages of `table` that ids fill, and `snapshots`, whose keys are prefix lengths.
 
         May be called again as more ids of a prompt are absorbed.
         """
@@ -122,10 +125,10 @@ class PrefixCache:
             self._prune(node)
 
     def free_pages(self, count: int) -> None:
-        """Drops leaves that nobody else uses until the pool has `count` free pages, or none is left."""
+        """Drops leaves that no request uses until the pool has `count` free pages or no such leaf is left."""
         while self._pool.num_free < count:
             held = [(node, node.page) for node in self._nodes() if node.page is not None]
-            # nodes share a page where a prompt left several snapshots within it
+            # several snapshots within one page are nodes that share it
             ours = collections.Counter(page for _, page in held)
             leaves = [node for node, page in held if not node.children and self._pool.num_uses(page) == ours[page]]
             if not leaves:
@@ -139,14 +142,14 @@ class PrefixCache:
             self._remove(node)
 
     def _is_usable(self, node: _Node, length: int, needs_logits: bool) -> bool:
-        """Whether a request of `length` tokens can go on from here."""
+        """Whether a request of `length` tokens can continue from this node."""
         if node.snapshot is None and (self._pool.slot_bytes or len(node.tokens) < PAGE_SIZE):
             return False
         has_logits = node.snapshot is not None and node.snapshot.next_logits is not None
         return node.length < length or has_logits or not needs_logits
 
     def _child(self, parent: _Node, tokens: tuple[int, ...], table: Sequence[int]) -> _Node:
-        """The child with these tokens, made with its page of `table` if it is not there."""
+        """The child with these tokens; a missing one is made, with its page from `table`."""
         node = parent.children.get(tokens)
         if node is None:
             page = table[parent.length // PAGE_SIZE] if table else None
@@ -177,7 +180,7 @@ class PrefixCache:
         node.snapshot = None
 
     def _prune(self, node: _Node) -> None:
-        """Removes what leads to no state any more, from a leaf upwards; what is in use at this moment stays."""
+        """Removes nodes that no longer lead to a state, from a leaf upwards; those used just now stay."""
         while not node.children and node.parent is not None and node.used < self._clock:
             if node.parent.children.get(node.tokens) is not node or self._is_usable(node, node.length + 1, False):
                 return
@@ -195,7 +198,7 @@ class PrefixCache:
             node.parent.children.pop(node.tokens, None)
 
     def _nodes(self) -> Iterator[_Node]:
-        """All nodes but the root."""
+        """All nodes except the root."""
         waiting = list(self._root.children.values())
         while waiting:
             node = waiting.pop()
@@ -211,7 +214,7 @@ def _path(node: _Node) -> Iterator[_Node]:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """The length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -224,5 +227,5 @@ def _used(node: _Node) -> int:
 
 
 def _age(node: _Node) -> tuple[int, int]:
-    """Sorts the least recently used first; of one prompt's snapshots the earlier ones go first."""
+    """Sort key: the least recently used node first, and of one prompt's nodes the shorter prefix first."""
     return node.used, node.length
