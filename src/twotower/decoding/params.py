@@ -17,20 +17,16 @@ _EVERY_TOKEN = "leave it None to keep every token"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """One request's settings. `mode` and `commit_rule` name the algorithm; the rest are its numbers.
+    """One request's settings.
 
-    At most `max_new_tokens` are written. `block_size` is S, the tokens that are filled together (for `verified` the
-    draft's length, which is shorter at times unless `adaptive_draft` is off); `steps_per_block` is T, the most
-    denoising steps that a block may take; `confidence_threshold` is γ.
+    `block_size`, `steps_per_block` and `confidence_threshold` are S, T and γ of the paper. A text ends before a `stop`
+    string, and with an end token unless `ignore_eos`.
 
-    `temperature` 0 takes the likeliest token. Above 0 tokens are sampled, among the `top_k` likeliest or among the
-    likeliest that together have probability `top_p`, where these are given. `seed` None draws one.
-    `stop` strings end the text before them; an end token ends it unless `ignore_eos`.
+    At most one of `json_schema` (its text), `regex` and `grammar` (llguidance's Lark) is given. The text must match it,
+    and `constraint` is its name and value.
 
-    At most one of `json_schema` (its text), `regex` and `grammar` (llguidance's Lark) is what the text must match.
-
-    `auto` leaves the mode to an engine, step by step: `ar` or `verified`, whose output is distributed alike, and where
-    `allow_loss` says so `diffusion`, whose output is not.
+    With mode `auto` an engine chooses the mode of every step: `ar` or `verified`, whose outputs have the same
+    distribution, and with `allow_loss` also `diffusion`, whose output has another one.
     """
 
     mode: Mode = option("diffusion", " ".join(f"{mode}: {summary}" for mode, summary in _SUMMARIES))
