@@ -1,1 +1,1 @@
-"""Many requests in one process: each forward step is scheduled anew, over the same steps as `generate`."""
+"""Runs many requests in one process, with the same decoding steps as `generate`; every round is scheduled anew."""

@@ -1,4 +1,4 @@
-"""An engine on a thread of its own, for asyncio."""
+"""`AsyncEngine`: an engine on its own thread, for asyncio."""
 
 import asyncio
 import dataclasses
@@ -26,20 +26,20 @@ class Overloaded(RuntimeError):
 
 
 class EngineFailed(RuntimeError):
-    """The engine's thread ended on an error of ours; nothing runs any more."""
+    """The engine's thread has ended, by an internal error or by `close`; no request runs any more."""
 
 
 @dataclasses.dataclass
 class Admission:
-    """Places among the unfinished requests of an engine that no stream has taken yet."""
+    """Places reserved for requests, of which no stream has taken `num_left` yet."""
 
     num_left: int
 
 
 class _Client(NamedTuple):
-    """Where the outputs of one stream go: a queue of the event loop it was opened in. None ends the stream.
+    """Takes the outputs of one stream: a queue in the event loop that opened it. None ends the stream.
 
-    Inside the engine a stream goes by its number: a client may use its own id again while a round is running.
+    The engine knows a stream by its number, because a client may reuse its own id while a round is still running.
     """
 
     number: str
@@ -48,13 +48,13 @@ class _Client(NamedTuple):
     outputs: "asyncio.Queue[StepOutput | EngineFailed | None]"
 
     def put(self, output: "StepOutput | EngineFailed | None") -> None:
-        """From the engine's thread."""
+        """Queues an output; called from the engine's thread."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.outputs.put_nowait, output)
 
 
 class AsyncEngine:
-    """Runs an `Engine` on one worker thread between `start` and `close`; streams belong to any event loop."""
+    """Runs an `Engine` on one worker thread between `start` and `close`; any event loop may open streams."""
 
     def __init__(self, model: TwoTower, config: EngineConfig | None = None) -> None:
         self._engine = Engine(model, config)
@@ -63,7 +63,7 @@ class AsyncEngine:
         self._arrived: deque[tuple[str, Request, bool, float]] = deque()
         self._aborted: deque[str] = deque()
         self._clients: dict[str, _Client] = {}  # by number
-        self._numbers: dict[str, str] = {}  # of each request id
+        self._numbers: dict[str, str] = {}  # by request id
         self._num_streams = 0
         self._num_reserved = 0  # places of admissions that no stream has taken yet
         self._closing = False
@@ -78,7 +78,7 @@ class AsyncEngine:
 
     @property
     def is_running(self) -> bool:
-        """Whether requests are answered."""
+        """Whether the worker thread takes requests."""
         return self._thread is not None and self._failure is None and not self._closing
 
     def start(self) -> Self:
@@ -98,21 +98,22 @@ class AsyncEngine:
         self._fail(EngineFailed("the engine was closed"))
 
     def stats(self) -> EngineStats:
-        """The counts after the last round; those that have not reached the engine yet count as waiting."""
+        """The counts after the last round; requests that haven't reached the engine yet count as waiting."""
         with self._wake:
             return self._stats._replace(num_waiting=self._stats.num_waiting + len(self._arrived))
 
     @property
     def num_unfinished(self) -> int:
-        """Requests whose streams have not ended, and places that are reserved for others."""
+        """The number of requests whose streams haven't ended, plus the reserved places."""
         with self._wake:
             return len(self._clients) + self._num_reserved
 
     @contextmanager
     def admit(self, count: int = 1) -> Iterator[Admission]:
-        """Reserves places for `count` requests; those that no stream has taken by the end are given back.
+        """Reserves places for `count` requests; places that no stream has taken are given back on exit.
 
-        Raises Overloaded past the limit of unfinished requests, EngineFailed where nothing runs.
+        Raises Overloaded if they would exceed the limit of unfinished requests, EngineFailed if the engine is not
+        running.
         """
         with self._wake:
             self._check_runs()
@@ -137,7 +138,7 @@ class AsyncEngine:
     ) -> AsyncGenerator[StepOutput, None]:
         """The outputs of one request as they come; the last has its result. Closing the iterator aborts the request.
 
-        Raises ValueError for a bad request, Overloaded past the queue's limit, EngineFailed where nothing runs.
+        Raises ValueError for a bad request, Overloaded if the queue is full, EngineFailed if the engine is not running.
         """
         with self.admit() as admission:
             request = await asyncio.to_thread(self.prepare, prompt, params)
@@ -149,7 +150,7 @@ class AsyncEngine:
     async def stream_prepared(
         self, request: Request, admission: Admission, *, request_id: str | None = None, watch: bool = False
     ) -> AsyncGenerator[StepOutput, None]:
-        """`stream` for a request that `prepare` gave, at one of the places that `admit` reserved."""
+        """`stream` for a request from `prepare`, which takes one of the places reserved by `admit`."""
         client = self._enter(request, admission, request_id, watch)
         try:
             while True:
@@ -172,7 +173,7 @@ class AsyncEngine:
 
     def _check_runs(self) -> None:
         if not self.is_running:
-            raise EngineFailed("the engine does not run") from self._failure
+            raise EngineFailed("the engine does not run: it was never started, was closed or failed") from self._failure
 
     def _enter(self, request: Request, admission: Admission, request_id: str | None, watch: bool) -> _Client:
         with self._wake:
@@ -193,7 +194,7 @@ class AsyncEngine:
         return client
 
     def _leave(self, number: str) -> _Client | None:
-        """Forgets a stream, and aborts what is unfinished of it."""
+        """Forgets a stream and aborts its request if it is unfinished."""
         with self._wake:
             client = self._clients.pop(number, None)
             if client is not None:
@@ -212,7 +213,7 @@ class AsyncEngine:
             raise
 
     def _take_in(self) -> bool:
-        """Waits for work, hands new requests and aborts to the engine; False when closing."""
+        """Waits for work and hands new requests and aborts to the engine; returns False when closing."""
         with self._wake:
             while not (self._closing or self._arrived or self._aborted or self._engine.has_work):
                 self._wake.wait()

@@ -14,15 +14,15 @@ class EngineConfig:
 
     At most `max_num_requests` requests run at a time; the others wait. `AsyncEngine` refuses a new request while
     `max_num_waiting` are waiting. `prompt_chunk` is how many prompt tokens, of all prompts together, one round absorbs
-    beside decoding.
+    besides decoding.
 
     `state_bytes` bounds the keys, values and recurrent states of all requests and of the prefix cache; the pages for
     keys are allocated at once. `snapshot_bytes` of it are for the recurrent states and logits in the prefix cache; 0
-    turns the cache off. The cache's keys lie in pages that no running request needs.
+    turns the cache off. The cache's keys take only pages that no running request needs.
 
-    With `commits_apart` the context tower absorbs finished blocks together with prompts, while the denoiser goes on
-    with other requests, and the next block of such a request begins one round later. That gains time where the towers
-    are on two devices, which then work at once, and nothing on one device; None chooses accordingly.
+    With `commits_apart` the context tower absorbs finished blocks together with prompts, while the denoiser works on
+    other requests, and the next block of such a request begins one round later. This saves time if the towers are on
+    two devices, which then work at once, but not on one device; None chooses accordingly.
     """
 
     max_num_requests: int = option(16, "Most texts written at a time.", least=1, flag="--max-requests")

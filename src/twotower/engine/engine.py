@@ -1,4 +1,4 @@
-"""The scheduler over steps: requests join and leave between them."""
+"""The scheduler: runs one step of every request per round; requests join and leave between rounds."""
 
 import collections
 import itertools
@@ -27,11 +27,11 @@ from twotower.model.two_tower import TwoTower
 
 
 class EngineStats(NamedTuple):
-    """An engine at one moment, and what it has done since it was made.
+    """An engine's present load, and its counts since it was made.
 
-    Now: `num_running` requests with a state and `num_waiting` without one; `bytes_used` by states and the prefix cache,
-    of `bytes_budget`. Since it was made: `cache_hit_tokens` of prompts that came from the prefix cache; `num_rounds`,
-    calls of `Engine.step` that had work; `num_preemptions`, states dropped for want of memory; `denoiser_calls` and
+    Now: `num_running` requests have a state and `num_waiting` have none; states and the prefix cache take `bytes_used`
+    of `bytes_budget`. Since it was made: `cache_hit_tokens`, prompt tokens found in the prefix cache; `num_rounds`,
+    calls of `Engine.step` with work; `num_preemptions`, states dropped to free memory; `denoiser_calls` and
     `context_calls`, counted per request as in `GenerationStats`.
     """
 
@@ -47,7 +47,7 @@ class EngineStats(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """A step of one mode's batch that the devices are at, and the seconds that launching it took."""
+    """A launched step of one mode's batch, and the seconds that the launch took."""
 
     mode: DecodingMode
     batch: ModeBatch
@@ -56,9 +56,9 @@ class _Launch(NamedTuple):
 
 
 class Engine:
-    """Runs many requests at once, each with its own mode and settings; one thread owns it.
+    """Runs many requests at once, each with its own mode and settings; only one thread may use it.
 
-    Each result is what `generate` gives for the request alone: to the bit with the C kernels, else up to rounding.
+    Each result equals that of `generate` for the request alone: to the bit with the C kernels, else up to rounding.
     """
 
     def __init__(self, model: TwoTower, config: EngineConfig | None = None) -> None:
@@ -74,7 +74,7 @@ class Engine:
         self._batches: dict[str, ModeBatch] = {}
         apart = self.config.commits_apart
         self._commits_apart = model.context_device != model.denoiser_device if apart is None else apart
-        self._load = 0  # requests that decode, and those that are about to in the place of others
+        self._load = 0  # decoding requests, plus those that take over freed places this round
         self._num_rounds = self._num_preemptions = self._denoiser_calls = self._context_calls = 0
 
     @property
@@ -83,9 +83,9 @@ class Engine:
         return bool(self._jobs)
 
     def prepare(self, prompt: Prompt, params: SamplingParams) -> Request:
-        """Checks a request and makes token ids of its prompt; may run in any thread.
+        """Checks a request and turns its prompt into token ids; may run in any thread.
 
-        Raises ValueError for what can't run here, also where the request alone would need more than the state budget.
+        Raises ValueError for a request that can't run here or needs more than the whole state budget.
         """
         request = make_request(self.model, prompt, params)
         longest = len(request.prompt_ids) + params.max_new_tokens + params.block_size + 1
@@ -99,7 +99,7 @@ class Engine:
         return request
 
     def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, watch: bool = False) -> str:
-        """Queues a request and returns its id; with `watch`, every step has an output, which shows the block.
+        """Queues a request and returns its id; with `watch`, every step gives an output that shows the block.
 
         Raises ValueError for a bad request, and for an id that another unfinished request has.
         """
@@ -109,7 +109,7 @@ class Engine:
     def add_request(
         self, request: Request, *, request_id: str | None = None, watch: bool = False, arrived: float | None = None
     ) -> str:
-        """`add` for what `prepare` gave; it `arrived` at that time of time.perf_counter, by default now."""
+        """`add` for a request from `prepare`; `arrived` is its time of arrival by time.perf_counter, by default now."""
         self._num_added += 1
         if request_id is None:
             request_id = f"request-{self._num_added}"
@@ -131,9 +131,9 @@ class Engine:
             self._withdraw(job)
 
     def step(self) -> list[StepOutput]:
-        """One round: absorbs some prompt tokens, takes one step of every request that decodes, and returns what came.
+        """One round: absorbs some prompt tokens, takes one step of every decoding request, and returns the outputs.
 
-        Steps that gave a request no token and no text have no output, unless the request is watched.
+        A step that gives a request no token and no text has no output, unless the request is watched.
         """
         if not self._jobs:
             return []
@@ -151,25 +151,25 @@ class Engine:
                 self._intake.absorb()
             started = self._intake.start()
             launches: list[_Launch] = []
-            # Backwards from `verified`: its towers wait for one another, and what is launched after it fills the gaps.
+            # `verified` first: its two passes depend on each other, and later launches fill its idle time.
             for mode in reversed(MODES.values()):
                 launches += self._launch_mode(mode, [job for job in started if job.mode is mode])
             if self._commits_apart:
                 self._intake.absorb()
             num_rows = sum(len(launch.batch.jobs) for launch in launches)
-            outputs += self._finish(launches)
+            finished, seconds_of_steps = self._finish(launches)
+            outputs += finished
         for output in outputs:
             if output.result is not None:
                 del self._jobs[output.request_id]
         if launches:
-            spent = time.perf_counter() - began - self._seconds_of_steps
-            self._chooser.observe_round(num_rows, spent)
+            self._chooser.observe_round(num_rows, time.perf_counter() - began - seconds_of_steps)
         return outputs
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Generation]:
-        """`twotower.generate` through the engine: results in the order of the prompts.
+        """`twotower.generate` by this engine: results in the order of the prompts.
 
         Raises ValueError if other requests are unfinished, or as `add` does, before anything runs.
         """
@@ -178,10 +178,10 @@ class Engine:
         return list(self.run([self.prepare(prompt, p) for prompt, p in zip(prompts, many, strict=True)]))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Generation]:
-        """Results of any number of requests that `prepare` gave, in their order, as they come.
+        """Runs any number of requests from `prepare` and yields their results in order.
 
-        Requests are taken as there is room for them. Raises ValueError if others are unfinished; leaving the iterator
-        early aborts what is under way.
+        Requests are taken from the iterable as there is room for them. Raises ValueError if other requests are
+        unfinished; closing the iterator early aborts the requests that it has taken.
         """
         if self._jobs:
             raise ValueError(f"{len(self._jobs)} requests are unfinished; step until they are done, or abort them")
@@ -222,26 +222,26 @@ class Engine:
         )
 
     def clear_cache(self) -> None:
-        """Drops what the prefix cache holds."""
+        """Empties the prefix cache."""
         self._cache.clear()
 
     def _choose_modes(self) -> None:
-        """Chooses for requests of mode `auto`, and lets those change over that rest; their state goes with them."""
+        """Chooses modes for requests of mode `auto`; those between two blocks change over and keep their state."""
         jobs = [job for batch in self._batches.values() for job in batch.jobs]
         most = self.config.max_num_requests
         waiting = list(itertools.islice(self._intake.waiting, most - len(jobs)))
         beginning = [job.auto for job in waiting if job.auto is not None]
         if beginning:
             self._chooser.begin(beginning, min(len(self._jobs), most))
-        # The load is that of the round before: in the place of a request that has left, another begins in this round
+        # For each request that left after the last round another one begins in this round, so it counts as well.
         coming = [*self._intake.absorbing, *waiting][: max(self._load - len(jobs), 0)]
         self._load = len(jobs) + len(coming)
-        free = [job.auto for job in jobs if job.auto is not None]
-        if not free:
+        choosing = [job.auto for job in jobs if job.auto is not None]
+        if not choosing:
             return
         if self._chooser.due(self._load):
             others = [job.mode.name for job in (*(job for job in jobs if job.auto is None), *coming)]
-            self._chooser.choose(free, collections.Counter(others))
+            self._chooser.choose(choosing, collections.Counter(others))
         for name, batch in list(self._batches.items()):
             if all(job.auto is None or job.auto.mode == job.auto.wanted for job in batch.jobs):
                 continue
@@ -251,14 +251,14 @@ class Engine:
                     self._take_out(name, batch, job)
 
     def _set_aside(self) -> None:
-        """Lets the intake absorb every finished block; the request starts its next block afterwards."""
+        """Moves every request with a finished block to the intake, which absorbs it before the next block starts."""
         for name, batch in list(self._batches.items()):
             if MODES[name].fills_blocks:
                 for job in [job for job, rests in zip(batch.jobs, batch.rows.rests, strict=True) if rests]:
                     self._take_out(name, batch, job)
 
     def _take_out(self, name: str, batch: ModeBatch, job: Job) -> None:
-        """From its batch to the intake, which absorbs what its context lacks."""
+        """Moves a job from its batch to the intake, which absorbs the ids that its context lacks."""
         place = batch.jobs.index(job)
         job.context = batch.rows.context.select([place])
         self._keep(name, batch, [i for i in range(len(batch.jobs)) if i != place])
@@ -266,12 +266,12 @@ class Engine:
         self._intake.absorbing.append(job)
 
     def _make_room(self) -> None:
-        """Gives every decoding row pages for its next step, oldest request first; the youngest is preempted for it."""
+        """Gives every decoding row pages for its next step, oldest request first; preempts the youngest if needed."""
         decoding = [(job, batch) for batch in self._batches.values() for job in batch.jobs]
         for job, batch in sorted(decoding, key=lambda pair: pair[0].order):
             if job not in batch.jobs:  # preempted for an older one
                 continue
-            # what its context still lacks, a finished block or its newest token, and then a step of any mode
+            # room for the tokens that its context still lacks, and then for a step of any mode
             length = len(job.record.request.prompt_ids) + len(job.record.tokens)
             wanted = length + job.record.request.params.block_size + 1
             while job in batch.jobs and not self._intake.grow(job, wanted):
@@ -279,13 +279,13 @@ class Engine:
                 self._preempt(max(running, key=lambda j: j.order))
 
     def _preempt(self, job: Job) -> None:
-        """Drops a job's state and queues it first; it absorbs its prompt and its own tokens anew, later."""
+        """Drops a job's state and puts it first in the queue; later it absorbs its prompt and its own tokens again."""
         self._num_preemptions += 1
         self._withdraw(job)
         self._intake.waiting.appendleft(job)
 
     def _withdraw(self, job: Job) -> None:
-        """Takes a job out of wherever it is and frees its state."""
+        """Removes a job from the intake and its batch, and frees its state."""
         self._intake.remove(job)
         for name, batch in list(self._batches.items()):
             if job in batch.jobs:
@@ -296,7 +296,7 @@ class Engine:
         job.context, job.has_slot, job.silent_steps = None, False, 0
 
     def _keep(self, name: str, batch: ModeBatch, keep: list[int]) -> None:
-        """Leaves only some rows in a batch, and no batch without rows."""
+        """Keeps only some rows of a batch; an empty batch is dropped."""
         if not keep:
             self._batches.pop(name, None)
             batch.jobs = []
@@ -305,9 +305,9 @@ class Engine:
             batch.jobs = [batch.jobs[i] for i in keep]
 
     def _launch_mode(self, mode: DecodingMode, started: list[Job]) -> list[_Launch]:
-        """Launches one step of a mode's batch, which those that start join before it or, where they can't, after it."""
+        """Launches one step of a mode's rows; starting jobs join its batch before the step if they can, else after."""
         alone = []
-        # a row's first token of all is unlike the others: there is no newest one before it
+        # jobs without any token form a batch of their own, because they have no newest token
         for fresh in ([job for job in started if job.record.tokens], [job for job in started if not job.record.tokens]):
             if not fresh:
                 continue
@@ -330,27 +330,26 @@ class Engine:
         launched = mode.steps.launch(self.model, batch.rows)
         return _Launch(mode, batch, launched, time.perf_counter() - began)
 
-    def _finish(self, launches: list[_Launch]) -> list[StepOutput]:
-        """Waits for the devices, once in a round, and takes what came of every step."""
+    def _finish(self, launches: list[_Launch]) -> tuple[list[StepOutput], float]:
+        """Waits for the devices, once per round; returns the outputs of all steps and the seconds they took."""
         if not launches:
-            return []
+            return [], 0.0
         began = time.perf_counter()
         values = read([launch.launched for launch in launches])
-        # how long each step kept the devices is not known; what took long to launch has much to do
-        self._seconds_of_steps = 0.0
+        # device time per step is unknown: divide the wait in proportion to launch time
         waited = (time.perf_counter() - began) / sum(launch.seconds for launch in launches)
-        outputs = []
+        outputs, total = [], 0.0
         for launch, found in zip(launches, values, strict=True):
             began = time.perf_counter()
             stepped = launch.launched.finish(found)
             seconds = launch.seconds * (1 + waited) + time.perf_counter() - began
-            self._seconds_of_steps += seconds
+            total += seconds
             self._chooser.observe(launch.mode.name, len(launch.batch.jobs), seconds)
             outputs += self._take(launch.mode.name, launch.batch, stepped)
-        return outputs
+        return outputs, total
 
     def _take(self, name: str, batch: ModeBatch, stepped: BatchStep) -> list[StepOutput]:
-        """Hands a step's tokens to its requests; those that are unfinished stay in the batch of their mode."""
+        """Hands a step's tokens to its requests; unfinished requests stay in the batch of their mode."""
         batch.rows = stepped.rows
         self._denoiser_calls += sum(stepped.denoiser_calls)
         self._context_calls += sum(stepped.context_calls)

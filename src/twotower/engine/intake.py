@@ -1,4 +1,4 @@
-"""From the queue to the end of the prompt: who comes in, and prompts absorbed a chunk per round."""
+"""The intake: admits waiting requests and absorbs their prompts, a chunk per round."""
 
 from collections import deque
 
@@ -13,14 +13,14 @@ from twotower.model.state import MambaState, join
 from twotower.model.two_tower import TwoTower
 from twotower.ops.transfer import to_device
 
-# Requests that may come in before one that arrived earlier and needs more pages than there are.
+# Later requests that may overtake one for which there are too few free pages.
 _MOST_PASSED = 8
 
 
 class Intake:
-    """Jobs that wait and jobs whose prompts are being absorbed.
+    """The waiting jobs, in the order of arrival with preempted ones first, and the jobs that absorb their prompts.
 
-    `waiting` is in the order of arrival, preempted jobs first. `absorbing` jobs hold their own state.
+    A job in `absorbing` holds its own state.
     """
 
     def __init__(self, model: TwoTower, config: EngineConfig, pool: StatePool, cache: PrefixCache) -> None:
@@ -33,15 +33,15 @@ class Intake:
         self.num_hit_tokens = self.context_calls = 0
 
     def admit(self, num_decoding: int) -> list[Job]:
-        """Lets waiting jobs in while there are slots, and pages for all of a job's ids.
+        """Admits waiting jobs while there are slots, and pages for all ids of the job.
 
-        A job that needs more pages than there are is passed by later ones, but not for ever, and a preempted one never.
-        Returns the jobs that want no tokens: they are done.
+        Later jobs may overtake one that needs more pages than are free, but at most `_MOST_PASSED` of them, and none
+        may overtake a preempted job. Returns the jobs that ask for no new tokens, which are done.
         """
         done = [job for job in self.waiting if job.record.request.params.max_new_tokens == 0]
         for job in done:
             job.record.leave_queue()
-        self.waiting = deque(job for job in self.waiting if job not in done) if done else self.waiting
+            self.waiting.remove(job)
         passed: list[Job] = []
         for job in list(self.waiting):
             if num_decoding + len(self.absorbing) >= self._config.max_num_requests:
@@ -59,14 +59,14 @@ class Intake:
         return done
 
     def remove(self, job: Job) -> None:
-        """Takes a job out of wherever it is; its state is not freed."""
+        """Removes a job from the queue or from absorption; doesn't free its state."""
         if job in self.waiting:
             self.waiting.remove(job)
         if job in self.absorbing:
             self.absorbing.remove(job)
 
     def _open(self, job: Job) -> bool:
-        """Gives a job its state, as far as the prefix cache knows its ids; False where there are too few pages."""
+        """Gives a job its state, starting from the prefix cache; returns False if there are too few free pages."""
         ids = job.context_ids
         match = Match(0, (), None, 0)
         if self._config.snapshot_bytes:
@@ -77,7 +77,7 @@ class Intake:
         whole = match.length // PAGE_SIZE
         job.table.extend(match.pages[:whole])
         roomy = self.grow(job, len(ids) + job.record.request.params.block_size + 1)
-        for page in match.pages[whole:]:  # the job appends to this page: it needs a copy
+        for page in match.pages[whole:]:  # the job appends to this page, so it needs its own copy
             if roomy:
                 self._pool.copy_page_(page, job.table[whole])
             self._pool.drop_(page)
@@ -91,19 +91,19 @@ class Intake:
         return True
 
     def grow(self, job: Job, length: int) -> bool:
-        """Extends a job's table to hold `length` tokens, at the expense of the prefix cache."""
+        """Extends a job's table to hold `length` tokens, dropping cached pages if needed; returns whether it could."""
         self._cache.free_pages(self._pool.pages_for(length) - len(job.table))
         return self._pool.grow_(job.table, length)
 
     def absorb(self) -> None:
-        """Absorbs the round's tokens, shared evenly, in one pass."""
+        """Absorbs up to `prompt_chunk` tokens in one pass, shared evenly among the jobs."""
         counts = _shares([len(job.context_ids) - job.num_absorbed for job in self.absorbing], self._config.prompt_chunk)
         chosen = [(job, n) for job, n in zip(self.absorbing, counts, strict=True) if n > 0]
         if chosen:
             self._absorb_chunks([job for job, _ in chosen], tuple(n for _, n in chosen))
 
     def start(self) -> list[Job]:
-        """Takes out the jobs that have nothing left to absorb: they may start to decode."""
+        """Removes and returns the jobs that have absorbed all their ids; they may start to decode."""
         started = [job for job in self.absorbing if job.num_absorbed == len(job.context_ids)]
         self.absorbing = [job for job in self.absorbing if job not in started]
         for job in started:
@@ -114,7 +114,7 @@ class Intake:
         return started
 
     def _absorb_chunks(self, jobs: list[Job], counts: tuple[int, ...]) -> None:
-        """One pass over the next counts[i] ids of each job, which leaves snapshots where the job has points."""
+        """Absorbs the next counts[i] ids of each job in one pass, and caches a snapshot at each of the job's points."""
         firsts = [job.num_absorbed for job in jobs]
         table = torch.zeros(len(jobs), max(counts), dtype=torch.long)
         for row, (job, first, n) in enumerate(zip(jobs, firsts, counts, strict=True)):
@@ -147,7 +147,7 @@ def _needs_logits(job: Job) -> bool:
 
 
 def _shares(wanted: list[int], budget: int) -> list[int]:
-    """Splits `budget` tokens evenly over jobs that want so many; what one can't use goes to the others."""
+    """Splits `budget` tokens evenly over jobs that want wanted[i] each; unused shares go to the other jobs."""
     shares = [0] * len(wanted)
     left = sorted(range(len(wanted)), key=lambda i: wanted[i])
     for position, i in enumerate(left):

@@ -1,4 +1,4 @@
-"""A request inside the engine."""
+"""The engine's own record of a request, and the batch of one mode."""
 
 import dataclasses
 
@@ -13,11 +13,11 @@ from twotower.model.state import ContextState
 class Job:
     """One request: what it has produced, and where its state is.
 
-    `order` is its place in the order of arrival, and `num_passed` later ones came in first. `has_slot` says whether it
-    has a state in the pool; `table` lists its pages. `context` is its state while its prompt is being absorbed;
-    afterwards the state is in the batch of its mode. `points` are the lengths at which it leaves a snapshot to the
-    prefix cache. `was_read` says whether a pass has read ids of it since it last decoded. `auto` has the modes of a
-    request that leaves them to the engine. `silent_steps` are those since its last tokens.
+    `order` is its place in the order of arrival; `num_passed` later requests were admitted before it. `has_slot` says
+    whether it has a state in the pool; `table` lists its pages. `context` is its state while its prompt is being
+    absorbed; afterwards the state is in the batch of its mode. `points` are the prefix lengths at which it leaves a
+    snapshot in the prefix cache. `was_read` says whether a context pass has absorbed ids of it since it last decoded.
+    `auto` holds the possible modes of a request of mode `auto`. `silent_steps` counts the steps since its last tokens.
     """
 
     id: str
@@ -34,34 +34,34 @@ class Job:
 
     @property
     def mode(self) -> DecodingMode:
-        """The mode whose step it takes next."""
+        """The mode of its next step."""
         return MODES[self.record.request.params.mode if self.auto is None else self.auto.mode]
 
     @property
     def context_ids(self) -> tuple[int, ...]:
-        """What its context must hold before it starts to decode."""
+        """The ids that its context must hold before it starts to decode."""
         return self.mode.steps.context_ids(self.request)
 
     @property
     def num_absorbed(self) -> int:
-        """How many of them its context holds."""
+        """How many of `context_ids` its context holds."""
         assert self.context is not None
         return self.context.lengths[0]
 
     @property
     def request(self) -> Request:
-        """The request as it would start now."""
+        """The request with the tokens produced so far, from which it could start again."""
         return self.record.request._replace(produced=tuple(t.id for t in self.record.tokens))
 
 
 @dataclasses.dataclass
 class ModeBatch:
-    """The jobs of one mode between two steps; row i belongs to jobs[i]."""
+    """The decoding jobs of one mode between two steps; row i belongs to jobs[i]."""
 
     jobs: list[Job]
     rows: RowBatch
 
     def join(self, others: "ModeBatch") -> None:
-        """Takes in the jobs of another batch of the mode."""
+        """Adds the jobs of another batch of the same mode."""
         self.rows = self.rows.join(others.rows)
         self.jobs = self.jobs + others.jobs

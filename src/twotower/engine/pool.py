@@ -1,4 +1,4 @@
-"""Where the states of all running requests lie, under one byte budget. Letters: n pages, k KV heads, p head width."""
+"""Memory for the states of all running requests, within one byte budget."""
 
 from torch import Tensor
 
@@ -10,9 +10,9 @@ from twotower.model.two_tower import TwoTower
 class StatePool:
     """Pages of keys and values, allocated at once, and a count of recurrent states.
 
-    Each request that runs has one recurrent state (a slot) and a table of pages. Slots for `num_slots` requests are set
-    aside first; pages have the rest of `budget` bytes. A page may be in several tables and in the prefix cache, and is
-    free again when it is in none; only one table's owner appends to it. Page 0 takes padding and belongs to nobody.
+    Each running request has one recurrent state (a slot) and a table of pages. Slots for `num_slots` requests are set
+    aside first; the rest of `budget` bytes is for pages. A page may be in several tables and in the prefix cache, and
+    is free when it is in none; only one request may append to it. Page 0 is never allocated: padding is written to it.
     """
 
     def __init__(self, model: TwoTower, budget: int, num_slots: int) -> None:
@@ -30,7 +30,7 @@ class StatePool:
         # A model without attention has no pages; its tables stay empty.
         self.num_pages = (budget - num_slots * self.slot_bytes) // self.page_bytes if self.page_bytes else 1
         shapes = [(self.num_pages, PAGE_SIZE, k.shape[1], k.shape[3]) for k in empty]
-        # zeros, not empty: masked places are multiplied by 0 and must be finite
+        # zeros instead of uninitialised memory: masked places are multiplied by 0 and must be finite
         make = tower.embeddings.new_zeros
         self._keys = [make(s, dtype=tower.activation_dtype).transpose(1, 2) for s in shapes]
         self._values = [make(s, dtype=tower.activation_dtype).transpose(1, 2) for s in shapes]
@@ -46,35 +46,35 @@ class StatePool:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody uses."""
+        """The number of unused pages."""
         return len(self._free)
 
     def pages_for(self, length: int) -> int:
-        """How many pages hold `length` tokens."""
+        """The number of pages that `length` tokens need."""
         return -(-length // PAGE_SIZE) if self.page_bytes else 0
 
     def open(self, table: list[int], length: int, mamba: tuple[MambaState, ...], logits: Tensor | None) -> ContextState:
-        """Takes a slot: the state after `length` tokens whose keys are in the pages of `table`.
+        """Takes a slot and returns the state after `length` tokens, whose keys are in the pages of `table`.
 
-        `mamba` and `logits` go with it; without any tokens, `mamba` may be empty.
+        `mamba` and `logits` are the state's recurrent part and next logits; at length 0 `mamba` is ignored.
         """
         self._num_slots_used += 1
         keys = PagedKeys(self._keys, self._values, (table,), (length,)) if self._keys else KeyBuffer([], [], (length,))
         return ContextState((length,), mamba if length else self._initial.mamba, keys, logits)
 
     def close_(self, table: list[int]) -> None:
-        """Gives a slot and the pages of `table` back, and empties it."""
+        """Frees a slot and the pages of `table`, and empties the table."""
         self._num_slots_used -= 1
         self.release_(table)
 
     def release_(self, table: list[int]) -> None:
-        """Gives the pages of `table` back, and empties it."""
+        """Frees the pages of `table`, and empties it."""
         for page in table:
             self.drop_(page)
         table.clear()
 
     def grow_(self, table: list[int], length: int) -> bool:
-        """Extends a table to hold `length` tokens; False, and nothing is changed, where there are too few pages."""
+        """Extends a table to hold `length` tokens; returns False and changes nothing if too few pages are free."""
         missing = self.pages_for(length) - len(table)
         if missing > len(self._free):
             return False
@@ -84,21 +84,21 @@ class StatePool:
         return True
 
     def copy_page_(self, source: int, target: int) -> None:
-        """Copies a page's keys and values."""
+        """Copies the keys and values of page `source` to page `target`."""
         for pool in (*self._keys, *self._values):
             pool[target].copy_(pool[source])
 
     def hold_(self, page: int) -> None:
-        """One more use of a page."""
+        """Adds one use of a page."""
         self._uses[page] += 1
 
     def drop_(self, page: int) -> None:
-        """One use of a page less; the last one frees it."""
+        """Removes one use of a page; removing the last one frees it."""
         assert self._uses[page] > 0
         self._uses[page] -= 1
         if self._uses[page] == 0:
             self._free.append(page)
 
     def num_uses(self, page: int) -> int:
-        """How many tables and nodes of the prefix cache a page is in."""
+        """The number of tables and prefix cache nodes that hold a page."""
         return self._uses[page]
