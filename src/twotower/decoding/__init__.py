@@ -1,1 +1,1 @@
-"""The five decoding modes, each a pure `step`, and the loop that drives them."""
+"""The five decoding modes, their settings and outputs, and the plain loop that runs them."""

@@ -16,7 +16,7 @@ from twotower.ops.transfer import to_device
 
 @dataclasses.dataclass(frozen=True)
 class ArRows(RowBatch):
-    """Rows after some tokens; `newest` (b) are those the context tower has not absorbed yet, empty at the start."""
+    """Rows whose context holds all their tokens except the `newest` (b), which is empty before the first tokens."""
 
     guides: Guides
     newest: tuple[int, ...] = ()
@@ -27,12 +27,12 @@ class ArRows(RowBatch):
 
 
 def context_ids(request: Request) -> tuple[int, ...]:
-    """What the context tower holds when the request starts: all but the newest token, if there is one."""
+    """The ids that the context must hold when the request starts: all except the newest produced token, if any."""
     return request.prompt_ids + request.produced[:-1]
 
 
 def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> ArRows:
-    """Rows whose `context_ids` are absorbed; either all have produced tokens before or none."""
+    """Rows whose `context_ids` are absorbed; either all of them have produced tokens or none has."""
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.context_device)
     newest = tuple(r.produced[-1] for r in requests if r.produced)
     assert len(newest) in (0, len(requests))
@@ -41,7 +41,8 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 class _ArStep(NamedTuple):
-    """`results` are those of each row's next token, (2, b); `rows` have absorbed the newest one of each."""
+    """A step before its results are read: `results` (2, b) hold each row's next token and its probability; `rows` have
+    absorbed the token before it."""
 
     rows: ArRows
     results: Tensor
@@ -67,13 +68,13 @@ def launch(model: TwoTower, rows: ArRows) -> _ArStep:
     assert context.next_logits is not None
     draws = None
     if not rows.settings.all_greedy:
-        # the token's position in the sequence names its draw: a resumed row uses the same
+        # the draw is keyed by the token's position, so that a resumed row repeats it
         seeds, ones = [r.seed for r in rows.requests], (1,) * len(rows.requests)
         draws = to_device(uniform_table(seeds, context.lengths, (0,) * len(ones), ones, 1), model.context_device)
     logits = context.next_logits.unsqueeze(1)  # (b, 1, v)
     ops = model.context_tower.logit_ops
     proposal = propose(rows.guides.mask(logits, [()] * len(rows.requests)), rows.settings, draws, ops)
-    # the probability without a constraint, as it is without temperature and filters
+    # the probability without constraint, temperature and filters
     confidence = proposal.confidence
     if rows.guides.any:
         confidence = probability(logits, proposal.tokens, ops.best(logits).log_sum)

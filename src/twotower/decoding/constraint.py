@@ -1,8 +1,8 @@
 """Texts that must match a JSON schema, a regular expression or a grammar. Letters: b rows, s positions, v vocabulary.
 
-llguidance says which tokens may come next. A token that may not gets probability 0 before anything is sampled, so modes
-that decide from left to right stay what they are with another distribution: `verified` is still that of `ar`. Where a
-text outgrows llguidance's limits, nothing but its end is allowed any more.
+llguidance decides which tokens may come next. The others get probability 0 before sampling, so modes that decide from
+left to right work as before on the constrained distribution: `verified` still has that of `ar`. If a text exceeds
+llguidance's limits, only its end is allowed from there on.
 """
 
 import dataclasses
@@ -23,29 +23,32 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
-# One way to write each value: a model that is unsure would fill its answer with the blanks that JSON allows.
+# Allow only one spacing: an unsure model would fill its answer with the optional blanks of JSON.
 _JSON_STYLE: "JsonCompileOptions" = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclasses.dataclass(frozen=True)
 class Guides:
-    """What each row (b) must match, None where it is free; those of the rows have seen all tokens produced so far."""
+    """Each row's matcher, advanced past all tokens produced so far, or None for a row without a constraint (b)."""
 
     rows: "tuple[LLMatcher | None, ...]"
     end: int
 
     @property
     def any(self) -> bool:
+        """Whether any row has a constraint."""
         return any(guide is not None for guide in self.rows)
 
     def select(self, rows: list[int]) -> Self:
+        """The guides of some rows."""
         return dataclasses.replace(self, rows=tuple(self.rows[r] for r in rows))
 
     def join(self, others: Self) -> Self:
+        """The guides of both batches' rows."""
         return dataclasses.replace(self, rows=self.rows + others.rows)
 
     def after(self, tokens: Sequence[Sequence[int]]) -> Self:
-        """The guides when each row has produced these tokens as well; what follows an end token does not count."""
+        """The guides after each row has also produced these tokens; tokens after an end token are ignored."""
         if not self.any:
             return self
         return dataclasses.replace(
@@ -53,10 +56,10 @@ class Guides:
         )
 
     def mask(self, logits: Tensor, drafts: Sequence[Sequence[int]], first: int = 0) -> Tensor:
-        """logits (b, s, v) with -inf for tokens that may not come at their place; a new tensor where any row is guided.
+        """logits (b, s, v) with -inf for tokens that are not allowed there; a copy if any row has a constraint.
 
-        Place `first` + k follows the first k tokens of a row's draft. Places behind a token that may not come are left
-        as they are: no draft is accepted that far.
+        Place `first` + k follows the first k tokens of a row's draft. Places after a forbidden draft token are left as
+        they are, because no draft is accepted that far.
         """
         if not self.any:
             return logits
@@ -66,7 +69,7 @@ class Guides:
                 continue
             ahead = guide.deep_copy()
             for k, place in enumerate(range(first, logits.shape[1])):
-                # a bytearray, because torch wants memory that it may write to
+                # a bytearray, because torch warns about read-only memory
                 allowed = torch.frombuffer(bytearray(ahead.compute_logit_bias()), dtype=torch.uint8) > 0
                 logits[row, place].masked_fill_(~allowed.to(logits.device), -torch.inf)
                 if k >= len(draft) or not allowed[draft[k]] or draft[k] == self.end:
@@ -93,7 +96,7 @@ def guides(model: TwoTower, params: Sequence[SamplingParams], produced: Sequence
 
 
 def check_constraint(model: TwoTower, params: SamplingParams) -> None:
-    """Raises SettingError if the request's constraint is invalid, or if this model can't be held to one."""
+    """Raises SettingError if the request's constraint is invalid or this model can't enforce it."""
     if params.constraint is None:
         return
     kind, text = params.constraint
@@ -115,7 +118,7 @@ def _vocabulary(model: TwoTower) -> "LLTokenizer":
 
 @functools.lru_cache(maxsize=4)
 def _read_vocabulary(tokenizer: tokenizers.Tokenizer, size: int, ends: tuple[int, ...]) -> "LLTokenizer":
-    """What llguidance knows of a tokenizer; a tenth of a second and more for large ones."""
+    """The tokenizer for llguidance; cached, because a large one takes more than a tenth of a second."""
     from llguidance import LLTokenizer
 
     return LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=list(ends))
@@ -123,7 +126,7 @@ def _read_vocabulary(tokenizer: tokenizers.Tokenizer, size: int, ends: tuple[int
 
 @functools.lru_cache(maxsize=64)
 def _matcher(vocabulary: "LLTokenizer", kind: str, text: str) -> "LLMatcher":
-    """A matcher before its first token, to be copied and never moved. Raises SettingError for one that is invalid."""
+    """A matcher before its first token; callers copy it before use. Raises SettingError for an invalid constraint."""
     from llguidance import LLMatcher
 
     if kind == "json_schema":
@@ -139,7 +142,7 @@ def _matcher(vocabulary: "LLTokenizer", kind: str, text: str) -> "LLMatcher":
     problem = LLMatcher.validate_grammar(grammar, vocabulary)
     if not problem:
         first = LLMatcher(vocabulary, grammar, log_level=0)
-        first.compute_logit_bias()  # most of what is too large for its limits shows here
+        first.compute_logit_bias()  # finds most constraints that exceed its limits
         problem = first.get_error().split("<state>")[0]
     if problem:
         rule = f"a constraint that llguidance can follow ({' '.join(problem.split())})"

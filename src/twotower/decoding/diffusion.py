@@ -18,16 +18,16 @@ from twotower.model.two_tower import TwoTower
 from twotower.ops.transfer import to_device
 from twotower.ops.unmask import BlockPlaces
 
-# Steps of `posterior` coins are kept apart from steps of token draws in the counter-based generator.
+# Offset of the step number that keeps `posterior` coins apart from token draws in the counter-based generator.
 _COIN_STEP = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The rows' blocks: xt (b, s) int64 with masks, `valid` (b, s) bool false at padding, and for fixed positions the
-    probability and the step of their commit, (b, s) each.
+    """The rows' blocks: token ids `xt` with masks, (b, s) int64; `valid` (b, s) bool, false at padding; `masked` (b, s)
+    bool; for fixed positions the probability and the step of their commit, `confidence` and `committed_at`, (b, s).
 
-    Each row is at its own step: `steps` counts those its block has seen, `left` the positions still masked.
+    Each row is at its own step: `steps` counts the steps of its block so far, `left` its masked positions.
     """
 
     xt: Tensor
@@ -45,12 +45,12 @@ class Block:
         return select_rows(self, rows)
 
     def join(self, others: Self) -> Self:
-        """The blocks of both batches' rows, padded to the longer one's width."""
+        """The blocks of both batches' rows, padded to the width of the wider batch."""
         size = max(self.xt.shape[1], others.xt.shape[1])
         return join_rows(self.resized(size), others.resized(size))
 
     def resized(self, size: int) -> Self:
-        """With `size` columns; those that come or go are padding."""
+        """The same blocks in `size` columns; the columns added or removed are padding."""
         if size == self.xt.shape[1]:
             return self
         extra = (0, size - self.xt.shape[1])
@@ -68,7 +68,7 @@ class Block:
 class DiffusionRows(RowBatch):
     """Rows whose context holds everything before `block`; `produced` (b) counts each row's new tokens before it.
 
-    `seed` is a copy of the context on the denoiser's device, None where both towers are on one.
+    `seed` is a copy of the context on the denoiser's device, or None if both towers are on one device.
     """
 
     schedule: CommitSchedule
@@ -91,7 +91,7 @@ class DiffusionRows(RowBatch):
 
 
 def context_ids(request: Request) -> tuple[int, ...]:
-    """What the context tower holds when the request starts."""
+    """The ids that the context must hold when the request starts."""
     return request.prompt_ids + request.produced
 
 
@@ -106,13 +106,13 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 def _seed(model: TwoTower, context: ContextState) -> ContextState | None:
-    """A copy of the context on the denoiser's device, if that is another."""
+    """A copy of the context on the denoiser's device, or None if both towers are on one device."""
     return None if model.context_device == model.denoiser_device else context.to(model.denoiser_device)
 
 
 class _DiffusionStep(NamedTuple):
-    """`rows` after the step, but for each block's `left`; `results` (4, b, s) are the blocks' ids, steps, confidences
-    and masks, and `absorbed` says which rows took a context call."""
+    """A step before its results are read: `rows` after it, with the old `left`; `results` (4, b, s), the blocks' ids,
+    commit steps, confidences and masks; `absorbed`, each row's number of context calls."""
 
     rows: DiffusionRows
     results: Tensor
@@ -136,9 +136,9 @@ class _DiffusionStep(NamedTuple):
 
 
 def launch(model: TwoTower, rows: DiffusionRows) -> _DiffusionStep:
-    """One NFE: proposals for every masked position, of which some commit. A finished block gives its tokens.
+    """One NFE: proposes tokens for every masked position, and commits some. A finished block gives its tokens.
 
-    Every row walks through its blocks at its own pace. The context tower absorbs a finished block at the start of the
+    Every row goes through its blocks at its own pace. The context tower absorbs a finished block at the start of the
     row's next step, so the last block of a request costs no context call.
     """
     absorbed = tuple(int(left == 0) for left in rows.block.left)
@@ -158,7 +158,7 @@ def launch(model: TwoTower, rows: DiffusionRows) -> _DiffusionStep:
 
 
 def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
-    """Absorbs every finished block and masks that row's next one; rows in the middle of a block stay as they are."""
+    """Absorbs every finished block and begins that row's next one, all masks; other rows stay as they are."""
     block = rows.block
     full = [row for row, left in enumerate(block.left) if left == 0]
     if not full:
@@ -191,13 +191,13 @@ def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
 
 
 def _widths(requests: tuple[Request, ...], produced: tuple[int, ...]) -> tuple[int, ...]:
-    """How long each row's next block is after `produced` new tokens, 0 for a row that has them all."""
+    """The width of each row's next block after `produced` new tokens; 0 for a row that has all its tokens."""
     return tuple(min(r.params.block_size, r.params.max_new_tokens - n) for r, n in zip(requests, produced, strict=True))
 
 
 def _masks(model: TwoTower, widths: tuple[int, ...]) -> Block:
-    """Blocks of `widths`, all masks."""
-    assert min(widths) > 0, "a row that is done was not taken out"
+    """Blocks of the given widths with every position masked."""
+    assert min(widths) > 0, "a finished row was not removed from its batch"
     shape, device = (len(widths), max(widths)), model.denoiser_device
     valid = torch.ones(shape, dtype=torch.bool, device=device)
     if min(widths) < max(widths):
@@ -216,7 +216,7 @@ def _masks(model: TwoTower, widths: tuple[int, ...]) -> Block:
 
 
 def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, ops: LogitOps) -> Block:
-    """The blocks after this step; `left` is still the count before it."""
+    """The blocks after this step, except for `left`, which still counts the masks before it."""
     block = rows.block
     steps = to_device(block.steps, block.xt.device)
     at = rows.schedule.at(steps)
@@ -250,7 +250,7 @@ def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, ops: LogitO
 
 
 def _uniforms(rows: DiffusionRows, first_step: int) -> Tensor:
-    """(b, s) uniforms named by each row's step: as many per row as its block is wide, whatever the batch's width."""
+    """Uniforms (b, s) keyed by each row's step; a row draws as many as its own block is wide, whatever the batch."""
     block, seeds = rows.block, [r.seed for r in rows.requests]
     steps = [first_step + n for n in block.steps]
     table = uniform_table(seeds, rows.context.lengths, steps, block.widths, block.xt.shape[1])

@@ -17,13 +17,13 @@ from twotower.ops.transfer import to_device
 
 @dataclasses.dataclass(frozen=True)
 class MockArRows(RowBatch):
-    """Rows whose context holds all tokens but the `newest` (b) of each."""
+    """Rows whose context holds all their tokens except the `newest` (b)."""
 
     newest: tuple[int, ...]
 
 
 def context_ids(request: Request) -> tuple[int, ...]:
-    """What the context tower holds when the request starts: all but the last token."""
+    """The ids that the context must hold when the request starts: all except the last token."""
     return (request.prompt_ids + request.produced)[:-1]
 
 
@@ -34,7 +34,8 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 class _MockArStep(NamedTuple):
-    """`results` are those of each row's next token, (2, b); `rows` have absorbed the newest one of each."""
+    """A step before its results are read: `results` (2, b) hold each row's next token and its probability; `rows` have
+    absorbed the token before it."""
 
     rows: MockArRows
     results: Tensor

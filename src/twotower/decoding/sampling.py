@@ -1,4 +1,4 @@
-"""Logits to proposals. Letters: b rows, s positions, v vocabulary."""
+"""Samples tokens from logits. Letters: b rows, s positions, v vocabulary."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,17 +12,17 @@ from twotower.ops.transfer import to_device
 
 
 class Proposal(NamedTuple):
-    """tokens (b, s) int64 and the unscaled probability of each (b, s) float32."""
+    """tokens (b, s) int64 and their probabilities without temperature and filters, (b, s) float32."""
 
     tokens: Tensor
     confidence: Tensor
 
 
 class Temper(NamedTuple):
-    """The rows' sampling settings as tensors (b,), and whether all rows are greedy, some are, or any is filtered.
+    """The rows' sampling settings as tensors (b,), and flags: all rows greedy, any row greedy, any row with a filter.
 
-    temperature float32 (1 where greedy), greedy bool, top_k int64 (v for none), top_p float32 (inf for none: sums of
-    rounded probabilities reach 1 before the last token).
+    temperature float32 (1 where greedy), greedy bool, top_k int64 (v for none), top_p float32 (inf for none, because
+    sums of rounded probabilities may reach 1 before the last token).
     """
 
     temperature: Tensor
@@ -34,7 +34,7 @@ class Temper(NamedTuple):
     filtered: bool
 
     def select(self, rows: list[int]) -> "Temper":
-        """The settings of some rows; the flags stay true of more than them, which changes no result."""
+        """The settings of some rows; the flags stay those of the whole batch, which changes no result."""
         index = to_device(rows, self.greedy.device)
         temperature, greedy, top_k, top_p = (v[index] for v in self[:4])
         return Temper(temperature, greedy, top_k, top_p, self.all_greedy, self.any_greedy, self.filtered)
@@ -69,9 +69,9 @@ def temper(params: tuple[SamplingParams, ...], vocab_size: int, device: torch.de
 
 
 def propose(logits: Tensor, settings: Temper, uniforms: Tensor | None, ops: LogitOps) -> Proposal:
-    """Argmax in greedy rows, else a sample of softmax(logits/temperature) after top-k and top-p.
+    """The argmax in greedy rows, else a sample from softmax(logits/temperature) after top-k and top-p.
 
-    logits (b, s, v) float32; uniforms (b, s) in [0, 1), unread if all rows are greedy. The confidence is the
+    logits (b, s, v) float32; uniforms (b, s) in [0, 1), needed unless all rows are greedy. The confidence is the
     probability without temperature and filters.
     """
     best = ops.best(logits)
@@ -84,16 +84,16 @@ def propose(logits: Tensor, settings: Temper, uniforms: Tensor | None, ops: Logi
 
 
 def probability(logits: Tensor, tokens: Tensor, log_sum: Tensor) -> Tensor:
-    """softmax(logits) at some tokens: logits (b, s, v), tokens and log Σ exp(logits) (b, s), to (b, s)."""
+    """softmax(logits) of given tokens (b, s), from logits (b, s, v), tokens and log Σ exp(logits), both (b, s)."""
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return (chosen - log_sum).exp()
 
 
 def distribution(logits: Tensor, settings: Temper) -> Tensor:
-    """The distribution that is sampled from: (b, s, v) float32, one-hot in greedy rows.
+    """The distribution to sample from: (b, s, v) float32, one-hot in greedy rows.
 
-    top-k keeps the k largest logits; top-p then keeps the smallest set whose probability reaches p (the first token
-    that reaches it included).
+    top-k keeps the k largest logits; top-p then keeps the smallest set of likeliest tokens whose total probability
+    reaches p.
     """
     scaled = logits / settings.temperature[:, None, None]
     if settings.filtered:
@@ -112,7 +112,7 @@ def distribution(logits: Tensor, settings: Temper) -> Tensor:
 
 
 def inverse_sample(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The token at which the cumulative probability passes each uniform: (b, s, v), (b, s) to (b, s) int64.
+    """The token where the cumulative probability exceeds each uniform: (b, s, v), (b, s) to (b, s) int64.
 
     Weights need not add up to 1. One uniform per position makes a row's draws independent of its batch.
     """
@@ -123,7 +123,7 @@ def inverse_sample(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def results(ids: Tensor, confidences: Tensor) -> Tensor:
-    """Both tensors of one shape as a step's results for the host, (2, …) float64."""
+    """Stacks two tensors of one shape as a step's results for the host, (2, …) float64."""
     return torch.stack((ids.double(), confidences.double()))
 
 
@@ -131,10 +131,10 @@ _MASK64 = (1 << 64) - 1
 
 
 def uniforms(seed: int, position: int, step: int, count: int) -> Tensor:
-    """`count` float32 uniforms in [0, 1) that depend on the arguments alone: (count,) on the CPU.
+    """`count` float32 uniforms in [0, 1) that depend only on the arguments: (count,) on the CPU.
 
-    Counter-based, so a draw is a function of where it is used, not of what ran before: any batch, schedule or restart
-    gives a row the same ones.
+    A counter-based generator: a draw depends on where it is used and not on earlier draws, so a row gets the same ones
+    in any batch and schedule, and after a restart.
     """
     key = seed & _MASK64
     for value in (position, step):
@@ -148,7 +148,7 @@ def uniforms(seed: int, position: int, step: int, count: int) -> Tensor:
 def uniform_table(
     seeds: Sequence[int], places: Sequence[int], steps: Sequence[int], widths: Sequence[int], size: int
 ) -> Tensor:
-    """`uniforms` of many rows on the CPU, (b, size): widths[r] draws of row r, and zeros behind them."""
+    """`uniforms` of many rows on the CPU, (b, size): widths[r] draws for row r, then zeros."""
     table = torch.zeros(len(seeds), size, dtype=torch.float32)
     for row, (seed, place, step, width) in enumerate(zip(seeds, places, steps, widths, strict=True)):
         table[row, :width] = uniforms(seed, place, step, width)

@@ -1,30 +1,30 @@
-"""Tokens to text as they come."""
+"""Turns tokens into text as they come."""
 
 import tokenizers
 
 
 class TextStream:
-    """Decodes a growing token sequence; gives only text that later tokens can't change.
+    """Decodes a growing token sequence and returns only text that later tokens can't change.
 
-    A tail of the prompt is decoded with the new tokens, so that word-initial spaces and byte sequences that straddle
-    the boundary come out right. Characters whose bytes are not all there yet are held back.
+    The prompt's last tokens are decoded together with the new ones, so that spaces before words and byte sequences
+    across the boundary come out right. A character is held back until all its bytes have come.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, prompt_ids: tuple[int, ...]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt_ids)
-        self._start = self._window()  # ids before this one are settled and no longer decoded
+        self._start = self._window()  # ids before this one are no longer decoded
         whole = self._decode(self._ids[self._start :])
         self._shown = len(whole)
         if whole.endswith("\ufffd"):
-            # The prompt may end inside a character: if its bytes are completed it belongs to the new text.
+            # The prompt may end inside a character; if new tokens complete it, it belongs to the new text.
             ends = (self._decode(self._ids[self._start : len(self._ids) - n]) for n in range(4))
             self._shown = max(len(text.rstrip("\ufffd")) for text in ends)
         self._dangling = whole[self._shown :]
         self.text = ""
 
     def push(self, ids: list[int]) -> str:
-        """The text that became certain with these tokens."""
+        """Appends tokens and returns the text that they made final."""
         self._ids.extend(ids)
         whole = self._decode(self._ids[self._start :])
         # an incomplete byte sequence decodes to U+FFFD at the end
@@ -36,8 +36,8 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """What was held back: a byte sequence that never became a character."""
-        # Decoded by itself: a byte-fallback decoder would give up on the whole characters before it as well.
+        """Returns the held-back text: a byte sequence that never became a character."""
+        # Decode it separately: a byte-fallback decoder would also give up on the complete characters before it.
         for held in range(4):
             end = len(self._ids) - held
             whole = self._decode(self._ids[self._start : end])
@@ -46,8 +46,10 @@ class TextStream:
         return self._give(self._decode(self._ids[self._start :]))
 
     def _window(self) -> int:
-        """About 8 tokens before the end, at a character's first byte: byte-fallback decoders give up on a whole run of
-        bytes that starts inside a character."""
+        """An index about 8 tokens before the end, at the first byte of a character.
+
+        Byte-fallback decoders give up on a whole run of bytes that starts inside a character.
+        """
         last = max(len(self._ids) - 8, 0)
         return next((n for n in range(last, max(last - 4, -1), -1) if self._begins_character(n)), last)
 

@@ -1,7 +1,7 @@
-"""Which positions of a block commit after a denoising step. Letters: b rows, s positions.
+"""Commit rules: they decide which positions of a block are fixed after a denoising step. Letters: b rows, s positions.
 
-A rule sees each row's proposals and says which positions are fixed after this step. All but `remask` only ever add
-positions; `remask` (mask-predict, Ghazvininejad et al. 2019) may take some back.
+A rule decides from each row's proposals. `remask` (mask-predict, Ghazvininejad et al. 2019) may mask positions again
+that were fixed; the other rules only fix more positions.
 """
 
 import math
@@ -18,22 +18,23 @@ from twotower.ops.unmask import ranks
 
 
 class CommitSchedule(NamedTuple):
-    """Where the rows stand: 0-based step j (b,), or one for all, of T (b,), and γ (b,)."""
+    """The rows' present step j, 0-based (b,) or one for all rows, their number of steps T (b,) and threshold γ (b,)."""
 
     step: Tensor | int
     num_steps: Tensor
     threshold: Tensor
 
     def at(self, step: Tensor | int) -> "CommitSchedule":
+        """The schedule at another step."""
         return CommitSchedule(step, self.num_steps, self.threshold)
 
     def select(self, rows: list[int]) -> "CommitSchedule":
-        """The first step of some rows."""
+        """The schedule of some rows, at step 0."""
         index = to_device(rows, self.num_steps.device)
         return CommitSchedule(0, self.num_steps[index], self.threshold[index])
 
     def join(self, others: "CommitSchedule") -> "CommitSchedule":
-        """The first step of both batches' rows."""
+        """The schedule of both batches' rows, at step 0."""
         return CommitSchedule(
             0, torch.cat((self.num_steps, others.num_steps)), torch.cat((self.threshold, others.threshold))
         )
@@ -47,15 +48,15 @@ def rule_and_steps(params: SamplingParams) -> tuple[CommitRule, int]:
 
 
 def schedule(params: tuple[SamplingParams, ...], device: torch.device) -> CommitSchedule:
-    """The first step of a batch, with its T and γ."""
+    """The schedule of a batch, at step 0."""
     steps = [rule_and_steps(p)[1] for p in params]
-    # a γ of 1 is an integer to PyTorch, and kernels read float32
+    # explicit dtype: thresholds given as the integer 1 would make an int64 tensor, and kernels read float32
     thresholds = torch.tensor([p.confidence_threshold for p in params], dtype=torch.float32)
     return CommitSchedule(0, to_device(steps, device), to_device(thresholds, device))
 
 
 def certainty(rule: str, logits: Tensor, proposal: Proposal) -> Tensor:
-    """How sure the denoiser is of each proposal, (b, s) in [0, 1]: what the rule ranks and holds against γ.
+    """How sure the denoiser is of each proposal, (b, s) in [0, 1]; rules rank it and compare it with γ.
 
     `margin`: p of the best minus p of the second best; `entropy`: 1 − H/log v; the others: p of the proposal.
     """
@@ -70,11 +71,11 @@ def certainty(rule: str, logits: Tensor, proposal: Proposal) -> Tensor:
 
 
 def commit(rule: str, sure: Tensor, masked: Tensor, at: CommitSchedule, coins: Tensor | None, ops: LogitOps) -> Tensor:
-    """The masked positions (b, s) bool that commit now, for every rule but `remask`.
+    """The masked positions (b, s) bool that commit in this step, for every rule except `remask`.
 
-    sure (b, s) from `certainty`; masked (b, s) bool; coins (b, s) uniforms for `posterior`.
+    sure (b, s) from `certainty`; masked (b, s) bool; coins (b, s) are uniforms in [0, 1), which only `posterior` reads.
     """
-    left = at.num_steps - at.step  # (b,) steps left, this one included
+    left = at.num_steps - at.step  # (b,) steps left, including this one
     if rule == "posterior":
         # q(x_s | x_t, x0) of absorbing diffusion from t = left/T to s = (left−1)/T: unmask with (t − s)/t = 1/left
         assert coins is not None
@@ -84,9 +85,9 @@ def commit(rule: str, sure: Tensor, masked: Tensor, at: CommitSchedule, coins: T
 
 
 def remask(sure: Tensor, valid: Tensor, at: CommitSchedule) -> Tensor:
-    """Mask-predict: the positions (b, s) bool that stay fixed when the least sure are masked again.
+    """Mask-predict: the positions (b, s) bool that are fixed after the least certain ones are masked again.
 
-    sure (b, s) of every position's present token; valid (b, s) bool. After step j, ceil(s·(T−j−1)/T) stay masked.
+    sure (b, s): certainty of every present token; valid (b, s) bool. After step j, ceil(s·(T−j−1)/T) are masked.
     """
     width = valid.sum(-1)  # (b,)
     left = (at.num_steps - at.step - 1).clamp(min=0)

@@ -1,7 +1,7 @@
-"""Mode `verified`: the denoiser drafts, the context tower's own pass over the draft decides. Letters: b rows,
-s positions of the draft block, v vocabulary.
+"""Mode `verified`: the denoiser drafts tokens, and a context tower pass over the draft decides how many to keep.
 
-The output is distributed exactly as `ar` (speculative sampling, Leviathan et al. 2023; Chen et al. 2023).
+The output has exactly the distribution of `ar` (speculative sampling, Leviathan et al. 2023; Chen et al. 2023).
+Letters: b rows, s positions of the draft block, v vocabulary.
 """
 
 import dataclasses
@@ -28,14 +28,16 @@ from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
 from twotower.ops.transfer import to_device
 
-# Draws of one round are kept apart in the counter-based generator: draft tokens, acceptances, corrections.
+# Step numbers of the counter-based generator that keep draft, acceptance and correction draws of one round apart.
 _DRAFT, _ACCEPT, _CORRECT = 1 << 21, 1 << 22, 1 << 23
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifiedRows(RowBatch):
-    """Rows whose context holds all tokens but the `newest` (b) of each, empty before the first; `produced` (b) counts
-    each row's new tokens."""
+    """Rows whose context holds all their tokens except the `newest` (b), which is empty before the first tokens.
+
+    `produced` (b) counts each row's new tokens.
+    """
 
     guides: Guides
     produced: tuple[int, ...]
@@ -47,20 +49,23 @@ class VerifiedRows(RowBatch):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The lengths of the rows' next drafts."""
+        """The widths of the rows' next draft blocks."""
         return tuple(_width(r, n) for r, n in zip(self.requests, self.produced, strict=True))
 
 
 class Draft(NamedTuple):
-    """ids (b, s) to verify and, unless all rows are greedy, the distribution each drafted one came from (b, s, v)."""
+    """ids (b, s) to verify and, unless all rows are greedy, the distributions (b, s, v) they were drawn from."""
 
     ids: Tensor
     probabilities: Tensor | None
 
 
 class Verdict(NamedTuple):
-    """How many leading draft ids each row keeps (b), the token after them (b), and for each row ids and their
-    probabilities (b, s+1) on the host, which count from the first that was not known to that token."""
+    """The context tower's decision, on the host.
+
+    `accepted` (b): how many leading draft ids each row keeps; `bonus` (b): the token after them; `ids` and
+    `confidence` (b, s+1): tokens and their probabilities, valid up to and including the bonus.
+    """
 
     accepted: tuple[int, ...]
     bonus: tuple[int, ...]
@@ -69,12 +74,12 @@ class Verdict(NamedTuple):
 
 
 def context_ids(request: Request) -> tuple[int, ...]:
-    """What the context tower holds when the request starts: all but the newest token, if there is one."""
+    """The ids that the context must hold when the request starts: all except the newest produced token, if any."""
     return request.prompt_ids + request.produced[:-1]
 
 
 def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> VerifiedRows:
-    """Rows whose `context_ids` are absorbed; either all have produced tokens before or none."""
+    """Rows whose `context_ids` are absorbed; either all of them have produced tokens or none has."""
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.context_device)
     newest = tuple(r.produced[-1] for r in requests if r.produced)
     assert len(newest) in (0, len(requests))
@@ -83,8 +88,11 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 class Judged(NamedTuple):
-    """The context tower over a draft: `results` (2, b, s+2) are each row's number of leading draft ids that it keeps,
-    then ids, which are those and the token after them, with anything behind it; beside ids, their probabilities."""
+    """The context tower's pass over a draft, before its results are read.
+
+    `results` (2, b, s+2): [0] holds each row's number of accepted draft ids, then the accepted ids, the bonus token and
+    unused ids; [1] holds the ids' probabilities at the same places.
+    """
 
     model: TwoTower
     rows: VerifiedRows
@@ -112,16 +120,16 @@ class Judged(NamedTuple):
 
 
 def launch(model: TwoTower, rows: VerifiedRows) -> Judged:
-    """One round: a draft (one NFE), one context pass over it, and the accepted tokens with their bonus.
+    """One round: a draft (one NFE) and one context pass over it, which gives the accepted tokens and a bonus token.
 
-    The first place of a block is the newest token, already decided and not yet absorbed, so that one context pass
-    both absorbs it and verifies what follows; the very first round has none and drafts every place.
+    The first place of a block is the newest token, which is decided but not absorbed yet, so that one context pass both
+    absorbs it and verifies the rest. The first round has no such token and drafts every place.
     """
     return judge(model, rows, propose_draft(model, rows))
 
 
 def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
-    """One denoising step over [newest | masks]: each place's draft depends on the context and the newest token only."""
+    """One denoising step over [newest | masks]: each place's draft depends only on the context and the newest token."""
     device = model.denoiser_device
     widths = rows.widths
     size = max(widths)
@@ -146,20 +154,21 @@ def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
 
 
 def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
-    """The context tower's pass over the draft: greedy rows keep the prefix that equals its argmax, the others accept
-    x with probability min(1, p/q) and else sample the normalised positive part of p − q.
+    """Launches the context tower's pass over the draft and the decision.
 
-    What a constraint allows depends on the draft, so rows with one wait for it here.
+    Greedy rows keep the prefix that equals its argmax. Others accept x with probability min(1, p/q), and at a rejection
+    sample from the normalised positive part of p − q. Rows with a constraint wait here for the draft's ids, because the
+    allowed tokens depend on them.
     """
     num_known = 1 if rows.newest else 0
     scored = model.score(draft.ids, rows.context)
     logits = model.scored_logits(scored)  # (b, s, v): position i predicts place i + 1
     if num_known:
-        first = logits[:, :1]  # the known token needs no verdict; the slot keeps places aligned
+        first = logits[:, :1]  # a placeholder: the newest token is accepted anyway
     else:
         assert rows.context.next_logits is not None
         first = rows.context.next_logits.unsqueeze(1)
-    own = torch.cat((first, logits), dim=1)  # (b, s+1, v): row i is the context tower's view of place i
+    own = torch.cat((first, logits), dim=1)  # (b, s+1, v): own[:, i] predicts place i
     drafts = draft.ids[:, num_known:].tolist() if rows.guides.any else [()] * len(rows.requests)
     target = rows.guides.mask(own, drafts, num_known)
     best = model.context_tower.logit_ops.best(own)
@@ -179,22 +188,22 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
         agrees[:, 0] = True
     accepted = agrees.cumprod(-1).sum(-1)  # (b,)
     if draft.probabilities is None:
-        emitted = greedy  # which a draft equals as far as it is accepted
+        emitted = greedy  # equal to the draft as far as that is accepted
     else:
         after = _correction(rows, draft.probabilities, p, accepted, widths)
         emitted = torch.cat((draft.ids, draft.ids[:, :1]), dim=1).scatter(1, accepted[:, None], after[:, None])
-    # without a constraint as without temperature and filters, (b, s+1)
+    # (b, s+1): the probabilities without constraint, temperature and filters
     if emitted is best.tokens:
         confidence = (best.logits - best.log_sum).exp()
     else:
         confidence = probability(own, emitted, best.log_sum)
-    # the count beside its row, so that one copy to the host has it all
+    # the counts go into the same tensor, so that one copy to the host is enough
     found = results(torch.cat((accepted[:, None], emitted), dim=1), F.pad(confidence, (1, 0)))
     return Judged(model, rows, scored, found)
 
 
 def verdict(values: list[Any]) -> Verdict:
-    """What the context tower decided, from its `results` on the host."""
+    """The decision from `Judged.results`, once they are on the host."""
     numbers, confidences = values
     counts = tuple(int(row[0]) for row in numbers)
     ids = [[int(i) for i in row[1:]] for row in numbers]
@@ -203,17 +212,17 @@ def verdict(values: list[Any]) -> Verdict:
 
 
 def _correction(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """The token after the accepted prefix: from (p − q)⁺ at a rejection, from p after a whole draft; (b,)."""
+    """The token after the accepted prefix (b,): from (p − q)⁺ at a rejection, from p after a fully accepted draft."""
     row = torch.arange(len(widths), device=p.device)
     there = p[row, accepted]  # (b, v)
     rejected = accepted < to_device(widths, p.device)
     drafted = q[row, accepted.clamp(max=q.shape[1] - 1)]
     residual = (there - drafted).clamp(min=0)
-    # p = q up to rounding leaves nothing; a rejection there has probability ~0 and p is its right limit
+    # if p = q up to rounding, nothing is left to sample from; such a rejection has probability ~0, and p is the limit
     usable = rejected & (residual.sum(-1) > 0)
     weights = torch.where(usable[:, None], residual, there)
-    # Named by the token's own position: a first round that accepts nothing starts where the next one does. Drawn for
-    # every count there may be, because the host does not know it yet.
+    # The draw is keyed by the token's own position, because two rounds may start at the same one (after a first round
+    # that accepts nothing). One is made for every possible count, because the host doesn't know the count yet.
     table = torch.zeros(len(widths), q.shape[1] + 1, dtype=torch.float32)
     for r, (request, n, width) in enumerate(zip(rows.requests, rows.context.lengths, widths, strict=True)):
         if request.params.temperature > 0:
@@ -223,21 +232,25 @@ def _correction(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widt
 
 
 def _width(request: Request, produced: int) -> int:
-    """The block's length: S or the adaptive draft's, or less where fewer tokens are wanted; the newest one fills a
-    place of its own."""
+    """The block's width: S or the adaptive draft's length, less if fewer tokens are left to write.
+
+    The newest token takes one place of it.
+    """
     known = 1 if produced else 0
     most = min(request.params.block_size, request.draft) if request.params.adaptive_draft else request.params.block_size
     return max(1, min(most, request.params.max_new_tokens - produced - 1 + known))
 
 
 def _next_draft(width: int, num_emitted: int) -> int:
-    """The length of the draft after one of `width` that gave `num_emitted` tokens: twice a draft kept whole, else a
-    little more than was kept. What lies beyond costs both towers arithmetic and is thrown away."""
+    """The length of the next draft: doubled if all of it was kept, else two more than the tokens that it gave.
+
+    Longer drafts would cost both towers arithmetic on tokens that are then rejected.
+    """
     return 2 * width if num_emitted >= width else num_emitted + 2
 
 
 def _table(rows: VerifiedRows, purpose: int, widths: tuple[int, ...], size: int) -> Tensor:
-    """(b, size) uniforms named by each row's context length and the purpose of the draw."""
+    """Uniforms (b, size) keyed by each row's seed, its context length and the purpose of the draw."""
     seeds = [r.seed for r in rows.requests]
     table = uniform_table(seeds, rows.context.lengths, (purpose,) * len(widths), widths, size)
     return to_device(table, rows.settings.top_k.device)
