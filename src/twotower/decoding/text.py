@@ -46,10 +46,8 @@ class TextStream:
         return self._give(self._decode(self._ids[self._start :]))
 
     def _window(self) -> int:
-        """An index about 8 tokens before the end, at the first byte of a character.
-
-        Byte-fallback decoders give up on a whole run of bytes that starts inside a character.
-        """
+        """An index about 8 tokens before the end, at the first byte of a character: byte-fallback decoders give up on a
+        whole run of bytes that starts inside a character."""
         last = max(len(self._ids) - 8, 0)
         return next((n for n in range(last, max(last - 4, -1), -1) if self._begins_character(n)), last)
 

@@ -34,10 +34,8 @@ _DRAFT, _ACCEPT, _CORRECT = 1 << 21, 1 << 22, 1 << 23
 
 @dataclasses.dataclass(frozen=True)
 class VerifiedRows(RowBatch):
-    """Rows whose context holds all their tokens except the `newest` (b), which is empty before the first tokens.
-
-    `produced` (b) counts each row's new tokens.
-    """
+    """Rows whose context holds all their tokens except the `newest` (b), which is empty before the first tokens;
+    `produced` (b) counts each row's new tokens."""
 
     guides: Guides
     produced: tuple[int, ...]
@@ -61,11 +59,8 @@ class Draft(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The context tower's decision, on the host.
-
-    `accepted` (b): how many leading draft ids each row keeps; `bonus` (b): the token after them; `ids` and
-    `confidence` (b, s+1): tokens and their probabilities, valid up to and including the bonus.
-    """
+    """The decision: how many leading draft ids each row keeps (b), the token after them (b), and all ids (b, s+1) with
+    their probabilities, which are valid up to that token."""
 
     accepted: tuple[int, ...]
     bonus: tuple[int, ...]
@@ -88,11 +83,8 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 class Judged(NamedTuple):
-    """The context tower's pass over a draft, before its results are read.
-
-    `results` (2, b, s+2): [0] holds each row's number of accepted draft ids, then the accepted ids, the bonus token and
-    unused ids; [1] holds the ids' probabilities at the same places.
-    """
+    """The pass over a draft before its results are read. `results` (2, b, s+2): each row's number of accepted ids,
+    then these ids, the bonus token and unused ids; beside the ids their probabilities."""
 
     model: TwoTower
     rows: VerifiedRows
@@ -232,20 +224,16 @@ def _correction(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widt
 
 
 def _width(request: Request, produced: int) -> int:
-    """The block's width: S or the adaptive draft's length, less if fewer tokens are left to write.
-
-    The newest token takes one place of it.
-    """
+    """The block's width: S or the adaptive draft's length, less if fewer tokens are left to write; the newest token
+    takes one place of it."""
     known = 1 if produced else 0
     most = min(request.params.block_size, request.draft) if request.params.adaptive_draft else request.params.block_size
     return max(1, min(most, request.params.max_new_tokens - produced - 1 + known))
 
 
 def _next_draft(width: int, num_emitted: int) -> int:
-    """The length of the next draft: doubled if all of it was kept, else two more than the tokens that it gave.
-
-    Longer drafts would cost both towers arithmetic on tokens that are then rejected.
-    """
+    """The length of the next draft: doubled if all of it was kept, else two more than the tokens that it gave. A
+    longer draft would cost both towers arithmetic on tokens that are then rejected."""
     return 2 * width if num_emitted >= width else num_emitted + 2
 
 

@@ -112,8 +112,7 @@ class AsyncEngine:
     def admit(self, count: int = 1) -> Iterator[Admission]:
         """Reserves places for `count` requests; places that no stream has taken are given back on exit.
 
-        Raises Overloaded if they would exceed the limit of unfinished requests, EngineFailed if the engine is not
-        running.
+        Raises Overloaded if they exceed the limit of unfinished requests, EngineFailed if the engine isn't running.
         """
         with self._wake:
             self._check_runs()

@@ -212,9 +212,10 @@ class Chooser:
                 if mode == row.wanted or in_use[mode] or not self._is_stale(mode, rates):
                     continue
                 known = mode in self._costs
-                for one in rows if known and self._num_rows == len(rows) == 2 else [row]:
-                    if mode in one.modes:
-                        one.wanted, one.trial = mode, _TRIAL
+                pair = known and self._num_rows == len(rows) == 2
+                for chosen in rows if pair else [row]:
+                    if mode in chosen.modes:
+                        chosen.wanted, chosen.trial = mode, _TRIAL
                 self._seen[mode] = self._round
                 if known:
                     self._patience[mode] = min(2 * self._patience.get(mode, _RETRY), _LONGEST_RETRY)

@@ -46,10 +46,8 @@ class Match(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class _Node:
-    """The tokens of one page, which follow the parent's; only a leaf may have fewer than PAGE_SIZE.
-
-    `length` counts tokens from the root; `used` is the cache's clock when the node was last used.
-    """
+    """The tokens of one page, which follow the parent's; only a leaf may have fewer than PAGE_SIZE. `length` counts
+    tokens from the root; `used` is the cache's clock at the node's last use."""
 
     tokens: tuple[int, ...]
     length: int
