@@ -55,6 +55,14 @@ def test_integers_of_any_library_are_ids() -> None:
     assert all(type(i) is int for i in found)
 
 
+@pytest.mark.parametrize(
+    "ids", [torch.tensor([True]), torch.tensor([1.0]), torch.tensor([[5, 6]]), np.array([True]), np.array([1.0]), [[5]]]
+)
+def test_what_is_no_integer_in_any_library_is_no_id(ids: Any) -> None:
+    with pytest.raises(SettingError, match=r"^prompt\[0\] is .*must be a token id in \[0, 39\]"):
+        checked_ids(ids, 40, "prompt")
+
+
 def test_an_empty_prompt_needs_a_bos_token(tiny: Callable) -> None:
     for entrance in of_prompts(tiny(bos_token_id=None)):
         with pytest.raises(SettingError, match=r"prompt is .*no bos_token_id; give at least one token"):

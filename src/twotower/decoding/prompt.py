@@ -3,6 +3,9 @@
 import operator
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+import torch
+
 from twotower.decoding.params import SamplingParams
 from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
@@ -53,11 +56,22 @@ def checked_ids(ids: Iterable[int], vocab_size: int, name: str) -> tuple[int, ..
     rule = f"a token id in [0, {vocab_size - 1}]"
     found = []
     for place, i in enumerate(ids):
-        number = operator.index(i) if hasattr(i, "__index__") and not isinstance(i, bool) else -1
+        number = i if type(i) is int else _integer(i)
         if not 0 <= number < vocab_size:
             raise SettingError(f"{name}[{place}]", i, rule, "was another tokenizer used?")
         found.append(number)
     return tuple(found)
+
+
+def _integer(value: object) -> int:
+    """The integer that a value of any library is, -1 where it is none."""
+    # PyTorch's booleans, and NumPy's before 2.3, can index too
+    if isinstance(value, bool | np.bool_) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool):
+        return -1
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return -1
 
 
 def per_prompt(
