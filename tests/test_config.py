@@ -103,7 +103,7 @@ def test_depth_must_be_the_patterns() -> None:
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0, must be at least 1"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 must be a multiple of num_key_value_heads 3"),
         ({"head_dim": 0}, "head_dim is 0, must be at least 1"),
-        ({"head_dim": 7, "use_rope": True}, "head_dim is 7, must be even with use_rope"),
+        ({"head_dim": 7, "use_rope": True}, "RoPE turns 7 of head_dim 7, must be an even number"),
         ({"intermediate_size": 0}, "intermediate_size is 0, must be at least 1"),
         ({"mlp_hidden_act": "gelu"}, "mlp_hidden_act is 'gelu', must be 'relu2' with gated_mlp=False"),
         ({"pattern": "-", "gated_mlp": True}, "mlp_hidden_act is 'relu2', must be 'silu' with gated_mlp=True"),

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-LAYER_KINDS = "M*-E"
+from twotower.config_rules import FILE_KEYS, config_problems
+from twotower.rope import AttentionType, Rope
 
 # Keys of released and Hugging Face configs that change nothing about inference. They are kept and written back, so
 # that a config read and written again is byte for byte the same. A key that is neither here nor a field raises: if it
@@ -49,18 +50,6 @@ CARRIED_KEYS = frozenset(
     )
 )
 
-# Our field -> the released file's key, where they differ.
-_FILE_KEYS = {
-    "pattern": "hybrid_override_pattern",
-    "mamba_state_size": "ssm_state_size",
-    "mamba_num_groups": "n_groups",
-    "expert_num_groups": "n_group",
-    "expert_topk_groups": "topk_group",
-    "num_experts": "n_routed_experts",
-    "expert_intermediate_size": "moe_intermediate_size",
-    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
-}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoTowerConfig:
@@ -73,10 +62,22 @@ class TwoTowerConfig:
     length that the denoiser was trained at. `carried` is the config.json that this one was read from; its keys that
     inference does not read are written back unchanged. Raises ValueError that lists every field that is not allowed.
 
-    Of `*`: `num_attention_heads` of width `head_dim`, which share `num_key_value_heads`; `attention_bias`; rotary
-    positions with `use_rope` and `rope_theta`. Of `-`: its width `intermediate_size`, its activation `mlp_hidden_act`,
-    which experts have too, `mlp_bias`, and `gated_mlp`. `use_rope` and `gated_mlp` turn the pattern `*-*-…` into a
-    Llama-family backbone.
+    Other families differ from Nemotron-H in these: `norm_type` is "rms", or "layer" for LayerNorm, with `norm_bias`;
+    `norm_offset` is added to every norm's weight. A layer has a norm before its mixer (`pre_norm`), behind it
+    (`post_norm`), or both. `embedding_scale` multiplies embeddings, `residual_scale` what a layer adds, `logit_scale`
+    logits, which `logit_softcap` c then limits to c·tanh(logits / c). `num_positions` rows are a table of learnt
+    positions that is added to the embeddings. Where the kinds of `parallel` follow each other in the pattern, they read
+    the same residual stream: "*-" makes every MLP read what the attention before it reads.
+
+    Of `*`: `num_attention_heads` of width `head_dim`, which share `num_key_value_heads`; `attention_bias`. Scores are
+    multiplied by `attention_scale`, by default head_dim^-0.5, and limited by `attention_softcap` as logits are;
+    `attention_sinks` adds to each head's softmax one learnt score without a value. `qk_norm` puts a norm on queries and
+    keys: of each head with one weight ("head") or a weight per head ("each"), or of all heads together ("all").
+    `attention_types` has the settings that differ between layers, and `attention_pattern` one digit per `*` layer, the
+    index of its type; without types all layers see everything, with RoPE where `use_rope` says so, by `rope_theta`.
+
+    Of `-`: its width `intermediate_size`, its activation `mlp_hidden_act`, which experts have too, `mlp_bias`, and
+    `gated_mlp`. `use_rope` and `gated_mlp` turn the pattern `*-*-…` into a Llama-family backbone.
 
     Of `M`: `mamba_num_heads` of width `mamba_head_dim`, with states of width `mamba_state_size` and `mamba_num_groups`
     of B and C; a convolution over `conv_kernel` tokens, with a bias if `use_conv_bias`; `use_bias` in the projections;
@@ -95,11 +96,28 @@ class TwoTowerConfig:
     eos_token_id: int | tuple[int, ...] | None = 2
     mask_token_id: int = 3
     block_size: int = 16
+    norm_type: str = "rms"
+    norm_bias: bool = False
+    norm_offset: float = 0.0
+    pre_norm: bool = True
+    post_norm: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    num_positions: int = 0
+    parallel: str = ""
     # `*`
     num_attention_heads: int = 0
     num_key_value_heads: int = 0
     head_dim: int = 0
     attention_bias: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    attention_sinks: bool = False
+    qk_norm: str | None = None
+    attention_types: tuple[AttentionType, ...] = ()
+    attention_pattern: str = ""
     use_rope: bool = False
     rope_theta: float = 10000.0
     # `-`, and the experts of `E`
@@ -128,7 +146,7 @@ class TwoTowerConfig:
     carried: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        problems = list(_problems(self))
+        problems = config_problems(self)
         if problems:
             raise ValueError("invalid config: " + "; ".join(problems))
 
@@ -136,6 +154,29 @@ class TwoTowerConfig:
     def num_layers(self) -> int:
         """Layers of one tower."""
         return len(self.pattern)
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionType, ...]:
+        """The different settings of attention layers: `attention_types`, or the one that `use_rope` describes."""
+        if self.attention_types:
+            return self.attention_types
+        return (AttentionType(rope_parameters=Rope(rope_theta=self.rope_theta) if self.use_rope else None),)
+
+    @property
+    def attention_indices(self) -> tuple[int, ...]:
+        """For each `*` layer in order the index of its settings in `attention_kinds`."""
+        return tuple(map(int, self.attention_pattern or "0" * self.pattern.count("*")))
+
+    @property
+    def joins(self) -> tuple[bool, ...]:
+        """For each layer whether it reads the residual stream that the layer before it reads; see `parallel`."""
+        found = [False] * self.num_layers
+        place = self.pattern.find(self.parallel) if self.parallel else -1
+        while place >= 0:
+            end = place + len(self.parallel)
+            found[place + 1 : end] = [True] * (len(self.parallel) - 1)
+            place = self.pattern.find(self.parallel, end)
+        return tuple(found)
 
     @property
     def mamba_width(self) -> int:
@@ -160,7 +201,7 @@ class TwoTowerConfig:
 
         Raises ValueError that names the keys that are unknown or missing, or the values that are not allowed.
         """
-        by_file_key = {_FILE_KEYS.get(f.name, f.name): f.name for f in dataclasses.fields(cls)}
+        by_file_key = {FILE_KEYS.get(f.name, f.name): f.name for f in dataclasses.fields(cls)}
         del by_file_key["carried"]
         unknown = sorted(set(raw) - set(by_file_key) - CARRIED_KEYS)
         if unknown:
@@ -179,6 +220,8 @@ class TwoTowerConfig:
             )
         known = {name: raw[key] for key, name in by_file_key.items() if key in raw}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+        if "attention_types" in known:
+            known["attention_types"] = tuple(map(AttentionType.from_dict, known["attention_types"]))
         # All keys are carried, in the file's order, so that writing gives the same bytes.
         return cls(**known, carried=dict(raw))
 
@@ -189,15 +232,16 @@ class TwoTowerConfig:
         for f in dataclasses.fields(self):
             if f.name != "carried":
                 value = getattr(self, f.name)
-                ours[_FILE_KEYS.get(f.name, f.name)] = list(value) if isinstance(value, tuple) else value
+                ours[FILE_KEYS.get(f.name, f.name)] = _in_file(value)
         if not self.carried:
             return {"architectures": ["NemotronHTwoTowerForCausalLM"], "model_type": "nemotron_h"} | ours
-        defaults = {_FILE_KEYS.get(f.name, f.name): f.default for f in dataclasses.fields(self) if f.name != "carried"}
+        fields = (f for f in dataclasses.fields(self) if f.name != "carried")
+        defaults = {FILE_KEYS.get(f.name, f.name): _in_file(f.default) for f in fields}
         out = {key: ours.get(key, value) for key, value in self.carried.items()}
         if "num_hidden_layers" in out:
             out["num_hidden_layers"] = self.num_layers
         for key, value in ours.items():
-            if key not in out and (tuple(value) if isinstance(value, list) else value) != defaults[key]:
+            if key not in out and value != defaults[key]:
                 out[key] = value
         return out
 
@@ -220,75 +264,8 @@ class TwoTowerConfig:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1))
 
 
-def _problems(c: TwoTowerConfig) -> list[str]:
-    """One sentence for each field whose value is not allowed, with the names of config.json."""
-    found = []
-
-    def need(ok: bool, text: str) -> None:
-        if not ok:
-            found.append(text)
-
-    def positive(*names: str) -> None:
-        for name in names:
-            need(getattr(c, name) >= 1, f"{_FILE_KEYS.get(name, name)} is {getattr(c, name)}, must be at least 1")
-
-    positive("vocab_size", "hidden_size", "block_size")
-    need(bool(c.pattern), "hybrid_override_pattern is empty, must name at least one layer")
-    strange = sorted(set(c.pattern) - set(LAYER_KINDS))
-    need(not strange, f"hybrid_override_pattern has {strange}, allowed are {list(LAYER_KINDS)}")
-    need(0 <= c.mask_token_id < c.vocab_size, f"mask_token_id is {c.mask_token_id}, must be in [0, {c.vocab_size})")
-    need(c.layer_norm_epsilon > 0, f"layer_norm_epsilon is {c.layer_norm_epsilon}, must be above 0")
-    if "*" in c.pattern:
-        positive("num_attention_heads", "num_key_value_heads", "head_dim")
-        if c.num_key_value_heads >= 1:
-            need(
-                c.num_attention_heads % c.num_key_value_heads == 0,
-                f"num_attention_heads {c.num_attention_heads} must be a multiple of num_key_value_heads "
-                f"{c.num_key_value_heads}",
-            )
-        need(not c.use_rope or c.head_dim % 2 == 0, f"head_dim is {c.head_dim}, must be even with use_rope")
-    if "-" in c.pattern:
-        positive("intermediate_size")
-    allowed = ("silu",) if c.gated_mlp else ("relu2",)
-    need(
-        c.mlp_hidden_act in allowed,
-        f"mlp_hidden_act is {c.mlp_hidden_act!r}, must be {allowed[0]!r} with gated_mlp={c.gated_mlp}",
-    )
-    if "M" in c.pattern:
-        positive("mamba_num_heads", "mamba_head_dim", "mamba_state_size", "mamba_num_groups")
-        need(c.conv_kernel >= 2, f"conv_kernel is {c.conv_kernel}, must be at least 2")
-        if c.mamba_num_groups >= 1:
-            need(
-                c.mamba_num_heads % c.mamba_num_groups == 0,
-                f"mamba_num_heads {c.mamba_num_heads} must be a multiple of n_groups {c.mamba_num_groups}",
-            )
-        limit = c.time_step_limit
-        need(
-            len(limit) == 2 and 0 <= limit[0] < limit[1],
-            f"time_step_limit is {limit}, must be 0 <= low < high, two numbers",
-        )
-        act = c.carried.get("mamba_hidden_act", "silu")
-        need(act == "silu", f"mamba_hidden_act is {act!r}, must be 'silu'")
-    if "E" in c.pattern:
-        positive("num_experts", "expert_intermediate_size", "expert_num_groups", "shared_expert_intermediate_size")
-        need(
-            1 <= c.num_experts_per_tok <= c.num_experts,
-            f"num_experts_per_tok is {c.num_experts_per_tok}, must be in [1, {c.num_experts}]",
-        )
-        if c.expert_num_groups >= 1:
-            need(
-                c.num_experts % c.expert_num_groups == 0,
-                f"n_routed_experts {c.num_experts} must be a multiple of n_group {c.expert_num_groups}",
-            )
-        need(
-            1 <= c.expert_topk_groups <= c.expert_num_groups,
-            f"topk_group is {c.expert_topk_groups}, must be in [1, {c.expert_num_groups}]",
-        )
-        if c.expert_num_groups >= 1:
-            kept = c.num_experts // c.expert_num_groups * c.expert_topk_groups
-            need(
-                c.num_experts_per_tok <= kept,
-                f"num_experts_per_tok is {c.num_experts_per_tok}, must be at most the {kept} of topk_group groups",
-            )
-        need(not c.gated_mlp, "gated_mlp with experts is not a released layout; use '-' layers for gated MLPs")
-    return found
+def _in_file(value: Any) -> Any:
+    """A field's value as JSON has it."""
+    if isinstance(value, tuple):
+        return [_in_file(entry) for entry in value]
+    return value.to_dict() if isinstance(value, AttentionType) else value

@@ -1,0 +1,120 @@
+"""Which values a model's configuration may have."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `config` imports this module
+    from twotower.config import TwoTowerConfig
+
+LAYER_KINDS = "M*-E"
+
+# Our field -> the released file's key, where they differ.
+FILE_KEYS = {
+    "pattern": "hybrid_override_pattern",
+    "mamba_state_size": "ssm_state_size",
+    "mamba_num_groups": "n_groups",
+    "expert_num_groups": "n_group",
+    "expert_topk_groups": "topk_group",
+    "num_experts": "n_routed_experts",
+    "expert_intermediate_size": "moe_intermediate_size",
+    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+}
+
+
+def config_problems(c: "TwoTowerConfig") -> list[str]:
+    """One sentence for each field whose value is not allowed, with the names of config.json."""
+    found = []
+
+    def need(ok: bool, text: str) -> None:
+        if not ok:
+            found.append(text)
+
+    def positive(*names: str) -> None:
+        for name in names:
+            need(getattr(c, name) >= 1, f"{FILE_KEYS.get(name, name)} is {getattr(c, name)}, must be at least 1")
+
+    positive("vocab_size", "hidden_size", "block_size")
+    need(bool(c.pattern), "hybrid_override_pattern is empty, must name at least one layer")
+    strange = sorted(set(c.pattern) - set(LAYER_KINDS))
+    need(not strange, f"hybrid_override_pattern has {strange}, allowed are {list(LAYER_KINDS)}")
+    need(0 <= c.mask_token_id < c.vocab_size, f"mask_token_id is {c.mask_token_id}, must be in [0, {c.vocab_size})")
+    need(c.layer_norm_epsilon > 0, f"layer_norm_epsilon is {c.layer_norm_epsilon}, must be above 0")
+    need(c.norm_type in ("rms", "layer"), f"norm_type is {c.norm_type!r}, must be 'rms' or 'layer'")
+    need(c.norm_type == "layer" or not c.norm_bias, "norm_bias is true, must be false with norm_type 'rms'")
+    need(c.pre_norm or c.post_norm, "pre_norm and post_norm are false, must not both be")
+    need(c.num_positions >= 0, f"num_positions is {c.num_positions}, must be at least 0")
+    caps = ("logit_softcap", "attention_softcap")
+    for name in ("embedding_scale", "residual_scale", "logit_scale", "attention_scale", *caps):
+        value = getattr(c, name)
+        need(value is None or value > 0, f"{name} is {value}, must be above 0")
+    strange = sorted(set(c.parallel) - set(LAYER_KINDS))
+    need(not strange and len(c.parallel) != 1, f"parallel is {c.parallel!r}, must be two or more of {LAYER_KINDS}")
+    if "*" in c.pattern:
+        found += _attention_problems(c)
+        positive("num_attention_heads", "num_key_value_heads", "head_dim")
+        if c.num_key_value_heads >= 1:
+            need(
+                c.num_attention_heads % c.num_key_value_heads == 0,
+                f"num_attention_heads {c.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{c.num_key_value_heads}",
+            )
+    if "-" in c.pattern:
+        positive("intermediate_size")
+    allowed = ("silu",) if c.gated_mlp else ("relu2",)
+    need(
+        c.mlp_hidden_act in allowed,
+        f"mlp_hidden_act is {c.mlp_hidden_act!r}, must be {allowed[0]!r} with gated_mlp={c.gated_mlp}",
+    )
+    if "M" in c.pattern:
+        positive("mamba_num_heads", "mamba_head_dim", "mamba_state_size", "mamba_num_groups")
+        need(c.conv_kernel >= 2, f"conv_kernel is {c.conv_kernel}, must be at least 2")
+        if c.mamba_num_groups >= 1:
+            need(
+                c.mamba_num_heads % c.mamba_num_groups == 0,
+                f"mamba_num_heads {c.mamba_num_heads} must be a multiple of n_groups {c.mamba_num_groups}",
+            )
+        limit = c.time_step_limit
+        need(
+            len(limit) == 2 and 0 <= limit[0] < limit[1],
+            f"time_step_limit is {limit}, must be 0 <= low < high, two numbers",
+        )
+        act = c.carried.get("mamba_hidden_act", "silu")
+        need(act == "silu", f"mamba_hidden_act is {act!r}, must be 'silu'")
+    if "E" in c.pattern:
+        positive("num_experts", "expert_intermediate_size", "expert_num_groups", "shared_expert_intermediate_size")
+        need(
+            1 <= c.num_experts_per_tok <= c.num_experts,
+            f"num_experts_per_tok is {c.num_experts_per_tok}, must be in [1, {c.num_experts}]",
+        )
+        if c.expert_num_groups >= 1:
+            need(
+                c.num_experts % c.expert_num_groups == 0,
+                f"n_routed_experts {c.num_experts} must be a multiple of n_group {c.expert_num_groups}",
+            )
+        need(
+            1 <= c.expert_topk_groups <= c.expert_num_groups,
+            f"topk_group is {c.expert_topk_groups}, must be in [1, {c.expert_num_groups}]",
+        )
+        if c.expert_num_groups >= 1:
+            kept = c.num_experts // c.expert_num_groups * c.expert_topk_groups
+            need(
+                c.num_experts_per_tok <= kept,
+                f"num_experts_per_tok is {c.num_experts_per_tok}, must be at most the {kept} of topk_group groups",
+            )
+        need(not c.gated_mlp, "gated_mlp with experts is not a released layout; use '-' layers for gated MLPs")
+    return found
+
+
+def _attention_problems(c: "TwoTowerConfig") -> list[str]:
+    found = [problem for kind in c.attention_kinds for problem in kind.problems(c.head_dim)]
+    if c.qk_norm not in (None, "head", "each", "all"):
+        found.append(f"qk_norm is {c.qk_norm!r}, must be null, 'head', 'each' or 'all'")
+    digits = set("0123456789"[: len(c.attention_types)])
+    num_layers = c.pattern.count("*")
+    if c.attention_pattern and (len(c.attention_pattern) != num_layers or set(c.attention_pattern) - digits):
+        found.append(
+            f"attention_pattern is {c.attention_pattern!r}, must have one digit per attention layer ({num_layers}), "
+            f"each the index of one of {len(c.attention_types)} attention_types"
+        )
+    if len(c.attention_types) > 1 and not c.attention_pattern:
+        found.append(f"attention_pattern is empty, must choose among {len(c.attention_types)} attention_types")
+    return found
