@@ -20,7 +20,7 @@ class SamplingParams:
     """One request's settings.
 
     `block_size`, `steps_per_block` and `confidence_threshold` are S, T and γ of the paper. A text ends before a `stop`
-    string, and with an end token unless `ignore_eos`.
+    string, which may name control tokens, such as <|im_end|>, and with an end token unless `ignore_eos`.
 
     At most one of `json_schema` (its text), `regex` and `grammar` (llguidance's Lark) is given. The text must match it,
     and `constraint` is its name and value.

@@ -10,6 +10,7 @@ from twotower.decoding.output import FinishReason, Generation, GenerationStats, 
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.prompt import Prompt, prompt_ids
 from twotower.decoding.step import BatchStep, Request
+from twotower.decoding.stops import StopFinder
 from twotower.decoding.text import TextStream
 from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
@@ -52,6 +53,7 @@ class Record:
         params = request.params
         self.ends = () if params.ignore_eos else model.config.eos_token_ids
         self.stream = None if model.tokenizer is None else TextStream(model.tokenizer, request.prompt_ids)
+        self.stops = StopFinder(model.tokenizer, params.stop)
         self.shown = 0  # characters of the text already given out
 
     def leave_queue(self) -> None:
@@ -70,8 +72,8 @@ class Record:
         for token in stepped.tokens[place]:
             self.tokens.append(token)
             if self.stream is not None and token.id not in self.ends:
-                self.stream.push([token.id])
-                text_end = self._stop_at()
+                self.stops.push(token.id, self.stream.push([token.id]))
+                text_end = self.stops.find()
             if text_end is not None or token.id in self.ends:
                 reason = "stop"
             elif len(self.tokens) == self.request.params.max_new_tokens:
@@ -81,8 +83,8 @@ class Record:
         if self.first is None and len(self.tokens) > before:
             self.first = time.perf_counter()
         if reason is not None and self.stream is not None and text_end is None:
-            self.stream.flush()
-            text_end = self._stop_at()
+            self.stops.push(-1, self.stream.flush())
+            text_end = self.stops.find()
             reason = "stop" if text_end is not None else reason
         return StepOutput(
             request_id=self.id,
@@ -104,22 +106,12 @@ class Record:
             seconds_queued=self.seconds_queued or 0.0,
         )
 
-    def _stop_at(self) -> int | None:
-        """Where in the text the earliest stop string begins."""
-        assert self.stream is not None
-        found = [self.stream.text.find(s) for s in self.request.params.stop]
-        return min((at for at in found if at >= 0), default=None)
-
     def _new_text(self, end: int | None, *, final: bool) -> str:
         """Text not given out yet; what might become a stop string waits."""
         if self.stream is None:
             return ""
         whole = self.stream.text if end is None else self.stream.text[:end]
-        held = 0
-        if not final:
-            for stop in self.request.params.stop:
-                sizes = (n for n in range(min(len(stop) - 1, len(whole)), 0, -1) if whole.endswith(stop[:n]))
-                held = max(held, next(sizes, 0))
+        held = 0 if final else self.stops.num_pending
         piece = whole[self.shown : len(whole) - held]
         self.shown += len(piece)
         return piece

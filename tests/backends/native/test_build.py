@@ -36,6 +36,7 @@ def test_a_compiler_that_fails_is_told_of(
     compiler.chmod(0o755)
     monkeypatch.setattr(shutil, "which", lambda name: str(compiler))
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     with caplog.at_level(logging.WARNING, logger=build.__name__):
         assert build.library() is None
     assert "no such vector" in caplog.text
@@ -52,6 +53,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda name: COMPILER)
     monkeypatch.setattr(Path, "home", _no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     return tmp_path / f"twotower-{os.getuid()}"
 
 
@@ -61,6 +63,19 @@ def test_a_user_without_a_home_keeps_the_library_among_the_temporary_files(tempo
     assert build.library() is not None
     assert [file.suffix for file in temporary.iterdir()] == [".so"]
     assert temporary.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="this machine has no C compiler")
+@pytest.mark.parametrize(("named", "kept_there"), [("{}/cache", True), ("cache", False), ("", False)])
+def test_an_absolute_xdg_cache_home_is_where_the_library_is_kept(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str, kept_there: bool
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", named.format(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert build.library() is not None
+    assert (tmp_path / "cache" / "twotower").exists() == kept_there
+    assert temporary.exists() != kept_there
 
 
 def test_a_temporary_folder_that_others_can_write_is_not_used(

@@ -35,7 +35,7 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         logger.info("no C compiler (%s): the CPU path is plain PyTorch, 3 to 5 times slower", ", ".join(COMPILERS))
         return None
-    for find in (_home_folder, _temporary_folder):
+    for find in (_cache_folder, _temporary_folder):
         try:
             return ctypes.CDLL(str(compiled(compiler, find())))
         except subprocess.CalledProcessError as error:
@@ -47,16 +47,20 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def _home_folder() -> Path:
-    """Where the library is kept: ~/.cache/twotower. Raises FileNotFoundError where there is no home folder."""
+def _cache_folder() -> Path:
+    """Where the library is kept: twotower in $XDG_CACHE_HOME or else in ~/.cache. Raises FileNotFoundError where there
+    is neither."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    if Path(named).is_absolute():  # others are to be ignored: https://specifications.freedesktop.org/basedir
+        return Path(named) / "twotower"
     try:
         return Path.home() / ".cache" / "twotower"
     except RuntimeError as error:  # HOME is not set, and the user id is not in the list of users: some containers
-        raise FileNotFoundError("this user has no home folder; set HOME") from error
+        raise FileNotFoundError("this user has no home folder; set HOME or XDG_CACHE_HOME") from error
 
 
 def _temporary_folder() -> Path:
-    """Where the library is kept if the home folder can't be written: a folder of this user's among the temporary files.
+    """Where the library is kept if the cache can't be written: a folder of this user's among the temporary files.
 
     Raises PermissionError where somebody else can write to it, and so could have put any program there.
     """

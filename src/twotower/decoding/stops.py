@@ -1,0 +1,51 @@
+"""Finds stop strings in a text as it grows."""
+
+from collections.abc import Sequence
+
+import tokenizers
+
+
+class StopFinder:
+    """The text of a request so far, and where the earliest of its stop strings begins in it.
+
+    Control tokens are not part of the text, but a stop string may name them, alone or among other characters, and is
+    found where the model wrote these tokens. Inside, a lone surrogate, which no decoded text holds, stands for each.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer | None, stops: Sequence[str]) -> None:
+        added = {} if tokenizer is None or not stops else tokenizer.get_added_tokens_decoder()
+        named = [(token.content, i) for i, token in added.items() if token.special and _holds(stops, token.content)]
+        # Longest first: a name may be part of another
+        named.sort(key=lambda entry: -len(entry[0]))
+        self._marks = {i: chr(0xD800 + place) for place, (_, i) in enumerate(named)}
+        with_marks = list(stops)
+        for name, i in named:
+            with_marks = [stop.replace(name, self._marks[i]) for stop in with_marks]
+        self._stops = {*stops, *with_marks}
+        self._text = ""
+
+    def push(self, token_id: int, piece: str) -> None:
+        """Appends what a token added to the text."""
+        self._text += piece + self._marks.get(token_id, "")
+
+    def find(self) -> int | None:
+        """Where in the text, without control tokens, the earliest stop string begins."""
+        found = [self._text.find(stop) for stop in self._stops]
+        first = min((at for at in found if at >= 0), default=None)
+        return None if first is None else self._visible(self._text[:first])
+
+    @property
+    def num_pending(self) -> int:
+        """The number of characters at the end of the text that may be the beginning of a stop string."""
+        longest = 0
+        for stop in self._stops:
+            sizes = range(min(len(stop) - 1, len(self._text)), 0, -1)
+            longest = max(longest, next((n for n in sizes if self._text.endswith(stop[:n])), 0))
+        return self._visible(self._text[len(self._text) - longest :])
+
+    def _visible(self, text: str) -> int:
+        return len(text) - sum(text.count(mark) for mark in self._marks.values())
+
+
+def _holds(stops: Sequence[str], name: str) -> bool:
+    return any(name in stop for stop in stops)
