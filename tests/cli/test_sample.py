@@ -76,8 +76,9 @@ def test_prompts_are_continued(run: Any, checkpoint: Path, tmp_path: Path) -> No
     [
         ({"text": "a"}, (), "prompt 1 of FILE has no text as prompt and no messages; its fields are ['text']"),
         ({"prompt": "a" * 12}, (), "prompt 1 of FILE has 12 tokens, must have 1 to 11, below length=12"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, (), "prompt 1 of FILE must have messages to answer"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, (), "prompt 1 of FILE: must have messages to answer"),
         ({"messages": "hi"}, (), "prompt 1 of FILE has messages that are no list of objects"),
+        ({"messages": ["hi"]}, (), "prompt 1 of FILE: the message 'hi' is no object with role and content"),
         ({"prompt": "a"}, ("--shards", 2), "shards is 2, must be 1 to 1: 1 prompts in shards of 512 rows"),
         ({"prompt": "a"}, ("--longest-prefix", 2), "--longest-prefix is 2, must be left out with --prompts"),
     ],

@@ -1,77 +1,169 @@
-"""Turning chat messages into a prompt with a checkpoint's own jinja template."""
+"""Turning chat messages into a prompt with a checkpoint's own jinja templates, as transformers renders them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import CallBlock, Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
+# Where the processors of models that also read images keep it
+PROCESSOR_TEMPLATE_FILE = "chat_template.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+
+_DEFAULT, _WITH_TOOLS = "default", "tool_use"
+# Under which names messages have the model's reasoning; templates read the first, those of gpt-oss the second.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+# What a template that can't take the messages raises, beside its own refusals
+_FAILURES = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
 
 
 class Turn(NamedTuple):
-    """One message of a conversation."""
+    """One message of a conversation. `more` are further keys that templates read, such as `name` or `tool_calls`."""
 
     role: str
-    content: str
+    content: Any
+    more: Mapping[str, Any] = {}
+
+    @classmethod
+    def read(cls, message: Any) -> Self:
+        """A message of a file. Raises ValueError for what is no object with a role and, unless null, a content."""
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"the message {message!r:.80} is no object with role and content")
+        return cls(message["role"], message.get("content"), {k: v for k, v in message.items() if k not in cls._fields})
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The message as templates see it: without keys that are None, and with its reasoning under all its names."""
+        given = {"role": self.role, "content": self.content} | dict(self.more)
+        found = {key: value for key, value in given.items() if value is not None}
+        reasoning = next((found[key] for key in _REASONING if key in found), None)
+        return found if reasoning is None else {"thinking": reasoning, **found, "reasoning_content": reasoning}
 
 
 class ChatTemplate:
-    """A checkpoint's jinja template. It is run in a sandbox, since it is code by whoever made the checkpoint."""
+    """A checkpoint's jinja templates, name -> source, of which "tool_use" is for messages with tools and "default" for
+    all others. They are run in a sandbox, since they are code by whoever made the checkpoint."""
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        self.source = source
+    def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        sources = {_DEFAULT: source} if isinstance(source, str) else dict(source)
+        self.source = sources.get(_DEFAULT, "")
         self._special_tokens = special_tokens
-        # Templates are written for the settings, filters and functions of transformers' apply_chat_template.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        # Templates are written for the settings, tags, filters and functions of transformers' apply_chat_template.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+        )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _now
-        try:
-            self._template: Template = environment.from_string(source)
-        except TemplateError as error:
-            raise ValueError(f"the checkpoint's chat template is broken: {error}; correct it, or remove it") from error
+        self._templates: dict[str, Template] = {}
+        for name, text in sources.items():
+            try:
+                self._templates[name] = environment.from_string(text)
+            except TemplateError as error:
+                which = "" if name == _DEFAULT else f" {name!r}"
+                raise ValueError(
+                    f"the checkpoint's chat template{which} is broken: {error}; correct it, or remove it"
+                ) from error
 
     @classmethod
     def load(cls, directory: Path) -> Self | None:
-        """The template of a checkpoint directory, from chat_template.jinja or else tokenizer_config.json; None if there
-        is none. Raises ValueError for a broken file.
-        """
-        config_file = directory / TOKENIZER_CONFIG_FILE
-        config: dict[str, Any] = {}
-        if config_file.is_file():
-            try:
-                config = json.loads(config_file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{config_file} is not JSON ({error}); download it again") from error
-        source = config.get("chat_template")
-        if isinstance(source, list):  # several named templates
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        if (directory / TEMPLATE_FILE).is_file():
-            source = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
-        if source is None:
-            return None
-        special = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
-        return cls(source, {k: v for k, v in special.items() if isinstance(v, str)})
+        """The templates of a checkpoint directory, None if there is none.
 
-    def render(self, turns: Sequence[Turn], continue_last: bool = False) -> str:
+        As in transformers, chat_template.jinja and the files in additional_chat_templates win over
+        tokenizer_config.json, and that over a processor's chat_template.json. The names of special tokens come from
+        tokenizer_config.json and special_tokens_map.json. Raises ValueError for a broken file.
+        """
+        config = _read_object(directory / TOKENIZER_CONFIG_FILE)
+        files = {_DEFAULT: directory / TEMPLATE_FILE}
+        files |= {file.stem: file for file in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))}
+        sources = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+        for place in (config, _read_object(directory / PROCESSOR_TEMPLATE_FILE)):
+            sources = sources or _named(place.get("chat_template"))
+        return cls(sources, _special_tokens(config, directory)) if sources else None
+
+    def render(
+        self,
+        turns: Sequence[Turn],
+        continue_last: bool = False,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The prompt after which the model writes the next assistant message or, with `continue_last`, goes on with the
-        last message of `turns`. Raises ValueError where the template refuses the messages."""
+        last message of `turns`.
+
+        `tools` are JSON schemas of functions and `documents` texts to answer from, which the template may write into
+        the prompt. Raises ValueError where the template refuses the messages.
+        """
+        name = _WITH_TOOLS if tools is not None and _WITH_TOOLS in self._templates else _DEFAULT
+        if name not in self._templates:
+            raise ValueError(f"the checkpoint's chat templates are {sorted(self._templates)}, and none is {_DEFAULT!r}")
         try:
-            prompt = self._template.render(
-                messages=[{"role": turn.role, "content": turn.content} for turn in turns],
+            prompt = self._templates[name].render(
+                messages=[turn.message for turn in turns],
                 add_generation_prompt=not continue_last,
-                tools=None,
+                tools=tools,
+                documents=documents,
                 **self._special_tokens,
             )
-        except (TemplateError, TypeError) as error:  # TypeError: the template uses a value that is missing
+        except _FAILURES as error:
             raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from error
         return _cut_behind(prompt, turns[-1].content) if continue_last else prompt
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` … `{% endgeneration %}`, with which templates mark what the model writes. What is between is
+    rendered as it is; as in transformers, variables that are set there aren't seen outside."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return CallBlock(self.call_method("_between"), [], [], body).set_lineno(line)
+
+    def _between(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty without the file. Raises ValueError for anything else."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not an object; download it again")
+    return content
+
+
+def _named(source: Any) -> dict[str, str]:
+    """Name -> source of what a JSON file has as `chat_template`: one, a list of named ones, an object, or nothing."""
+    if isinstance(source, str):
+        return {_DEFAULT: source}
+    if isinstance(source, list):
+        return {entry["name"]: entry["template"] for entry in source}
+    return dict(source or {})
+
+
+def _special_tokens(config: Mapping[str, Any], directory: Path) -> dict[str, str]:
+    """The names of special tokens, such as `bos_token`, of a tokenizer_config.json and the special_tokens_map.json
+    beside it. transformers reads the second before the first unless the first lists all added tokens."""
+    mapped = _read_object(directory / SPECIAL_TOKENS_FILE)
+    both = mapped | dict(config) if "added_tokens_decoder" in config else dict(config) | mapped
+    special = {key: v["content"] if isinstance(v, dict) else v for key, v in both.items() if key.endswith("_token")}
+    return {key: value for key, value in special.items() if isinstance(value, str)}
 
 
 def _cut_behind(prompt: str, message: str) -> str:
@@ -83,8 +175,14 @@ def _cut_behind(prompt: str, message: str) -> str:
     return prompt[: start + len(whole if prompt.startswith(whole, start) else whole.rstrip())]
 
 
-def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:

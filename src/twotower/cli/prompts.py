@@ -27,7 +27,7 @@ def read_prompts(file: Path, model: TwoTower, folder: Path) -> list[list[int]]:
         elif "messages" in record:
             render = render or _renderer(folder)
             # templates write the control tokens that a prompt begins with
-            rendered = render(record["messages"], where)
+            rendered = render(record, where)
             prompts.append(model.tokenizer.encode(rendered, add_special_tokens=False).ids)
         else:
             raise ValueError(f"{where} has no text as prompt and no messages; its fields are {sorted(record)}")
@@ -46,15 +46,17 @@ def _renderer(folder: Path) -> Callable[[Any, str], str]:
     if template is None:
         raise ValueError(f"{folder} has no chat template for messages; give each record a prompt instead")
 
-    def render(messages: Any, where: str) -> str:
+    def render(record: Any, where: str) -> str:
+        if not isinstance(record["messages"], list):
+            raise ValueError(f"{where} has messages that are no list of objects with role and content")
         try:
-            turns = [Turn(message["role"], message["content"]) for message in messages]
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{where} has messages that are no list of objects with role and content") from error
-        if turns and turns[-1].role == "assistant":
-            turns.pop()
-        if not turns or not all(isinstance(part, str) for turn in turns for part in turn):
-            raise ValueError(f"{where} must have messages to answer, with texts as role and content")
-        return template.render(turns)
+            turns = [Turn.read(message) for message in record["messages"]]
+            if turns and turns[-1].role == "assistant":
+                turns.pop()
+            if not turns:
+                raise ValueError("must have messages to answer")
+            return template.render(turns, tools=record.get("tools"), documents=record.get("documents"))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
     return render

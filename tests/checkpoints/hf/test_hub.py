@@ -14,22 +14,27 @@ def test_resolve_prefers_the_directory(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_resolve_downloads_only_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+    asked: list[dict[str, Any]] = []
 
     def snapshot_download(repo_id: str, **options: Any) -> str:
-        asked.update(options, repo_id=repo_id)
+        asked.append(options | {"repo_id": repo_id})
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert resolve("owner/name") == tmp_path
-    assert asked["repo_id"] == "owner/name"
+    assert [call["repo_id"] for call in asked] == ["owner/name"] * 2
+    assert asked[1]["revision"] == tmp_path.name
 
     def fetched(name: str) -> bool:
-        allowed = any(fnmatch.fnmatch(name, p) for p in asked["allow_patterns"])
-        return allowed and not any(fnmatch.fnmatch(name, p) for p in asked["ignore_patterns"])
+        def matches(call: dict[str, Any], patterns: str) -> bool:
+            return any(fnmatch.fnmatch(name, p) for p in call.get(patterns, ()))
+
+        return any(matches(call, "allow_patterns") and not matches(call, "ignore_patterns") for call in asked)
 
     wanted = ["config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "chat_template.jinja"]
+    wanted += ["tokenizer.model", "merges.txt", "qwen.tiktoken", "additional_chat_templates/tool_use.jinja"]
     refused = ["pytorch_model.bin", "model.pt", "modeling_x.py", "training_args.bin", "original/model.safetensors"]
+    refused += ["consolidated.safetensors", "onnx/config.json", "README.md"]
     assert [n for n in wanted + refused if fetched(n)] == wanted
 
 

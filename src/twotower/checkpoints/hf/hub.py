@@ -7,14 +7,18 @@ from pathlib import Path
 SHIPPED = {name: Path(__file__).parents[2] / "data" / name for name in ("stories", "hybrid")}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
+_DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt"]
+# Only top-level files: repositories keep other formats' weights in folders, and Mistral's a second copy of all weights
+# under its own names.
+_PASSED_OVER = ["*/*", "consolidated*.safetensors"]
+_NAMED_TEMPLATES = ["additional_chat_templates/*.jinja"]
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
     """The local directory of a checkpoint: an existing path, a name in `SHIPPED`, or a hub id, which is downloaded.
 
-    Only JSON, safetensors and chat template files are downloaded, into the hub's own cache. Raises ValueError for a
-    file, and FileNotFoundError where there is no such directory and no such repository can be reached.
+    Only JSON, safetensors, tokenizer and chat template files are downloaded, into the hub's own cache. Raises
+    ValueError for a file, and FileNotFoundError where there is no such directory and no such repository can be reached.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
@@ -33,8 +37,10 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        # Only top-level files: repositories keep other formats' weights in folders.
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=_DOWNLOADED, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(str(path_or_hub_id), allow_patterns=_DOWNLOADED, ignore_patterns=_PASSED_OVER))
+        # The folder's name is the commit, so that both downloads are of one state
+        snapshot_download(str(path_or_hub_id), revision=folder.name, allow_patterns=_NAMED_TEMPLATES)
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"{path_or_hub_id} is neither a local directory nor a hub repository that can be downloaded ({error}); "
