@@ -73,7 +73,7 @@ class AttentionType:
         if rope is None:
             return cls(**raw)
         _check_keys(Rope, rope)
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in rope.items()}
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in rope.items()}
         return cls(**{**raw, "rope_parameters": Rope(**values)})
 
     def to_dict(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def test_modulation_comes_before_the_norm_of_m_and_attention_and_after_the_other
         return y * (1 + m.scale) + m.shift
 
     def norm(y: Tensor) -> Tensor:
-        return rms_norm(y, layer.norm, 1e-5, torch.float64)
+        return rms_norm(y, layer.norm.weight, 1e-5, torch.float64)
 
     expected = norm(modulate(x)) if kind in "M*" else modulate(norm(x))
     close(layer.enter(x, m, torch.float64), expected, 1e-12)

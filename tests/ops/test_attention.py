@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from twotower.ops.attention import cached_attention, rotate, seeded_attention
+from twotower.ops.attention import ScoreRule, block_mask, cached_attention, causal_mask, seeded_attention
 
+# The queries here are 6 numbers wide.
+RULE = ScoreRule(6**-0.5)
 LENGTHS = (1, 2, 5, 16, 17, 63, 64, 65, 130)
 
 
@@ -41,9 +43,9 @@ def test_cached_attention_is_the_loop(cached: int, kv: int) -> None:
     visible = torch.arange(cached) <= torch.arange(cached - s, cached)[:, None]
     bias = torch.zeros(s, cached, dtype=torch.float64).masked_fill(~visible, -torch.inf)[None, None]
     expected = naive(q[0], key[0], value[0], visible)
-    torch.testing.assert_close(cached_attention(q, key, value, bias)[0], expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(cached_attention(q, key, value, bias, RULE)[0], expected, rtol=1e-11, atol=1e-11)
     everything = naive(q[0], key[0], value[0], torch.ones_like(visible))
-    torch.testing.assert_close(cached_attention(q, key, value, None)[0], everything, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(cached_attention(q, key, value, None, RULE)[0], everything, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("past", [0, *LENGTHS])
@@ -52,7 +54,7 @@ def test_seeded_attention_is_the_loop_over_past_and_block(past: int, block: int)
     q, key, value, past_key, past_value = tensors(block, block, past)
     keys, values = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
     expected = naive(q[0], keys[0], values[0], torch.ones(block, past + block, dtype=torch.bool))
-    out = seeded_attention(q, key, value, past_key, past_value, None)
+    out = seeded_attention(q, key, value, past_key, past_value, None, RULE)
     torch.testing.assert_close(out[0], expected, rtol=1e-11, atol=1e-11)
 
 
@@ -61,22 +63,42 @@ def test_unused_places_do_not_change_a_bit(used: int) -> None:
     q, key, value, past_key, past_value = tensors(5, 5, 64)
     bias = torch.zeros(1, 1, 1, 69, dtype=torch.float64)
     bias[..., used:64] = -torch.inf
-    out = seeded_attention(q, key, value, past_key, past_value, bias)
+    out = seeded_attention(q, key, value, past_key, past_value, bias, RULE)
     past_key[:, :, used:], past_value[:, :, used:] = 1e6, -1e6
-    assert torch.equal(seeded_attention(q, key, value, past_key, past_value, bias), out)
+    assert torch.equal(seeded_attention(q, key, value, past_key, past_value, bias, RULE), out)
     visible = torch.cat((torch.arange(64) < used, torch.ones(5, dtype=torch.bool))).expand(5, -1)
     keys, values = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
     torch.testing.assert_close(out[0], naive(q[0], keys[0], values[0], visible), rtol=1e-11, atol=1e-11)
 
 
-def test_rotate_turns_pairs_of_halves_by_the_angle() -> None:
-    torch.manual_seed(0)
-    x, angle = torch.randn(1, 3, 2, 6, dtype=torch.float64), torch.randn(1, 3, 1, 3, dtype=torch.float64)
-    out = rotate(x, angle.cos(), angle.sin())
-    for token in range(3):
-        for head in range(2):
-            for j in range(3):
-                number = complex(x[0, token, head, j], x[0, token, head, j + 3])
-                turned = number * complex(math.cos(angle[0, token, 0, j]), math.sin(angle[0, token, 0, j]))
-                torch.testing.assert_close(out[0, token, head, j].item(), turned.real, rtol=1e-12, atol=1e-12)
-                torch.testing.assert_close(out[0, token, head, j + 3].item(), turned.imag, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_caps_limit_the_scores_and_sinks_join_the_softmax_without_a_value(kv: int) -> None:
+    q, key, value, past_key, past_value = tensors(5, 5, 9, kv=kv)
+    rule = ScoreRule(0.7, 1.5, torch.randn(4, dtype=torch.float64))
+    keys, values = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
+    expected = torch.empty_like(q)
+    for head in range(4):
+        scores = 1.5 * (q[0, head] @ keys[0, head // (4 // kv)].T * 0.7 / 1.5).tanh()
+        weights = scores.exp() / (scores.exp().sum(-1, keepdim=True) + rule.sinks[head].exp())
+        expected[0, head] = weights @ values[0, head // (4 // kv)]
+    torch.testing.assert_close(seeded_attention(q, key, value, past_key, past_value, None, rule), expected)
+    torch.testing.assert_close(cached_attention(q, keys, values, None, rule), expected)
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(3, None), (1, None), (None, 4), (5, 4)])
+def test_masks_hide_what_is_out_of_reach(window: int | None, chunk: int | None) -> None:
+    def reaches(place: int, key: int) -> bool:
+        return (window is None or abs(place - key) < window) and (chunk is None or place // chunk == key // chunk)
+
+    starts, widths, s, t = (6, 9), (5, 3), 5, 12
+    options = {"window": window, "chunk": chunk}
+    causal = causal_mask(starts, s, t + s, torch.float64, torch.device("cpu"), **options)
+    block = block_mask(starts, widths, s, t, torch.float64, torch.device("cpu"), **options)
+    assert block is not None
+    for b, start in enumerate(starts):
+        for i in range(s):
+            seen = [j for j in range(t + s) if j <= start + i and reaches(start + i, j)]
+            assert (causal[b, 0, i] == 0).nonzero().flatten().tolist() == seen
+            past = [j for j in range(t) if j < start and reaches(start + i, j)]
+            own = [t + j for j in range(widths[b]) if reaches(start + i, start + j)]
+            assert (block[b, 0, i] == 0).nonzero().flatten().tolist() == past + own

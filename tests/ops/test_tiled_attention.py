@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from twotower.ops.attention import ScoreRule
 from twotower.ops.tiled_attention import KeyReach, make_tiles, tiled_attention
 
 TOKENS, WIDTH = 21, 4
+RULE = ScoreRule(WIDTH**-0.5)
 DOCUMENT = torch.tensor([[0] * 9 + [9] * 12, [0] * 21])
 BLOCK = torch.tensor([[0] * 3 + [3] * 6 + [9] * 8 + [17] * 4, [0] + [1] * 8 + [9] * 8 + [17] * 4])
 END = torch.tensor([[3] * 3 + [9] * 6 + [17] * 8 + [21] * 4, [1] + [9] * 8 + [17] * 8 + [21] * 4])
@@ -41,7 +43,7 @@ def naive(q: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | N
 def test_queries_see_their_block_and_what_precedes_it(kv_heads: int, tile: int, close: Callable) -> None:
     q, key, value, *past = inputs(kv_heads)
     for arguments in ((None, CAUSAL), ((past[0], past[1]), BLOCKS)):
-        actual = tiled_attention(q, key, value, arguments[0], make_tiles(arguments[1], tile))
+        actual = tiled_attention(q, key, value, arguments[0], make_tiles(arguments[1], tile), RULE)
         close(actual, naive(q, key, value, *arguments), 1e-13)
 
 
@@ -54,7 +56,7 @@ def test_gradients(tile: int, close: Callable) -> None:
     def gradients(y: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad((y * weight).sum(), leaves)
 
-    tiled = gradients(tiled_attention(q, key, value, (past[0], past[1]), make_tiles(BLOCKS, tile)))
+    tiled = gradients(tiled_attention(q, key, value, (past[0], past[1]), make_tiles(BLOCKS, tile), RULE))
     for actual, expected in zip(tiled, gradients(naive(q, key, value, (past[0], past[1]), BLOCKS)), strict=True):
         close(actual, expected, 1e-12)
 
@@ -65,9 +67,9 @@ def test_one_row_of_the_layout_serves_all_rows(grad: bool) -> None:
     shared = KeyReach(*(edge[1:] for edge in BLOCKS))
     with torch.set_grad_enabled(grad):
         both = tiled_attention(
-            q, key, value, (past[0], past[1]), make_tiles(KeyReach(*(e.expand(2, -1) for e in shared)), 8)
+            q, key, value, (past[0], past[1]), make_tiles(KeyReach(*(e.expand(2, -1) for e in shared)), 8), RULE
         )
-        assert torch.equal(tiled_attention(q, key, value, (past[0], past[1]), make_tiles(shared, 8)), both)
+        assert torch.equal(tiled_attention(q, key, value, (past[0], past[1]), make_tiles(shared, 8), RULE), both)
 
 
 def test_what_is_saved_for_backward_is_linear_in_the_tokens() -> None:
@@ -83,7 +85,7 @@ def test_what_is_saved_for_backward_is_linear_in_the_tokens() -> None:
         start = torch.arange(t)[None] // 8 * 8
         reach = KeyReach(torch.zeros_like(start), start, start + 8)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            tiled_attention(q, key, value, (past_key, past_value), make_tiles(reach, 16))
+            tiled_attention(q, key, value, (past_key, past_value), make_tiles(reach, 16), RULE)
         return max(saved, default=0)
 
     # the queries, keys and values themselves, and no mask or weights

@@ -9,6 +9,7 @@ import torch
 from twotower.backends import native
 from twotower.backends.native.build import find_compiler, library
 from twotower.backends.protocol import Backend, BackendChoice
+from twotower.config import TwoTowerConfig
 from twotower.errors import SettingError
 from twotower.model.linear import Linear
 from twotower.model.time_conditioning import TimeConditioning
@@ -22,13 +23,17 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("reference", "native")
 
 
-def choose_backend(device_type: str, dtype: torch.dtype, wanted: str | None = None) -> BackendChoice:
-    """What runs a tower of weights of `dtype` on a device: `wanted`, or the fastest there is.
+def choose_backend(
+    device_type: str, dtype: torch.dtype, wanted: str | None = None, config: TwoTowerConfig | None = None
+) -> BackendChoice:
+    """What runs a tower of weights of `dtype` on a device: `wanted`, or the fastest there is that runs every layer of
+    `config`. None in the place of the config is one of the usual layers.
 
     Raises SettingError where `wanted` is unknown or can't run here.
     """
     if wanted is not None and wanted not in BACKENDS:
         raise SettingError("backend", wanted, f"one of {', '.join(BACKENDS)}", "leave it out for the fastest there is")
+    lacks = None if config is None else native.missing(config)
     what = f"{str(dtype).removeprefix('torch.')} on {device_type}"
     if wanted == "reference":
         return BackendChoice("reference", "asked for")
@@ -37,6 +42,11 @@ def choose_backend(device_type: str, dtype: torch.dtype, wanted: str | None = No
             rule = f"a backend that runs {what}: native runs bfloat16 and float32 on cpu"
             raise SettingError("backend", wanted, rule, "use 'reference' or leave it out")
         choice = BackendChoice("reference", f"{what}: native runs only bfloat16 and float32 on cpu")
+    elif lacks is not None:
+        if wanted == "native":
+            rule = f"a backend that runs this model: native lacks {lacks}"
+            raise SettingError("backend", wanted, rule, "use 'reference' or leave it out")
+        choice = BackendChoice("reference", f"{what}: native lacks {lacks}")
     elif library() is None:
         if wanted == "native":
             rule = "a backend that can run here: native needs a C compiler"
@@ -73,8 +83,8 @@ def pack_(model: TwoTower, wanted: str | None = None) -> None:
     SettingError where `wanted` can't run.
     """
     dtype = model.context_tower.embeddings.dtype
-    context = choose_backend(model.context_device.type, dtype, wanted)
-    denoiser = choose_backend(model.denoiser_device.type, dtype, wanted)
+    context = choose_backend(model.context_device.type, dtype, wanted, model.config)
+    denoiser = choose_backend(model.denoiser_device.type, dtype, wanted, model.config)
     model.untie_heads_()
     _pack_side_(context, model.context_tower, [model.context_lm_head])
     _pack_side_(denoiser, model.denoiser_tower, [model.lm_head, model.time_conditioning])

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from twotower.backends.choose import choose_backend
+from twotower.backends.protocol import BackendChoice
 from twotower.checkpoints.hf import read_config, released_shapes, resolve
 from twotower.checkpoints.hf.tensor_files import TensorFiles, scan
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
@@ -116,10 +117,16 @@ def _report(
         "tied_head": config.tie_word_embeddings,
         "stored_parameters": _stored(files),
         "weight_bytes": _weight_bytes(config),
-        "backends": {name: dataclasses.asdict(choose_backend("cpu", dtype)) for name, dtype in _DTYPES.items()},
+        "backends": {
+            name: dataclasses.asdict(choose_backend("cpu", dtype, None, config)) for name, dtype in _DTYPES.items()
+        },
         "state_bytes": states,
         "differences": dataclasses.asdict(differences),
     }
+
+
+def _backend(dtype: torch.dtype, config: TwoTowerConfig) -> BackendChoice:
+    return choose_backend("cpu", dtype, None, config)
 
 
 def _print(
@@ -132,7 +139,7 @@ def _print(
     console.print(_parameter_table(config))
     console.print(_memory_table(config, lengths))
     for dtype in _DTYPES.values():
-        choice = choose_backend("cpu", dtype)
+        choice = _backend(dtype, config)
         console.print(Text(f"Backend {choice.name}: {choice.reason}."), soft_wrap=True)
     for line in _difference_lines(differences):
         console.print(Text(line, "red"), soft_wrap=True)

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.linear import Linear, Pack
+from twotower.model.norm import Norm
 from twotower.model.pages import PastLayer
-from twotower.ops.attention import cached_attention, rotate, seeded_attention
+from twotower.ops.attention import ScoreRule, cached_attention, seeded_attention
+from twotower.ops.rope import Rotation, rotate
 
 
 class Projected(NamedTuple):
@@ -19,51 +21,68 @@ class Projected(NamedTuple):
     value: Tensor
 
 
-class Rotation(NamedTuple):
-    """RoPE's cosines and sines for s tokens, (b or 1, s, 1, p/2)."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
-    """Angles position · theta^(-2j/p) for positions (b, s); computed in float32 as Hugging Face does."""
-    j = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions[..., None, None].float() * (1.0 / theta ** (j / head_dim))  # (b, s, 1, p/2)
-    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
-
-
 class Attention(nn.Module):
-    """Grouped-query attention, with RoPE where the config asks for it. The tower appends the keys to the cache."""
+    """Grouped-query attention. The tower appends the keys to the cache.
 
-    def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
+    `index` says which of the config's `attention_kinds` this layer is of: what its queries see and how positions enter.
+    """
+
+    def __init__(self, config: TwoTowerConfig, index: int, dtype: torch.dtype) -> None:
         super().__init__()
+        self.index = index
         self.num_heads = config.num_attention_heads
         self.head_dim = config.head_dim
+        self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.softcap = config.attention_softcap
+        self.normed_together = config.qk_norm == "all"
         query, kv = self.num_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.sizes = (query, kv, kv)
         self.qkv_proj = Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias, dtype=dtype)
         self.o_proj = Linear(query, config.hidden_size, bias=config.attention_bias, dtype=dtype)
+        self.q_norm = self._norm(config, self.num_heads, dtype)
+        self.k_norm = self._norm(config, config.num_key_value_heads, dtype)
+        self.sinks = nn.Parameter(torch.empty(self.num_heads, dtype=dtype)) if config.attention_sinks else None
+
+    def _norm(self, config: TwoTowerConfig, num_heads: int, dtype: torch.dtype) -> Norm | None:
+        if config.qk_norm is None:
+            return None
+        p = self.head_dim
+        shape = {"head": (p,), "each": (num_heads, p), "all": (num_heads * p,)}[config.qk_norm]
+        return Norm(config, *shape, dtype=dtype, bias=False)
+
+    @property
+    def rule(self) -> ScoreRule:
+        """How scores become weights."""
+        return ScoreRule(self.scale, self.softcap, self.sinks)
 
     def project(self, x: Tensor, rope: Rotation | None) -> Projected:
         """x (b, s, d) to queries, keys and values."""
         b, s, _ = x.shape
         heads = self.qkv_proj(x).view(b, s, -1, self.head_dim)  # (b, s, h+2k, p)
         num_kv = (heads.shape[2] - self.num_heads) // 2
-        rotated = heads[:, :, : self.num_heads + num_kv]
+        rotated = self._normed(heads[:, :, : self.num_heads + num_kv])
         if rope is not None:
-            rotated = rotate(rotated, rope.cos, rope.sin)
+            rotated = rotate(rotated, rope)
         rotated = rotated.transpose(1, 2)
         value = heads[:, :, self.num_heads + num_kv :].transpose(1, 2)
         return Projected(rotated[:, : self.num_heads], rotated[:, self.num_heads :], value)
 
+    def _normed(self, heads: Tensor) -> Tensor:
+        """Queries and keys (b, s, h+k, p) through their norms, if they have any."""
+        if self.q_norm is None or self.k_norm is None:
+            return heads
+        parts = heads.split((self.num_heads, heads.shape[2] - self.num_heads), dim=2)
+        together = [part.flatten(2) if self.normed_together else part for part in parts]
+        normed = [norm(part, heads.dtype) for norm, part in zip((self.q_norm, self.k_norm), together, strict=True)]
+        return torch.cat([part.unflatten(2, (-1, self.head_dim)) if part.ndim == 3 else part for part in normed], dim=2)
+
     def causal(self, query: Tensor, past: PastLayer, mask: Tensor | None) -> Tensor:
         """The mixer's output (b, s, d) for queries (b, h, s, p) over cached keys, the tokens' own among them."""
-        return self.output(cached_attention(query, past.key, past.value, mask, past.pages))
+        return self.output(cached_attention(query, past.key, past.value, mask, self.rule, past.pages))
 
     def block(self, projected: Projected, past: PastLayer, mask: Tensor | None) -> Tensor:
-        """The mixer's output (b, s, d) for a block that sees the cached keys and all of its own."""
-        return self.output(seeded_attention(*projected, past.key, past.value, mask, past.pages))
+        """The mixer's output (b, s, d) for a block that sees the cached keys and its own."""
+        return self.output(seeded_attention(*projected, past.key, past.value, mask, self.rule, past.pages))
 
     def output(self, attended: Tensor) -> Tensor:
         """(b, h, s, p) to (b, s, d)."""
@@ -72,7 +91,15 @@ class Attention(nn.Module):
     def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
         self.qkv_proj.pack_(dtype, pack)
         self.o_proj.pack_(dtype, pack)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.pack_(dtype)
+        if self.sinks is not None:
+            self.sinks.data = self.sinks.data.to(torch.promote_types(dtype, torch.float32))
 
     def released_tensors(self) -> dict[str, Tensor]:
-        qkv = self.qkv_proj.released_tensors(("q_proj", "k_proj", "v_proj"), self.sizes)
-        return qkv | self.o_proj.released_tensors(("o_proj",), (self.o_proj.outputs,))
+        found = self.qkv_proj.released_tensors(("q_proj", "k_proj", "v_proj"), self.sizes)
+        found |= self.o_proj.released_tensors(("o_proj",), (self.o_proj.outputs,))
+        for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
+            found |= {} if norm is None else norm.released_tensors(name)
+        return found if self.sinks is None else found | {"sinks": self.sinks.data}

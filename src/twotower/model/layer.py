@@ -1,4 +1,4 @@
-"""One residual layer: a norm and a mixer. Letters: b batch, s tokens, d width."""
+"""One residual layer: a mixer and its norms. Letters: b batch, s tokens, d width."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,25 +12,31 @@ from twotower.model.linear import Pack
 from twotower.model.mamba2 import Mamba2
 from twotower.model.mlp import MLP
 from twotower.model.moe import MixtureOfExperts
+from twotower.model.norm import Norm
 from twotower.model.time_conditioning import Modulation
-from twotower.ops.norm import modulated_rms_norm, residual_sum, rms_norm
+from twotower.ops.norm import modulate, residual_sum
 
 T = TypeVar("T")
 
 
 class Layer(nn.Module):
-    """y = x + mixer(norm(x)), with the denoiser's modulation where one is given."""
+    """y = x + post_norm(mixer(norm(x))), with the denoiser's modulation where one is given.
 
-    def __init__(self, config: TwoTowerConfig, kind: str, dtype: torch.dtype) -> None:
+    Either norm may be missing. A layer that `joins` reads the x that the layer before it has read.
+    """
+
+    def __init__(self, config: TwoTowerConfig, index: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.kind = kind
-        self.eps = config.layer_norm_epsilon
-        self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
+        self.kind = kind = config.pattern[index]
+        self.joins = config.joins[index]
+        self.scale = config.residual_scale
+        self.norm = Norm(config, config.hidden_size, dtype=dtype) if config.pre_norm else None
+        self.post_norm = Norm(config, config.hidden_size, dtype=dtype) if config.post_norm else None
         self.mixer: Attention | Mamba2 | MLP | MixtureOfExperts
         if kind == "M":
             self.mixer = Mamba2(config, dtype)
         elif kind == "*":
-            self.mixer = Attention(config, dtype)
+            self.mixer = Attention(config, config.attention_indices[config.pattern[:index].count("*")], dtype)
         elif kind == "-":
             self.mixer = MLP(
                 config.hidden_size, config.intermediate_size, gated=config.gated_mlp, bias=config.mlp_bias, dtype=dtype
@@ -46,17 +52,27 @@ class Layer(nn.Module):
     def enter(self, x: Tensor, modulation: Modulation | None, dtype: torch.dtype) -> Tensor:
         """The mixer's input (b, s, d) in `dtype`. `M` and `*` modulate before the norm, `E` and `-` after it."""
         if modulation is None:
-            return rms_norm(x, self.norm, self.eps, dtype)
+            return x.to(dtype) if self.norm is None else self.norm(x, dtype)
         shift, scale = modulation.shift, modulation.scale
-        return modulated_rms_norm(x, self.norm, self.eps, shift, scale, norm_first=self.kind in "E-", dtype=dtype)
+        if self.norm is None:
+            return modulate(x, shift, scale).to(dtype)
+        return self.norm.modulated(x, shift, scale, norm_first=self.kind in "E-", dtype=dtype)
 
     def leave(self, x: Tensor, mixed: Tensor, modulation: Modulation | None) -> Tensor:
-        """x + mixed, with the modulation's gate if there is one: x + mixed · gate."""
+        """x + mixed · gate: mixed after the last norm, if there is one, and with the gate, if there is one."""
+        if self.post_norm is not None:
+            mixed = self.post_norm(mixed, mixed.dtype)
+        if self.scale != 1.0:
+            mixed = mixed * self.scale
         return residual_sum(x, mixed, None if modulation is None else modulation.gate)
 
     def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
         self.mixer.pack_(dtype, pack)
-        self.norm.data = self.norm.data.to(torch.promote_types(dtype, torch.float32))
+        for norm in (self.norm, self.post_norm):
+            if norm is not None:
+                norm.pack_(dtype)
 
     def released_tensors(self) -> dict[str, Tensor]:
-        return {"norm.weight": self.norm.data} | {f"mixer.{k}": v for k, v in self.mixer.released_tensors().items()}
+        found = {} if self.norm is None else self.norm.released_tensors("norm")
+        found |= {f"mixer.{k}": v for k, v in self.mixer.released_tensors().items()}
+        return found if self.post_norm is None else found | self.post_norm.released_tensors("post_norm")

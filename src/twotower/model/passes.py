@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from twotower.model.attention import Rotation
 from twotower.model.pages import Past
 from twotower.model.state import ContextState, MambaState
+from twotower.ops.rope import Rotation
 from twotower.ops.transfer import to_device
 
 
@@ -16,7 +16,8 @@ class PassInputs(NamedTuple):
 
     `x` (b, s, d) is the residual stream before the first layer. `state` holds the recurrent states and each row's
     number of earlier tokens; `past` are its cached keys and values, of which row b may see the first
-    state.lengths[b] places. `rope` has RoPE's angles of the s tokens, None without RoPE. `places` (b·s,) int64 says
+    state.lengths[b] places. `ropes` has RoPE's angles of the s tokens for each of the config's `attention_kinds`, None
+    where there is no RoPE. `places` (b·s,) int64 says
     where a causal pass writes new keys among all places of the pages; None where keys are not in pages (row b's then
     go behind its first state.lengths[b]) and in a block pass, which writes none.
     """
@@ -24,7 +25,7 @@ class PassInputs(NamedTuple):
     x: Tensor
     state: ContextState
     past: Past
-    rope: Rotation | None
+    ropes: tuple[Rotation | None, ...]
     places: Tensor | None
 
 

@@ -12,18 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
-from twotower.model.attention import Attention, Rotation, rotation
+from twotower.model.attention import Attention
 from twotower.model.layer import Layer
 from twotower.model.linear import Pack
 from twotower.model.mamba2 import Mamba2, MambaInputs
+from twotower.model.norm import Norm
 from twotower.model.passes import CausalPass, PassInputs
 from twotower.model.state import ContextState, KeyBuffer, MambaState
 from twotower.model.time_conditioning import Modulation
 from twotower.ops import unmask
 from twotower.ops.attention import block_mask, causal_mask
-from twotower.ops.norm import rms_norm
+from twotower.ops.rope import Rotation, frequencies, rotation
 from twotower.ops.ssd import CHUNK
 from twotower.ops.transfer import to_device
+from twotower.rope import Rope
 
 if TYPE_CHECKING:  # the type of a guest, and nothing that runs: the reference imports no backend
     from twotower.backends.protocol import LogitOps, TowerGuest
@@ -43,6 +45,17 @@ def _replay(mixers: Sequence[Mamba2], replays: Sequence[Replay], counts: Tensor 
     return tuple(mixer.advance(r.inputs, r.start, counts, r.end) for mixer, r in pairs)
 
 
+def rotations(config: TwoTowerConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Rotation | None, ...]:
+    """For each of the config's `attention_kinds` RoPE's angles at positions (b or 1, s), None without RoPE."""
+
+    def one(rope: Rope | None) -> Rotation | None:
+        if rope is None:
+            return None
+        return rotation(positions, frequencies(rope, config.head_dim, 0), rope.attention_factor, dtype)
+
+    return tuple(one(kind.rope_parameters) for kind in config.attention_kinds)
+
+
 class Tower(nn.Module):
     """Embedding, layers and last norm; the head belongs to `TwoTower`.
 
@@ -54,11 +67,15 @@ class Tower(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
-        self.layers = nn.ModuleList(Layer(config, kind, dtype) for kind in config.pattern)
-        self.norm_f = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
+        self.position_embeddings: nn.Parameter | None = None
+        if config.num_positions:
+            table = torch.empty(config.num_positions, config.hidden_size, dtype=dtype)
+            self.position_embeddings = nn.Parameter(table)
+        self.layers = nn.ModuleList(Layer(config, i, dtype) for i in range(config.num_layers))
+        self.norm_f = Norm(config, config.hidden_size, dtype=dtype)
         self.activation_dtype = dtype
         self.guest: TowerGuest | None = None
-        self._rotations: Rotation | None = None  # RoPE's for all positions met so far
+        self._rotations: tuple[Rotation | None, ...] = ()  # RoPE's for all positions met so far, see `_rotation`
 
     @property
     def stack(self) -> list[Layer]:
@@ -109,54 +126,76 @@ class Tower(nn.Module):
         run = self._block if self.guest is None else self.guest.block
         return run(inputs, modulation, widths or (ids.shape[1],) * seed.batch_size)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """(b, s) to the residual stream (b, s, d)."""
+    def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(b, s) to the residual stream (b, s, d). `positions` (b or 1, s) int64 are read by models that have learnt
+        positions; those behind the last one get the last one's, which only padding may be."""
         wide = self.config.residual_in_fp32 and self.activation_dtype != torch.float64
-        return F.embedding(ids, self.embeddings).to(torch.float32 if wide else self.activation_dtype)
+        x = F.embedding(ids, self.embeddings).to(torch.float32 if wide else self.activation_dtype)
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
+        if self.position_embeddings is None:
+            return x
+        assert positions is not None
+        return x + F.embedding(positions.clamp(max=self.config.num_positions - 1), self.position_embeddings).to(x.dtype)
 
     def finish(self, x: Tensor) -> Tensor:
         """The last norm of the residual stream x (b, s, d)."""
-        return rms_norm(x, self.norm_f, self.config.layer_norm_epsilon, self.activation_dtype)
+        return self.norm_f(x, self.activation_dtype)
 
     def pack_(self, activation_dtype: torch.dtype, pack: Pack) -> None:
         """Packs every constant weight for inference with activations of the given dtype."""
         self.activation_dtype = activation_dtype
         for layer in self.stack:
             layer.pack_(activation_dtype, pack)
-        self.norm_f.data = self.norm_f.data.to(torch.promote_types(activation_dtype, torch.float32))
+        self.norm_f.pack_(activation_dtype)
 
     def released_tensors(self) -> dict[str, Tensor]:
         found = {"embeddings.weight": self.embeddings.data}
+        if self.position_embeddings is not None:
+            found["position_embeddings.weight"] = self.position_embeddings.data
         for i, layer in enumerate(self.stack):
             found |= {f"layers.{i}.{k}": v for k, v in layer.released_tensors().items()}
-        return found | {"norm_f.weight": self.norm_f.data}
+        return found | self.norm_f.released_tensors("norm_f")
 
     def _mambas(self) -> list[Mamba2]:
         return [layer.mixer for layer in self.stack if isinstance(layer.mixer, Mamba2)]
 
     def _inputs(self, ids: Tensor, state: ContextState, places: Tensor | None, used: int) -> PassInputs:
         """`used` is the number of places of the keys that a row may see, rounded up."""
-        rope = self._rotation(state.lengths, ids.shape[1], ids.device)
-        return PassInputs(self.embed(ids), state, state.buffer.past(used), rope, places)
+        starts, positions = state.lengths, None
+        if self.position_embeddings is not None:
+            limit = self.config.num_positions
+            if max(starts) >= limit:
+                raise ValueError(
+                    f"a text has {max(starts) + 1} tokens, must have at most the model's {limit} positions"
+                )
+            positions = to_device(starts, ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        ropes = self._rotation(starts, ids.shape[1], ids.device)
+        return PassInputs(self.embed(ids, positions), state, state.buffer.past(used), ropes, places)
 
     def _causal(self, inputs: PassInputs, marks: tuple[int, ...]) -> CausalPass:
-        x, state, past, rope, places = inputs
-        mask = None
-        if past.keys:
-            mask = causal_mask(state.lengths, x.shape[1], past.length, self.activation_dtype, x.device)
+        x, state, past, ropes, places = inputs
+        s, t = x.shape[1], past.length if past.keys else 0
+        device, dtype = x.device, self.activation_dtype
+        masks = [
+            causal_mask(state.lengths, s, t, dtype, device, window=kind.window, chunk=kind.chunk)
+            for kind in (self.config.attention_kinds if past.keys else ())
+        ]
         replays: list[Replay] = []
         marked: list[tuple[MambaState, ...]] = []
-        num_attention = 0
+        num_attention, read = 0, x
         for layer in self.stack:
-            entered = layer.enter(x, None, self.activation_dtype)
+            read = read if layer.joins else x
+            entered = layer.enter(read, None, dtype)
             if isinstance(layer.mixer, Mamba2):
                 mixed, replay, states = self._causal_mamba(layer.mixer, entered, state.mamba[len(replays)], marks)
                 replays.append(replay)
                 marked.append(states)
             elif isinstance(layer.mixer, Attention):
-                query, key, value = layer.mixer.project(entered, rope)
+                index = layer.mixer.index
+                query, key, value = layer.mixer.project(entered, ropes[index])
                 state.buffer.append_(num_attention, state.lengths, places, key, value)
-                mixed = layer.mixer.causal(query, past.layer(num_attention), mask)
+                mixed = layer.mixer.causal(query, past.layer(num_attention), masks[index])
                 num_attention += 1
             else:
                 mixed = layer.mixer(entered)
@@ -176,37 +215,45 @@ class Tower(nn.Module):
         return mixed, Replay(inputs, start, end), states
 
     def _block(self, inputs: PassInputs, modulation: Tensor | None, widths: tuple[int, ...]) -> Tensor:
-        x, seed, past, rope, _ = inputs
-        mask = None
-        if past.keys:
-            mask = block_mask(seed.lengths, widths, x.shape[1], past.length, self.activation_dtype, x.device)
+        x, seed, past, ropes, _ = inputs
+        s, t = x.shape[1], past.length if past.keys else 0
+        device, dtype = x.device, self.activation_dtype
+        masks = [
+            block_mask(seed.lengths, widths, s, t, dtype, device, window=kind.window, chunk=kind.chunk)
+            for kind in (self.config.attention_kinds if past.keys else ())
+        ]
         num_mamba = num_attention = 0
+        read = x
         for i, layer in enumerate(self.stack):
             own = None if modulation is None else Modulation(*modulation[i].unbind(1))
-            entered = layer.enter(x, own, self.activation_dtype)
+            read = read if layer.joins else x
+            entered = layer.enter(read, own, dtype)
             if isinstance(layer.mixer, Mamba2):
                 start = seed.mamba[num_mamba]
-                mixed = layer.mixer.outputs(layer.mixer.prepare(entered, start.conv), start, self.activation_dtype)
+                mixed = layer.mixer.outputs(layer.mixer.prepare(entered, start.conv), start, dtype)
                 num_mamba += 1
             elif isinstance(layer.mixer, Attention):
-                mixed = layer.mixer.block(layer.mixer.project(entered, rope), past.layer(num_attention), mask)
+                index = layer.mixer.index
+                projected = layer.mixer.project(entered, ropes[index])
+                mixed = layer.mixer.block(projected, past.layer(num_attention), masks[index])
                 num_attention += 1
             else:
                 mixed = layer.mixer(entered)
             x = layer.leave(x, mixed, own)
         return self.finish(x)
 
-    def _rotation(self, starts: tuple[int, ...], s: int, device: torch.device) -> Rotation | None:
-        """RoPE's angles for s tokens after each row's `starts`, from a table that grows with the positions met."""
-        c = self.config
-        if not c.use_rope:
-            return None
-        known, end = self._rotations, max(starts) + s
-        if known is None or known.cos.shape[1] < end or known.cos.dtype != self.activation_dtype:
+    def _rotation(self, starts: tuple[int, ...], s: int, device: torch.device) -> tuple[Rotation | None, ...]:
+        """For each of the config's `attention_kinds` RoPE's angles for s tokens after each row's `starts`, None where
+        there is no RoPE. They come from tables that grow with the positions met."""
+        known = next((r for r in self._rotations if r is not None), None)
+        end = max(starts) + s
+        if not self._rotations or (
+            known is not None and (known.cos.shape[1] < end or known.cos.dtype != self.activation_dtype)
+        ):
             with torch.inference_mode(False):  # a later pass may want gradients
                 positions = torch.arange(max(2 * end, 512), device=device)[None]  # twice: a context grows
-                known = self._rotations = rotation(positions, c.head_dim, c.rope_theta, self.activation_dtype)
+                self._rotations = rotations(self.config, positions, self.activation_dtype)
         if len(set(starts)) == 1:
-            return Rotation(*(part[:, starts[0] : end] for part in known))
+            return tuple(r and Rotation(*(part[:, starts[0] : end] for part in r)) for r in self._rotations)
         index = to_device(starts, device)[:, None] + torch.arange(s, device=device)
-        return Rotation(*(part[0, index] for part in known))
+        return tuple(r and Rotation(*(part[0, index] for part in r)) for r in self._rotations)

@@ -6,22 +6,25 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """x (…, d) / sqrt(mean(x²) + eps) · weight (d,), computed in at least float32, returned as `dtype`."""
+    """x (…, d) / sqrt(mean(x²) + eps) · weight (d,), computed in at least float32, returned as `dtype`. A weight (h, d)
+    has a row for each of the heads in x (…, h, d)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if weight.ndim == 2:
+        return (F.rms_norm(wide, wide.shape[-1:], None, eps) * weight.to(wide.dtype)).to(dtype)
     return F.rms_norm(wide, wide.shape[-1:], weight.to(wide.dtype), eps).to(dtype)
 
 
-def modulated_rms_norm(
-    x: Tensor, weight: Tensor, eps: float, shift: Tensor, scale: Tensor, *, norm_first: bool, dtype: torch.dtype
-) -> Tensor:
-    """`rms_norm` of x (b, s, d) and the modulation x·(1 + scale) + shift, before it or (`norm_first`) after it.
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """(x − mean(x)) / sqrt(var(x) + eps) · weight + bias for x (…, d), computed in at least float32, as `dtype`. A
+    weight (h, d) has a row for each of the heads in x (…, h, d)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = F.layer_norm(wide, wide.shape[-1:], eps=eps) * weight.to(wide.dtype)
+    return (normed if bias is None else normed + bias.to(wide.dtype)).to(dtype)
 
-    shift, scale (b, 1 or s, d). Returns (b, s, d) as `dtype`.
-    """
-    if norm_first:
-        normed = rms_norm(x, weight, eps, dtype)
-        return torch.addcmul(normed + shift, normed, scale)
-    return rms_norm(torch.addcmul(x + shift, x, scale), weight, eps, dtype)
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift for x (b, s, d); shift, scale (b, 1 or s, d)."""
+    return torch.addcmul(x + shift, x, scale)
 
 
 def gated_group_rms_norm(y: Tensor, z: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:

@@ -4,9 +4,10 @@ t tokens, p head width, s queries of a tile, m keys of a tile."""
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from twotower.ops.attention import ScoreRule, cached_attention
 
 # Queries per tile. A tile's mask and weights are (s, m) and are freed with the tile.
 TILE = 256
@@ -47,7 +48,7 @@ def make_tiles(reach: KeyReach, size: int = TILE) -> list[Tile]:
 
 
 def tiled_attention(
-    q: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, tiles: list[Tile]
+    q: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor] | None, tiles: list[Tile], rule: ScoreRule
 ) -> Tensor:
     """Queries (b, h, t, p) over [own keys | past keys], one softmax; key, value and both of `past` (b, k, t, p).
 
@@ -60,7 +61,7 @@ def tiled_attention(
         keys, values = [key[:, :, own]], [value[:, :, own]]
         if past is not None:
             keys, values = [*keys, past[0][:, :, before]], [*values, past[1][:, :, before]]
-        arguments = (q[:, :, queries], keys, values, seen, own, before)
+        arguments = (q[:, :, queries], keys, values, seen, own, before, rule)
         if torch.is_grad_enabled() and len(tiles) > 1:  # a lone tile is small enough to keep
             pieces.append(checkpoint(_tile, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -68,11 +69,15 @@ def tiled_attention(
     return torch.cat(pieces, dim=2)
 
 
-def _tile(q: Tensor, keys: list[Tensor], values: list[Tensor], seen: KeyReach, own: slice, before: slice) -> Tensor:
+def _tile(
+    q: Tensor, keys: list[Tensor], values: list[Tensor], seen: KeyReach, own: slice, before: slice, rule: ScoreRule
+) -> Tensor:
     """Queries (b, h, s, p) over their own keys in the span `own` and, where there are two, the past in `before`."""
     visible = _visible(seen, own, before if len(keys) == 2 else None)
     key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-    return F.scaled_dot_product_attention(q, key, value, attn_mask=visible, enable_gqa=q.shape[1] != key.shape[1])
+    if rule.softcap is not None or rule.sinks is not None:  # these need the mask as numbers
+        visible = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
+    return cached_attention(q, key, value, visible, rule)
 
 
 def _visible(seen: KeyReach, own: slice, before: slice | None) -> Tensor:

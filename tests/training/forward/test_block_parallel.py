@@ -257,7 +257,7 @@ def test_gradients_through_seeding_into_context_weights(pattern: str, tiny: Call
     reached = torch.autograd.grad(hidden(*weights).sin().sum(), weights, allow_unused=True)
     # above the last seed nothing reads the context tower
     last = f"layers.{len(pattern) - 1}.mixer."
-    unread = {last + end for end in ("D", "norm", "out_proj.weight", "o_proj.weight")} | {"norm_f"}
+    unread = {last + end for end in ("D", "norm", "out_proj.weight", "o_proj.weight")} | {"norm_f.weight"}
     for name, gradient in zip(names, reached, strict=True):
         silent = name.removeprefix("model.context_tower.") in unread
         assert silent == (gradient is None or not gradient.any()), name

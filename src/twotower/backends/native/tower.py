@@ -40,7 +40,16 @@ def take_tower_(tower: Tower) -> None:
     experts = [_take_experts(layer.mixer) for layer in tower.stack]
     tower.pack_(torch.float32, pack_weight)
     weights = [_tensors(layer, taken) for layer, taken in zip(tower.stack, experts, strict=True)]
-    tower.guest = NativeTower(tower.config, tower.stack, weights, tower.norm_f)
+    tower.guest = NativeTower(tower.config, tower.stack, weights, tower.norm_f.weight)
+
+
+def missing(config: TwoTowerConfig) -> str | None:
+    """What a tower of this config needs that the C kernels don't have, None if they have everything."""
+    plain = TwoTowerConfig(vocab_size=1, hidden_size=1, pattern="-", intermediate_size=1, mask_token_id=0)
+    names = ["norm_type", "pre_norm", "post_norm", "residual_scale", "parallel", "norm_offset"]
+    names += ["attention_scale", "attention_softcap", "attention_sinks", "qk_norm", "attention_types"]
+    found = [name for name in names if getattr(config, name) != getattr(plain, name)]
+    return ", ".join(found) or None
 
 
 class NativeTower:
@@ -128,10 +137,11 @@ class NativeTower:
 
     def _run(self, inputs: PassInputs, memory: "array[int]", saved: list[Tensor], **more: Any) -> Tensor:
         """The last norm's output (b, s, d). `saved` are projected, convolved, steps; `more` are fields of TowerPass."""
-        x, _, past, rope, _ = inputs
+        x, _, past, ropes, _ = inputs
         b, s, _ = x.shape
         hidden = torch.empty_like(x)
         tensors = dict(zip(("projected", "convolved", "steps"), saved, strict=True), x=x, hidden=hidden, norm=self.norm)
+        rope = ropes[0]
         if rope is not None:
             shared = rope.cos.shape[0] == 1
             more |= {"cosine": rope.cos, "sine": rope.sin, "angle_batch": 0 if shared else rope.cos.stride(0)}
@@ -239,7 +249,8 @@ def _take_experts(mixer: nn.Module) -> dict[str, Tensor]:
 
 def _tensors(layer: Layer, experts: dict[str, Tensor]) -> LayerTensors:
     mixer = layer.mixer
-    found: dict[str, Tensor | None] = {"norm": layer.norm, **experts}
+    assert layer.norm is not None  # `missing` has looked
+    found: dict[str, Tensor | None] = {"norm": layer.norm.weight, **experts}
     if isinstance(mixer, Mamba2):
         first, second = mixer.in_proj, mixer.out_proj
         found |= {"taps": mixer.conv_taps, "conv_bias": mixer.conv_bias, "dt_bias": mixer.dt_bias}

@@ -68,8 +68,9 @@ def block_parallel_hidden(
     levels, index = _distinct(t)
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in context.parameters())
     with torch.set_grad_enabled(learns):
-        clean: Tensor | None = context.embed(x0)
-    noisy = denoiser.embed(xt)
+        clean: Tensor | None = context.embed(x0, layout.position)
+    noisy = denoiser.embed(xt, layout.position.repeat(xt.shape[0] // layout.position.shape[0], 1))
+    read = _Streams(noisy, clean)
     # The number of layers after which the context tower's residual stream is still read: above the last layer that
     # seeds the denoiser it is read by nothing but its own head.
     top = len(config.pattern) if with_context else max(config.pattern.rfind("M"), config.pattern.rfind("*"))
@@ -79,7 +80,9 @@ def block_parallel_hidden(
         time = (model.time_conditioning.tables[i], shared, index)
         # `Layer.forward` only calls the function it is given. The pair runs inside both layers' forward, below's and
         # layer's, because FSDP gathers a module's shards in hooks around it.
-        noisy, clean = below(layer, step.run, noisy, clean, *time, recompute and torch.is_grad_enabled())
+        read = read if layer.joins else _Streams(noisy, clean)
+        earlier = read if layer.joins else None
+        noisy, clean = below(layer, step.run, noisy, clean, earlier, *time, recompute and torch.is_grad_enabled())
     with torch.set_grad_enabled(learns):
         finished = context.finish(clean) if with_context and clean is not None else None
     return Hidden(denoiser.finish(noisy), finished)
@@ -90,6 +93,13 @@ def _distinct(t: Tensor) -> tuple[Tensor, Tensor]:
     """The noise levels (l,) that occur in t (v·b, t), at most one per block, and each position's index among them."""
     levels, index = t.unique(return_inverse=True)
     return levels, index
+
+
+class _Streams(NamedTuple):
+    """The residual streams that a layer reads: noisy (v·b, t, d) and, while anything reads it, clean (b, t, d)."""
+
+    noisy: Tensor
+    clean: Tensor | None
 
 
 class _LayerPair(NamedTuple):
@@ -106,29 +116,46 @@ class _LayerPair(NamedTuple):
     needs_clean: bool
 
     def run(
-        self, noisy: Tensor, clean: Tensor | None, table: Tensor, shared: Tensor, index: Tensor, recompute: bool
+        self,
+        noisy: Tensor,
+        clean: Tensor | None,
+        earlier: _Streams | None,
+        table: Tensor,
+        shared: Tensor,
+        index: Tensor,
+        recompute: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The residual streams after this layer: noisy (v·b, t, d) and clean (b, t, d), None once nothing reads it.
-        `table`, `shared` and `index` are the arguments of `_modulation`."""
+
+        `earlier` are the streams that a parallel layer reads; others read `noisy` and `clean`. `table`, `shared` and
+        `index` are the arguments of `_modulation`."""
         time = (table, shared, index)
+        noisy_read, clean_read = earlier or (noisy, clean)
         if self.layer.kind in "M*":
-            return maybe_recomputed(recompute, self._seeded, noisy, clean, *time)
+            return maybe_recomputed(recompute, self._seeded, noisy, clean, noisy_read, clean_read, *time)
         if self.needs_clean:
             assert clean is not None
             with torch.set_grad_enabled(self.learns):
-                clean = maybe_recomputed(recompute and self.learns, self._clean, clean)
-        return maybe_recomputed(recompute, self._noisy, noisy, *time), clean if self.needs_clean else None
+                clean = maybe_recomputed(recompute and self.learns, self._clean, clean, clean_read)
+        return maybe_recomputed(recompute, self._noisy, noisy, noisy_read, *time), clean if self.needs_clean else None
 
     def _seeded(
-        self, noisy: Tensor, clean: Tensor, table: Tensor, shared: Tensor, index: Tensor
+        self,
+        noisy: Tensor,
+        clean: Tensor,
+        noisy_read: Tensor,
+        clean_read: Tensor,
+        table: Tensor,
+        shared: Tensor,
+        index: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         context, mixer = self.below.mixer, self.layer.mixer
         assert isinstance(context, Mamba2 | Attention)
         assert isinstance(mixer, Mamba2 | Attention)
         with torch.set_grad_enabled(self.learns):
-            seed = context_seed(context, self.below.enter(clean, None, self.dtype), self.plan)
+            seed = context_seed(context, self.below.enter(clean_read, None, self.dtype), self.plan)
         own = _modulation(table, shared, index)
-        entered = self.layer.enter(noisy, own, self.dtype)
+        entered = self.layer.enter(noisy_read, own, self.dtype)
         views = [block_mixed(mixer, x, seed, self.plan, self.dtype) for x in entered.split(clean.shape[0])]
         noisy = self.layer.leave(noisy, views[0] if len(views) == 1 else torch.cat(views), own)
         if not self.needs_clean:
@@ -138,16 +165,16 @@ class _LayerPair(NamedTuple):
         with torch.set_grad_enabled(self.learns):
             return noisy, self.below.leave(clean, context_mixed(context, seed, self.plan, self.dtype), None)
 
-    def _clean(self, clean: Tensor) -> Tensor:
+    def _clean(self, clean: Tensor, read: Tensor) -> Tensor:
         mixer = self.below.mixer
         assert not isinstance(mixer, Mamba2 | Attention)
-        return self.below.leave(clean, mixer(self.below.enter(clean, None, self.dtype)), None)
+        return self.below.leave(clean, mixer(self.below.enter(read, None, self.dtype)), None)
 
-    def _noisy(self, noisy: Tensor, table: Tensor, shared: Tensor, index: Tensor) -> Tensor:
+    def _noisy(self, noisy: Tensor, read: Tensor, table: Tensor, shared: Tensor, index: Tensor) -> Tensor:
         mixer = self.layer.mixer
         assert not isinstance(mixer, Mamba2 | Attention)
         own = _modulation(table, shared, index)
-        return self.layer.leave(noisy, mixer(self.layer.enter(noisy, own, self.dtype)), own)
+        return self.layer.leave(noisy, mixer(self.layer.enter(read, own, self.dtype)), own)
 
 
 def _modulation(table: Tensor, shared: Tensor, index: Tensor) -> Modulation:

@@ -35,17 +35,19 @@ def causal_hidden(
     """
     plan = make_plan(tower.config, layout, chunk_size=chunk_size, dtype=tower.activation_dtype)
     recompute = recompute and torch.is_grad_enabled()
-    x = tower.embed(x0)
+    x = read = tower.embed(x0, layout.position)
     loads = [x.new_zeros(0, tower.config.num_experts, dtype=torch.float32)]
     for layer in tower.stack:
         # Called, so that FSDP gathers the layer's shards: `Layer.forward` only calls the function it is given.
-        x, load = layer(maybe_recomputed, recompute, _layer, layer, x, plan, tower.activation_dtype)
+        read = read if layer.joins else x
+        x, load = layer(maybe_recomputed, recompute, _layer, layer, x, read, plan, tower.activation_dtype)
         loads += [] if load is None else [load]
     return Causal(tower.finish(x), torch.cat(loads))
 
 
-def _layer(layer: Layer, x: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    entered, load = layer.enter(x, None, dtype), None
+def _layer(layer: Layer, x: Tensor, read: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The residual stream x (b, t, d) after the layer, which reads `read` (b, t, d), and the loads of its experts."""
+    entered, load = layer.enter(read, None, dtype), None
     if isinstance(layer.mixer, Mamba2 | Attention):
         mixed = context_mixed(layer.mixer, context_seed(layer.mixer, entered, plan), plan, dtype)
     else:

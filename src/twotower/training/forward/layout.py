@@ -31,6 +31,7 @@ from torch import Tensor
 from twotower.errors import SettingError
 from twotower.ops import seeded_conv, tiled_attention
 from twotower.ops.chunks import Chunks, make_chunks
+from twotower.rope import AttentionType
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +75,30 @@ class Layout:
         """(r, t): each position's index within its document."""
         return torch.arange(self.block.shape[1], device=self.block.device) - self.document_start
 
-    def context_keys(self) -> tiled_attention.KeyReach:
-        """The keys that the context tower's queries see: causal within a document."""
+    def context_keys(self, kind: AttentionType) -> tiled_attention.KeyReach:
+        """The keys that the context tower's queries see: causal within a document, as far back as `kind` says."""
         token = torch.arange(self.block.shape[1], device=self.block.device)
-        return tiled_attention.KeyReach(self.document_start, self.document_start, (token + 1).expand_as(self.block))
+        first = self._first(kind)
+        return tiled_attention.KeyReach(first, first, (token + 1).expand_as(self.block))
 
-    def block_keys(self) -> tiled_attention.KeyReach:
-        """The keys that the denoiser's queries see: all of their own block, and the clean document before it."""
-        return tiled_attention.KeyReach(self.document_start, self.block_start, self.block_end)
+    def block_keys(self, kind: AttentionType) -> tiled_attention.KeyReach:
+        """The keys that the denoiser's queries see: of their own block, and of the clean document before it, as far as
+        `kind` says on either side."""
+        token = torch.arange(self.block.shape[1], device=self.block.device)
+        first, end = self._first(kind), self.block_end
+        if kind.window is not None:
+            end = end.minimum(token + kind.window)
+        if kind.chunk is not None:
+            end = end.minimum(token - self.position % kind.chunk + kind.chunk)
+        return tiled_attention.KeyReach(first, first.maximum(self.block_start), end)
+
+    def _first(self, kind: AttentionType) -> Tensor:
+        """(r, t): the first position that each position's query reaches back to."""
+        token = torch.arange(self.block.shape[1], device=self.block.device)
+        first = self.document_start
+        if kind.window is not None:
+            first = first.maximum(token - kind.window + 1)
+        return first if kind.chunk is None else first.maximum(token - self.position % kind.chunk)
 
     def context_rows(self, width: int) -> seeded_conv.RowReach:
         """The rows that a convolution of `width` taps reads in the context tower."""

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.config import TwoTowerConfig
-from twotower.model.attention import Attention, Projected, Rotation, rotation
+from twotower.model.attention import Attention, Projected
 from twotower.model.mamba2 import Mamba2
+from twotower.model.tower import rotations
 from twotower.ops import seeded_conv
 from twotower.ops.chunks import Chunks, take
+from twotower.ops.rope import Rotation
 from twotower.ops.seeded_ssd import chunk_states, context_output, seeded_output
 from twotower.ops.ssd import ScanInputs
 from twotower.ops.tiled_attention import Tile, make_tiles, tiled_attention
@@ -28,14 +30,15 @@ CHUNK_SIZE = 64
 
 class Plan(NamedTuple):
     """A layout in the terms of each mixer, made once per pass: the chunks of the scan (None without `M` layers), the
-    rows that convolutions read, the tiles of attention, and RoPE's angles (None for models without RoPE)."""
+    rows that convolutions read, and for each of the config's `attention_kinds` the tiles of attention and RoPE's angles
+    (None for those without RoPE)."""
 
     chunks: Chunks | None
     context_rows: seeded_conv.RowReach
     block_rows: seeded_conv.RowReach
-    context_tiles: list[Tile]
-    block_tiles: list[Tile]
-    rope: Rotation | None
+    context_tiles: tuple[list[Tile], ...]
+    block_tiles: tuple[list[Tile], ...]
+    ropes: tuple[Rotation | None, ...]
 
 
 @torch.compiler.disable  # the plan's sizes depend on values of the layout
@@ -45,9 +48,9 @@ def make_plan(config: TwoTowerConfig, layout: Layout, *, chunk_size: int, dtype:
         layout.chunks(chunk_size) if "M" in config.pattern else None,
         layout.context_rows(config.conv_kernel),
         layout.block_rows(config.conv_kernel),
-        make_tiles(layout.context_keys()),
-        make_tiles(layout.block_keys()),
-        rotation(layout.position, config.head_dim, config.rope_theta, dtype) if config.use_rope else None,
+        tuple(make_tiles(layout.context_keys(kind)) for kind in config.attention_kinds),
+        tuple(make_tiles(layout.block_keys(kind)) for kind in config.attention_kinds),
+        rotations(config, layout.position, dtype),
     )
 
 
@@ -74,7 +77,7 @@ Seed = MambaSeed | AttentionSeed
 def context_seed(mixer: Mamba2 | Attention, x: Tensor, plan: Plan) -> Seed:
     """The part of a context layer with normed inputs x (b, t, d) that the blocks read, and its own output needs."""
     if isinstance(mixer, Attention):
-        return AttentionSeed(mixer.project(x, plan.rope))
+        return AttentionSeed(mixer.project(x, plan.ropes[mixer.index]))
     assert plan.chunks is not None
     z, xbc, dt = mixer.split(x)
     inputs = _scan_inputs(mixer, xbc, None, dt, plan.context_rows, plan.chunks.token, plan.chunks.filled)
@@ -87,7 +90,7 @@ def context_mixed(mixer: Mamba2 | Attention, seed: Seed, plan: Plan, dtype: torc
     if isinstance(mixer, Attention):
         assert isinstance(seed, AttentionSeed)
         q, key, value = seed.projected
-        return mixer.output(tiled_attention(q, key, value, None, plan.context_tiles))
+        return mixer.output(tiled_attention(q, key, value, None, plan.context_tiles[mixer.index], mixer.rule))
     assert isinstance(seed, MambaSeed)
     assert plan.chunks is not None
     y = _recomputed(context_output, seed.inputs, seed.A, mixer.D, seed.states, plan.chunks)
@@ -99,9 +102,9 @@ def block_mixed(mixer: Mamba2 | Attention, x: Tensor, seed: Seed, plan: Plan, dt
     context layer's side."""
     if isinstance(mixer, Attention):
         assert isinstance(seed, AttentionSeed)
-        q, key, value = mixer.project(x, plan.rope)
+        q, key, value = mixer.project(x, plan.ropes[mixer.index])
         past = (seed.projected.key, seed.projected.value)
-        return mixer.output(tiled_attention(q, key, value, past, plan.block_tiles))
+        return mixer.output(tiled_attention(q, key, value, past, plan.block_tiles[mixer.index], mixer.rule))
     assert isinstance(seed, MambaSeed)
     assert plan.chunks is not None
     z, xbc, dt = mixer.split(x)
