@@ -99,13 +99,6 @@ def test_a_given_mask_token_changes_no_row(llama: Any, tmp_path: Path) -> None:
     assert torch.equal(embeddings, llama.model.state_dict()["model.embed_tokens.weight"])
 
 
-def test_nemotron_h_keeps_token_3_for_the_mask(nemotron_h: Any, tmp_path: Path) -> None:
-    init(nemotron_h.directory, tmp_path)
-    config = TwoTowerConfig.from_json(tmp_path / "config.json")
-    assert (config.mask_token_id, config.vocab_size, config.pattern) == (3, 48, "ME*-M")
-    assert config.time_step_limit == (0.0, float("inf"))
-
-
 @pytest.mark.parametrize("mask", [-1, 273])
 def test_mask_token_out_of_range(llama: Any, tmp_path: Path, mask: int) -> None:
     with pytest.raises(ValueError, match=rf"mask_token_id is {mask}, must be in \[0, 273\)"):
@@ -272,50 +265,6 @@ def test_tensors_that_do_not_fit(llama: Any, tmp_path: Path) -> None:
 def test_llama_config_without_a_size(llama: Any, tmp_path: Path, key: str) -> None:
     source = changed(llama, tmp_path / "source", lambda config, tensors: config.pop(key))
     with pytest.raises(ValueError, match=rf"config\.json lacks \['{key}'\]"):
-        open_backbone(source)
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"moe_latent_size": 64}, "moe_latent_size is 64 in config.json, must be null"),
-        ({"sliding_window": 64}, "sliding_window is 64 in config.json, must be null"),
-        ({"layers_block_type": ["mamba", "gdn"]}, r"layers_block_type has \['gdn'\]"),
-        ({"mlp_hidden_act": "gelu"}, "mlp_hidden_act is 'gelu', must be 'relu2'"),
-        ({"hiden_size": 3}, r"unknown keys \['hiden_size'\]"),
-    ],
-)
-def test_nemotron_h_switches(nemotron_h: Any, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
-    source = changed(nemotron_h, tmp_path / "source", lambda config, tensors: config.update(keys))
-    with pytest.raises(ValueError, match=message):
-        open_backbone(source)
-
-
-def test_nemotron_h_as_its_own_code_writes_it(nemotron_h: Any, tmp_path: Path) -> None:
-    def older(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        del config["layers_block_type"], config["head_dim"]
-        config.update(
-            hybrid_override_pattern="ME*-M",
-            num_hidden_layers=5,
-            attention_head_dim=8,
-            rms_norm_eps=1e-5,
-            time_step_limit=[0.0, float("inf")],
-        )
-        tensors["mtp.layers.0.norm.weight"] = torch.ones(32)
-
-    init(changed(nemotron_h, tmp_path / "source", older), tmp_path / "older")
-    init(nemotron_h.directory, tmp_path / "newer")
-    assert (tmp_path / "older" / "model.safetensors").read_bytes() == (
-        tmp_path / "newer" / "model.safetensors"
-    ).read_bytes()
-
-
-def test_nemotron_h_with_both_prefixes(nemotron_h: Any, tmp_path: Path) -> None:
-    def double(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.norm_f.weight"] = tensors["backbone.norm_f.weight"].clone()
-
-    source = changed(nemotron_h, tmp_path / "source", double)
-    with pytest.raises(ValueError, match="has a tensor under both prefixes"):
         open_backbone(source)
 
 

@@ -1,5 +1,12 @@
-"""Single-tower Nemotron-H directories, whose tensors have our names under another prefix."""
+"""Single-tower Nemotron-H directories, whose tensors have our names under another prefix.
 
+Only keys of config.json that the family's code reads can change what a model computes: they are mapped, or refused
+where our towers compute something else. All other keys describe how a model was trained, saved or served and are left
+out. What code of somebody's own computes beside that shows in tensors that nothing here has a place for.
+"""
+
+import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,46 +17,78 @@ from twotower.checkpoints.backbone import Backbone
 from twotower.checkpoints.hf.config_file import read_raw_config
 from twotower.checkpoints.hf.tensor_files import scan
 from twotower.checkpoints.hf.tokenizer_file import read_tokenizer_text
-from twotower.config import TwoTowerConfig
+from twotower.config import CARRIED_KEYS, TwoTowerConfig
+from twotower.config_rules import FILE_KEYS
 
 # The token that the family keeps free, which the released two-tower models use as the mask.
 MASK_TOKEN_ID = 3
 
-_PREFIXES = ("backbone.", "model.")
+# What stands in a pattern before layers for multi-token prediction
+MTP_MARK = "/"
+_PREFIXES = ("backbone.", "model.", "language_model.backbone.", "language_model.model.")
 # transformers has renamed the kinds of layer; released files have either name.
 _LAYER_KINDS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E"}
-# Keys of transformers' config.json that do not change what is computed, or repeat what another key says.
-_DROPPED = (
-    "auto_map",
-    "layers_block_type",
-    "layer_types",
-    "num_hidden_layers",
-    "rms_norm_eps",
+# The released key <- the names that it has in other files: of transformers, of Megatron-LM and of older releases. The
+# released key wins, then the first of the others.
+_OTHER_NAMES = {
+    "head_dim": ("attention_head_dim", "kv_channels"),
+    "layer_norm_epsilon": ("norm_eps", "rms_norm_eps"),
+    "mlp_hidden_act": ("hidden_act",),
+    "num_key_value_heads": ("num_query_groups",),
+    "mamba_num_heads": ("mamba_n_heads",),
+    "mamba_head_dim": ("mamba_d_head",),
+    "ssm_state_size": ("mamba_state_dim", "mamba_d_state"),
+    "n_groups": ("mamba_num_groups", "mamba_n_groups"),
+    "conv_kernel": ("mamba_d_conv",),
+    "use_conv_bias": ("mamba_conv_bias",),
+    "time_step_limit": ("mamba_dt_limit",),
+    "n_routed_experts": ("num_local_experts",),
+}
+# What the released code takes where the file names none, whatever the width and the number of heads.
+_HEAD_DIM = 128
+# Keys that say what the pattern of the layers says, or how the file was written.
+_DROPPED = ("auto_map", "layers_block_type", "layer_types", "num_hidden_layers", "transformers_version")
+# What transformers writes for a model of this family beside the keys that we carry
+_TRANSFORMERS_KEYS = (
+    "is_encoder_decoder",
     "moe_shared_expert_overlap",
-    "moe_latent_size",
-    "output_router_logits",
-    "mtp_layers_block_type",
     "mtp_hybrid_override_pattern",
+    "mtp_layers_block_type",
     "num_nextn_predict_layers",
-    "transformers_version",
+    "output_router_logits",
+    "return_dict",
 )
+# Keys that change what the model computes, in a way that our towers don't follow.
+_REFUSED = ("moe_latent_size", "quantization_config", "sliding_window")
 
 
 def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[str, bytes]) -> Backbone:
     """Opens a Nemotron-H directory, written by the released code or by transformers, whose config.json is `raw`.
 
-    Multi-token prediction heads (`mtp.*`) are left out: they are not part of the backbone. Raises ValueError for a
-    setting under which the model computes something that our towers don't.
+    Multi-token prediction heads (`mtp.*`) are left out, with a warning: they are not part of the backbone. Raises
+    ValueError for a setting under which the model computes something that our towers don't.
     """
-    config = _config({**raw, "architectures": ["NemotronHTwoTowerForCausalLM"]})
+    known = {FILE_KEYS.get(f.name, f.name) for f in dataclasses.fields(TwoTowerConfig)} | CARRIED_KEYS
+    kept = {key: value for key, value in ({"head_dim": _HEAD_DIM} | _released_keys(raw)).items() if key in known}
+    config = TwoTowerConfig.from_dict({**kept, "architectures": ["NemotronHTwoTowerForCausalLM"]})
     files = scan(directory)
     names: dict[str, str] = {}
+    heads = []
     for name in files.specs:
         prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
-        if not name.startswith("mtp.") and not (name == "lm_head.weight" and config.tie_word_embeddings):
-            names[name] = name.removeprefix(prefix)
+        ours = name.removeprefix(prefix)
+        if name.startswith("mtp.") or ours.startswith("mtp."):
+            heads.append(name)
+        elif not (name == "lm_head.weight" and config.tie_word_embeddings):
+            names[name] = ours
     if len(set(names.values())) != len(names):
-        raise ValueError(f"{directory} has a tensor under both prefixes {list(_PREFIXES)}; keep one of them")
+        raise ValueError(f"{directory} has a tensor under two of the prefixes {list(_PREFIXES)}; keep one of them")
+    if heads or raw.get("num_nextn_predict_layers") or MTP_MARK in raw.get("hybrid_override_pattern", ""):
+        warnings.warn(
+            f"the layers of {directory} that predict further tokens (mtp, {len(heads)} tensors) are left out: they are "
+            "not part of the backbone",
+            stacklevel=2,
+        )
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in files.stream(names):
@@ -69,22 +108,39 @@ def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[
 def read_one_tower_config(directory: Path) -> TwoTowerConfig:
     """The config.json of a model to be trained from nothing, as we or transformers write it for a Nemotron-H model.
 
-    Raises FileNotFoundError without one, ValueError for a setting that our towers don't compute.
+    Raises FileNotFoundError without one, ValueError for a setting that our towers don't compute or, since this file may
+    be written by hand, a key that neither we nor transformers know.
     """
-    return _config(read_raw_config(directory))
+    raw = _released_keys(read_raw_config(directory))
+    return TwoTowerConfig.from_dict({key: value for key, value in raw.items() if key not in _TRANSFORMERS_KEYS})
 
 
-def _config(raw: Mapping[str, Any]) -> TwoTowerConfig:
-    for key in ("moe_latent_size", "sliding_window"):
-        if raw.get(key) is not None:
-            raise ValueError(f"{key} is {raw[key]} in config.json, must be null: our towers don't compute that")
-    kept: dict[str, Any] = {key: value for key, value in raw.items() if key not in _DROPPED}
-    if "hybrid_override_pattern" not in kept:
-        kinds = raw.get("layers_block_type", raw.get("layer_types", []))
-        strange = sorted(set(kinds) - set(_LAYER_KINDS))
-        if strange:
-            raise ValueError(f"layers_block_type has {strange}, allowed are {list(_LAYER_KINDS)}")
-        kept["hybrid_override_pattern"] = "".join(_LAYER_KINDS[kind] for kind in kinds)
-    if "head_dim" not in kept and "attention_head_dim" in kept:
-        kept["head_dim"] = kept["attention_head_dim"]
-    return TwoTowerConfig.from_dict(kept)
+def _released_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the released keys for what its code reads. Raises ValueError for what our towers don't compute.
+
+    A key that is null says nothing, except for tokens, of which there may be none.
+    """
+    refused = [f"{key} is {raw[key]}" for key in _REFUSED if raw.get(key) is not None]
+    if refused:
+        raise ValueError(f"{'; '.join(refused)} in config.json, must be null: our towers don't compute that")
+    kept = {k: v for k, v in raw.items() if k not in _DROPPED and (v is not None or k.endswith("_token_id"))}
+    for key, others in _OTHER_NAMES.items():
+        found = [kept.pop(name) for name in others if name in kept]
+        if found:
+            kept.setdefault(key, found[0])
+    kept["hybrid_override_pattern"] = _pattern(raw)
+    return kept
+
+
+def _pattern(raw: Mapping[str, Any]) -> str:
+    """One character per layer, from layers_block_type or from a pattern with marks of Megatron-LM: | between stages of
+    a pipeline, and / before each group of layers for multi-token prediction."""
+    kinds = raw.get("layers_block_type") or raw.get("layer_types") or ()
+    strange = sorted(set(kinds) - set(_LAYER_KINDS))
+    if strange:
+        raise ValueError(f"layers_block_type has {strange}, allowed are {list(_LAYER_KINDS)}")
+    listed = "".join(_LAYER_KINDS[kind] for kind in kinds)
+    pattern = (raw.get("hybrid_override_pattern") or "").split(MTP_MARK)[0].replace("|", "")
+    if listed and pattern and listed != pattern:
+        raise ValueError(f"layers_block_type says {listed!r}, hybrid_override_pattern {pattern!r}; they must agree")
+    return listed or pattern
