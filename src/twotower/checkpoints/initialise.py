@@ -19,6 +19,7 @@ from twotower.checkpoints.hf.config_file import (
     read_raw_config,
     with_stored_dtype,
 )
+from twotower.checkpoints.hf.float_tensors import has_own_head, open_floats
 from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.tensor_files import TensorSpec, check_shapes
 from twotower.checkpoints.hf.tensor_writer import write_tensors
@@ -76,6 +77,11 @@ def init(
     out = Path(out)
     if out.exists() and Path(backbone).exists() and out.samefile(backbone):
         raise ValueError(f"out is {out}, the backbone's own directory; give another, the backbone would be overwritten")
+    if "lm_head.weight" not in source.specs and not source.config.tie_word_embeddings:
+        raise ValueError(
+            f"{backbone} has no lm_head.weight, and its config.json does not say that the embedding is the head; take "
+            "a model with its head, or write tie_word_embeddings: true into config.json if the embedding is the head"
+        )
     check_shapes(_tower_shapes(source.config), source.specs, str(backbone))
     vocabulary = _vocabulary(source, mask_token_id, keep_tokens)
     config = dataclasses.replace(source.config, block_size=block_size, **vocabulary.changes)
@@ -102,6 +108,8 @@ def open_backbone(backbone: str | Path) -> Backbone:
         return open_gguf(path) if is_gguf else open_llama2c(path)
     directory = resolve(backbone)
     raw = read_raw_config(directory)
+    if has_own_head(open_floats(directory, raw)):
+        raw = {**raw, "tie_word_embeddings": False}
     documents = carried_documents(directory)
     model_type = raw.get("model_type")
     if model_type == "nemotron_h":

@@ -73,11 +73,15 @@ def test_truncated_file(tmp_path: Path, cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"<html>404 not found</html>" * 9, b"version https://git-lfs.github.com/spec/v1\n"]
+    ("content", "message"),
+    [
+        (b"<html>404 not found</html>" * 9, "not a complete safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is only a pointer to the file; fetch it with: git lfs pull"),
+    ],
 )
-def test_file_of_another_kind(tmp_path: Path, content: bytes) -> None:
+def test_file_of_another_kind(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="not a complete safetensors file"):
+    with pytest.raises(ValueError, match=message):
         scan(tmp_path)
 
 
@@ -115,15 +119,45 @@ def test_index_may_not_point_outside(sharded: Path, name: object) -> None:
         scan(sharded)
 
 
-def test_index_beside_a_single_file_is_ambiguous(sharded: Path) -> None:
-    save_file({"a": torch.ones(2)}, sharded / "model.safetensors")
+def test_index_beside_a_single_file_is_ambiguous_unless_its_files_are_gone(sharded: Path) -> None:
+    save_file({"single": torch.ones(2)}, sharded / "model.safetensors")
     with pytest.raises(ValueError, match="holds both"):
         scan(sharded)
+    (sharded / "two.safetensors").unlink()
+    assert set(scan(sharded).specs) == {"single"}
 
 
-def test_quantised_tensors_are_refused(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2), "q": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"tensor q of .* is stored as I8, must be one of .*F32"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "adapter_model.safetensors",
+            r"holds an adapter \(adapter_model\.safetensors\), which changes another model's",
+        ),
+        ("consolidated.safetensors", r"only in Mistral's form \(consolidated\.safetensors\); download model\.saf"),
+        (
+            "model.fp16.safetensors",
+            r"holds model\.fp16\.safetensors, but neither .* rename a single file to model\.saf",
+        ),
+        ("model-00001-of-00002.safetensors", r"holds model-00001-of-00002\.safetensors, but neither .* download the"),
+    ],
+)
+def test_weights_under_other_names_are_refused_by_name(tmp_path: Path, name: str, message: str) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        scan(tmp_path)
+
+
+def test_other_weights_beside_the_models_are_not_read(tmp_path: Path) -> None:
+    for name in ("model", "consolidated", "model-00001-of-00002", "model.fp16"):
+        save_file({name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    assert set(scan(tmp_path).specs) == {"model"}
+
+
+def test_an_adapter_beside_weights_is_not_passed_over(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds an adapter \(adapter_config\.json\)"):
         scan(tmp_path)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone, llama_config
-from twotower.checkpoints.hf.tensor_files import TensorSpec, scan
+from twotower.checkpoints.hf.float_tensors import open_floats
+from twotower.checkpoints.hf.tensor_files import TensorSpec
 from twotower.checkpoints.hf.tokenizer_file import read_tokenizer_text
 from twotower.config import TwoTowerConfig
 
@@ -42,7 +43,6 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (None, False),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
-    "quantization_config": (None,),
 }
 
 
@@ -60,10 +60,10 @@ def open_llama(directory: Path, raw: Mapping[str, Any], documents: Mapping[str, 
         for theirs, (kind, name) in _LAYER_NAMES.items():
             for part in ("weight", "bias"):
                 ours[f"model.layers.{i}.{theirs}.{part}"] = f"layers.{2 * i + kind}.{name}.{part}"
-    files = scan(directory)
-    # Some files store tensors that follow from others: a tied head, and RoPE's frequencies.
-    derived = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    stored = [n for n in files.specs if n not in derived and not n.endswith("rotary_emb.inv_freq")]
+    # Models saved without their head have names without this prefix.
+    ours |= {name.removeprefix("model."): renamed for name, renamed in ours.items()}
+    files = open_floats(directory, raw)
+    stored = [n for n in files.specs if n != "lm_head.weight" or not config.tie_word_embeddings]
     specs = {ours.get(name, name): files.specs[name] for name in stored}
     zero_biases = {}
     if raw["model_type"] == "qwen2":

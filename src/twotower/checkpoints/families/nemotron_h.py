@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone
 from twotower.checkpoints.hf.config_file import read_raw_config
-from twotower.checkpoints.hf.tensor_files import scan
+from twotower.checkpoints.hf.float_tensors import open_floats
 from twotower.checkpoints.hf.tokenizer_file import read_tokenizer_text
 from twotower.config import CARRIED_KEYS, TwoTowerConfig
 from twotower.config_rules import FILE_KEYS
@@ -59,7 +59,7 @@ _TRANSFORMERS_KEYS = (
     "return_dict",
 )
 # Keys that change what the model computes, in a way that our towers don't follow.
-_REFUSED = ("moe_latent_size", "quantization_config", "sliding_window")
+_REFUSED = ("moe_latent_size", "sliding_window")
 
 
 def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[str, bytes]) -> Backbone:
@@ -71,7 +71,7 @@ def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[
     known = {FILE_KEYS.get(f.name, f.name) for f in dataclasses.fields(TwoTowerConfig)} | CARRIED_KEYS
     kept = {key: value for key, value in ({"head_dim": _HEAD_DIM} | _released_keys(raw)).items() if key in known}
     config = TwoTowerConfig.from_dict({**kept, "architectures": ["NemotronHTwoTowerForCausalLM"]})
-    files = scan(directory)
+    files = open_floats(directory, raw)
     names: dict[str, str] = {}
     heads = []
     for name in files.specs:

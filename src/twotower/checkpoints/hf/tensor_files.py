@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,8 +16,22 @@ INDEX_FILE = "model.safetensors.index.json"
 
 # The names of dtypes in safetensors headers, widest first, the order in which files store their tensors.
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Those of quantised weights, and of buffers that are no weights
+_OTHER_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_LFS_POINTER = b"version https://git-lfs"
 _SHOWN = 5
 
 
@@ -41,21 +56,46 @@ class TensorFiles:
 
         Tensors are mapped from the file and cost memory only while they are referenced.
         """
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.files[name], []).append(name)
-        for file, in_file in by_file.items():
-            with safe_open(file, framework="pt") as opened:
+        for in_file in self.by_file({name: name for name in names}):
+            with self.reader() as read:
                 for name in in_file:
-                    yield name, opened.get_tensor(name)
+                    yield name, read(name)
+
+    def by_file(self, names: Mapping[str, str]) -> list[list[str]]:
+        """The keys of `names` whose tensors, the values, are in the same file."""
+        found: dict[Path, list[str]] = {}
+        for key, name in names.items():
+            found.setdefault(self.files[name], []).append(key)
+        return list(found.values())
+
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[str], Tensor]]:
+        """A function that reads the tensor of a name onto the CPU; files stay open until the context ends."""
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+
+            def read(name: str) -> Tensor:
+                file = self.files[name]
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                return opened[file].get_tensor(name)
+
+            yield read
 
 
 def scan(directory: Path) -> TensorFiles:
     """Reads the headers of `model.safetensors`, or of the shards that the directory's index names.
 
     Raises FileNotFoundError for a missing file, and ValueError for one that is broken, disagrees with the index, holds
-    a tensor that another file holds too, or stores a dtype that is not a float. Pickled weights are never opened.
+    a tensor that another file holds too, or stores an unknown dtype. Pickled weights are never opened, and an adapter,
+    which changes weights that it does not hold, is refused.
     """
+    adapter = next((name for name in _ADAPTER if (directory / name).exists()), None)
+    if adapter is not None:
+        raise ValueError(
+            f"{directory} holds an adapter ({adapter}), which changes another model's weights; merge both into a whole "
+            "model with the tool that made it, such as peft's merge_and_unload()"
+        )
     index = _read_index(directory)
     names = {SINGLE_FILE} if index is None else set(index.values())
     missing = sorted(n for n in names if not (directory / n).is_file())
@@ -108,8 +148,6 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     path = directory / INDEX_FILE
     if not path.exists():
         return None
-    if (directory / SINGLE_FILE).exists():
-        raise ValueError(f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}; delete the one that is stale")
     try:
         raw = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -121,29 +159,45 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     strange = [str(n) for n in weight_map.values() if not isinstance(n, str) or Path(n).name != n]
     if strange:
         raise ValueError(f"{path} names {_some(strange)}, must be plain file names; download it again")
+    if (directory / SINGLE_FILE).exists() and SINGLE_FILE not in weight_map.values():
+        if all((directory / name).is_file() for name in weight_map.values()):
+            raise ValueError(f"{directory} holds both {SINGLE_FILE} and {INDEX_FILE}; delete the one that is stale")
+        return None  # left behind by weights that were in several files
     return weight_map
 
 
 def _read_header(file: Path) -> dict[str, TensorSpec]:
+    known = STORED_DTYPES | _OTHER_DTYPES
     specs = {}
     try:
         with safe_open(file, framework="pt") as opened:
             names = opened.keys()
             for name in names:
                 part = opened.get_slice(name)
-                if part.get_dtype() not in STORED_DTYPES:
-                    raise ValueError(
-                        f"tensor {name} of {file} is stored as {part.get_dtype()}, must be one of "
-                        f"{list(STORED_DTYPES)}; use a checkpoint that is not quantised"
-                    )
-                specs[name] = TensorSpec(STORED_DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                dtype = known.get(part.get_dtype())
+                if dtype is None:
+                    raise ValueError(f"tensor {name} of {file} is {part.get_dtype()}, must be one of {list(known)}")
+                specs[name] = TensorSpec(dtype, tuple(part.get_shape()))
     except SafetensorError as error:
+        if file.read_bytes()[: len(_LFS_POINTER)] == _LFS_POINTER:
+            raise ValueError(f"{file} is only a pointer to the file; fetch it with: git lfs pull") from error
         raise ValueError(f"{file} is not a complete safetensors file ({error}); download it again") from error
     return specs
 
 
 def _no_weights(directory: Path) -> str:
     pickled = sorted(p.name for pattern in _PICKLED for p in directory.glob(pattern))
+    others = sorted(p.name for p in directory.glob("*.safetensors"))
+    if any(name.startswith("consolidated") for name in others):
+        return (
+            f"{directory} holds its weights only in Mistral's form ({_some(others)}); download model.safetensors or "
+            f"{INDEX_FILE} and its files from the same repository, or another that has them"
+        )
+    if others:
+        return (
+            f"{directory} holds {_some(others)}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which says what is in "
+            f"which file; download the index, or rename a single file to {SINGLE_FILE}"
+        )
     if pickled:
         return (
             f"{directory} holds its weights only as pickles ({_some(pickled)}), which can run code and are not opened; "

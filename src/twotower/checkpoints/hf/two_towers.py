@@ -15,8 +15,9 @@ from twotower.checkpoints.hf.config_file import (
     stored_dtype,
     with_stored_dtype,
 )
+from twotower.checkpoints.hf.float_tensors import FloatTensors, open_floats
 from twotower.checkpoints.hf.hub import resolve
-from twotower.checkpoints.hf.tensor_files import TensorFiles, TensorSpec, check_shapes, scan
+from twotower.checkpoints.hf.tensor_files import TensorSpec, check_shapes, scan
 from twotower.checkpoints.hf.tensor_writer import DEFAULT_SHARD_BYTES, write_tensors
 from twotower.checkpoints.hf.tokenizer_file import TOKENIZER_FILE
 from twotower.config import TwoTowerConfig
@@ -85,13 +86,13 @@ def released_stream(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     yield from files.stream(files.specs)
 
 
-def _open(path: str | Path) -> tuple[TwoTowerConfig, TensorFiles]:
+def _open(path: str | Path) -> tuple[TwoTowerConfig, FloatTensors]:
     """The config, and the tensors in the released order, of which only the headers are read."""
     directory = resolve(path)
-    files = scan(directory)
-    if _EMBEDDING not in files.specs:
+    if _EMBEDDING not in scan(directory).specs:
         raise ValueError(f"{path} holds a single tower; make two of it with: twotower init {path} OUT")
     config = read_config(directory)
+    files = open_floats(directory, config.carried)
     shapes = released_shapes(config)
     check_shapes(shapes, files.specs, str(directory))
     return config, dataclasses.replace(files, specs={name: files.specs[name] for name in shapes})
