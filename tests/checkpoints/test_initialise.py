@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from twotower.checkpoints import init, load_model, load_tokenizer, merge_closure, read_pieces, save
-from twotower.checkpoints.families.llama import check_switches
 from twotower.checkpoints.initialise import open_backbone
 from twotower.config import TwoTowerConfig
 
@@ -170,51 +169,46 @@ def test_out_must_not_be_the_backbone(llama: Any, tmp_path: Path) -> None:
     assert listing(source) == before
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "gemma3", None])
-def test_other_families(llama: Any, tmp_path: Path, model_type: str | None) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [
+        ("qwen9", "'qwen9', a family that is not declared; families that are: nemotron_h, .*docs/families.md"),
+        ("rwkv", "'rwkv', a family that needs RWKV layers, which our towers don't have"),
+        (None, "model_type is None"),
+    ],
+)
+def test_other_families(llama: Any, tmp_path: Path, model_type: str | None, says: str) -> None:
     source = changed(llama, tmp_path / "source", lambda config, tensors: config.update(model_type=model_type))
-    with pytest.raises(ValueError, match=rf"has model_type {model_type!r}, must be one of \['nemotron_h', 'llama'"):
+    with pytest.raises(ValueError, match=says):
         open_backbone(source)
-
-
-LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 4096}
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', must be 'silu'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "RoPE is scaled by .*llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE is scaled by .*linear"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE is scaled by .*yarn"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "RoPE turns only a part of each head"),
-        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25, must be None or 1.0"),
-        ({"rope_interleaved": True}, "rope_interleaved is True"),
+        ({"hidden_act": "tanh"}, "hidden_act is 'tanh', must be one of silu"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, None),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type is 'ntk', must be one of default, linear"),
+        ({"rope_scaling": {"type": "linear"}}, "RoPE is scaled by .*linear.*, which needs a factor"),
+        ({"rope_interleaved": True}, "rope_interleaved is True, must be None or False"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, must be None"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has .*sliding_attention"),
-        ({"sliding_window": 1024}, "sliding_window is 1024, must be null or at least max_position_embeddings 4096"),
-        ({"model_type": "mistral"}, None),
-        ({"model_type": "mistral", "max_position_embeddings": 32768}, "sliding_window is 4096"),
-        ({"model_type": "mistral", "max_position_embeddings": 32768, "sliding_window": None}, None),
-        ({"model_type": "qwen2", "sliding_window": 1024}, None),
-        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": False}, None),
-        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True}, "sliding_window is 1024"),
-        ({"rope_scaling": None, "rope_interleaved": False, "hidden_act": "silu"}, None),
-        ({"rope_parameters": {"rope_type": "default"}, "layer_types": ["full_attention"]}, None),
     ],
 )
-def test_switches_that_compute_something_else(keys: dict[str, Any], message: str | None) -> None:
+def test_settings_that_compute_something_else(
+    llama: Any, tmp_path: Path, keys: dict[str, Any], message: str | None
+) -> None:
+    source = changed(llama, tmp_path / "source", lambda config, tensors: config.update(keys))
     if message is None:
-        check_switches(LLAMA | keys)
+        open_backbone(source)
     else:
-        with pytest.raises(ValueError, match=f"the model computes something that our towers don't: {message}"):
-            check_switches(LLAMA | keys)
+        with pytest.raises(ValueError, match=message):
+            open_backbone(source)
 
 
-def test_refused_switches_are_told_together(llama: Any, tmp_path: Path) -> None:
-    source = changed(llama, tmp_path / "a", lambda c, t: c.update(hidden_act="gelu", sliding_window=8))
-    with pytest.raises(ValueError, match=r"hidden_act is 'gelu'.*; sliding_window is 8"):
+def test_refused_settings_are_told_together(llama: Any, tmp_path: Path) -> None:
+    keys = {"rope_interleaved": True, "final_logit_softcapping": 30.0}
+    source = changed(llama, tmp_path / "a", lambda c, t: c.update(keys))
+    with pytest.raises(ValueError, match=r"rope_interleaved is True.*; final_logit_softcapping is 30.0"):
         init(source, tmp_path / "out")
 
 
@@ -250,14 +244,14 @@ def test_tensors_that_do_not_fit(llama: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as raised:
         init(changed(llama, tmp_path / "source", change), tmp_path / "out")
     assert "1 missing: layers.3.mixer.up_proj.weight" in str(raised.value)
-    assert "1 unexpected: model.layers.0.self_attn.q_norm.weight" in str(raised.value)
+    assert "1 unexpected: layers.0.mixer.q_norm.weight" in str(raised.value)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "num_hidden_layers"])
 def test_llama_config_without_a_size(llama: Any, tmp_path: Path, key: str) -> None:
     source = changed(llama, tmp_path / "source", lambda config, tensors: config.pop(key))
-    with pytest.raises(ValueError, match=rf"config\.json lacks \['{key}'\]"):
+    with pytest.raises(ValueError, match=rf"config\.json lacks {key}, which"):
         open_backbone(source)
 
 

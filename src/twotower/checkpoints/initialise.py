@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.checkpoints.backbone import Backbone
-from twotower.checkpoints.families.llama import MODEL_TYPES, open_llama
+from twotower.checkpoints.backbone import Backbone, tower_shapes
+from twotower.checkpoints.families.family import open_family
+from twotower.checkpoints.families.known import find_family
 from twotower.checkpoints.families.nemotron_h import open_nemotron_h
 from twotower.checkpoints.gguf.model import MAGIC, open_gguf
 from twotower.checkpoints.hf.config_file import (
@@ -23,7 +24,7 @@ from twotower.checkpoints.hf.float_tensors import has_own_head, open_floats
 from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.tensor_files import TensorSpec, check_shapes
 from twotower.checkpoints.hf.tensor_writer import write_tensors
-from twotower.checkpoints.hf.tokenizer_file import TOKENIZER_FILE, carried_documents
+from twotower.checkpoints.hf.tokenizer_file import TOKENIZER_FILE, carried_documents, read_tokenizer_text
 from twotower.checkpoints.hf.two_towers import released_shapes
 from twotower.checkpoints.llama2c import open_llama2c
 from twotower.checkpoints.vocabulary import append_mask, trim
@@ -82,7 +83,7 @@ def init(
             f"{backbone} has no lm_head.weight, and its config.json does not say that the embedding is the head; take "
             "a model with its head, or write tie_word_embeddings: true into config.json if the embedding is the head"
         )
-    check_shapes(_tower_shapes(source.config), source.specs, str(backbone))
+    check_shapes(tower_shapes(source.config), source.specs, str(backbone))
     vocabulary = _vocabulary(source, mask_token_id, keep_tokens)
     config = dataclasses.replace(source.config, block_size=block_size, **vocabulary.changes)
     model_dtype = dtype or source.specs["embeddings.weight"].dtype
@@ -108,15 +109,14 @@ def open_backbone(backbone: str | Path) -> Backbone:
         return open_gguf(path) if is_gguf else open_llama2c(path)
     directory = resolve(backbone)
     raw = read_raw_config(directory)
-    if has_own_head(open_floats(directory, raw)):
+    files = open_floats(directory, raw)
+    if has_own_head(files):
         raw = {**raw, "tie_word_embeddings": False}
     documents = carried_documents(directory)
-    model_type = raw.get("model_type")
-    if model_type == "nemotron_h":
+    if raw.get("model_type") == "nemotron_h":
         return open_nemotron_h(directory, raw, documents)
-    if model_type in MODEL_TYPES:
-        return open_llama(directory, raw, documents)
-    raise ValueError(f"{directory} has model_type {model_type!r}, must be one of {['nemotron_h', *MODEL_TYPES]}")
+    family = find_family(raw)
+    return open_family(family, raw, files, read_tokenizer_text(directory), documents)
 
 
 def _vocabulary(source: Backbone, mask_token_id: int | None, keep_tokens: Sequence[int] | None) -> _Vocabulary:
@@ -148,13 +148,6 @@ def _trimmed(source: Backbone, keep_tokens: Sequence[int]) -> _Vocabulary:
     # We never read it, but whoever does would take the old id for another token.
     changes["carried"] = {key: value for key, value in config.carried.items() if key != "pad_token_id"}
     return _Vocabulary(trimmed.rows, changes, trimmed.tokenizer)
-
-
-def _tower_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of one tower and its head, by their names without a tower."""
-    shapes = released_shapes(config)
-    tower = {n.removeprefix("context_tower."): s for n, s in shapes.items() if n.startswith("context_tower.")}
-    return tower | {n: s for n, s in shapes.items() if n == "lm_head.weight"}
 
 
 def _specs(

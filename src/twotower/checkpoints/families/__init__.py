@@ -1,1 +1,1 @@
-"""One file per family of backbones: how its config.json and tensor names map to ours."""
+"""The families of backbones that `init` opens, each declared by how its config.json and tensors are ours."""

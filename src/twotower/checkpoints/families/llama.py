@@ -1,147 +1,131 @@
-"""Single-tower Llama-family directories: model types llama, mistral and qwen2.
+"""Llama and the decoders that differ from it in few settings: Mistral, Ministral, Qwen 2 and 3, SmolLM 3, Granite,
+Seed-OSS, Phi 3 and 4."""
 
-Each of their layers becomes two of ours, attention `*` and gated MLP `-`.
-"""
-
-import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from twotower.checkpoints.backbone import Backbone, llama_config
-from twotower.checkpoints.hf.float_tensors import open_floats
-from twotower.checkpoints.hf.tensor_files import TensorSpec
-from twotower.checkpoints.hf.tokenizer_file import read_tokenizer_text
+from twotower.checkpoints.families.decoder import (
+    ATTENTION,
+    MLP,
+    REST,
+    decoder_fields,
+    head_width,
+    one_type,
+    read_rope,
+    refuse,
+    rows,
+    windowed,
+)
+from twotower.checkpoints.families.family import Family, Parts, Settings, need
 from twotower.config import TwoTowerConfig
-
-MODEL_TYPES = ("llama", "mistral", "qwen2")
-
-# Name in a layer of the source -> which of our two layers it goes to, and its name there.
-_LAYER_NAMES = {
-    "input_layernorm": (0, "norm"),
-    "self_attn.q_proj": (0, "mixer.q_proj"),
-    "self_attn.k_proj": (0, "mixer.k_proj"),
-    "self_attn.v_proj": (0, "mixer.v_proj"),
-    "self_attn.o_proj": (0, "mixer.o_proj"),
-    "post_attention_layernorm": (1, "norm"),
-    "mlp.gate_proj": (1, "mixer.gate_proj"),
-    "mlp.up_proj": (1, "mixer.up_proj"),
-    "mlp.down_proj": (1, "mixer.down_proj"),
-}
-_TOP_NAMES = {
-    "model.embed_tokens.weight": "embeddings.weight",
-    "model.norm.weight": "norm_f.weight",
-    "lm_head.weight": "lm_head.weight",
-}
-# Settings that change what is computed -> the values under which our towers compute the same. A missing key is fine.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "partial_rotary_factor": (None, 1.0),
-    "rope_interleaved": (None, False),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-}
+from twotower.rope import AttentionType
 
 
-def open_llama(directory: Path, raw: Mapping[str, Any], documents: Mapping[str, bytes]) -> Backbone:
-    """Opens a Llama-family directory whose config.json is `raw`.
-
-    qwen2 has biases on queries, keys and values only, ours on the output projection too, which gets zeros. Raises
-    ValueError for a setting under which the model computes something that our towers don't.
-    """
-    check_switches(raw)
-    config = _config(raw)
-    num_layers = config.num_layers // 2
-    ours = dict(_TOP_NAMES)
-    for i in range(num_layers):
-        for theirs, (kind, name) in _LAYER_NAMES.items():
-            for part in ("weight", "bias"):
-                ours[f"model.layers.{i}.{theirs}.{part}"] = f"layers.{2 * i + kind}.{name}.{part}"
-    # Models saved without their head have names without this prefix.
-    ours |= {name.removeprefix("model."): renamed for name, renamed in ours.items()}
-    files = open_floats(directory, raw)
-    stored = [n for n in files.specs if n != "lm_head.weight" or not config.tie_word_embeddings]
-    specs = {ours.get(name, name): files.specs[name] for name in stored}
-    zero_biases = {}
-    if raw["model_type"] == "qwen2":
-        dtype = specs["embeddings.weight"].dtype if "embeddings.weight" in specs else torch.float32
-        zero = TensorSpec(dtype, (config.hidden_size,))
-        zero_biases = {f"layers.{2 * i}.mixer.o_proj.bias": zero for i in range(num_layers)}
-
-    def stream() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in files.stream(stored):
-            yield ours[name], tensor
-        for name, spec in zero_biases.items():
-            yield name, torch.zeros(spec.shape, dtype=spec.dtype)
-
-    return Backbone(
-        config=config,
-        specs=specs | zero_biases,
-        stream=stream,
-        tokenizer=read_tokenizer_text(directory),
-        documents=documents,
-    )
+def _block(config: TwoTowerConfig, raw: Settings) -> Parts:
+    return ATTENTION | MLP
 
 
-def check_switches(raw: Mapping[str, Any]) -> None:
-    """Raises one ValueError that names every setting of a Llama-family config.json under which the model computes
-    something that our towers don't."""
-    found = [
-        f"{key} is {raw[key]!r}, must be {' or '.join(map(repr, allowed))}"
-        for key, allowed in _REQUIRED.items()
-        if key in raw and raw[key] not in allowed
-    ]
-    rope = _rope(raw)
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        found.append(f"RoPE is scaled by {rope}, must be of rope_type 'default'")
-    if rope.get("partial_rotary_factor") not in (None, 1.0):
-        found.append(f"RoPE turns only a part of each head ({rope}), must turn all of it")
-    if set(raw.get("layer_types") or ()) - {"full_attention"}:
-        found.append(f"layer_types has {sorted(set(raw['layer_types']))}, must be 'full_attention' throughout")
-    # transformers' defaults: mistral uses a sliding window if the key is missing, qwen2 none if its switch is missing.
-    window = raw.get("sliding_window", 4096 if raw["model_type"] == "mistral" else None)
-    slides = raw.get("use_sliding_window", raw["model_type"] != "qwen2")
-    length = raw.get("max_position_embeddings", math.inf)
-    if slides and window is not None and window < length:
-        found.append(f"sliding_window is {window}, must be null or at least max_position_embeddings {length}")
-    if found:
-        raise ValueError(f"the model computes something that our towers don't: {'; '.join(found)}; take another model")
+def _llama(raw: Settings) -> dict[str, Any]:
+    refuse(raw, rope_interleaved=(None, False), attn_logit_softcapping=(None,), final_logit_softcapping=(None,))
+    return decoder_fields(raw)
 
 
-def _config(raw: Mapping[str, Any]) -> TwoTowerConfig:
-    missing = [
-        key
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if key not in raw
-    ]
-    if missing:
-        raise ValueError(f"config.json lacks {missing}; a Llama-family config needs them")
-    num_heads = raw["num_attention_heads"]
-    kept = ("torch_dtype", "dtype", "pad_token_id", "max_position_embeddings")
-    carried = {key: raw[key] for key in kept if raw.get(key) is not None}
-    return llama_config(
-        vocab_size=raw["vocab_size"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_llama_layers=raw["num_hidden_layers"],
-        num_attention_heads=num_heads,
-        num_key_value_heads=raw.get("num_key_value_heads") or num_heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // num_heads,
-        # transformers' own defaults, for keys that it leaves out of some files
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=float(_rope(raw).get("rope_theta", raw.get("rope_theta", 10000.0))),
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        attention_bias=raw["model_type"] == "qwen2" or raw.get("attention_bias", False),
-        mlp_bias=raw.get("mlp_bias", False),
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_id=raw.get("eos_token_id"),
-        **carried,
-    )
+def _mistral(raw: Settings) -> dict[str, Any]:
+    """Every layer has the window, which is 4,096 where the config has no such key."""
+    given = {"sliding_window": 4096, **raw}
+    types = ["sliding_attention"] * need(raw, "num_hidden_layers")
+    rope = read_rope(raw)
+    return decoder_fields(raw) | windowed(given, types, full=rope, sliding=rope)
 
 
-def _rope(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """RoPE's settings: `rope_parameters`. Before transformers 5 it was called `rope_scaling`, without the base."""
-    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+def _ministral(raw: Settings) -> dict[str, Any]:
+    given = {"sliding_window": 4096, **raw}
+    usual = "full_attention" if given["sliding_window"] is None else "sliding_attention"
+    types = raw.get("layer_types") or [usual] * need(raw, "num_hidden_layers")
+    rope = read_rope(raw)
+    return decoder_fields(raw) | windowed(given, types, full=rope, sliding=rope)
+
+
+def _qwen(raw: Settings) -> dict[str, Any]:
+    """Windows count only with `use_sliding_window`, and then from layer `max_window_layers` on."""
+    count = need(raw, "num_hidden_layers")
+    slides = raw.get("use_sliding_window", False) and raw.get("sliding_window", 4096) is not None
+    first = raw.get("max_window_layers", 28) if slides else count
+    usual = ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
+    types = raw.get("layer_types") or usual
+    rope = read_rope(raw)
+    given = {**raw, "sliding_window": raw.get("sliding_window", 4096) if slides else None}
+    return decoder_fields(raw) | windowed(given, types, full=rope, sliding=rope)
+
+
+def _qwen2(raw: Settings) -> dict[str, Any]:
+    return _qwen(raw) | {"attention_bias": True}
+
+
+def qwen3_fields(raw: Settings) -> dict[str, Any]:
+    """Qwen 3's fields, which its mixtures share."""
+    return _qwen({"head_dim": 128, **raw}) | {"qk_norm": "head"}
+
+
+def _smollm3(raw: Settings) -> dict[str, Any]:
+    """Layers whose entry in `no_rope_layers` is 0 have no RoPE."""
+    count = need(raw, "num_hidden_layers")
+    interval = raw.get("no_rope_layer_interval", 4)
+    turns = raw.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]
+    slides = raw.get("use_sliding_window", False) and raw.get("sliding_window") is not None
+    usual = ["full_attention" if turn or not slides else "sliding_attention" for turn in turns]
+    types = raw.get("layer_types") or usual
+    window = raw.get("sliding_window") if slides else None
+    rope = read_rope(raw, theta=2000000.0)
+    kinds: list[AttentionType] = []
+    for turn, name in zip(turns, types, strict=True):
+        limit = window if name == "sliding_attention" else None
+        kinds.append(AttentionType(window=limit, rope_parameters=rope if turn else None))
+    used = list(dict.fromkeys(kinds))
+    found = decoder_fields({"rms_norm_eps": 1e-6, **raw})
+    if len(used) == 1:
+        return found | one_type(used[0])
+    pattern = "".join(str(used.index(kind)) for kind in kinds)
+    return found | {"attention_types": tuple(used), "attention_pattern": pattern, "use_rope": False}
+
+
+def _seed_oss(raw: Settings) -> dict[str, Any]:
+    if raw.get("attention_out_bias", False) and not raw.get("attention_bias", True):
+        raise ValueError("attention_out_bias is true and attention_bias false; take another model")
+    return decoder_fields({"attention_bias": True, "head_dim": 128, **raw})
+
+
+def granite_fields(raw: Settings) -> dict[str, Any]:
+    """Granite's multipliers beside a decoder's fields."""
+    return decoder_fields(raw) | {
+        "embedding_scale": float(raw.get("embedding_multiplier", 1.0)),
+        "residual_scale": float(raw.get("residual_multiplier", 1.0)),
+        "logit_scale": 1.0 / raw.get("logits_scaling", 1.0),
+        "attention_scale": float(raw.get("attention_multiplier", 1.0)),
+    }
+
+
+def _phi3(raw: Settings) -> dict[str, Any]:
+    types = ["sliding_attention"] * need(raw, "num_hidden_layers")
+    rope = read_rope(raw)
+    return decoder_fields({"rms_norm_eps": 1e-5, **raw}) | windowed(raw, types, full=rope, sliding=rope)
+
+
+def _phi3_block(config: TwoTowerConfig, raw: Settings) -> Parts:
+    query, kv = (count * head_width(raw) for count in (config.num_attention_heads, config.num_key_value_heads))
+    names = [f"0.mixer.{part}_proj" for part in "qkv"]
+    gated = rows(["1.mixer.gate_proj", "1.mixer.up_proj"], [config.intermediate_size] * 2)
+    return ATTENTION | MLP | {"self_attn.qkv_proj": rows(names, (query, kv, kv)), "mlp.gate_up_proj": gated}
+
+
+LLAMA = Family(model_types=("llama",), fields=_llama, block=_block, rest=REST)
+FAMILIES = (
+    LLAMA,
+    Family(model_types=("mistral",), fields=_mistral, block=_block, rest=REST),
+    Family(model_types=("ministral",), fields=_ministral, block=_block, rest=REST),
+    Family(model_types=("qwen2",), fields=_qwen2, block=_block, rest=REST, zeros=("o_proj.bias",)),
+    Family(model_types=("qwen3",), fields=qwen3_fields, block=_block, rest=REST),
+    Family(model_types=("smollm3",), fields=_smollm3, block=_block, rest=REST),
+    Family(model_types=("seed_oss",), fields=_seed_oss, block=_block, rest=REST, zeros=("o_proj.bias",)),
+    Family(model_types=("granite",), fields=granite_fields, block=_block, rest=REST),
+    Family(model_types=("phi3",), fields=_phi3, block=_phi3_block, rest=REST),
+)

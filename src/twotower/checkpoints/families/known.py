@@ -1,0 +1,31 @@
+"""Finding a model's family by the model_type in its config.json."""
+
+from twotower.checkpoints.families import layer_norm, llama, post_norm
+from twotower.checkpoints.families.family import Family, Settings
+
+FAMILIES: tuple[Family, ...] = (*llama.FAMILIES, *post_norm.FAMILIES, *layer_norm.FAMILIES)
+
+# Families that are asked for and can't be had: what our towers lack.
+_LACKING = {
+    "mamba": "Mamba-1 layers",
+    "rwkv": "RWKV layers",
+    "bloom": "ALiBi positions",
+    "mpt": "ALiBi positions",
+    "t5": "encoders",
+}
+
+
+def find_family(raw: Settings) -> Family:
+    """The family of a config.json. Raises ValueError for one that is not declared, which says how to declare it."""
+    model_type = raw.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    names = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    lacks = (
+        f" needs {_LACKING[model_type]}, which our towers don't have" if model_type in _LACKING else " is not declared"
+    )
+    raise ValueError(
+        f"model_type is {model_type!r}, a family that{lacks}; families that are: nemotron_h, {names}; "
+        "docs/families.md says how to add one"
+    )
