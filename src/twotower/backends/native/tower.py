@@ -18,37 +18,45 @@ from twotower.model.layer import Layer
 from twotower.model.mamba2 import Mamba2
 from twotower.model.mlp import MLP
 from twotower.model.moe import MixtureOfExperts
+from twotower.model.norm import Norm
 from twotower.model.pages import Past
 from twotower.model.passes import CausalPass, PassInputs
 from twotower.model.state import ContextState, MambaState
 from twotower.model.tower import Tower
+from twotower.ops.rope import Rotation
 from twotower.ops.ssd import CHUNK
+
+# How queries and keys are normed, in the order of the numbers in c/tower.c
+NORMS = (None, "head", "each", "all")
 
 
 class LayerTensors(NamedTuple):
-    """A layer's two packed projections, and its other tensors by the names that LayerWeights in c/calls.h has for them;
-    `first_bias` and `second_bias` belong to the projections."""
+    """A layer's two packed projections, its norms, its other tensors and its numbers, by the names that LayerWeights in
+    c/calls.h has for them; `first_bias` and `second_bias` belong to the projections."""
 
     kind: str
     first: PanelWeight
     second: PanelWeight
+    norms: dict[str, Norm]
     named: dict[str, Tensor]
+    numbers: dict[str, int]
 
 
 def take_tower_(tower: Tower) -> None:
     """Packs the weights of a tower of bfloat16 or float32 for C and puts a guest into it that runs its passes."""
     experts = [_take_experts(layer.mixer) for layer in tower.stack]
     tower.pack_(torch.float32, pack_weight)
-    weights = [_tensors(layer, taken) for layer, taken in zip(tower.stack, experts, strict=True)]
-    tower.guest = NativeTower(tower.config, tower.stack, weights, tower.norm_f.weight)
+    weights = [_tensors(tower.config, layer, taken) for layer, taken in zip(tower.stack, experts, strict=True)]
+    tower.guest = NativeTower(tower.config, tower.stack, weights, tower.norm_f)
 
 
 def missing(config: TwoTowerConfig) -> str | None:
     """What a tower of this config needs that the C kernels don't have, None if they have everything."""
-    plain = TwoTowerConfig(vocab_size=1, hidden_size=1, pattern="-", intermediate_size=1, mask_token_id=0)
-    names = ["norm_type", "pre_norm", "post_norm", "residual_scale", "parallel", "norm_offset"]
-    names += ["attention_scale", "attention_softcap", "attention_sinks", "qk_norm", "attention_types"]
-    found = [name for name in names if getattr(config, name) != getattr(plain, name)]
+    found = [name for name in ("attention_softcap", "attention_sinks") if getattr(config, name)]
+    for kind in config.attention_kinds:
+        rope = kind.rope_parameters
+        found += [name for name in ("window", "chunk") if getattr(kind, name) is not None]
+        found += ["partial_rotary_factor"] if rope is not None and rope.partial_rotary_factor != 1 else []
     return ", ".join(found) or None
 
 
@@ -61,9 +69,7 @@ class NativeTower:
 
     logit_ops = unmask
 
-    def __init__(
-        self, config: TwoTowerConfig, stack: Sequence[Layer], weights: list[LayerTensors], norm: Tensor
-    ) -> None:
+    def __init__(self, config: TwoTowerConfig, stack: Sequence[Layer], weights: list[LayerTensors], norm: Norm) -> None:
         self.config = config
         self.stack = tuple(stack)
         self.weights = weights
@@ -140,11 +146,9 @@ class NativeTower:
         x, _, past, ropes, _ = inputs
         b, s, _ = x.shape
         hidden = torch.empty_like(x)
-        tensors = dict(zip(("projected", "convolved", "steps"), saved, strict=True), x=x, hidden=hidden, norm=self.norm)
-        rope = ropes[0]
-        if rope is not None:
-            shared = rope.cos.shape[0] == 1
-            more |= {"cosine": rope.cos, "sine": rope.sin, "angle_batch": 0 if shared else rope.cos.stride(0)}
+        tensors = dict(zip(("projected", "convolved", "steps"), saved, strict=True), x=x, hidden=hidden)
+        angles = (structure("Angles") * len(ropes))(*map(_angles, ropes))
+        more |= {"norm": _norm(self.norm), "angles": ctypes.addressof(angles)}
         if past.keys:
             batch, head, token, _ = past.keys[0].stride()
             more |= {"key_batch": batch, "key_head": head, "key_token": token, "page_size": past.keys[0].shape[2]}
@@ -224,9 +228,13 @@ def _shape(config: TwoTowerConfig, weights: list[LayerTensors]) -> ctypes.Struct
         kernel=c.conv_kernel,
         shortest=low,
         longest=high,
+        layer_norm=c.norm_type == "layer",
+        residual_scale=c.residual_scale,
         heads=c.num_attention_heads,
         kv_heads=c.num_key_value_heads,
         head=c.head_dim,
+        qk_norm=NORMS.index(c.qk_norm),
+        attention_scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
         gated=c.gated_mlp,
         experts=c.num_experts,
         active=c.num_experts_per_tok,
@@ -247,16 +255,19 @@ def _take_experts(mixer: nn.Module) -> dict[str, Tensor]:
     return taken
 
 
-def _tensors(layer: Layer, experts: dict[str, Tensor]) -> LayerTensors:
+def _tensors(config: TwoTowerConfig, layer: Layer, experts: dict[str, Tensor]) -> LayerTensors:
     mixer = layer.mixer
-    assert layer.norm is not None  # `missing` has looked
-    found: dict[str, Tensor | None] = {"norm": layer.norm.weight, **experts}
+    found: dict[str, Tensor | None] = {**experts}
+    norms = {"norm": layer.norm, "post_norm": layer.post_norm}
+    numbers = {"joins": int(layer.joins)}
     if isinstance(mixer, Mamba2):
         first, second = mixer.in_proj, mixer.out_proj
         found |= {"taps": mixer.conv_taps, "conv_bias": mixer.conv_bias, "dt_bias": mixer.dt_bias}
         found |= {"A": mixer.A, "D": mixer.D, "gate_norm": mixer.norm}
     elif isinstance(mixer, Attention):
         first, second = mixer.qkv_proj, mixer.o_proj
+        norms |= {"q_norm": mixer.q_norm, "k_norm": mixer.k_norm}
+        numbers |= {"angles": mixer.index}
     elif isinstance(mixer, MLP):
         first, second = mixer.up_proj, mixer.down_proj
     else:
@@ -266,8 +277,14 @@ def _tensors(layer: Layer, experts: dict[str, Tensor]) -> LayerTensors:
     found |= {"first_bias": first.bias, "second_bias": second.bias}
     assert isinstance(first.packed, PanelWeight)
     assert isinstance(second.packed, PanelWeight)
-    named = {name: tensor for name, tensor in found.items() if tensor is not None}
-    return LayerTensors(layer.kind, first.packed, second.packed, named)
+    return LayerTensors(
+        layer.kind,
+        first.packed,
+        second.packed,
+        {name: norm for name, norm in norms.items() if norm is not None},
+        {name: tensor for name, tensor in found.items() if tensor is not None},
+        numbers,
+    )
 
 
 def _layer_weights(tensors: LayerTensors) -> ctypes.Structure:
@@ -276,4 +293,16 @@ def _layer_weights(tensors: LayerTensors) -> ctypes.Structure:
     for name, packed in (("first", tensors.first), ("second", tensors.second)):
         bias = pointers.pop(f"{name}_bias", 0)
         pointers[name] = filled("Product", weight=packed.panels.data_ptr(), bias=bias, outputs=packed.outputs)
-    return filled("LayerWeights", kind=ord(tensors.kind), **pointers)
+    norms = {name: _norm(norm) for name, norm in tensors.norms.items()}
+    return filled("LayerWeights", kind=ord(tensors.kind), **pointers, **norms, **tensors.numbers)
+
+
+def _norm(norm: Norm) -> ctypes.Structure:
+    return filled("Norm", weight=norm.weight.data_ptr(), bias=0 if norm.bias is None else norm.bias.data_ptr())
+
+
+def _angles(rope: Rotation | None) -> ctypes.Structure:
+    if rope is None:
+        return filled("Angles")
+    batch = 0 if rope.cos.shape[0] == 1 else rope.cos.stride(0)
+    return filled("Angles", cosine=rope.cos.data_ptr(), sine=rope.sin.data_ptr(), batch=batch)

@@ -10,11 +10,26 @@ typedef struct {
     long outputs;
 } Product;
 
+/* The weight and the bias of a norm; the bias may be null, and without a weight there is no norm */
+typedef struct {
+    const float *weight, *bias;
+} Norm;
+
+/* RoPE's angles (b or 1, s, n/2) of the tokens of a pass, rows `batch` apart; null without RoPE */
+typedef struct {
+    const float *cosine, *sine;
+    long batch;
+} Angles;
+
 typedef struct {
     long kind;             /* 'M', '*', '-' or 'E' */
-    const float *norm;
+    long joins;            /* reads the residual stream that the layer before it reads */
+    Norm norm, post_norm;  /* before the mixer, and behind it */
     Product first, second; /* M: in, out; *: qkv, o; -: up, down; E: up, down of the shared expert */
     const float *taps, *conv_bias, *dt_bias, *A, *D, *gate_norm; /* M */
+    Norm q_norm, k_norm;                                         /* * */
+    const float *sinks;
+    long angles, turned, window, chunk; /* which Angles, their n, and as in AttentionOptions */
     const double *router, *correction;                           /* E */
     const void *up, *down;
     const float *up_bias, *down_bias;
@@ -23,18 +38,20 @@ typedef struct {
 /* What every layer of a tower agrees on */
 typedef struct {
     long num_layers, width, bf16;
-    double eps;
+    long layer_norm; /* LayerNorm, not RMSNorm */
+    double eps, residual_scale;
     long mamba_heads, mamba_head, mamba_groups, state, kernel; /* M */
     double shortest, longest;
-    long heads, kv_heads, head;                            /* * */
+    long heads, kv_heads, head, qk_norm;                   /* *; qk_norm as in `NORMS` of ../tower.py */
+    double attention_scale, softcap;
     long gated;                                            /* - */
     long experts, active, groups, kept, normalise, expert; /* E */
     double factor;
 } TowerShape;
 
-/* One pass over x (b, s, d), which becomes the residual stream; hidden (b, s, d) is its last norm, by `norm`.
+/* One pass over x (b, s, d), which becomes the residual stream; hidden (b, s, d) is its last norm.
  * modulation (layers, b, 3, d): shift, scale, gate; or null
- * cosine, sine (b or 1, s, p/2), rows `angle_batch` apart; null without RoPE
+ * angles: one of each kind of attention layers
  * memory, two per layer: the conv and SSM state before (M), keys and values (*)
  * projected, convolved, steps (M layers, b, s, ...): in_proj's output, xBC after its SiLU, dt; of one layer unless `keeps`
  * ends (num_cuts, M layers, b, h, p, n): SSM states after as many tokens as each of `cuts` says, ascending up to s;
@@ -43,10 +60,10 @@ typedef struct {
  * places (b, s): where they are appended among all places of the pages; null: row b's from starts[b] on */
 typedef struct {
     float *x, *hidden;
-    const float *norm;
+    Norm norm;
     long b, s, threads;
-    const float *modulation, *cosine, *sine;
-    long angle_batch;
+    const float *modulation;
+    const Angles *angles;
     const void *const *memory;
     float *projected, *convolved, *steps;
     long keeps;

@@ -4,9 +4,11 @@
 #include "calls.h"
 
 /* norm.c */
-void tt_rms_norm(const float *x, long r, long d, const float *weight, float eps, int order, const float *shift,
-                     const float *scale, long stride, long per, float *y, int threads);
-void tt_residual(float *x, const float *y, const float *gate, long stride, long b, long s, long d, int threads);
+void tt_norm(const float *x, long r, long d, const Norm *norm, int layer, float eps, int order, const float *shift,
+             const float *scale, long stride, long per, float *y, int threads);
+void tt_norm_heads(float *x, long r, long stride, long heads, long p, const Norm *norm, int layer, float eps, int per_head,
+                   int threads);
+void tt_residual(float *x, const float *y, float scale, const float *gate, long stride, long b, long s, long d, int threads);
 void tt_gated_group_rms_norm(const float *y, long y_stride, const float *z, long z_stride, long r, const float
                                  *weight, long groups, long width, float eps, float *out, int threads);
 

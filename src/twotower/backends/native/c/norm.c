@@ -5,37 +5,71 @@
 
 static float inverse_rms(const float *x, long d, float eps) { return 1.0f / sqrtf(dot(x, x, d) / d + eps); }
 
-/* y (r, d) = x / sqrt(mean(x^2) + eps) * weight. `order` 1 modulates x by x + shift + x * scale before, 2 after;
- * the rows of one sequence, `per` of them, share shift and scale, which lie `stride` apart. */
-void tt_rms_norm(const float *x, long r, long d, const float *weight, float eps, int order, const float *shift,
-                     const float *scale, long stride, long per, float *y, int threads) {
+/* out = x normed over its d floats, times weight, plus bias; out may be x */
+static void norm_row(const float *x, long d, const Norm *norm, int layer, float eps, float *out) {
+    if (layer) { /* less the mean */
+        vf total = {0};
+        EACH(d) total += load_part(x + i, n);
+        const float mean = sum(total) / d;
+        EACH(d) store_part(out + i, load_part(x + i, n) - mean, n);
+        x = out;
+    }
+    const float factor = inverse_rms(x, d, eps);
+    EACH(d) {
+        vf v = load_part(x + i, n) * factor * load_part(norm->weight + i, n);
+        if (norm->bias) v += load_part(norm->bias + i, n);
+        store_part(out + i, v, n);
+    }
+}
+
+/* out = x + shift + x * scale; out may be x */
+static void modulate_row(const float *x, long d, const float *shift, const float *scale, float *out) {
+    EACH(d) {
+        const vf v = load_part(x + i, n);
+        store_part(out + i, v + load_part(shift + i, n) + v * load_part(scale + i, n), n);
+    }
+}
+
+/* y (r, d) = norm(x); an RMSNorm, or a LayerNorm where `layer`; x itself without a weight. `order` 1 modulates x before, 2
+ * after; the rows of one sequence, `per` of them, share shift and scale, which lie `stride` apart. */
+void tt_norm(const float *x, long r, long d, const Norm *norm, int layer, float eps, int order, const float *shift,
+             const float *scale, long stride, long per, float *y, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && r * d >= 32768)
     for (long m = 0; m < r; m++) {
         const float *in = x + m * d, *a = shift + m / per * stride, *b = scale + m / per * stride;
         float *out = y + m * d;
         if (order == 1) {
-            EACH(d) {
-                const vf v = load_part(in + i, n);
-                store_part(out + i, v + load_part(a + i, n) + v * load_part(b + i, n), n);
-            }
+            modulate_row(in, d, a, b, out);
             in = out;
         }
-        const float factor = inverse_rms(in, d, eps);
-        EACH(d) {
-            vf v = load_part(in + i, n) * factor * load_part(weight + i, n);
-            if (order == 2) v = v + load_part(a + i, n) + v * load_part(b + i, n);
-            store_part(out + i, v, n);
-        }
+        if (norm->weight)
+            norm_row(in, d, norm, layer, eps, out);
+        else if (order != 1 && in != out)
+            memcpy(out, in, d * sizeof(float));
+        if (order == 2) modulate_row(out, d, a, b, out);
     }
 }
 
-/* x (b, s, d) += y, or += y * gate (b, d; rows `stride` apart) unless it is null */
-void tt_residual(float *x, const float *y, const float *gate, long stride, long b, long s, long d, int threads) {
+/* Norms each of `heads` heads of p floats of r rows, which lie `stride` apart, in place; `per_head`: with weights of its
+ * own */
+void tt_norm_heads(float *x, long r, long stride, long heads, long p, const Norm *norm, int layer, float eps, int per_head,
+                   int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && r * heads * p >= 32768)
+    for (long item = 0; item < r * heads; item++) {
+        const long head = item % heads;
+        const Norm own = {norm->weight + (per_head ? head * p : 0), 0};
+        float *row = x + item / heads * stride + head * p;
+        norm_row(row, p, &own, layer, eps, row);
+    }
+}
+
+/* x (b, s, d) += y * scale, or += y * scale * gate (b, d; rows `stride` apart) unless it is null */
+void tt_residual(float *x, const float *y, float scale, const float *gate, long stride, long b, long s, long d, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && b * s * d >= 32768)
     for (long m = 0; m < b * s; m++) {
         const float *g = gate ? gate + m / s * stride : 0;
         EACH(d) {
-            const vf part = load_part(y + m * d + i, n);
+            const vf part = load_part(y + m * d + i, n) * scale;
             store_part(x + m * d + i, load_part(x + m * d + i, n) + (g ? part * load_part(g + i, n) : part), n);
         }
     }

@@ -4,7 +4,7 @@
 
 /* Room for one layer's intermediate results */
 typedef struct {
-    float *entered, *mixed, *wide, *wider, *widest;
+    float *entered, *mixed, *read, *wide, *wider, *widest;
     int64_t *chosen;
     double *weights;
 } Room;
@@ -54,13 +54,24 @@ static void append(const TowerShape *t, const TowerPass *in, const float *heads,
         }
 }
 
+/* Queries and keys of r rows, side by side in rows `stride` apart, through their norms */
+static void norm_queries_and_keys(const TowerShape *t, const LayerWeights *l, float *q, long r, long stride, int threads) {
+    const long h = t->heads, k = t->kv_heads, p = t->head;
+    const int together = t->qk_norm == 3, own = t->qk_norm == 2;
+    float *key = q + h * p;
+    tt_norm_heads(q, r, stride, together ? 1 : h, together ? h * p : p, &l->q_norm, t->layer_norm, t->eps, own, threads);
+    tt_norm_heads(key, r, stride, together ? 1 : k, together ? k * p : p, &l->k_norm, t->layer_norm, t->eps, own, threads);
+}
+
 static int attention(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const Room *room, const void *const *memory) {
     const long b = in->b, s = in->s, p = t->head, all = t->heads + 2 * t->kv_heads, turned = t->heads + t->kv_heads;
+    const Angles *angles = in->angles + l->angles;
     const float *q = room->wide, *value = room->wide + turned * p;
     long token = all * p; /* distance of two tokens' queries, and keys */
     if (product(t, &l->first, room->entered, b * s, t->width, room->wide, in->threads)) return 1;
-    if (in->cosine) {
-        tt_rotate(q, s * token, token, in->cosine, in->sine, in->angle_batch, b, s, turned, p, room->wider);
+    if (t->qk_norm) norm_queries_and_keys(t, l, room->wide, b * s, token, in->threads);
+    if (angles->cosine) {
+        tt_rotate(q, s * token, token, angles->cosine, angles->sine, angles->batch, b, s, turned, p, room->wider);
         q = room->wider;
         token = turned * p;
     }
@@ -71,7 +82,7 @@ static int attention(const TowerShape *t, const LayerWeights *l, const TowerPass
     }
     if (tt_attention(q, s * token, token, memory[0], memory[1], in->key_batch, in->key_head, in->key_token, in->pages,
                      in->num_pages, in->page_size, key, s * token, token, value, s * all * p, all * p, in->starts,
-                     in->widths, in->causal, (float)pow(p, -0.5), b, s, t->heads, t->kv_heads, p, room->widest, in->threads))
+                     in->widths, in->causal, (float)t->attention_scale, b, s, t->heads, t->kv_heads, p, room->widest, in->threads))
         return 1;
     return product(t, &l->second, room->widest, b * s, t->heads * p, room->mixed, in->threads);
 }
@@ -90,7 +101,7 @@ static int experts(const TowerShape *t, const LayerWeights *l, const TowerPass *
                    t->width, t->expert, l->up_bias, l->down_bias, room->mixed, in->threads) ||
         mlp(t, &l->first, &l->second, 0, in, room->entered, room->wide, room->wider))
         return 1;
-    tt_residual(room->mixed, room->wider, 0, 0, b, s, t->width, in->threads);
+    tt_residual(room->mixed, room->wider, 1, 0, 0, b, s, t->width, in->threads);
     return 0;
 }
 
@@ -103,13 +114,14 @@ API int tt_tower(const TowerShape *t, const LayerWeights *layers, const TowerPas
         num_mamba += layers[i].kind == 'M';
         wide = larger(wide, layers[i].first.outputs);
     }
-    float *room = malloc(b * s * (2 * d + 3 * wide + t->active) * sizeof(float) + b * s * t->active * (sizeof(double) + 8));
+    float *room = malloc(b * s * (3 * d + 3 * wide + t->active) * sizeof(float) + b * s * t->active * (sizeof(double) + 8));
     if (!room) return 1;
     int failed = 0;
     Room r = {.chosen = (int64_t *)room, .weights = (double *)room + b * s * t->active};
     r.entered = room + 4 * b * s * t->active;
     r.mixed = r.entered + b * s * d;
-    r.wide = r.mixed + b * s * d;
+    r.read = r.mixed + b * s * d;
+    r.wide = r.read + b * s * d;
     r.wider = r.wide + b * s * wide;
     r.widest = r.wider + b * s * wide;
     long mambas = 0;
@@ -117,7 +129,10 @@ API int tt_tower(const TowerShape *t, const LayerWeights *layers, const TowerPas
         const LayerWeights *l = layers + i;
         const float *shift = in->modulation ? in->modulation + i * b * 3 * d : 0;
         const int order = !shift ? 0 : l->kind == 'E' || l->kind == '-' ? 2 : 1;
-        tt_rms_norm(in->x, b * s, d, l->norm, t->eps, order, shift, shift + d, 3 * d, s, r.entered, in->threads);
+        /* What parallel layers read is kept, as the first of them already adds to the stream. */
+        if (!l->joins && i + 1 < t->num_layers && l[1].joins) memcpy(r.read, in->x, b * s * d * sizeof(float));
+        const float *read = l->joins ? r.read : in->x;
+        tt_norm(read, b * s, d, &l->norm, t->layer_norm, t->eps, order, shift, shift + d, 3 * d, s, r.entered, in->threads);
         if (l->kind == 'M')
             failed = mamba(t, l, in, &r, in->memory + 2 * i, mambas++, num_mamba);
         else if (l->kind == '*')
@@ -126,9 +141,11 @@ API int tt_tower(const TowerShape *t, const LayerWeights *layers, const TowerPas
             failed = mlp(t, &l->first, &l->second, t->gated, in, r.entered, r.wide, r.mixed);
         else
             failed = experts(t, l, in, &r);
-        tt_residual(in->x, r.mixed, shift ? shift + 2 * d : 0, 3 * d, b, s, d, in->threads);
+        if (l->post_norm.weight)
+            tt_norm(r.mixed, b * s, d, &l->post_norm, t->layer_norm, t->eps, 0, 0, 0, 0, 1, r.mixed, in->threads);
+        tt_residual(in->x, r.mixed, t->residual_scale, shift ? shift + 2 * d : 0, 3 * d, b, s, d, in->threads);
     }
-    tt_rms_norm(in->x, b * s, d, in->norm, t->eps, 0, 0, 0, 0, 1, in->hidden, in->threads);
+    tt_norm(in->x, b * s, d, &in->norm, t->layer_norm, t->eps, 0, 0, 0, 0, 1, in->hidden, in->threads);
     free(room);
     return failed;
 }
