@@ -19,11 +19,25 @@ from twotower.model.state import ContextState, MambaState
 from twotower.model.two_tower import TwoTower
 from twotower.ops import linear as plain
 from twotower.ops import mlp, moe
+from twotower.rope import AttentionType, Rope
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="this machine has no C compiler")
 
 BIASES = {"use_bias": True, "attention_bias": True, "mlp_bias": True}
+# What other families' layers have: LayerNorm, norms behind mixers and of queries and keys, parallel layers, scales.
+LAYER_NORM = {"norm_type": "layer", "norm_bias": True, "qk_norm": "each", "parallel": "*-", "use_rope": True} | BIASES
+POST_NORM = {"pre_norm": False, "post_norm": True, "qk_norm": "all", "residual_scale": 0.4, "attention_scale": 0.2}
+TWO_ROPES = {
+    "attention_types": (
+        AttentionType(rope_parameters=Rope(rope_theta=100.0, rope_type="linear", factor=3.0)),
+        AttentionType(),
+        AttentionType(rope_parameters=Rope(rope_theta=50.0, attention_factor=1.2)),
+    ),
+    "attention_pattern": "120",
+}
 PATTERNS: list[tuple[str, dict[str, Any]]] = [
+    ("*-*-", LAYER_NORM),
+    ("M*-*-", POST_NORM | TWO_ROPES | {"attention_pattern": "02"}),
     ("M*-E", {}),
     ("EM*M-*", BIASES),
     ("M", {}),
@@ -46,6 +60,15 @@ SIZES: list[tuple[str, dict[str, Any]]] = [
     ("E", {"num_experts": 16, "expert_num_groups": 4, "expert_topk_groups": 2, "num_experts_per_tok": 3}),
     ("E", {"num_experts": 16, "expert_num_groups": 8, "expert_topk_groups": 3, "norm_topk_prob": False} | BIASES),
     ("E", {"num_experts": 33, "expert_intermediate_size": 20, "hidden_size": 33}),
+]
+SIZES += [
+    ("*-*-", LAYER_NORM),
+    ("*-*-", LAYER_NORM | {"hidden_size": 33, "num_key_value_heads": 4, "norm_bias": False}),
+    ("*-*-", POST_NORM | {"hidden_size": 37, "num_key_value_heads": 1}),
+    ("*-*-", {"post_norm": True, "norm_offset": 1.0, "qk_norm": "head", "use_rope": True}),
+    ("M*-M*-", {"parallel": "M*", "residual_scale": 0.7}),
+    ("M*-M*-", {"parallel": "M*-", "norm_type": "layer"}),
+    ("***", TWO_ROPES),
 ]
 either_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 any_pattern = pytest.mark.parametrize(("pattern", "config"), PATTERNS)
