@@ -21,13 +21,16 @@ def assert_same_logits(source: Any, out: Path, **options: Any) -> None:
     model, ids = load_model(out), ids_for(source.model)
     with torch.no_grad():
         expected = source.model(ids).logits
+    if model.config.mask_token_id < expected.shape[-1]:  # a token that the family keeps free
+        expected[..., model.config.mask_token_id] = -torch.inf
     found = model.context_logits(ids)[..., : expected.shape[-1]]
-    assert expected.std() > 0.5, "logits near zero would agree whatever was loaded"
-    torch.testing.assert_close(found, expected, atol=TOLERANCE * expected.abs().max().item(), rtol=0)
+    largest = expected.nan_to_num(neginf=0).abs().max().item()
+    assert expected.nan_to_num(neginf=0).std() > 0.5, "logits near zero would agree whatever was loaded"
+    torch.testing.assert_close(found, expected, atol=TOLERANCE * largest, rtol=0)
     # The denoiser is the same backbone, so its logits for a block of one token, which sees nothing later, are the same.
     state = model.prefill(ids[:, :-1])
     last = model.denoise(ids[:, -1:], state, t=0.5)[:, 0, : expected.shape[-1]]
-    torch.testing.assert_close(last, expected[:, -1], atol=TOLERANCE * expected.abs().max().item(), rtol=0)
+    torch.testing.assert_close(last, expected[:, -1], atol=TOLERANCE * largest, rtol=0)
 
 
 def test_llama(llama: Any, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_rejection_at_every_offset(pattern: str, known: bool, tiny: Callable, cl
 
 
 def test_a_draft_grows_with_what_was_accepted(tiny: Callable) -> None:
-    model, params = tiny("M*-E", vocab_size=6, seed=1), SamplingParams(mode="verified", max_new_tokens=200)
+    model, params = tiny("M*-E", vocab_size=6, seed=2), SamplingParams(mode="verified", max_new_tokens=200)
     batch, lengths = rows(model, [[4], [5, 0, 1], [2] * 9], params, []), []
     for _ in range(12):
         widths, stepped = batch.widths, step(verified, model, batch)

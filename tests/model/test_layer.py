@@ -54,7 +54,7 @@ def test_residual_in_fp32_keeps_the_stream_in_float32(wide: bool, pattern: str, 
     assert set(seen) == {torch.float32 if wide else torch.bfloat16}
     assert len(seen) == 2 * len(model.config.pattern)
     assert logits.dtype == torch.float32
-    assert logits.isfinite().all()
+    assert logits.isfinite().sum() == 3 * 39  # all but the mask's
 
 
 def test_residual_in_fp32_is_more_exact(tiny: Callable, ids: Callable) -> None:
@@ -65,5 +65,5 @@ def test_residual_in_fp32_is_more_exact(tiny: Callable, ids: Callable) -> None:
         for name, tensor in exact.released_tensors().items():
             tensor.copy_(model.released_tensors()[name])
         difference = model.context_logits(ids(2, 20)) - exact.context_logits(ids(2, 20))
-        errors.append(difference.square().mean().item())
+        errors.append(difference.square().nanmean().item())  # the mask's is nan
     assert errors[1] < errors[0]

@@ -115,7 +115,7 @@ def test_an_empty_prompt_and_a_prompt_of_one_token(pattern: str, tiny: Callable,
     empty = model.prefill(torch.empty(1, 0))
     assert empty.lengths == (0,)
     assert empty.next_logits is None
-    assert model.denoise([[3, 3, 5]], empty).isfinite().all()
+    assert model.denoise([[3, 3, 5]], empty).isfinite().sum() == 3 * 39  # all but the mask's
     one = model.prefill([[7]])
     close(model.extend([[7]], empty).next_logits, one.next_logits, EXACT)
     close(one.next_logits, model.context_logits([[7]])[:, 0], EXACT)

@@ -11,7 +11,7 @@ from twotower.backends.native.build import find_compiler, library
 from twotower.backends.protocol import Backend, BackendChoice
 from twotower.config import TwoTowerConfig
 from twotower.errors import SettingError
-from twotower.model.linear import Linear
+from twotower.model.head import Head
 from twotower.model.time_conditioning import TimeConditioning
 from twotower.model.tower import Tower
 from twotower.model.two_tower import TwoTower
@@ -91,7 +91,7 @@ def pack_(model: TwoTower, wanted: str | None = None) -> None:
     model.backends = {"context tower": context, "denoiser tower": denoiser}
 
 
-def _pack_side_(choice: BackendChoice, tower: Tower, others: list[Linear | TimeConditioning]) -> None:
+def _pack_side_(choice: BackendChoice, tower: Tower, others: list[Head | TimeConditioning]) -> None:
     if choice.name == "native":
         backend: Backend = native
         backend.take_tower_(tower)

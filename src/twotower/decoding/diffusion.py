@@ -147,7 +147,6 @@ def launch(model: TwoTower, rows: DiffusionRows) -> _DiffusionStep:
     level = tuple(left / width for left, width in zip(block.left, block.widths, strict=True))
     ragged = block.widths if min(block.widths) < block.xt.shape[1] else None
     logits = model.denoiser_logits(block.xt, rows.seed or rows.context, level, ragged)
-    logits.select(-1, model.config.mask_token_id).fill_(-torch.inf)
     draws = None if rows.settings.all_greedy else _uniforms(rows, 0)
     ops = model.denoiser_tower.logit_ops
     proposal = propose(logits, rows.settings, draws, ops)

@@ -133,7 +133,6 @@ def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
     ragged = widths if min(widths) < size else None
     seed = rows.context.to(device)
     logits = model.denoiser_logits(block, seed, level, ragged)
-    logits.select(-1, model.config.mask_token_id).fill_(-torch.inf)
     logits = logits.to(model.context_device)
     if rows.settings.all_greedy:
         ids, probabilities = model.context_tower.logit_ops.argmax(logits), None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
-from twotower.model.linear import Linear
+from twotower.model.head import Head
 from twotower.model.tower import Tower
 
 _STD = 0.02
@@ -25,9 +25,9 @@ class OneTower(nn.Module):
         self.config = config
         self.tokenizer: tokenizers.Tokenizer | None = None
         self.tower = Tower(config, dtype)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        self.lm_head = Head(config, dtype)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.tower.embeddings
+            self.lm_head.tie_(self.tower.embeddings)
 
     @torch.no_grad()
     def initialise_(self, seed: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
-from twotower.model.linear import Linear
+from twotower.model.head import Head
 from twotower.model.passes import CausalPass
 from twotower.model.state import ContextState
 from twotower.model.time_conditioning import TimeConditioning
@@ -51,14 +51,14 @@ class TwoTower(nn.Module):
         meta = torch.get_default_device().type == "meta"
         with torch.device("meta" if meta else context_device):
             self.context_tower = Tower(config, dtype)
-            self.context_lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+            self.context_lm_head = Head(config, dtype)
         with torch.device("meta" if meta else denoiser_device):
             self.denoiser_tower = Tower(config, dtype)
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+            self.lm_head = Head(config, dtype)
             self.time_conditioning = TimeConditioning(config, dtype)
         if config.tie_word_embeddings:
-            self.context_lm_head.weight = self.context_tower.embeddings
-            self.lm_head.weight = self.denoiser_tower.embeddings
+            self.context_lm_head.tie_(self.context_tower.embeddings)
+            self.lm_head.tie_(self.denoiser_tower.embeddings)
 
     @property
     def context_device(self) -> torch.device:
@@ -143,7 +143,8 @@ class TwoTower(nn.Module):
         for mode `mock_ar`. `widths` are the rows' block lengths where they are not all s.
         """
         modulation = None if t is None else self.time_conditioning.at(t)
-        return self.lm_head(self.denoiser_tower.block(ids, seed, modulation, widths)).float()
+        logits: Tensor = self.lm_head(self.denoiser_tower.block(ids, seed, modulation, widths))
+        return logits
 
     def score(self, ids: Tensor, state: ContextState, marks: tuple[int, ...] = ()) -> CausalPass:
         """The context tower over ids (b, s) without deciding how many of them stay; see `accept`, and `CausalPass`."""
@@ -151,7 +152,8 @@ class TwoTower(nn.Module):
 
     def scored_logits(self, scored: CausalPass) -> Tensor:
         """(b, s, v) float32: position i predicts the token after it."""
-        return self.context_lm_head(scored.hidden).float()
+        logits: Tensor = self.context_lm_head(scored.hidden)
+        return logits
 
     def accept(self, scored: CausalPass, counts: tuple[int, ...], next_logits: Tensor | None = None) -> ContextState:
         """The state after the first counts[b] scored tokens of each row."""
@@ -181,7 +183,7 @@ class TwoTower(nn.Module):
         counts = (s,) * b if counts is None else counts
         logits = None
         if with_logits:
-            logits = self.context_lm_head(_last_of(scored.hidden, counts)).float()
+            logits = self.context_lm_head(_last_of(scored.hidden, counts))
             if min(counts) == 0:  # rows that ended in an earlier chunk keep their logits
                 before = scored.state.next_logits
                 before = torch.zeros_like(logits) if before is None else before
@@ -210,8 +212,8 @@ class TwoTower(nn.Module):
     def untie_heads_(self) -> None:
         """Gives the heads weights of their own: packing frees a head's weight, and the embedding must stay."""
         if self.config.tie_word_embeddings:
-            self.context_lm_head.weight = nn.Parameter(self.context_lm_head.weight.detach())
-            self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach())
+            self.context_lm_head.untie_()
+            self.lm_head.untie_()
 
     def released_tensors(self) -> dict[str, Tensor]:
         """Every tensor of the released layout, by its released name, as a view of this model's parameters."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from twotower.errors import SettingError
+from twotower.model.head import Head
 from twotower.model.two_tower import TwoTower
 from twotower.training.config import Reduction
 from twotower.training.corruption import MIN_LEVEL, Corrupted
@@ -42,7 +43,7 @@ class Teacher(NamedTuple):
     """A distribution to learn at each of m positions besides the token there: the softmax of head(rows), with rows
     (m, d) and a weight (m,) per position."""
 
-    head: Callable[[Tensor], Tensor]
+    head: Head
     rows: Tensor
     weight: Tensor
 
@@ -126,7 +127,7 @@ def loss_sums(
 
 
 def token_sums(
-    head: Callable[[Tensor], Tensor],
+    head: Head,
     rows: Tensor,
     targets: Tensor,
     weight: Tensor | None,
@@ -134,7 +135,8 @@ def token_sums(
 ) -> TokenSums:
     """Weighted sums over hidden states `rows` (m, d) with targets (m,) and weight (m,), in float32 or wider.
 
-    `weight` None is 1 for each row. Logits are recomputed in backward, so that all (m, o) of them are never in memory.
+    `weight` None is 1 for each row. No target is the mask token, whose probability is 0. Logits are recomputed in
+    backward, so that all (m, o) of them are never in memory.
     """
     hard = soft = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
     for start in range(0, max(rows.shape[0], 1), HEAD_ROWS):  # once even without rows, so that the sum has a gradient
@@ -153,20 +155,15 @@ def token_sums(
     return TokenSums(hard, soft)
 
 
-def _part_sums(
-    head: Callable[[Tensor], Tensor], rows: Tensor, targets: Tensor, weight: Tensor | None, teacher: Teacher | None
-) -> TokenSums:
-    log_q = _log_probabilities(head, rows)
+def _part_sums(head: Head, rows: Tensor, targets: Tensor, weight: Tensor | None, teacher: Teacher | None) -> TokenSums:
+    log_q = head(rows).log_softmax(-1)
     losses = F.nll_loss(log_q, targets, reduction="none")
     hard = losses.sum() if weight is None else (losses * weight).sum()
     if teacher is None:
         return TokenSums(hard, torch.zeros_like(hard))
     with torch.no_grad():
-        log_p = _log_probabilities(teacher.head, teacher.rows)
-    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    return TokenSums(hard, (divergence * teacher.weight).sum())
-
-
-def _log_probabilities(head: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    logits = head(rows)
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        log_p = teacher.head(teacher.rows).log_softmax(-1)
+    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+    # 0 · (log 0 − log 0) is nan; the gradient, which is 0, passes autograd by as it does in `Head`
+    divergence.detach().select(-1, head.mask_token_id).zero_()
+    return TokenSums(hard, (divergence.sum(-1) * teacher.weight).sum())

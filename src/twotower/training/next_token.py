@@ -52,6 +52,7 @@ class NextToken(nn.Module):
         """Moves a rank's rows to its device; nothing is random."""
         document = batch.document.to(device)
         x0, scored = batch.ids.to(device), batch.scored.to(device)
+        scored = scored & (x0 != self.model.config.mask_token_id)  # no tower gives it any probability
         following, counts = next_token_targets(x0, scored, document)
         # One tower attends to no blocks, so any block size gives the same layout of documents.
         return TextRows(x0, following, counts, make_layout(document, CHUNK_SIZE), (float(counts.sum()),))

@@ -36,7 +36,7 @@ def noisy(x0: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def logits(model: TwoTower, x0: Tensor, xt: Tensor, t: Tensor, layout: Layout, **options: Any) -> Tensor:
     with torch.no_grad():
-        return model.lm_head(block_parallel_hidden(model, x0, xt, t, layout, **options).denoiser)
+        return model.lm_head.linear(block_parallel_hidden(model, x0, xt, t, layout, **options).denoiser)
 
 
 def check_decoding(model: TwoTower, trained: Tensor, x0: Tensor, xt: Tensor, t: Tensor, layout: Layout) -> None:
@@ -48,7 +48,7 @@ def check_decoding(model: TwoTower, trained: Tensor, x0: Tensor, xt: Tensor, t: 
             state = model.prefill(x0[row : row + 1, int(first[place[0]]) : int(place[0])])
             with torch.no_grad():
                 modulation = model.time_conditioning(t[row, place[:1]])
-                decoded = model.lm_head(model.denoiser_tower.block(xt[row : row + 1, place], state, modulation))
+                decoded = model.lm_head.linear(model.denoiser_tower.block(xt[row : row + 1, place], state, modulation))
             largest = decoded.abs().max()
             assert (trained[row : row + 1, place] - decoded).abs().max() <= 1e-10 * largest  # float64, sums reordered
 
@@ -215,7 +215,7 @@ def test_gradients_reach_the_denoiser_and_not_a_frozen_context(pattern: str, tin
     freeze(model)
     layout = one_document(16, 8)
     hidden = block_parallel_hidden(model, x0, *noisy(x0, layout), layout).denoiser
-    model.lm_head(hidden).square().mean().backward()
+    model.lm_head.linear(hidden).square().mean().backward()
     assert all(p.grad is None for n, p in model.named_parameters() if n.startswith("context"))
     trained = {n: p.grad for n, p in model.named_parameters() if n.startswith(("denoiser", "lm_head", "time"))}
     # the router's correction bias only chooses

@@ -105,7 +105,7 @@ def sample_rows(
     generator = torch.Generator().manual_seed(seed)
     device, b = model.context_device, len(prompts)
     given = torch.tensor([[*p, *[-1] * (length - len(p))] for p in prompts], device=device)  # (b, t), -1 to be drawn
-    banned = [model.config.mask_token_id, *_unknown(model)]
+    banned = _unknown(model)
     ends = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=device)
     ids = given[:, :1]
     state = model.absorb(ids, model.context_tower.initial_state(b, length), with_logits=True)

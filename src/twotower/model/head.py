@@ -1,0 +1,46 @@
+"""From a tower's hidden states to logits. Letters: d width, v vocabulary."""
+
+import torch
+from torch import Tensor, nn
+
+from twotower.config import TwoTowerConfig
+from twotower.model.linear import Linear, Pack
+
+
+class Head(nn.Module):
+    """The output projection of a tower, in which the mask token's logit is −∞ whatever its row of the weight holds.
+
+    The mask stands for a token that is not known yet and is itself no token of a text. So no tower proposes it, and the
+    other tokens keep the probabilities that they have in the backbone, to which the mask was added.
+    """
+
+    def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.mask_token_id = config.mask_token_id
+        self.linear = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The projection (v, d), which is not there in a packed model."""
+        return self.linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of hidden states x (…, d): (…, v), float32 or wider."""
+        logits = self.linear(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # Last, so that nothing makes it finite again. A softmax's gradient is 0 there, so autograd need not know, which
+        # would cost it a pass over all logits.
+        logits.detach().select(-1, self.mask_token_id).fill_(-torch.inf)
+        return logits
+
+    def tie_(self, embeddings: nn.Parameter) -> None:
+        """Makes the tower's embeddings (v, d) the weight."""
+        self.linear.weight = embeddings
+
+    def untie_(self) -> None:
+        """Gives the head a weight of its own: packing frees it, and the embeddings must stay."""
+        self.linear.weight = nn.Parameter(self.linear.weight.detach())
+
+    def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
+        """Packs the weight, see `Linear.pack_`."""
+        self.linear.pack_(dtype, pack)
