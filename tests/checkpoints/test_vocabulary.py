@@ -2,13 +2,14 @@ import itertools
 import json
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import tokenizers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from twotower.checkpoints.vocabulary import append_mask, byte_token, merge_closure, scored_bpe, scored_merges, trim
+from twotower.checkpoints.vocabulary import append_mask, byte_token, fit, merge_closure, scored_bpe, scored_merges, trim
 
 CONTROL = ["<unk>", "<s>", "</s>"]
 BYTES = [byte_token(value) for value in range(256)]
@@ -259,3 +260,50 @@ def test_user_defined_pieces_are_matched_whole() -> None:
 def test_built_tokenizers_are_in_the_librarys_own_form(text: str) -> None:
     for built in (text, append_mask(text, len(NAMES)), trim(text, [5]).tokenizer):
         assert tokenizers.Tokenizer.from_str(built).to_str(pretty=True) == built
+
+
+def unigram() -> str:
+    pieces = [("<unk>", 0.0), ("▁", -2.0), ("a", -3.0), ("▁a", -3.5)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer.to_str()
+
+
+@pytest.mark.parametrize("mask", [5, 9])
+def test_a_mask_behind_a_unigram_vocabulary_changes_no_encoding(mask: int) -> None:
+    usual, found = (tokenizers.Tokenizer.from_str(text) for text in (unigram(), append_mask(unigram(), mask)))
+    assert found.token_to_id("<mask>") == mask
+    assert found.encode("a<mask>").ids[-1] == mask
+    for text in ("a a</s>aa b", "aba", ""):
+        assert found.encode(text).ids == usual.encode(text).ids
+
+
+@pytest.mark.parametrize("text", ["unigram", "bpe"])
+def test_added_tokens_without_a_row_are_encoded_as_ordinary_text(text: str, byte_tokenizer: Any) -> None:
+    raw = tokenizers.Tokenizer.from_str(unigram() if text == "unigram" else byte_tokenizer.to_str())
+    num_rows = raw.get_vocab_size()
+    raw.add_special_tokens(["<pad>"])
+    fitted = fit(raw.to_str(), num_rows)
+    assert fitted.left_out == ("<pad>",)
+    found = tokenizers.Tokenizer.from_str(fitted.tokenizer)
+    assert raw.encode("a<pad>").ids[-1] == num_rows
+    assert max(found.encode("a<pad>").ids) < num_rows
+    assert found.encode("a</s>").ids == raw.encode("a</s>").ids
+
+
+def test_a_tokenizer_whose_tokens_have_rows_is_kept_as_it_is(byte_tokenizer: Any) -> None:
+    text = byte_tokenizer.to_str(pretty=True)
+    assert fit(text, 260) == (text, ())
+    assert fit(text, 300) == (text, ())
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_another_models(byte_tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"has 2 tokens without a row in the embedding of 258, first .* with id 258"):
+        fit(byte_tokenizer.to_str(), 258)
+    processor = tokenizers.processors.TemplateProcessing("<pad> $A", None, [("<pad>", 260)])
+    tokenizer = tokenizers.Tokenizer.from_str(byte_tokenizer.to_str())
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.post_processor = processor
+    with pytest.raises(ValueError, match="first '<pad>' with id 260; take the tokenizer and the weights of one model"):
+        fit(tokenizer.to_str(), 260)

@@ -12,12 +12,13 @@ from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from twotower.checkpoints.hf.config_file import read_object
+from twotower.checkpoints.hf.special_tokens import TOKENIZER_CONFIG_FILE, read_special_tokens
+
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 # Where the processors of models that also read images keep it
 PROCESSOR_TEMPLATE_FILE = "chat_template.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
 _DEFAULT, _WITH_TOOLS = "default", "tool_use"
 # Under which names messages have the model's reasoning; templates read the first, those of gpt-oss the second.
@@ -82,13 +83,13 @@ class ChatTemplate:
         tokenizer_config.json, and that over a processor's chat_template.json. The names of special tokens come from
         tokenizer_config.json and special_tokens_map.json. Raises ValueError for a broken file.
         """
-        config = _read_object(directory / TOKENIZER_CONFIG_FILE)
+        config = read_object(directory / TOKENIZER_CONFIG_FILE)
         files = {_DEFAULT: directory / TEMPLATE_FILE}
         files |= {file.stem: file for file in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))}
         sources = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
-        for place in (config, _read_object(directory / PROCESSOR_TEMPLATE_FILE)):
+        for place in (config, read_object(directory / PROCESSOR_TEMPLATE_FILE)):
             sources = sources or _named(place.get("chat_template"))
-        return cls(sources, _special_tokens(config, directory)) if sources else None
+        return cls(sources, read_special_tokens(directory)) if sources else None
 
     def render(
         self,
@@ -135,19 +136,6 @@ class _GenerationTag(Extension):
         return caller()
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty without the file. Raises ValueError for anything else."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not an object; download it again")
-    return content
-
-
 def _named(source: Any) -> dict[str, str]:
     """Name -> source of what a JSON file has as `chat_template`: one, a list of named ones, an object, or nothing."""
     if isinstance(source, str):
@@ -155,15 +143,6 @@ def _named(source: Any) -> dict[str, str]:
     if isinstance(source, list):
         return {entry["name"]: entry["template"] for entry in source}
     return dict(source or {})
-
-
-def _special_tokens(config: Mapping[str, Any], directory: Path) -> dict[str, str]:
-    """The names of special tokens, such as `bos_token`, of a tokenizer_config.json and the special_tokens_map.json
-    beside it. transformers reads the second before the first unless the first lists all added tokens."""
-    mapped = _read_object(directory / SPECIAL_TOKENS_FILE)
-    both = mapped | dict(config) if "added_tokens_decoder" in config else dict(config) | mapped
-    special = {key: v["content"] if isinstance(v, dict) else v for key, v in both.items() if key.endswith("_token")}
-    return {key: value for key, value in special.items() if isinstance(value, str)}
 
 
 def _cut_behind(prompt: str, message: str) -> str:

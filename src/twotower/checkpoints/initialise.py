@@ -1,6 +1,7 @@
 """Making a two-tower checkpoint from a single-tower model: both towers start as that model."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from twotower.checkpoints.hf.tensor_writer import write_tensors
 from twotower.checkpoints.hf.tokenizer_file import TOKENIZER_FILE, carried_documents, read_tokenizer_text
 from twotower.checkpoints.hf.two_towers import released_shapes
 from twotower.checkpoints.llama2c import open_llama2c
-from twotower.checkpoints.vocabulary import append_mask, trim
+from twotower.checkpoints.vocabulary import append_mask, fit, trim
 from twotower.config import TwoTowerConfig
 from twotower.errors import SettingError
 
@@ -84,6 +85,7 @@ def init(
             "a model with its head, or write tie_word_embeddings: true into config.json if the embedding is the head"
         )
     check_shapes(tower_shapes(source.config), source.specs, str(backbone))
+    source = _with_rows(source, backbone)
     vocabulary = _vocabulary(source, mask_token_id, keep_tokens)
     config = dataclasses.replace(source.config, block_size=block_size, **vocabulary.changes)
     model_dtype = dtype or source.specs["embeddings.weight"].dtype
@@ -117,6 +119,21 @@ def open_backbone(backbone: str | Path) -> Backbone:
         return open_nemotron_h(directory, raw, documents)
     family = find_family(raw)
     return open_family(family, raw, files, read_tokenizer_text(directory), documents)
+
+
+def _with_rows(source: Backbone, backbone: str | Path) -> Backbone:
+    """The model with a tokenizer that encodes no id without a row in the embedding."""
+    if source.tokenizer is None:
+        return source
+    fitted = fit(source.tokenizer, source.config.vocab_size)
+    if fitted.left_out:
+        names = ", ".join(fitted.left_out[:5])
+        warnings.warn(
+            f"{len(fitted.left_out)} added tokens of {backbone} have no row in its embedding and are left out of its "
+            f"tokenizer: {names}",
+            stacklevel=3,
+        )
+    return dataclasses.replace(source, tokenizer=fitted.tokenizer)
 
 
 def _vocabulary(source: Backbone, mask_token_id: int | None, keep_tokens: Sequence[int] | None) -> _Vocabulary:

@@ -157,15 +157,24 @@ def added_token(token_id: int, content: str, *, special: bool) -> dict[str, Any]
 
 def first_token_processor(token_id: int, content: str) -> dict[str, Any]:
     """A tokenizer.json post-processor that puts one token before every text."""
-    first = {"SpecialToken": {"id": content, "type_id": 0}}
-    text, other = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
-    tokens = {content: {"id": content, "ids": [token_id], "tokens": [content]}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [first, text],
-        "pair": [first, text, other],
-        "special_tokens": tokens,
-    }
+    return ends_processor((token_id, content), None)
+
+
+def ends_processor(first: tuple[int, str] | None, last: tuple[int, str] | None) -> dict[str, Any]:
+    """A tokenizer.json post-processor that puts a token, its id and content, before every text, and one behind it."""
+
+    def around(name: str, type_id: int) -> list[dict[str, Any]]:
+        text = {"Sequence": {"id": name, "type_id": type_id}}
+        before, after = (
+            [] if token is None else [{"SpecialToken": {"id": token[1], "type_id": type_id}}] for token in (first, last)
+        )
+        return [*before, text, *after]
+
+    used = [token for token in (first, last) if token is not None]
+    # Of a pair only the first text gets the first token: pairs are never encoded here
+    pair = [*around("A", 0), *around("B", 1)[first is not None :]]
+    tokens = {content: {"id": content, "ids": [i], "tokens": [content]} for i, content in used}
+    return {"type": "TemplateProcessing", "single": around("A", 0), "pair": pair, "special_tokens": tokens}
 
 
 def normal_form(raw: Mapping[str, Any]) -> str:
@@ -176,24 +185,71 @@ def normal_form(raw: Mapping[str, Any]) -> str:
 def append_mask(tokenizer: str, mask_token_id: int) -> str:
     """Adds the special token `<mask>` with the given id, which may leave a gap after the tokenizer's own ids.
 
-    Raises ValueError for a tokenizer that is not a BPE or has such a token already.
+    Raises ValueError for a tokenizer that is neither BPE nor unigram or has such a token already.
     """
     raw = json.loads(tokenizers.Tokenizer.from_str(tokenizer).to_str())
-    if raw["model"]["type"] != "BPE":
+    vocab, added = raw["model"].get("vocab"), raw["added_tokens"]
+    if raw["model"]["type"] not in ("BPE", "Unigram"):
         raise ValueError(
-            f"the tokenizer is a {raw['model']['type']}, must be a BPE; pass mask_token_id of a free token"
+            f"the tokenizer is a {raw['model']['type']}, must be a BPE or unigram; pass mask_token_id of a free token"
         )
-    vocab, added = raw["model"]["vocab"], raw["added_tokens"]
-    own = next((token["id"] for token in added if token["content"] == MASK_TOKEN), vocab.get(MASK_TOKEN))
+    own = _ids(raw).get(MASK_TOKEN)
     if own is not None:
         raise ValueError(
             f"the tokenizer already has a token {MASK_TOKEN}; if it may serve as the mask, pass its id, "
             f"mask_token_id={own}, as with: twotower init --mask-token-id {own}"
         )
     added.append(added_token(mask_token_id, MASK_TOKEN, special=True))
+    names = {token["id"]: token["content"] for token in added}
     # Unless the vocabulary gives an added token's id, the library numbers it from the vocabulary's size on.
-    vocab |= {token["content"]: token["id"] for token in added}
+    if isinstance(vocab, dict):
+        vocab |= {name: i for i, name in names.items()}
+    else:
+        # A unigram vocabulary has no gaps. Ids without a token get names that no text holds, at the lowest score, which
+        # unknown characters are weighed by.
+        lowest = min(score for _, score in vocab)
+        vocab += [[names.get(i, f"\0no token {i}\0"), lowest] for i in range(len(vocab), mask_token_id + 1)]
     return normal_form(raw)
+
+
+class Fitted(NamedTuple):
+    """The text of a tokenizer.json all of whose tokens have a row, and the names of those that had none."""
+
+    tokenizer: str
+    left_out: tuple[str, ...]
+
+
+def fit(tokenizer: str, num_rows: int) -> Fitted:
+    """Leaves out added tokens that have no row in an embedding of `num_rows`: texts that spell them are encoded as
+    ordinary text.
+
+    Raises ValueError where a token of the vocabulary itself has no row: the two then don't belong together.
+    """
+    raw = json.loads(tokenizer)
+    beyond = {name: i for name, i in _ids(raw).items() if i >= num_rows}
+    if not beyond:
+        return Fitted(tokenizer, ())
+    left_out = [token["content"] for token in raw["added_tokens"] if token["id"] >= num_rows]
+    processor = json.dumps(raw["post_processor"], ensure_ascii=False)
+    needed = [name for name in beyond if name not in left_out or json.dumps(name, ensure_ascii=False) in processor]
+    if needed:
+        raise ValueError(
+            f"the tokenizer has {len(beyond)} tokens without a row in the embedding of {num_rows}, first "
+            f"{needed[0]!r} with id {beyond[needed[0]]}; take the tokenizer and the weights of one model"
+        )
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["id"] < num_rows]
+    vocab = raw["model"]["vocab"]
+    raw["model"]["vocab"] = (
+        {name: i for name, i in vocab.items() if i < num_rows} if isinstance(vocab, dict) else vocab[:num_rows]
+    )
+    return Fitted(normal_form(raw), tuple(left_out))
+
+
+def _ids(raw: Mapping[str, Any]) -> dict[str, int]:
+    """The id of each token of a tokenizer.json, added ones included."""
+    vocab = raw["model"].get("vocab", {})
+    ids = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    return ids | {token["content"]: token["id"] for token in raw["added_tokens"]}
 
 
 def trim(tokenizer: str, keep: Collection[int]) -> Trimmed:

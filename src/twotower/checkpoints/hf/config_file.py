@@ -38,13 +38,24 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{directory} has no {CONFIG_FILE}; give a model's directory")
+    return read_object(file)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, in which {"__float__": "Infinity"} is a float; empty without the file.
+
+    Raises ValueError for a file that holds anything else.
+    """
+    if not file.is_file():
+        return {}
 
     def number(entry: dict[str, Any]) -> Any:
         return float(entry["__float__"]) if set(entry) == {"__float__"} else entry
 
     try:
-        raw = json.loads(file.read_text(), object_hook=number)
-    except json.JSONDecodeError as error:
+        # Some editors begin a file with a byte order mark
+        raw = json.loads(file.read_text(encoding="utf-8-sig"), object_hook=number)
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}; download it again") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{file} holds a {type(raw).__name__}, not an object; download it again")

@@ -11,7 +11,15 @@ _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "m
 # Only top-level files: repositories keep other formats' weights in folders, and Mistral's a second copy of all weights
 # under its own names.
 _PASSED_OVER = ["*/*", "consolidated*.safetensors"]
+_LFS_POINTER = b"version https://git-lfs"
 _NAMED_TEMPLATES = ["additional_chat_templates/*.jinja"]
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raises ValueError for what Git leaves in place of a file that Git LFS keeps and that was not fetched."""
+    with file.open("rb") as opened:
+        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{file} is only a pointer to the file; fetch it with: git lfs pull")
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from twotower.checkpoints.hf.hub import refuse_pointer
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -31,7 +33,6 @@ _OTHER_DTYPES = {
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-_LFS_POINTER = b"version https://git-lfs"
 _SHOWN = 5
 
 
@@ -179,8 +180,7 @@ def _read_header(file: Path) -> dict[str, TensorSpec]:
                     raise ValueError(f"tensor {name} of {file} is {part.get_dtype()}, must be one of {list(known)}")
                 specs[name] = TensorSpec(dtype, tuple(part.get_shape()))
     except SafetensorError as error:
-        if file.read_bytes()[: len(_LFS_POINTER)] == _LFS_POINTER:
-            raise ValueError(f"{file} is only a pointer to the file; fetch it with: git lfs pull") from error
+        refuse_pointer(file)
         raise ValueError(f"{file} is not a complete safetensors file ({error}); download it again") from error
     return specs
 
