@@ -34,9 +34,13 @@ class Rope:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
+    def turned(self, head_dim: int) -> int:
+        """How many numbers of a head of width `head_dim` turn."""
+        return int(head_dim * self.partial_rotary_factor)
+
     def problems(self, head_dim: int) -> Iterator[str]:
         """One sentence for each value that is not allowed beside heads of width `head_dim`."""
-        turned = int(head_dim * self.partial_rotary_factor)
+        turned = self.turned(head_dim)
         if self.rope_type not in ROPE_TYPES:
             yield f"rope_type is {self.rope_type!r}, must be one of {', '.join(ROPE_TYPES)}"
         if not self.rope_theta > 0:

@@ -8,7 +8,8 @@ from twotower.model.linear import Linear, Pack
 
 
 class Head(nn.Module):
-    """The output projection of a tower, in which the mask token's logit is −∞ whatever its row of the weight holds.
+    """The output projection of a tower: logits W·x, times the config's `logit_scale`, limited to c·tanh(logits / c) by
+    its `logit_softcap` c. The mask token's logit is −∞ whatever its row of the weight holds.
 
     The mask stands for a token that is not known yet and is itself no token of a text. So no tower proposes it, and the
     other tokens keep the probabilities that they have in the backbone, to which the mask was added.
@@ -17,6 +18,7 @@ class Head(nn.Module):
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.mask_token_id = config.mask_token_id
+        self.scale, self.softcap = config.logit_scale, config.logit_softcap
         self.linear = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
 
     @property
@@ -28,6 +30,10 @@ class Head(nn.Module):
         """The logits of hidden states x (…, d): (…, v), float32 or wider."""
         logits = self.linear(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
         # Last, so that nothing makes it finite again. A softmax's gradient is 0 there, so autograd need not know, which
         # would cost it a pass over all logits.
         logits.detach().select(-1, self.mask_token_id).fill_(-torch.inf)

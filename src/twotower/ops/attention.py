@@ -52,13 +52,14 @@ def block_mask(
     `widths` (b) on, and at what is out of reach by `window` or `chunk` on either side; None if nothing is hidden."""
     if window is None and chunk is None and all(n == t for n in starts) and all(n == s for n in widths):
         return None
-    first = to_device(starts, device)[:, None]
+    first, width = to_device(starts, device)[:, None], to_device(widths, device)[:, None]
     past, own = torch.arange(t, device=device), torch.arange(s, device=device)
-    hidden = torch.cat((past >= first, own >= to_device(widths, device)[:, None]), dim=1).unsqueeze(1)  # (b, 1, t+s)
+    hidden = torch.cat((past >= first, own >= width), dim=1).unsqueeze(1)  # (b, 1, t+s)
     if window is not None or chunk is not None:
         place = (first + own).unsqueeze(-1)  # (b, s, 1)
         key = torch.cat((past.expand(len(starts), t), first + own), dim=1).unsqueeze(1)  # (b, 1, t+s)
-        hidden = hidden | _out_of_reach(place, key, window, chunk)
+        # Padding reaches everything: a softmax over nothing would be NaN, and 0 times its value would spread that.
+        hidden = hidden | (_out_of_reach(place, key, window, chunk) & (own < width).unsqueeze(-1))
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf).unsqueeze(1)
 
 

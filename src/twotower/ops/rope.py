@@ -42,7 +42,7 @@ def frequencies(rope: Rope, head_dim: int, length: int) -> Tensor:
     ramp between; "longrope" (arXiv 2402.13753) each by its own, `short_factor` for texts up to the original length and
     `long_factor` for longer ones; "dynamic" raises theta for texts longer than the original length.
     """
-    n = int(head_dim * rope.partial_rotary_factor)
+    n = rope.turned(head_dim)
     exponents = torch.arange(0, n, 2, dtype=torch.float32) / n
     theta, factor, original = rope.rope_theta, rope.factor, rope.original_max_position_embeddings
     if rope.rope_type == "dynamic" and length > original:

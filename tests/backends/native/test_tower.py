@@ -35,7 +35,19 @@ TWO_ROPES = {
     ),
     "attention_pattern": "120",
 }
+WINDOWS = {
+    "attention_types": (
+        AttentionType(window=7, rope_parameters=Rope(rope_theta=100.0, partial_rotary_factor=0.5)),
+        AttentionType(window=20),
+        AttentionType(chunk=9),
+        AttentionType(rope_parameters=Rope(partial_rotary_factor=0.25)),
+    ),
+    "attention_pattern": "0123",
+    "attention_softcap": 2.0,
+    "attention_sinks": True,
+}
 PATTERNS: list[tuple[str, dict[str, Any]]] = [
+    ("**-**", WINDOWS),
     ("*-*-", LAYER_NORM),
     ("M*-*-", POST_NORM | TWO_ROPES | {"attention_pattern": "02"}),
     ("M*-E", {}),
@@ -69,6 +81,9 @@ SIZES += [
     ("M*-M*-", {"parallel": "M*", "residual_scale": 0.7}),
     ("M*-M*-", {"parallel": "M*-", "norm_type": "layer"}),
     ("***", TWO_ROPES),
+    ("**-**", WINDOWS),
+    ("*-***", WINDOWS | {"attention_softcap": None, "num_key_value_heads": 1, "head_dim": 24}),
+    ("*-***", WINDOWS | {"attention_sinks": False, "num_key_value_heads": 4, "qk_norm": "head"}),
 ]
 either_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 any_pattern = pytest.mark.parametrize(("pattern", "config"), PATTERNS)

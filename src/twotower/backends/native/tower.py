@@ -52,12 +52,8 @@ def take_tower_(tower: Tower) -> None:
 
 def missing(config: TwoTowerConfig) -> str | None:
     """What a tower of this config needs that the C kernels don't have, None if they have everything."""
-    found = [name for name in ("attention_softcap", "attention_sinks") if getattr(config, name)]
-    for kind in config.attention_kinds:
-        rope = kind.rope_parameters
-        found += [name for name in ("window", "chunk") if getattr(kind, name) is not None]
-        found += ["partial_rotary_factor"] if rope is not None and rope.partial_rotary_factor != 1 else []
-    return ", ".join(found) or None
+    kinds = sorted(set(config.pattern) - set("M*-E"))
+    return f"layers of kind {', '.join(kinds)}" if kinds else None
 
 
 class NativeTower:
@@ -234,6 +230,7 @@ def _shape(config: TwoTowerConfig, weights: list[LayerTensors]) -> ctypes.Struct
         kv_heads=c.num_key_value_heads,
         head=c.head_dim,
         qk_norm=NORMS.index(c.qk_norm),
+        softcap=c.attention_softcap or 0,
         attention_scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
         gated=c.gated_mlp,
         experts=c.num_experts,
@@ -267,7 +264,11 @@ def _tensors(config: TwoTowerConfig, layer: Layer, experts: dict[str, Tensor]) -
     elif isinstance(mixer, Attention):
         first, second = mixer.qkv_proj, mixer.o_proj
         norms |= {"q_norm": mixer.q_norm, "k_norm": mixer.k_norm}
-        numbers |= {"angles": mixer.index}
+        kind = config.attention_kinds[mixer.index]
+        turned = 0 if kind.rope_parameters is None else kind.rope_parameters.turned(config.head_dim)
+        numbers |= {"angles": mixer.index, "turned": turned}
+        numbers |= {"window": kind.window or 0, "chunk": kind.chunk or 0}
+        found |= {"sinks": mixer.sinks}
     elif isinstance(mixer, MLP):
         first, second = mixer.up_proj, mixer.down_proj
     else:

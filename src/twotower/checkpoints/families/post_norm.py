@@ -121,7 +121,7 @@ def _around(config: TwoTowerConfig, raw: Settings) -> Parts:
 def _glm4_block(config: TwoTowerConfig, raw: Settings) -> Parts:
     rope = config.attention_kinds[0].rope_parameters
     assert rope is not None
-    turned = int(config.head_dim * rope.partial_rotary_factor)
+    turned = rope.turned(config.head_dim)
     return (
         ATTENTION
         | MLP

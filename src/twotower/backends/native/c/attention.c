@@ -1,9 +1,10 @@
 #include "kernels.h"
 
-/* x (b, s, heads, p; strides in floats) with its halves rotated by cos, sin (b or 1, s, p/2) to out (b, s, heads, p) */
-void tt_rotate(const float *x, long batch, long token, const float *cosine, const float *sine, long angle_batch,
-                   long b, long s, long heads, long p, float *out) {
-    const long half = p / 2;
+/* x (b, s, heads, p; strides in floats) to out (b, s, heads, p): the first `turned` of p rotated, halves paired, by cos,
+ * sin (b or 1, s, turned/2), and the others as they are */
+API void tt_rotate(const float *x, long batch, long token, const float *cosine, const float *sine, long angle_batch, long b,
+                   long s, long heads, long p, long turned, float *out) {
+    const long half = turned / 2;
     for (long item = 0; item < b * s; item++) {
         const long row = item / s, t = item % s;
         const float *c = cosine + row * angle_batch + t * half, *d = sine + row * angle_batch + t * half;
@@ -14,6 +15,7 @@ void tt_rotate(const float *x, long batch, long token, const float *cosine, cons
                 o[i] = a[i] * c[i] - a[half + i] * d[i];
                 o[half + i] = a[half + i] * c[i] + a[i] * d[i];
             }
+            memcpy(o + turned, a + turned, (p - turned) * sizeof(float));
         }
     }
 }
@@ -23,6 +25,45 @@ typedef struct {
     long key_token, value_token; /* distances of the rows in floats */
     long count;                  /* how many of them the query sees */
 } Segment;
+
+/* The keys that a query sees lie side by side: places [from, to) of the past with the block's own behind it */
+typedef struct {
+    long from, to;
+} Span;
+
+static Span seen(const AttentionPass *in, const AttentionOptions *how, long row, long i) {
+    const long start = in->starts[row], place = start + i;
+    Span span = {0, in->causal ? place + 1 : start + in->ends[row]};
+    if (how->window) {
+        span.from = place + 1 - how->window;
+        span.to = place + how->window < span.to ? place + how->window : span.to;
+    }
+    if (how->chunk) {
+        const long first = place / how->chunk * how->chunk;
+        span.from = first > span.from ? first : span.from;
+        span.to = first + how->chunk < span.to ? first + how->chunk : span.to;
+    }
+    span.from = span.from > 0 ? span.from : 0;
+    return span;
+}
+
+static long segments(const AttentionPass *in, Span span, long row, long group, Segment *seg) {
+    const long end = in->causal || span.to < in->starts[row] ? span.to : in->starts[row]; /* of the past */
+    long num = 0;
+    for (long first = span.from, last; first < end; first = last, num++) {
+        const long entry = in->pages ? first / in->page_size : 0;
+        last = in->pages && (entry + 1) * in->page_size < end ? (entry + 1) * in->page_size : end;
+        const long past = (in->pages ? in->pages[row * in->num_pages + entry] : row) * in->past_batch +
+                          group * in->past_head + (first - entry * in->page_size) * in->past_token;
+        seg[num] = (Segment){in->past_key + past, in->past_value + past, in->past_token, in->past_token, last - first};
+    }
+    const long first = span.from > end ? span.from - end : 0;
+    if (span.to > end + first)
+        seg[num++] = (Segment){in->key + row * in->key_batch + first * in->key_token + group * in->p,
+                               in->value + row * in->value_batch + first * in->value_token + group * in->p, in->key_token,
+                               in->value_token, span.to - end - first};
+    return num;
+}
 
 static float scores(const float *q, float scale, const Segment *seg, long p, float *out, float top) {
     for (long j = 0; j < seg->count; j++) {
@@ -48,13 +89,26 @@ INLINE void mix(const Segment *seg, long num, const float *weights, float invers
     for (int v = 0; v < nv; v++) store(out + first + v * VL, acc[v] * inverse);
 }
 
-static void attend(const float *q, float scale, const Segment *seg, long num, long p, float *room, float *out) {
+static void attend(const float *q, const AttentionOptions *how, const float *sink, const Segment *seg, long num, long p,
+                   float *room, float *out) {
     float top = -INFINITY;
     long total = 0;
     for (long k = 0; k < num; k++) {
-        top = scores(q, scale, seg + k, p, room + total, top);
+        top = scores(q, how->scale, seg + k, p, room + total, top);
         total += seg[k].count;
     }
+    if (total == 0) { /* padding behind a block, far from its keys: nobody reads it, but it must be finite */
+        memset(out, 0, p * sizeof(float));
+        return;
+    }
+    if (how->softcap) {
+        for (long j = 0; j < total; j += VL) {
+            const long n = total - j < VL ? total - j : VL;
+            store_part(room + j, how->softcap * vtanh(load_part(room + j, n) / how->softcap), n);
+        }
+        top = how->softcap * vtanh(splat(top / how->softcap))[0];
+    }
+    if (sink && *sink > top) top = *sink;
     vf mass = {0};
     for (long j = 0; j < total; j += VL) {
         const long n = total - j < VL ? total - j : VL;
@@ -62,7 +116,7 @@ static void attend(const float *q, float scale, const Segment *seg, long num, lo
         store_part(room + j, e, n);
         mass += load_part(room + j, n);
     }
-    const float inverse = 1.0f / sum(mass);
+    const float inverse = 1.0f / (sum(mass) + (sink ? vexp(splat(*sink - top))[0] : 0));
     long first = 0;
     for (; first + 8 * VL <= p; first += 8 * VL) mix(seg, num, room, inverse, first, 8, out);
     for (; first + 2 * VL <= p; first += 2 * VL) mix(seg, num, room, inverse, first, 2, out);
@@ -76,41 +130,24 @@ static void attend(const float *q, float scale, const Segment *seg, long num, lo
     }
 }
 
-/* Queries (b, s, h, p) over past keys and values (b, kv heads, t, p) and, unless null, a block's own (b, s, kv heads, p);
- * all by strides in floats, p dense. Row b sees starts[b] of the past, i + 1 more where causal (query i; the past then
- * holds the new tokens too), and ends[b] of its own block. With `pages` (b, num_pages) the past is (n, kv heads, size, p)
- * and row b's lies in the entries pages[b], one after the other. out (b, s, h, p). */
-int tt_attention(const float *q, long q_batch, long q_token, const float *past_key, const float *past_value,
-                      long past_batch, long past_head, long past_token, const int64_t *pages, long num_pages, long size,
-                      const float *key, long key_batch, long key_token, const float *value, long value_batch,
-                      long value_token, const int64_t *starts, const int64_t *ends, int causal, float scale, long b,
-                      long s, long h, long kv, long p, float *out, int threads) {
+API int tt_attention(const AttentionPass *in, const AttentionOptions *how) {
+    const long b = in->b, s = in->s, h = in->heads, p = in->p;
     long longest = 0;
     int failed = 0;
-    for (long row = 0; row < b; row++) longest = starts[row] > longest ? starts[row] : longest;
-#pragma omp parallel num_threads(threads) if (threads > 1 && b * s * h * longest * p >= 65536)
+    for (long row = 0; row < b; row++) longest = in->starts[row] > longest ? in->starts[row] : longest;
+#pragma omp parallel num_threads(in->threads) if (in->threads > 1 && b * s * h * longest * p >= 65536)
     {
         float *room = malloc((longest + s) * sizeof(float));
-        Segment *seg = malloc((num_pages + 2) * sizeof(Segment));
+        Segment *seg = malloc((in->num_pages + 2) * sizeof(Segment));
         const int ready = room && seg;
         if (!ready) FAIL(failed);
 #pragma omp for
         for (long item = 0; item < b * h * s; item++) {
             if (!ready) continue;
-            const long row = item / (h * s), head = item / s % h, i = item % s, group = head / (h / kv);
-            const long seen = starts[row] + (causal ? i + 1 : 0);
-            long num = 0;
-            for (long first = 0; first < seen; first += pages ? size : seen, num++) {
-                const long entry = pages ? pages[row * num_pages + num] : row;
-                const long past = entry * past_batch + group * past_head;
-                const long count = pages && seen - first > size ? size : seen - first;
-                seg[num] = (Segment){past_key + past, past_value + past, past_token, past_token, count};
-            }
-            if (!causal)
-                seg[num++] = (Segment){key + row * key_batch + group * p, value + row * value_batch + group * p,
-                                       key_token, value_token, ends[row]};
-            attend(q + row * q_batch + i * q_token + head * p, scale, seg, num, p, room,
-                   out + ((row * s + i) * h + head) * p);
+            const long row = item / (h * s), head = item / s % h, i = item % s, group = head / (h / in->kv_heads);
+            const long num = segments(in, seen(in, how, row, i), row, group, seg);
+            attend(in->query + row * in->query_batch + i * in->query_token + head * p, how,
+                   how->sinks ? how->sinks + head : 0, seg, num, p, room, in->out + ((row * s + i) * h + head) * p);
         }
         free(room);
         free(seg);

@@ -74,6 +74,40 @@ typedef struct {
     long num_pages, page_size, key_batch, key_head, key_token;
 } TowerPass;
 
+/* How a layer's queries see keys. With a `window`, the query at position i sees the keys at distances below it, with a
+ * `chunk` those of positions with the same i / chunk; 0 is for neither. Its scores are query . key * scale, and with a
+ * `softcap` c that is not 0, c tanh(score / c). `sinks` (heads), which may be null, are scores that join the softmax
+ * without a value. */
+typedef struct {
+    long window, chunk;
+    float scale, softcap;
+    const float *sinks;
+} AttentionOptions;
+
+/* Queries (b, s, heads, p) over past keys and values (b, kv heads, t, p) and, unless causal, over a block's own
+ * (b, s, kv heads, p); all by strides, p dense. Row b has starts[b] earlier tokens. A causal query i sees the past up to
+ * its own key, which is in it; a block's queries see the starts[b] of the past and the first ends[b] of the block, both
+ * ways. With `pages` (b, num_pages) the past is (n, kv heads, page_size, p) and row b's lies in the entries pages[b],
+ * one after the other. out (b, s, heads, p). */
+typedef struct {
+    long b, s, heads, kv_heads, p, causal, threads;
+    const float *query;
+    long query_batch, query_token;
+    const float *past_key, *past_value;
+    long past_batch, past_head, past_token;
+    const int64_t *pages;
+    long num_pages, page_size;
+    const float *key, *value;
+    long key_batch, key_token, value_batch, value_token;
+    const int64_t *starts, *ends;
+    float *out;
+} AttentionPass;
+
+/* attention.c */
+API int tt_attention(const AttentionPass *in, const AttentionOptions *how);
+API void tt_rotate(const float *x, long batch, long token, const float *cosine, const float *sine, long angle_batch,
+                   long b, long s, long heads, long p, long turned, float *out);
+
 /* tower.c */
 API int tt_tower(const TowerShape *t, const LayerWeights *layers, const TowerPass *in);
 API int tt_advance(const TowerShape *t, const LayerWeights *layers, const void *const *memory, const float *projected,

@@ -30,15 +30,6 @@ int tt_ssd(const float *x, long x_batch, long x_token, const float *B, const flo
                 *state, const int64_t *counts, long b, long s, long h, long p, long g, long n, float *y, long y_batch,
                 float *end, int threads);
 
-/* attention.c */
-void tt_rotate(const float *x, long batch, long token, const float *cosine, const float *sine, long angle_batch,
-                   long b, long s, long heads, long p, float *out);
-int tt_attention(const float *q, long q_batch, long q_token, const float *past_key, const float *past_value, long
-                      past_batch, long past_head, long past_token, const int64_t *pages, long num_pages, long size,
-                      const float *key, long key_batch, long key_token, const float *value, long value_batch, long
-                      value_token, const int64_t *starts, const int64_t *ends, int causal, float scale, long b, long s,
-                      long h, long kv, long p, float *out, int threads);
-
 /* moe.c */
 int tt_route(const float *x, long r, long d, const double *weight, const double *bias, long e, long active, long
                   groups, long kept, int normalise, double factor, int64_t *experts, double *weights, int threads);

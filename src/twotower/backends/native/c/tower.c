@@ -71,7 +71,7 @@ static int attention(const TowerShape *t, const LayerWeights *l, const TowerPass
     if (product(t, &l->first, room->entered, b * s, t->width, room->wide, in->threads)) return 1;
     if (t->qk_norm) norm_queries_and_keys(t, l, room->wide, b * s, token, in->threads);
     if (angles->cosine) {
-        tt_rotate(q, s * token, token, angles->cosine, angles->sine, angles->batch, b, s, turned, p, room->wider);
+        tt_rotate(q, s * token, token, angles->cosine, angles->sine, angles->batch, b, s, turned, p, l->turned, room->wider);
         q = room->wider;
         token = turned * p;
     }
@@ -80,10 +80,20 @@ static int attention(const TowerShape *t, const LayerWeights *l, const TowerPass
         append(t, in, key, token, (float *)memory[0]);
         append(t, in, value, all * p, (float *)memory[1]);
     }
-    if (tt_attention(q, s * token, token, memory[0], memory[1], in->key_batch, in->key_head, in->key_token, in->pages,
-                     in->num_pages, in->page_size, key, s * token, token, value, s * all * p, all * p, in->starts,
-                     in->widths, in->causal, (float)t->attention_scale, b, s, t->heads, t->kv_heads, p, room->widest, in->threads))
-        return 1;
+    const AttentionPass pass = {
+        .b = b, .s = s, .heads = t->heads, .kv_heads = t->kv_heads, .p = p, .causal = in->causal, .threads = in->threads,
+        .query = q, .query_batch = s * token, .query_token = token,
+        .past_key = memory[0], .past_value = memory[1],
+        .past_batch = in->key_batch, .past_head = in->key_head, .past_token = in->key_token,
+        .pages = in->pages, .num_pages = in->num_pages, .page_size = in->page_size,
+        .key = key, .key_batch = s * token, .key_token = token,
+        .value = value, .value_batch = s * all * p, .value_token = all * p,
+        .starts = in->starts, .ends = in->widths, .out = room->widest,
+    };
+    const AttentionOptions how = {
+        .window = l->window, .chunk = l->chunk, .scale = (float)t->attention_scale, .softcap = (float)t->softcap, .sinks = l->sinks,
+    };
+    if (tt_attention(&pass, &how)) return 1;
     return product(t, &l->second, room->widest, b * s, t->heads * p, room->mixed, in->threads);
 }
 
