@@ -76,14 +76,18 @@ class TwoTowerConfig:
     `attention_types` has the settings that differ between layers, and `attention_pattern` one digit per `*` layer, the
     index of its type; without types all layers see everything, with RoPE where `use_rope` says so, by `rope_theta`.
 
-    Of `-`: its width `intermediate_size`, its activation `mlp_hidden_act`, which experts have too, `mlp_bias`, and
-    `gated_mlp`. `use_rope` and `gated_mlp` turn the pattern `*-*-…` into a Llama-family backbone.
+    Of `-`: its width `intermediate_size`, and what experts have too: the activation `mlp_hidden_act`, `mlp_bias`, and
+    `gated_mlp`, where `glu_limit` and `glu_offset` are as in `ops.mlp.Activation`. `use_rope` and `gated_mlp` turn the
+    pattern `*-*-…` into a Llama-family backbone.
 
     Of `M`: `mamba_num_heads` of width `mamba_head_dim`, with states of width `mamba_state_size` and `mamba_num_groups`
     of B and C; a convolution over `conv_kernel` tokens, with a bias if `use_conv_bias`; `use_bias` in the projections;
     step sizes clamped to `time_step_limit`. Of `E`: `num_experts` of width `expert_intermediate_size`, of which each
-    token uses `num_experts_per_tok`, beside a shared expert of width `shared_expert_intermediate_size`; the chosen lie
-    in `expert_topk_groups` of `expert_num_groups`; their weights sum to `routed_scaling_factor` if `norm_topk_prob`.
+    token uses `num_experts_per_tok`, beside a shared expert of width `shared_expert_intermediate_size` (0: none),
+    weighed by a sigmoid if `shared_expert_gate`; the chosen lie in `expert_topk_groups` of `expert_num_groups`; their
+    weights sum to `routed_scaling_factor` if `norm_topk_prob`. `router` makes scores of logits, with a `router_bias` or
+    not. `weigh_expert_inputs` multiplies an expert's input by its weight, not its output. `moe_latent_size` is the
+    width that experts work in, where that is not `hidden_size` (0).
     """
 
     vocab_size: int
@@ -125,6 +129,8 @@ class TwoTowerConfig:
     mlp_hidden_act: str = "relu2"
     mlp_bias: bool = False
     gated_mlp: bool = False
+    glu_limit: float | None = None
+    glu_offset: float = 0.0
     # `M`
     mamba_num_heads: int = 0
     mamba_head_dim: int = 0
@@ -143,6 +149,11 @@ class TwoTowerConfig:
     expert_topk_groups: int = 1
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    router: str = "sigmoid"
+    router_bias: bool = False
+    weigh_expert_inputs: bool = False
+    moe_latent_size: int = 0
+    shared_expert_gate: bool = False
     carried: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:

@@ -6,6 +6,9 @@ if TYPE_CHECKING:  # `config` imports this module
     from twotower.config import TwoTowerConfig
 
 LAYER_KINDS = "M*-E"
+# How hidden values of MLPs are computed and how experts are chosen, see `ops.mlp.Activation` and `ops.moe.route`
+ACTIVATIONS = ("relu2", "relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "xielu")
+ROUTERS = ("sigmoid", "softmax")
 
 # Our field -> the released file's key, where they differ.
 FILE_KEYS = {
@@ -59,11 +62,14 @@ def config_problems(c: "TwoTowerConfig") -> list[str]:
             )
     if "-" in c.pattern:
         positive("intermediate_size")
-    allowed = ("silu",) if c.gated_mlp else ("relu2",)
     need(
-        c.mlp_hidden_act in allowed,
-        f"mlp_hidden_act is {c.mlp_hidden_act!r}, must be {allowed[0]!r} with gated_mlp={c.gated_mlp}",
+        c.mlp_hidden_act in ACTIVATIONS,
+        f"mlp_hidden_act is {c.mlp_hidden_act!r}, must be one of {', '.join(ACTIVATIONS)}",
     )
+    # Its two learnt numbers belong to one ungated MLP: no model has them for gates or for stacked experts.
+    plain = c.mlp_hidden_act != "xielu" or not (c.gated_mlp or "E" in c.pattern)
+    need(plain, "mlp_hidden_act is 'xielu', must be another with gated_mlp or experts")
+    need(c.glu_limit is None or c.glu_limit > 0, f"glu_limit is {c.glu_limit}, must be null or above 0")
     if "M" in c.pattern:
         positive("mamba_num_heads", "mamba_head_dim", "mamba_state_size", "mamba_num_groups")
         need(c.conv_kernel >= 2, f"conv_kernel is {c.conv_kernel}, must be at least 2")
@@ -80,27 +86,7 @@ def config_problems(c: "TwoTowerConfig") -> list[str]:
         act = c.carried.get("mamba_hidden_act", "silu")
         need(act == "silu", f"mamba_hidden_act is {act!r}, must be 'silu'")
     if "E" in c.pattern:
-        positive("num_experts", "expert_intermediate_size", "expert_num_groups", "shared_expert_intermediate_size")
-        need(
-            1 <= c.num_experts_per_tok <= c.num_experts,
-            f"num_experts_per_tok is {c.num_experts_per_tok}, must be in [1, {c.num_experts}]",
-        )
-        if c.expert_num_groups >= 1:
-            need(
-                c.num_experts % c.expert_num_groups == 0,
-                f"n_routed_experts {c.num_experts} must be a multiple of n_group {c.expert_num_groups}",
-            )
-        need(
-            1 <= c.expert_topk_groups <= c.expert_num_groups,
-            f"topk_group is {c.expert_topk_groups}, must be in [1, {c.expert_num_groups}]",
-        )
-        if c.expert_num_groups >= 1:
-            kept = c.num_experts // c.expert_num_groups * c.expert_topk_groups
-            need(
-                c.num_experts_per_tok <= kept,
-                f"num_experts_per_tok is {c.num_experts_per_tok}, must be at most the {kept} of topk_group groups",
-            )
-        need(not c.gated_mlp, "gated_mlp with experts is not a released layout; use '-' layers for gated MLPs")
+        found += _expert_problems(c)
     return found
 
 
@@ -117,4 +103,40 @@ def _attention_problems(c: "TwoTowerConfig") -> list[str]:
         )
     if len(c.attention_types) > 1 and not c.attention_pattern:
         found.append(f"attention_pattern is empty, must choose among {len(c.attention_types)} attention_types")
+    return found
+
+
+def _expert_problems(c: "TwoTowerConfig") -> list[str]:
+    found = []
+
+    def need(ok: bool, text: str) -> None:
+        if not ok:
+            found.append(text)
+
+    for name in ("num_experts", "expert_intermediate_size", "expert_num_groups"):
+        need(getattr(c, name) >= 1, f"{FILE_KEYS[name]} is {getattr(c, name)}, must be at least 1")
+    shared = c.shared_expert_intermediate_size
+    need(shared >= 0, f"moe_shared_expert_intermediate_size is {shared}, must be at least 0")
+    need(shared > 0 or not c.shared_expert_gate, "shared_expert_gate needs moe_shared_expert_intermediate_size above 0")
+    need(c.moe_latent_size >= 0, f"moe_latent_size is {c.moe_latent_size}, must be at least 0")
+    need(c.router in ROUTERS, f"router is {c.router!r}, must be one of {', '.join(ROUTERS)}")
+    need(
+        1 <= c.num_experts_per_tok <= c.num_experts,
+        f"num_experts_per_tok is {c.num_experts_per_tok}, must be in [1, {c.num_experts}]",
+    )
+    if c.expert_num_groups >= 1:
+        need(
+            c.num_experts % c.expert_num_groups == 0,
+            f"n_routed_experts {c.num_experts} must be a multiple of n_group {c.expert_num_groups}",
+        )
+    need(
+        1 <= c.expert_topk_groups <= c.expert_num_groups,
+        f"topk_group is {c.expert_topk_groups}, must be in [1, {c.expert_num_groups}]",
+    )
+    if c.expert_num_groups >= 1:
+        kept = c.num_experts // c.expert_num_groups * c.expert_topk_groups
+        need(
+            c.num_experts_per_tok <= kept,
+            f"num_experts_per_tok is {c.num_experts_per_tok}, must be at most the {kept} of topk_group groups",
+        )
     return found

@@ -26,6 +26,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("**", {"num_key_value_heads": 1, "use_rope": True, "rope_theta": 100.0}),
     ("llama", {}),
     ("llama", {"tie_word_embeddings": False, "mlp_bias": True}),
+    ("-", {"mlp_hidden_act": "xielu"}),
+    ("E-", {"gated_mlp": True, "mlp_hidden_act": "silu", "router": "softmax", "shared_expert_gate": True}),
+    ("E", {"moe_latent_size": 20, "router_bias": True, "mlp_bias": True}),
+    ("E", {"gated_mlp": True, "mlp_hidden_act": "silu", "weigh_expert_inputs": True, "num_experts_per_tok": 1}),
+    ("E", {"shared_expert_intermediate_size": 0, "router": "softmax", "norm_topk_prob": False}),
 ]
 
 
@@ -102,25 +107,39 @@ class Reference:
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
         up = self.project(f"{name}.up_proj", x)
-        gated = self.c.gated_mlp
-        return self.project(
-            f"{name}.down_proj", F.silu(self.project(f"{name}.gate_proj", x)) * up if gated else up.relu() ** 2
-        )
+        if self.c.gated_mlp:
+            hidden = F.silu(self.project(f"{name}.gate_proj", x)) * up
+        elif self.c.mlp_hidden_act == "xielu":
+            above, below = (F.softplus(self.w[f"{name}.act_fn.alpha_{side}"]) for side in "pn")
+            hidden = torch.where(up > 0, above * up * up, (up.exp() - 1 - up) * (0.5 + below)) + 0.5 * up
+        else:
+            hidden = up.relu() ** 2
+        return self.project(f"{name}.down_proj", hidden)
 
     def experts(self, name: str, x: Tensor) -> Tensor:
-        c, out = self.c, []
+        c, w, out = self.c, self.w, []
         size = c.num_experts // c.expert_num_groups
         for row in x:
-            scores = (self.w[f"{name}.gate.weight"] @ row).sigmoid()
-            choice = scores + self.w[f"{name}.gate.e_score_correction_bias"]
+            logits = w[f"{name}.gate.weight"] @ row + w.get(f"{name}.gate.bias", 0.0)
+            scores = logits.sigmoid() if c.router == "sigmoid" else logits.softmax(0)
+            choice = scores + w[f"{name}.gate.e_score_correction_bias"]
             if c.expert_num_groups > 1:
                 best = choice.view(-1, size).topk(2).values.sum(-1).topk(c.expert_topk_groups).indices.tolist()
-                choice = torch.stack([v if e // size in best else v * 0 for e, v in enumerate(choice)])
+                choice = torch.stack([v if e // size in best else v - math.inf for e, v in enumerate(choice)])
             chosen = choice.topk(c.num_experts_per_tok).indices.tolist()
             total = scores[chosen].sum() if c.norm_topk_prob else 1.0
-            y = self.mlp(f"{name}.shared_experts", row)
+            inputs = self.project(f"{name}.fc1_latent_proj", row) if c.moe_latent_size else row
+            y = torch.zeros_like(inputs)
             for e in chosen:
-                y = y + scores[e] / total * c.routed_scaling_factor * self.mlp(f"{name}.experts.{e}", row)
+                weight = scores[e] / total * c.routed_scaling_factor
+                expert = f"{name}.experts.{e}"
+                y = y + (
+                    self.mlp(expert, weight * inputs) if c.weigh_expert_inputs else weight * self.mlp(expert, inputs)
+                )
+            y = self.project(f"{name}.fc2_latent_proj", y) if c.moe_latent_size else y
+            if c.shared_expert_intermediate_size:
+                gate = self.project(f"{name}.shared_expert_gate", row).sigmoid() if c.shared_expert_gate else 1.0
+                y = y + gate * self.mlp(f"{name}.shared_experts", row)
             out.append(y)
         return torch.stack(out)
 
@@ -193,6 +212,12 @@ def test_denoise(
         ("E", {"num_experts_per_tok": 3}),
         ("E", {"norm_topk_prob": False}),
         ("E", {"routed_scaling_factor": 1.0}),
+        ("E", {"router": "softmax"}),
+        ("E", {"weigh_expert_inputs": True}),
+        ("-", {"mlp_hidden_act": "relu"}),
+        ("llama", {"mlp_hidden_act": "gelu_tanh"}),
+        ("llama", {"glu_limit": 0.2}),
+        ("llama", {"glu_offset": 1.0}),
     ],
 )
 def test_each_switch_matters(pattern: str, changed: dict[str, Any], tiny: Callable, ids: Callable) -> None:

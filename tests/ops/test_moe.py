@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -6,6 +7,7 @@ import torch
 from torch import Tensor
 
 from twotower.ops.linear import pack
+from twotower.ops.mlp import Activation
 from twotower.ops.moe import ExpertWeights, Routing, _all_experts, _grouped_experts, apply_experts, route
 
 ROWS = (1, 2, 5, 16, 17, 63, 64, 65, 130)
@@ -18,17 +20,21 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def naive_route(x: Tensor, weight: Tensor, bias: Tensor, **settings: Any) -> list[dict[int, float]]:
+def naive_route(x: Tensor, weight: Tensor, correction: Tensor, **settings: Any) -> list[dict[int, float]]:
     """Each row's chosen experts and their weights, by a float64 loop."""
     rows = []
+    softmax = settings.get("router") == "softmax"
     for row in x.double():
-        scores = [1 / (1 + float((-row @ w).exp())) for w in weight.double()]
-        choice = [s + float(b) for s, b in zip(scores, bias.double(), strict=True)]
+        logits = [float(row @ w) for w in weight.double()]
+        if settings.get("bias") is not None:
+            logits = [a + float(b) for a, b in zip(logits, settings["bias"], strict=True)]
+        scores = [math.exp(a) / sum(map(math.exp, logits)) if softmax else 1 / (1 + math.exp(-a)) for a in logits]
+        choice = [s + float(b) for s, b in zip(scores, correction.double(), strict=True)]
         size = len(choice) // settings["num_groups"]
         groups = [choice[g : g + size] for g in range(0, len(choice), size)]
-        values = [sum(sorted(group)[-2:]) for group in groups]
+        values = [max(group) if softmax else sum(sorted(group)[-2:]) for group in groups]
         kept = sorted(range(len(groups)), key=lambda g: -values[g])[: settings["topk_groups"]]
-        choice = [c if e // size in kept else 0.0 for e, c in enumerate(choice)]
+        choice = [c if e // size in kept else -math.inf for e, c in enumerate(choice)]
         chosen = sorted(range(len(choice)), key=lambda e: -choice[e])[: settings["num_active"]]
         total = sum(scores[e] for e in chosen) + 1e-20 if settings["normalise"] else 1.0
         rows.append({e: scores[e] / total * settings["scaling_factor"] for e in chosen})
@@ -44,10 +50,16 @@ def naive_experts(x: Tensor, routing: Routing, w: ExpertWeights) -> Tensor:
     out = torch.zeros_like(x, dtype=torch.float64)
     for r, chosen in enumerate(as_dicts(routing)):
         for e, weight in chosen.items():
-            hidden = w.up[e].double() @ x[r].double()
-            hidden = (hidden if w.up_bias is None else hidden + w.up_bias[e].double()).clamp(min=0) ** 2
+            hidden = w.up[e].double() @ x[r].double() * (weight if w.weigh_inputs else 1.0)
+            hidden = hidden if w.up_bias is None else hidden + w.up_bias[e].double()
+            if w.activation.gated:
+                gate, value = hidden.chunk(2)
+                hidden = gate * gate.sigmoid() * value
+            else:
+                hidden = hidden.clamp(min=0) ** 2
             y = hidden @ w.down[e].double()
-            out[r] += weight * (y if w.down_bias is None else y + w.down_bias[e].double())
+            y = y if w.down_bias is None else y + w.down_bias[e].double()
+            out[r] += y if w.weigh_inputs else weight * y
     return out
 
 
@@ -58,12 +70,22 @@ def router(rows: int, num_experts: int = 12, dtype: torch.dtype = torch.float64)
     return x.to(dtype), weight.to(dtype), bias * 0.3
 
 
-def weights(num_experts: int = 12, *, biased: bool, dtype: torch.dtype = torch.float64) -> ExpertWeights:
+def weights(
+    num_experts: int = 12,
+    *,
+    biased: bool,
+    dtype: torch.dtype = torch.float64,
+    gated: bool = False,
+    weigh_inputs: bool = False,
+) -> ExpertWeights:
     generator = torch.Generator().manual_seed(7)
     e, f, d = num_experts, 5, 6
-    sizes = ((e, f, d), (e, f, d), (e, f), (e, d))
+    u = 2 * f if gated else f
+    sizes = ((e, u, d), (e, f, d), (e, u), (e, d))
     up, down, up_bias, down_bias = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in sizes)
-    return ExpertWeights(up, down, (), (), up_bias if biased else None, down_bias if biased else None)
+    biases = (up_bias, down_bias) if biased else (None, None)
+    by = Activation("silu", gated=True) if gated else Activation()
+    return ExpertWeights(up, down, (), (), *biases, by, weigh_inputs)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 65])
@@ -77,6 +99,11 @@ def weights(num_experts: int = 12, *, biased: bool, dtype: torch.dtype = torch.f
         {"num_groups": 4, "topk_groups": 2},
         {"num_groups": 6, "topk_groups": 2},
         {"num_groups": 12, "topk_groups": 5},  # groups of one
+        {"router": "softmax"},
+        {"router": "softmax", "normalise": False, "num_active": 1},
+        {"router": "softmax", "num_groups": 4, "topk_groups": 2, "normalise": False},
+        {"router": "softmax", "bias": torch.linspace(-2, 2, 12).double()},
+        {"bias": torch.linspace(-2, 2, 12).double(), "num_active": 12},
     ],
 )
 def test_route_is_the_loop(rows: int, changed: dict[str, Any]) -> None:
@@ -88,12 +115,23 @@ def test_route_is_the_loop(rows: int, changed: dict[str, Any]) -> None:
     ]
 
 
-def test_masked_groups_count_as_zero_not_as_never() -> None:
-    """With negative corrected scores in the kept group, an expert of a masked group (0.0) wins, as released."""
+def test_no_expert_of_a_masked_group_is_chosen() -> None:
+    """Even where the kept group's corrected scores are negative, as in DeepSeek's own code and in transformers. The
+    released code has 0.0 for the masked ones; its models have one group, so it never does."""
     x, weight = torch.zeros(1, 2), torch.zeros(4, 2)  # every score is 0.5
     bias = torch.tensor([-0.6, -0.7, -2.0, -2.0])  # corrected: -0.1, -0.2 | -1.5, -1.5
     routing = route(x, weight, bias, **SETTINGS | {"num_active": 1, "num_groups": 2, "topk_groups": 1})
-    assert routing.experts.item() in (2, 3)
+    assert routing.experts.item() == 0
+
+
+def test_normalised_softmax_is_a_softmax_over_the_chosen_logits() -> None:
+    """What Mixtral, GraniteMoE and gpt-oss compute."""
+    x, weight, bias = router(7)
+    settings = SETTINGS | {"scaling_factor": 1.0, "router": "softmax", "bias": bias}
+    routing = route(x, weight, torch.zeros(12), **settings)
+    best = (x @ weight.t() + bias).topk(3)
+    expected = Routing(best.indices, best.values.softmax(-1))
+    assert as_dicts(routing) == [pytest.approx(row, rel=1e-12) for row in as_dicts(expected)]
 
 
 def test_weights_are_the_unbiased_scores() -> None:
@@ -113,21 +151,24 @@ def test_scores_are_float64_even_for_bf16_tokens() -> None:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("biased", [False, True])
-def test_both_ways_through_the_experts_are_the_loop(rows: int, biased: bool) -> None:
+@pytest.mark.parametrize("changed", [{}, {"gated": True}, {"gated": True, "weigh_inputs": True}])
+def test_both_ways_through_the_experts_are_the_loop(rows: int, biased: bool, changed: dict[str, bool]) -> None:
     x, gate, correction = router(rows)
     routing = route(x, gate, correction, **SETTINGS)
-    stacked = weights(biased=biased)
+    stacked = weights(biased=biased, **changed)
     expected = naive_experts(x, routing, stacked)
-    torch.testing.assert_close(_all_experts(x, routing, stacked), expected, rtol=1e-11, atol=1e-11)
+    if not stacked.weigh_inputs:
+        torch.testing.assert_close(_all_experts(x, routing, stacked), expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(_grouped_experts(x, routing, stacked, 12), expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(apply_experts(x, routing, stacked), expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 64, 130])
-def test_bf16_experts_are_close_to_the_loop(rows: int) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_bf16_experts_are_close_to_the_loop(rows: int, gated: bool) -> None:
     x, gate, correction = router(rows, dtype=torch.bfloat16)
     routing = route(x, gate, correction, **SETTINGS)
-    stacked = weights(biased=True, dtype=torch.bfloat16)
+    stacked = weights(biased=True, dtype=torch.bfloat16, gated=gated)
     expected = naive_experts(x, routing, stacked)
     for out in (_all_experts(x, routing, stacked), _grouped_experts(x, routing, stacked, 12)):
         assert out.dtype == torch.bfloat16
@@ -137,15 +178,16 @@ def test_bf16_experts_are_close_to_the_loop(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 5, 17])
 @pytest.mark.parametrize("biased", [False, True])
-def test_packed_experts_are_the_loop(rows: int, biased: bool) -> None:
+@pytest.mark.parametrize("changed", [{}, {"gated": True}, {"gated": True, "weigh_inputs": True}])
+def test_packed_experts_are_the_loop(rows: int, biased: bool, changed: dict[str, bool]) -> None:
     x, gate, correction = router(rows, dtype=torch.float32)
     routing = route(x, gate, correction, **SETTINGS)
-    stacked = weights(biased=biased, dtype=torch.float32)
+    stacked = weights(biased=biased, dtype=torch.float32, **changed)
     ups, downs = [pack(w) for w in stacked.up], [pack(w.t().contiguous()) for w in stacked.down]
     if ups[0] is None:
         pytest.skip("this torch packs nothing")
     none = torch.empty(0)
-    packed = ExpertWeights(none, none, tuple(ups), tuple(downs), stacked.up_bias, stacked.down_bias)
+    packed = stacked._replace(up=none, down=none, packed_up=tuple(ups), packed_down=tuple(downs))
     expected = naive_experts(x, routing, stacked)
     # float32 products of width 5 and 6, squared in between
     assert (apply_experts(x, routing, packed).double() - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -157,7 +199,7 @@ def test_experts_that_were_not_chosen_add_exactly_nothing(rows: int, everything:
     x, gate, correction = router(rows)
     routing = route(x, gate, correction, **SETTINGS | {"num_active": 1})
     stacked = weights(biased=True)
-    loud = ExpertWeights(*(v.clone() if isinstance(v, Tensor) else v for v in stacked))
+    loud = stacked._make(v.clone() if isinstance(v, Tensor) else v for v in stacked)
     others = sorted(set(range(12)) - set(routing.experts.flatten().tolist()))
     assert others
     for tensor in (loud.up, loud.down, loud.up_bias, loud.down_bias):

@@ -38,9 +38,7 @@ class Layer(nn.Module):
         elif kind == "*":
             self.mixer = Attention(config, config.attention_indices[config.pattern[:index].count("*")], dtype)
         elif kind == "-":
-            self.mixer = MLP(
-                config.hidden_size, config.intermediate_size, gated=config.gated_mlp, bias=config.mlp_bias, dtype=dtype
-            )
+            self.mixer = MLP(config, config.intermediate_size, dtype)
         else:
             self.mixer = MixtureOfExperts(config, dtype)
 

@@ -46,6 +46,8 @@ WINDOWS = {
     "attention_softcap": 2.0,
     "attention_sinks": True,
 }
+GATED: dict[str, Any] = {"gated_mlp": True, "mlp_hidden_act": "silu"}
+SOFTMAX: dict[str, Any] = {"router": "softmax", "norm_topk_prob": False}
 PATTERNS: list[tuple[str, dict[str, Any]]] = [
     ("**-**", WINDOWS),
     ("*-*-", LAYER_NORM),
@@ -54,6 +56,8 @@ PATTERNS: list[tuple[str, dict[str, Any]]] = [
     ("EM*M-*", BIASES),
     ("M", {}),
     ("llama", {}),
+    ("E-*", GATED | SOFTMAX | {"moe_latent_size": 20, "shared_expert_gate": True, "mlp_hidden_act": "gelu"}),
+    ("E*", GATED | {"weigh_expert_inputs": True, "num_experts_per_tok": 1, "expert_intermediate_size": 21}),
 ]
 # Each reaches a way through some kernel: state widths of 2, 4, 8 and 16 vectors and between, head widths that fill
 # vectors in eights, twos, ones and not at all, panels that are not full, few taps, groups of experts and of channels.
@@ -72,6 +76,16 @@ SIZES: list[tuple[str, dict[str, Any]]] = [
     ("E", {"num_experts": 16, "expert_num_groups": 4, "expert_topk_groups": 2, "num_experts_per_tok": 3}),
     ("E", {"num_experts": 16, "expert_num_groups": 8, "expert_topk_groups": 3, "norm_topk_prob": False} | BIASES),
     ("E", {"num_experts": 33, "expert_intermediate_size": 20, "hidden_size": 33}),
+    ("-", {"mlp_hidden_act": "xielu", "intermediate_size": 37} | BIASES),
+    ("-", {"mlp_hidden_act": "gelu", "intermediate_size": 33}),
+    ("-", {"mlp_hidden_act": "relu"}),
+    ("E", GATED | {"mlp_hidden_act": "gelu", "router": "softmax", "shared_expert_intermediate_size": 0}),
+    ("E", GATED | {"expert_intermediate_size": 19, "shared_expert_gate": True, "num_experts_per_tok": 8}),
+    ("E", GATED | {"weigh_expert_inputs": True, "num_experts_per_tok": 1, "norm_topk_prob": False}),
+    ("EE", {"moe_latent_size": 50, "router_bias": True, "router": "softmax"} | BIASES),
+    ("E", {"moe_latent_size": 7, "num_experts": 16, "expert_num_groups": 4, "expert_topk_groups": 3} | SOFTMAX),
+    ("E-", GATED | {"mlp_hidden_act": "quick_gelu", "glu_limit": 0.5, "glu_offset": 1.0} | BIASES),
+    ("E-", GATED | {"mlp_hidden_act": "gelu_tanh"}),
 ]
 SIZES += [
     ("*-*-", LAYER_NORM),

@@ -47,7 +47,7 @@ def test_the_mask_is_token_3_which_the_family_keeps_free(nemotron_h: Any, tmp_pa
         ({"sliding_window": 64}, "sliding_window is 64 in config.json, must be null"),
         ({"layers_block_type": ["mamba", "gdn"]}, r"layers_block_type has \['gdn'\]"),
         ({"hybrid_override_pattern": "ME*-*"}, r"layers_block_type says 'ME\*-M', hybrid_override_pattern 'ME\*-\*'"),
-        ({"mlp_hidden_act": "gelu"}, "mlp_hidden_act is 'gelu', must be 'relu2'"),
+        ({"mlp_hidden_act": "swish"}, "mlp_hidden_act is 'swish', must be one of relu2"),
     ],
 )
 def test_what_would_be_another_model_is_refused(

@@ -2,19 +2,23 @@
 kernel, c conv channels, h heads, p head width, n state width."""
 
 import ctypes
+import math
 from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.backends.native import unmask
 from twotower.backends.native.call import filled, function, structure, threads
 from twotower.backends.native.pack import PanelWeight, pack_panels, pack_weight
 from twotower.config import TwoTowerConfig
+from twotower.config_rules import ACTIVATIONS
 from twotower.model.attention import Attention
 from twotower.model.layer import Layer
+from twotower.model.linear import Linear
 from twotower.model.mamba2 import Mamba2
 from twotower.model.mlp import MLP
 from twotower.model.moe import MixtureOfExperts
@@ -31,12 +35,11 @@ NORMS = (None, "head", "each", "all")
 
 
 class LayerTensors(NamedTuple):
-    """A layer's two packed projections, its norms, its other tensors and its numbers, by the names that LayerWeights in
-    c/calls.h has for them; `first_bias` and `second_bias` belong to the projections."""
+    """A layer's packed projections, its norms, its other tensors and its numbers, by the names that LayerWeights in
+    c/calls.h has for them; the bias of the projection `first` is `first_bias`, and so on."""
 
     kind: str
-    first: PanelWeight
-    second: PanelWeight
+    products: dict[str, PanelWeight]
     norms: dict[str, Norm]
     named: dict[str, Tensor]
     numbers: dict[str, int]
@@ -211,11 +214,13 @@ class _WatchedLayer(NamedTuple):
 def _shape(config: TwoTowerConfig, weights: list[LayerTensors]) -> ctypes.Structure:
     c = config
     low, high = c.time_step_limit
+    panels = [p.panels for layer in weights for p in layer.products.values()]
+    panels += [layer.named["up"] for layer in weights if "up" in layer.named]
     return filled(
         "TowerShape",
         num_layers=len(weights),
         width=c.hidden_size,
-        bf16=weights[0].first.panels.dtype == torch.bfloat16,
+        bf16=panels[0].dtype == torch.bfloat16,
         eps=c.layer_norm_epsilon,
         mamba_heads=c.mamba_num_heads,
         mamba_head=c.mamba_head_dim,
@@ -232,13 +237,19 @@ def _shape(config: TwoTowerConfig, weights: list[LayerTensors]) -> ctypes.Struct
         qk_norm=NORMS.index(c.qk_norm),
         softcap=c.attention_softcap or 0,
         attention_scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
+        activation=ACTIVATIONS.index(c.mlp_hidden_act),
         gated=c.gated_mlp,
+        glu_limit=math.inf if c.glu_limit is None else c.glu_limit,
+        glu_offset=c.glu_offset,
         experts=c.num_experts,
         active=c.num_experts_per_tok,
         groups=c.expert_num_groups,
         kept=c.expert_topk_groups,
         normalise=c.norm_topk_prob,
+        softmax=c.router == "softmax",
         expert=c.expert_intermediate_size,
+        latent=c.moe_latent_size,
+        weigh_inputs=c.weigh_expert_inputs,
         factor=c.routed_scaling_factor,
     )
 
@@ -257,12 +268,13 @@ def _tensors(config: TwoTowerConfig, layer: Layer, experts: dict[str, Tensor]) -
     found: dict[str, Tensor | None] = {**experts}
     norms = {"norm": layer.norm, "post_norm": layer.post_norm}
     numbers = {"joins": int(layer.joins)}
+    products: dict[str, Linear | None]
     if isinstance(mixer, Mamba2):
-        first, second = mixer.in_proj, mixer.out_proj
+        products = {"first": mixer.in_proj, "second": mixer.out_proj}
         found |= {"taps": mixer.conv_taps, "conv_bias": mixer.conv_bias, "dt_bias": mixer.dt_bias}
         found |= {"A": mixer.A, "D": mixer.D, "gate_norm": mixer.norm}
     elif isinstance(mixer, Attention):
-        first, second = mixer.qkv_proj, mixer.o_proj
+        products = {"first": mixer.qkv_proj, "second": mixer.o_proj}
         norms |= {"q_norm": mixer.q_norm, "k_norm": mixer.k_norm}
         kind = config.attention_kinds[mixer.index]
         turned = 0 if kind.rope_parameters is None else kind.rope_parameters.turned(config.head_dim)
@@ -270,18 +282,23 @@ def _tensors(config: TwoTowerConfig, layer: Layer, experts: dict[str, Tensor]) -
         numbers |= {"window": kind.window or 0, "chunk": kind.chunk or 0}
         found |= {"sinks": mixer.sinks}
     elif isinstance(mixer, MLP):
-        first, second = mixer.up_proj, mixer.down_proj
+        products = {"first": mixer.up_proj, "second": mixer.down_proj}
+        found["alphas"] = None if mixer.alphas is None else F.softplus(mixer.alphas)
     else:
-        first, second = mixer.shared.up_proj, mixer.shared.down_proj
-        found |= {"router": mixer.gate, "correction": mixer.correction_bias}
-        found |= {"up_bias": mixer.up_bias, "down_bias": mixer.down_bias}
-    found |= {"first_bias": first.bias, "second_bias": second.bias}
-    assert isinstance(first.packed, PanelWeight)
-    assert isinstance(second.packed, PanelWeight)
+        shared = mixer.shared
+        products = {} if shared is None else {"first": shared.up_proj, "second": shared.down_proj}
+        products |= {"latent_in": mixer.latent_in, "latent_out": mixer.latent_out}
+        found |= {"router": mixer.gate, "router_bias": mixer.gate_bias, "correction": mixer.correction_bias}
+        found |= {"up_bias": mixer.up_bias, "down_bias": mixer.down_bias, "shared_gate": mixer.shared_gate}
+    packed: dict[str, PanelWeight] = {}
+    for name, projection in products.items():
+        if projection is not None:
+            assert isinstance(projection.packed, PanelWeight)
+            packed[name] = projection.packed
+            found[f"{name}_bias"] = projection.bias
     return LayerTensors(
         layer.kind,
-        first.packed,
-        second.packed,
+        packed,
         {name: norm for name, norm in norms.items() if norm is not None},
         {name: tensor for name, tensor in found.items() if tensor is not None},
         numbers,
@@ -291,7 +308,7 @@ def _tensors(config: TwoTowerConfig, layer: Layer, experts: dict[str, Tensor]) -
 def _layer_weights(tensors: LayerTensors) -> ctypes.Structure:
     """The addresses of a layer's tensors."""
     pointers: dict[str, Any] = {name: tensor.data_ptr() for name, tensor in tensors.named.items()}
-    for name, packed in (("first", tensors.first), ("second", tensors.second)):
+    for name, packed in tensors.products.items():
         bias = pointers.pop(f"{name}_bias", 0)
         pointers[name] = filled("Product", weight=packed.panels.data_ptr(), bias=bias, outputs=packed.outputs)
     norms = {name: _norm(norm) for name, norm in tensors.norms.items()}

@@ -122,10 +122,12 @@ def _saved_per_token(c: TwoTowerConfig, kind: str) -> int:
         return modulated + 4 * (c.mamba_width + c.conv_width) + 2 * c.mamba_width
     if kind == "*":
         return modulated + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    inner = 4 if c.gated_mlp else 3
     if kind == "-":
-        return modulated + (4 if c.gated_mlp else 3) * c.intermediate_size
-    active = c.num_experts_per_tok * (3 * c.expert_intermediate_size + 2 * c.hidden_size)
-    return modulated + active + 3 * c.shared_expert_intermediate_size
+        return modulated + inner * c.intermediate_size
+    inputs = c.moe_latent_size or c.hidden_size
+    active = c.num_experts_per_tok * (inner * c.expert_intermediate_size + 2 * inputs)
+    return modulated + active + inner * c.shared_expert_intermediate_size + 2 * c.moe_latent_size
 
 
 def _flops_per_token(objective: Denoising | NextToken, length: int) -> float:
@@ -161,13 +163,17 @@ def _learning(layers: Sequence[Layer], config: TwoTowerConfig, length: int, reco
 
 
 def _output(layer: Layer) -> float:
-    """The product that writes to the residual stream, an expert layer's shared expert's."""
+    """The product that writes to the residual stream: in expert layers the shared expert's, else the latents'."""
     mixer = layer.mixer
     if isinstance(mixer, Mamba2):
         return 2.0 * mixer.out_proj.weight.numel()
     if isinstance(mixer, Attention):
         return 2.0 * mixer.o_proj.weight.numel()
-    return 2.0 * (mixer.shared if isinstance(mixer, MixtureOfExperts) else mixer).down_proj.weight.numel()
+    if isinstance(mixer, MixtureOfExperts):
+        last = mixer.latent_out if mixer.shared is None else mixer.shared.down_proj
+        # Without either, or with a gate behind it, the last products are recomputed to weigh them.
+        return 0.0 if last is None or mixer.shared_gate is not None else 2.0 * last.weight.numel()
+    return 2.0 * mixer.down_proj.weight.numel()
 
 
 def _forward(layer: Layer, config: TwoTowerConfig, length: int) -> float:

@@ -25,14 +25,16 @@ typedef struct {
     long kind;             /* 'M', '*', '-' or 'E' */
     long joins;            /* reads the residual stream that the layer before it reads */
     Norm norm, post_norm;  /* before the mixer, and behind it */
-    Product first, second; /* M: in, out; *: qkv, o; -: up, down; E: up, down of the shared expert */
+    Product first, second; /* M: in, out; *: qkv, o; -: up, down; E: up, down of the shared expert, if any */
     const float *taps, *conv_bias, *dt_bias, *A, *D, *gate_norm; /* M */
     Norm q_norm, k_norm;                                         /* * */
     const float *sinks;
     long angles, turned, window, chunk; /* which Angles, their n, and as in AttentionOptions */
-    const double *router, *correction;                           /* E */
+    const float *alphas;                                         /* -: see activation.h */
+    const double *router, *router_bias, *correction;             /* E */
     const void *up, *down;
-    const float *up_bias, *down_bias;
+    const float *up_bias, *down_bias, *shared_gate;
+    Product latent_in, latent_out;
 } LayerWeights;
 
 /* What every layer of a tower agrees on */
@@ -44,8 +46,9 @@ typedef struct {
     double shortest, longest;
     long heads, kv_heads, head, qk_norm;                   /* *; qk_norm as in `NORMS` of ../tower.py */
     double attention_scale, softcap;
-    long gated;                                            /* - */
-    long experts, active, groups, kept, normalise, expert; /* E */
+    long activation, gated;                                /* -, E: see activation.h */
+    double glu_limit, glu_offset;
+    long experts, active, groups, kept, normalise, softmax, expert, latent, weigh_inputs; /* E */
     double factor;
 } TowerShape;
 

@@ -1,6 +1,7 @@
 /* What the layers of a tower are made of, each described where it is defined. Those that return int give 0, or 1 where
  * they found no memory; their results are then undefined. */
 #pragma once
+#include "activation.h"
 #include "calls.h"
 
 /* norm.c */
@@ -14,7 +15,7 @@ void tt_gated_group_rms_norm(const float *y, long y_stride, const float *z, long
 
 /* linear.c */
 int tt_mlp(const float *x, long r, const void *up, int up_bf16, long f, const float *up_bias, const void *down,
-                int down_bf16, long d, const float *down_bias, int gated, float *hidden, float *y, int threads);
+                int down_bf16, long d, const float *down_bias, const Activation *by, float *hidden, float *y, int threads);
 
 /* conv.c */
 void tt_conv_silu(const float *x, long batch_stride, long row_stride, const float *past, const float *taps, const
@@ -31,8 +32,13 @@ int tt_ssd(const float *x, long x_batch, long x_token, const float *B, const flo
                 float *end, int threads);
 
 /* moe.c */
-int tt_route(const float *x, long r, long d, const double *weight, const double *bias, long e, long active, long
-                  groups, long kept, int normalise, double factor, int64_t *experts, double *weights, int threads);
+typedef struct {
+    long experts, active, groups, kept, normalise, softmax;
+    double factor;
+} Router;
+
+int tt_route(const float *x, long r, long d, const double *weight, const double *bias, const double *correction, const
+                  Router *by, int64_t *experts, double *weights, int threads);
 int tt_experts(const float *x, long r, const int64_t *experts, const double *weights, long active, long e, const
                     void *up, const void *down, int bf16, long d, long f, const float *up_bias, const float *down_bias,
-                    float *y, int threads);
+                    const Activation *by, int weigh_inputs, float *y, int threads);

@@ -214,11 +214,10 @@ API int tt_linear(const float *x, long stride, long r, const void *weight, int b
     return failed;
 }
 
-/* y (r, d) = down(relu(up(x))^2), or down(silu(first half of up(x)) * second half) where gated; x (r, d), `hidden` is
- * room for (r, up's outputs) */
+/* y (r, d) = down(activation(up(x))), see activation.h; x (r, d), `hidden` is room for (r, up's outputs) */
 int tt_mlp(const float *x, long r, const void *up, int up_bf16, long f, const float *up_bias, const void *down,
-                int down_bf16, long d, const float *down_bias, int gated, float *hidden, float *y, int threads) {
-    const long inner = gated ? f / 2 : f;
+                int down_bf16, long d, const float *down_bias, const Activation *by, float *hidden, float *y, int threads) {
+    const long inner = by->gated ? f / 2 : f;
     const Weight wu = {up, f, d, up_bf16}, wd = {down, d, inner, down_bf16};
     const float **rows = malloc(3 * r * sizeof *rows);
     int failed = 0;
@@ -232,19 +231,11 @@ int tt_mlp(const float *x, long r, const void *up, int up_bf16, long f, const fl
         const int me = omp_get_thread_num(), all = omp_get_num_threads();
         long from, to;
         share(num_panels(&wu), PANELS_AT_ONCE(r), me, all, &from, &to);
-        if (panels(&wu, from, to, rows, mid, r, up_bias, !gated)) FAIL(failed);
+        if (panels(&wu, from, to, rows, mid, r, up_bias, is_fused(by))) FAIL(failed);
 #pragma omp barrier
-        if (gated) {
+        if (!is_fused(by)) {
             share(inner, VL, me, all, &from, &to);
-            for (long m = 0; m < r; m++)
-                for (long i = from; i < to; i += VL) {
-                    float *gate = mid[m] + i;
-                    const float *value = mid[m] + inner + i;
-                    if (i + VL <= to)
-                        store(gate, vsilu(load(gate)) * load(value));
-                    else
-                        store_part(gate, vsilu(load_part(gate, to - i)) * load_part(value, to - i), to - i);
-                }
+            for (long m = 0; m < r; m++) activate_row(by, mid[m], inner, from, to);
 #pragma omp barrier
         }
         share(num_panels(&wd), PANELS_AT_ONCE(r), me, all, &from, &to);

@@ -33,9 +33,18 @@ static long index_of_largest(const double *v, long n) {
     return best;
 }
 
-/* Sigmoid router, see ops.moe.route: x (r, d), weight (e, d), bias (e,); experts and weights (r, active) */
-int tt_route(const float *x, long r, long d, const double *weight, const double *bias, long e, long active,
-                  long groups, long kept, int normalise, double factor, int64_t *experts, double *weights, int threads) {
+/* Logits (e,) to scores: a softmax */
+static void softmax(double *v, long e) {
+    double largest = -INFINITY, total = 0;
+    for (long j = 0; j < e; j++) largest = v[j] > largest ? v[j] : largest;
+    for (long j = 0; j < e; j++) total += v[j] = exp(v[j] - largest);
+    for (long j = 0; j < e; j++) v[j] /= total;
+}
+
+/* See ops.moe.route: x (r, d), weight (e, d), bias (e,) or null, correction (e,); experts and weights (r, active) */
+int tt_route(const float *x, long r, long d, const double *weight, const double *bias, const double *correction,
+                  const Router *by, int64_t *experts, double *weights, int threads) {
+    const long e = by->experts, active = by->active, groups = by->groups;
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1 && r * d * e >= 65536)
     {
@@ -45,9 +54,11 @@ int tt_route(const float *x, long r, long d, const double *weight, const double 
         for (long m = 0; m < r; m++) {
             if (!scores) continue;
             for (long j = 0; j < e; j++) {
-                scores[j] = 1.0 / (1.0 + exp(-wide_dot(x + m * d, weight + j * d, d)));
-                choice[j] = scores[j] + bias[j];
+                scores[j] = wide_dot(x + m * d, weight + j * d, d) + (bias ? bias[j] : 0.0);
+                if (!by->softmax) scores[j] = 1.0 / (1.0 + exp(-scores[j]));
             }
+            if (by->softmax) softmax(scores, e);
+            for (long j = 0; j < e; j++) choice[j] = scores[j] + correction[j];
             const long size = e / groups;
             for (long k = 0; groups > 1 && k < groups; k++) {
                 double first = -INFINITY, second = -INFINITY;
@@ -58,12 +69,12 @@ int tt_route(const float *x, long r, long d, const double *weight, const double 
                     } else if (choice[j] > second)
                         second = choice[j];
                 }
-                best[k] = size > 1 ? first + second : first;
+                best[k] = size > 1 && !by->softmax ? first + second : first;
             }
             if (groups > 1) {
-                for (long k = 0; k < kept; k++) best[index_of_largest(best, groups)] = NAN; /* NaN: kept */
+                for (long k = 0; k < by->kept; k++) best[index_of_largest(best, groups)] = NAN; /* NaN: kept */
                 for (long j = 0; j < e; j++)
-                    if (best[j / size] == best[j / size]) choice[j] = 0.0;
+                    if (best[j / size] == best[j / size]) choice[j] = -INFINITY;
             }
             double total = 0;
             for (long k = 0; k < active; k++) {
@@ -74,21 +85,22 @@ int tt_route(const float *x, long r, long d, const double *weight, const double 
                 total += scores[j];
             }
             for (long k = 0; k < active; k++)
-                weights[m * active + k] = weights[m * active + k] / (normalise ? total + 1e-20 : 1.0) * factor;
+                weights[m * active + k] = weights[m * active + k] / (by->normalise ? total + 1e-20 : 1.0) * by->factor;
         }
         free(scores);
     }
     return failed;
 }
 
-/* y (r, d) = sum over a row's experts of weight * down(relu(up(x))^2). up (e, panels of f, d, NR), down (e, panels of d, f,
- * NR), biases (e, f) and (e, d) or null. Products are shared out panel by panel over all chosen experts. */
+/* y (r, d) = sum over a row's experts of weight * down(activation(up(x))), or without the weight of an expert that gets
+ * weight * x. up (e, panels of u, d, NR), where u is 2f if gated and else f, down (e, panels of d, f, NR), biases (e, u) and
+ * (e, d) or null. Products are shared out panel by panel over all chosen experts. */
 int tt_experts(const float *x, long r, const int64_t *experts, const double *weights, long active, long e,
                     const void *up, const void *down, int bf16, long d, long f, const float *up_bias,
-                    const float *down_bias, float *y, int threads) {
-    const long slots = r * active;
-    const long up_panels = (f + NR - 1) / NR, down_panels = (d + NR - 1) / NR, size = bf16 ? 2 : 4;
-    float *hidden = malloc(slots * (f + d) * sizeof(float)), *parts = hidden + slots * f;
+                    const float *down_bias, const Activation *by, int weigh_inputs, float *y, int threads) {
+    const long slots = r * active, u = by->gated ? 2 * f : f;
+    const long up_panels = (u + NR - 1) / NR, down_panels = (d + NR - 1) / NR, size = bf16 ? 2 : 4;
+    float *hidden = malloc(slots * (u + d) * sizeof(float)), *parts = hidden + slots * u;
     const float **in = malloc(3 * slots * sizeof *in);
     float **mid = (float **)in + slots, **out = (float **)in + 2 * slots;
     long *first = calloc(e + 2, sizeof(long)), *chosen = malloc(e * sizeof(long)), num = 0;
@@ -101,9 +113,10 @@ int tt_experts(const float *x, long r, const int64_t *experts, const double *wei
     }
     for (long i = 0; i < slots; i++) { /* slots of one expert side by side; afterwards first[j] .. first[j + 1] */
         const long at = first[experts[i] + 1]++;
-        in[at] = x + i / active * d;
-        mid[at] = hidden + i * f;
+        in[at] = weigh_inputs ? parts + i * d : x + i / active * d;
+        mid[at] = hidden + i * u;
         out[at] = parts + i * d;
+        for (long k = 0; weigh_inputs && k < d; k++) parts[i * d + k] = x[i / active * d + k] * (float)weights[i];
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -116,15 +129,20 @@ int tt_experts(const float *x, long r, const int64_t *experts, const double *wei
                 const long j = chosen[from / per], start = from % per;
                 const long stop = to - from < per - start ? start + to - from : per;
                 const Weight w = phase ? (Weight){(const char *)down + j * per * f * NR * size, d, f, bf16}
-                                       : (Weight){(const char *)up + j * per * d * NR * size, f, d, bf16};
+                                       : (Weight){(const char *)up + j * per * d * NR * size, u, d, bf16};
                 const long at = first[j], count = first[j + 1] - at;
                 const float *const *rows = phase ? (const float *const *)mid + at : in + at;
                 const float *bias = phase ? down_bias : up_bias;
-                if (panels(&w, start, stop, rows, (phase ? out : mid) + at, count, bias ? bias + j * w.outputs : 0, !phase))
+                if (panels(&w, start, stop, rows, (phase ? out : mid) + at, count, bias ? bias + j * w.outputs : 0,
+                           !phase && is_fused(by)))
                     FAIL(failed);
                 from += stop - start;
             }
 #pragma omp barrier
+            if (!phase && !is_fused(by)) {
+#pragma omp for
+                for (long i = 0; i < slots; i++) activate_row(by, hidden + i * u, f, 0, f);
+            }
         }
 #pragma omp for
         for (long m = 0; m < r; m++)
@@ -132,7 +150,7 @@ int tt_experts(const float *x, long r, const int64_t *experts, const double *wei
                 const long n = d - i < VL ? d - i : VL;
                 vf total = {0};
                 for (long k = m * active; k < (m + 1) * active; k++)
-                    total += load_part(parts + k * d + i, n) * (float)weights[k];
+                    total += load_part(parts + k * d + i, n) * (weigh_inputs ? 1.0f : (float)weights[k]);
                 store_part(y + m * d + i, total, n);
             }
     }

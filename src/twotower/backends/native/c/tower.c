@@ -97,21 +97,43 @@ static int attention(const TowerShape *t, const LayerWeights *l, const TowerPass
     return product(t, &l->second, room->widest, b * s, t->heads * p, room->mixed, in->threads);
 }
 
-static int mlp(const TowerShape *t, const Product *up, const Product *down, int gated, const TowerPass *in, const float *x, float *hidden,
-                float *y) {
-    return tt_mlp(x, in->b * in->s, up->weight, t->bf16, up->outputs, up->bias, down->weight, t->bf16, t->width, down->bias, gated,
+static Activation activation(const TowerShape *t, const LayerWeights *l) {
+    return (Activation){t->activation, t->gated, (float)t->glu_limit, (float)t->glu_offset, l->alphas};
+}
+
+static int mlp(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const float *x, float *hidden, float *y) {
+    const Product *up = &l->first, *down = &l->second;
+    const Activation by = activation(t, l);
+    return tt_mlp(x, in->b * in->s, up->weight, t->bf16, up->outputs, up->bias, down->weight, t->bf16, t->width, down->bias, &by,
                   hidden, y, in->threads);
 }
 
+/* Multiplies each row of y (r, d) by sigmoid(weight . its row of x) */
+static void gate_rows(const float *x, const float *weight, long r, long d, float *y) {
+    for (long m = 0; m < r; m++) {
+        const float gate = 1.0f / (1.0f + expf(-dot(x + m * d, weight, d)));
+        for (long i = 0; i < d; i++) y[m * d + i] *= gate;
+    }
+}
+
 static int experts(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const Room *room) {
-    const long b = in->b, s = in->s;
-    if (tt_route(room->entered, b * s, t->width, l->router, l->correction, t->experts, t->active, t->groups, t->kept,
-                 t->normalise, t->factor, room->chosen, room->weights, in->threads) ||
-        tt_experts(room->entered, b * s, room->chosen, room->weights, t->active, t->experts, l->up, l->down, t->bf16,
-                   t->width, t->expert, l->up_bias, l->down_bias, room->mixed, in->threads) ||
-        mlp(t, &l->first, &l->second, 0, in, room->entered, room->wide, room->wider))
+    const long r = in->b * in->s, inputs = t->latent ? t->latent : t->width;
+    const Router router = {t->experts, t->active, t->groups, t->kept, t->normalise, t->softmax, t->factor};
+    const Activation by = activation(t, l);
+    const float *x = t->latent ? room->wide : room->entered;
+    float *y = t->latent ? room->wider : room->mixed;
+    if (tt_route(room->entered, r, t->width, l->router, l->router_bias, l->correction, &router, room->chosen, room->weights,
+                 in->threads))
         return 1;
-    tt_residual(room->mixed, room->wider, 1, 0, 0, b, s, t->width, in->threads);
+    if (t->latent && product(t, &l->latent_in, room->entered, r, t->width, room->wide, in->threads)) return 1;
+    if (tt_experts(x, r, room->chosen, room->weights, t->active, t->experts, l->up, l->down, t->bf16, inputs, t->expert,
+                   l->up_bias, l->down_bias, &by, t->weigh_inputs, y, in->threads))
+        return 1;
+    if (t->latent && product(t, &l->latent_out, y, r, inputs, room->mixed, in->threads)) return 1;
+    if (!l->first.weight) return 0;
+    if (mlp(t, l, in, room->entered, room->wide, room->wider)) return 1;
+    if (l->shared_gate) gate_rows(room->entered, l->shared_gate, r, t->width, room->wider);
+    tt_residual(room->mixed, room->wider, 1, 0, 0, in->b, in->s, t->width, in->threads);
     return 0;
 }
 
@@ -122,7 +144,7 @@ API int tt_tower(const TowerShape *t, const LayerWeights *layers, const TowerPas
     long num_mamba = 0, wide = larger(larger(inner, d), (t->heads + 2 * t->kv_heads) * t->head);
     for (long i = 0; i < t->num_layers; i++) {
         num_mamba += layers[i].kind == 'M';
-        wide = larger(wide, layers[i].first.outputs);
+        wide = larger(wide, larger(layers[i].first.outputs, layers[i].latent_in.outputs));
     }
     float *room = malloc(b * s * (3 * d + 3 * wide + t->active) * sizeof(float) + b * s * t->active * (sizeof(double) + 8));
     if (!room) return 1;
@@ -148,7 +170,7 @@ API int tt_tower(const TowerShape *t, const LayerWeights *layers, const TowerPas
         else if (l->kind == '*')
             failed = attention(t, l, in, &r, in->memory + 2 * i);
         else if (l->kind == '-')
-            failed = mlp(t, &l->first, &l->second, t->gated, in, r.entered, r.wide, r.mixed);
+            failed = mlp(t, l, in, r.entered, r.wide, r.mixed);
         else
             failed = experts(t, l, in, &r);
         if (l->post_norm.weight)
