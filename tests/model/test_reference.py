@@ -110,7 +110,7 @@ class Reference:
         if self.c.gated_mlp:
             hidden = F.silu(self.project(f"{name}.gate_proj", x)) * up
         elif self.c.mlp_hidden_act == "xielu":
-            above, below = (F.softplus(self.w[f"{name}.act_fn.alpha_{side}"]) for side in "pn")
+            above, below = (F.softplus(self.w[f"{name}.alpha_{side}"]) for side in "pn")
             hidden = torch.where(up > 0, above * up * up, (up.exp() - 1 - up) * (0.5 + below)) + 0.5 * up
         else:
             hidden = up.relu() ** 2

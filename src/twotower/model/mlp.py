@@ -41,7 +41,7 @@ class MLP(nn.Module):
         found = self.up_proj.released_tensors(self.names, (self.inner,) * len(self.names))
         found |= self.down_proj.released_tensors(("down_proj",), (self.down_proj.outputs,))
         if self.alphas is not None:  # Apertus' names, and one number each
-            found |= {"act_fn.alpha_p": self.alphas.data[:1], "act_fn.alpha_n": self.alphas.data[1:]}
+            found |= {"alpha_p": self.alphas.data[:1], "alpha_n": self.alphas.data[1:]}
         return found
 
 
