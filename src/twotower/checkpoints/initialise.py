@@ -13,7 +13,8 @@ from twotower.checkpoints.backbone import Backbone, tower_shapes
 from twotower.checkpoints.families.family import open_family
 from twotower.checkpoints.families.known import find_family
 from twotower.checkpoints.families.nemotron_h import open_nemotron_h
-from twotower.checkpoints.gguf.model import MAGIC, open_gguf
+from twotower.checkpoints.gguf.model import open_gguf
+from twotower.checkpoints.gguf.reader import MAGIC
 from twotower.checkpoints.hf.config_file import (
     CONFIG_FILE,
     as_dtype,

@@ -1,115 +1,185 @@
-"""Rebuilding tokenizer.json from a GGUF file's metadata, for the kinds of tokenizer where it comes out exactly."""
+"""Rebuilding tokenizer.json from a GGUF file's metadata, so that it encodes as llama.cpp does."""
 
-from __future__ import annotations
-
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from twotower.checkpoints.vocabulary import added_token, first_token_processor, normal_form, scored_bpe
-
-if TYPE_CHECKING:
-    from gguf import ReaderField
+from twotower.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, byte_level
+from twotower.checkpoints.gguf.special_tokens import SpecialTokens
+from twotower.checkpoints.vocabulary import added_token, byte_token, normal_form, scored_merges
 
 logger = logging.getLogger(__name__)
 
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
-
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-_DIGITS = {"type": "Digits", "individual_digits": True}
-
-
-def _byte_level(*, split: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": split}
-
-
-def _split(pattern: str) -> list[dict[str, Any]]:
-    regex = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return [regex, _byte_level(split=False)]
-
-
-# llama.cpp's name of a pre-tokenizer, which cuts a text into words before merging -> its entry in tokenizer.json.
-_PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
-    "gpt-2": [_byte_level(split=True)],
-    "smollm": [_DIGITS, _byte_level(split=True)],
-    "qwen2": _split(_ENDINGS + _WORDS + r"\p{N}|" + _REST),
-    "llama-bpe": _split(_ENDINGS + _WORDS + r"\p{N}{1,3}|" + _REST),
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+_MATCHED_WHOLE = (_UNKNOWN, _CONTROL, _USER_DEFINED)
+# llama.cpp's names of the kinds that it reads and we don't.
+_REFUSED = {
+    "bert": "WordPiece",
+    "t5": "SentencePiece unigram",
+    "rwkv": "RWKV",
+    "plamo2": "PLaMo-2",
+    "hybriddna": "DNA k-mer",
+    "whitespace": "whitespace",
 }
+_MARK = "\u2581"
 
 
-def tokenizer_from_gguf(path: Path, metadata: Mapping[str, ReaderField]) -> str | None:
-    """The text of a tokenizer.json; None, with a warning, for a tokenizer that can't be rebuilt exactly."""
-    kind = _value(metadata, "model", None)
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """A file's vocabulary: text, kind and score of each token."""
+
+    texts: Sequence[str]
+    kinds: Sequence[int]
+    scores: Sequence[float]
+
+    def added(self, *, strips_right: bool) -> list[dict[str, Any]]:
+        """tokenizer.json's entries for the tokens that are matched in a text before it is cut into words."""
+        entries = [
+            added_token(i, text, special=kind != _USER_DEFINED)
+            for i, (text, kind) in enumerate(zip(self.texts, self.kinds, strict=True))
+            if kind in _MATCHED_WHOLE
+        ]
+        return [entry | {"rstrip": strips_right and entry["special"]} for entry in entries]
+
+
+def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any], special: SpecialTokens) -> str | None:
+    """The text of a tokenizer.json; None if the file has no tokenizer, and, with a warning, if llama.cpp's
+    pre-tokenizer of that name can't be expressed.
+
+    Arrays that the format makes optional get its defaults: tokens without types are normal. Raises ValueError for
+    tokenizers of another kind than byte-pair encoding, and where something is missing.
+    """
+    kind = metadata.get("tokenizer.ggml.model", "none")
+    if kind in ("none", "no_vocab"):
+        return None
+    if kind not in ("llama", "gpt2", "gemma4"):
+        name = f"{_REFUSED[kind]} ({kind})" if kind in _REFUSED else repr(kind)
+        raise ValueError(
+            f"the tokenizer of {path} is {name}, must be byte-pair encoding (llama, gpt2 or gemma4); take another model"
+        )
+    tokens = _tokens(path, metadata)
+    # The format has no place for it; llama.cpp goes by the model's name too.
+    name = str(metadata.get("general.name", "")).lower()
+    added = tokens.added(strips_right="phi-3" in name or "phi3" in name)
     if kind == "llama":
-        return _scored(metadata)
-    pre = _value(metadata, "pre", "default")
-    if kind == "gpt2" and pre in _PRE_TOKENIZERS:
-        return _byte_level_bpe(metadata, pre)
-    logger.warning(
-        "%s: no tokenizer.json written, its tokenizer is %s with pre-tokenizer %s; supported are llama, and gpt2 with "
-        "one of %s. Add the model's own tokenizer.json",
-        path,
-        kind,
-        pre,
-        sorted(_PRE_TOKENIZERS),
-    )
-    return None
+        if "tokenizer.ggml.scores" not in metadata:
+            raise ValueError(f"{path} lacks tokenizer.ggml.scores, the order of merging; convert it again")
+        return normal_form(_scored(metadata, tokens, added, special))
+    pre = "gemma4" if kind == "gemma4" else metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in PRE_TOKENIZERS:
+        logger.warning(
+            "%s: no tokenizer.json written, its pre-tokenizer %s can't be expressed there; known are %s. Add the "
+            "model's own tokenizer.json",
+            path,
+            pre,
+            ", ".join(sorted(PRE_TOKENIZERS)),
+        )
+        return None
+    if pre == "default":
+        logger.warning(
+            "%s names no pre-tokenizer, so it is tokenised as llama.cpp does by default, which may differ from what "
+            "the model was trained with; compare with the model's own tokenizer.json",
+            path,
+        )
+    if "tokenizer.ggml.merges" not in metadata:
+        raise ValueError(f"{path} lacks tokenizer.ggml.merges, without which BPE merges nothing; convert it again")
+    merges = [_parts(merge) for merge in metadata["tokenizer.ggml.merges"]]
+    return normal_form(_byte_pairs(PRE_TOKENIZERS[pre], tokens, merges, added, special))
 
 
-def _scored(metadata: Mapping[str, ReaderField]) -> str:
-    """SentencePiece's BPE: pieces with scores, and byte tokens for characters without a piece."""
-    types = _value(metadata, "token_type", [])
-    tokens = [
-        token if kind in (_CONTROL, _USER_DEFINED) else token.replace("\u2581", " ")
-        for token, kind in zip(_value(metadata, "tokens", []), types, strict=True)
-    ]
-    return scored_bpe(
-        tokens,
-        _value(metadata, "scores", []),
-        control=[i for i, kind in enumerate(types) if kind == _CONTROL],
-        user_defined=[i for i, kind in enumerate(types) if kind == _USER_DEFINED],
-        unknown=_value(metadata, "unknown_token_id", 0),
-        first_token=_value(metadata, "bos_token_id", 1) if _value(metadata, "add_bos_token", True) else None,
-        space_prefix=_value(metadata, "add_space_prefix", True),
-    )
+def _tokens(path: Path, metadata: Mapping[str, Any]) -> _Tokens:
+    if "tokenizer.ggml.tokens" not in metadata:
+        raise ValueError(f"{path} lacks tokenizer.ggml.tokens, its vocabulary; convert the model again")
+    texts = [text or f"[EMPTY_{i}]" for i, text in enumerate(metadata["tokenizer.ggml.tokens"])]
+    kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(texts))
+    scores = metadata.get("tokenizer.ggml.scores", [0.0] * len(texts))
+    for name, values in (("token_type", kinds), ("scores", scores)):
+        if len(values) < len(texts):
+            raise ValueError(
+                f"tokenizer.ggml.{name} of {path} has {len(values)} entries for {len(texts)} tokens; convert it again"
+            )
+    double = [text for text, count in Counter(texts).items() if count > 1][:5]
+    if double:
+        raise ValueError(f"the vocabulary of {path} holds {double} more than once; each id needs its own text")
+    return _Tokens(texts, kinds[: len(texts)], scores[: len(texts)])
 
 
-def _byte_level_bpe(metadata: Mapping[str, ReaderField], pre: str) -> str:
-    """GPT-2's BPE over bytes, with llama.cpp's pre-tokenizer `pre`."""
-    tokens = list(enumerate(_value(metadata, "tokens", [])))
-    types = _value(metadata, "token_type", [])
-    added = [
-        added_token(i, t, special=types[i] == _CONTROL) for i, t in tokens if types[i] in (_CONTROL, _USER_DEFINED)
-    ]
-    first = None
-    if _value(metadata, "add_bos_token", pre == "llama-bpe"):
-        bos = _value(metadata, "bos_token_id", None)
-        first = first_token_processor(bos, tokens[bos][1])
-    raw = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre]},
-        "post_processor": first,
-        "decoder": _byte_level(split=True),
-        "model": {
-            "type": "BPE",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            # Llama 3 encodes a word that is in the vocabulary as that token, even where merging would not give it.
-            "ignore_merges": pre == "llama-bpe",
-            "vocab": {t: i for i, t in tokens if types[i] != _UNUSED},
-            "merges": [merge.split(" ", 1) for merge in _value(metadata, "merges", [])],
+def _parts(merge: str) -> tuple[str, str]:
+    """The two tokens of a merge; a space may only begin the first."""
+    cut = merge.find(" ", 1)
+    return merge[:cut], merge[cut + 1 :]
+
+
+def _scored(
+    metadata: Mapping[str, Any], tokens: _Tokens, added: list[dict[str, Any]], special: SpecialTokens
+) -> dict[str, Any]:
+    """SentencePiece's BPE: the pair whose piece has the best score is merged first."""
+    vocab = {text: i for i, text in enumerate(tokens.texts)}
+    all_bytes = [byte_token(value) for value in range(256)]
+    missing = [byte for byte in all_bytes if byte not in vocab]
+    if missing:
+        raise ValueError(
+            f"the vocabulary of {special.path} lacks {len(missing)} of 256 byte tokens, first {missing[0]}; "
+            "use one with all"
+        )
+    reserved = {entry["id"] for entry in added} | {vocab[byte] for byte in all_bytes}
+    pieces = [None if i in reserved else text for i, text in enumerate(tokens.texts)]
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    return _marking(
+        normalizers=[{"type": "Prepend", "prepend": _MARK}] if prefix else [],
+        model={
+            "vocab": vocab,
+            "merges": scored_merges(pieces, tokens.scores),
+            "unk_token": tokens.texts[special.ids["unknown"]],
         },
+        decoders=[{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else [],
+    ) | {"added_tokens": added, "post_processor": special.processor(adds_bos=True)}
+
+
+def _byte_pairs(
+    pre: PreTokenizer,
+    tokens: _Tokens,
+    merges: Sequence[tuple[str, str]],
+    added: list[dict[str, Any]],
+    special: SpecialTokens,
+) -> dict[str, Any]:
+    vocab = {t: i for i, (t, kind) in enumerate(zip(tokens.texts, tokens.kinds, strict=True)) if kind != _UNUSED}
+    model = {
+        "vocab": vocab,
+        "merges": [(a, b) for a, b in merges if a in vocab and b in vocab and a + b in vocab],
+        "ignore_merges": pre.whole_words,
     }
-    return normal_form(raw)
+    shared = {
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre.entries()},
+        "post_processor": special.processor(adds_bos=pre.adds_bos),
+    }
+    if pre.marks_spaces:
+        return _marking(normalizers=[], model=model, decoders=[]) | shared
+    return {
+        "version": "1.0",
+        "normalizer": {"type": "NFC"} if pre.normal_form else None,
+        "decoder": byte_level(split=True),
+        "model": {"type": "BPE", "fuse_unk": False, "byte_fallback": False} | model,
+    } | shared
 
 
-def _value(metadata: Mapping[str, ReaderField], key: str, default: Any) -> Any:
-    field = metadata.get(f"tokenizer.ggml.{key}")
-    return default if field is None else field.contents()
+def _marking(
+    *, normalizers: list[dict[str, Any]], model: dict[str, Any], decoders: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The parts of a tokenizer.json that marks spaces by U+2581 and falls back to byte tokens."""
+    marking = {"type": "Replace", "pattern": {"String": " "}, "content": _MARK}
+    unmarking = {"type": "Replace", "pattern": {"String": _MARK}, "content": " "}
+    return {
+        "version": "1.0",
+        "normalizer": {"type": "Sequence", "normalizers": [*normalizers, marking]},
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [unmarking, {"type": "ByteFallback"}, {"type": "Fuse"}, *decoders],
+        },
+        "model": {"type": "BPE", "fuse_unk": True, "byte_fallback": True} | model,
+    }
