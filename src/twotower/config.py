@@ -82,12 +82,16 @@ class TwoTowerConfig:
 
     Of `M`: `mamba_num_heads` of width `mamba_head_dim`, with states of width `mamba_state_size` and `mamba_num_groups`
     of B and C; a convolution over `conv_kernel` tokens, with a bias if `use_conv_bias`; `use_bias` in the projections;
-    step sizes clamped to `time_step_limit`. Of `E`: `num_experts` of width `expert_intermediate_size`, of which each
-    token uses `num_experts_per_tok`, beside a shared expert of width `shared_expert_intermediate_size` (0: none),
-    weighed by a sigmoid if `shared_expert_gate`; the chosen lie in `expert_topk_groups` of `expert_num_groups`; their
-    weights sum to `routed_scaling_factor` if `norm_topk_prob`. `router` makes scores of logits, with a `router_bias` or
-    not. `weigh_expert_inputs` multiplies an expert's input by its weight, not its output. `moe_latent_size` is the
-    width that experts work in, where that is not `hidden_size` (0).
+    step sizes clamped to `time_step_limit`. Its output is multiplied by silu(z) before an RMSNorm of each group
+    (`mamba_norm` "after_gate"), behind it ("before_gate"), or without a norm (None). `mamba_scales` are five factors of
+    what the input projection makes: z, x, B, C and step sizes.
+
+    Of `E`: `num_experts` of width `expert_intermediate_size`, of which each token uses `num_experts_per_tok`, beside a
+    shared expert of width `shared_expert_intermediate_size` (0: none), weighed by a sigmoid if `shared_expert_gate`;
+    the chosen lie in `expert_topk_groups` of `expert_num_groups`; their weights sum to `routed_scaling_factor` if
+    `norm_topk_prob`. `router` makes scores of logits, with a `router_bias` or not. `weigh_expert_inputs` multiplies an
+    expert's input by its weight, not its output. `moe_latent_size` is the width that experts work in, where that is not
+    `hidden_size` (0).
     """
 
     vocab_size: int
@@ -140,6 +144,8 @@ class TwoTowerConfig:
     use_conv_bias: bool = True
     use_bias: bool = False
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
+    mamba_norm: str | None = "after_gate"
+    mamba_scales: tuple[float, ...] = ()
     # `E`
     num_experts: int = 0
     num_experts_per_tok: int = 0

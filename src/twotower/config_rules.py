@@ -83,6 +83,9 @@ def config_problems(c: "TwoTowerConfig") -> list[str]:
             len(limit) == 2 and 0 <= limit[0] < limit[1],
             f"time_step_limit is {limit}, must be 0 <= low < high, two numbers",
         )
+        norms = (None, "after_gate", "before_gate")
+        need(c.mamba_norm in norms, f"mamba_norm is {c.mamba_norm!r}, must be null, 'after_gate' or 'before_gate'")
+        need(len(c.mamba_scales) in (0, 5), f"mamba_scales is {c.mamba_scales}, must be five factors: z, x, B, C, dt")
         act = c.carried.get("mamba_hidden_act", "silu")
         need(act == "silu", f"mamba_hidden_act is {act!r}, must be 'silu'")
     if "E" in c.pattern:

@@ -66,3 +66,21 @@ def test_states_are_float32_beside_bf16_weights(tiny: Callable, ids: Callable) -
     state = tiny("M", dtype=torch.bfloat16).prefill(ids(1, 5))
     assert state.mamba[0].ssm.dtype == torch.float32
     assert state.mamba[0].conv.dtype == torch.bfloat16
+
+
+def test_scales_multiply_what_the_projection_makes(tiny: Callable) -> None:
+    """Each of the five factors reaches its own part: z, x, B, C and the step sizes."""
+    factors = (2.0, 3.0, 5.0, 7.0, 11.0)
+    plain, scaled = mixer(tiny), mixer(tiny, mamba_scales=factors)
+    x = torch.randn(2, 3, 32, dtype=torch.float64)
+    for i, (ours, theirs) in enumerate(zip(scaled.split(x), plain.split(x), strict=True)):
+        parts = (theirs.split((32, 16, 16), dim=-1), factors[1:4]) if i == 1 else ((theirs,), (factors[i and 4],))
+        assert torch.equal(ours, torch.cat([part * factor for part, factor in zip(*parts, strict=True)], dim=-1))
+
+
+@pytest.mark.parametrize("norm", ["before_gate", None])
+def test_the_norm_may_stand_before_the_gate_or_be_missing(norm: str | None, tiny: Callable, close: Callable) -> None:
+    usual, other = mixer(tiny), mixer(tiny, mamba_norm=norm)
+    y, z = torch.randn(2, 3, 4, 8, dtype=torch.float64), torch.randn(2, 3, 32, dtype=torch.float64)
+    assert (usual.output(y, z, y.dtype) - other.output(y, z, y.dtype)).abs().max() > 0.1
+    assert ("norm.weight" in other.released_tensors()) == (norm is not None)

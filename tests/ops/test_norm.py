@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from twotower.ops.norm import gated_group_rms_norm, rms_norm
 
@@ -75,13 +74,20 @@ def test_gated_group_rms_norm_is_the_loop(tokens: int, num_groups: int) -> None:
     torch.testing.assert_close(out, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
-def test_gated_group_rms_norm_gates_before_it_norms() -> None:
-    def other_order(y: Tensor, z: Tensor) -> Tensor:
-        return torch.tensor([naive(y.tolist(), [1.0] * 4, 1e-5)], dtype=torch.float64) * torch.nn.functional.silu(z)
-
+def test_gated_group_rms_norm_norms_before_or_behind_the_gate() -> None:
     y, z = torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), torch.tensor([3.0, -1.0, 2.0, 0.5]).double()
-    ours = gated_group_rms_norm(y[None], z[None], torch.ones(4, dtype=torch.float64), 1, 1e-5)
-    assert (ours - other_order(y, z)).abs().max() > 0.1
+    weight = torch.tensor([1.0, 2.0, 0.5, 1.5]).double()
+    normed = torch.tensor([naive(y.tolist(), weight.tolist(), 1e-5)], dtype=torch.float64)
+    gate = torch.nn.functional.silu(z)
+    before = gated_group_rms_norm(y[None], z[None], weight, 1, 1e-5, norm_first=True)
+    torch.testing.assert_close(before, normed * gate, rtol=1e-12, atol=1e-12)
+    behind = gated_group_rms_norm(y[None], z[None], weight, 1, 1e-5)
+    assert (before - behind).abs().max() > 0.1
+
+
+def test_gated_group_rms_norm_without_a_weight_is_the_gate_alone() -> None:
+    y, z = torch.randn(2, 3, 12, dtype=torch.float64).unbind()
+    assert torch.equal(gated_group_rms_norm(y, z, None, 3, 1e-5), y * torch.nn.functional.silu(z))
 
 
 def test_gated_group_rms_norm_widens_a_bf16_gate() -> None:

@@ -50,7 +50,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(heads, dtype=wide))
         self.A_log = nn.Parameter(torch.empty(heads, dtype=wide))
         self.D = nn.Parameter(torch.empty(heads, dtype=wide))
-        self.norm = nn.Parameter(torch.empty(config.mamba_width, dtype=dtype))
+        self.norm = None if config.mamba_norm is None else nn.Parameter(torch.empty(config.mamba_width, dtype=dtype))
         self.out_proj = Linear(config.mamba_width, config.hidden_size, bias=config.use_bias, dtype=dtype)
 
     def initial_state(self, batch_size: int) -> MambaState:
@@ -71,8 +71,20 @@ class Mamba2(nn.Module):
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gate z (b, s, h·p), xBC before the convolution (b, s, c) and dt (b, s, h) of x (b, s, d)."""
         c = self.config
-        z, xbc, dt = self.in_proj(x).split((c.mamba_width, c.conv_width, c.mamba_num_heads), dim=-1)
+        projected = self.in_proj(x)
+        if self.scales is not None:
+            projected = projected * self.scales.to(projected.dtype)
+        z, xbc, dt = projected.split((c.mamba_width, c.conv_width, c.mamba_num_heads), dim=-1)
         return z, xbc, dt
+
+    @property
+    def scales(self) -> Tensor | None:
+        """The factors of the input projection's outputs (h·p + c + h,), or None where there are none."""
+        c = self.config
+        bc = c.mamba_num_groups * c.mamba_state_size
+        sizes = (c.mamba_width, c.mamba_width, bc, bc, c.mamba_num_heads)  # z, x, B, C, dt
+        parts = [self.D.new_full((n,), scale) for n, scale in zip(sizes, c.mamba_scales, strict=False)]
+        return torch.cat(parts) if parts else None
 
     def scan_inputs(self, xbc: Tensor, dt: Tensor) -> ScanInputs:
         """What the scan reads, from xBC (…, c) after convolution and SiLU and from dt (…, h) before its softplus."""
@@ -116,9 +128,12 @@ class Mamba2(nn.Module):
         return -self.A_log.exp() if self.packed_A is None else self.packed_A
 
     def output(self, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-        """The mixer's output (b, s, d) from the scan's y (b, s, h, p): gated norm and output projection."""
+        """The mixer's output (b, s, d) from the scan's y (b, s, h, p): gate, norm and output projection."""
         c = self.config
-        normed = gated_group_rms_norm(y.flatten(2), z, self.norm, c.mamba_num_groups, c.layer_norm_epsilon)
+        before = c.mamba_norm == "before_gate"
+        normed = gated_group_rms_norm(
+            y.flatten(2), z, self.norm, c.mamba_num_groups, c.layer_norm_epsilon, norm_first=before
+        )
         return self.out_proj(normed.to(dtype))
 
     def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
@@ -128,7 +143,8 @@ class Mamba2(nn.Module):
         for parameter in (self.conv_taps, self.conv_bias):
             if parameter is not None:
                 parameter.data = parameter.data.to(dtype)
-        self.norm.data = self.norm.data.to(self.D.dtype)
+        if self.norm is not None:
+            self.norm.data = self.norm.data.to(self.D.dtype)
 
     def released_tensors(self) -> dict[str, Tensor]:
         found = {"dt_bias": self.dt_bias.data, "A_log": self.A_log.data, "D": self.D.data}
@@ -136,5 +152,6 @@ class Mamba2(nn.Module):
         if self.conv_bias is not None:
             found["conv1d.bias"] = self.conv_bias.data
         found |= self.in_proj.released_tensors(("in_proj",), (self.in_proj.outputs,))
-        found["norm.weight"] = self.norm.data
+        if self.norm is not None:
+            found["norm.weight"] = self.norm.data
         return found | self.out_proj.released_tensors(("out_proj",), (self.out_proj.outputs,))

@@ -27,14 +27,20 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(x + shift, x, scale)
 
 
-def gated_group_rms_norm(y: Tensor, z: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
-    """Mamba-2's output norm: y · silu(z), then an RMS norm over each of g groups of channels; all (…, d).
+def gated_group_rms_norm(
+    y: Tensor, z: Tensor, weight: Tensor | None, num_groups: int, eps: float, *, norm_first: bool = False
+) -> Tensor:
+    """The output norm of recurrent mixers: y · silu(z), then an RMS norm over each of g groups of channels; all (…, d).
 
-    Gate first, norm second (the other order is another model). Computed in y's dtype, at least float32.
+    With `norm_first` the norm is of y alone and the gate multiplies what comes out of it, which is another model. A
+    weight of None leaves only the gate. Computed in y's dtype, at least float32.
     """
-    gated = y * F.silu(z.to(y.dtype))
-    grouped = gated.unflatten(-1, (num_groups, -1))  # (…, g, d/g)
-    return F.rms_norm(grouped, grouped.shape[-1:], None, eps).flatten(-2) * weight
+    gate = F.silu(z.to(y.dtype))
+    if weight is None:
+        return y * gate
+    grouped = (y if norm_first else y * gate).unflatten(-1, (num_groups, -1))  # (…, g, d/g)
+    normed = F.rms_norm(grouped, grouped.shape[-1:], None, eps).flatten(-2) * weight
+    return normed * gate if norm_first else normed
 
 
 def residual_sum(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:

@@ -68,6 +68,8 @@ SIZES: list[tuple[str, dict[str, Any]]] = [
     ("M", {"mamba_state_size": 100} | BIASES),
     ("M", {"mamba_state_size": 128}),
     ("M", {"mamba_state_size": 256}),
+    ("M", {"mamba_norm": "before_gate", "mamba_head_dim": 13}),
+    ("M", {"mamba_norm": None, "mamba_scales": (0.4, 1.5, 0.7, 1.2, 0.9)}),
     ("*", {"head_dim": 6, "num_attention_heads": 2, "num_key_value_heads": 1, "use_rope": True}),
     ("*", {"head_dim": 48, "num_key_value_heads": 4} | BIASES),
     ("*", {"head_dim": 140, "num_attention_heads": 2, "use_rope": True}),

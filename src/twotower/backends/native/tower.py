@@ -227,6 +227,7 @@ def _shape(config: TwoTowerConfig, weights: list[LayerTensors]) -> ctypes.Struct
         mamba_groups=c.mamba_num_groups,
         state=c.mamba_state_size,
         kernel=c.conv_kernel,
+        norm_first=c.mamba_norm == "before_gate",
         shortest=low,
         longest=high,
         layer_norm=c.norm_type == "layer",
@@ -272,7 +273,7 @@ def _tensors(config: TwoTowerConfig, layer: Layer, experts: dict[str, Tensor]) -
     if isinstance(mixer, Mamba2):
         products = {"first": mixer.in_proj, "second": mixer.out_proj}
         found |= {"taps": mixer.conv_taps, "conv_bias": mixer.conv_bias, "dt_bias": mixer.dt_bias}
-        found |= {"A": mixer.A, "D": mixer.D, "gate_norm": mixer.norm}
+        found |= {"A": mixer.A, "D": mixer.D, "gate_norm": mixer.norm, "scales": mixer.scales}
     elif isinstance(mixer, Attention):
         products = {"first": mixer.qkv_proj, "second": mixer.o_proj}
         norms |= {"q_norm": mixer.q_norm, "k_norm": mixer.k_norm}

@@ -26,7 +26,7 @@ typedef struct {
     long joins;            /* reads the residual stream that the layer before it reads */
     Norm norm, post_norm;  /* before the mixer, and behind it */
     Product first, second; /* M: in, out; *: qkv, o; -: up, down; E: up, down of the shared expert, if any */
-    const float *taps, *conv_bias, *dt_bias, *A, *D, *gate_norm; /* M */
+    const float *taps, *conv_bias, *dt_bias, *A, *D, *gate_norm, *scales; /* M; the last two may be null */
     Norm q_norm, k_norm;                                         /* * */
     const float *sinks;
     long angles, turned, window, chunk; /* which Angles, their n, and as in AttentionOptions */
@@ -42,7 +42,7 @@ typedef struct {
     long num_layers, width, bf16;
     long layer_norm; /* LayerNorm, not RMSNorm */
     double eps, residual_scale;
-    long mamba_heads, mamba_head, mamba_groups, state, kernel; /* M */
+    long mamba_heads, mamba_head, mamba_groups, state, kernel, norm_first; /* M */
     double shortest, longest;
     long heads, kv_heads, head, qk_norm;                   /* *; qk_norm as in `NORMS` of ../tower.py */
     double attention_scale, softcap;

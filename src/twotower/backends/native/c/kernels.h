@@ -11,7 +11,8 @@ void tt_norm_heads(float *x, long r, long stride, long heads, long p, const Norm
                    int threads);
 void tt_residual(float *x, const float *y, float scale, const float *gate, long stride, long b, long s, long d, int threads);
 void tt_gated_group_rms_norm(const float *y, long y_stride, const float *z, long z_stride, long r, const float
-                                 *weight, long groups, long width, float eps, float *out, int threads);
+                                 *weight, long groups, long width, float eps, int norm_first, float *out, int threads);
+void tt_scale_columns(float *x, long r, long d, const float *scales, int threads);
 
 /* linear.c */
 int tt_mlp(const float *x, long r, const void *up, int up_bf16, long f, const float *up_bias, const void *down,

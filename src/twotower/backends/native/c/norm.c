@@ -75,16 +75,32 @@ void tt_residual(float *x, const float *y, float scale, const float *gate, long 
     }
 }
 
-/* out (r, groups * width) = rms_norm per group of y * silu(z), times weight; rows of y and z lie apart as given */
-void tt_gated_group_rms_norm(const float *y, long y_stride, const float *z, long z_stride, long r,
-                                 const float *weight, long groups, long width, float eps, float *out, int threads) {
+/* out (r, groups * width) = rms_norm per group of y * silu(z), times weight; with `norm_first` rms_norm per group of y,
+ * times weight * silu(z); without a weight y * silu(z). Rows of y and z lie apart as given. */
+void tt_gated_group_rms_norm(const float *y, long y_stride, const float *z, long z_stride, long r, const float *weight,
+                                 long groups, long width, float eps, int norm_first, float *out, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && r * groups * width >= 8192)
     for (long item = 0; item < r * groups; item++) {
         const long m = item / groups, first = item % groups * width;
         const float *a = y + m * y_stride + first, *gate = z + m * z_stride + first, *w = weight + first;
         float *o = out + m * groups * width + first;
+        if (weight && norm_first) {
+            const float factor = inverse_rms(a, width, eps);
+            EACH(width) {
+                const vf normed = load_part(a + i, n) * factor * load_part(w + i, n);
+                store_part(o + i, normed * vsilu(load_part(gate + i, n)), n);
+            }
+            continue;
+        }
         EACH(width) store_part(o + i, load_part(a + i, n) * vsilu(load_part(gate + i, n)), n);
+        if (!weight) continue;
         const float factor = inverse_rms(o, width, eps);
         EACH(width) store_part(o + i, load_part(o + i, n) * factor * load_part(w + i, n), n);
     }
+}
+
+/* x (r, d) *= scales (d) */
+void tt_scale_columns(float *x, long r, long d, const float *scales, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && r * d >= 32768)
+    for (long m = 0; m < r; m++) EACH(d) store_part(x + m * d + i, load_part(x + m * d + i, n) * load_part(scales + i, n), n);
 }

@@ -22,6 +22,7 @@ static int mamba(const TowerShape *t, const LayerWeights *l, const TowerPass *in
     float *steps = in->steps + kept * h, *y = room->wide;
     const float *before = memory[1];
     if (product(t, &l->first, room->entered, b * s, t->width, projected, in->threads)) return 1;
+    if (l->scales) tt_scale_columns(projected, b * s, wide, l->scales, in->threads);
     tt_conv_silu(projected + inner, s * wide, wide, memory[0], l->taps, l->conv_bias, b, s, channels, t->kernel, convolved,
                  in->threads);
     tt_time_steps(projected + inner + channels, s * wide, wide, l->dt_bias, t->shortest, t->longest, b, s, h, steps);
@@ -38,7 +39,7 @@ static int mamba(const TowerShape *t, const LayerWeights *l, const TowerPass *in
         from = to;
     }
     tt_gated_group_rms_norm(y, inner, projected, wide, b * s, l->gate_norm, t->mamba_groups, inner / t->mamba_groups, t->eps,
-                            room->wider, in->threads);
+                            t->norm_first, room->wider, in->threads);
     return product(t, &l->second, room->wider, b * s, inner, room->mixed, in->threads);
 }
 
