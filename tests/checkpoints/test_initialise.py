@@ -138,6 +138,12 @@ def test_kept_tokens_in_their_new_order(story: Path, tmp_path: Path, pieces: lis
     config = TwoTowerConfig.from_json(tmp_path / "out" / "config.json")
     assert (config.vocab_size, config.mask_token_id) == (len(rows), 3)
     assert (config.bos_token_id, config.eos_token_id) == (1, 1)
+    # the tokens kept share the probability of all, and the mask gets none
+    ids = torch.tensor([[1, 4, 70, 262]])
+    with torch.no_grad():
+        logits = llama.model(torch.tensor(rows)[ids]).logits[..., rows]
+    logits[..., 3] = -torch.inf
+    torch.testing.assert_close(load_model(tmp_path / "out").context_logits(ids).softmax(-1), logits.softmax(-1))
     small, full = load_tokenizer(tmp_path / "out"), load_tokenizer(tmp_path / "full")
     assert small is not None
     assert full is not None

@@ -27,6 +27,12 @@ def assert_same_logits(source: Any, out: Path, **options: Any) -> None:
     largest = expected.nan_to_num(neginf=0).abs().max().item()
     assert expected.nan_to_num(neginf=0).std() > 0.5, "logits near zero would agree whatever was loaded"
     torch.testing.assert_close(found, expected, atol=TOLERANCE * largest, rtol=0)
+    # The mask takes nothing from the others: token 0 and all of them are as probable as before.
+    probable = model.context_logits(ids).softmax(-1)
+    torch.testing.assert_close(
+        probable[..., : expected.shape[-1]], expected.softmax(-1), atol=TOLERANCE * largest, rtol=0
+    )
+    torch.testing.assert_close(probable.sum(-1), torch.ones(ids.shape))
     # The denoiser is the same backbone, so its logits for a block of one token, which sees nothing later, are the same.
     state = model.prefill(ids[:, :-1])
     last = model.denoise(ids[:, -1:], state, t=0.5)[:, 0, : expected.shape[-1]]

@@ -34,7 +34,7 @@ def rows(
     context = model.prefill(table, [len(p) for p in prompts])
     requests = tuple(Request(tuple(p), params, seed) for seed, p in enumerate(prompts))
     settings = temper((params,) * len(prompts), model.config.vocab_size, CPU)
-    free = Guides((None,) * len(prompts), -1)
+    free = Guides((None,) * len(prompts), -1, 3)
     return VerifiedRows(requests, context, settings, free, (len(newest) and 1,) * len(prompts), tuple(newest))
 
 

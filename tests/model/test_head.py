@@ -1,30 +1,69 @@
+"""A head rules the mask token out, in decoding and in training."""
+
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 
+from twotower.config import TwoTowerConfig
 from twotower.model.head import Head
 
-
-def test_logits_are_scaled_then_capped_and_the_mask_stays_out(tiny: Callable) -> None:
-    config = tiny("-", logit_scale=3.0, logit_softcap=2.0).config
-    head = Head(config, torch.float64)
-    torch.manual_seed(0)
-    head.weight.data = torch.randn(config.vocab_size, config.hidden_size, dtype=torch.float64)
-    x = torch.randn(2, 5, config.hidden_size, dtype=torch.float64)
-    expected = 2.0 * (x @ head.weight.T * 3.0 / 2.0).tanh()
-    expected[..., config.mask_token_id] = -torch.inf
-    torch.testing.assert_close(head(x), expected, rtol=1e-12, atol=1e-12)
+WIDTH, SIZE = 32, 40
 
 
-def test_gradients_through_scale_and_cap_are_the_loss_without_the_mask(tiny: Callable) -> None:
-    config = tiny("-", logit_scale=3.0, logit_softcap=2.0).config
-    head = Head(config, torch.float64)
-    torch.manual_seed(0)
-    head.weight.data = torch.randn(config.vocab_size, config.hidden_size, dtype=torch.float64)
-    x = torch.randn(4, config.hidden_size, dtype=torch.float64)
-    kept = [i for i in range(config.vocab_size) if i != config.mask_token_id]
-    head(x).log_softmax(-1)[:, 5].sum().backward()
-    found, head.weight.grad = head.weight.grad, None
-    logits = 2.0 * (x @ head.weight.T * 3.0 / 2.0).tanh()
-    logits[:, kept].log_softmax(-1)[:, kept.index(5)].sum().backward()
-    torch.testing.assert_close(found, head.weight.grad, rtol=1e-10, atol=1e-12)
+@pytest.fixture
+def make(sizes: dict[str, Any]) -> Callable[..., Head]:
+    def made(dtype: torch.dtype = torch.float32, **config: Any) -> Head:
+        head = Head(TwoTowerConfig(**sizes | {"pattern": "-"} | config), dtype)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(head.weight)
+        return head
+
+    return made
+
+
+@pytest.mark.parametrize("mask", [0, 3, SIZE - 1])
+@pytest.mark.parametrize("config", [{}, {"logit_scale": 0.25, "logit_softcap": 5.0}])
+def test_the_mask_has_no_probability_whatever_its_row_holds(
+    mask: int, config: dict[str, Any], make: Callable[..., Head]
+) -> None:
+    head, x = make(mask_token_id=mask, **config), torch.randn(2, 5, WIDTH)
+    logits = head(x)
+    others = [i for i in range(SIZE) if i != mask]
+    for row in (torch.full((WIDTH,), torch.nan), x[0, 0] * 1e30, torch.zeros(WIDTH)):
+        with torch.no_grad():
+            head.weight[mask] = row
+        again = head(x)
+        assert bool((again[..., mask] == -torch.inf).all())
+        assert torch.equal(again[..., others], logits[..., others])
+    probabilities = logits.softmax(-1)
+    assert bool((probabilities[..., mask] == 0).all())
+    torch.testing.assert_close(probabilities[..., others], logits[..., others].softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_logits_are_float32_or_wider(dtype: torch.dtype, expected: torch.dtype, make: Callable[..., Head]) -> None:
+    assert make(dtype)(torch.randn(3, WIDTH, dtype=dtype)).dtype == expected
+
+
+@pytest.mark.parametrize("config", [{}, {"logit_scale": 0.25, "logit_softcap": 5.0}])
+def test_gradients_are_those_of_a_vocabulary_without_the_mask(
+    config: dict[str, Any], make: Callable[..., Head]
+) -> None:
+    head, x = make(torch.float64, **config), torch.randn(7, WIDTH, dtype=torch.float64, requires_grad=True)
+    targets, kept = torch.arange(7) + 4, [i for i in range(SIZE) if i != 3]
+    F.cross_entropy(head(x), targets).backward()
+    weight, y = head.weight.detach()[kept].requires_grad_(), x.detach().clone().requires_grad_()
+    logits = y @ weight.t() * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    F.cross_entropy(logits, targets - 1).backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    assert head.weight.grad is not None
+    torch.testing.assert_close(head.weight.grad[kept], weight.grad)
+    assert not bool(head.weight.grad[3].any())

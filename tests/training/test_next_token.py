@@ -49,6 +49,19 @@ def test_the_loss_is_the_mean_over_scored_next_tokens(recompute: bool, tiny: Cal
     assert sum(parts) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_mask_in_a_text_is_not_learnt(tiny: Callable, tmp_path: Path) -> None:
+    ids = np.full((2, 24), 5)
+    ids[0, 7] = 3
+    write_shard(tmp_path / "0.safetensors", CorpusRows(ids, np.ones(ids.shape, bool), np.zeros(ids.shape, np.int32)))
+    objective = NextToken(one_tower(tiny), NextTokenConfig())
+    rows = objective.prepare(Corpus(tmp_path, vocab_size=40).batch(range(2), 0), 0, 0, torch.device("cpu"))
+    assert rows.denominators == (2 * 23 - 1,)
+    objective(rows, slice(None), rows.denominators).loss.backward()
+    gradients = [p.grad for p in objective.parameters() if p.grad is not None]
+    assert gradients
+    assert all(bool(g.isfinite().all()) for g in gradients)
+
+
 @pytest.mark.slow
 def test_a_fresh_backbone_learns(tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
     model = OneTower(tiny("ME*-").config)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from twotower.decoding.prompt import text_ids
 from twotower.model.two_tower import TwoTower
 from twotower.training.corpus.text import read_records
 
@@ -23,12 +24,12 @@ def read_prompts(file: Path, model: TwoTower, folder: Path) -> list[list[int]]:
     for number, record in enumerate(records, 1):
         where = f"prompt {number} of {file}"
         if isinstance(record.get("prompt"), str):
-            prompts.append(model.tokenizer.encode(record["prompt"]).ids)
+            prompts.append([*text_ids(model, record["prompt"], where, special=True)])
         elif "messages" in record:
             render = render or _renderer(folder)
             # templates write the control tokens that a prompt begins with
             rendered = render(record, where)
-            prompts.append(model.tokenizer.encode(rendered, add_special_tokens=False).ids)
+            prompts.append([*text_ids(model, rendered, where)])
         else:
             raise ValueError(f"{where} has no text as prompt and no messages; its fields are {sorted(record)}")
     if not prompts:

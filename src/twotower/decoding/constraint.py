@@ -33,6 +33,7 @@ class Guides:
 
     rows: "tuple[LLMatcher | None, ...]"
     end: int
+    mask_token_id: int
 
     @property
     def any(self) -> bool:
@@ -71,6 +72,9 @@ class Guides:
             for k, place in enumerate(range(first, logits.shape[1])):
                 # a bytearray, because torch warns about read-only memory
                 allowed = torch.frombuffer(bytearray(ahead.compute_logit_bias()), dtype=torch.uint8) > 0
+                if allowed[self.mask_token_id] and allowed.sum() == 1:
+                    # a grammar can name the mask, which no tower ever writes; the text ends before it
+                    logits[row, place, self.end], allowed[self.end] = 0.0, True
                 logits[row, place].masked_fill_(~allowed.to(logits.device), -torch.inf)
                 if k >= len(draft) or not allowed[draft[k]] or draft[k] == self.end:
                     break
@@ -92,7 +96,7 @@ def guides(model: TwoTower, params: Sequence[SamplingParams], produced: Sequence
     """The guides of rows that have produced some tokens already."""
     end = next(iter(model.config.eos_token_ids), -1)
     fresh = tuple(None if p.constraint is None else _matcher(_vocabulary(model), *p.constraint) for p in params)
-    return Guides(fresh, end).after(produced)
+    return Guides(fresh, end, model.config.mask_token_id).after(produced)
 
 
 def check_constraint(model: TwoTower, params: SamplingParams) -> None:

@@ -1,9 +1,12 @@
 """The one check of prompts: every entrance of the library makes token ids of them here."""
 
+import functools
+import json
 import operator
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import tokenizers
 import torch
 
 from twotower.decoding.params import SamplingParams
@@ -11,6 +14,8 @@ from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
 
 Prompt = str | Sequence[int]
+# A name that stands in no text: a noncharacter of Unicode
+_NO_TEXT = "\U0010ffff"
 
 
 def check_prompts(prompts: Sequence[Prompt], name: str = "prompts") -> None:
@@ -41,14 +46,35 @@ def prompt_ids(model: TwoTower, prompt: Prompt, name: str = "prompt") -> tuple[i
 def text_ids(model: TwoTower, text: Prompt, name: str, *, special: bool = False) -> tuple[int, ...]:
     """The token ids of a text, maybe none; with `special` those that the tokenizer adds, such as BOS, are among them.
 
-    Raises SettingError, which calls the text `name`, for a string without a tokenizer and for ids that are none.
+    The mask token's name in a string is text, as it is to the backbone; only ids can name the mask. Raises
+    SettingError, which calls the text `name`, for a string without a tokenizer and for ids that are none.
     """
     if not isinstance(text, str):
         return checked_ids(text, model.config.vocab_size, name)
     if model.tokenizer is None:
         rule = "token ids, because the checkpoint has no tokenizer.json"
         raise SettingError(name, text, rule, f"give the {name.partition('[')[0]} as token ids")
-    return tuple(model.tokenizer.encode(text, add_special_tokens=special).ids)
+    mask, ids = model.config.mask_token_id, model.tokenizer.encode(text, add_special_tokens=special).ids
+    if mask in ids:
+        ids = without_mask(model.tokenizer, mask).encode(text, add_special_tokens=special).ids
+    return tuple(ids)
+
+
+@functools.lru_cache(maxsize=4)
+def without_mask(tokenizer: tokenizers.Tokenizer, mask_token_id: int) -> tokenizers.Tokenizer:
+    """The same tokenizer, to which the mask token's name is text, unless the mask is an ordinary token that has to do
+    with other tokens' merges; cached, because a large one takes more than a tenth of a second."""
+    raw = json.loads(tokenizer.to_str())
+    found = next((token for token in raw["added_tokens"] if token["id"] == mask_token_id), None)
+    if found is None:
+        return tokenizer
+    vocab, name = raw["model"]["vocab"], found["content"]
+    found["content"] = _NO_TEXT  # in its place, because the library numbers tokens by their order
+    if isinstance(vocab, list):  # a unigram model's pieces and scores
+        raw["model"]["vocab"] = [[_NO_TEXT if piece == name else piece, score] for piece, score in vocab]
+    elif name in vocab:
+        vocab[_NO_TEXT] = vocab.pop(name)
+    return tokenizers.Tokenizer.from_str(json.dumps(raw))
 
 
 def checked_ids(ids: Iterable[int], vocab_size: int, name: str) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ class Scores:
 
     With each of `token_ids` go its natural log-probability in `logprobs`, in `is_greedy` whether it is the likeliest
     token at its place, and in `top` the likeliest tokens there with their log-probabilities, best first, as many as
-    were asked for.
+    were asked for. A mask token, which only ids can name, never comes: its log-probability is −∞.
     """
 
     token_ids: tuple[int, ...]

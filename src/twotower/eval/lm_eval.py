@@ -25,6 +25,7 @@ from twotower.checkpoints.hf import resolve
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT, load
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
+from twotower.decoding.prompt import text_ids
 from twotower.decoding.scoring import score
 from twotower.eval.tasks import Example
 
@@ -139,7 +140,7 @@ class TwoTowerLM(TemplateLM):
             first = self.model.config.bos_token_id
             written = None if first is None else self.encoder.id_to_token(first)
             add_special_tokens = not written or not string.startswith(written)
-        return list(self.encoder.encode(string, add_special_tokens=add_special_tokens).ids)
+        return list(text_ids(self.model, string, "text", special=add_special_tokens))
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers every (context, generation settings) pair; the number of the request is added to the seed.
