@@ -43,7 +43,6 @@ def test_the_mask_is_token_3_which_the_family_keeps_free(nemotron_h: Any, tmp_pa
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"moe_latent_size": 64}, "moe_latent_size is 64 in config.json, must be null"),
         ({"sliding_window": 64}, "sliding_window is 64 in config.json, must be null"),
         ({"layers_block_type": ["mamba", "gdn"]}, r"layers_block_type has \['gdn'\]"),
         ({"hybrid_override_pattern": "ME*-*"}, r"layers_block_type says 'ME\*-M', hybrid_override_pattern 'ME\*-\*'"),

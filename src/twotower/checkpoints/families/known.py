@@ -1,9 +1,9 @@
 """Finding a model's family by the model_type in its config.json."""
 
-from twotower.checkpoints.families import layer_norm, llama, post_norm
+from twotower.checkpoints.families import layer_norm, llama, mixture, post_norm
 from twotower.checkpoints.families.family import Family, Settings
 
-FAMILIES: tuple[Family, ...] = (*llama.FAMILIES, *post_norm.FAMILIES, *layer_norm.FAMILIES)
+FAMILIES: tuple[Family, ...] = (*llama.FAMILIES, *post_norm.FAMILIES, *layer_norm.FAMILIES, *mixture.FAMILIES)
 
 # Families that are asked for and can't be had: what our towers lack.
 _LACKING = {
@@ -12,6 +12,7 @@ _LACKING = {
     "bloom": "ALiBi positions",
     "mpt": "ALiBi positions",
     "t5": "encoders",
+    "phimoe": "a router that drops experts far below the best (SparseMixer)",
 }
 
 

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from twotower.checkpoints.backbone import Backbone
+from twotower.checkpoints.backbone import Backbone, tower_shapes
 from twotower.checkpoints.hf.config_file import read_raw_config
 from twotower.checkpoints.hf.float_tensors import open_floats
+from twotower.checkpoints.hf.tensor_files import TensorSpec
 from twotower.checkpoints.hf.tokenizer_file import read_tokenizer_text
 from twotower.config import CARRIED_KEYS, TwoTowerConfig
 from twotower.config_rules import FILE_KEYS
@@ -59,7 +61,7 @@ _TRANSFORMERS_KEYS = (
     "return_dict",
 )
 # Keys that change what the model computes, in a way that our towers don't follow.
-_REFUSED = ("moe_latent_size", "sliding_window")
+_REFUSED = ("sliding_window",)
 
 
 def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[str, bytes]) -> Backbone:
@@ -90,14 +92,23 @@ def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[
             stacklevel=2,
         )
 
+    specs = {ours: files.specs[name] for name, ours in names.items()}
+    # In transformers `mlp_bias` gives the shared expert biases, not the routed ones, as it does in the released code.
+    zeros = {
+        name: TensorSpec(specs["embeddings.weight"].dtype, shape)
+        for name, shape in tower_shapes(config).items()
+        if ".experts." in name and name.endswith(".bias") and name not in specs and "embeddings.weight" in specs
+    }
+
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in files.stream(names):
             yield names[name], tensor
+        for name, spec in zeros.items():
+            yield name, torch.zeros(spec.shape, dtype=spec.dtype)
 
-    specs = {ours: files.specs[name] for name, ours in names.items()}
     return Backbone(
         config=config,
-        specs=specs,
+        specs=specs | zeros,
         stream=stream,
         tokenizer=read_tokenizer_text(directory),
         documents=documents,
