@@ -112,9 +112,8 @@ def main() -> None:
             ratios = [timed(run) / timed(llama[kind]) for _ in range(args.repeats)]
             low, middle, high = statistics.quantiles(ratios, n=4)
             found[f"{name} {kind}"] = [round(value, 3) for value in (low, middle, high)]
-    usual = {
-        kind: round(1e3 * statistics.median(timed(run) for _ in range(args.repeats)), 3) for kind, run in llama.items()
-    }
+    usual = {kind: statistics.median(timed(run) for _ in range(args.repeats)) for kind, run in llama.items()}
+    milliseconds = {kind: round(1e3 * seconds, 3) for kind, seconds in usual.items()}
     where = {"cpu": cpu_model(), "threads": torch.get_num_threads(), "commit": commit()}
     print(
         json.dumps({**where, "dtype": args.dtype, "context": args.context, "llama_ms": milliseconds, "ratios": found})
