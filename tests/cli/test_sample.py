@@ -74,11 +74,11 @@ def test_prompts_are_continued(run: Any, checkpoint: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("record", "options", "message"),
     [
-        ({"text": "a"}, (), "prompt 1 of FILE has no text as prompt and no messages; its fields are ['text']"),
+        ({"text": "a"}, (), "FILE line 1 has no text as prompt and no messages; its fields are ['text']"),
         ({"prompt": "a" * 12}, (), "prompt 1 of FILE has 12 tokens, must have 1 to 11, below length=12"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, (), "prompt 1 of FILE: must have messages to answer"),
-        ({"messages": "hi"}, (), "prompt 1 of FILE has messages that are no list of objects"),
-        ({"messages": ["hi"]}, (), "prompt 1 of FILE: the message 'hi' is no object with role and content"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, (), "FILE line 1 must have messages to answer"),
+        ({"messages": "hi"}, (), "FILE line 1 has no list of messages in 'messages'"),
+        ({"messages": ["hi"]}, (), "FILE line 1: the message 'hi' is no object with role and content"),
         ({"prompt": "a"}, ("--shards", 2), "shards is 2, must be 1 to 1: 1 prompts in shards of 512 rows"),
         ({"prompt": "a"}, ("--longest-prefix", 2), "--longest-prefix is 2, must be left out with --prompts"),
     ],
@@ -98,7 +98,7 @@ def test_bad_prompts_are_told(
 def test_messages_need_a_template(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
     result = run("sample", checkpoint, tmp_path / "out", "--prompts", tmp_path / "p.jsonl")
-    assert "has no chat template for messages; give each record a prompt" in " ".join(result.stderr.split())
+    assert "no chat template for them; add a chat_template.jinja" in " ".join(result.stderr.split())
 
 
 def test_temperatures_decide_what_is_scored(run: Any, checkpoint: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`twotower tokenize`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,61 @@ def test_an_empty_folder_is_filled_and_others_are_left(
     assert Path.cwd().exists()
     assert (tmp_path / "out.partial" / "mine").exists()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "out.partial", "source"]
+
+
+def test_conversations_are_learnt_answer_by_answer(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(
+        "<s>{% for m in messages %}{{ m.role[0] }}{{ m.content }}{{ '</s>' if m.role == 'assistant' }}{% endfor %}"
+        "{{ 'a' if add_generation_prompt }}"
+    )
+    turns = [("human", "p"), ("gpt", "q"), ("human", "r"), ("gpt", "t")]
+    records = [
+        {"messages": [{"role": {"human": "user", "gpt": "assistant"}[r], "content": c} for r, c in turns]},
+        {"conversations": [{"from": r, "value": c} for r, c in turns]},
+    ]
+    for number, record in enumerate(records):
+        (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+        out = tmp_path / f"out{number}"
+        result = run("tokenize", model, tmp_path / "a.jsonl", out, "--length", 32)
+        assert result.exit_code == 0, result.stderr
+        row = Corpus(out, vocab_size=260).row(0)
+        assert bytes((row.ids[row.ids > 3] - 4).tolist()).decode() == "upaq" + "upaqurat"
+        learnt = [row.ids[(row.document == n) & row.scored].tolist() for n in (0, 1)]
+        assert [ids[0] for ids in learnt] == [4 + ord("q"), 4 + ord("t")]
+        assert [len(ids) for ids in learnt] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user", "content": "a"}], "line 1 has no message of the role 'assistant' behind another"),
+        ([], "line 1 has no list of messages in 'messages'"),
+        (None, "line 1 has no list of messages in 'messages'"),
+        (
+            [{"role": "user"}, {"content": "a"}],
+            "line 1: the message {'content': 'a'} is no object with role and content",
+        ),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud83d"}],
+            "line 1 holds '\\ud83d' alone, which is half of a character",
+        ),
+    ],
+)
+def test_bad_conversations_are_named(
+    run: Any, checkpoint: Path, tmp_path: Path, messages: object, message: str
+) -> None:
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    result = run("tokenize", model, tmp_path / "a.jsonl", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_call_left_is_told(run: Any, checkpoint: Path, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial-x").mkdir()
+    result = run("tokenize", checkpoint, source, tmp_path / "out", "--length", 16)
+    assert result.exit_code == 0
+    assert "out.partial-x is left of a call that was killed" in " ".join(result.stderr.split())

@@ -105,20 +105,34 @@ class ChatTemplate:
         `tools` are JSON schemas of functions and `documents` texts to answer from, which the template may write into
         the prompt. Raises ValueError where the template refuses the messages.
         """
+        prompt = self._rendered(turns, tools, documents, add_generation_prompt=not continue_last)
+        return _cut_behind(prompt, turns[-1].content) if continue_last else prompt
+
+    def complete(
+        self,
+        turns: Sequence[Turn],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The messages as a text to learn: up to and with what the template writes behind the last of `turns`. Raises
+        ValueError where the template refuses the messages."""
+        return self._rendered(turns, tools, documents, add_generation_prompt=False)
+
+    def _rendered(self, turns: Sequence[Turn], tools: Any, documents: Any, *, add_generation_prompt: bool) -> str:
         name = _WITH_TOOLS if tools is not None and _WITH_TOOLS in self._templates else _DEFAULT
         if name not in self._templates:
             raise ValueError(f"the checkpoint's chat templates are {sorted(self._templates)}, and none is {_DEFAULT!r}")
         try:
-            prompt = self._templates[name].render(
+            return self._templates[name].render(
                 messages=[turn.message for turn in turns],
-                add_generation_prompt=not continue_last,
+                add_generation_prompt=add_generation_prompt,
                 tools=tools,
                 documents=documents,
                 **self._special_tokens,
             )
         except _FAILURES as error:
             raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from error
-        return _cut_behind(prompt, turns[-1].content) if continue_last else prompt
 
 
 class _GenerationTag(Extension):

@@ -22,18 +22,21 @@ def command(
     source: Annotated[
         str,
         typer.Argument(
-            help="A .txt, .md, .jsonl, .json (or one of these with .gz) or .parquet file, a folder of them, or a "
-            "Hugging Face dataset's id."
+            help="A .txt, .md, .jsonl, .json (or one of these with .gz or .zst) or .parquet file, a folder of them, or "
+            "a Hugging Face dataset's id. Records have a text, or messages for the chat template."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Directory for the shards; it must be new or empty.")],
     *,
     config: TextConfig,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a shard, 1 or more.")] = ROWS,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Most rows of a shard, 1 or more; none has more than 4,194,304 tokens.")
+    ] = ROWS,
 ) -> None:
     """Write a corpus for `twotower train` from text: documents packed into rows, in the order they are read.
 
-    Without --prompt-field every row is full, and a document that does not fit in a row is continued in the next.
+    Without --prompt-field every row is full, and a document that does not fit in a row is continued in the next. Of
+    messages each of the assistant's is learnt, with all before it as its prompt. Texts may be of any length.
     """
     tokenize(model, source, out, config, rows)
     print(f"train on it with: twotower train {model} {out} RUN")

@@ -4,8 +4,9 @@ import pytest
 import tokenizers
 
 from twotower.config import TwoTowerConfig
+from twotower.training.corpus.documents import Document, LongText
 from twotower.training.corpus.packing import pack
-from twotower.training.corpus.text import Document, TextConfig
+from twotower.training.corpus.text import TextConfig
 
 MODEL = TwoTowerConfig(vocab_size=260, hidden_size=8, pattern="-", intermediate_size=8, bos_token_id=1, eos_token_id=2)
 
@@ -17,11 +18,11 @@ def rows(documents: list[Document], tokenizer: tokenizers.Tokenizer, length: int
 
 def test_documents_are_packed_and_cut(byte_tokenizer: tokenizers.Tokenizer) -> None:
     a, b = 4 + ord("a"), 4 + ord("b")
-    found = rows([Document("", "aa"), Document("bb", "a"), Document("", "")], byte_tokenizer, 6)
+    found = rows([Document("", "aa"), Document("", "bba"), Document("", "")], byte_tokenizer, 6)
     assert found == [
-        # the second document's BOS and prompt are not scored, nor is what fills the last row
-        ([1, a, a, 2, 1, b], [False, True, True, True, False, False], [0, 0, 0, 0, 1, 1]),
-        ([b, a, 2, 1, 1, 1], [False, True, True, False, False, False], [0, 0, 0, 1, 1, 1]),
+        # neither is BOS scored, nor what fills the last row
+        ([1, a, a, 2, 1, b], [False, True, True, True, False, True], [0, 0, 0, 0, 1, 1]),
+        ([b, a, 2, 1, 1, 1], [True, True, True, False, False, False], [0, 0, 0, 1, 1, 1]),
     ]
 
 
@@ -38,9 +39,9 @@ def spelled(text: str) -> list[int]:
 def test_names_of_control_tokens_are_tokens_in_prompts_alone(byte_tokenizer: tokenizers.Tokenizer) -> None:
     document = Document("</s><mask>", "a</s><mask>")
     with pytest.warns(UserWarning, match="spells </s>, which is learnt as text; --control-tokens"):
-        ((ids, scored, _),) = rows([document], byte_tokenizer, 20)
-    assert ids == [1, 2, *spelled("<mask>a</s><mask>"), 2][:20]
-    assert scored == [False] * 8 + [True] * 12
+        ((ids, scored, _),) = rows([document], byte_tokenizer, 21)
+    assert ids == [1, 2, *spelled("<mask>a</s><mask>"), 2, 1][:21]
+    assert scored == [False] * 8 + [True] * 12 + [False]
     assert byte_tokenizer.encode("</s>").ids == [2]  # the caller's tokenizer is as it was
 
 
@@ -111,3 +112,32 @@ def test_more_documents_than_rows_can_wait_are_all_there_once(byte_tokenizer: to
             assert own[-1] == 2
     assert sorted(found) == sorted(texts)
     assert sum(p.num_padding for p in packed) < 0.1 * 20 * len(packed)
+
+
+def test_a_rendered_text_ends_with_its_own_end_token_and_has_control_tokens(
+    byte_tokenizer: tokenizers.Tokenizer,
+) -> None:
+    ((ids, scored, _),) = rows([Document("<s>q", "a</s>\n", rendered=True)], byte_tokenizer, 6)
+    assert ids == [1, *spelled("qa"), 2, 1, 1]
+    assert scored == [False, False, True, True, False, False]
+    ((ids, _, _),) = rows([Document("<s>q", "a", rendered=True)], byte_tokenizer, 4)
+    assert ids == [1, *spelled("qa"), 2]
+
+
+@pytest.mark.parametrize("prompt_field", [None, "prompt"])
+def test_a_document_is_packed_alike_whole_and_in_chunks(
+    byte_tokenizer: tokenizers.Tokenizer, prompt_field: str | None
+) -> None:
+    text = "".join(chr(97 + n % 26) if n % 7 else " " for n in range(150_000))
+    chunked = Document("", LongText(lambda: iter([text[:70_000], text[70_000:70_001], text[70_001:]])))
+    config = TextConfig(length=1000, prompt_field=prompt_field)
+    whole, parts = (
+        [(*row, lost) for row, _, lost in pack([Document("", "a"), document], byte_tokenizer, MODEL, config)]
+        for document in (Document("", text), chunked)
+    )
+    assert len(whole) == (151 if prompt_field is None else 2)
+    for one, other in zip(whole, parts, strict=True):
+        assert all((a == b).all() for a, b in zip(one[:3], other[:3], strict=True))
+        assert one[3] == other[3]
+    if prompt_field is not None:
+        assert {row[3] for row in whole} == {0, 150_002 - 1000}

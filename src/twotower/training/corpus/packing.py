@@ -1,9 +1,6 @@
-"""Tokenising documents and packing them into rows of equal length. Letters: t tokens."""
+"""Packing tokenised documents into rows of equal length. Letters: t tokens."""
 
-import copy
 import itertools
-import re
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -11,11 +8,11 @@ import numpy as np
 import tokenizers
 
 from twotower.config import TwoTowerConfig
+from twotower.training.corpus.documents import Document
 from twotower.training.corpus.shards import CorpusRows
-from twotower.training.corpus.text import Document, TextConfig
+from twotower.training.corpus.text import TextConfig
+from twotower.training.corpus.tokenizing import Tokens, tokenized
 
-# Documents tokenised together; the tokenizer spreads a batch over the processor's cores.
-_BATCH = 512
 # Unfinished rows that a document with a prompt may be put into; more rows leave less padding.
 _OPEN_ROWS = 64
 
@@ -35,155 +32,175 @@ def pack(
     """Packs documents into rows of `config.length` tokens.
 
     - A document is [BOS | prompt | text | EOS], with BOS and EOS where the model's config has them. A prompt or text
-      that begins with BOS gets no second one. A document whose text has no tokens is left out.
+      that begins with BOS gets no second one, and a rendered text that has an end token ends with its last one. A
+      document whose text has no tokens is left out.
     - BOS, prompt and any mask token are not scored. A text holds a mask token only where tokenizer.json does not mark
       the mask as special.
-    - Without `config.prompt_field`, documents follow each other and are cut where a row ends; the rest of a document
-      begins the next row, as a document of its own.
-    - With it, a cut would part texts from their questions, so each document is put whole into a row with room for it. A
-      document longer than a row loses the beginning of its prompt, until half a row of prompt is left, and then the end
-      of its text.
+    - Documents without a prompt follow each other and are cut where a row ends; the rest of a document begins the next
+      row, as a document of its own.
+    - A cut would part texts from their questions, so a document with a prompt, and with `config.prompt_field` every
+      document, is put whole into a row with room for it. A document longer than a row loses the beginning of its
+      prompt, until half a row of prompt is left, and then the end of its text.
     - Rows are filled up with unscored BOS (or token 0).
 
-    Warns, once, where a text spells a control token that is tokenised as text.
+    A document may be of any length: no more of it than a row is held in memory. Warns, once, where a text spells a
+    control token that is tokenised as text.
     """
-    bos = [] if model.bos_token_id is None else [model.bos_token_id]
-    end = list(model.eos_token_ids[:1])
-    found = _tokens(documents, tokenizer, model.mask_token_id, config.control_tokens)
-    parts = (_parts(bos, prompt, text, end) for prompt, text in found)
-    if config.prompt_field is None:
-        rows = _cut_rows(parts, config.length, model.mask_token_id)
-    else:
-        rows = _whole_rows(parts, config.length, model.mask_token_id)
-    for row in rows:
-        yield row.packed((bos or [0])[0])
+    cut = _CutRows(model, config.length)
+    whole = _WholeRows(model, config.length)
+    found = tokenized(documents, tokenizer, model.mask_token_id, config.control_tokens)
+    for (_, has_prompt, rendered), parts in itertools.groupby(found, key=_document):
+        if has_prompt or config.prompt_field is not None:
+            yield from whole.add(parts, rendered)
+        else:
+            yield from cut.add(parts)
+    yield from cut.rest()
+    yield from whole.rest()
 
 
-class _Parts(NamedTuple):
-    """The token ids of a document: BOS or nothing, its prompt, and its text with EOS."""
-
-    bos: list[int]
-    prompt: list[int]
-    text: list[int]
-
-    def cut(self, length: int) -> "_Parts":
-        """At most `length` of the tokens, without the beginning of the prompt and the end of the text."""
-        room = length - len(self.bos)
-        kept = max(room // 2, room - len(self.text))
-        prompt = self.prompt[max(len(self.prompt) - kept, 0) :]
-        return _Parts(self.bos, prompt, self.text[: room - len(prompt)])
-
-
-def _parts(bos: list[int], prompt: list[int], text: list[int], end: list[int]) -> _Parts:
-    # A chat template may have written a BOS already.
-    if prompt:
-        prompt = prompt[len(bos) :] if prompt[: len(bos)] == bos else prompt
-    else:
-        text = text[len(bos) :] if text[: len(bos)] == bos else text
-    return _Parts(bos, prompt, text + end)
+def _document(part: Tokens) -> tuple[int, bool, bool]:
+    return part.document, part.has_prompt, part.rendered
 
 
 class _OpenRow:
     """A row that is being filled."""
 
-    def __init__(self, length: int, mask_token_id: int) -> None:
-        self._mask_token_id = mask_token_id
-        self._ids: list[int] = []
-        self._scored: list[bool] = []
-        self._document: list[int] = []
+    def __init__(self, model: TwoTowerConfig, length: int) -> None:
+        padding = 0 if model.bos_token_id is None else model.bos_token_id
+        self._ids = np.full(length, padding, np.int32)
+        self._scored = np.zeros(length, bool)
+        self._document = np.zeros(length, np.int32)
+        self._mask_token_id = model.mask_token_id
+        self._number = -1
         self.room = length
         self.num_lost = 0
 
-    def add(self, ids: list[int], num_unscored: int) -> None:
-        """Adds a document whose first `num_unscored` tokens are not scored. There must be room for it."""
-        number = self._document[-1] + 1 if self._document else 0
-        self._ids += ids
-        self._scored += [n >= num_unscored and i != self._mask_token_id for n, i in enumerate(ids)]
-        self._document += [number] * len(ids)
-        self.room -= len(ids)
+    def begin(self) -> None:
+        """Begins a document: what is added from here on is its tokens."""
+        self._number += 1
 
-    def packed(self, padding: int) -> Packed:
-        ids = self._ids + [padding] * self.room
-        scored = self._scored + [False] * self.room
-        document = self._document + [self._document[-1] + 1] * self.room
-        row = CorpusRows(np.array(ids, np.int32), np.array(scored, bool), np.array(document, np.int32))
-        return Packed(row, self.room, self.num_lost)
+    def add(self, ids: np.ndarray, *, scored: bool) -> np.ndarray:
+        """Adds as many of the tokens (t,) as there is room for, and returns the others."""
+        here, rest = ids[: self.room], ids[self.room :]
+        place = slice(len(self._ids) - self.room, len(self._ids) - self.room + len(here))
+        self._ids[place] = here
+        self._scored[place] = scored & (here != self._mask_token_id)
+        self._document[place] = self._number
+        self.room -= len(here)
+        return rest
 
-
-def _cut_rows(documents: Iterable[_Parts], length: int, mask_token_id: int) -> Iterator[_OpenRow]:
-    """Documents one after the other, cut where a row ends."""
-    row = _OpenRow(length, mask_token_id)
-    for bos, prompt, text in documents:
-        tokens = bos + prompt + text
-        at = 0
-        while at < len(tokens):
-            piece = tokens[at : at + row.room]
-            row.add(piece, len(bos) + len(prompt) - at)
-            at += len(piece)
-            if row.room == 0:
-                yield row
-                row = _OpenRow(length, mask_token_id)
-    if row.room < length:
-        yield row
+    def packed(self) -> Packed:
+        self._document[len(self._ids) - self.room :] = self._number + 1
+        return Packed(CorpusRows(self._ids, self._scored, self._document), self.room, self.num_lost)
 
 
-def _whole_rows(documents: Iterable[_Parts], length: int, mask_token_id: int) -> Iterator[_OpenRow]:
-    """Each document whole in the first open row with room for it; the fullest row is closed when too many are open."""
-    rows: list[_OpenRow] = []
-    for whole in documents:
-        document = whole.cut(length)
-        tokens = document.bos + document.prompt + document.text
-        row = next((row for row in rows if row.room >= len(tokens)), None)
+class _CutRows:
+    """Rows of documents one after the other, cut where a row ends."""
+
+    def __init__(self, model: TwoTowerConfig, length: int) -> None:
+        self._model, self._length = model, length
+        self._bos, self._end = _ends(model)
+        self._row: _OpenRow | None = None
+
+    def add(self, parts: Iterable[Tokens]) -> Iterator[Packed]:
+        """Adds a document without a prompt, and yields the rows that it fills."""
+        begun = False
+        for ids, *_ in parts:
+            if begun or not len(ids):
+                yield from self._put(ids, scored=True)
+                continue
+            begun = True
+            if self._row is not None:
+                self._row.begin()
+            yield from self._put(self._bos, scored=False)
+            yield from self._put(_without_beginning(ids, self._bos), scored=True)
+        if begun:
+            yield from self._put(self._end, scored=True)
+
+    def _put(self, ids: np.ndarray, *, scored: bool) -> Iterator[Packed]:
+        while len(ids):
+            if self._row is None:
+                self._row = _OpenRow(self._model, self._length)
+                self._row.begin()
+            ids = self._row.add(ids, scored=scored)
+            if self._row.room == 0:
+                yield self._row.packed()
+                self._row = None
+
+    def rest(self) -> Iterator[Packed]:
+        """The row that isn't full."""
+        if self._row is not None:
+            yield self._row.packed()
+
+
+class _WholeRows:
+    """Rows of documents, each whole in the first open row with room for it; the fullest row is closed when too many are
+    open."""
+
+    def __init__(self, model: TwoTowerConfig, length: int) -> None:
+        self._model, self._length = model, length
+        self._bos, self._end = _ends(model)
+        self._rows: list[_OpenRow] = []
+
+    def add(self, parts: Iterable[Tokens], rendered: bool) -> Iterator[Packed]:
+        """Adds a document, and yields the rows that it fills or closes."""
+        found = self._fitted(parts, rendered)
+        if found is None:
+            return
+        prompt, text, num_lost = found
+        size = len(self._bos) + len(prompt) + len(text)
+        row = next((row for row in self._rows if row.room >= size), None)
         if row is None:
-            if len(rows) == _OPEN_ROWS:
-                yield rows.pop(min(range(len(rows)), key=lambda n: rows[n].room))
-            row = _OpenRow(length, mask_token_id)
-            rows.append(row)
-        row.add(tokens, len(document.bos) + len(document.prompt))
-        row.num_lost = sum(map(len, whole)) - len(tokens)  # above 0 only for a document longer than a row
+            if len(self._rows) == _OPEN_ROWS:
+                yield self._rows.pop(min(range(len(self._rows)), key=lambda n: self._rows[n].room)).packed()
+            row = _OpenRow(self._model, self._length)
+            self._rows.append(row)
+        row.begin()
+        for ids, scored in ((self._bos, False), (prompt, False), (text, True)):
+            row.add(ids, scored=scored)
+        row.num_lost = num_lost  # above 0 only for a document longer than a row
         if row.room == 0:
-            rows.remove(row)
-            yield row
-    yield from rows
+            self._rows.remove(row)
+            yield row.packed()
+
+    def rest(self) -> Iterator[Packed]:
+        """The rows that aren't full."""
+        for row in self._rows:
+            yield row.packed()
+
+    def _fitted(self, parts: Iterable[Tokens], rendered: bool) -> tuple[np.ndarray, np.ndarray, int] | None:
+        """The prompt and the text of a document, as much of them as fits into a row behind BOS, and the number of
+        tokens that don't; None for a text without tokens."""
+        prompt = text = np.empty(0, np.int32)
+        num_prompt = num_text = num_bos = 0
+        for ids, _, in_text, *_ in parts:
+            own = ids if num_prompt or num_text else _without_beginning(ids, self._bos)
+            if in_text:
+                num_text += len(ids)
+                num_bos += len(ids) - len(own)
+                text = np.concatenate([text, own[: self._length - len(text)]])
+            else:
+                num_prompt += len(own)
+                prompt = np.concatenate([prompt, own])[-self._length :]
+        if num_text == 0:
+            return None
+        num_beyond = num_prompt + num_text - num_bos - len(prompt) - len(text)
+        ended = np.flatnonzero(np.isin(text, self._model.eos_token_ids))
+        text = text[: ended[-1] + 1] if rendered and len(ended) else np.concatenate([text, self._end])
+        num_held = len(prompt) + len(text)
+        room = self._length - len(self._bos)
+        kept = max(room // 2, room - len(text))
+        prompt = prompt[max(len(prompt) - kept, 0) :]
+        text = text[: room - len(prompt)]
+        return prompt, text, num_beyond + num_held - len(prompt) - len(text)
 
 
-def _tokens(
-    documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, mask_token_id: int, control_tokens: bool
-) -> Iterator[tuple[list[int], list[int]]]:
-    """The token ids of each document's prompt and text, except documents whose text has none.
-
-    Names of control tokens are those tokens in prompts, and in texts with `control_tokens`; elsewhere they are spelled
-    as text. The mask's name is always spelled as text.
-    """
-    plain, controlled = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
-    plain.encode_special_tokens, controlled.encode_special_tokens = True, False
-    mask = tokenizer.id_to_token(mask_token_id)
-    spelled = [] if mask is None else plain.encode(mask, add_special_tokens=False).ids
-
-    def encode(how: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
-        found = [encoding.ids for encoding in how.encode_batch(texts, add_special_tokens=False)]
-        return [
-            [part for i in ids for part in (spelled if i == mask_token_id else [i])] if mask_token_id in ids else ids
-            for ids in found
-        ]
-
-    names = [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special and t.content != mask]
-    watched = None if control_tokens or not names else re.compile("|".join(map(re.escape, names)))
-    for batch in _batches(documents, _BATCH):
-        texts = [document.text for document in batch]
-        found = next(filter(None, map(watched.search, texts)), None) if watched else None
-        if found:
-            watched = None
-            warnings.warn(
-                f"a text spells {found[0]}, which is learnt as text; --control-tokens makes it the token", stacklevel=2
-            )
-        prompts = encode(controlled, [document.prompt for document in batch])
-        for prompt, text in zip(prompts, encode(controlled if control_tokens else plain, texts), strict=True):
-            if text:
-                yield prompt, text
+def _ends(model: TwoTowerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that are put before and behind each document, one or none."""
+    bos = [] if model.bos_token_id is None else [model.bos_token_id]
+    return np.array(bos, np.int32), np.array(model.eos_token_ids[:1], np.int32)
 
 
-def _batches(items: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+def _without_beginning(ids: np.ndarray, bos: np.ndarray) -> np.ndarray:
+    """The tokens without the BOS that a chat template may have written."""
+    return ids[len(bos) :] if np.array_equal(ids[: len(bos)], bos) else ids

@@ -1,24 +1,18 @@
 """Reading documents from files, folders and Hugging Face datasets."""
 
 import dataclasses
-import gzip
-import json
+import itertools
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
 
 from twotower.options import check_options, option
+from twotower.training.corpus.conversations import Conversations, messages_field
+from twotower.training.corpus.documents import Document, LongText, SourceRecord, field_text
+from twotower.training.corpus.files import CHUNK, open_text
+from twotower.training.corpus.json_records import read_json
 
-Record = dict[str, Any]
-
-
-class Document(NamedTuple):
-    """A text to learn, and the prompt before it, such as a question, which is not learnt; "" for none."""
-
-    prompt: str
-    text: str
+_PARQUET_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,18 +42,19 @@ class TextConfig:
         check_options(self)
 
 
-def read_documents(source: str, config: TextConfig) -> Iterator[Document]:
+def read_documents(source: str, config: TextConfig, model: Path) -> Iterator[Document]:
     """The documents of a file, of every readable file below a folder in the order of their paths, or of a Hugging Face
-    dataset, which is streamed.
+    dataset, all of them streamed. Messages are rendered by the chat template of the checkpoint in the folder `model`.
 
     Warns of the files it skips. Raises FileNotFoundError where there is no such file, folder or dataset, and ValueError
     where there is nothing to read, a file is broken or a record lacks a field.
     """
     path = Path(source)
+    chat = Conversations(model)
     if not path.exists():
         if _reader(path) or source.startswith((".", "/")):
             raise FileNotFoundError(f"{source} is not there; give a file, a folder or the id of a Hugging Face dataset")
-        yield from _documents(_dataset(source, config.split), source, config)
+        yield from _documents(_dataset(source, config.split), config, chat)
         return
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     skipped = [file for file in files if _reader(file) is None]
@@ -72,23 +67,20 @@ def read_documents(source: str, config: TextConfig) -> Iterator[Document]:
         warnings.warn(f"skipped {names}{more}: not ending in {_ENDINGS}", stacklevel=2)
     for file in files:
         if _reader(file):
-            yield from _documents(read_records(file), str(file), config)
+            yield from _documents(read_records(file), config, chat)
 
 
-def _documents(records: Iterable[Record], source: str, config: TextConfig) -> Iterator[Document]:
-    fields = [config.text_field] if config.prompt_field is None else [config.text_field, config.prompt_field]
-    for number, record in enumerate(records, 1):
-        for field in fields:
-            if not isinstance(record.get(field), str):
-                raise ValueError(
-                    f"record {number} of {source} has no text in the field {field!r}; its fields are {sorted(record)}; "
-                    "name one of them with `tokenize`'s --text-field or --prompt-field"
-                )
-        prompt = "" if config.prompt_field is None else str(record[config.prompt_field])
-        yield Document(prompt, str(record[config.text_field]))
+def _documents(records: Iterable[SourceRecord], config: TextConfig, chat: Conversations) -> Iterator[Document]:
+    for record in records:
+        messages = messages_field(record, config.text_field)
+        if messages is not None:
+            yield from chat.documents(record, messages)
+        else:
+            prompt = "" if config.prompt_field is None else field_text(record, config.prompt_field)
+            yield Document(prompt, field_text(record, config.text_field))
 
 
-def _dataset(name: str, split: str) -> Iterable[Record]:
+def _dataset(name: str, split: str) -> Iterator[SourceRecord]:
     try:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
@@ -97,94 +89,76 @@ def _dataset(name: str, split: str) -> Iterable[Record]:
             "pip install 'twotower[data]'"
         ) from error
     try:
-        return load_dataset(name, split=split, streaming=True)
+        records = load_dataset(name, split=split, streaming=True)
     except ConnectionError as error:
         raise FileNotFoundError(
             f"{name} is neither a file or folder here nor a dataset that can be reached ({error}); check the spelling "
             "and the connection"
         ) from error
+    for number, fields in enumerate(records, 1):
+        yield SourceRecord(f"record {number} of {name}", fields)
 
 
-def read_records(file: Path) -> Iterator[Record]:
+def read_records(file: Path) -> Iterator[SourceRecord]:
     """The records of a file; a file of plain text is one record, with the field `text`. Raises ValueError, naming the
-    file, where it is broken or of an unknown kind."""
+    file and line, where it is broken or of an unknown kind."""
     reader = _reader(file)
     if reader is None:
         raise ValueError(f"{file} must end in {_ENDINGS}; convert it to one")
-    try:
-        yield from reader(file)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not UTF-8 text ({error}); convert it, as with: iconv -f LATIN1 -t UTF-8"
-        ) from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file} is not a whole gzip file ({error}); make or download it again") from error
+    return reader(file)
 
 
-def _open_text(file: Path) -> IO[str]:
-    # utf-8-sig drops the byte order mark that some editors write.
-    return (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rt", encoding="utf-8-sig")
+def read_lines(file: Path) -> Iterator[str]:
+    """The lines of a plain text, without their ends. Raises ValueError, naming the file, where it is broken."""
+    with open_text(file) as opened:
+        for line in opened:
+            yield line.removeprefix("\ufeff").removesuffix("\n")
 
 
-def _read_text(file: Path) -> Iterator[Record]:
-    with _open_text(file) as opened:
-        yield {"text": opened.read()}
+def _read_text(file: Path) -> Iterator[SourceRecord]:
+    with open_text(file) as opened:
+        text = opened.read(CHUNK)
+        more = len(text) == CHUNK
+    yield SourceRecord(str(file), {"text": LongText(lambda: _chunks(file)) if more else text})
 
 
-def _read_json(file: Path) -> Iterator[Record]:
-    """JSON objects, one per line or in a list."""
-    with _open_text(file) as opened:
-        for number, line in enumerate(opened, 1):
-            if line.lstrip().startswith("["):
-                values = _json(line + opened.read(), f"{file}, from line {number},")
-            elif line.strip():
-                values = [_json(line, f"{file} line {number}")]
-            else:
-                continue
-            for value in values:
-                if not isinstance(value, dict):
-                    raise ValueError(
-                        f"{file} holds a {type(value).__name__} at line {number} or behind it, must hold objects such "
-                        'as {"text": "…"}'
-                    )
-                yield value
+def _chunks(file: Path) -> Iterator[str]:
+    with open_text(file) as opened:
+        while text := opened.read(CHUNK):
+            yield text
 
 
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}; correct it") from error
+def _read_json(file: Path) -> Iterator[SourceRecord]:
+    with open_text(file) as opened:
+        yield from read_json(file, opened)
 
 
-def _read_parquet(file: Path) -> Iterator[Record]:
+def _read_parquet(file: Path) -> Iterator[SourceRecord]:
     try:
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError as error:
         raise ValueError(f"{file} needs the package {error.name}; pip install 'twotower[data]'") from error
     try:
-        for batch in parquet.ParquetFile(file).iter_batches():
-            yield from batch.to_pylist()
+        # Without pre_buffer, which reads a whole group of rows, and a few rows at a time, since texts may be long
+        batches = parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK).iter_batches(batch_size=_PARQUET_ROWS)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, fields in enumerate(rows, 1):
+            yield SourceRecord(f"{file} row {number}", fields)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{file} is not a whole .parquet file ({error}); make or download it again") from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".txt.gz": _read_text,
-    ".md.gz": _read_text,
-    ".jsonl.gz": _read_json,
-    ".json.gz": _read_json,
+_COMPRESSED = (".gz", ".zst")
+_READERS: dict[str, Callable[[Path], Iterator[SourceRecord]]] = {
+    **{f"{kind}{ending}": _read_text for kind in (".txt", ".md") for ending in ("", *_COMPRESSED)},
+    **{f"{kind}{ending}": _read_json for kind in (".jsonl", ".json") for ending in ("", *_COMPRESSED)},
     ".parquet": _read_parquet,
 }
-_ENDINGS = ".txt, .md, .jsonl, .json (or these with .gz) or .parquet"
+_ENDINGS = ".txt, .md, .jsonl, .json (or these with .gz or .zst) or .parquet"
 
 
-def _reader(file: Path) -> Callable[[Path], Iterator[Record]] | None:
+def _reader(file: Path) -> Callable[[Path], Iterator[SourceRecord]] | None:
     """The reader for a file of this name, whose ending may be in capitals; None for an unknown one."""
     name = file.name.lower()
     return next((reader for ending, reader in _READERS.items() if name.endswith(ending)), None)

@@ -1,8 +1,12 @@
 """Writing a corpus: from documents to shards of packed rows."""
 
+import glob
 import itertools
+import operator
+import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +20,9 @@ from twotower.training.corpus.packing import Packed, pack
 from twotower.training.corpus.shards import CorpusRows, write_shard
 from twotower.training.corpus.text import TextConfig, read_documents
 
-# The number of rows in a shard.
+# The most rows of a shard, and the most tokens: a shard is in memory while it is filled.
 ROWS = 4096
+SHARD_TOKENS = 1 << 22
 
 
 class CorpusCounts(NamedTuple):
@@ -39,11 +44,12 @@ def write_corpus(
     rows: int = ROWS,
     progress: Callable[[int], None] = lambda written: None,
 ) -> CorpusCounts:
-    """Writes the documents of `source`, as `read_documents` finds them, into shards of `rows` rows, with the tokenizer
-    of the checkpoint `model`. `progress` is called after each shard with the number of rows written so far.
+    """Writes the documents of `source`, as `read_documents` finds them, into shards of at most `rows` rows and
+    SHARD_TOKENS tokens, with the tokenizer of the checkpoint `model`. `progress` is called after each shard with the
+    number of rows written so far. Memory doesn't grow with `source`, nor with a document of it.
 
-    `out` stays empty until all shards are written. Raises FileExistsError unless `out` is new or empty, and ValueError
-    for a checkpoint without a tokenizer or a source without text.
+    `out` stays absent or empty until all shards are written. Raises FileExistsError unless `out` is new or empty,
+    and ValueError for a checkpoint without a tokenizer or a source without text.
     """
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose a new directory")
@@ -51,31 +57,46 @@ def write_corpus(
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer.json to tokenize with; add one")
-    packed = pack(read_documents(source, config), tokenizer, read_one_tower_config(folder), config)
+    packed = pack(read_documents(source, config, folder), tokenizer, read_one_tower_config(folder), config)
     place = out.resolve()  # absolute, because the path "." has neither name nor parent
     place.parent.mkdir(parents=True, exist_ok=True)
+    size = max(1, min(rows, SHARD_TOKENS // config.length))
+    for left in place.parent.glob(f"{glob.escape(place.name)}.partial-*"):
+        warnings.warn(f"{left} is left of a call that was killed; delete it unless that call still runs", stacklevel=2)
     # An incomplete corpus could be trained on unnoticed, so the shards are moved to `out` when all are written.
     with tempfile.TemporaryDirectory(prefix=f"{place.name}.partial-", dir=place.parent) as building:
-        counts = _write(packed, rows, Path(building), progress)
+        (whole := Path(building) / place.name).mkdir()
+        counts = _write(packed, config.length, size, whole, progress)
         if not counts.rows:
             raise ValueError(f"{source} has no text to make tokens of; give another, or another --text-field")
-        place.mkdir(exist_ok=True)
-        for file in sorted(Path(building).iterdir()):
-            shutil.move(file, place)
+        if place.exists():  # it may be somebody's current folder, and stays the same one
+            for file in sorted(whole.iterdir()):
+                shutil.move(file, place)
+        else:
+            os.rename(whole, place)
     return counts
 
 
-def _write(packed: Iterator[Packed], size: int, folder: Path, progress: Callable[[int], None]) -> CorpusCounts:
+def _write(
+    packed: Iterator[Packed], length: int, size: int, folder: Path, progress: Callable[[int], None]
+) -> CorpusCounts:
     counts = CorpusCounts(0, 0, 0, 0, 0)
-    for index, shard in enumerate(iter(lambda: list(itertools.islice(packed, size)), [])):
-        stacked = CorpusRows(*(np.stack(parts) for parts in zip(*(p.row for p in shard), strict=True)))
-        write_shard(folder / f"{index:05d}.safetensors", stacked)
-        counts = CorpusCounts(
-            counts.rows + len(shard),
-            counts.scored + int(stacked.scored.sum()),
-            counts.padding + sum(p.num_padding for p in shard),
-            counts.cut + sum(p.num_lost > 0 for p in shard),
-            counts.lost + sum(p.num_lost for p in shard),
-        )
+    shard = CorpusRows(*(np.empty((size, length), dtype) for dtype in (np.int32, np.bool_, np.int32)))
+    index = 0
+    while True:
+        num_rows = num_padding = num_cut = num_lost = 0
+        for found in itertools.islice(packed, size):
+            for whole, part in zip(shard, found.row, strict=True):
+                whole[num_rows] = part
+            num_rows += 1
+            num_padding += found.num_padding
+            num_cut += found.num_lost > 0
+            num_lost += found.num_lost
+        if num_rows == 0:
+            return counts
+        filled = CorpusRows(*(whole[:num_rows] for whole in shard))
+        write_shard(folder / f"{index:05d}.safetensors", filled)
+        more = CorpusCounts(num_rows, int(filled.scored.sum()), num_padding, num_cut, num_lost)
+        counts = CorpusCounts(*map(operator.add, counts, more))
         progress(counts.rows)
-    return counts
+        index += 1
