@@ -131,7 +131,7 @@ def _released_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     A key that is null says nothing, except for tokens, of which there may be none.
     """
-    refused = [f"{key} is {raw[key]}" for key in _REFUSED if raw.get(key) is not None]
+    refused = [f"{key} is {raw[key]}" for key in _REFUSED if raw.get(key)]
     if refused:
         raise ValueError(f"{'; '.join(refused)} in config.json, must be null: our towers don't compute that")
     kept = {k: v for k, v in raw.items() if k not in _DROPPED and (v is not None or k.endswith("_token_id"))}

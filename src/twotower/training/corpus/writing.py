@@ -14,12 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from twotower.checkpoints.families.nemotron_h import read_one_tower_config
+from twotower.checkpoints.hf.config_file import read_config, read_raw_config
 from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
+from twotower.config import TwoTowerConfig
 from twotower.training.corpus.packing import Packed, pack
 from twotower.training.corpus.shards import CorpusRows, write_shard
 from twotower.training.corpus.text import TextConfig, read_documents
 
+_TWO_TOWERS = "NemotronHTwoTowerForCausalLM"
 # The most rows of a shard, and the most tokens: a shard is in memory while it is filled.
 ROWS = 4096
 SHARD_TOKENS = 1 << 22
@@ -57,7 +60,7 @@ def write_corpus(
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer.json to tokenize with; add one")
-    packed = pack(read_documents(source, config, folder), tokenizer, read_one_tower_config(folder), config)
+    packed = pack(read_documents(source, config, folder), tokenizer, _config(folder), config)
     place = out.resolve()  # absolute, because the path "." has neither name nor parent
     place.parent.mkdir(parents=True, exist_ok=True)
     size = max(1, min(rows, SHARD_TOKENS // config.length))
@@ -75,6 +78,12 @@ def write_corpus(
         else:
             os.rename(whole, place)
     return counts
+
+
+def _config(folder: Path) -> TwoTowerConfig:
+    """The config of a two-tower checkpoint, or of a model to be pretrained."""
+    architectures = read_raw_config(folder).get("architectures") or ()
+    return read_config(folder) if _TWO_TOWERS in architectures else read_one_tower_config(folder)
 
 
 def _write(
