@@ -73,7 +73,7 @@ def _check_shards(trainer: Trainer) -> None:
     """Half of every projection, its running mean and moments; all of a router."""
     tensors = trainer.optimiser.tensors()
     for group in ("weights", "ema", "exp_avg"):
-        weight = tensors[group].get("model.lm_head.weight")
+        weight = tensors[group].get("model.lm_head.linear.weight")
         if weight is None:  # of low rank: frozen, sharded all the same
             weight = trainer.objective.model.lm_head.weight
         assert isinstance(weight, DTensor)

@@ -146,7 +146,7 @@ def test_bf16_computes_coarsely_and_learns_finely(
     # eight updates of 1e-5 are too small for bf16 weights, but the float32 masters have them
     resumed = make(tiny("M*-E", block_size=8), corpus, tmp_path / "bf16", bf16=True, **settings)
     resumed.run(lambda report: None)
-    start, end = tiny("M*-E", block_size=8), resumed.optimiser.masters["model.lm_head.weight"]
+    start, end = tiny("M*-E", block_size=8), resumed.optimiser.masters["model.lm_head.linear.weight"]
     moved = (end - start.lm_head.weight).abs()
     assert moved.max() > 4e-5
     assert torch.equal(resumed.objective.model.lm_head.weight, end.bfloat16())
