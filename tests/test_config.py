@@ -107,6 +107,8 @@ def test_depth_must_be_the_patterns() -> None:
         ({"intermediate_size": 0}, "intermediate_size is 0, must be at least 1"),
         ({"mlp_hidden_act": "swish"}, "mlp_hidden_act is 'swish', must be one of relu2, relu, silu, gelu"),
         ({"mlp_hidden_act": "xielu"}, "mlp_hidden_act is 'xielu', must be another with gated_mlp or experts"),
+        ({"kv_lora_rank": 4}, "qk_rope_head_dim is 0, must be at least 1"),
+        ({"kv_lora_rank": 4, "qk_rope_head_dim": 4, "v_head_dim": 12}, "head_dim is 8, must be at least 12"),
         ({"glu_limit": 0.0}, "glu_limit is 0.0, must be null or above 0"),
         ({"router": "top"}, "router is 'top', must be one of sigmoid, softmax"),
         ({"moe_latent_size": -1}, "moe_latent_size is -1, must be at least 0"),

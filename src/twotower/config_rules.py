@@ -97,6 +97,7 @@ def _attention_problems(c: "TwoTowerConfig") -> list[str]:
     found = [problem for kind in c.attention_kinds for problem in kind.problems(c.head_dim)]
     if c.qk_norm not in (None, "head", "each", "all"):
         found.append(f"qk_norm is {c.qk_norm!r}, must be null, 'head', 'each' or 'all'")
+    found += _latent_problems(c) if c.kv_lora_rank else []
     digits = set("0123456789"[: len(c.attention_types)])
     num_layers = c.pattern.count("*")
     if c.attention_pattern and (len(c.attention_pattern) != num_layers or set(c.attention_pattern) - digits):
@@ -106,6 +107,24 @@ def _attention_problems(c: "TwoTowerConfig") -> list[str]:
         )
     if len(c.attention_types) > 1 and not c.attention_pattern:
         found.append(f"attention_pattern is empty, must choose among {len(c.attention_types)} attention_types")
+    return found
+
+
+def _latent_problems(c: "TwoTowerConfig") -> list[str]:
+    names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    found = [f"{name} is {getattr(c, name)}, must be at least 1" for name in names if getattr(c, name) < 1]
+    if c.q_lora_rank < 0:
+        found.append(f"q_lora_rank is {c.q_lora_rank}, must be at least 0")
+    width = max(c.qk_rope_head_dim + c.qk_nope_head_dim, c.v_head_dim)
+    if c.head_dim < width:
+        found.append(f"head_dim is {c.head_dim}, must be at least {width}, the width of keys and of values")
+    if c.num_key_value_heads != c.num_attention_heads:
+        found.append(f"num_key_value_heads is {c.num_key_value_heads}, must be {c.num_attention_heads} with latents")
+    ropes = [kind.rope_parameters for kind in c.attention_kinds]
+    if any(rope is None or rope.turned(c.head_dim) != c.qk_rope_head_dim for rope in ropes):
+        found.append(f"RoPE turns another part of head_dim {c.head_dim} than qk_rope_head_dim {c.qk_rope_head_dim}")
+    if c.qk_norm is not None:
+        found.append(f"qk_norm is {c.qk_norm!r}, must be null with latents")
     return found
 
 

@@ -13,7 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.model.two_tower import TwoTower
+from twotower.rope import AttentionType, Rope
 
+# Of latent attention; its norms have an epsilon of their own
+LATENTS: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 10,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 6,
+    "attention_types": (AttentionType(rope_parameters=Rope(partial_rotary_factor=0.5)),),
+    "layer_norm_epsilon": 1e-6,
+}
 # (pattern, config): every switch that changes the computation
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("M*-E", {}),
@@ -26,6 +38,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("**", {"num_key_value_heads": 1, "use_rope": True, "rope_theta": 100.0}),
     ("llama", {}),
     ("llama", {"tie_word_embeddings": False, "mlp_bias": True}),
+    ("**", LATENTS),
+    ("*", LATENTS | {"q_lora_rank": 0, "v_head_dim": 8, "attention_bias": True}),
     ("-", {"mlp_hidden_act": "xielu"}),
     ("E-", {"gated_mlp": True, "mlp_hidden_act": "silu", "router": "softmax", "shared_expert_gate": True}),
     ("E", {"moe_latent_size": 20, "router_bias": True, "mlp_bias": True}),
@@ -90,13 +104,19 @@ class Reference:
 
     def attention(self, name: str, x: Tensor, seed: tuple | None, causal: bool) -> tuple[Tensor, tuple]:
         c = self.c
-        q, k, v = (self.project(f"{name}.{part}_proj", x).unflatten(-1, (-1, c.head_dim)) for part in "qkv")
+        if c.kv_lora_rank:
+            q, k, v = self.latent_heads(name, x)
+        else:
+            q, k, v = (self.project(f"{name}.{part}_proj", x).unflatten(-1, (-1, c.head_dim)) for part in "qkv")
         start = seed[0].shape[0] if seed else 0
         if c.use_rope:
             q, k = self.rope(q, start), self.rope(k, start)
+        elif c.kv_lora_rank:
+            turned = c.qk_rope_head_dim
+            q, k = (torch.cat((self.rope(h[..., :turned], start), h[..., turned:]), -1) for h in (q, k))
         if seed:
             k, v = torch.cat((seed[0], k)), torch.cat((seed[1], v))
-        out = torch.empty_like(q)
+        out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype)
         for i in range(q.shape[0]):
             end = start + i + 1 if causal else k.shape[0]
             for head in range(q.shape[1]):
@@ -104,6 +124,16 @@ class Reference:
                 weights = (k[:end, kv] @ q[i, head] / math.sqrt(c.head_dim)).softmax(0)
                 out[i, head] = weights @ v[:end, kv]
         return self.project(f"{name}.o_proj", out.flatten(1)), (k, v)
+
+    def latent_heads(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c, w = self.c, self.w
+        sizes = (c.kv_lora_rank, c.qk_rope_head_dim)
+        q = self.norm(self.project(f"{name}.q_a_proj", x), w[f"{name}.q_a_norm.weight"]) if c.q_lora_rank else x
+        q = self.project(f"{name}.q_proj", q).unflatten(-1, (c.num_attention_heads, -1))
+        latent, shared = self.project(f"{name}.kv_a_proj", x).split(sizes, -1)
+        both = self.project(f"{name}.kv_b_proj", self.norm(latent, w[f"{name}.kv_a_norm.weight"]))
+        own, v = both.unflatten(-1, (c.num_attention_heads, -1)).split((c.qk_nope_head_dim, c.v_head_dim), -1)
+        return q, torch.cat((shared[:, None].expand(-1, c.num_attention_heads, -1), own), -1), v
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
         up = self.project(f"{name}.up_proj", x)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
+from twotower.model.latent_attention import LatentProjection
 from twotower.model.linear import Linear, Pack
 from twotower.model.norm import Norm
 from twotower.model.pages import PastLayer
@@ -35,10 +36,16 @@ class Attention(nn.Module):
         self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.softcap = config.attention_softcap
         self.normed_together = config.qk_norm == "all"
+        self.value_dim = config.v_head_dim or self.head_dim  # the rest of a value is zeros
         query, kv = self.num_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.sizes = (query, kv, kv)
-        self.qkv_proj = Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias, dtype=dtype)
-        self.o_proj = Linear(query, config.hidden_size, bias=config.attention_bias, dtype=dtype)
+        self.qkv_proj: Linear | LatentProjection
+        if config.kv_lora_rank:
+            self.qkv_proj = LatentProjection(config, dtype)
+        else:
+            self.qkv_proj = Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias, dtype=dtype)
+        inputs = self.num_heads * self.value_dim
+        self.o_proj = Linear(inputs, config.hidden_size, bias=config.attention_bias, dtype=dtype)
         self.q_norm = self._norm(config, self.num_heads, dtype)
         self.k_norm = self._norm(config, config.num_key_value_heads, dtype)
         self.sinks = nn.Parameter(torch.empty(self.num_heads, dtype=dtype)) if config.attention_sinks else None
@@ -86,7 +93,7 @@ class Attention(nn.Module):
 
     def output(self, attended: Tensor) -> Tensor:
         """(b, h, s, p) to (b, s, d)."""
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+        return self.o_proj(attended[..., : self.value_dim].transpose(1, 2).flatten(2))
 
     def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
         self.qkv_proj.pack_(dtype, pack)
@@ -98,7 +105,10 @@ class Attention(nn.Module):
             self.sinks.data = self.sinks.data.to(torch.promote_types(dtype, torch.float32))
 
     def released_tensors(self) -> dict[str, Tensor]:
-        found = self.qkv_proj.released_tensors(("q_proj", "k_proj", "v_proj"), self.sizes)
+        if isinstance(self.qkv_proj, LatentProjection):
+            found = self.qkv_proj.released_tensors()
+        else:
+            found = self.qkv_proj.released_tensors(("q_proj", "k_proj", "v_proj"), self.sizes)
         found |= self.o_proj.released_tensors(("o_proj",), (self.o_proj.outputs,))
         for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
             found |= {} if norm is None else norm.released_tensors(name)

@@ -9,10 +9,19 @@ from torch.func import functional_call
 from twotower.model import moe
 from twotower.model.two_tower import TwoTower
 from twotower.ops.moe import ExpertWeights, Routing, apply_experts
+from twotower.rope import AttentionType, Rope
 from twotower.training.forward.block_parallel import block_parallel_hidden
 from twotower.training.forward.layout import Layout, make_layout
 
 PATTERNS = ["*", "-*", "M", "MEM", "M*-E", "llama"]
+LATENTS = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 6,
+    "attention_types": (AttentionType(rope_parameters=Rope(partial_rotary_factor=0.5)),),
+}
 
 
 def one_document(length: int, block_size: int, offset: int = 0) -> Layout:
@@ -77,6 +86,17 @@ def test_packed_documents_are_decoded_apart(
     xt, t = noisy(x0, layout)
     trained = logits(model, x0, xt, t, layout, chunk_size=chunk_size)
     check_decoding(model, trained, x0, xt, t, layout)
+
+
+@pytest.mark.parametrize("latents", [{}, LATENTS])
+def test_gated_experts_and_latents_are_decoded_as_trained(
+    latents: dict[str, Any], tiny: Callable, ids: Callable
+) -> None:
+    experts = {"router": "softmax", "gated_mlp": True, "mlp_hidden_act": "silu", "shared_expert_gate": True}
+    model = tiny("*E*E", dtype=torch.float64, moe_latent_size=20, **experts, **latents)
+    x0, layout = ids(2, 40), packed(4)
+    xt, t = noisy(x0, layout)
+    check_decoding(model, logits(model, x0, xt, t, layout, chunk_size=24), x0, xt, t, layout)
 
 
 def test_views_share_a_context_pass(tiny: Callable, ids: Callable, close: Callable) -> None:

@@ -56,7 +56,9 @@ def take_tower_(tower: Tower) -> None:
 def missing(config: TwoTowerConfig) -> str | None:
     """What a tower of this config needs that the C kernels don't have, None if they have everything."""
     kinds = sorted(set(config.pattern) - set("M*-E"))
-    return f"layers of kind {', '.join(kinds)}" if kinds else None
+    if kinds:
+        return f"layers of kind {', '.join(kinds)}"
+    return "latent attention (kv_lora_rank)" if config.kv_lora_rank and "*" in config.pattern else None
 
 
 class NativeTower:
@@ -275,6 +277,7 @@ def _tensors(config: TwoTowerConfig, layer: Layer, experts: dict[str, Tensor]) -
         found |= {"taps": mixer.conv_taps, "conv_bias": mixer.conv_bias, "dt_bias": mixer.dt_bias}
         found |= {"A": mixer.A, "D": mixer.D, "gate_norm": mixer.norm, "scales": mixer.scales}
     elif isinstance(mixer, Attention):
+        assert isinstance(mixer.qkv_proj, Linear)  # `missing` has looked
         products = {"first": mixer.qkv_proj, "second": mixer.o_proj}
         norms |= {"q_norm": mixer.q_norm, "k_norm": mixer.k_norm}
         kind = config.attention_kinds[mixer.index]

@@ -1,9 +1,15 @@
 """Finding a model's family by the model_type in its config.json."""
 
-from twotower.checkpoints.families import layer_norm, llama, mixture, post_norm
+from twotower.checkpoints.families import latent, layer_norm, llama, mixture, post_norm
 from twotower.checkpoints.families.family import Family, Settings
 
-FAMILIES: tuple[Family, ...] = (*llama.FAMILIES, *post_norm.FAMILIES, *layer_norm.FAMILIES, *mixture.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    *llama.FAMILIES,
+    *post_norm.FAMILIES,
+    *layer_norm.FAMILIES,
+    *mixture.FAMILIES,
+    *latent.FAMILIES,
+)
 
 # Families that are asked for and can't be had: what our towers lack.
 _LACKING = {
