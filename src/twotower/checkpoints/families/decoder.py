@@ -49,14 +49,13 @@ def decoder_fields(raw: Settings) -> dict[str, Any]:
         "hidden_size": need(raw, "hidden_size"),
         "pattern": "*-" * need(raw, "num_hidden_layers"),
         "layer_norm_epsilon": raw.get("rms_norm_eps") or 1e-6,
-        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "num_attention_heads": num_heads,
         "num_key_value_heads": raw.get("num_key_value_heads") or num_heads,
         "head_dim": head_width(raw),
         "attention_bias": bool(raw.get("attention_bias", False)),
         "intermediate_size": need(raw, "intermediate_size"),
         "mlp_hidden_act": activation(raw, "silu"),
-        "mlp_bias": bool(raw.get("mlp_bias", False)),
         "gated_mlp": True,
         **one_type(AttentionType(rope_parameters=read_rope(raw))),
     }
@@ -91,7 +90,16 @@ def one_type(kind: AttentionType) -> dict[str, Any]:
     rope = kind.rope_parameters
     if kind == AttentionType(rope_parameters=rope) and rope == Rope(rope_theta=rope.rope_theta if rope else 0.0):
         return {"use_rope": True, "rope_theta": rope.rope_theta}
-    return {"attention_types": (kind,)}
+    return {"use_rope": False, "attention_types": (kind,)}
+
+
+def by_layer(kinds: Sequence[AttentionType]) -> dict[str, Any]:
+    """The fields of a tower whose attention layers have these settings, one after the other."""
+    used = list(dict.fromkeys(kinds))
+    if len(used) == 1:
+        return one_type(used[0])
+    pattern = "".join(str(used.index(kind)) for kind in kinds)
+    return {"use_rope": False, "attention_types": tuple(used), "attention_pattern": pattern}
 
 
 def by_layer_types(layer_types: Sequence[str], kinds: Mapping[str, AttentionType]) -> dict[str, Any]:
@@ -101,24 +109,14 @@ def by_layer_types(layer_types: Sequence[str], kinds: Mapping[str, AttentionType
     strange = sorted(set(layer_types) - set(kinds))
     if strange:
         raise ValueError(f"layer_types has {strange}, must be of {sorted(kinds)}; take another model")
-    used = [name for name in kinds if name in layer_types]
-    if len(used) == 1:
-        return one_type(kinds[used[0]])
-    return {
-        "attention_types": tuple(kinds[name] for name in used),
-        "attention_pattern": "".join(str(used.index(name)) for name in layer_types),
-    }
+    return by_layer([kinds[name] for name in layer_types])
 
 
 def windowed(raw: Settings, layer_types: Sequence[str], *, full: Rope | None, sliding: Rope | None) -> dict[str, Any]:
-    """The fields of a tower of full and sliding attention, with the RoPE of each. A window that no text within the
-    model's positions exceeds is none."""
-    window = raw.get("sliding_window")
-    if window is not None and window >= (raw.get("max_position_embeddings") or math.inf):
-        window = None
+    """The fields of a tower of full and sliding attention, with the RoPE of each."""
     kinds = {
         "full_attention": AttentionType(rope_parameters=full),
-        "sliding_attention": AttentionType(window=window, rope_parameters=sliding),
+        "sliding_attention": AttentionType(window=raw.get("sliding_window"), rope_parameters=sliding),
     }
     return by_layer_types(layer_types, kinds)
 
@@ -129,14 +127,16 @@ def every(n: int, raw: Settings) -> list[str]:
     return ["full_attention" if (i + 1) % n == 0 else "sliding_attention" for i in range(count)]
 
 
-def read_rope(raw: Settings, layer_type: str | None = None, *, theta: float = 10000.0, part: float = 1.0) -> Rope:
+def read_rope(
+    raw: Settings, layer_type: str | None = None, *, theta: float = 10000.0, part: float | None = None
+) -> Rope:
     """RoPE of a config.json, for one of its layer types where it has several; `theta` and `part` are the family's
     defaults. As transformers reads it: the older `rope_scaling` wins over `rope_parameters`, which wins over keys
-    beside it. Raises ValueError for a kind of scaling that we don't have, or one that lacks a number.
+    beside it; a family without a default `part` turns whole heads, whatever a file says. Raises ValueError for a kind
+    of scaling that we don't have, or one that lacks a number.
     """
-    # GPT-NeoX has names of its own for both.
-    theta = next((raw[k] for k in ("rope_theta", "rotary_emb_base") if raw.get(k) is not None), theta)
-    part = next((raw[k] for k in ("partial_rotary_factor", "rotary_pct") if raw.get(k) is not None), part)
+    if part is not None:
+        part = part if raw.get("partial_rotary_factor") is None else raw["partial_rotary_factor"]
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if layer_type is not None and isinstance(given.get(layer_type), Mapping):
         given = given[layer_type]
@@ -162,9 +162,9 @@ def read_rope(raw: Settings, layer_type: str | None = None, *, theta: float = 10
         if value is not None:
             found[name] = tuple(value) if isinstance(value, list) else value
     return Rope(
-        rope_theta=float(given.get("rope_theta") or theta),
+        rope_theta=float(given.get("rope_theta") or raw.get("rope_theta") or theta),
         rope_type=kind,
-        partial_rotary_factor=given.get("partial_rotary_factor") or part,
+        partial_rotary_factor=1.0 if part is None else given.get("partial_rotary_factor") or part,
         factor=float(factor),
         original_max_position_embeddings=length,
         attention_factor=_attention_factor(given, kind, float(factor), length),

@@ -26,7 +26,7 @@ from twotower.rope import AttentionType
 
 
 def _gpt2(raw: Settings) -> dict[str, Any]:
-    refuse(raw, scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,))
+    refuse(raw, scale_attn_by_inverse_layer_idx=(False,))
     width, heads = need(raw, "n_embd", "hidden_size"), need(raw, "n_head", "num_attention_heads")
     return {
         "hidden_size": width,
@@ -40,6 +40,7 @@ def _gpt2(raw: Settings) -> dict[str, Any]:
         "num_key_value_heads": heads,
         "head_dim": width // heads,
         "attention_bias": True,
+        "attention_scale": None if raw.get("scale_attn_weights", True) else 1.0,
         "intermediate_size": raw.get("n_inner") or 4 * width,
         "mlp_hidden_act": activation({"hidden_act": raw.get("activation_function", "gelu_new")}, "gelu_new"),
         "mlp_bias": True,
@@ -70,14 +71,15 @@ def _gpt2_block(config: TwoTowerConfig, raw: Settings) -> Parts:
 
 
 def _gpt_neox(raw: Settings) -> dict[str, Any]:
-    fields = decoder_fields({"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu", **raw})
-    return fields | {
+    names = {"rope_theta": raw.get("rotary_emb_base"), "partial_rotary_factor": raw.get("rotary_pct")}
+    raw = {"attention_bias": True, "hidden_act": "gelu", **raw, "num_key_value_heads": None, **names}
+    return decoder_fields(raw) | {
+        "mlp_bias": True,
         "norm_type": "layer",
         "norm_bias": True,
         "layer_norm_epsilon": raw.get("layer_norm_eps", 1e-5),
         "gated_mlp": False,
         "parallel": "*-" if raw.get("use_parallel_residual", True) else "",
-        "use_rope": False,
         **one_type(AttentionType(rope_parameters=read_rope(raw, part=0.25))),
     }
 
@@ -99,14 +101,13 @@ def _gpt_neox_block(config: TwoTowerConfig, raw: Settings) -> Parts:
 
 
 def _stablelm(raw: Settings) -> dict[str, Any]:
-    fields = decoder_fields({**raw, "attention_bias": raw.get("use_qkv_bias", False)})
+    fields = decoder_fields({"num_key_value_heads": 32, **raw, "attention_bias": raw.get("use_qkv_bias", False)})
     return fields | {
         "norm_type": "layer",
         "norm_bias": True,
         "layer_norm_epsilon": raw.get("layer_norm_eps", 1e-5),
         "qk_norm": "each" if raw.get("qk_layernorm", False) else None,
         "parallel": "*-" if raw.get("use_parallel_residual", False) else "",
-        "use_rope": False,
         **one_type(AttentionType(rope_parameters=read_rope(raw, part=0.25))),
     }
 
@@ -123,8 +124,8 @@ def _stablelm_block(config: TwoTowerConfig, raw: Settings) -> Parts:
 
 def _cohere(raw: Settings) -> dict[str, Any]:
     fields = decoder_fields({"tie_word_embeddings": True, **raw}) | _cohere_shared(raw)
-    rope = read_rope(raw, theta=500000.0)
-    return fields | {"qk_norm": "each" if raw.get("use_qk_norm", False) else None, "rope_theta": rope.rope_theta}
+    kind = AttentionType(rope_parameters=read_rope(raw, theta=500000.0))
+    return fields | {"qk_norm": "each" if raw.get("use_qk_norm", False) else None} | one_type(kind)
 
 
 def _cohere2(raw: Settings) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def _cohere2(raw: Settings) -> dict[str, Any]:
         "full_attention": AttentionType(),
         "sliding_attention": AttentionType(window=raw.get("sliding_window", 4096), rope_parameters=read_rope(raw)),
     }
-    fields = decoder_fields({"tie_word_embeddings": True, **raw}) | {"use_rope": False}
+    fields = decoder_fields({"tie_word_embeddings": True, **raw})
     return fields | _cohere_shared(raw) | by_layer_types(types, kinds)
 
 
@@ -167,12 +168,12 @@ def _turned_norm(name: str, num_heads: int) -> Part:
 def _nemotron(raw: Settings) -> dict[str, Any]:
     fields = decoder_fields({"hidden_act": "relu2", **raw})
     return fields | {
+        "mlp_bias": bool(raw.get("mlp_bias", False)),
         "norm_type": "layer",
         "norm_bias": True,
         "norm_offset": 1.0,
         "layer_norm_epsilon": raw.get("norm_eps", 1e-5),
         "gated_mlp": False,
-        "use_rope": False,
         **one_type(AttentionType(rope_parameters=read_rope(raw, part=0.5))),
     }
 
@@ -182,7 +183,7 @@ def _apertus(raw: Settings) -> dict[str, Any]:
     usual |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     given = {"rms_norm_eps": 1e-5, "hidden_act": "xielu", "rope_parameters": usual, **raw}
     kind = AttentionType(rope_parameters=read_rope(given, theta=12000000.0))
-    fields = decoder_fields(given) | {"use_rope": False, "gated_mlp": False, "qk_norm": "head"}
+    fields = decoder_fields(given) | {"gated_mlp": False, "qk_norm": "head"}
     return fields | one_type(kind)
 
 

@@ -7,9 +7,9 @@ from twotower.checkpoints.families.decoder import (
     ATTENTION,
     MLP,
     REST,
+    by_layer,
     decoder_fields,
     head_width,
-    one_type,
     read_rope,
     refuse,
     rows,
@@ -26,23 +26,19 @@ def _block(config: TwoTowerConfig, raw: Settings) -> Parts:
 
 def _llama(raw: Settings) -> dict[str, Any]:
     refuse(raw, rope_interleaved=(None, False), attn_logit_softcapping=(None,), final_logit_softcapping=(None,))
-    return decoder_fields(raw)
+    return decoder_fields(raw) | {"mlp_bias": bool(raw.get("mlp_bias", False))}
 
 
 def _mistral(raw: Settings) -> dict[str, Any]:
     """Every layer has the window, which is 4,096 where the config has no such key."""
-    given = {"sliding_window": 4096, **raw}
-    types = ["sliding_attention"] * need(raw, "num_hidden_layers")
-    rope = read_rope(raw)
-    return decoder_fields(raw) | windowed(given, types, full=rope, sliding=rope)
+    return _ministral({**raw, "layer_types": None})
 
 
 def _ministral(raw: Settings) -> dict[str, Any]:
-    given = {"sliding_window": 4096, **raw}
-    usual = "full_attention" if given["sliding_window"] is None else "sliding_attention"
-    types = raw.get("layer_types") or [usual] * need(raw, "num_hidden_layers")
+    given = {"sliding_window": 4096, "num_key_value_heads": 8, **raw}
+    types = raw.get("layer_types") or ["sliding_attention"] * need(raw, "num_hidden_layers")
     rope = read_rope(raw)
-    return decoder_fields(raw) | windowed(given, types, full=rope, sliding=rope)
+    return decoder_fields(given) | {"attention_bias": False} | windowed(given, types, full=rope, sliding=rope)
 
 
 def _qwen(raw: Settings) -> dict[str, Any]:
@@ -53,8 +49,8 @@ def _qwen(raw: Settings) -> dict[str, Any]:
     usual = ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
     types = raw.get("layer_types") or usual
     rope = read_rope(raw)
-    given = {**raw, "sliding_window": raw.get("sliding_window", 4096) if slides else None}
-    return decoder_fields(raw) | windowed(given, types, full=rope, sliding=rope)
+    given = {"num_key_value_heads": 32, **raw, "sliding_window": raw.get("sliding_window", 4096) if slides else None}
+    return decoder_fields(given) | windowed(given, types, full=rope, sliding=rope)
 
 
 def _qwen2(raw: Settings) -> dict[str, Any]:
@@ -80,23 +76,21 @@ def _smollm3(raw: Settings) -> dict[str, Any]:
     for turn, name in zip(turns, types, strict=True):
         limit = window if name == "sliding_attention" else None
         kinds.append(AttentionType(window=limit, rope_parameters=rope if turn else None))
-    used = list(dict.fromkeys(kinds))
-    found = decoder_fields({"rms_norm_eps": 1e-6, **raw})
-    if len(used) == 1:
-        return found | one_type(used[0])
-    pattern = "".join(str(used.index(kind)) for kind in kinds)
-    return found | {"attention_types": tuple(used), "attention_pattern": pattern, "use_rope": False}
+    fields = decoder_fields({"num_key_value_heads": 4, "tie_word_embeddings": True, **raw})
+    return fields | {"mlp_bias": bool(raw.get("mlp_bias", False))} | by_layer(kinds)
 
 
 def _seed_oss(raw: Settings) -> dict[str, Any]:
     if raw.get("attention_out_bias", False) and not raw.get("attention_bias", True):
         raise ValueError("attention_out_bias is true and attention_bias false; take another model")
-    return decoder_fields({"attention_bias": True, "head_dim": 128, **raw})
+    fields = decoder_fields({"attention_bias": True, "head_dim": 128, "num_key_value_heads": 8, **raw})
+    return fields | {"mlp_bias": bool(raw.get("mlp_bias", False))}
 
 
 def granite_fields(raw: Settings) -> dict[str, Any]:
     """Granite's multipliers beside a decoder's fields."""
     return decoder_fields(raw) | {
+        "mlp_bias": bool(raw.get("mlp_bias", False)),
         "embedding_scale": float(raw.get("embedding_multiplier", 1.0)),
         "residual_scale": float(raw.get("residual_multiplier", 1.0)),
         "logit_scale": 1.0 / raw.get("logits_scaling", 1.0),
@@ -105,9 +99,14 @@ def granite_fields(raw: Settings) -> dict[str, Any]:
 
 
 def _phi3(raw: Settings) -> dict[str, Any]:
+    """The names "su" and "yarn" of older files mean longrope."""
     types = ["sliding_attention"] * need(raw, "num_hidden_layers")
-    rope = read_rope(raw)
-    return decoder_fields({"rms_norm_eps": 1e-5, **raw}) | windowed(raw, types, full=rope, sliding=rope)
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if (scaling.get("rope_type") or scaling.get("type")) in ("su", "yarn"):
+        raw = {**raw, "rope_scaling": {**scaling, "rope_type": "longrope"}}
+    rope = read_rope(raw, part=1.0)
+    fields = decoder_fields({"rms_norm_eps": 1e-5, **raw}) | {"attention_bias": False}
+    return fields | windowed(raw, types, full=rope, sliding=rope)
 
 
 def _phi3_block(config: TwoTowerConfig, raw: Settings) -> Parts:

@@ -34,7 +34,7 @@ def _olmo3(raw: Settings) -> dict[str, Any]:
     types = raw.get("layer_types") or every(4, raw)
     full, sliding = _two_ropes(raw, 500000.0, raw.get("rope_theta") or 500000.0)
     given = {"sliding_window": 4096, **raw}
-    return _olmo2(raw) | {"use_rope": False} | windowed(given, types, full=full, sliding=sliding)
+    return _olmo2(raw) | windowed(given, types, full=full, sliding=sliding)
 
 
 def _exaone4(raw: Settings) -> dict[str, Any]:
@@ -47,17 +47,16 @@ def _exaone4(raw: Settings) -> dict[str, Any]:
             "sliding_attention" if period[i % len(period)] == "L" else "full_attention"
             for i in range(need(raw, "num_hidden_layers"))
         ]
+        types[-1] = "full_attention"
     elif types is None:
         types = every(period if window is not None else 1, raw)
-        if window is not None:
-            types[-1] = "full_attention"
     rope = read_rope(raw)
     kinds = {
         "full_attention": AttentionType(rope_parameters=rope if window is None else None),
         "sliding_attention": AttentionType(window=window, rope_parameters=rope),
     }
-    fields = decoder_fields({"rms_norm_eps": 1e-5, **raw}) | {"use_rope": False}
-    fields |= {"pre_norm": False, "post_norm": True, "qk_norm": "head"}
+    fields = decoder_fields({"rms_norm_eps": 1e-5, "num_key_value_heads": 32, **raw})
+    fields |= {"attention_bias": False, "pre_norm": False, "post_norm": True, "qk_norm": "head"}
     return fields | by_layer_types(types, kinds)
 
 
@@ -65,7 +64,8 @@ def _gemma(raw: Settings, types: list[str], full: Rope, sliding: Rope) -> dict[s
     """Gemma's norms multiply by 1 + weight, and its embeddings are scaled by √width."""
     refuse(raw, use_bidirectional_attention=(None, False))
     given = {"head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, **raw}
-    fields = decoder_fields(given) | {"use_rope": False}
+    given = {"num_key_value_heads": 4, **given}
+    fields = decoder_fields(given)
     fields |= windowed({"sliding_window": 4096, **raw}, types, full=full, sliding=sliding)
     return fields | {
         "post_norm": True,
@@ -87,15 +87,16 @@ def _gemma2(raw: Settings) -> dict[str, Any]:
 def _gemma3(raw: Settings) -> dict[str, Any]:
     types = raw.get("layer_types") or every(raw.get("sliding_window_pattern", 6), raw)
     full, sliding = _two_ropes(raw, 1000000.0, raw.get("rope_local_base_freq") or 10000.0)
-    caps = {"attention_softcap": raw.get("attn_logit_softcapping")}
-    caps["logit_softcap"] = raw.get("final_logit_softcapping")
-    return _gemma(raw, types, full, sliding) | {"qk_norm": "head"} | caps
+    cap = raw.get("final_logit_softcapping")  # transformers and llama.cpp cap no scores
+    return _gemma(raw, types, full, sliding) | {"qk_norm": "head", "logit_softcap": cap}
 
 
 def _glm4(raw: Settings) -> dict[str, Any]:
-    fields = decoder_fields({"attention_bias": True, "head_dim": 128, "rms_norm_eps": 1.5625e-07, **raw})
+    fields = decoder_fields(
+        {"attention_bias": True, "head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-07, **raw}
+    )
     kind = AttentionType(rope_parameters=read_rope(raw, part=0.5))
-    return fields | {"use_rope": False, "post_norm": True} | one_type(kind)
+    return fields | {"post_norm": True} | one_type(kind)
 
 
 def _two_ropes(raw: Settings, full_theta: float, sliding_theta: float) -> tuple[Rope, Rope]:
