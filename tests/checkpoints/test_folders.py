@@ -1,11 +1,13 @@
 """Model directories as people have them, through `init`."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -93,3 +95,81 @@ def test_a_quantised_model_is_the_model_of_its_dequantised_weights(
     init(source, tmp_path / "narrow")
     tensors = load_file(tmp_path / "narrow" / "model.safetensors")
     assert tensors["context_tower.layers.0.mixer.q_proj.weight"].dtype == torch.bfloat16
+
+
+OTHERS = {
+    "tokenizer_config.json": "{}",
+    "special_tokens_map.json": "{}",
+    "generation_config.json": json.dumps({"do_sample": True, "temperature": 0.5, "eos_token_id": [7, 9]}),
+    "chat_template.jinja": "first",
+    "chat_template.json": '{"chat_template": "first"}',
+    "additional_chat_templates/tool_use.jinja": "first",
+}
+
+
+@pytest.fixture
+def rich(llama: Any, changed: Changed, byte_tokenizer: tokenizers.Tokenizer) -> Path:
+    """A model with every file that a checkpoint carries along."""
+    source = changed(llama, lambda config, tensors: None)
+    for name, content in OTHERS.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(content)
+    byte_tokenizer.save(str(source / "tokenizer.json"))
+    return source
+
+
+def names(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+MODEL = {"config.json", "model.safetensors"}
+
+
+def test_everything_is_carried_along_by_init_load_and_save(rich: Path, tmp_path: Path) -> None:
+    init(rich, tmp_path / "out", mask_token_id=3)
+    assert names(tmp_path / "out") == {*MODEL, *OTHERS, "tokenizer.json"}
+    model = twotower.load(tmp_path / "out", pack=False)
+    assert model.config.eos_token_ids == (7, 9)
+    assert model.sampling.temperature == 0.5
+    twotower.save(model, tmp_path / "again")
+    assert names(tmp_path / "again") == names(tmp_path / "out")
+    assert all((tmp_path / "again" / name).read_text() == content for name, content in OTHERS.items())
+
+
+@pytest.mark.parametrize("by_save", [True, False])
+def test_nothing_stale_stays(rich: Path, llama: Any, tmp_path: Path, by_save: bool) -> None:
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    init(rich, out, mask_token_id=3)
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model", "vocab.json"):
+        (out / name).write_text("stale")
+    (out / "notes.txt").write_text("mine")
+    init(llama.directory, plain)
+    if by_save:
+        twotower.save(twotower.load(plain, pack=False), out)
+    else:
+        init(llama.directory, out)
+    assert names(out) == {*names(plain), "notes.txt"}
+    assert twotower.load(out).tokenizer is None
+
+
+def test_after_an_error_the_directory_is_as_it_was(rich: Path, llama: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    init(rich, out, mask_token_id=3)
+    before = {name: (out / name).read_bytes() for name in names(out)}
+    shutil.copytree(llama.directory, tmp_path / "broken")
+    with (tmp_path / "broken" / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 4)
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
+        init(tmp_path / "broken", out)
+    assert {name: (out / name).read_bytes() for name in names(out)} == before
+
+
+def test_the_checkpoints_own_settings_hold_unless_a_request_says_otherwise(rich: Path, tmp_path: Path) -> None:
+    init(rich, tmp_path / "out", mask_token_id=3, block_size=5)
+    model = twotower.load(tmp_path / "out")
+    sampled = twotower.generate(model, [[9, 8]], twotower.SamplingParams(max_new_tokens=40, seed=1, ignore_eos=True))[0]
+    explicit = twotower.SamplingParams(max_new_tokens=40, seed=1, ignore_eos=True, temperature=0.5, block_size=5)
+    assert sampled.token_ids == twotower.generate(model, [[9, 8]], explicit)[0].token_ids
+    greedy = twotower.SamplingParams(max_new_tokens=40, seed=1, ignore_eos=True, temperature=0)
+    assert sampled.token_ids != twotower.generate(model, [[9, 8]], greedy)[0].token_ids
+    assert set(twotower.generate(model, [[9, 8]])[0].token_ids[:-1]).isdisjoint({7, 9})

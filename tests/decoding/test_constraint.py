@@ -122,7 +122,14 @@ def test_free_rows_of_the_batch_are_what_they_are_alone(model):
 @pytest.mark.slow
 def test_the_engine_gives_what_generate_gives_also_when_it_preempts(model):
     params = [
-        SamplingParams(mode=STEP_MODES[s % 2], max_new_tokens=70, temperature=1.0, seed=s, regex="[a-z]{40}[0-9]{4}")
+        SamplingParams(
+            mode=STEP_MODES[s % 2],
+            max_new_tokens=70,
+            block_size=16,
+            temperature=1.0,
+            seed=s,
+            regex="[a-z]{40}[0-9]{4}",
+        )
         for s in range(6)
     ]
     prompts = [f"prompt {s}" for s in range(6)]

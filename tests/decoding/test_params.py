@@ -6,6 +6,7 @@ from twotower.decoding.modes import MODES
 from twotower.decoding.output import GenerationStats
 from twotower.decoding.params import COMMIT_RULES, SamplingParams
 from twotower.errors import SettingError
+from twotower.model.sampling_defaults import SamplingDefaults
 
 NAN, INF = float("nan"), float("inf")
 
@@ -19,11 +20,11 @@ NAN, INF = float("nan"), float("inf")
             ["top", None],
             "must be one of confidence, margin, entropy, fixed, leftmost, posterior, remask",
         ),
-        ("max_new_tokens", [-1, 1.5, True, None, "8"], "must be an integer of at least 0"),
+        ("max_new_tokens", [-1, 1.5, True, "8"], "must be an integer of at least 0"),
         ("block_size", [0, -4, 2.0, True, 65537, 10**400], r"must be an integer in \[1, 65536\]"),
         ("steps_per_block", [0, -1, "1", 65537, 2**63], r"must be an integer in \[1, 65536\]"),
         ("confidence_threshold", [-0.1, 1.1, NAN, INF, "0.5", True], r"must be a number in \[0, 1\]"),
-        ("temperature", [-1, 101, NAN, INF, None], r"must be a number in \[0, 100\]; 0 is greedy"),
+        ("temperature", [-1, 101, NAN, INF], r"must be a number in \[0, 100\]; 0 is greedy"),
         ("temperature", [1e-7, 1e-40], r"must be 0 or in \[1e-06, 100\]; 0 is greedy"),
         ("top_k", [0, -1, 2.5, True], "must be an integer of at least 1; leave it None to keep every token"),
         ("top_p", [-0.5, 1.5, NAN, "1"], r"must be a number in \[0, 1\]; leave it None to keep every token"),
@@ -58,8 +59,17 @@ def test_edges_of_the_ranges_are_allowed() -> None:
 
 def test_defaults_are_the_papers() -> None:
     p = SamplingParams()
-    assert (p.mode, p.block_size, p.steps_per_block, p.confidence_threshold) == ("diffusion", 16, 16, 0.8)
-    assert (p.temperature, p.commit_rule) == (0.0, "confidence")
+    assert (p.mode, p.steps_per_block, p.confidence_threshold, p.commit_rule) == ("diffusion", 16, 0.8, "confidence")
+
+
+def test_what_is_left_out_is_the_checkpoints_own() -> None:
+    own = SamplingDefaults(temperature=0.7, top_k=20, top_p=0.8, max_new_tokens=512)
+    filled = SamplingParams(block_size=8, temperature=0.7, top_k=20, top_p=0.8, max_new_tokens=512)
+    assert SamplingParams().settled(8, own) == filled
+    given = SamplingParams(block_size=3, temperature=0, top_k=5, top_p=1, max_new_tokens=0)
+    assert given.settled(8, own) == given
+    plain = SamplingParams().settled(8, SamplingDefaults())
+    assert (plain.temperature, plain.top_k, plain.top_p, plain.max_new_tokens) == (0.0, None, None, 128)
 
 
 def test_stop_may_be_a_list_and_params_stay_hashable() -> None:

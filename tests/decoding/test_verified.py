@@ -15,6 +15,7 @@ from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import distribution, temper
 from twotower.decoding.step import Request, read, step
 from twotower.decoding.verified import Draft, Verdict, VerifiedRows
+from twotower.model.sampling_defaults import SamplingDefaults
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
 
@@ -28,6 +29,7 @@ def rows(
     model: TwoTower, prompts: Sequence[Sequence[int]], params: SamplingParams, newest: Sequence[int]
 ) -> VerifiedRows:
     """RowBatch whose prompts are absorbed; `newest` holds each row's one token after the prompt, or nothing."""
+    params = params.settled(16, SamplingDefaults())
     table = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
     for row, prompt in enumerate(prompts):
         table[row, : len(prompt)] = torch.tensor(prompt)
@@ -112,7 +114,7 @@ def test_a_draft_grows_with_what_was_accepted(tiny: Callable) -> None:
         batch = stepped.rows
         for width, tokens, draft in zip(widths, stepped.tokens, batch.widths, strict=True):
             expected = 2 * width if len(tokens) >= width else len(tokens) + 2
-            assert draft == min(expected, params.block_size)
+            assert draft == min(expected, 16)
             lengths.append(draft)
     assert len(set(lengths)) > 2, "some drafts were kept, some not"
     fixed = dataclasses.replace(params, adaptive_draft=False)
@@ -122,7 +124,7 @@ def test_a_draft_grows_with_what_was_accepted(tiny: Callable) -> None:
 def test_a_request_made_anew_goes_on_with_its_draft(tiny: Callable) -> None:
     """At a temperature the tokens depend on the draft's length: whoever drops the state must keep it."""
     model = tiny("M*-E", vocab_size=6, seed=1)
-    params = SamplingParams(mode="verified", max_new_tokens=40, temperature=1.0)
+    params = SamplingParams(mode="verified", max_new_tokens=40, block_size=16, temperature=1.0)
     request, produced = Request((4, 1), params, seed=3), ()
     never_stopped = generate(model, [[4, 1]], dataclasses.replace(params, seed=3))[0].token_ids
     while len(produced) < 40:

@@ -23,10 +23,16 @@ from twotower.checkpoints.hf.config_file import (
     with_stored_dtype,
 )
 from twotower.checkpoints.hf.float_tensors import has_own_head, open_floats
+from twotower.checkpoints.hf.generation_file import GENERATION_FILE, with_generation_ends, without_token_ids
 from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.tensor_files import TensorSpec, check_shapes
 from twotower.checkpoints.hf.tensor_writer import write_tensors
-from twotower.checkpoints.hf.tokenizer_file import TOKENIZER_FILE, carried_documents, read_tokenizer_text
+from twotower.checkpoints.hf.tokenizer_file import (
+    TOKENIZER_FILE,
+    carried_documents,
+    read_tokenizer_text,
+    replaced_files,
+)
 from twotower.checkpoints.hf.two_towers import released_shapes
 from twotower.checkpoints.llama2c import open_llama2c
 from twotower.checkpoints.vocabulary import append_mask, fit, trim
@@ -92,12 +98,12 @@ def init(
     model_dtype = dtype or source.specs["embeddings.weight"].dtype
     config = with_stored_dtype(config, model_dtype)
     specs = _specs(config, source, dtype, model_dtype)
-    # Trimming renumbers tokens, and the ids in tokenizer settings would then name other tokens.
-    documents = {n: c for n, c in source.documents.items() if keep_tokens is None or n.endswith(".jinja")}
+    documents = dict(source.documents) if keep_tokens is None else _renumbered(source.documents)
     if vocabulary.tokenizer is not None:
         documents[TOKENIZER_FILE] = vocabulary.tokenizer.encode()
     documents[CONFIG_FILE] = config_bytes(config)
-    write_tensors(out, specs, _tensors(source, vocabulary.rows, specs, seed), documents=documents)
+    tensors = _tensors(source, vocabulary.rows, specs, seed)
+    write_tensors(out, specs, tensors, documents=documents, replaced=replaced_files(out))
 
 
 def open_backbone(backbone: str | Path) -> Backbone:
@@ -117,9 +123,18 @@ def open_backbone(backbone: str | Path) -> Backbone:
         raw = {**raw, "tie_word_embeddings": False}
     documents = carried_documents(directory)
     if raw.get("model_type") == "nemotron_h":
-        return open_nemotron_h(directory, raw, documents)
-    family = find_family(raw)
-    return open_family(family, raw, files, read_tokenizer_text(directory), documents)
+        found = open_nemotron_h(directory, raw, documents)
+    else:
+        found = open_family(find_family(raw), raw, files, read_tokenizer_text(directory), documents)
+    return dataclasses.replace(found, config=with_generation_ends(found.config, directory))
+
+
+def _renumbered(documents: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The documents of a trimmed model, whose tokens have other ids: without those of tokenizer settings."""
+    kept = {name: content for name, content in documents.items() if name.endswith(".jinja")}
+    if GENERATION_FILE in documents:
+        kept[GENERATION_FILE] = without_token_ids(documents[GENERATION_FILE])
+    return kept
 
 
 def _with_rows(source: Backbone, backbone: str | Path) -> Backbone:

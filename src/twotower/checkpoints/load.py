@@ -7,8 +7,9 @@ import torch
 
 from twotower.backends.choose import pack_
 from twotower.checkpoints.hf.config_file import as_dtype
+from twotower.checkpoints.hf.generation_file import read_sampling_defaults
 from twotower.checkpoints.hf.hub import SHIPPED, resolve
-from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
+from twotower.checkpoints.hf.tokenizer_file import carried_documents, load_tokenizer
 from twotower.checkpoints.hf.two_towers import load_model
 from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
@@ -38,7 +39,8 @@ def load(
     (PyTorch), "native" (C, on a CPU with a C compiler), or None for the fastest that is there; `model.backends` then
     says what runs each tower, and why. `progress(done, total)` is called after each tensor.
 
-    The model is in evaluation mode and has the checkpoint's tokenizer as `tokenizer`, None if there is none. Raises
+    The model is in evaluation mode and has the checkpoint's tokenizer as `tokenizer`, None if there is none, and the
+    sampling defaults of its generation_config.json. Raises
     SettingError for a value that is not allowed, and FileNotFoundError or ValueError, naming the file or tensor, for a
     checkpoint that cannot be read.
     """
@@ -55,6 +57,8 @@ def load(
         progress=progress,
     )
     model.tokenizer = load_tokenizer(folder)
+    model.sampling = read_sampling_defaults(folder)
+    model.documents = carried_documents(folder)
     if pack:
         pack_(model, backend)
     return model.eval()

@@ -60,7 +60,7 @@ def decode(
         int, typer.Option(min=1, help="Most tokens written after each, 1 or more; an end token ends a text before.")
     ] = 128,
     modes: Annotated[str, typer.Option(help="Modes to measure, with commas; ar always runs.")] = ",".join(MODES),
-    block_size: Annotated[int, like(SamplingParams, "block_size")] = _DEFAULTS.block_size,
+    block_size: Annotated[int | None, like(SamplingParams, "block_size")] = None,
     threshold: Annotated[float, like(SamplingParams, "confidence_threshold")] = _DEFAULTS.confidence_threshold,
     repeats: Annotated[
         int,
@@ -78,18 +78,19 @@ def decode(
     """
     settings: dict[str, SamplingParams] = {
         mode: SamplingParams(
-            mode=mode, max_new_tokens=new_tokens, block_size=block_size, confidence_threshold=threshold
+            mode=mode, max_new_tokens=new_tokens, block_size=block_size, confidence_threshold=threshold, temperature=0.0
         )
         for mode in listed_modes(modes)
     }
     opened = open_model(model, device=device, dtype=dtype)
+    settings = {mode: params.settled(opened.config.block_size, opened.sampling) for mode, params in settings.items()}
     texts = sample_prompts(opened, prompts, prompt_tokens)
     found, bandwidth = _measure(opened, texts, settings, repeats)
     conditions = {
         "prompts": prompts,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "block_size": block_size,
+        "block_size": block_size or opened.config.block_size,
         "confidence_threshold": threshold,
         "repeats": repeats,
         "bandwidth_gb_s": bandwidth / 1e9,
@@ -157,9 +158,10 @@ def floor_seconds(model: TwoTower, params: SamplingParams, calls: Calls, bandwid
     A draft of `verified` counts as a whole block. Only ar and verified need logits of their context passes.
     """
     config = model.config
+    block_size = params.block_size or config.block_size
     tensors = released_tensors(config, model.context_tower.embeddings.dtype)
-    denoiser_tokens = 1 if params.mode == "mock_ar" else params.block_size
-    context_tokens = 1 if params.mode in ("ar", "mock_ar") else params.block_size
+    denoiser_tokens = 1 if params.mode == "mock_ar" else block_size
+    context_tokens = 1 if params.mode in ("ar", "mock_ar") else block_size
     needs_logits = params.mode in ("ar", "verified")
     denoiser = pass_bytes(config, tensors, "denoiser", denoiser_tokens, head=True)
     context = pass_bytes(config, tensors, "context", context_tokens, head=needs_logits)

@@ -51,9 +51,9 @@ def command(
             help="A token above this probability is fixed at once, 0 to 1; with commas: diffusion runs with each."
         ),
     ] = f"{_DEFAULTS.confidence_threshold:g}",
-    block_size: Annotated[int, like(SamplingParams, "block_size")] = _DEFAULTS.block_size,
+    block_size: Annotated[int | None, like(SamplingParams, "block_size")] = None,
     steps_per_block: Annotated[int, like(SamplingParams, "steps_per_block")] = _DEFAULTS.steps_per_block,
-    temperature: Annotated[float, like(SamplingParams, "temperature")] = _DEFAULTS.temperature,
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Decides what is sampled and timed, 0 or more.")] = 0,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure tokens per second too.")] = True,
     speed_prompts: Annotated[
@@ -101,6 +101,7 @@ def command(
         _check_writable(json_file)
     warn_about_programs(chosen)
     opened = open_model(model, device=device, dtype=dtype)
+    settings = {label: params.settled(opened.config.block_size, opened.sampling) for label, params in settings.items()}
     kept = [fitted(opened, task, longest) for task in chosen]
     with telling() as tell:
         results = [evaluate(opened, task, settings, timing, tell) for task in kept if task.examples]

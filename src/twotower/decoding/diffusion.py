@@ -191,7 +191,7 @@ def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
 
 def _widths(requests: tuple[Request, ...], produced: tuple[int, ...]) -> tuple[int, ...]:
     """The width of each row's next block after `produced` new tokens; 0 for a row that has all its tokens."""
-    return tuple(min(r.params.block_size, r.params.max_new_tokens - n) for r, n in zip(requests, produced, strict=True))
+    return tuple(min(r.block_size, r.max_new_tokens - n) for r, n in zip(requests, produced, strict=True))
 
 
 def _masks(model: TwoTower, widths: tuple[int, ...]) -> Block:

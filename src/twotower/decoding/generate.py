@@ -63,7 +63,7 @@ def _refuse_auto(params: Sequence[SamplingParams]) -> None:
 
 def _drive(model: TwoTower, steps: ModeSteps[Any], records: list[Record]) -> Iterator[StepOutput]:
     """Steps one mode's batch until every request is finished; finished ones leave the batch between steps."""
-    active = [record for record in records if record.request.params.max_new_tokens > 0]
+    active = [record for record in records if record.request.max_new_tokens > 0]
     yield from (record.end_without_tokens() for record in records if record not in active)
     if not active:
         return
@@ -91,6 +91,6 @@ def _prefill(model: TwoTower, steps: ModeSteps[Any], requests: list[Request]) ->
     table = torch.zeros(len(prompts), longest, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         table[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-    room = max(n + r.params.max_new_tokens + r.params.block_size + 1 for n, r in zip(lengths, requests, strict=True))
+    room = max(n + r.max_new_tokens + r.block_size + 1 for n, r in zip(lengths, requests, strict=True))
     context = model.prefill(table, lengths, capacity=room)
     return steps.start(model, tuple(requests), context)

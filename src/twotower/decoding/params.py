@@ -1,10 +1,11 @@
 """The settings of one request."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from twotower.decoding.modes import AUTO_SUMMARY, CONSTRAINED_MODES, MODES, Mode
 from twotower.errors import SettingError
+from twotower.model.sampling_defaults import SamplingDefaults
 from twotower.options import check_options, option
 
 CommitRule = Literal["confidence", "margin", "entropy", "fixed", "leftmost", "posterior", "remask"]
@@ -13,6 +14,7 @@ MAX_BLOCK = 1 << 16
 COMMIT_RULES: tuple[str, ...] = get_args(CommitRule)
 _SUMMARIES = [*((mode.name, mode.summary) for mode in MODES.values()), ("auto", AUTO_SUMMARY.replace("`", ""))]
 _EVERY_TOKEN = "leave it None to keep every token"
+_MOST_TOKENS = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,9 @@ class SamplingParams:
     `block_size`, `steps_per_block` and `confidence_threshold` are S, T and γ of the paper. A text ends before a `stop`
     string, which may name control tokens, such as <|im_end|>, and with an end token unless `ignore_eos`.
 
+    What is None is the checkpoint's own: its `block_size`, and the `temperature`, `top_k`, `top_p` and `max_new_tokens`
+    of its generation_config.json, if that has them; `settled` has all of them.
+
     At most one of `json_schema` (its text), `regex` and `grammar` (llguidance's Lark) is given. The text must match it,
     and `constraint` is its name and value.
 
@@ -30,9 +35,15 @@ class SamplingParams:
     """
 
     mode: Mode = option("diffusion", " ".join(f"{mode}: {summary}" for mode, summary in _SUMMARIES))
-    max_new_tokens: int = option(128, "Most tokens to write.", least=0)
-    block_size: int = option(
-        16, "Tokens that are filled together; for verified the longest draft.", least=1, most=MAX_BLOCK
+    max_new_tokens: int | None = option(
+        None, "Most tokens to write.", least=0, shown_default="the checkpoint's, or 128"
+    )
+    block_size: int | None = option(
+        None,
+        "Tokens that are filled together; for verified the longest draft.",
+        least=1,
+        most=MAX_BLOCK,
+        shown_default="the checkpoint's",
     )
     steps_per_block: int = option(
         16, "Most denoising steps of a block; the last one commits all that is left.", least=1, most=MAX_BLOCK
@@ -41,18 +52,27 @@ class SamplingParams:
         0.8, "A token whose probability is above this is committed at once.", least=0, most=1
     )
     commit_rule: CommitRule = option("confidence", "How diffusion chooses the positions that a step commits.")
-    temperature: float = option(
-        0.0, "0 takes the likeliest token; above 0 tokens are sampled.", least=0, most=100, fix="0 is greedy"
+    temperature: float | None = option(
+        None,
+        "0 takes the likeliest token; above 0 tokens are sampled.",
+        least=0,
+        most=100,
+        shown_default="the checkpoint's, or 0",
+        fix="0 is greedy",
     )
     top_k: int | None = option(
-        None, "Sample among this many likeliest tokens.", least=1, shown_default="all", fix=_EVERY_TOKEN
+        None,
+        "Sample among this many likeliest tokens.",
+        least=1,
+        shown_default="the checkpoint's, or all",
+        fix=_EVERY_TOKEN,
     )
     top_p: float | None = option(
         None,
         "Sample among the likeliest tokens that together have this probability.",
         least=0,
         most=1,
-        shown_default="1",
+        shown_default="the checkpoint's, or 1",
         fix=_EVERY_TOKEN,
     )
     seed: int | None = option(
@@ -75,7 +95,9 @@ class SamplingParams:
             raise SettingError("stop", self.stop, "a sequence of non-empty strings", "write stop=('…',)")
         object.__setattr__(self, "stop", tuple(self.stop))
         check_options(self)
-        if 0 < self.temperature < 1e-6:  # logits divided by it must stay finite in float32
+        if (
+            self.temperature is not None and 0 < self.temperature < 1e-6
+        ):  # logits divided by it must stay finite in float32
             raise SettingError("temperature", self.temperature, "0 or in [1e-06, 100]", "0 is greedy")
         if self.top_p == 0:
             raise SettingError("top_p", self.top_p, "a number in (0, 1]", "temperature=0 is the greedy setting")
@@ -88,6 +110,18 @@ class SamplingParams:
             rule = f"False in mode {self.mode!r}"
             raise SettingError("allow_loss", self.allow_loss, rule, "only mode 'auto' reads it: drop it")
         self._check_constraint()
+
+    def settled(self, block_size: int, defaults: SamplingDefaults) -> "SamplingParams":
+        """These settings for a checkpoint with its own `block_size` and defaults, in which only `top_k` and `top_p` may
+        be None, which then means all tokens."""
+        usual: dict[str, Any] = {
+            "max_new_tokens": defaults.max_new_tokens or _MOST_TOKENS,
+            "block_size": block_size,
+            "temperature": defaults.temperature or 0.0,
+            "top_k": defaults.top_k,
+            "top_p": defaults.top_p,
+        }
+        return dataclasses.replace(self, **{name: v for name, v in usual.items() if getattr(self, name) is None})
 
     @property
     def constraint(self) -> tuple[str, str] | None:

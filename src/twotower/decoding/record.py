@@ -22,13 +22,15 @@ def make_request(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Req
     if params.stop and model.tokenizer is None:
         raise SettingError("stop", params.stop, "empty for a checkpoint without a tokenizer.json", "drop it")
     check_constraint(model, params)
+    params = params.settled(model.config.block_size, model.sampling)
     return Request(ids, params, secrets.randbits(63) if params.seed is None else params.seed)
 
 
 def warn_about_block_size(model: TwoTower, params: Sequence[SamplingParams]) -> None:
     """Warns, at the caller's caller, where sampling would fill larger blocks than the model was trained with."""
     trained = model.config.block_size
-    largest = max((p.block_size for p in params if p.mode == "diffusion" and p.temperature > 0), default=0)
+    settled = [p.settled(trained, model.sampling) for p in params]
+    largest = max((p.block_size or 0 for p in settled if p.mode == "diffusion" and p.temperature), default=0)
     if largest > trained:
         text = f"block_size {largest} is larger than the {trained} this checkpoint was trained with: sampling collapses"
         warnings.warn(text, UserWarning, stacklevel=3)
@@ -76,7 +78,7 @@ class Record:
                 text_end = self.stops.find()
             if text_end is not None or token.id in self.ends:
                 reason = "stop"
-            elif len(self.tokens) == self.request.params.max_new_tokens:
+            elif len(self.tokens) == self.request.max_new_tokens:
                 reason = "length"
             if reason is not None:
                 break

@@ -59,11 +59,11 @@ def temper(params: tuple[SamplingParams, ...], vocab_size: int, device: torch.de
     sums = [torch.inf if p.top_p in (None, 1) else p.top_p for p in params]
     return Temper(
         to_device(torch.tensor(temperatures, dtype=torch.float32), device),
-        to_device([p.temperature == 0 for p in params], device),
+        to_device([not p.temperature for p in params], device),
         to_device([min(p.top_k or vocab_size, vocab_size) for p in params], device),
         to_device(torch.tensor(sums, dtype=torch.float32), device),
-        all(p.temperature == 0 for p in params),
-        any(p.temperature == 0 for p in params),
+        all(not p.temperature for p in params),
+        any(not p.temperature for p in params),
         any(p.top_k is not None or p.top_p is not None for p in params),
     )
 

@@ -21,7 +21,7 @@ from twotower.ops.transfer import to_device
 
 
 class Request(NamedTuple):
-    """A prompt's ids (at least one) with its settings; `seed` is settled.
+    """A prompt's ids (at least one) with its settings, which are settled, and its `seed`.
 
     `produced` are tokens generated already, where the request restarts from a rebuilt context. `draft` is the length of
     the next draft of mode `verified`, which depends on how many tokens of earlier drafts were kept; the first draft is
@@ -33,6 +33,24 @@ class Request(NamedTuple):
     seed: int
     produced: tuple[int, ...] = ()
     draft: int = 8
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The most tokens that the request writes."""
+        assert self.params.max_new_tokens is not None
+        return self.params.max_new_tokens
+
+    @property
+    def block_size(self) -> int:
+        """The tokens that it fills together, or of its longest draft."""
+        assert self.params.block_size is not None
+        return self.params.block_size
+
+    @property
+    def temperature(self) -> float:
+        """The temperature, 0 for greedy."""
+        assert self.params.temperature is not None
+        return self.params.temperature
 
 
 @dataclasses.dataclass(frozen=True)

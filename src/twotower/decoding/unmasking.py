@@ -43,6 +43,7 @@ class CommitSchedule(NamedTuple):
 def rule_and_steps(params: SamplingParams) -> tuple[CommitRule, int]:
     """A request's commit rule and T. Mode `simulated_ar` is rule `leftmost` with one step per position of a block."""
     if params.mode == "simulated_ar":
+        assert params.block_size is not None
         return "leftmost", params.block_size
     return params.commit_rule, params.steps_per_block
 

@@ -216,7 +216,7 @@ def _correction(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widt
     # that accepts nothing). One is made for every possible count, because the host doesn't know the count yet.
     table = torch.zeros(len(widths), q.shape[1] + 1, dtype=torch.float32)
     for r, (request, n, width) in enumerate(zip(rows.requests, rows.context.lengths, widths, strict=True)):
-        if request.params.temperature > 0:
+        if request.temperature > 0:
             table[r, : width + 1] = torch.cat([uniforms(request.seed, n + k, _CORRECT, 1) for k in range(width + 1)])
     draws = to_device(table, p.device).gather(1, accepted[:, None])
     return inverse_sample(weights.unsqueeze(1), draws)[:, 0]
@@ -226,8 +226,8 @@ def _width(request: Request, produced: int) -> int:
     """The block's width: S or the adaptive draft's length, less if fewer tokens are left to write; the newest token
     takes one place of it."""
     known = 1 if produced else 0
-    most = min(request.params.block_size, request.draft) if request.params.adaptive_draft else request.params.block_size
-    return max(1, min(most, request.params.max_new_tokens - produced - 1 + known))
+    most = min(request.block_size, request.draft) if request.params.adaptive_draft else request.block_size
+    return max(1, min(most, request.max_new_tokens - produced - 1 + known))
 
 
 def _next_draft(width: int, num_emitted: int) -> int:

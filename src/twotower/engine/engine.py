@@ -88,12 +88,12 @@ class Engine:
         Raises ValueError for a request that can't run here or needs more than the whole state budget.
         """
         request = make_request(self.model, prompt, params)
-        longest = len(request.prompt_ids) + params.max_new_tokens + params.block_size + 1
+        longest = len(request.prompt_ids) + request.max_new_tokens + request.block_size + 1
         needed, there = self._pool.pages_for(longest), self._pool.num_pages - 1
         if needed > max(there, 0):
             rule = (
                 f"enough for the {needed} pages of keys that a prompt of {len(request.prompt_ids)} tokens with "
-                f"max_new_tokens {params.max_new_tokens} needs (it gives {there})"
+                f"max_new_tokens {request.max_new_tokens} needs (it gives {there})"
             )
             raise SettingError("state_bytes", self.config.state_bytes, rule, "raise it, or shorten the prompt")
         return request
@@ -273,7 +273,7 @@ class Engine:
                 continue
             # room for the tokens that its context still lacks, and then for a step of any mode
             length = len(job.record.request.prompt_ids) + len(job.record.tokens)
-            wanted = length + job.record.request.params.block_size + 1
+            wanted = length + job.record.request.block_size + 1
             while job in batch.jobs and not self._intake.grow(job, wanted):
                 running = [*self._intake.absorbing, *(j for b in self._batches.values() for j in b.jobs)]
                 self._preempt(max(running, key=lambda j: j.order))

@@ -38,7 +38,7 @@ class Intake:
         Later jobs may overtake one that needs more pages than are free, but at most `_MOST_PASSED` of them, and none
         may overtake a preempted job. Returns the jobs that ask for no new tokens, which are done.
         """
-        done = [job for job in self.waiting if job.record.request.params.max_new_tokens == 0]
+        done = [job for job in self.waiting if job.record.request.max_new_tokens == 0]
         for job in done:
             job.record.leave_queue()
             self.waiting.remove(job)
@@ -76,7 +76,7 @@ class Intake:
             self._pool.hold_(page)
         whole = match.length // PAGE_SIZE
         job.table.extend(match.pages[:whole])
-        roomy = self.grow(job, len(ids) + job.record.request.params.block_size + 1)
+        roomy = self.grow(job, len(ids) + job.record.request.block_size + 1)
         for page in match.pages[whole:]:  # the job appends to this page, so it needs its own copy
             if roomy:
                 self._pool.copy_page_(page, job.table[whole])

@@ -82,7 +82,7 @@ class TwoTowerLM(TemplateLM):
         if not str(size).isdigit() or int(size) < 1:
             raise ValueError(f"batch_size is {size!r}, must be an integer of at least 1")
         self.batch_size = int(size)
-        self.params = SamplingParams(**({"seed": 0} | settings))
+        self.params = SamplingParams(**({"seed": 0, "temperature": 0.0} | settings))
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             # lm_eval passes cuda if its user names no device
             warnings.warn(f"device is {device!r}, but this build of torch sees no GPU: running on cpu", stacklevel=2)
@@ -161,9 +161,9 @@ class TwoTowerLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def _room(self, max_new_tokens: int) -> int:
+    def _room(self, max_new_tokens: int | None) -> int:
         """The most tokens that a context may have before an answer of so many; 0 for no limit."""
-        if self.max_length is None:
+        if self.max_length is None or max_new_tokens is None:
             return 0
         if max_new_tokens >= self.max_length:
             raise ValueError(

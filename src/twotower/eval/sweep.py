@@ -123,7 +123,7 @@ def sweep(
 
 def grid(config: SweepConfig, temperature: float) -> dict[str, SamplingParams]:
     """Settings by label, "ar" first."""
-    base = SamplingParams(mode="ar", temperature=temperature, seed=config.seed)
+    base = SamplingParams(mode="ar", temperature=temperature, seed=config.seed, block_size=config.block_sizes[0])
     found = {"ar": base}
     for name in config.modes:
         read = [setting for setting in _AXES if setting in MODES[name].settings]
@@ -175,7 +175,7 @@ def points(
             tokens_per_nfe=per_nfe,
             tokens_per_context_call=per_context_call,
             phases=phases,
-            commits=commits(answers, params.block_size) if MODES[params.mode].fills_blocks else [],
+            commits=commits(answers, params.block_size or 1) if MODES[params.mode].fills_blocks else [],
         )
         found.append(point)
     return found

@@ -1,7 +1,7 @@
 """Both towers and the calls that decoding is made of. Letters: b batch, s tokens, d width, v vocabulary;
 t is the noise level."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import tokenizers
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from twotower.config import TwoTowerConfig
 from twotower.model.head import Head
 from twotower.model.passes import CausalPass
+from twotower.model.sampling_defaults import SamplingDefaults
 from twotower.model.state import ContextState
 from twotower.model.time_conditioning import TimeConditioning
 from twotower.model.tower import Tower
@@ -32,7 +33,9 @@ class TwoTower(nn.Module):
 
     Parameters are allocated, not initialised: `checkpoints` fills them through `released_tensors`. `backends`, by
     "context tower" and "denoiser tower", says what runs each in a model packed by `twotower.backends.choose.pack_`, and
-    why; it is empty in a model of plain tensors, which PyTorch runs.
+    why; it is empty in a model of plain tensors, which PyTorch runs. A model that `load` opened has its checkpoint's
+    `tokenizer`, the `sampling` that holds where a request says nothing, and as `documents`, name -> content, the other
+    files that `save` writes with it; None means that nobody said which there are.
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class TwoTower(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: tokenizers.Tokenizer | None = None
+        self.sampling = SamplingDefaults()
+        self.documents: Mapping[str, bytes] | None = None
         self.backends: dict[str, BackendChoice] = {}
         # A meta default device (shapes only) wins over the arguments' default.
         meta = torch.get_default_device().type == "meta"

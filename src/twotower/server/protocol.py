@@ -134,12 +134,13 @@ class Sampling(_Strict):
             return json.dumps(self.response_format.json_schema.json_schema, ensure_ascii=False)
         return '{"type": "object"}' if isinstance(self.response_format, ObjectFormat) else None
 
-    def sampling(self, default_mode: Mode, max_new_tokens: int, choice: int = 0) -> SamplingParams:
+    def sampling(
+        self, default_mode: Mode, max_new_tokens: int, choice: int = 0, default_temperature: float = 1.0
+    ) -> SamplingParams:
         """The settings of one text, number `choice` of its prompt. Raises SettingError for a value out of range.
 
-        The texts of one prompt use the seeds `seed`, `seed` + 1, and so on. The temperature is 1 by default, as in
-        OpenAI's protocol. A constrained request that names no mode uses `ar` if the default mode can't follow
-        constraints.
+        The texts of one prompt use the seeds `seed`, `seed` + 1, and so on. A constrained request that names no mode
+        uses `ar` if the default mode can't follow constraints.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > MAX_STOPS or any(len(s) > MAX_STOP_CHARACTERS for s in stop):
@@ -164,7 +165,7 @@ class Sampling(_Strict):
         return SamplingParams(
             mode=self.mode or fitting,
             max_new_tokens=max_new_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
+            temperature=default_temperature if self.temperature is None else self.temperature,
             stop=tuple(stop),
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
         )

@@ -197,7 +197,7 @@ async def _chunks(
 def _scorer(service: Service, text: TextRequest, logprobs: LogprobOptions) -> ContextScorer:
     model = service.engine.model
     num_top = min(logprobs.num_top, model.config.vocab_size)
-    return ContextScorer(model, num_top=num_top, capacity=len(text.prompt_ids) + text.params.max_new_tokens)
+    return ContextScorer(model, num_top=num_top, capacity=len(text.prompt_ids) + text.max_new_tokens)
 
 
 async def _score(service: Service, scorer: ContextScorer, ids: Sequence[int], skip: int = 0) -> list[TokenScore]:

@@ -87,9 +87,12 @@ class Service:
         room = self.max_context - len(ids)
         if (1 if wanted is None else wanted) > room:
             raise self._too_long(len(ids), wanted or 1)
+        own = self.engine.model.sampling
         if wanted is None:
-            wanted = room if default is None else min(room, default)
-        params = [settings.sampling(self.config.default_mode, wanted, k) for k in range(num_choices)]
+            wanted = min(room, default or own.max_new_tokens or room)
+        # OpenAI's protocol has 1 where nobody says anything
+        usual = 1.0 if own.temperature is None else own.temperature
+        params = [settings.sampling(self.config.default_mode, wanted, k, usual) for k in range(num_choices)]
         # In a thread: compiling a large JSON schema takes long enough to hold up all other requests.
         return await asyncio.to_thread(lambda: [self.engine.prepare(ids, p) for p in params])
 

@@ -1,6 +1,6 @@
 """The Hugging Face layout: a directory of config.json, safetensors files and tokenizer.json, or the same on the hub."""
 
-from twotower.checkpoints.hf.config_file import read_config
+from twotower.checkpoints.hf.generation_file import read_config
 from twotower.checkpoints.hf.hub import SHIPPED, resolve
 from twotower.checkpoints.hf.tokenizer_file import carried_documents, load_tokenizer
 from twotower.checkpoints.hf.two_towers import (

@@ -22,14 +22,6 @@ _DTYPES = {
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
-def read_config(directory: Path) -> TwoTowerConfig:
-    """A two-tower directory's config.json. Raises FileNotFoundError without one and ValueError for a bad one."""
-    file = directory / CONFIG_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{directory} has no {CONFIG_FILE}; download it, or finish the interrupted write")
-    return TwoTowerConfig.from_json(file)
-
-
 def read_raw_config(directory: Path) -> dict[str, Any]:
     """Any model's config.json, unchecked; {"__float__": "Infinity"}, which transformers writes, becomes a float.
 

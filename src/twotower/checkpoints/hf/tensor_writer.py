@@ -37,13 +37,15 @@ def write_tensors(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     documents: Mapping[str, bytes] | None = None,
+    replaced: Iterable[str] = (),
 ) -> None:
     """Writes `model.safetensors`, or shards and an index if the tensors take more than `max_shard_bytes`.
 
     `specs` lists every tensor, in the order in which shards are filled. `tensors` may come in any order, each exactly
     once, and are consumed one at a time. `documents` are further files, name -> content, and are put in place after the
-    weights, in their order. Everything is written into a temporary folder first, so that after an error `path` holds
-    what it held before. Raises ValueError if `tensors` are not those of `specs`.
+    weights, in their order; `replaced` are names of files in `path` that are deleted with the old weights. Everything
+    is written into a temporary folder first, so that after an error `path` holds what it held before. Raises ValueError
+    if `tensors` are not those of `specs`.
     """
     if max_shard_bytes < 1:
         raise SettingError("max_shard_bytes", max_shard_bytes, "at least 1")
@@ -56,8 +58,9 @@ def write_tensors(
         places = _allocate(staging, specs, max_shard_bytes)
         _fill(places, specs, tensors)
         for name, content in (documents or {}).items():
+            (staging / name).parent.mkdir(exist_ok=True)
             (staging / name).write_bytes(content)
-        _publish(staging, path, list(documents or {}))
+        _publish(staging, path, list(documents or {}), list(replaced))
     finally:
         shutil.rmtree(staging)
 
@@ -134,15 +137,16 @@ def _fill(places: Mapping[str, _Span], specs: Mapping[str, TensorSpec], tensors:
         raise ValueError(f"tensors {sorted(waiting)} were announced and not given; give every announced tensor")
 
 
-def _publish(staging: Path, path: Path, documents: list[str]) -> None:
+def _publish(staging: Path, path: Path, documents: list[str], replaced: list[str]) -> None:
     """Moves the staged files in place, after deleting the old ones, the last document first. If it is interrupted, the
     directory lacks that document or weights, so that nobody takes it for complete."""
     weights_there = [file.name for file in path.iterdir() if _WEIGHT_FILE.fullmatch(file.name)]
-    for name in [*reversed(documents), INDEX_FILE, *weights_there]:
+    for name in [*reversed(documents), *replaced, INDEX_FILE, *weights_there]:
         (path / name).unlink(missing_ok=True)
-    weights = sorted(file.name for file in staging.iterdir() if file.name not in (*documents, INDEX_FILE))
+    weights = sorted(file.name for file in staging.iterdir() if _WEIGHT_FILE.fullmatch(file.name))
     index = [INDEX_FILE] if (staging / INDEX_FILE).exists() else []
     for name in [*weights, *index, *documents]:
+        (path / name).parent.mkdir(exist_ok=True)
         os.replace(staging / name, path / name)
 
 

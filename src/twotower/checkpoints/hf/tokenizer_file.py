@@ -1,7 +1,7 @@
 """tokenizer.json, and the files beside it that a derived checkpoint keeps."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,21 @@ import tokenizers
 from twotower.checkpoints.hf.config_file import read_object
 from twotower.checkpoints.hf.hub import refuse_pointer, resolve
 from twotower.checkpoints.hf.special_tokens import TOKENIZER_CONFIG_FILE, read_added_tokens, read_special_tokens
-from twotower.checkpoints.hf.tokenizer_sources import converted, usual_ends
+from twotower.checkpoints.hf.tokenizer_sources import TOKENIZER_SOURCES, converted, usual_ends
 from twotower.checkpoints.vocabulary import added_token, ends_processor, normal_form
 
 TOKENIZER_FILE = "tokenizer.json"
 
 # In transformers' order
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_CARRIED_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_CARRIED_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TEMPLATE_FOLDER = "additional_chat_templates"
 
 
 def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
@@ -57,9 +64,21 @@ def read_tokenizer_text(directory: Path) -> str | None:
 
 
 def carried_documents(directory: Path) -> dict[str, bytes]:
-    """A checkpoint directory's chat template and tokenizer settings, name -> content: the files that a checkpoint made
-    from this one keeps unchanged."""
-    return {name: (directory / name).read_bytes() for name in _CARRIED_FILES if (directory / name).exists()}
+    """A checkpoint directory's chat templates, tokenizer settings and sampling defaults, name -> content: the files
+    that a checkpoint made from this one keeps unchanged."""
+    return {name: (directory / name).read_bytes() for name in _present(directory, _CARRIED_FILES)}
+
+
+def replaced_files(directory: Path) -> list[str]:
+    """The names of files in a directory, beside the weights and config.json, from which a checkpoint there is read, and
+    which a new one in their place must not keep."""
+    return _present(directory, (TOKENIZER_FILE, *_CARRIED_FILES, *TOKENIZER_SOURCES))
+
+
+def _present(directory: Path, names: Iterable[str]) -> list[str]:
+    templates = sorted(directory.glob(f"{_TEMPLATE_FOLDER}/*.jinja"))
+    named = [name for name in names if (directory / name).is_file()]
+    return named + [f"{_TEMPLATE_FOLDER}/{file.name}" for file in templates]
 
 
 def _checked_text(file: Path) -> str:

@@ -11,6 +11,8 @@ from twotower.checkpoints.hf.sentencepiece_model import read_sentencepiece, sent
 from twotower.checkpoints.vocabulary import added_token, first_token_processor
 
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
+# Files beside tokenizer.json that a tokenizer is read from
+TOKENIZER_SOURCES = (*_SENTENCEPIECE_FILES, "vocab.json", "merges.txt", "tekken.json", "vocab.txt", "added_tokens.json")
 # The names that these kinds of tokenizers have for it where no file says one
 _BOS, _EOS = "<s>", "</s>"
 _GPT2_END = "<|endoftext|>"

@@ -11,15 +11,15 @@ import torch
 from twotower.checkpoints.hf.config_file import (
     CONFIG_FILE,
     config_bytes,
-    read_config,
     stored_dtype,
     with_stored_dtype,
 )
 from twotower.checkpoints.hf.float_tensors import FloatTensors, open_floats
+from twotower.checkpoints.hf.generation_file import read_config
 from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.tensor_files import TensorSpec, check_shapes, scan
 from twotower.checkpoints.hf.tensor_writer import DEFAULT_SHARD_BYTES, write_tensors
-from twotower.checkpoints.hf.tokenizer_file import TOKENIZER_FILE
+from twotower.checkpoints.hf.tokenizer_file import TOKENIZER_FILE, replaced_files
 from twotower.config import TwoTowerConfig
 from twotower.model.one_tower import OneTower
 from twotower.model.two_tower import TwoTower
@@ -101,15 +101,17 @@ def _open(path: str | Path) -> tuple[TwoTowerConfig, FloatTensors]:
 def save(model: TwoTower, path: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:
     """Writes a checkpoint directory that `twotower.load`, and the released code, read back to the same model.
 
-    Weights, config.json and, where the model has a tokenizer, tokenizer.json are replaced once all new files are
-    complete; other files in `path` stay. A dtype that the config names becomes the model's. Weights above
+    Weights, config.json and, where the model has them, tokenizer.json and `documents` are replaced once all new files
+    are complete. A model that `twotower.load` opened leaves no other file there that a checkpoint is read from, such as
+    an old chat template; further files in `path` stay. A dtype that the config names becomes the model's. Weights above
     `max_shard_bytes` are split over several files. The model must be unpacked (`twotower.load(path, pack=False)`):
     packing rounds and reorders weights. Raises ValueError for a packed model.
     """
     tensors = model.released_tensors()
     specs = _specs(tensors)
-    documents = _documents(model.config, specs[_EMBEDDING].dtype, model.tokenizer)
-    write_tensors(path, specs, tensors.items(), max_shard_bytes=max_shard_bytes, documents=documents)
+    documents = {**(model.documents or {}), **_documents(model.config, specs[_EMBEDDING].dtype, model.tokenizer)}
+    replaced = [] if model.documents is None else replaced_files(Path(path))
+    write_tensors(path, specs, tensors.items(), max_shard_bytes=max_shard_bytes, documents=documents, replaced=replaced)
 
 
 def save_rounded(
@@ -131,7 +133,8 @@ def save_rounded(
     with torch.device("meta"):
         specs = _specs(kind(config, dtype=dtype).released_tensors())
     rounded = ((name, tensor.to(specs[name].dtype)) for name, tensor in tensors)
-    write_tensors(path, specs, rounded, documents={**(documents or {}), **_documents(config, dtype, tokenizer)})
+    whole = {**(documents or {}), **_documents(config, dtype, tokenizer)}
+    write_tensors(path, specs, rounded, documents=whole, replaced=replaced_files(Path(path)))
 
 
 def _specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from twotower.checkpoints.families.nemotron_h import read_one_tower_config
-from twotower.checkpoints.hf.config_file import read_config, read_raw_config
+from twotower.checkpoints.hf.config_file import read_raw_config
+from twotower.checkpoints.hf.generation_file import read_config
 from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
 from twotower.config import TwoTowerConfig
