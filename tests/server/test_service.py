@@ -14,8 +14,10 @@ from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.engine.aio import AsyncEngine
 from twotower.engine.config import EngineConfig
+from twotower.model.sampling_defaults import SamplingDefaults
 from twotower.server.app import make_app
 from twotower.server.config import ServerConfig
+from twotower.server.protocol import CompletionRequest
 from twotower.server.service import Service
 
 LONG = {"model": "tiny", "prompt": "a", "max_tokens": 1900, "mode": "ar", "temperature": 0}
@@ -45,6 +47,34 @@ def test_closing_a_run_frees_it_within_two_rounds(engine):
 
     assert asyncio.run(leave()) <= 2
     assert engine.stats().num_running == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "expected"),
+    [
+        (SamplingDefaults(), {}, (1.0, None, 8)),
+        (SamplingDefaults(temperature=0.7, top_p=0.8), {}, (0.7, 0.8, 8)),
+        (SamplingDefaults(temperature=0.0), {}, (0.0, None, 8)),
+        (
+            SamplingDefaults(temperature=0.7, top_p=0.8),
+            {"temperature": 0.0, "top_p": 0.5, "block_size": 4},
+            (0.0, 0.5, 4),
+        ),
+    ],
+)
+def test_a_request_that_says_nothing_is_sampled_as_the_checkpoint_says(engine, monkeypatch, own, given, expected):
+    monkeypatch.setattr(engine.model, "sampling", own)
+    service = Service(engine, ServerConfig(model_name="tiny"), None)
+    [request] = asyncio.run(service.prepare("a", CompletionRequest(model="tiny", prompt="a", **given), 5))
+    assert (request.temperature, request.params.top_p, request.block_size) == expected
+
+
+@pytest.mark.parametrize(("default", "written"), [(None, 40), (16, 16)])
+def test_the_checkpoints_longest_answer_holds_where_no_other_length_does(engine, monkeypatch, default, written):
+    monkeypatch.setattr(engine.model, "sampling", SamplingDefaults(max_new_tokens=40))
+    service = Service(engine, ServerConfig(model_name="tiny"), None)
+    [request] = asyncio.run(service.prepare("a", CompletionRequest(model="tiny", prompt="a"), None, default))
+    assert request.max_new_tokens == written
 
 
 @pytest.mark.parametrize("body", [LONG, LONG | {"n": 3, "mode": "diffusion"}])

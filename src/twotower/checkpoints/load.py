@@ -56,7 +56,7 @@ def load(
         denoiser_device=device if denoiser_device is None else _device("denoiser_device", denoiser_device),
         progress=progress,
     )
-    model.tokenizer = load_tokenizer(folder)
+    model.tokenizer = load_tokenizer(folder, model.config.vocab_size)
     model.sampling = read_sampling_defaults(folder)
     model.documents = carried_documents(folder)
     if pack:

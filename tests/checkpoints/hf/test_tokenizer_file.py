@@ -34,3 +34,15 @@ def test_broken_tokenizer(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json (is not JSON|has no model with a vocabulary)"):
         load_tokenizer(tmp_path)
+
+
+def test_tokens_without_a_row_are_left_out(byte_tokenizer: tokenizers.Tokenizer, tmp_path: Path) -> None:
+    larger = tokenizers.Tokenizer.from_str(byte_tokenizer.to_str())
+    larger.add_special_tokens(["<pad>"])
+    larger.save(str(tmp_path / "tokenizer.json"))
+    for num_rows, spelled in ((261, 1), (260, 5)):
+        loaded = load_tokenizer(tmp_path, num_rows)
+        assert loaded is not None
+        assert len(loaded.encode("<pad>").ids) == spelled
+    with pytest.raises(ValueError, match="take the tokenizer and the weights of one model"):
+        load_tokenizer(tmp_path, 100)

@@ -201,7 +201,8 @@ def _no_weights(directory: Path) -> str:
     if pickled:
         return (
             f"{directory} holds its weights only as pickles ({_some(pickled)}), which can run code and are not opened; "
-            f"use a safetensors release, or convert them to {SINGLE_FILE} with a tool you trust"
+            f'use a safetensors release, or, if you trust them, convert them with: python -c "from transformers import '
+            f"AutoModelForCausalLM as M; M.from_pretrained('{directory}').save_pretrained('{directory}')\""
         )
     return f"{directory} holds neither {SINGLE_FILE} nor {INDEX_FILE}; download the weights into it"
 

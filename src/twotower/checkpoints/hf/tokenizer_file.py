@@ -11,7 +11,7 @@ from twotower.checkpoints.hf.config_file import read_object
 from twotower.checkpoints.hf.hub import refuse_pointer, resolve
 from twotower.checkpoints.hf.special_tokens import TOKENIZER_CONFIG_FILE, read_added_tokens, read_special_tokens
 from twotower.checkpoints.hf.tokenizer_sources import TOKENIZER_SOURCES, converted, usual_ends
-from twotower.checkpoints.vocabulary import added_token, ends_processor, normal_form
+from twotower.checkpoints.vocabulary import added_token, ends_processor, fit, normal_form
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -27,16 +27,20 @@ _CARRIED_FILES = (
 _TEMPLATE_FOLDER = "additional_chat_templates"
 
 
-def load_tokenizer(path: str | Path) -> tokenizers.Tokenizer | None:
+def load_tokenizer(path: str | Path, num_rows: int | None = None) -> tokenizers.Tokenizer | None:
     """The tokenizer of a checkpoint directory or hub id; None if it has no tokenizer.json.
 
     It encodes whole texts: truncation and padding, which a file may keep from the call that saved it, are turned off.
-    Raises ValueError for a file that is not a tokenizer.
+    Added tokens that have no row in an embedding of `num_rows` are left out, see `vocabulary.fit`. Raises ValueError
+    for a file that is not a tokenizer, or is another model's.
     """
     file = resolve(path) / TOKENIZER_FILE
     if not file.exists():
         return None
-    tokenizer = tokenizers.Tokenizer.from_str(_checked_text(file))
+    text = _checked_text(file)
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    if num_rows is not None and max(tokenizer.get_vocab().values(), default=0) >= num_rows:
+        tokenizer = tokenizers.Tokenizer.from_str(fit(text, num_rows).tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
