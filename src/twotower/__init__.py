@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from twotower.errors import SettingError
     from twotower.model.state import ContextState
     from twotower.model.two_tower import TwoTower
+    from twotower.rope import AttentionType, Rope
     from twotower.training.config import DenoisingConfig, TrainConfig
     from twotower.training.run.trainer import StepReport
     from twotower.training.train import train
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsyncEngine",
+    "AttentionType",
     "BlockView",
     "ContextState",
     "DenoisingConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "Generation",
     "GenerationStats",
     "Overloaded",
+    "Rope",
     "SamplingParams",
     "Scores",
     "SettingError",
@@ -61,6 +64,7 @@ __all__ = [
 # Imported when first used: `twotower --help` imports this package too, and torch takes seconds.
 _HOMES = {
     "AsyncEngine": "twotower.engine.aio",
+    "AttentionType": "twotower.rope",
     "BlockView": "twotower.decoding.output",
     "ContextState": "twotower.model.state",
     "DenoisingConfig": "twotower.training.config",
@@ -71,6 +75,7 @@ _HOMES = {
     "Generation": "twotower.decoding.output",
     "GenerationStats": "twotower.decoding.output",
     "Overloaded": "twotower.engine.aio",
+    "Rope": "twotower.rope",
     "SamplingParams": "twotower.decoding.params",
     "Scores": "twotower.decoding.scoring",
     "SettingError": "twotower.errors",

@@ -73,7 +73,8 @@ class TwoTowerConfig:
     multiplied by `attention_scale`, by default head_dim^-0.5, and limited by `attention_softcap` as logits are;
     `attention_sinks` adds to each head's softmax one learnt score without a value. `qk_norm` puts a norm on queries and
     keys: of each head with one weight ("head") or a weight per head ("each"), or of all heads together ("all").
-    With a `kv_lora_rank` keys and values are made of latents, and the next four fields are as in `LatentProjection`.
+    With a `kv_lora_rank` keys and values are made of latents, and `q_lora_rank`, `qk_rope_head_dim`, `qk_nope_head_dim`
+    and `v_head_dim` are as in `LatentProjection`.
     `attention_types` has the settings that differ between layers, and `attention_pattern` one digit per `*` layer, the
     index of its type; without types all layers see everything, with RoPE where `use_rope` says so, by `rope_theta`.
 

@@ -11,10 +11,12 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 class Rope:
     """Rotary positions (arXiv 2104.09864), in the words of `rope_parameters` in a Hugging Face config.json.
 
-    A head's number pairs turn by position · rope_theta^(-2j/n), where n is `partial_rotary_factor` of the head's width;
-    the rest of the head does not turn. `rope_type` says how frequencies change for texts that are longer than
-    `original_max_position_embeddings`, with the settings below it; `ops.rope` has the equations. Cosines and sines are
-    multiplied by `attention_factor`. Unlike in Hugging Face's files no setting follows from another one.
+    A head's number pairs turn by position · θ^(-2j/n), where θ is `rope_theta` and n is `partial_rotary_factor` of the
+    head's width; the rest of the head does not turn. `rope_type` says how frequencies change for texts that are longer
+    than `original_max_position_embeddings`, by `factor`: `ops.rope` has the equations. `low_freq_factor` and
+    `high_freq_factor` are of "llama3", `beta_fast`, `beta_slow` and `truncate` of "yarn", and `short_factor` and
+    `long_factor`, one divisor for each frequency, of "longrope". Cosines and sines are multiplied by
+    `attention_factor`. Unlike in Hugging Face's files no setting follows from another one.
     """
 
     rope_theta: float = 10000.0
