@@ -22,6 +22,20 @@ LATENTS = {
     "v_head_dim": 6,
     "attention_types": (AttentionType(rope_parameters=Rope(partial_rotary_factor=0.5)),),
 }
+# What layers of other families differ in: (pattern, config)
+TURNS = AttentionType(rope_parameters=Rope(rope_theta=100.0))
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("**-", {"attention_types": (TURNS, AttentionType(window=6)), "attention_pattern": "01"}),
+    ("*", {"attention_types": (AttentionType(window=3, rope_parameters=Rope(partial_rotary_factor=0.5)),)}),
+    ("**", {"attention_types": (AttentionType(chunk=7), TURNS), "attention_pattern": "01", "attention_sinks": True}),
+    ("*-*-", {"parallel": "*-", "norm_type": "layer", "norm_bias": True, "num_positions": 64}),
+    ("*-*-", {"pre_norm": False, "post_norm": True, "qk_norm": "all", "residual_scale": 0.5}),
+    (
+        "*-*-",
+        {"post_norm": True, "norm_offset": 1.0, "qk_norm": "head", "attention_softcap": 2.0, "embedding_scale": 3.0},
+    ),
+    ("*-*", {"qk_norm": "each", "attention_scale": 0.3, "norm_type": "layer", "attention_bias": True}),
+]
 
 
 def one_document(length: int, block_size: int, offset: int = 0) -> Layout:
@@ -97,6 +111,16 @@ def test_gated_experts_and_latents_are_decoded_as_trained(
     x0, layout = ids(2, 40), packed(4)
     xt, t = noisy(x0, layout)
     check_decoding(model, logits(model, x0, xt, t, layout, chunk_size=24), x0, xt, t, layout)
+
+
+@pytest.mark.parametrize(("pattern", "config"), OTHERS)
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_layers_of_other_families_are_decoded_as_trained(
+    pattern: str, config: dict[str, Any], block_size: int, tiny: Callable, ids: Callable
+) -> None:
+    model, x0, layout = tiny(pattern, dtype=torch.float64, **config), ids(2, 40), packed(block_size)
+    xt, t = noisy(x0, layout)
+    check_decoding(model, logits(model, x0, xt, t, layout), x0, xt, t, layout)
 
 
 def test_views_share_a_context_pass(tiny: Callable, ids: Callable, close: Callable) -> None:

@@ -1,18 +1,23 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from twotower.rope import AttentionType
 from twotower.training.forward.causal_parallel import causal_hidden
 from twotower.training.forward.layout import make_layout
 
+# Windows, learnt positions, parallel layers and norms around them
+OTHER = {"attention_types": (AttentionType(window=9),), "num_positions": 90, "parallel": "*-", "post_norm": True}
 
-@pytest.mark.parametrize("pattern", ["M*-E", "llama"])
+
+@pytest.mark.parametrize(("pattern", "config"), [("M*-E", {}), ("llama", {}), ("*-*-", OTHER)])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_each_document_is_what_decoding_computes(
-    pattern: str, recompute: bool, tiny: Callable, ids: Callable, close: Callable
+    pattern: str, config: dict[str, Any], recompute: bool, tiny: Callable, ids: Callable, close: Callable
 ) -> None:
-    model, x0 = tiny(pattern, dtype=torch.float64), ids(2, 83)
+    model, x0 = tiny(pattern, dtype=torch.float64, **config), ids(2, 83)
     document = torch.zeros(2, 83, dtype=torch.int64)
     document[0, 30:] = 1
     layout = make_layout(document, 16)

@@ -29,10 +29,12 @@ def find_family(raw: Settings) -> Family:
         if model_type in family.model_types:
             return family
     names = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
-    lacks = (
-        f" needs {_LACKING[model_type]}, which our towers don't have" if model_type in _LACKING else " is not declared"
-    )
-    raise ValueError(
-        f"model_type is {model_type!r}, a family that{lacks}; families that are: nemotron_h, {names}; "
-        "docs/families.md says how to add one"
-    )
+    if model_type is None:
+        problem = "config.json has no model_type, which says what family the model is of"
+    elif model_type in _LACKING:
+        problem = (
+            f"model_type is {model_type!r}, a family that needs {_LACKING[model_type]}, which our towers don't have"
+        )
+    else:
+        problem = f"model_type is {model_type!r}, a family that is not declared"
+    raise ValueError(f"{problem}; families that are: nemotron_h, {names}; docs/families.md says how to add one")

@@ -1,0 +1,87 @@
+"""Every family in every way that a tower runs: transformers' logits, and what follows from them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import twotower
+from twotower import SamplingParams
+from twotower.checkpoints import load_model, save
+
+
+def test_a_prompt_has_transformers_logits(family: Any, same_logits: Callable) -> None:
+    same_logits(family.ours.context_logits(family.ids), family.logits)
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_a_text_has_transformers_logits_however_it_is_cut(size: int, family: Any, same_logits: Callable) -> None:
+    state = family.ours.prefill(family.ids[:, :3])
+    found, ends = [state.next_logits], [2]
+    for block in family.ids[:, 3:].split(size, dim=1):
+        state = family.ours.extend(block, state)
+        found.append(state.next_logits)
+        ends.append(state.length - 1)
+    same_logits(torch.stack(found, dim=1), family.logits[:, ends])
+
+
+def test_rows_of_different_lengths_have_the_logits_that_they_have_alone(family: Any, same_logits: Callable) -> None:
+    state = family.ours.prefill(family.ids, lengths=(7, 29))
+    same_logits(state.next_logits, torch.stack((family.logits[0, 6], family.logits[1, 28])))
+
+
+@pytest.mark.parametrize("prompt_length", [5, 30])
+def test_verified_writes_what_ar_writes(prompt_length: int, family: Any) -> None:
+    prompt = family.ids[0, :prompt_length].tolist()
+    for model in (family.ours, family.fastest):
+        one, other = (
+            twotower.generate(model, [prompt], SamplingParams(mode=mode, max_new_tokens=24, ignore_eos=True))[0]
+            for mode in ("ar", "verified")
+        )
+        assert one.token_ids == other.token_ids
+
+
+def test_an_untrained_denoiser_is_the_backbone_that_sees_a_block_both_ways(
+    family: Any, same_logits: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modulation changes nothing in a new denoiser. So its logits are transformers' under a mask by which a token of
+    the block also sees the later ones that, in a text, would see it: those within the window."""
+    start = 25
+
+    def both_ways(mask_function: Any, q_length: int, kv_length: int, dtype: torch.dtype, **_: Any) -> Tensor:
+        query, key = torch.arange(q_length)[:, None], torch.arange(kv_length)
+        zero = torch.zeros((), dtype=torch.long)
+        later = mask_function(zero, zero, key.expand(q_length, -1), query.expand(-1, kv_length)) & (query >= start)
+        seen = mask_function(zero, zero, query, key) | later
+        return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)[None, None]
+
+    monkeypatch.setitem(transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, "eager", both_ways)
+    with torch.no_grad():
+        expected = family.theirs(family.ids, use_cache=False).logits[:, start:]
+    assert (expected - family.logits[:, start:]).abs().max() > 0.01 * expected.abs().max(), "the mask changed nothing"
+    state = family.ours.prefill(family.ids[:, :start])
+    same_logits(family.ours.denoise(family.ids[:, start:], state, t=0.5), expected)
+
+
+def test_c_computes_what_the_reference_does(family: Any, close: Callable) -> None:
+    choice = family.fastest.backends["context tower"]
+    if choice.name == "reference":
+        pytest.skip(choice.reason)
+    start = 25
+    # float32, summed in another order
+    close(family.fastest.context_logits(family.ids), family.ours.context_logits(family.ids), 1e-5)
+    found, expected = (
+        model.denoise(family.ids[:, start:], model.prefill(family.ids[:, :start]))
+        for model in (family.fastest, family.ours)
+    )
+    close(found, expected, 1e-5)
+
+
+def test_a_checkpoint_is_saved_as_it_was_read(family: Any, tmp_path: Path) -> None:
+    save(load_model(family.folder), tmp_path / "copy")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "copy" / name).read_bytes() == (family.folder / name).read_bytes(), name
