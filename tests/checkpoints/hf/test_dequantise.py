@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from twotower.checkpoints.hf.dequantise import blocks_of_e2m1, packed_e2m1, packed_integers, scaled
+from twotower.checkpoints.hf.dequantise import awq, blocks_of_e2m1, gptq, packed_e2m1, packed_integers, scaled
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
@@ -111,3 +111,39 @@ def test_blocks_of_gpt_oss_have_their_columns_as_rows():
     for e, r, c in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(128)).tolist():
         nibble = (int(blocks[e, r, c // 32, c % 32 // 2]) >> (4 * (c % 2))) & 15
         assert found[e, c, r] == math.ldexp(E2M1[nibble], int(scales[e, r, c // 32]) - 127)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_gptq(bits, shift, in_order):
+    generator = torch.Generator().manual_seed(bits)
+    rows, columns, count = 32, 64, 4
+    values = torch.randint(0, 1 << bits, (columns, rows), generator=generator)
+    stored_zero = torch.randint(0, 1 << bits, (count, rows), generator=generator)
+    scale = torch.rand(count, rows, generator=generator)
+    groups = None if in_order else torch.randint(0, count, (columns,), generator=generator, dtype=torch.int32)
+    packed = words(values.t().tolist(), bits).t()
+    found = gptq(packed, words(stored_zero.tolist(), bits), scale, bits, shift=shift, groups=groups)
+    for r in range(rows):
+        for c in range(columns):
+            g = c // 16 if groups is None else int(groups[c])
+            zero = (int(stored_zero[g, r]) + shift) % (1 << bits)
+            assert found[r, c] == float(int(values[c, r]) - zero) * scale[g, r]
+
+
+def test_awq():
+    generator = torch.Generator().manual_seed(1)
+    rows, columns, count = 16, 12, 3
+    values = torch.randint(0, 16, (columns, rows), generator=generator)
+    zero = torch.randint(0, 16, (count, rows), generator=generator)
+    scale = torch.rand(count, rows, generator=generator)
+    # its packer puts row order[i] of eight into the i-th four bits of a word
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    packed, packed_zero = (words(v.unflatten(1, (-1, 8))[..., order].flatten(1).tolist(), 4) for v in (values, zero))
+    found = awq(packed, packed_zero, scale)
+    for r in range(rows):
+        for c in range(columns):
+            assert found[r, c] == float(int(values[c, r]) - int(zero[c // 4, r])) * scale[c // 4, r]
+    with pytest.raises(ValueError, match="5 scales do not divide 12 columns into equal groups"):
+        awq(packed, packed_zero, torch.rand(5, rows))

@@ -109,6 +109,28 @@ def test_dequantised_weights_have_the_dtype_that_the_config_names(opened, key):
     assert opened(parts, {"quant_method": "fp8"}, **{key: "float16"}).specs["q.weight"].dtype == torch.float16
 
 
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 8}, -7.0),  # 1 − (7 + 1)
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, -6.0),
+        ({"quant_method": "awq", "bits": 4, "version": "GEMM"}, -6.0),
+    ],
+)
+def test_gptq_and_awq_have_no_tensor_called_weight(opened, settings, first):
+    ones, sevens = 0x11111111, 0x77777777
+    packed = torch.full((1, 8) if settings["quant_method"] == "gptq" else (8, 1), ones, dtype=torch.int32)
+    parts = {"q.qweight": packed, "q.qzeros": torch.full((1, 1), sevens, dtype=torch.int32)}
+    parts |= {"q.scales": torch.ones(1, 8).half(), "q.bias": torch.ones(8).half()}
+    found = opened(parts | {"q.g_idx": torch.zeros(8, dtype=torch.int32)}, settings, torch_dtype="float16")
+    assert found.specs["q.weight"] == TensorSpec(torch.float16, (8, 8))
+    assert set(found.specs) == {"q.weight", "q.bias"}
+    assert torch.equal(read(found)["q.weight"], torch.full((8, 8), first))
+    del parts["q.qzeros"]
+    with pytest.raises(ValueError, match=r"the tensor q\.qzeros is missing"):
+        opened(parts, settings)
+
+
 def test_8_bit_floats_without_a_scale_are_plain_numbers_unless_the_config_says_quantised(opened):
     assert torch.equal(read(opened({"q.weight": FP8}))["q.weight"], FP8.float())
     with pytest.raises(ValueError, match=r"tensor q\.weight of .* has no scale; download the model again"):
@@ -130,10 +152,12 @@ def test_buffers_are_left_out(opened):
     ("settings", "message"),
     [
         (
-            {"quant_method": "gptq", "bits": 4},
-            "is quantised by gptq, which is not read; take the model it was made",
+            {"quant_method": "hqq"},
+            "is quantised by hqq, which is not read; take the model it was made from, or one that",
         ),
-        ({"quant_method": "awq"}, "is quantised by awq"),
+        ({"quant_method": "gptq", "bits": 3}, r"quantised by gptq, 3 bits, form ''; read are \(2, 4, 8\) bits"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "form 'marlin'"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "quantised by awq, 4 bits, form 'gemv'"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "is quantised by bitsandbytes"),
         (
             {"quant_method": "compressed-tensors", "format": "marlin-24"},

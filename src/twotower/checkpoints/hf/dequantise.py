@@ -10,6 +10,8 @@ from torch import Tensor
 
 # The 16 values of E2M1, which 4-bit float formats store as the index here: a sign bit, then the magnitude.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Where AWQ's words have rows 0 to 7 of 8
+_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 _PACKED_BITS = (1, 2, 4, 8)
 
 
@@ -46,8 +48,7 @@ def packed_integers(
     bits = fitting[0]
     values = _unpacked(packed, bits, columns).float()
     if groups is None:
-        width = columns // scale.shape[-1] if scale.dim() > 1 else columns
-        groups = torch.arange(columns) // width
+        groups = _groups(columns, scale.shape[-1] if scale.dim() > 1 else 1)
     of_column = groups.long()
     scales = scale.float().reshape(-1, scale.shape[-1] if scale.dim() > 1 else 1)
     if zero_point is not None:
@@ -78,6 +79,30 @@ def blocks_of_e2m1(blocks: Tensor, scales: Tensor) -> Tensor:
     ):  # one at a time: indices take 16 times the bytes
         weight.copy_((e2m1(block) * power_of_two(scale).unsqueeze(-1)).flatten(1).t())
     return weights
+
+
+def gptq(
+    packed: Tensor, zero_point: Tensor, scale: Tensor, bits: int, *, shift: int, groups: Tensor | None = None
+) -> Tensor:
+    """The weight (r, c) of GPTQ: `packed` (c·b / 32, r) packs along columns, `zero_point` (c / g, r·b / 32) along rows,
+    with `scale` (c / g, r). `shift` is what the format takes off stored zero points, 1 in its first version. `groups`
+    (c,) is the group of each column where these are not in order."""
+    rows, columns = scale.shape[1], packed.shape[0] * 32 // bits
+    values = _unsigned(packed.t(), bits, columns)
+    zeros = (_unsigned(zero_point, bits, rows) + shift) & ((1 << bits) - 1)
+    of_column = _groups(columns, scale.shape[0]) if groups is None else groups.long()
+    return (values - zeros.t()[:, of_column]) * scale.float().t()[:, of_column]
+
+
+def awq(packed: Tensor, zero_point: Tensor, scale: Tensor) -> Tensor:
+    """The weight (r, c) of AWQ: `packed` (c, r / 8) and `zero_point` (c / g, r / 8) hold 4-bit integers in the order of
+    `_AWQ_ORDER` within each word, with `scale` (c / g, r)."""
+    of_column = _groups(packed.shape[0], scale.shape[0])
+    values, zeros = (
+        _unsigned(words, 4, words.shape[1] * 8).unflatten(1, (-1, 8))[..., _AWQ_ORDER].flatten(1)
+        for words in (packed, zero_point)
+    )
+    return ((values - zeros[of_column]) * scale.float()[of_column]).t()
 
 
 def e2m1(packed: Tensor) -> Tensor:
@@ -111,8 +136,19 @@ def _spread(scale: Tensor, rows: int, columns: int, block: tuple[int, int] | Non
     return scale.repeat_interleave(height, -2).repeat_interleave(width, -1)[..., :rows, :columns]
 
 
+def _groups(columns: int, count: int) -> Tensor:
+    """The group of each column, of `count` that are equally wide. Raises ValueError where they can't be."""
+    if columns % count:
+        raise ValueError(f"{count} scales do not divide {columns} columns into equal groups")
+    return torch.arange(columns) // (columns // count)
+
+
 def _unpacked(words: Tensor, bits: int, count: int) -> Tensor:
     """The signed integers (n, count) in int32 words (n, ⌈count·bits / 32⌉), lowest bits first."""
+    return _unsigned(words, bits, count) - (1 << (bits - 1))
+
+
+def _unsigned(words: Tensor, bits: int, count: int) -> Tensor:
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     values = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return values.flatten(1)[:, :count] - (1 << (bits - 1))
+    return values.flatten(1)[:, :count]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower.checkpoints.hf.dequantise import blocks_of_e2m1, packed_e2m1, packed_integers, scaled
+from twotower.checkpoints.hf.dequantise import awq, blocks_of_e2m1, gptq, packed_e2m1, packed_integers, scaled
 from twotower.checkpoints.hf.tensor_files import STORED_DTYPES, TensorFiles, TensorSpec, scan
 
 # The methods of config.json's quantization_config that are read. Which of them stored a weight shows in its parts.
-_READ_METHODS = ("compressed-tensors", "fbgemm_fp8", "fp8", "modelopt", "mxfp4", "mxfp8")
+_READ_METHODS = ("awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt", "mxfp4", "mxfp8")
 _READ_FORMATS = (
     "dense",
     "float-quantized",
@@ -24,6 +24,8 @@ _READ_FORMATS = (
     "nvfp4-pack-quantized",
     "pack-quantized",
 )
+# The forms and numbers of bits of these methods that are read
+_READ_KINDS = {"awq": (("", "gemm"), (4,)), "gptq": (("", "gptq", "gptq_v2"), (2, 4, 8))}
 # What follows a weight's name in the names of the tensors that it is stored as.
 _PARTS = (
     "",
@@ -38,6 +40,8 @@ _PARTS = (
     "_zero_point",
     "_g_idx",
 )
+# What GPTQ and AWQ have in place of "weight"
+_PACKED_COLUMNS, _COLUMN_ZEROS, _COLUMN_SCALES, _COLUMN_GROUPS = "qweight", "qzeros", "scales", "g_idx"
 _FLOATS_OF_8_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 _QUANTISED = (*_FLOATS_OF_8_BITS, torch.int8, torch.uint8, torch.int32)
 _FLOATS = tuple(STORED_DTYPES.values())
@@ -67,13 +71,13 @@ class FloatTensors:
     """The weights of a directory under the names of a model that is not quantised.
 
     `specs` has each one's shape and the dtype that it has in such a model. `parts` are the stored tensors of quantised
-    weights: weight -> part -> name. `block` is the size of quantised blocks, if the config says one.
+    weights: weight -> part -> name. `settings` are those of the quantisation.
     """
 
     files: TensorFiles
     specs: Mapping[str, TensorSpec]
     parts: Mapping[str, Mapping[str, str]]
-    block: tuple[int, int] | None
+    settings: Mapping[str, Any]
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Reads the named weights, file by file and one at a time, onto the CPU: in their stored dtype, quantised ones
@@ -86,7 +90,7 @@ class FloatTensors:
                 for name in in_file:
                     parts = {part: read(stored) for part, stored in self.parts[name].items()}
                     try:
-                        yield name, _weight(parts, self.block)
+                        yield name, _weight(parts, self.settings)
                     except ValueError as error:
                         raise ValueError(f"tensor {name} of {self.files.directory}: {error}") from error
 
@@ -115,11 +119,11 @@ def open_floats(directory: Path, raw: Mapping[str, Any]) -> FloatTensors:
     }
     with files.reader() as read:
         for name, of_weight in parts.items():
-            shape = _shape({part: files.specs[stored] for part, stored in of_weight.items()})
+            shape = _shape({part: files.specs[stored] for part, stored in of_weight.items()}, settings)
             if "_shape" in of_weight:
                 shape = tuple(read(of_weight["_shape"]).tolist())
             specs[name] = TensorSpec(dtype, shape)
-    return FloatTensors(files, specs, parts, _block(settings))
+    return FloatTensors(files, specs, parts, settings)
 
 
 def has_own_head(floats: FloatTensors) -> bool:
@@ -150,6 +154,15 @@ def _quantisation(directory: Path, raw: Mapping[str, Any]) -> Mapping[str, Any]:
             f"{directory} is stored in compressed-tensors' format {form}, which is not read; take the model it was "
             f"made from, or one in {', '.join(_READ_FORMATS)}"
         )
+    if method in _READ_KINDS:
+        kind = str(settings.get("version", settings.get("checkpoint_format", ""))).lower()
+        bits = settings.get("bits", settings.get("w_bit"))
+        kinds, widths = _READ_KINDS[method]
+        if kind not in kinds or bits not in widths:
+            raise ValueError(
+                f"{directory} is quantised by {method}, {bits!r} bits, form {kind!r}; read are {widths} bits, forms "
+                f"{kinds}: take another model"
+            )
     sparse = (settings.get("sparsity_config") or {}).get("format", "dense")
     if sparse != "dense" or (settings.get("transform_config") or {}).get("config_groups"):
         what = f"sparse weights in the format {sparse}" if sparse != "dense" else "weights that are transformed"
@@ -161,6 +174,15 @@ def _parts(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, str]]:
     """The quantised weights among the stored tensors: weight -> part -> stored name."""
     found: dict[str, dict[str, str]] = {}
     for name, spec in specs.items():
+        layer, _, last = name.rpartition(".")
+        if last == _PACKED_COLUMNS:
+            parts = (_PACKED_COLUMNS, _COLUMN_ZEROS, _COLUMN_SCALES, _COLUMN_GROUPS)
+            there = {part: f"{layer}.{part}" for part in parts if f"{layer}.{part}" in specs}
+            lacking = {*parts[:-1]} - there.keys()
+            if lacking:
+                raise ValueError(f"the tensor {layer}.{sorted(lacking)[0]} is missing; download the model again")
+            found[f"{layer}.weight"] = there
+            continue
         weight = name.removesuffix("_packed").removesuffix("_blocks")
         scales = ("_scales",) if name.endswith("_blocks") else ("_scale", "_scale_inv")
         if spec.dtype in _QUANTISED and any(weight + scale in specs for scale in scales):
@@ -168,13 +190,24 @@ def _parts(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, str]]:
     return found
 
 
-def _shape(parts: Mapping[str, TensorSpec]) -> tuple[int, ...]:
+def _shape(parts: Mapping[str, TensorSpec], settings: Mapping[str, Any]) -> tuple[int, ...]:
     """The weight's shape, by those of its parts."""
+    if _PACKED_COLUMNS in parts:
+        per_word = 32 // _bits(settings) if _is_gptq(settings) else 1
+        return parts[_COLUMN_SCALES].shape[1], parts[_PACKED_COLUMNS].shape[0] * per_word
     if "_blocks" in parts:
         experts, rows, groups, half = parts["_blocks"].shape
         return experts, groups * half * 2, rows
     dtype, (*leading, columns) = parts["_packed" if "_packed" in parts else ""]
     return (*leading, columns * 2 if dtype == torch.uint8 else columns)
+
+
+def _is_gptq(settings: Mapping[str, Any]) -> bool:
+    return bool(settings.get("quant_method") == "gptq")
+
+
+def _bits(settings: Mapping[str, Any]) -> int:
+    return int(settings["bits"])
 
 
 def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -186,8 +219,14 @@ def _block(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _weight(parts: Mapping[str, Tensor], block: tuple[int, int] | None) -> Tensor:
+def _weight(parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
     """The weight in float32."""
+    if _PACKED_COLUMNS in parts:
+        packed, zero_point, scale = (parts[part] for part in (_PACKED_COLUMNS, _COLUMN_ZEROS, _COLUMN_SCALES))
+        if not _is_gptq(settings):
+            return awq(packed, zero_point, scale)
+        shift = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+        return gptq(packed, zero_point, scale, _bits(settings), shift=shift, groups=parts.get(_COLUMN_GROUPS))
     if len(parts) == 1:
         return parts[""].float()
     if "_blocks" in parts:
@@ -200,4 +239,4 @@ def _weight(parts: Mapping[str, Tensor], block: tuple[int, int] | None) -> Tenso
         return packed_integers(parts["_packed"], scale, (rows, columns), parts.get("_zero_point"), parts.get("_g_idx"))
     if parts[""].dtype == torch.uint8:
         return packed_e2m1(parts[""], scale, times=parts.get("_scale_2"))
-    return scaled(parts[""], scale, block, parts.get("_zero_point"))
+    return scaled(parts[""], scale, _block(settings), parts.get("_zero_point"))
