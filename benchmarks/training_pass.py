@@ -169,7 +169,7 @@ def boundary_context(model: TwoTower, x0: Tensor, layout: Layout) -> list[Bounda
         elif isinstance(layer.mixer, Attention):
             q, key, value = layer.mixer.project(entered, None)
             kept.append((key, value))
-            mixed = layer.mixer.output(cached_attention(q, key, value, causal))
+            mixed = layer.mixer.output(cached_attention(q, key, value, causal, layer.mixer.rule))
         else:
             kept.append(None)
             mixed = layer.mixer(entered)
@@ -199,7 +199,7 @@ def boundary_step(model: TwoTower, case: Case) -> None:
             assert isinstance(layer.mixer, Attention)
             q, key, value = layer.mixer.project(entered, None)
             keys, values = torch.cat((seed[0], key), dim=2), torch.cat((seed[1], value), dim=2)
-            mixed = layer.mixer.output(cached_attention(q, keys, values, mask))
+            mixed = layer.mixer.output(cached_attention(q, keys, values, mask, layer.mixer.rule))
         else:
             mixed = layer.mixer(entered)
         x = layer.leave(x, mixed, own)
