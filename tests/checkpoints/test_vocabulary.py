@@ -201,8 +201,6 @@ def test_trim_refuses_other_vocabularies(text: str) -> None:
             trim(other, [0])
     with pytest.raises(ValueError, match=r"keep_tokens has \[-1, 99999\], which are no tokens; ids are in \[0, "):
         trim(text, [5, -1, 99999])
-    with pytest.raises(ValueError, match="already has a token <mask>"):
-        trim(append_mask(text, len(NAMES)), [5])
     raw = json.loads(text)
     raw["post_processor"] = {"type": "Sequence", "processors": []}
     with pytest.raises(ValueError, match="post-processor is a Sequence, must be TemplateProcessing"):
@@ -220,6 +218,21 @@ def test_appended_mask_has_the_asked_id(text: str, tokenizer: tokenizers.Tokeniz
     assert masked.encode(sample).ids == tokenizer.encode(sample).ids
 
 
+def test_a_tokenizer_with_a_mask_of_its_own_keeps_it(text: str) -> None:
+    """As Gemma's: its mask is a token like any other, which the backbone may write."""
+    taken = append_mask(text, len(NAMES))
+    masked = tokenizers.Tokenizer.from_str(append_mask(taken, len(NAMES) + 1))
+    assert masked.encode("the<mask><|mask|>").ids == [1, piece_id(" the"), len(NAMES), len(NAMES) + 1]
+    trimmed = trim(taken, [5])
+    small = tokenizers.Tokenizer.from_str(trimmed.tokenizer)
+    assert small.token_to_id("<|mask|>") == trimmed.mask_token_id
+    assert small.token_to_id("<mask>") == trimmed.new_id(len(NAMES))
+    for i in range(2, 4):
+        taken = append_mask(taken, len(NAMES) + i)
+    with pytest.raises(ValueError, match=r"already has all of .* pass mask_token_id of one"):
+        append_mask(taken, len(NAMES) + 9)
+
+
 def test_mask_beyond_added_tokens_that_are_beyond_the_vocabulary() -> None:
     """Qwen's layout: added tokens follow the vocabulary, and the embedding is padded past both."""
     plain = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
@@ -229,8 +242,6 @@ def test_mask_beyond_added_tokens_that_are_beyond_the_vocabulary() -> None:
 
 
 def test_appending_a_mask_is_refused_where_it_would_be_wrong(text: str) -> None:
-    with pytest.raises(ValueError, match="already has a token <mask>; if it may serve as the mask"):
-        append_mask(append_mask(text, len(NAMES)), len(NAMES) + 1)
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).to_str()
     with pytest.raises(ValueError, match="the tokenizer is a WordLevel, must be a BPE"):
         append_mask(words, 1)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-MASK_TOKEN = "<mask>"
+# What the mask is called: the first of these that the tokenizer doesn't have. Gemma, for example, has the first.
+_MASK_NAMES = ("<mask>", "<|mask|>", "<|twotower_mask|>")
 
 _BYTE_TOKENS = tuple(f"<0x{value:02X}>" for value in range(256))
 
@@ -183,9 +184,9 @@ def normal_form(raw: Mapping[str, Any]) -> str:
 
 
 def append_mask(tokenizer: str, mask_token_id: int) -> str:
-    """Adds the special token `<mask>` with the given id, which may leave a gap after the tokenizer's own ids.
+    """Adds a special token with the given id, which may leave a gap after the tokenizer's own ids.
 
-    Raises ValueError for a tokenizer that is neither BPE nor unigram or has such a token already.
+    Raises ValueError for a tokenizer that is neither BPE nor unigram.
     """
     raw = json.loads(tokenizers.Tokenizer.from_str(tokenizer).to_str())
     vocab, added = raw["model"].get("vocab"), raw["added_tokens"]
@@ -193,13 +194,7 @@ def append_mask(tokenizer: str, mask_token_id: int) -> str:
         raise ValueError(
             f"the tokenizer is a {raw['model']['type']}, must be a BPE or unigram; pass mask_token_id of a free token"
         )
-    own = _ids(raw).get(MASK_TOKEN)
-    if own is not None:
-        raise ValueError(
-            f"the tokenizer already has a token {MASK_TOKEN}; if it may serve as the mask, pass its id, "
-            f"mask_token_id={own}, as with: twotower init --mask-token-id {own}"
-        )
-    added.append(added_token(mask_token_id, MASK_TOKEN, special=True))
+    added.append(added_token(mask_token_id, _mask_name(_ids(raw)), special=True))
     names = {token["id"]: token["content"] for token in added}
     # Unless the vocabulary gives an added token's id, the library numbers it from the vocabulary's size on.
     if isinstance(vocab, dict):
@@ -245,6 +240,15 @@ def fit(tokenizer: str, num_rows: int) -> Fitted:
     return Fitted(normal_form(raw), tuple(left_out))
 
 
+def _mask_name(ids: Collection[str]) -> str:
+    found = next((name for name in _MASK_NAMES if name not in ids), None)
+    if found is None:
+        raise ValueError(
+            f"the tokenizer already has all of {_MASK_NAMES}; pass mask_token_id of one that may be the mask"
+        )
+    return found
+
+
 def _ids(raw: Mapping[str, Any]) -> dict[str, int]:
     """The id of each token of a tokenizer.json, added ones included."""
     vocab = raw["model"].get("vocab", {})
@@ -269,19 +273,18 @@ def trim(tokenizer: str, keep: Collection[int]) -> Trimmed:
     strange = sorted(set(keep) - set(pieces))
     if strange:
         raise ValueError(f"keep_tokens has {strange[:5]}, which are no tokens; ids are in [0, {max(pieces)}]")
-    if MASK_TOKEN in vocab:
-        raise ValueError(f"the tokenizer already has a token {MASK_TOKEN}; leave keep_tokens out, or rename the token")
+    mask_name = _mask_name(_ids(raw))
     special = sorted(token["id"] for token in raw["added_tokens"] if token["special"])
     first = [*special, *(vocab[token] for token in _BYTE_TOKENS)]
     rest = sorted(set(keep) - set(first))
     mask_token_id = len(special)
     rows = (*special, vocab[model["unk_token"]], *first[len(special) :], *rest)
-    names = [MASK_TOKEN if i == mask_token_id else pieces[row] for i, row in enumerate(rows)]
+    names = [mask_name if i == mask_token_id else pieces[row] for i, row in enumerate(rows)]
     ids = {name: i for i, name in enumerate(names)}
     model["vocab"] = ids
     model["merges"] = [m for m in model["merges"] if m[0] in ids and m[1] in ids and m[0] + m[1] in ids]
     added = [token | {"id": ids[token["content"]]} for token in raw["added_tokens"] if token["content"] in ids]
-    raw["added_tokens"] = sorted([*added, added_token(mask_token_id, MASK_TOKEN, special=True)], key=lambda t: t["id"])
+    raw["added_tokens"] = sorted([*added, added_token(mask_token_id, mask_name, special=True)], key=lambda t: t["id"])
     processor = raw["post_processor"]
     if processor is not None:
         if processor["type"] != "TemplateProcessing":
