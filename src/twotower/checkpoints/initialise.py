@@ -109,7 +109,8 @@ def init(
 def open_backbone(backbone: str | Path) -> Backbone:
     """Opens a single-tower model: a GGUF file, a llama2.c file, or a directory or hub id of a family that we know.
 
-    Reads headers only. Raises FileNotFoundError or ValueError for anything else.
+    Reads headers, and the embedding and head where the config may tie them. Raises FileNotFoundError or ValueError for
+    anything else.
     """
     path = Path(backbone)
     if path.is_file():
@@ -119,7 +120,7 @@ def open_backbone(backbone: str | Path) -> Backbone:
     directory = resolve(backbone)
     raw = read_raw_config(directory)
     files = open_floats(directory, raw)
-    if has_own_head(files):
+    if raw.get("tie_word_embeddings") is not False and has_own_head(files):
         raw = {**raw, "tie_word_embeddings": False}
     documents = carried_documents(directory)
     if raw.get("model_type") == "nemotron_h":

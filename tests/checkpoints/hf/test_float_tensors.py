@@ -1,5 +1,6 @@
 """Directories of quantised weights, as the tools that make them name their parts."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_dequantised_weights_have_the_dtype_that_the_config_names(opened, key):
         ({"quant_method": "awq", "bits": 4, "version": "GEMM"}, -6.0),
     ],
 )
-def test_gptq_and_awq_have_no_tensor_called_weight(opened, settings, first):
+def test_gptq_and_awq_have_no_tensor_called_weight(opened, tmp_path, settings, first):
     ones, sevens = 0x11111111, 0x77777777
     packed = torch.full((1, 8) if settings["quant_method"] == "gptq" else (8, 1), ones, dtype=torch.int32)
     parts = {"q.qweight": packed, "q.qzeros": torch.full((1, 1), sevens, dtype=torch.int32)}
@@ -126,6 +127,12 @@ def test_gptq_and_awq_have_no_tensor_called_weight(opened, settings, first):
     assert found.specs["q.weight"] == TensorSpec(torch.float16, (8, 8))
     assert set(found.specs) == {"q.weight", "q.bias"}
     assert torch.equal(read(found)["q.weight"], torch.full((8, 8), first))
+    beside = "quant_config.json" if settings["quant_method"] == "awq" else "quantize_config.json"
+    (tmp_path / beside).write_text(json.dumps({k: v for k, v in settings.items() if k != "quant_method"}))
+    assert torch.equal(read(opened(parts))["q.weight"], torch.full((8, 8), first))
+    (tmp_path / beside).unlink()
+    with pytest.raises(ValueError, match=r"config\.json does not say how q\.qweight is quantised"):
+        opened(parts)
     del parts["q.qzeros"]
     with pytest.raises(ValueError, match=r"the tensor q\.qzeros is missing"):
         opened(parts, settings)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twotower.checkpoints.hf.config_file import read_object
 from twotower.checkpoints.hf.dequantise import awq, blocks_of_e2m1, gptq, packed_e2m1, packed_integers, scaled
 from twotower.checkpoints.hf.tensor_files import STORED_DTYPES, TensorFiles, TensorSpec, scan
 
@@ -103,7 +104,7 @@ def open_floats(directory: Path, raw: Mapping[str, Any]) -> FloatTensors:
     """
     settings = _quantisation(directory, raw)
     files = scan(directory)
-    parts = _parts(files.specs)
+    parts = _parts(files.specs, settings)
     taken = {stored for of_weight in parts.values() for stored in of_weight.values()}
     dtype = STORED_DTYPES["BF16"]
     for key in ("torch_dtype", "dtype"):
@@ -126,6 +127,14 @@ def open_floats(directory: Path, raw: Mapping[str, Any]) -> FloatTensors:
     return FloatTensors(files, specs, parts, settings)
 
 
+def _settings_beside(directory: Path) -> dict[str, Any]:
+    """The settings in the files that GPTQ's and AWQ's tools wrote before config.json had a place for them."""
+    gptq, awq = (read_object(directory / name) for name in ("quantize_config.json", "quant_config.json"))
+    if gptq:
+        return gptq | {"quant_method": gptq.get("quant_method", "gptq")}
+    return awq and awq | {"quant_method": "awq"}
+
+
 def has_own_head(floats: FloatTensors) -> bool:
     """Whether a head is stored that differs from the embedding. As in transformers, the two are then not one tensor,
     whatever the config says."""
@@ -140,7 +149,7 @@ def has_own_head(floats: FloatTensors) -> bool:
 
 def _quantisation(directory: Path, raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """config.json's quantization_config, empty without one. Raises ValueError for a method that is not read."""
-    settings = raw.get("quantization_config") or raw.get("compression_config") or {}
+    settings = raw.get("quantization_config") or raw.get("compression_config") or _settings_beside(directory)
     method, form = settings.get("quant_method"), settings.get("format")
     if settings and "config_groups" in settings and method in (None, "sparseml"):
         method = "compressed-tensors"
@@ -170,12 +179,14 @@ def _quantisation(directory: Path, raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings
 
 
-def _parts(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, str]]:
+def _parts(specs: Mapping[str, TensorSpec], settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """The quantised weights among the stored tensors: weight -> part -> stored name."""
     found: dict[str, dict[str, str]] = {}
     for name, spec in specs.items():
         layer, _, last = name.rpartition(".")
         if last == _PACKED_COLUMNS:
+            if settings.get("quant_method") not in _READ_KINDS:
+                raise ValueError(f"config.json does not say how {name} is quantised; download the model again")
             parts = (_PACKED_COLUMNS, _COLUMN_ZEROS, _COLUMN_SCALES, _COLUMN_GROUPS)
             there = {part: f"{layer}.{part}" for part in parts if f"{layer}.{part}" in specs}
             lacking = {*parts[:-1]} - there.keys()
