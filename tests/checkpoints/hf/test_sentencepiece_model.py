@@ -103,14 +103,14 @@ def test_user_defined_pieces_are_never_split_or_merged(tmp_path: Path) -> None:
     [
         (b"", "it has no pieces"),
         (b"hello", "is not a SentencePiece model"),
-        (b"\x0a\xff\x01", "is not a SentencePiece model .*ends inside a field"),
-        (b"\xff" * 20, "is not a SentencePiece model .*more than 10 bytes"),
+        (b"\x0a\xff\x01", "is not a SentencePiece model: .*ends inside a field"),
+        (b"\xff" * 20, "is not a SentencePiece model: .*more than 10 bytes"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is only a pointer to the file"),
     ],
 )
 def test_other_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"tokenizer\.model .*{message}|{message}"):
+    with pytest.raises(ValueError, match=message):
         read_sentencepiece(tmp_path / "tokenizer.model")
 
 

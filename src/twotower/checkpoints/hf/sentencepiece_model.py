@@ -60,9 +60,9 @@ def read_sentencepiece(file: Path) -> SentencePieceModel:
         trainer, normalizer = (dict(_fields(next((c for n, c in fields if n == m), b""))) for m in (2, 3))
         scores = tuple(struct.unpack("<f", entry.get(2, bytes(4)))[0] for entry in entries)
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise ValueError(f"{file} is not a SentencePiece model ({error!r}); download it again") from error
+        raise ValueError(f"{file} is not a SentencePiece model: {error}; download it again") from error
     if not pieces:
-        raise ValueError(f"{file} is not a SentencePiece model (it has no pieces); download it again")
+        raise ValueError(f"{file} is not a SentencePiece model: it has no pieces; download it again")
     return SentencePieceModel(
         pieces,
         scores,
@@ -182,6 +182,10 @@ def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
+# Bytes of a field by its wire type
+_FIXED_SIZES = {1: 8, 5: 4}
+
+
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """The fields of a protocol buffer message: number and content, an integer or bytes. Later ones of a number replace
     earlier ones unless the field is repeated."""
@@ -196,7 +200,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
         if wire_type == 2:
             size, at = _varint(message, at)
         else:
-            size = {1: 8, 5: 4}[wire_type]
+            size = _FIXED_SIZES.get(wire_type, len(message))
         if at + size > len(message):
             raise ValueError("it ends inside a field")
         yield number, message[at : at + size]

@@ -17,10 +17,6 @@ TOKENIZER_SOURCES = (*_SENTENCEPIECE_FILES, "vocab.json", "merges.txt", "tekken.
 _BOS, _EOS = "<s>", "</s>"
 _GPT2_END = "<|endoftext|>"
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
-_MAKE_ONE = (
-    'make a tokenizer.json with: python -c "from transformers import AutoTokenizer; '
-    "AutoTokenizer.from_pretrained('FOLDER').save_pretrained('FOLDER')\""
-)
 # What splits a text into words, by the class that tokenizer_config.json names.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,7 +48,7 @@ def converted(
     if tiktoken is not None:
         raise ValueError(_no_tiktoken(directory / tiktoken))
     if "vocab.txt" in present:
-        raise ValueError(f"{directory / 'vocab.txt'} is a WordPiece vocabulary, which no model here has; {_MAKE_ONE}")
+        raise ValueError(f"{directory / 'vocab.txt'} is a WordPiece vocabulary, which no model here has")
     return None
 
 
@@ -82,7 +78,7 @@ def _sentencepiece(file: Path, settings: Mapping[str, Any], added: Mapping[int, 
     try:
         found = sentencepiece_tokenizer(model, prefix_every_chunk=bool(legacy))
     except ValueError as error:
-        raise ValueError(f"{file}: {error}; {_MAKE_ONE}") from error
+        raise ValueError(f"{file}: {error}; {_with_transformers(file.parent)}") from error
     bos = settings.get("bos_token", _BOS)
     bos = bos.get("content") if isinstance(bos, dict) else bos
     if bos in model.pieces:
@@ -100,7 +96,7 @@ def _byte_level(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in (*_GPT2, *_QWEN2):
         raise ValueError(
             f"{directory} has vocab.json and merges.txt but not how its tokenizer, {kind}, splits texts into words; "
-            f"download its tokenizer.json, or {_MAKE_ONE}"
+            f"download its tokenizer.json, or {_with_transformers(directory)}"
         )
     level = _level(add_prefix_space=bool(settings.get("add_prefix_space", False)), use_regex=kind in _GPT2)
     vocab = read_object(directory / "vocab.json")
@@ -198,5 +194,12 @@ def _split(pattern: str) -> dict[str, Any]:
 def _no_tiktoken(file: Path) -> str:
     return (
         f"{file} is a tiktoken file, which doesn't say how texts are split into words; download the tokenizer.json of "
-        f"a repository in Hugging Face's form, or, where transformers knows the model, {_MAKE_ONE}"
+        f"a repository in Hugging Face's form, or, if transformers knows it, {_with_transformers(file.parent)}"
+    )
+
+
+def _with_transformers(directory: Path) -> str:
+    return (
+        'make a tokenizer.json with: python -c "from transformers import AutoTokenizer as T; '
+        f"T.from_pretrained('{directory}').save_pretrained('{directory}')\""
     )
