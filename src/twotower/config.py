@@ -186,6 +186,12 @@ class TwoTowerConfig:
             return self.attention_types
         return (AttentionType(rope_parameters=Rope(rope_theta=self.rope_theta) if self.use_rope else None),)
 
+    def rope_length(self, length: int) -> int:
+        """The least number of tokens for which RoPE in every layer turns as it does in texts of `length` tokens; 0 for
+        most models, whose RoPE is the same for all texts."""
+        ropes = [kind.rope_parameters for kind in self.attention_kinds]
+        return max(0 if rope is None else rope.length_class(length) for rope in ropes)
+
     @property
     def attention_indices(self) -> tuple[int, ...]:
         """For each `*` layer in order the index of its settings in `attention_kinds`."""

@@ -36,6 +36,13 @@ class Rope:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
+    def length_class(self, length: int) -> int:
+        """The least number of tokens for which frequencies are those for texts of `length` tokens; 0 where these are
+        not longer than the original length, and for frequencies that are the same for all texts."""
+        if length <= self.original_max_position_embeddings:
+            return 0
+        return {"longrope": self.original_max_position_embeddings + 1, "dynamic": length}.get(self.rope_type, 0)
+
     def turned(self, head_dim: int) -> int:
         """How many numbers of a head of width `head_dim` turn."""
         return int(head_dim * self.partial_rotary_factor)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from twotower.backends.choose import pack_
+from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine
@@ -16,6 +17,7 @@ from twotower.engine.pool import StatePool
 from twotower.engine.prefix_cache import PrefixCache, Snapshot
 from twotower.model.pages import PAGE_SIZE, PagedKeys
 from twotower.model.two_tower import TwoTower
+from twotower.rope import AttentionType, Rope
 
 PARAMS = SamplingParams(mode="ar", max_new_tokens=4)
 PATTERNS = ["M*-E", "llama", "M-"]
@@ -111,7 +113,7 @@ def test_a_state_is_never_attached_to_a_shorter_prefix(tiny: Callable) -> None:
     table: list[int] = []
     pool.grow_(table, 40)
     with pytest.raises(AssertionError, match="exactly the tokens it has seen"):
-        cache.insert(ids(20, 0), table, {24: Snapshot((), None)})
+        cache.insert(ids(20, 0), 0, table, {24: Snapshot((), None)})
 
 
 def test_snapshots_stay_within_their_bytes_and_the_oldest_go_first(tiny: Callable) -> None:
@@ -146,7 +148,7 @@ def test_off_means_off(tiny: Callable) -> None:
 
 def test_the_grid_grows_sparser_with_the_prompt(tiny: Callable) -> None:
     cache = PrefixCache(StatePool(tiny("M*-E"), 1 << 20, 1), 1 << 20)
-    nothing = cache.match([], needs_logits=False)
+    nothing = cache.match([], 0, needs_logits=False)
     for length in (1, 31, 33, 512, 513, 5000):
         points = cache.points(nothing, length)
         assert points[-1] == length
@@ -173,10 +175,35 @@ def test_pages_with_several_snapshots_are_given_back_too(tiny: Callable) -> None
     free = pool.num_free
     assert pool.grow_(table, len(prompt))
     snapshots = {n: Snapshot((), None) for n in (len(prompt) - 5, len(prompt) - 2, len(prompt))}
-    cache.insert(prompt, table, snapshots)
+    cache.insert(prompt, 0, table, snapshots)
     cache.free_pages(free)
     assert pool.num_free == free - 3  # the owner still has them
     pool.release_(table)
     assert pool.num_free < free
     cache.free_pages(free)
     assert pool.num_free == free
+
+
+LONGROPE = Rope(
+    rope_type="longrope",
+    original_max_position_embeddings=32,
+    short_factor=(1.0, 1.5, 2.0, 3.0),
+    long_factor=(2.0, 4.0, 8.0, 9.0),
+)
+DYNAMIC = Rope(rope_type="dynamic", original_max_position_embeddings=32, factor=4.0)
+
+
+@pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC])
+def test_texts_that_rope_turns_otherwise_share_no_keys(rope: Rope, tiny: Callable) -> None:
+    model = tiny("*-*-", attention_types=(AttentionType(rope_parameters=rope),))
+    prompt = ids(20, 0)
+    requests = [SamplingParams(mode=mode, max_new_tokens=n) for mode in ("ar", "verified") for n in (9, 30, 50)]
+    alone = [generate(model, [prompt], params)[0].token_ids for params in requests]
+    assert alone[0] != alone[1][:9], "the lengths make no difference"
+    assert [r.token_ids for r in generate(model, [prompt] * len(requests), requests)] == alone
+    e = engine(model)
+    assert [r.token_ids for r in e.generate([prompt] * len(requests), requests)] == alone
+    assert found(e, prompt, requests[0]) == 20
+    assert found(e, prompt, SamplingParams(mode="ar", max_new_tokens=41)) == (20 if rope is LONGROPE else 0)
+    e.clear_cache()
+    assert not e._cache._roots

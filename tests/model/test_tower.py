@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from twotower.model.tower import rotations
 from twotower.model.two_tower import TwoTower
 
 PATTERNS = ["M", "*", "M*-E", "MEM*MEM*E", "llama"]
@@ -134,7 +135,7 @@ def test_rope_sees_distances_and_not_places(tiny: Callable, ids: Callable, close
     mixer = model.context_tower.layers[0].mixer
     scores = []
     for start in (0, 7):
-        rope = model.context_tower._rotation((start,), 6, torch.device("cpu"))[0]
+        rope = rotations(model.config, torch.arange(start, start + 6)[None], torch.float64)[0]
         q, k, _ = mixer.project(x, rope)
         scores.append(q[:, :2] @ k[:, :1].transpose(-1, -2))
     close(scores[1], scores[0], 1e-5)  # angles are float32, as in Hugging Face's

@@ -30,6 +30,15 @@ def test_numbers_of_a_head_behind_the_turned_ones_stay() -> None:
     assert torch.equal(turned[..., :6], rotate(x[..., :6], Rotation(angle.cos(), angle.sin())))
 
 
+def test_a_length_class_has_the_frequencies_of_all_its_lengths() -> None:
+    divisors = {"short_factor": (1.0, 2.0), "long_factor": (3.0, 5.0)}
+    for kind, classes in (("default", {0}), ("yarn", {0}), ("longrope", {0, 33}), ("dynamic", {0, *range(33, 41)})):
+        rope = Rope(rope_type=kind, factor=4.0, original_max_position_embeddings=32, **divisors)
+        assert {rope.length_class(length) for length in range(41)} == classes
+        for length in range(41):
+            assert torch.equal(frequencies(rope, 4, length), frequencies(rope, 4, rope.length_class(length)))
+
+
 SCALED = [
     {"rope_type": "linear", "factor": 4.0},
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},

@@ -92,5 +92,6 @@ def _prefill(model: TwoTower, steps: ModeSteps[Any], requests: list[Request]) ->
     for row, prompt in enumerate(prompts):
         table[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
     room = max(n + r.max_new_tokens + r.block_size + 1 for n, r in zip(lengths, requests, strict=True))
-    context = model.prefill(table, lengths, capacity=room)
+    planned = [r.planned_length for r in requests]
+    context = model.prefill(table, lengths, capacity=room, planned=planned)
     return steps.start(model, tuple(requests), context)

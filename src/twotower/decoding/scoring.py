@@ -85,7 +85,9 @@ def _score_batch(model: TwoTower, pairs: list[tuple[tuple[int, ...], tuple[int, 
         row[: len(prompt) + len(text)] = torch.tensor(prompt + text)
     skip = min(len(prompt) for prompt, _ in pairs)
     scored: list[list[TokenScore]] = [[] for _ in pairs]
-    for chunk in ContextScorer(model, len(pairs), num_top=num_top, capacity=longest).push(table, skip=skip):
+    planned = [len(prompt) + len(text) for prompt, text in pairs]
+    scorer = ContextScorer(model, len(pairs), num_top=num_top, capacity=longest, planned=planned)
+    for chunk in scorer.push(table, skip=skip):
         for row, tokens in zip(scored, chunk, strict=True):
             row += tokens
     found = []
@@ -102,13 +104,22 @@ def _score_batch(model: TwoTower, pairs: list[tuple[tuple[int, ...], tuple[int, 
 class ContextScorer:
     """Scores rows of tokens that may come piece by piece: each token given all before it in its row.
 
-    `num_top` likeliest tokens are given at each place; `capacity` is how many tokens a row is expected to have.
+    `num_top` likeliest tokens are given at each place; `capacity` is how many tokens a row is expected to have, and
+    `planned` how many each will, as in `TwoTower.prefill`.
     """
 
-    def __init__(self, model: TwoTower, num_rows: int = 1, *, num_top: int = 0, capacity: int = 0) -> None:
+    def __init__(
+        self,
+        model: TwoTower,
+        num_rows: int = 1,
+        *,
+        num_top: int = 0,
+        capacity: int = 0,
+        planned: Sequence[int] | None = None,
+    ) -> None:
         self._model = model
         self._num_top = num_top
-        self._state = model.context_tower.initial_state(num_rows, capacity)
+        self._state = model.context_tower.initial_state(num_rows, capacity, planned)
         self._logits: Tensor | None = None  # (b, 1, v) after the last token taken
 
     def push(

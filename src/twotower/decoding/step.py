@@ -41,6 +41,11 @@ class Request(NamedTuple):
         return self.params.max_new_tokens
 
     @property
+    def planned_length(self) -> int:
+        """The most tokens of prompt and answer together."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
+    @property
     def block_size(self) -> int:
         """The tokens that it fills together, or of its longest draft."""
         assert self.params.block_size is not None

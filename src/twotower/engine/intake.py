@@ -70,7 +70,7 @@ class Intake:
         ids = job.context_ids
         match = Match(0, (), None, 0)
         if self._config.snapshot_bytes:
-            match = self._cache.match(ids, needs_logits=_needs_logits(job))
+            match = self._cache.match(ids, self._rope_length(job), needs_logits=_needs_logits(job))
             job.points = self._cache.points(match, len(ids))
         for page in match.pages:
             self._pool.hold_(page)
@@ -85,10 +85,14 @@ class Intake:
             self._pool.release_(job.table)
             return False
         mamba, logits = match.snapshot or Snapshot((), None)
-        job.context = self._pool.open(job.table, match.length, mamba, logits)
+        job.context = self._pool.open(job.table, match.length, mamba, logits, self._rope_length(job))
         job.has_slot = True
         self.num_hit_tokens += match.length
         return True
+
+    def _rope_length(self, job: Job) -> int:
+        """What RoPE depends on for a job, from its first token to its last."""
+        return self._model.config.rope_length(job.record.request.planned_length)
 
     def grow(self, job: Job, length: int) -> bool:
         """Extends a job's table to hold `length` tokens, dropping cached pages if needed; returns whether it could."""
@@ -138,7 +142,7 @@ class Intake:
                     whole = point == len(job.context_ids)
                     snapshots[point] = Snapshot(job.context.mamba, job.context.next_logits if whole else None)
             if snapshots:
-                self._cache.insert(ids, job.table, snapshots)
+                self._cache.insert(ids, self._rope_length(job), job.table, snapshots)
 
 
 def _needs_logits(job: Job) -> bool:

@@ -53,14 +53,22 @@ class StatePool:
         """The number of pages that `length` tokens need."""
         return -(-length // PAGE_SIZE) if self.page_bytes else 0
 
-    def open(self, table: list[int], length: int, mamba: tuple[MambaState, ...], logits: Tensor | None) -> ContextState:
+    def open(
+        self,
+        table: list[int],
+        length: int,
+        mamba: tuple[MambaState, ...],
+        logits: Tensor | None,
+        rope_length: int,
+    ) -> ContextState:
         """Takes a slot and returns the state after `length` tokens, whose keys are in the pages of `table`.
 
         `mamba` and `logits` are the state's recurrent part and next logits; at length 0 `mamba` is ignored.
+        `rope_length` is that of the text that it is planned to become.
         """
         self._num_slots_used += 1
         keys = PagedKeys(self._keys, self._values, (table,), (length,)) if self._keys else KeyBuffer([], [], (length,))
-        return ContextState((length,), mamba if length else self._initial.mamba, keys, logits)
+        return ContextState((length,), mamba if length else self._initial.mamba, keys, logits, (rope_length,))
 
     def close_(self, table: list[int]) -> None:
         """Frees a slot and the pages of `table`, and empties the table."""

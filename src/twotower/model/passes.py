@@ -54,4 +54,4 @@ class CausalPass(NamedTuple):
         mamba = self.advance(None if whole else to_device(counts, self.hidden.device))
         assert state.buffer.tip is None, "this pass was committed before"
         state.buffer.tip = lengths
-        return ContextState(lengths, mamba, state.buffer, next_logits)
+        return ContextState(lengths, mamba, state.buffer, next_logits, state.rope_lengths)

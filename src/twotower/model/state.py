@@ -110,7 +110,8 @@ class ContextState:
     """State of the context tower after each row's `lengths` tokens.
 
     `mamba` and `buffer` follow the order of the `M` and `*` layers. `next_logits` (b, vocabulary) float32 are the
-    context tower's logits after the last token, None before any token. States are values: extending one leaves it
+    context tower's logits after the last token, None before any token. `rope_lengths` are for each row the
+    `TwoTowerConfig.rope_length` of the text that it is planned to become. States are values: extending one leaves it
     usable. Successive states share one key buffer, to which only the newest appends; extending an older one copies the
     buffer first. Keys in pages of a pool are never copied, so there only the newest state can be extended.
     """
@@ -119,6 +120,7 @@ class ContextState:
     mamba: tuple[MambaState, ...]
     buffer: KeyBuffer | PagedKeys
     next_logits: Tensor | None
+    rope_lengths: tuple[int, ...]
 
     @property
     def batch_size(self) -> int:
@@ -153,6 +155,7 @@ class ContextState:
             mamba=tuple(MambaState(m.conv[index], m.ssm[index]) for m in self.mamba),
             buffer=self.buffer.select(rows, lengths),
             next_logits=None if self.next_logits is None else self.next_logits[index],
+            rope_lengths=tuple(self.rope_lengths[r] for r in rows),
         )
 
     def put(self, rows: Sequence[int], newer: Self) -> Self:
@@ -213,8 +216,9 @@ def join(states: Sequence[ContextState]) -> ContextState:
         )
         logits = torch.cat(list(parts))
     lengths = tuple(n for s in states for n in s.lengths)
+    ropes = tuple(n for s in states for n in s.rope_lengths)
     tables = [s.buffer for s in states if isinstance(s.buffer, PagedKeys)]
     if not first.buffer.keys:
-        return ContextState(lengths, mamba, KeyBuffer([], [], lengths), logits)
+        return ContextState(lengths, mamba, KeyBuffer([], [], lengths), logits, ropes)
     assert len(tables) == len(states), "only keys in pages can be joined"
-    return ContextState(lengths, mamba, join_pages(tables, lengths), logits)
+    return ContextState(lengths, mamba, join_pages(tables, lengths), logits, ropes)

@@ -45,13 +45,24 @@ def _replay(mixers: Sequence[Mamba2], replays: Sequence[Replay], counts: Tensor 
     return tuple(mixer.advance(r.inputs, r.start, counts, r.end) for mixer, r in pairs)
 
 
-def rotations(config: TwoTowerConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Rotation | None, ...]:
-    """For each of the config's `attention_kinds` RoPE's angles at positions (b or 1, s), None without RoPE."""
+def rotations(
+    config: TwoTowerConfig, positions: Tensor, dtype: torch.dtype, lengths: Tensor | None = None
+) -> tuple[Rotation | None, ...]:
+    """For each of the config's `attention_kinds` RoPE's angles at positions (b or 1, s), None without RoPE.
+
+    `lengths` (b, s or 1) int64 on the CPU are the `TwoTowerConfig.rope_length` of the texts, where it is not 0 for all.
+    """
+    distinct, index = (None, None) if lengths is None else lengths.unique(return_inverse=True)
 
     def one(rope: Rope | None) -> Rotation | None:
         if rope is None:
             return None
-        return rotation(positions, frequencies(rope, config.head_dim, 0), rope.attention_factor, dtype)
+        if distinct is None:
+            turns = frequencies(rope, config.head_dim, 0)
+        else:
+            each = torch.stack([frequencies(rope, config.head_dim, length) for length in distinct.tolist()])
+            turns = each[index].unsqueeze(-2)  # (b, s or 1, 1, n/2)
+        return rotation(positions, turns, rope.attention_factor, dtype)
 
     return tuple(one(kind.rope_parameters) for kind in config.attention_kinds)
 
@@ -87,14 +98,18 @@ class Tower(nn.Module):
         """The operations on this tower's logits that decoding calls at every step."""
         return unmask if self.guest is None else self.guest.logit_ops
 
-    def initial_state(self, batch_size: int, capacity: int = 0) -> ContextState:
-        """The state before any token, with room for `capacity` tokens per row."""
+    def initial_state(self, batch_size: int, capacity: int = 0, planned: Sequence[int] | None = None) -> ContextState:
+        """The state before any token, with room for `capacity` tokens per row.
+
+        `planned` are the numbers of tokens that the rows will have, by default `capacity`; RoPE may depend on them."""
+        planned = (capacity,) * batch_size if planned is None else planned
+        rope_lengths = tuple(map(self.config.rope_length, planned))
         c = self.config
         num_attention = c.pattern.count("*")
         empty = self.embeddings.new_zeros(batch_size, c.num_key_value_heads, 0, c.head_dim, dtype=self.activation_dtype)
         buffer = KeyBuffer([empty] * num_attention, [empty] * num_attention, (0,) * batch_size)
         mamba = tuple(mixer.initial_state(batch_size) for mixer in self._mambas())
-        return ContextState((0,) * batch_size, mamba, buffer, None).reserve(capacity)
+        return ContextState((0,) * batch_size, mamba, buffer, None, rope_lengths).reserve(capacity)
 
     def causal(self, ids: Tensor, state: ContextState, marks: tuple[int, ...] = ()) -> CausalPass:
         """Runs ids (b, s) after `state`; the result's `commit` decides how many tokens of each row stay, and drops the
@@ -170,7 +185,7 @@ class Tower(nn.Module):
                     f"a text has {max(starts) + 1} tokens, must have at most the model's {limit} positions"
                 )
             positions = to_device(starts, ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        ropes = self._rotation(starts, ids.shape[1], ids.device)
+        ropes = self._rotation(state, ids.shape[1], ids.device)
         return PassInputs(self.embed(ids, positions), state, state.buffer.past(used), ropes, places)
 
     def _causal(self, inputs: PassInputs, marks: tuple[int, ...]) -> CausalPass:
@@ -242,9 +257,14 @@ class Tower(nn.Module):
             x = layer.leave(x, mixed, own)
         return self.finish(x)
 
-    def _rotation(self, starts: tuple[int, ...], s: int, device: torch.device) -> tuple[Rotation | None, ...]:
-        """For each of the config's `attention_kinds` RoPE's angles for s tokens after each row's `starts`, None where
-        there is no RoPE. They come from tables that grow with the positions met."""
+    def _rotation(self, state: ContextState, s: int, device: torch.device) -> tuple[Rotation | None, ...]:
+        """For each of the config's `attention_kinds` RoPE's angles for s tokens after each row's earlier ones, None
+        where there is no RoPE. They come from tables that grow with the positions met, except for texts for which RoPE
+        is not as usual."""
+        starts = state.lengths
+        if any(state.rope_lengths):
+            place = to_device(starts, device)[:, None] + torch.arange(s, device=device)
+            return rotations(self.config, place, self.activation_dtype, torch.tensor(state.rope_lengths)[:, None])
         known = next((r for r in self._rotations if r is not None), None)
         end = max(starts) + s
         if not self._rotations or (

@@ -91,19 +91,27 @@ class TwoTower(nn.Module):
 
     @torch.no_grad()
     def prefill(
-        self, ids: Tensor | Sequence[Sequence[int]], lengths: Sequence[int] | None = None, *, capacity: int = 0
+        self,
+        ids: Tensor | Sequence[Sequence[int]],
+        lengths: Sequence[int] | None = None,
+        *,
+        capacity: int = 0,
+        planned: Sequence[int] | None = None,
     ) -> ContextState:
         """The state after prompts ids (b, s) int64, right-padded to s where `lengths` gives shorter rows.
 
-        `capacity` tokens per row are allocated at once. `next_logits` is (b, v) float32, or None if all rows are
-        empty.
+        `capacity` tokens per row are allocated at once. `planned` are the numbers of tokens that the rows are to have
+        in the end, by default `capacity` or what they have now: where RoPE depends on a text's length ("dynamic" and
+        "longrope"), a text is turned by its planned length, however long it becomes. `next_logits` is (b, v) float32,
+        or None if all rows are empty.
         """
         ids = self._checked(ids, self.context_device)
         b, s = ids.shape
         lengths = (s,) * b if lengths is None else tuple(lengths)
         if len(lengths) != b or not all(0 <= n <= s for n in lengths):
             raise ValueError(f"lengths are {lengths}, must be {b} values in [0, {s}]")
-        state = self.context_tower.initial_state(b, max(capacity, s))
+        planned = [max(capacity, n) for n in lengths] if planned is None else planned
+        state = self.context_tower.initial_state(b, max(capacity, s), planned)
         for start in range(0, s, PREFILL_CHUNK):
             chunk = ids[:, start : start + PREFILL_CHUNK]
             counts = tuple(min(max(n - start, 0), chunk.shape[1]) for n in lengths)

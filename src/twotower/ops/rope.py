@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from twotower.ops.transfer import to_device
 from twotower.rope import Rope
 
 
@@ -17,9 +18,9 @@ class Rotation(NamedTuple):
 
 
 def rotation(positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype) -> Rotation:
-    """Angles position · frequency for positions (b, s) and frequencies (n/2,), computed in float32 as Hugging Face
-    does; cosines and sines are multiplied by `factor`."""
-    angles = positions[..., None, None].float() * frequencies.to(positions.device)  # (b, s, 1, n/2)
+    """Angles position · frequency for positions (b, s) and frequencies (n/2,) or (b, s or 1, 1, n/2), computed in
+    float32 as Hugging Face does; cosines and sines are multiplied by `factor`."""
+    angles = positions[..., None, None].float() * to_device(frequencies, positions.device)  # (b, s, 1, n/2)
     cos, sin = angles.cos(), angles.sin()
     if factor != 1.0:
         cos, sin = cos * factor, sin * factor
@@ -36,7 +37,7 @@ def rotate(x: Tensor, rope: Rotation) -> Tensor:
 
 
 def frequencies(rope: Rope, head_dim: int, length: int) -> Tensor:
-    """The frequencies (n/2,) float32 for texts of up to `length` tokens; f_j = theta^(-2j/n) before scaling.
+    """The frequencies (n/2,) float32 for texts of `length` tokens; f_j = theta^(-2j/n) before scaling.
 
     "linear" divides all by the factor; "llama3" only the slow ones and "yarn" (arXiv 2309.00071) the slow ones, with a
     ramp between; "longrope" (arXiv 2402.13753) each by its own, `short_factor` for texts up to the original length and

@@ -38,6 +38,18 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+# Documents are turned by their own lengths, of which some are longer than the original one
+LONGER = [
+    Rope(rope_type="dynamic", original_max_position_embeddings=12, factor=4.0),
+    Rope(
+        rope_type="longrope",
+        original_max_position_embeddings=12,
+        short_factor=(1.0, 1.5, 2.0, 3.0),
+        long_factor=(2.0, 4.0, 8.0, 9.0),
+    ),
+]
+
+
 def one_document(length: int, block_size: int, offset: int = 0) -> Layout:
     return make_layout(torch.zeros(1, length, dtype=torch.int64), block_size, offset)
 
@@ -65,10 +77,12 @@ def logits(model: TwoTower, x0: Tensor, xt: Tensor, t: Tensor, layout: Layout, *
 def check_decoding(model: TwoTower, trained: Tensor, x0: Tensor, xt: Tensor, t: Tensor, layout: Layout) -> None:
     """Every block of every row against the denoiser over a prefilled state."""
     for row in range(x0.shape[0]):
-        block, first = (v[row % len(v)] for v in (layout.block, layout.document_start))
+        block, first, document = (v[row % len(v)] for v in (layout.block, layout.document_start, layout.document))
         for index in block.unique():
             place = (block == index).nonzero()[:, 0]
-            state = model.prefill(x0[row : row + 1, int(first[place[0]]) : int(place[0])])
+            start = int(first[place[0]])
+            length = int((document == document[start]).sum())
+            state = model.prefill(x0[row : row + 1, start : int(place[0])], capacity=length)
             with torch.no_grad():
                 modulation = model.time_conditioning(t[row, place[:1]])
                 decoded = model.lm_head.linear(model.denoiser_tower.block(xt[row : row + 1, place], state, modulation))
@@ -119,6 +133,15 @@ def test_layers_of_other_families_are_decoded_as_trained(
     pattern: str, config: dict[str, Any], block_size: int, tiny: Callable, ids: Callable
 ) -> None:
     model, x0, layout = tiny(pattern, dtype=torch.float64, **config), ids(2, 40), packed(block_size)
+    xt, t = noisy(x0, layout)
+    check_decoding(model, logits(model, x0, xt, t, layout), x0, xt, t, layout)
+
+
+@pytest.mark.parametrize("rope", LONGER)
+def test_documents_are_turned_by_their_own_lengths(rope: Rope, tiny: Callable, ids: Callable) -> None:
+    kinds = (AttentionType(rope_parameters=rope), TURNS)
+    model = tiny("*-*", dtype=torch.float64, attention_types=kinds, attention_pattern="01")
+    x0, layout = ids(2, 40), packed(4)
     xt, t = noisy(x0, layout)
     check_decoding(model, logits(model, x0, xt, t, layout), x0, xt, t, layout)
 

@@ -71,6 +71,11 @@ class Layout:
         return _starts(self.document)
 
     @functools.cached_property
+    def document_length(self) -> Tensor:
+        """(r, t): the number of tokens of each position's document."""
+        return self.block.shape[1] - _starts(-self.document.flip(1)).flip(1) - self.document_start
+
+    @functools.cached_property
     def position(self) -> Tensor:
         """(r, t): each position's index within its document."""
         return torch.arange(self.block.shape[1], device=self.block.device) - self.document_start

@@ -43,14 +43,18 @@ class Plan(NamedTuple):
 
 @torch.compiler.disable  # the plan's sizes depend on values of the layout
 def make_plan(config: TwoTowerConfig, layout: Layout, *, chunk_size: int, dtype: torch.dtype) -> Plan:
-    """The plan of a pass with activations of `dtype`."""
+    """The plan of a pass with activations of `dtype`. Where RoPE depends on a text's length, a document has its own."""
+    lengths = None
+    if config.rope_length(layout.block.shape[1]):
+        numbers, index = layout.document_length.unique(return_inverse=True)
+        lengths = torch.tensor([config.rope_length(n) for n in numbers.tolist()])[index.cpu()]
     return Plan(
         layout.chunks(chunk_size) if "M" in config.pattern else None,
         layout.context_rows(config.conv_kernel),
         layout.block_rows(config.conv_kernel),
         tuple(make_tiles(layout.context_keys(kind)) for kind in config.attention_kinds),
         tuple(make_tiles(layout.block_keys(kind)) for kind in config.attention_kinds),
-        rotations(config, layout.position, dtype),
+        rotations(config, layout.position, dtype, lengths),
     )
 
 
