@@ -101,8 +101,8 @@ def _checked_text(file: Path) -> str:
 def _add(raw: dict[str, Any], tokens: Sequence[Mapping[str, Any]], directory: Path) -> bool:
     """Adds tokens to the content of a tokenizer.json, or changes their flags, and tells whether it did.
 
-    A token has its id from the vocabulary or else its own; one without either, -1, gets the next. Raises ValueError for
-    an id that is another token's.
+    As in transformers, a token has its id from the vocabulary or else its own; one without either, -1, or whose id is
+    another token's, gets the next. Raises ValueError for ids that a unigram vocabulary can't have.
     """
     before = json.dumps(raw["added_tokens"])
     vocab = raw["model"]["vocab"]
@@ -115,12 +115,9 @@ def _add(raw: dict[str, Any], tokens: Sequence[Mapping[str, Any]], directory: Pa
         if name in listed and token["id"] == -1:
             continue
         i = places.get(name, token["id"])
-        i = max(places.values()) + 1 if i == -1 else i
-        if names.setdefault(i, name) != name:
-            raise ValueError(
-                f"{directory} has two tokens {i}, {names[i]!r} and {name!r}, in its tokenizer and in the files beside "
-                "it; download them again, together"
-            )
+        if i == -1 or names.get(i, name) != name:
+            i = max(places.values()) + 1
+        names[i] = name
         places[name] = i
         listed[name] = {**token, "id": i}
     raw["added_tokens"] = sorted(listed.values(), key=lambda token: token["id"])
