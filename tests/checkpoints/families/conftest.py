@@ -60,7 +60,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window": WINDOW},
     "nemotron": {"head_dim": 16},
     "apertus": {},
+    "gemma": {"head_dim": 16},
+    "arcee": {},
+    "helium": {"head_dim": 8},
+    "glm": {"head_dim": 16},
+    "starcoder2": {"sliding_window": WINDOW},
+    "olmo": {},
+    "opt": {"ffn_dim": 48},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
 }
+NAMES_OF_ITS_OWN = ("gpt2", "gpt_bigcode")  # for what SIZES has
 Edit = Callable[[dict[str, Any]], Any]
 
 
@@ -95,7 +105,7 @@ def open_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Opene
     made: dict[str, Opened] = {}
 
     def make(model_type: str, *, edit: Edit | None = None, length: int = 40, **settings: Any) -> Opened:
-        sizes = {} if model_type == "gpt2" else SIZES
+        sizes = {} if model_type in NAMES_OF_ITS_OWN else SIZES
         config = transformers.AutoConfig.for_model(
             model_type, **copy.deepcopy(sizes | {"vocab_size": VOCAB} | settings)
         )

@@ -1,5 +1,6 @@
 """Writing tiny GGUF files as llama.cpp's converter (conversion/*.py) does, with the gguf package's names."""
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,39 +112,41 @@ def stacked_norms(state: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarra
         yield stem + ".weight", np.stack([state[f"{stem}.norms.{i}.weight"] for i in range(count)])
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
+def write_model(
+    path: Path,
+    model: Any,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    extra: Callable[[Writer], None] = lambda w: None,
+    arch: str = "",
+    parts: int = 0,
+    **own: Any,
+) -> Path:
     """Writes a transformers model: matrices as `kind`, vectors as F32, and what `extra` adds. With `parts` as the most
     tensors of a file, the model is split."""
+    c = model.config
+    architecture = ARCHITECTURES.get(c.model_type, c.model_type)
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), c.num_hidden_layers
+    )
+    writer = Writer(path, arch or architecture, split_max_tensors=parts)
+    base_metadata(writer, c)
+    put(writer, own_metadata(c) | own)
+    extra(writer)
+    state = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    pairs = [pair for name, value in state.items() for pair in changed(c, name, value)]
+    for name, value in [*pairs, *stacked_norms(state)]:
+        if name in ("lm_head.weight", "embed_out.weight") and c.tie_word_embeddings:
+            continue
+        stored = gguf.GGMLQuantizationType.F32 if value.ndim == 1 else kind
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(theirs, gguf.quantize(np.ascontiguousarray(value), stored), raw_dtype=stored)
+    return finish(writer, path)
 
-    def make(
-        model: Any,
-        kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
-        extra: Callable[[Writer], None] = lambda w: None,
-        arch: str = "",
-        parts: int = 0,
-        **own: Any,
-    ) -> Path:
-        c, path = model.config, tmp_path / "model.gguf"
-        architecture = ARCHITECTURES.get(c.model_type, c.model_type)
-        names = gguf.get_tensor_name_map(
-            next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), c.num_hidden_layers
-        )
-        writer = Writer(path, arch or architecture, split_max_tensors=parts)
-        base_metadata(writer, c)
-        put(writer, own_metadata(c) | own)
-        extra(writer)
-        state = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
-        pairs = [pair for name, value in state.items() for pair in changed(c, name, value)]
-        for name, value in [*pairs, *stacked_norms(state)]:
-            if name in ("lm_head.weight", "embed_out.weight") and c.tie_word_embeddings:
-                continue
-            stored = gguf.GGMLQuantizationType.F32 if value.ndim == 1 else kind
-            theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            writer.add_tensor(theirs, gguf.quantize(np.ascontiguousarray(value), stored), raw_dtype=stored)
-        return finish(writer, path)
 
-    return make
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """`write_model` to a file of the test's own."""
+    return functools.partial(write_model, tmp_path / "model.gguf")
 
 
 def finish(writer: Writer, path: Path) -> Path:

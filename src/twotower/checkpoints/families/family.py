@@ -30,6 +30,8 @@ _PREFIXES = (
     "model.language_model.",
     "language_model.model.",
     "language_model.",
+    "model.decoder.",
+    "decoder.",
     "model.",
     "transformer.",
     "gpt_neox.",
@@ -52,11 +54,11 @@ class Family:
     """How a config.json and the tensors beside it are ours.
 
     `fields` gives the fields of `TwoTowerConfig` for the content of a config.json, in which missing keys have the
-    values that transformers gives them; it may raise ValueError for a setting that our towers don't compute. `parts`
-    gives for the config and the config.json what becomes of each tensor of a block and of the rest of the model, by its
-    name without the prefix (such as "model.layers.0.") and without ".weight" or ".bias". `zeros` are names of our
-    tensors, by their ends, that are zeros where the model has none. Tensors whose names match `ignored` follow from the
-    settings. `mask_token_id` is a token that the family keeps free.
+    values that transformers gives them; it may raise ValueError for a setting that our towers don't compute. `block`
+    gives for the config and the config.json what becomes of each tensor of a block, `rest` what becomes of the others,
+    by the name without the prefix (such as "model.layers.0.") and without ".weight" or ".bias". `zeros` are names of
+    our tensors, by their ends, that are zeros where the model has none, and `ones` of those that are ones. Tensors
+    whose names match `ignored` follow from the settings. `mask_token_id` is a token that the family keeps free.
     """
 
     model_types: tuple[str, ...]
@@ -65,6 +67,7 @@ class Family:
     rest: Parts
     layers_name: str = "layers"
     zeros: tuple[str, ...] = ()
+    ones: tuple[str, ...] = ()
     ignored: str = r"rotary_emb\.inv_freq$"
     mask_token_id: int | None = None
 
@@ -82,13 +85,13 @@ def open_family(
     filled = {
         name: TensorSpec(specs["embeddings.weight"].dtype, shape)
         for name, shape in tower_shapes(config).items()
-        if name not in specs and name.endswith(family.zeros) and "embeddings.weight" in specs
+        if name not in specs and name.endswith(family.zeros + family.ones) and "embeddings.weight" in specs
     }
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         yield from names.stream(source, specs)
         for name, spec in filled.items():
-            yield name, torch.zeros(spec.shape, dtype=spec.dtype)
+            yield name, torch.full(spec.shape, float(name.endswith(family.ones)), dtype=spec.dtype)
 
     return Backbone(
         config=config,

@@ -1,12 +1,13 @@
 """Finding a model's family by the model_type in its config.json."""
 
-from twotower.checkpoints.families import latent, layer_norm, llama, mixture, post_norm
+from twotower.checkpoints.families import latent, layer_norm, llama, mixture, older, post_norm
 from twotower.checkpoints.families.family import Family, Settings
 
 FAMILIES: tuple[Family, ...] = (
     *llama.FAMILIES,
     *post_norm.FAMILIES,
     *layer_norm.FAMILIES,
+    *older.FAMILIES,
     *mixture.FAMILIES,
     *latent.FAMILIES,
 )
@@ -17,6 +18,9 @@ _LACKING = {
     "rwkv": "RWKV layers",
     "bloom": "ALiBi positions",
     "mpt": "ALiBi positions",
+    "phi": "a head with a bias",
+    "gptj": "a head with a bias",
+    "codegen": "a head with a bias",
     "t5": "encoders",
     "phimoe": "a router that drops experts far below the best (SparseMixer)",
 }

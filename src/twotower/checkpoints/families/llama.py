@@ -1,5 +1,5 @@
 """Llama and the decoders that differ from it in few settings: Mistral, Ministral, Qwen 2 and 3, SmolLM 3, Granite,
-Seed-OSS, Phi 3 and 4."""
+Seed-OSS, Gemma, Arcee, Helium, GLM, Phi 3 and 4."""
 
 from typing import Any
 
@@ -9,7 +9,9 @@ from twotower.checkpoints.families.decoder import (
     REST,
     by_layer,
     decoder_fields,
+    half_rotation,
     head_width,
+    one_type,
     read_rope,
     refuse,
     rows,
@@ -116,6 +118,51 @@ def _phi3_block(config: TwoTowerConfig, raw: Settings) -> Parts:
     return ATTENTION | MLP | {"self_attn.qkv_proj": rows(names, (query, kv, kv)), "mlp.gate_up_proj": gated}
 
 
+def _gemma(raw: Settings) -> dict[str, Any]:
+    """Norms multiply by 1 + weight, embeddings are scaled by √width. The "gelu" of the first files means its tanh."""
+    refuse(raw, use_bidirectional_attention=(None, False))
+    usual = {"head_dim": 256, "num_key_value_heads": 16, "tie_word_embeddings": True}
+    fields = decoder_fields({**usual, **raw, "hidden_act": None, "hidden_activation": _gemma_activation(raw)})
+    return fields | {"norm_offset": 1.0, "embedding_scale": need(raw, "hidden_size") ** 0.5}
+
+
+def _gemma_activation(raw: Settings) -> str:
+    name = raw.get("hidden_act") or "gelu"
+    return "gelu_pytorch_tanh" if name == "gelu" else name
+
+
+def _arcee(raw: Settings) -> dict[str, Any]:
+    fields = decoder_fields({"rms_norm_eps": 1e-5, "hidden_act": "relu2", **raw})
+    return fields | {"gated_mlp": False, "mlp_bias": bool(raw.get("mlp_bias", False))}
+
+
+def _helium(raw: Settings) -> dict[str, Any]:
+    fields = decoder_fields({"head_dim": 128, "num_key_value_heads": 20, "rms_norm_eps": 1e-8, **raw})
+    kind = AttentionType(rope_parameters=read_rope(raw, theta=100000.0))
+    return fields | {"mlp_bias": bool(raw.get("mlp_bias", False))} | one_type(kind)
+
+
+def _glm(raw: Settings) -> dict[str, Any]:
+    usual = {"attention_bias": True, "head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-07}
+    return decoder_fields({**usual, **raw}) | one_type(AttentionType(rope_parameters=read_rope(raw, part=0.5)))
+
+
+def neighbours_block(config: TwoTowerConfig, raw: Settings) -> Parts:
+    """A block whose RoPE turns neighbouring numbers of a head, and whose MLP may have both its inputs in one tensor."""
+    rope = config.attention_kinds[0].rope_parameters
+    assert rope is not None
+    turned = rope.turned(config.head_dim)
+    return (
+        ATTENTION
+        | MLP
+        | {
+            "self_attn.q_proj": half_rotation("0.mixer.q_proj", config.num_attention_heads, turned),
+            "self_attn.k_proj": half_rotation("0.mixer.k_proj", config.num_key_value_heads, turned),
+            "mlp.gate_up_proj": rows(["1.mixer.gate_proj", "1.mixer.up_proj"], [config.intermediate_size] * 2),
+        }
+    )
+
+
 LLAMA = Family(model_types=("llama",), fields=_llama, block=_block, rest=REST)
 FAMILIES = (
     LLAMA,
@@ -126,5 +173,9 @@ FAMILIES = (
     Family(model_types=("smollm3",), fields=_smollm3, block=_block, rest=REST),
     Family(model_types=("seed_oss",), fields=_seed_oss, block=_block, rest=REST, zeros=("o_proj.bias",)),
     Family(model_types=("granite",), fields=granite_fields, block=_block, rest=REST),
+    Family(model_types=("gemma",), fields=_gemma, block=_block, rest=REST),
+    Family(model_types=("arcee",), fields=_arcee, block=_block, rest=REST),
+    Family(model_types=("helium",), fields=_helium, block=neighbours_block, rest=REST, zeros=("o_proj.bias",)),
+    Family(model_types=("glm",), fields=_glm, block=neighbours_block, rest=REST, zeros=("o_proj.bias",)),
     Family(model_types=("phi3",), fields=_phi3, block=_phi3_block, rest=REST),
 )

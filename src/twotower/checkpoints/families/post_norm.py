@@ -9,14 +9,13 @@ from twotower.checkpoints.families.decoder import (
     by_layer_types,
     decoder_fields,
     every,
-    half_rotation,
     one_type,
     read_rope,
     refuse,
-    rows,
     windowed,
 )
 from twotower.checkpoints.families.family import Family, Part, Parts, Settings, need
+from twotower.checkpoints.families.llama import neighbours_block
 from twotower.config import TwoTowerConfig
 from twotower.rope import AttentionType, Rope
 
@@ -120,20 +119,8 @@ def _around(config: TwoTowerConfig, raw: Settings) -> Parts:
 
 
 def _glm4_block(config: TwoTowerConfig, raw: Settings) -> Parts:
-    rope = config.attention_kinds[0].rope_parameters
-    assert rope is not None
-    turned = rope.turned(config.head_dim)
-    return (
-        ATTENTION
-        | MLP
-        | {
-            "self_attn.q_proj": half_rotation("0.mixer.q_proj", config.num_attention_heads, turned),
-            "self_attn.k_proj": half_rotation("0.mixer.k_proj", config.num_key_value_heads, turned),
-            "post_self_attn_layernorm": "0.post_norm",
-            "post_mlp_layernorm": "1.post_norm",
-            "mlp.gate_up_proj": rows(["1.mixer.gate_proj", "1.mixer.up_proj"], [config.intermediate_size] * 2),
-        }
-    )
+    behind = {"post_self_attn_layernorm": "0.post_norm", "post_mlp_layernorm": "1.post_norm"}
+    return neighbours_block(config, raw) | behind
 
 
 FAMILIES = (
