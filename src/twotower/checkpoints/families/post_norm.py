@@ -120,7 +120,7 @@ def _around(config: TwoTowerConfig, raw: Settings) -> Parts:
 
 def _glm4_block(config: TwoTowerConfig, raw: Settings) -> Parts:
     behind = {"post_self_attn_layernorm": "0.post_norm", "post_mlp_layernorm": "1.post_norm"}
-    return neighbours_block(config, raw) | behind
+    return {**neighbours_block(config, raw), **behind}
 
 
 FAMILIES = (
