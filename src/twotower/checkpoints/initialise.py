@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone, tower_shapes
 from twotower.checkpoints.families.family import open_family
-from twotower.checkpoints.families.known import find_family
+from twotower.checkpoints.families.known import find_family, text_settings
 from twotower.checkpoints.families.nemotron_h import open_nemotron_h
 from twotower.checkpoints.gguf.model import open_gguf
 from twotower.checkpoints.gguf.reader import MAGIC
@@ -118,8 +118,8 @@ def open_backbone(backbone: str | Path) -> Backbone:
             is_gguf = file.read(len(MAGIC)) == MAGIC
         return open_gguf(path) if is_gguf else open_llama2c(path)
     directory = resolve(backbone)
-    raw = read_raw_config(directory)
-    files = open_floats(directory, raw)
+    whole = read_raw_config(directory)
+    files, raw = open_floats(directory, whole), text_settings(whole)
     if raw.get("tie_word_embeddings") is not False and has_own_head(files):
         raw = {**raw, "tie_word_embeddings": False}
     documents = carried_documents(directory)

@@ -6,6 +6,7 @@ A family's model is a list of blocks, each of which becomes some of our layers: 
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ Settings = Mapping[str, Any]
 # Prefixes of the tensors of a model without its head, the longest first; a base model saved by itself has none.
 _PREFIXES = (
     "model.language_model.",
+    "model.text_model.",
     "language_model.model.",
     "language_model.",
     "model.decoder.",
@@ -37,6 +39,8 @@ _PREFIXES = (
     "gpt_neox.",
     "backbone.",
 )
+# How the names of what sees and hears begin in models whose decoder we take
+_SENSES = re.compile(r"(vision|visual|image|audio|multi_modal|mm_projector|connector|embed_vision|embed_audio|aligner)")
 _ROW = re.compile(r"(.*)\[(\d+)\]")
 
 
@@ -87,6 +91,13 @@ def open_family(
         for name, shape in tower_shapes(config).items()
         if name not in specs and name.endswith(family.zeros + family.ones) and "embeddings.weight" in specs
     }
+
+    if names.skipped:
+        warnings.warn(
+            f"{len(names.skipped)} tensors, such as {names.skipped[0]}, are left out: they are no part of the decoder, "
+            "but predict further tokens, see or hear",
+            stacklevel=2,
+        )
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         yield from names.stream(source, specs)
@@ -147,7 +158,7 @@ class _Names:
             if ignored.search(short) or (short == "lm_head.weight" and config.tie_word_embeddings):
                 continue
             inside = place.fullmatch(short)
-            if inside is not None and int(inside[1]) >= num_blocks:
+            if _SENSES.match(short) or (inside is not None and int(inside[1]) >= num_blocks):
                 self.skipped.append(name)
             else:
                 parts, inner = (self.rest, short) if inside is None else (self.block, inside[2])

@@ -1,5 +1,7 @@
 """Finding a model's family by the model_type in its config.json."""
 
+from collections.abc import Mapping
+
 from twotower.checkpoints.families import latent, layer_norm, llama, mixture, older, post_norm
 from twotower.checkpoints.families.family import Family, Settings
 
@@ -21,9 +23,21 @@ _LACKING = {
     "phi": "a head with a bias",
     "gptj": "a head with a bias",
     "codegen": "a head with a bias",
+    "ministral3": "queries that are scaled by their position",
     "t5": "encoders",
     "phimoe": "a router that drops experts far below the best (SparseMixer)",
 }
+
+
+def text_settings(raw: Settings) -> Settings:
+    """The config.json of the decoder in a model that also sees or hears, whose `text_config` it is; of other models
+    their own. Tokens and ties are those of the whole."""
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        return raw
+    whole = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype")
+    given = {key: raw[key] for key in whole if raw.get(key) is not None}
+    return {"model_type": f"{raw.get('model_type')}_text", **text, **given}
 
 
 def find_family(raw: Settings) -> Family:
