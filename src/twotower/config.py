@@ -64,7 +64,8 @@ class TwoTowerConfig:
 
     Other families differ from Nemotron-H in these: `norm_type` is "rms", or "layer" for LayerNorm, with `norm_bias`;
     `norm_offset` is added to every norm's weight. A layer has a norm before its mixer (`pre_norm`), behind it
-    (`post_norm`), or both. `embedding_scale` multiplies embeddings, `residual_scale` what a layer adds, `logit_scale`
+    (`post_norm`), or both. `embedding_scale` multiplies embeddings, `residual_scale` what a layer adds, beside
+    `attention_output_scale`, `mlp_output_scale` and `mamba_output_scale` for the layers of one kind, `logit_scale`
     logits, which `logit_softcap` c then limits to c·tanh(logits / c). `num_positions` rows are a table of learnt
     positions that is added to the embeddings. Where the kinds of `parallel` follow each other in the pattern, they read
     the same residual stream: "*-" makes every MLP read what the attention before it reads.
@@ -79,8 +80,8 @@ class TwoTowerConfig:
     index of its type; without types all layers see everything, with RoPE where `use_rope` says so, by `rope_theta`.
 
     Of `-`: its width `intermediate_size`, and what experts have too: the activation `mlp_hidden_act`, `mlp_bias`, and
-    `gated_mlp`, where `glu_limit` and `glu_offset` are as in `ops.mlp.Activation`. `use_rope` and `gated_mlp` turn the
-    pattern `*-*-…` into a Llama-family backbone.
+    `gated_mlp`, where `glu_limit`, `glu_offset` and `glu_gate_scale` are as in `ops.mlp.Activation`. `use_rope` and
+    `gated_mlp` turn the pattern `*-*-…` into a Llama-family backbone.
 
     Of `M`: `mamba_num_heads` of width `mamba_head_dim`, with states of width `mamba_state_size` and `mamba_num_groups`
     of B and C; a convolution over `conv_kernel` tokens, with a bias if `use_conv_bias`; `use_bias` in the projections;
@@ -125,6 +126,7 @@ class TwoTowerConfig:
     attention_scale: float | None = None
     attention_softcap: float | None = None
     attention_sinks: bool = False
+    attention_output_scale: float = 1.0
     qk_norm: str | None = None
     kv_lora_rank: int = 0
     q_lora_rank: int = 0
@@ -142,6 +144,8 @@ class TwoTowerConfig:
     gated_mlp: bool = False
     glu_limit: float | None = None
     glu_offset: float = 0.0
+    glu_gate_scale: float = 1.0
+    mlp_output_scale: float = 1.0
     # `M`
     mamba_num_heads: int = 0
     mamba_head_dim: int = 0
@@ -153,6 +157,7 @@ class TwoTowerConfig:
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
     mamba_norm: str | None = "after_gate"
     mamba_scales: tuple[float, ...] = ()
+    mamba_output_scale: float = 1.0
     # `E`
     num_experts: int = 0
     num_experts_per_tok: int = 0
@@ -178,6 +183,11 @@ class TwoTowerConfig:
     def num_layers(self) -> int:
         """Layers of one tower."""
         return len(self.pattern)
+
+    def layer_scale(self, kind: str) -> float:
+        """What multiplies the output of a layer of this kind before it is added to the residual stream."""
+        own = {"*": self.attention_output_scale, "-": self.mlp_output_scale, "M": self.mamba_output_scale}
+        return self.residual_scale * own.get(kind, 1.0)
 
     @property
     def attention_kinds(self) -> tuple[AttentionType, ...]:

@@ -45,8 +45,9 @@ def config_problems(c: "TwoTowerConfig") -> list[str]:
     need(c.norm_type == "layer" or not c.norm_bias, "norm_bias is true, must be false with norm_type 'rms'")
     need(c.pre_norm or c.post_norm, "pre_norm and post_norm are false, must not both be")
     need(c.num_positions >= 0, f"num_positions is {c.num_positions}, must be at least 0")
+    scales = ("attention_output_scale", "mlp_output_scale", "mamba_output_scale", "glu_gate_scale")
     caps = ("logit_softcap", "attention_softcap")
-    for name in ("embedding_scale", "residual_scale", "logit_scale", "attention_scale", *caps):
+    for name in ("embedding_scale", "residual_scale", "logit_scale", "attention_scale", *scales, *caps):
         value = getattr(c, name)
         need(value is None or value > 0, f"{name} is {value}, must be above 0")
     strange = sorted(set(c.parallel) - set(LAYER_KINDS))

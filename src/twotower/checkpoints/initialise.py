@@ -93,6 +93,13 @@ def init(
         )
     check_shapes(tower_shapes(source.config), source.specs, str(backbone))
     source = _with_rows(source, backbone)
+    if source.skipped:
+        names = ", ".join(source.skipped[:3]) + (f" and {len(source.skipped) - 3} more" if source.skipped[3:] else "")
+        warnings.warn(
+            f"{backbone} has layers that predict further tokens, which are no part of the backbone and are left out: "
+            f"{names}",
+            stacklevel=2,
+        )
     vocabulary = _vocabulary(source, mask_token_id, keep_tokens)
     config = dataclasses.replace(source.config, block_size=block_size, **vocabulary.changes)
     model_dtype = dtype or source.specs["embeddings.weight"].dtype

@@ -29,7 +29,7 @@ class Layer(nn.Module):
         super().__init__()
         self.kind = kind = config.pattern[index]
         self.joins = config.joins[index]
-        self.scale = config.residual_scale
+        self.scale = config.layer_scale(kind)
         self.norm = Norm(config, config.hidden_size, dtype=dtype) if config.pre_norm else None
         self.post_norm = Norm(config, config.hidden_size, dtype=dtype) if config.post_norm else None
         self.mixer: Attention | Mamba2 | MLP | MixtureOfExperts

@@ -47,4 +47,6 @@ class MLP(nn.Module):
 
 def plain_activation(config: TwoTowerConfig) -> Activation:
     """The activation of a model's MLPs and experts, without learned parameters."""
-    return Activation(config.mlp_hidden_act, config.gated_mlp, config.glu_limit, config.glu_offset)
+    return Activation(
+        config.mlp_hidden_act, config.gated_mlp, config.glu_limit, config.glu_offset, gate_scale=config.glu_gate_scale
+    )

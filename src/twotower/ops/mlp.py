@@ -13,7 +13,8 @@ XIELU_SLOPE = 0.5
 
 
 class Activation(NamedTuple):
-    """What stands between the two products: φ(h), or φ(g) · (v + offset) where gated, with g and v the halves of h.
+    """What stands between the two products: φ(h), or φ(gate_scale · g) · (v + offset) where gated, with g and v the
+    halves of h.
 
     `kind` is a config's `mlp_hidden_act`: `gelu` has the error function, `gelu_tanh` its approximation by tanh.
     `alphas` (2,) are xielu's learned curvatures above and below 0, before softplus. A `limit` clamps g from above and v
@@ -25,6 +26,7 @@ class Activation(NamedTuple):
     limit: float | None = None
     offset: float = 0.0
     alphas: Tensor | None = None
+    gate_scale: float = 1.0
 
 
 def mlp(
@@ -47,6 +49,8 @@ def activate(hidden: Tensor, by: Activation) -> Tensor:
     if not by.gated:
         return _phi(hidden, by)
     gate, value = hidden.chunk(2, dim=-1)
+    if by.gate_scale != 1.0:
+        gate = gate * by.gate_scale
     if by.limit is not None:
         gate, value = gate.clamp(max=by.limit), value.clamp(-by.limit, by.limit)
     return _phi(gate, by) * (value + by.offset if by.offset else value)

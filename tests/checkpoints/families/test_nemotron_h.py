@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -14,7 +15,14 @@ from twotower.checkpoints.families.nemotron_h import read_one_tower_config
 from twotower.checkpoints.initialise import open_backbone
 from twotower.config import TwoTowerConfig
 
-MTP = "the layers of .* that predict further tokens"
+MTP = "has layers that predict further tokens, which are no part of the backbone and are left out: "
+
+BIASES = {
+    "backbone.layers.3.mixer.up_proj.bias": torch.ones(48),
+    "backbone.layers.3.mixer.down_proj.bias": torch.ones(32),
+    "backbone.layers.1.mixer.shared_experts.up_proj.bias": torch.ones(24),
+    "backbone.layers.1.mixer.shared_experts.down_proj.bias": torch.ones(32),
+}
 
 
 @pytest.fixture
@@ -33,11 +41,19 @@ def changed(nemotron_h: Any, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_the_mask_is_token_3_which_the_family_keeps_free(nemotron_h: Any, tmp_path: Path) -> None:
-    init(nemotron_h.directory, tmp_path)
-    config = TwoTowerConfig.from_json(tmp_path / "config.json")
-    assert (config.mask_token_id, config.vocab_size, config.pattern) == (3, 48, "ME*-M")
-    assert config.time_step_limit == (0.0, float("inf"))
+def test_the_mask_is_token_3_where_the_tokenizer_keeps_it_free(changed: Callable[..., Path], tmp_path: Path) -> None:
+    source = changed({})
+    names = ("<unk>", "<s>", "</s>", "<SPECIAL_3>")
+    for special, mask, size in ((True, 3, 48), (False, 48, 49), (None, 48, 49)):
+        if special is not None:
+            tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, []))
+            tokenizer.add_tokens([tokenizers.AddedToken(name, special=special) for name in names])
+            tokenizer.save(str(source / "tokenizer.json"))
+        else:
+            (source / "tokenizer.json").unlink()
+        init(source, tmp_path / "out")
+        config = TwoTowerConfig.from_json(tmp_path / "out" / "config.json")
+        assert (config.mask_token_id, config.vocab_size, config.pattern) == (mask, size, "ME*-M")
 
 
 @pytest.mark.parametrize(
@@ -116,3 +132,13 @@ def test_a_config_to_train_from_may_not_misspell_a_key(changed: Callable[..., Pa
 
 def test_a_config_to_train_from_as_transformers_writes_it(nemotron_h: Any) -> None:
     assert read_one_tower_config(nemotron_h.directory).pattern == "ME*-M"
+
+
+def test_biases_that_transformers_leaves_out_are_zeros(changed: Callable[..., Path], nemotron_h: Any) -> None:
+    """Its attention and its experts have none, whatever the config says."""
+    opened = open_backbone(changed({"attention_bias": True, "mlp_bias": True}, BIASES))
+    found = dict(opened.stream())
+    for name in ("layers.2.mixer.o_proj.bias", "layers.1.mixer.experts.3.up_proj.bias"):
+        assert not found[name].any()
+        assert opened.specs[name].shape == found[name].shape
+    assert found["layers.3.mixer.up_proj.bias"].all()

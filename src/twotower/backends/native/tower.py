@@ -42,7 +42,7 @@ class LayerTensors(NamedTuple):
     products: dict[str, PanelWeight]
     norms: dict[str, Norm]
     named: dict[str, Tensor]
-    numbers: dict[str, int]
+    numbers: dict[str, float]
 
 
 def take_tower_(tower: Tower) -> None:
@@ -233,17 +233,17 @@ def _shape(config: TwoTowerConfig, weights: list[LayerTensors]) -> ctypes.Struct
         shortest=low,
         longest=high,
         layer_norm=c.norm_type == "layer",
-        residual_scale=c.residual_scale,
         heads=c.num_attention_heads,
         kv_heads=c.num_key_value_heads,
         head=c.head_dim,
         qk_norm=NORMS.index(c.qk_norm),
         softcap=c.attention_softcap or 0,
-        attention_scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
+        attention_scale=max(c.head_dim, 1) ** -0.5 if c.attention_scale is None else c.attention_scale,
         activation=ACTIVATIONS.index(c.mlp_hidden_act),
         gated=c.gated_mlp,
         glu_limit=math.inf if c.glu_limit is None else c.glu_limit,
         glu_offset=c.glu_offset,
+        glu_gate_scale=c.glu_gate_scale,
         experts=c.num_experts,
         active=c.num_experts_per_tok,
         groups=c.expert_num_groups,
@@ -270,7 +270,7 @@ def _tensors(config: TwoTowerConfig, layer: Layer, experts: dict[str, Tensor]) -
     mixer = layer.mixer
     found: dict[str, Tensor | None] = {**experts}
     norms = {"norm": layer.norm, "post_norm": layer.post_norm}
-    numbers = {"joins": int(layer.joins)}
+    numbers: dict[str, float] = {"joins": layer.joins, "scale": layer.scale}
     products: dict[str, Linear | None]
     if isinstance(mixer, Mamba2):
         products = {"first": mixer.in_proj, "second": mixer.out_proj}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from twotower.checkpoints.families import latent, layer_norm, llama, mixture, older, post_norm
+from twotower.checkpoints.families import latent, layer_norm, llama, mamba, mixture, older, post_norm
 from twotower.checkpoints.families.family import Family, Settings
 
 FAMILIES: tuple[Family, ...] = (
@@ -12,6 +12,7 @@ FAMILIES: tuple[Family, ...] = (
     *older.FAMILIES,
     *mixture.FAMILIES,
     *latent.FAMILIES,
+    *mamba.FAMILIES,
 )
 
 # Families that are asked for and can't be had: what our towers lack.

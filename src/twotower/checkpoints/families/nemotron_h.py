@@ -6,7 +6,8 @@ out. What code of somebody's own computes beside that shows in tensors that noth
 """
 
 import dataclasses
-import warnings
+import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from twotower.checkpoints.hf.tokenizer_file import read_tokenizer_text
 from twotower.config import CARRIED_KEYS, TwoTowerConfig
 from twotower.config_rules import FILE_KEYS
 
-# The token that the family keeps free, which the released two-tower models use as the mask.
+# The token that the family's tokenizers keep free, which the released two-tower models use as the mask.
 MASK_TOKEN_ID = 3
 
 # What stands in a pattern before layers for multi-token prediction
@@ -67,8 +68,8 @@ _REFUSED = ("sliding_window",)
 def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[str, bytes]) -> Backbone:
     """Opens a Nemotron-H directory, written by the released code or by transformers, whose config.json is `raw`.
 
-    Multi-token prediction heads (`mtp.*`) are left out, with a warning: they are not part of the backbone. Raises
-    ValueError for a setting under which the model computes something that our towers don't.
+    Layers for multi-token prediction (`mtp.*`) are skipped: they are not part of the backbone. Raises ValueError for a
+    setting under which the model computes something that our towers don't.
     """
     known = {FILE_KEYS.get(f.name, f.name) for f in dataclasses.fields(TwoTowerConfig)} | CARRIED_KEYS
     kept = {key: value for key, value in ({"head_dim": _HEAD_DIM} | _released_keys(raw)).items() if key in known}
@@ -85,20 +86,10 @@ def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[
             names[name] = ours
     if len(set(names.values())) != len(names):
         raise ValueError(f"{directory} has a tensor under two of the prefixes {list(_PREFIXES)}; keep one of them")
-    if heads or raw.get("num_nextn_predict_layers") or MTP_MARK in raw.get("hybrid_override_pattern", ""):
-        warnings.warn(
-            f"the layers of {directory} that predict further tokens (mtp, {len(heads)} tensors) are left out: they are "
-            "not part of the backbone",
-            stacklevel=2,
-        )
+    beyond = (raw.get("hybrid_override_pattern") or "").partition(MTP_MARK)[2]
 
     specs = {ours: files.specs[name] for name, ours in names.items()}
-    # In transformers `mlp_bias` gives the shared expert biases, not the routed ones, as it does in the released code.
-    zeros = {
-        name: TensorSpec(specs["embeddings.weight"].dtype, shape)
-        for name, shape in tower_shapes(config).items()
-        if ".experts." in name and name.endswith(".bias") and name not in specs and "embeddings.weight" in specs
-    }
+    zeros = _missing_biases(config, specs)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in files.stream(names):
@@ -106,14 +97,32 @@ def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[
         for name, spec in zeros.items():
             yield name, torch.zeros(spec.shape, dtype=spec.dtype)
 
+    tokenizer = read_tokenizer_text(directory)
     return Backbone(
         config=config,
         specs=specs | zeros,
         stream=stream,
-        tokenizer=read_tokenizer_text(directory),
+        tokenizer=tokenizer,
         documents=documents,
-        mask_token_id=raw.get("mask_token_id", MASK_TOKEN_ID),
+        mask_token_id=raw.get("mask_token_id", _free_token(tokenizer)),
+        skipped=tuple(heads) or ((f"{MTP_MARK}{beyond} of the pattern",) if beyond else ()),
     )
+
+
+def _missing_biases(config: TwoTowerConfig, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The biases of attention, or of routed experts, if the file has none of them: transformers' layers lack them."""
+    missing: dict[str, TensorSpec] = {}
+    for kind in (r"\.experts\..*\.bias$", r"\.[qkvo]_proj\.bias$"):
+        wanted = {name: shape for name, shape in tower_shapes(config).items() if re.search(kind, name)}
+        if "embeddings.weight" in specs and not set(wanted) & set(specs):
+            missing |= {name: TensorSpec(specs["embeddings.weight"].dtype, shape) for name, shape in wanted.items()}
+    return missing
+
+
+def _free_token(tokenizer: str | None) -> int | None:
+    """The token that the family keeps free, where the model has its tokenizer: there it is a control token."""
+    added = json.loads(tokenizer).get("added_tokens", []) if tokenizer else []
+    return next((MASK_TOKEN_ID for token in added if token["id"] == MASK_TOKEN_ID and token["special"]), None)
 
 
 def read_one_tower_config(directory: Path) -> TwoTowerConfig:

@@ -9,6 +9,7 @@ typedef struct {
     long kind, gated;
     float limit, offset;
     const float *alphas; /* xielu: its curvatures above and below 0, after softplus */
+    float gate_scale;
 } Activation;
 
 INLINE vf choose(vi where, vf yes, vf no) { return (vf)((where & (vi)yes) | (~where & (vi)no)); }
@@ -60,11 +61,11 @@ INLINE vf vphi(const Activation *a, vf x) {
     }
 }
 
-/* phi(gate) * (value + offset) where gated, else phi(gate) */
+/* phi(gate_scale * gate) * (value + offset) where gated, else phi(gate) */
 INLINE vf vactivate(const Activation *a, vf gate, vf value) {
     if (!a->gated) return vphi(a, gate);
     const vf limit = splat(a->limit);
-    return vphi(a, vmin(gate, limit)) * (vmax(vmin(value, limit), -limit) + a->offset);
+    return vphi(a, vmin(gate * a->gate_scale, limit)) * (vmax(vmin(value, limit), -limit) + a->offset);
 }
 
 /* Activates hidden values [from, to) of `inner` of one row in place; where gated, the row holds gates and then values */

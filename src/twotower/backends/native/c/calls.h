@@ -24,6 +24,7 @@ typedef struct {
 typedef struct {
     long kind;             /* 'M', '*', '-' or 'E' */
     long joins;            /* reads the residual stream that the layer before it reads */
+    double scale;          /* of what the layer adds */
     Norm norm, post_norm;  /* before the mixer, and behind it */
     Product first, second; /* M: in, out; *: qkv, o; -: up, down; E: up, down of the shared expert, if any */
     const float *taps, *conv_bias, *dt_bias, *A, *D, *gate_norm, *scales; /* M; the last two may be null */
@@ -41,13 +42,13 @@ typedef struct {
 typedef struct {
     long num_layers, width, bf16;
     long layer_norm; /* LayerNorm, not RMSNorm */
-    double eps, residual_scale;
+    double eps;
     long mamba_heads, mamba_head, mamba_groups, state, kernel, norm_first; /* M */
     double shortest, longest;
     long heads, kv_heads, head, qk_norm;                   /* *; qk_norm as in `NORMS` of ../tower.py */
     double attention_scale, softcap;
     long activation, gated;                                /* -, E: see activation.h */
-    double glu_limit, glu_offset;
+    double glu_limit, glu_offset, glu_gate_scale;
     long experts, active, groups, kept, normalise, softmax, expert, latent, weigh_inputs; /* E */
     double factor;
 } TowerShape;

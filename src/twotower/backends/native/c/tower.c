@@ -99,7 +99,7 @@ static int attention(const TowerShape *t, const LayerWeights *l, const TowerPass
 }
 
 static Activation activation(const TowerShape *t, const LayerWeights *l) {
-    return (Activation){t->activation, t->gated, (float)t->glu_limit, (float)t->glu_offset, l->alphas};
+    return (Activation){t->activation, t->gated, (float)t->glu_limit, (float)t->glu_offset, l->alphas, (float)t->glu_gate_scale};
 }
 
 static int mlp(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const float *x, float *hidden, float *y) {
@@ -176,7 +176,7 @@ API int tt_tower(const TowerShape *t, const LayerWeights *layers, const TowerPas
             failed = experts(t, l, in, &r);
         if (l->post_norm.weight)
             tt_norm(r.mixed, b * s, d, &l->post_norm, t->layer_norm, t->eps, 0, 0, 0, 0, 1, r.mixed, in->threads);
-        tt_residual(in->x, r.mixed, t->residual_scale, shift ? shift + 2 * d : 0, 3 * d, b, s, d, in->threads);
+        tt_residual(in->x, r.mixed, (float)l->scale, shift ? shift + 2 * d : 0, 3 * d, b, s, d, in->threads);
     }
     tt_norm(in->x, b * s, d, &in->norm, t->layer_norm, t->eps, 0, 0, 0, 0, 1, in->hidden, in->threads);
     free(room);
