@@ -52,6 +52,13 @@ def test_python_on_pages_runs(page: Path) -> None:
     assert names["twotower"] is twotower
 
 
+def test_the_page_on_families_shows_the_code() -> None:
+    source = (ROOT / "src" / "twotower" / "checkpoints" / "families" / "older.py").read_text(encoding="utf-8")
+    functions = [b[b.index("def ") :] for b in pieces(ROOT / "docs" / "families.md", "python") if "def " in b]
+    assert functions
+    assert all(function in source for function in functions)
+
+
 def test_the_page_on_modes_names_every_mode_setting_and_rule() -> None:
     page = (ROOT / "docs" / "modes.md").read_text(encoding="utf-8")
     settings = [field.name for field in dataclasses.fields(twotower.SamplingParams)]

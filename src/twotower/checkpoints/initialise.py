@@ -70,7 +70,7 @@ def init(
     scale 0, gate 1, a last layer of zeros, as adaLN-Zero, arXiv 2212.09748), so an untrained denoiser computes exactly
     what the model computes. Only the time embedder is random, drawn from `seed`.
 
-    `backbone` is a directory or hub id of the Nemotron-H or Llama family, a GGUF file or a llama2.c file. `dtype`, such
+    `backbone` is a directory or hub id of a family in docs/families.md, a GGUF file or a llama2.c file. `dtype`, such
     as "bfloat16" or torch.bfloat16, is what weights are rounded to (routers keep theirs); None keeps each tensor's
     stored dtype. `block_size` is the number of tokens that the denoiser fills at a time. `mask_token_id` is the id of
     the token that stands for a masked position; by default the one that the family keeps free, else a new last token

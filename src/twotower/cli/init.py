@@ -18,7 +18,7 @@ def command(
     backbone: Annotated[
         str,
         typer.Argument(
-            help="Directory or Hugging Face id of a Nemotron-H, Llama, Mistral or Qwen2 model; a GGUF or llama2.c file."
+            help="Directory or Hugging Face id of a model of a family in docs/families.md; a GGUF or llama2.c file."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Directory to write; weights already there are replaced.")],
