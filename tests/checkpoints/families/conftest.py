@@ -67,6 +67,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": WINDOW},
     "olmo": {},
     "opt": {"ffn_dim": 48},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "num_heads": 4, "window_size": WINDOW},
+    "exaone": {},
+    "ernie4_5": {"head_dim": 16},
+    "vaultgemma": {
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 5.0,
+    },
     "gpt_bigcode": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
 }

@@ -50,6 +50,8 @@ def test_an_untrained_denoiser_is_the_backbone_that_sees_a_block_both_ways(
 ) -> None:
     """Modulation changes nothing in a new denoiser. So its logits are transformers' under a mask by which a token of
     the block also sees the later ones that, in a text, would see it: those within the window."""
+    if family.theirs.config.model_type == "gpt_neo":
+        pytest.skip("transformers masks inside of its layers")
     start = 25
 
     def both_ways(mask_function: Any, q_length: int, kv_length: int, dtype: torch.dtype, **_: Any) -> Tensor:

@@ -19,6 +19,12 @@ BIGCODE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}
         ("opt", {"ffn_dim": 80, "activation_function": "gelu", "max_position_embeddings": 40}),
         ("gpt_bigcode", BIGCODE | {"multi_query": False, "n_inner": 80, "activation_function": "relu"}),
         ("gpt_bigcode", BIGCODE | {"scale_attn_weights": False, "tie_word_embeddings": False}),
+        (
+            "gpt_neo",
+            {"attention_types": [[["local"], 1], [["global"], 3]], "num_layers": 4, "num_heads": 4, "window_size": 5},
+        ),
+        ("exaone", {"attention_bias": True, "mlp_bias": True, "head_dim": 10, "tie_word_embeddings": True}),
+        ("ernie4_5", {"head_dim": 16, "use_bias": True, "num_key_value_heads": 1, "tie_word_embeddings": False}),
         ("falcon", {"multi_query": True, "bias": True}),
         ("falcon", {"multi_query": False, "parallel_attn": False, "ffn_hidden_size": 80}),
         ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 1, "num_ln_in_parallel_attn": 1}),

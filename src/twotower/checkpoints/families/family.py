@@ -145,7 +145,8 @@ class _Names:
     def __init__(self, family: Family, config: TwoTowerConfig, raw: Settings, names: tuple[str, ...]) -> None:
         self.block = family.block(config, raw)
         self.rest = family.rest
-        num_blocks = raw.get("num_hidden_layers", raw.get("n_layer")) or config.num_layers
+        counts = (raw.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers"))
+        num_blocks = next((count for count in counts if count), config.num_layers)
         self.per_block = config.num_layers // num_blocks
         # Their name -> the part, the suffix, and the first of our layers of the block
         self.found: dict[str, tuple[Part, str, int | None]] = {}

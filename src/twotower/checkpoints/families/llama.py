@@ -1,5 +1,5 @@
 """Llama and the decoders that differ from it in few settings: Mistral, Ministral, Qwen 2 and 3, SmolLM 3, Granite,
-Seed-OSS, Gemma, Arcee, Helium, GLM, Phi 3 and 4."""
+Seed-OSS, Gemma, Arcee, Helium, EXAONE 3, ERNIE 4.5, GLM, Phi 3 and 4."""
 
 from typing import Any
 
@@ -147,6 +147,37 @@ def _glm(raw: Settings) -> dict[str, Any]:
     return decoder_fields({**usual, **raw}) | one_type(AttentionType(rope_parameters=read_rope(raw, part=0.5)))
 
 
+def _ernie(raw: Settings) -> dict[str, Any]:
+    biased = bool(raw.get("use_bias", False))
+    usual = {"head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    kind = AttentionType(rope_parameters=read_rope(raw, theta=500000.0))
+    return decoder_fields({**usual, **raw}) | {"attention_bias": biased, "mlp_bias": biased} | one_type(kind)
+
+
+def _exaone(raw: Settings) -> dict[str, Any]:
+    """EXAONE 3, a Llama whose keys and tensors have names of their own."""
+    names = {
+        "num_hidden_layers": "num_layers",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "hidden_act": "activation_function",
+    }
+    own = {name: raw[theirs] for name, theirs in names.items() if raw.get(theirs) is not None}
+    fields = decoder_fields({"num_key_value_heads": 8, "rms_norm_eps": 1e-5, **raw, **own})
+    return fields | {"mlp_bias": bool(raw.get("mlp_bias", False))}
+
+
+def _exaone_block(config: TwoTowerConfig, raw: Settings) -> Parts:
+    return {
+        "ln_1": "0.norm",
+        **{f"attn.attention.{name}_proj": f"0.mixer.{name}_proj" for name in "qkv"},
+        "attn.attention.out_proj": "0.mixer.o_proj",
+        "ln_2": "1.norm",
+        "mlp.c_fc_0": "1.mixer.gate_proj",
+        "mlp.c_fc_1": "1.mixer.up_proj",
+        "mlp.c_proj": "1.mixer.down_proj",
+    }
+
+
 def neighbours_block(config: TwoTowerConfig, raw: Settings) -> Parts:
     """A block whose RoPE turns neighbouring numbers of a head, and whose MLP may have both its inputs in one tensor."""
     rope = config.attention_kinds[0].rope_parameters
@@ -182,6 +213,14 @@ FAMILIES = (
     Family(model_types=("gemma",), fields=_gemma, block=_block, rest=REST),
     Family(model_types=("arcee",), fields=_arcee, block=_block, rest=REST),
     Family(model_types=("helium",), fields=_helium, block=neighbours_block, rest=REST, zeros=("o_proj.bias",)),
+    Family(
+        model_types=("exaone",),
+        fields=_exaone,
+        block=_exaone_block,
+        rest={"wte": "embeddings", "ln_f": "norm_f", "lm_head": "lm_head"},
+        layers_name="h",
+    ),
+    Family(model_types=("ernie4_5",), fields=_ernie, block=neighbours_block, rest=REST),
     Family(model_types=("glm",), fields=_glm, block=neighbours_block, rest=REST, zeros=("o_proj.bias",)),
     Family(model_types=("phi3",), fields=_phi3, block=_phi3_block, rest=REST),
 )

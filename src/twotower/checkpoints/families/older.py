@@ -1,4 +1,5 @@
-"""Decoders with LayerNorm from before Llama, and those that kept it: Starcoder 2, OLMo, OPT, GPT-BigCode, Falcon."""
+"""Decoders with LayerNorm from before Llama, and those that kept it: Starcoder 2, OLMo, OPT, GPT-Neo,
+GPT-BigCode, Falcon."""
 
 from typing import Any
 
@@ -9,6 +10,7 @@ from twotower.checkpoints.families.decoder import (
     MLP,
     REST,
     activation,
+    by_layer_types,
     copies,
     decoder_fields,
     one_type,
@@ -89,6 +91,42 @@ def _without_two_rows(tensor: Tensor, suffix: str) -> dict[str, Tensor]:
     return {f"position_embeddings.{suffix}": tensor[2:]}
 
 
+def _gpt_neo(raw: Settings) -> dict[str, Any]:
+    """Layers by turns as `attention_types` lists them; scores aren't scaled."""
+    width, heads = need(raw, "hidden_size"), need(raw, "num_heads")
+    listed = raw.get("attention_types") or [[["global", "local"], need(raw, "num_layers") // 2]]
+    kinds = {"global": AttentionType(), "local": AttentionType(window=raw.get("window_size", 256))}
+    return {
+        "hidden_size": width,
+        "pattern": "*-" * need(raw, "num_layers"),
+        "norm_type": "layer",
+        "norm_bias": True,
+        "layer_norm_epsilon": raw.get("layer_norm_epsilon", 1e-5),
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", True)),
+        "num_positions": raw.get("max_position_embeddings", 2048),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": width // heads,
+        "attention_bias": True,
+        "attention_scale": 1.0,
+        "intermediate_size": raw.get("intermediate_size") or 4 * width,
+        "mlp_hidden_act": activation({"hidden_act": raw.get("activation_function")}, "gelu_new"),
+        "mlp_bias": True,
+        **by_layer_types([name for names, count in listed for name in names * count], kinds),
+    }
+
+
+def _gpt_neo_block(config: TwoTowerConfig, raw: Settings) -> Parts:
+    return {
+        "ln_1": "0.norm",
+        **{f"attn.attention.{name}_proj": f"0.mixer.{name}_proj" for name in "qkv"},
+        "attn.attention.out_proj": "0.mixer.o_proj",
+        "ln_2": "1.norm",
+        "mlp.c_fc": "1.mixer.up_proj",
+        "mlp.c_proj": "1.mixer.down_proj",
+    }
+
+
 def _gpt_bigcode(raw: Settings) -> dict[str, Any]:
     width, heads = need(raw, "n_embd", "hidden_size"), need(raw, "n_head", "num_attention_heads")
     return {
@@ -142,6 +180,8 @@ def _falcon(raw: Settings) -> dict[str, Any]:
     """One KV head, one for each head, or, in the newer architecture, groups of them."""
     refuse(raw, alibi=(False, None))
     newer, biased = raw.get("new_decoder_architecture", False), bool(raw.get("bias", False))
+    if newer:
+        refuse(raw, parallel_attn=(True, None))
     heads, width = need(raw, "num_attention_heads", "n_head"), need(raw, "hidden_size", "n_embed")
     kv = raw.get("num_kv_heads") or heads if newer else 1 if raw.get("multi_query", True) else heads
     return {
@@ -195,6 +235,15 @@ FAMILIES = (
         rest=_TABLES,
         layers_name="h",
         ignored=r"\.attn\.(bias|masked_bias)$",
+    ),
+    Family(
+        model_types=("gpt_neo",),
+        fields=_gpt_neo,
+        block=_gpt_neo_block,
+        rest=_TABLES,
+        layers_name="h",
+        zeros=("q_proj.bias", "k_proj.bias", "v_proj.bias"),
+        ignored=r"\.attention\.(bias|masked_bias)$",
     ),
     Family(model_types=("falcon",), fields=_falcon, block=_falcon_block, rest=_FALCON_REST, layers_name="h"),
 )

@@ -83,6 +83,11 @@ def _gemma2(raw: Settings) -> dict[str, Any]:
     return _gemma(raw, raw.get("layer_types") or usual, rope, rope) | caps
 
 
+def _vaultgemma(raw: Settings) -> dict[str, Any]:
+    """Gemma 2 without the norms behind."""
+    return _gemma2(raw) | {"post_norm": False}
+
+
 def _gemma3(raw: Settings) -> dict[str, Any]:
     types = raw.get("layer_types") or every(raw.get("sliding_window_pattern", 6), raw)
     full, sliding = _two_ropes(raw, 1000000.0, raw.get("rope_local_base_freq") or 10000.0)
@@ -114,6 +119,10 @@ def _behind(config: TwoTowerConfig, raw: Settings) -> Parts:
     return ATTENTION | MLP | _BEHIND
 
 
+def _before(config: TwoTowerConfig, raw: Settings) -> Parts:
+    return {**ATTENTION, **MLP, "pre_feedforward_layernorm": "1.norm"}
+
+
 def _around(config: TwoTowerConfig, raw: Settings) -> Parts:
     return ATTENTION | MLP | _AROUND
 
@@ -128,6 +137,7 @@ FAMILIES = (
     Family(model_types=("olmo3",), fields=_olmo3, block=_behind, rest=REST),
     Family(model_types=("exaone4",), fields=_exaone4, block=_behind, rest=REST),
     Family(model_types=("gemma2",), fields=_gemma2, block=_around, rest=REST),
+    Family(model_types=("vaultgemma",), fields=_vaultgemma, block=_before, rest=REST),
     Family(model_types=("gemma3_text",), fields=_gemma3, block=_around, rest=REST),
     Family(model_types=("glm4",), fields=_glm4, block=_glm4_block, rest=REST, zeros=("o_proj.bias",)),
 )
