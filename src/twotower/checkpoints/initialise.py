@@ -96,8 +96,8 @@ def init(
     if source.skipped:
         names = ", ".join(source.skipped[:3]) + (f" and {len(source.skipped) - 3} more" if source.skipped[3:] else "")
         warnings.warn(
-            f"{backbone} has layers that predict further tokens, which are no part of the backbone and are left out: "
-            f"{names}",
+            f"{backbone} has tensors that predict further tokens, see or hear, which are no part of the backbone and "
+            f"are left out: {names}",
             stacklevel=2,
         )
     vocabulary = _vocabulary(source, mask_token_id, keep_tokens)

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import twotower
+from twotower.checkpoints.families.known import find_family, text_settings
 
 TEXT = {
     "vocab_size": 64,
@@ -48,12 +49,30 @@ def test_of_a_model_that_sees_the_decoder_is_taken(name: str, tmp_path: Path, sa
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "theirs")
-    with pytest.warns(UserWarning, match="tensors, such as .*, are left out: they are no part of the decoder"):
+    with pytest.warns(UserWarning, match="see or hear, which are no part of the backbone and are left out: .* more"):
         twotower.init(tmp_path / "theirs", tmp_path / "ours")
     ids = torch.randint(3, 60, (2, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids).logits
     same_logits(twotower.load(tmp_path / "ours").context_logits(ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text"),
+    [
+        ("gemma3", {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "sliding_window": 1024}),
+        ("llava", {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-05}),
+        ("mistral3", {"model_type": "mistral", "num_hidden_layers": 40, "sliding_window": None}),
+    ],
+)
+def test_sizes_that_text_config_leaves_out_are_those_of_transformers(model_type: str, text: dict[str, Any]) -> None:
+    raw = text_settings({"model_type": model_type, "text_config": text})
+    whole = transformers.AutoConfig.for_model(
+        text["model_type"], **{k: v for k, v in text.items() if k != "model_type"}
+    )
+    family, filled = find_family(raw), whole.to_dict()
+    assert {**family.fields(raw)} == {**family.fields(filled)}
+    assert raw["vocab_size"] == filled["vocab_size"]
 
 
 def test_names_without_a_prefix_and_further_layers(
@@ -65,6 +84,6 @@ def test_names_without_a_prefix_and_further_layers(
     tensors |= {"layers.4.eh_proj.weight": torch.zeros(2, 2), "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     (tmp_path / "config.json").write_bytes((opened.source / "config.json").read_bytes())
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.warns(UserWarning, match=r"1 tensors, such as layers\.4\.eh_proj\.weight, are left out"):
+    with pytest.warns(UserWarning, match=r"left out: layers\.4\.eh_proj\.weight$"):
         twotower.init(tmp_path, tmp_path / "ours")
     same_logits(twotower.load(tmp_path / "ours").context_logits(opened.ids), opened.logits)

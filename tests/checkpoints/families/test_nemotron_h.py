@@ -15,7 +15,7 @@ from twotower.checkpoints.families.nemotron_h import read_one_tower_config
 from twotower.checkpoints.initialise import open_backbone
 from twotower.config import TwoTowerConfig
 
-MTP = "has layers that predict further tokens, which are no part of the backbone and are left out: "
+MTP = "has tensors that predict further tokens, see or hear, which are no part of the backbone and are left out: "
 
 BIASES = {
     "backbone.layers.3.mixer.up_proj.bias": torch.ones(48),

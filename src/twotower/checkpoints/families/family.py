@@ -6,7 +6,6 @@ A family's model is a list of blocks, each of which becomes some of our layers: 
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -91,13 +90,6 @@ def open_family(
         for name, shape in tower_shapes(config).items()
         if name not in specs and name.endswith(family.zeros + family.ones) and "embeddings.weight" in specs
     }
-
-    if names.skipped:
-        warnings.warn(
-            f"{len(names.skipped)} tensors, such as {names.skipped[0]}, are left out: they are no part of the decoder, "
-            "but predict further tokens, see or hear",
-            stacklevel=2,
-        )
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         yield from names.stream(source, specs)

@@ -35,6 +35,15 @@ _LACKING = {
 }
 
 
+# What `text_config` may leave out where it is as in transformers' classes, so in LLaVA 1.5 and Gemma 3 4B
+_SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_USUAL_SIZES = {
+    "llama": (32000, 4096, 11008, 32, 32),
+    "mistral": (32000, 4096, 14336, 32, 32),
+    "gemma3_text": (262208, 2304, 9216, 26, 8),
+}
+
+
 def text_settings(raw: Settings) -> Settings:
     """The config.json of the decoder in a model that also sees or hears, whose `text_config` it is; of other models
     their own. Tokens and ties are those of the whole."""
@@ -43,7 +52,9 @@ def text_settings(raw: Settings) -> Settings:
         return raw
     whole = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype")
     given = {key: raw[key] for key in whole if raw.get(key) is not None}
-    return {"model_type": f"{raw.get('model_type')}_text", **text, **given}
+    model_type = text.get("model_type") or f"{raw.get('model_type')}_text"
+    usual = dict(zip(_SIZE_KEYS, _USUAL_SIZES.get(model_type, ()), strict=False))
+    return {**usual, **text, "model_type": model_type, **given}
 
 
 def find_family(raw: Settings) -> Family:
