@@ -13,7 +13,16 @@ Write = Callable[..., Path]
 Writer = gguf.GGUFWriter
 
 # Where the converter's name of an architecture is not transformers'.
-ARCHITECTURES = {"gpt_neox": "gptneox", "gemma3_text": "gemma3", "olmo3": "olmo2", "cohere": "command-r"}
+ARCHITECTURES = {
+    "gpt_neox": "gptneox",
+    "gemma3_text": "gemma3",
+    "olmo3": "olmo2",
+    "cohere": "command-r",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
+}
 
 
 def base_metadata(writer: Writer, c: Any) -> None:
@@ -34,6 +43,9 @@ def base_metadata(writer: Writer, c: Any) -> None:
             (getattr(c, n) for n in ("layer_norm_eps", "layer_norm_epsilon", "norm_eps") if hasattr(c, n)), None
         ),
         "rope.freq_base": rope.get("rope_theta"),
+        "expert_count": next((getattr(c, n) for n in ("num_local_experts", "num_experts") if hasattr(c, n)), None),
+        "expert_used_count": getattr(c, "num_experts_per_tok", None),
+        "expert_feed_forward_length": getattr(c, "moe_intermediate_size", None),
     }
     if rope.get("rope_type") in ("linear", "yarn"):
         keys["rope.scaling.type"], keys["rope.scaling.factor"] = rope["rope_type"], rope["factor"]
@@ -73,7 +85,9 @@ def own_metadata(c: Any) -> dict[str, Any]:
             return {"attention.sliding_window": window or 0}
         case "cohere" | "cohere2":
             return {"logit_scale": c.logit_scale, "attention.sliding_window": window, "rope.scaling.type": "none"}
-        case "granite":
+        case "gpt_oss":
+            return {"attention.sliding_window": window}
+        case "granite" | "granitemoe":
             scales = {"attention.scale": c.attention_multiplier, "embedding_scale": c.embedding_multiplier}
             return scales | {"residual_scale": c.residual_multiplier, "logit_scale": c.logits_scaling}
         case "stablelm" | "gpt_neox":
@@ -91,7 +105,7 @@ def changed(c: Any, name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndar
     """A tensor as the converter's modify_tensors gives it."""
     kind = c.model_type
     heads = {"q_proj": c.num_attention_heads, "k_proj": getattr(c, "num_key_value_heads", 0)}.get(name.split(".")[-2])
-    if kind in ("llama", "granite", "smollm3") and heads:
+    if kind in ("llama", "mixtral", "granite", "granitemoe", "smollm3") and heads:
         value = permuted(value, heads)
     if kind.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
         value = value + 1
@@ -100,9 +114,33 @@ def changed(c: Any, name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndar
     if kind == "gpt_neox" and "query_key_value" in name:
         value = np.concatenate(list(value.reshape(c.num_attention_heads, 3, -1, *value.shape[1:]).swapaxes(0, 1)))
         value = value.reshape(-1, *value.shape[2:])
+    if ".experts." in name:
+        yield from stacked_experts(kind, name, value)
+        return
+    if name.endswith("sinks"):
+        name += ".weight"
+    if kind == "granitemoe":
+        name = name.replace("router.weight", "router.layer.weight")
     if ".norms." in name:  # StableLM's norms of heads, stacked once all are there
         return
     yield name, value
+
+
+def stacked_experts(kind: str, name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """transformers holds a layer's experts as one tensor: gates and ups behind each other or, in gpt-oss, in turns and
+    with inputs first."""
+    stem, _, last = name.rpartition(".")
+    stem = stem.replace("block_sparse_moe", "mlp")
+    end = "bias" if last.endswith("_bias") else "weight"
+    if kind == "gpt_oss" and end == "weight":
+        value = value.swapaxes(-1, -2)
+    if last.startswith("down_proj"):
+        yield f"{stem}.down_proj.{end}", value
+        return
+    axis = 1 if end == "bias" else -2
+    halves = (value[:, ::2], value[:, 1::2]) if kind == "gpt_oss" else np.split(value, 2, axis)
+    for half, part in zip(halves, ("gate", "up"), strict=True):
+        yield f"{stem}.{part}_proj.{end}", half
 
 
 def stacked_norms(state: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:

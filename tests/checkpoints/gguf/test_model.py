@@ -42,6 +42,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": 8},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 7},
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen2_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    | {"shared_expert_intermediate_size": 24},
+    "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 3, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8},
     "olmo2": {},
     "olmo3": {"sliding_window": 8},
     "exaone4": {"sliding_window": 8},

@@ -150,6 +150,8 @@ def _granitemoe_block(config: TwoTowerConfig, raw: Settings) -> Parts:
             "block_sparse_moe.input_linear": _gates_and_ups,
             "block_sparse_moe.output_linear": _downs,
             "shared_mlp.input_linear": shared,
+            "shared_mlp.gate_proj": "1.mixer.shared_experts.gate_proj",  # apart in GGUF files
+            "shared_mlp.up_proj": "1.mixer.shared_experts.up_proj",
             "shared_mlp.output_linear": "1.mixer.shared_experts.down_proj",
         }
     )
@@ -192,7 +194,8 @@ def _gpt_oss(raw: Settings) -> dict[str, Any]:
 
 
 def _gpt_oss_block(config: TwoTowerConfig, raw: Settings) -> Parts:
-    """Experts are stacked with their inputs first, (e, d, 2f) and (e, f, d); gate and up take turns."""
+    """Experts are stacked with their inputs first, (e, d, 2f) and (e, f, d); gate and up take turns. In GGUF files they
+    are as in other families."""
 
     def gates_and_ups(kind: str) -> Part:
         def part(tensor: Tensor, suffix: str) -> dict[str, Tensor]:
@@ -213,6 +216,7 @@ def _gpt_oss_block(config: TwoTowerConfig, raw: Settings) -> Parts:
     return (
         ATTENTION
         | MLP
+        | expert_parts(config, "mlp.experts")
         | {
             "self_attn.sinks": "0.mixer.sinks",
             "mlp.router": "1.mixer.gate",

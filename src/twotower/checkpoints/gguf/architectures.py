@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from twotower.checkpoints.gguf.names import Undo, each, less_one, side_by_side, transposed, turned
+from twotower.checkpoints.gguf.names import Undo, each, less_one, row, side_by_side, transposed, turned, whole
 from twotower.checkpoints.gguf.reader import GgufFile
 from twotower.checkpoints.gguf.rope import decimal
 
@@ -79,8 +79,7 @@ def _plain(model_type: str) -> Callable[[GgufFile, Mapping[str, Any]], Mapping[s
 def _llama(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Llama, Mistral and Mixtral. One with biases on queries, keys and values alone is what Qwen 2 computes."""
     if file.setting("expert_count"):
-        experts = {"num_local_experts": file.setting("expert_count"), "sliding_window": None}
-        return {"model_type": "mixtral", "num_experts_per_tok": file.setting("expert_used_count"), **experts}
+        return {"model_type": "mixtral", "sliding_window": None} | _experts(file)
     if file.setting("attention.sliding_window"):
         return {"model_type": "mistral", "sliding_window": file.setting("attention.sliding_window")}
     half_biased = raw["attention_bias"] and "blk.0.attn_output.bias" not in file.tensors
@@ -191,6 +190,59 @@ def _nemotron(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"model_type": "nemotron", "norm_eps": raw["layer_norm_eps"], "hidden_act": "relu2"}
 
 
+def _experts(file: GgufFile) -> dict[str, Any]:
+    """The experts of a mixture, under both of the names that families have for their number."""
+    stack = next((t for name, t in file.tensors.items() if name.endswith("ffn_down_exps.weight")), None)
+    if stack is None:
+        raise ValueError(f"{file.path} lacks blk.0.ffn_down_exps.weight, its experts; convert the model again")
+    count = stack.shape[0]
+    return {
+        "num_local_experts": count,
+        "num_experts": count,
+        "num_experts_per_tok": file.setting("expert_used_count"),
+        "intermediate_size": stack.shape[2],
+        "moe_intermediate_size": stack.shape[2],
+    }
+
+
+def _qwen_moe(file: GgufFile, raw: Mapping[str, Any], model_type: str, *, normalise: bool) -> dict[str, Any]:
+    """llama.cpp knows by the architecture whether the weights of the chosen experts are made to sum to 1."""
+    layers = range(raw["num_hidden_layers"])
+    experts = _experts(file) | {"intermediate_size": raw["intermediate_size"]}
+    return experts | {
+        "model_type": model_type,
+        "norm_topk_prob": file.setting("expert_weights_norm", normalise),
+        "mlp_only_layers": [i for i in layers if f"blk.{i}.ffn_gate_inp.weight" not in file.tensors],
+    }
+
+
+def _qwen2_moe(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
+    shared = file.tensors.get("blk.0.ffn_down_shexp.weight")
+    return _qwen_moe(file, raw, "qwen2_moe", normalise=False) | {
+        "shared_expert_intermediate_size": 0 if shared is None else shared.shape[1],
+        "qkv_bias": raw["attention_bias"],
+    }
+
+
+def _qwen3_moe(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
+    return _qwen_moe(file, raw, "qwen3_moe", normalise=True)
+
+
+def _olmoe(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {"model_type": "olmoe", "norm_topk_prob": False} | _experts(file)
+
+
+def _granitemoe(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
+    shared = {"shared_intermediate_size": file.setting("expert_shared_feed_forward_length", 0)}
+    return _granite(file, raw) | {"model_type": "granitemoe"} | shared | _experts(file)
+
+
+def _gpt_oss(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The model does not round where YaRN's ramp begins and ends, which the file does not say."""
+    rope = raw["rope_parameters"] | {"truncate": False}
+    return {"model_type": "gpt_oss", "rope_parameters": rope} | _windows(file, 2) | _experts(file)
+
+
 _GPT2_BLOCK: dict[str, Undo] = {
     "attn_norm": "ln_1",
     "attn_qkv": transposed("attn.c_attn"),
@@ -232,13 +284,50 @@ _NEMOTRON: dict[str, Undo] = {
     "attn_norm": less_one("input_layernorm"),
     "ffn_norm": less_one("post_attention_layernorm"),
 }
+_EXPERTS: dict[str, Undo] = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": each("mlp.experts.{}.gate_proj"),
+    "ffn_up_exps": each("mlp.experts.{}.up_proj"),
+    "ffn_down_exps": each("mlp.experts.{}.down_proj"),
+    "ffn_gate_up_exps": whole("mlp.experts.gate_up_proj"),
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "ffn_gate_inp_shexp": row("mlp.shared_expert_gate"),
+}
+_MIXTRAL: dict[str, Undo] = {
+    "ffn_gate_exps": each("mlp.experts.{}.w1"),
+    "ffn_up_exps": each("mlp.experts.{}.w3"),
+    "ffn_down_exps": each("mlp.experts.{}.w2"),
+}
+_GRANITEMOE: dict[str, Undo] = {
+    "ffn_gate_inp": "block_sparse_moe.router.layer",
+    "ffn_gate_exps": each("block_sparse_moe.experts.{}.gate_proj"),
+    "ffn_up_exps": each("block_sparse_moe.experts.{}.up_proj"),
+    "ffn_down_exps": each("block_sparse_moe.experts.{}.down_proj"),
+    "ffn_gate_up_exps": "block_sparse_moe.input_linear",
+    "ffn_gate_shexp": "shared_mlp.gate_proj",
+    "ffn_up_shexp": "shared_mlp.up_proj",
+    "ffn_down_shexp": "shared_mlp.output_linear",
+}
+_GPT_OSS: dict[str, Undo] = {
+    "attn_sinks": whole("self_attn.sinks"),
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.router",
+}
 _LESS_ONE_REST: dict[str, Undo] = _REST | {"output_norm": less_one("model.norm")}
 _WINDOW = ("attention.sliding_window",)
+_MIXES = ("expert_count",)
 _SCALES = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(settings=_llama, block=_BLOCK | _TURNED, reads=_WINDOW),
+    "llama": Architecture(settings=_llama, block=_BLOCK | _TURNED | _EXPERTS | _MIXTRAL, reads=(*_WINDOW, *_MIXES)),
+    "qwen2moe": Architecture(settings=_qwen2_moe, block=_BLOCK | _EXPERTS, reads=_MIXES),
+    "qwen3moe": Architecture(settings=_qwen3_moe, block=_BLOCK | _EXPERTS, reads=_MIXES),
+    "olmoe": Architecture(settings=_olmoe, block=_BLOCK | _EXPERTS, reads=_MIXES),
+    "granitemoe": Architecture(settings=_granitemoe, block=_BLOCK | _TURNED | _GRANITEMOE, reads=(*_SCALES, *_MIXES)),
+    "gpt-oss": Architecture(settings=_gpt_oss, block=_BLOCK | _EXPERTS | _GPT_OSS, reads=(*_WINDOW, *_MIXES)),
     "qwen2": Architecture(settings=_plain("qwen2")),
     "qwen3": Architecture(settings=_plain("qwen3")),
     "smollm3": Architecture(settings=_plain("smollm3"), block=_BLOCK | _TURNED),

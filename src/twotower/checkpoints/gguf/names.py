@@ -101,6 +101,16 @@ def side_by_side(name: str) -> Undo:
     return undo
 
 
+def whole(name: str) -> Undo:
+    """A tensor whose name in the model ends in neither "weight" nor "bias"."""
+    return lambda tensor, suffix, raw: {name: tensor}
+
+
+def row(name: str) -> Undo:
+    """A matrix of one row, which some files store as a vector."""
+    return lambda tensor, suffix, raw: {f"{name}.{suffix}": tensor.reshape(1, -1)}
+
+
 def each(pattern: str) -> Undo:
     """A stack whose rows the model stores one by one, under `pattern` with their number."""
 
