@@ -30,6 +30,7 @@ _LACKING = {
     "falcon_mamba": "Mamba-1 layers",
     "xglm": "positions of sines",
     "ministral3": "queries that are scaled by their position",
+    "llama4_text": "queries that are scaled by their position",
     "t5": "encoders",
     "phimoe": "a router that drops experts far below the best (SparseMixer)",
 }
