@@ -8,7 +8,8 @@ Letters: b rows, s tokens, d width, v vocabulary, e experts and f their width, i
 conv channels, w conv kernel, h heads, p head width, n state width.
 
 **Dtypes.** The tower's `activation_dtype` is the backend's to set: x, hidden states, keys, values and conv rows have
-it. SSM states are float32 or wider, router scores float64, norms and softmax at least float32. Logits are float32.
+it; cached keys and values have the tower's `key_dtype`, where the backend sets one. SSM states are float32 or wider,
+router scores float64, norms and softmax at least float32. Logits are float32.
 
 **Memory.** Every tensor is on the tower's device. A pass may overwrite the inputs' `x`, and a causal one writes the new
 keys and values into `inputs.past`; all else that comes in is read only. The recurrent states of `inputs.state` in

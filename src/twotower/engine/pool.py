@@ -32,8 +32,8 @@ class StatePool:
         shapes = [(self.num_pages, PAGE_SIZE, k.shape[1], k.shape[3]) for k in empty]
         # zeros instead of uninitialised memory: masked places are multiplied by 0 and must be finite
         make = tower.embeddings.new_zeros
-        self._keys = [make(s, dtype=tower.activation_dtype).transpose(1, 2) for s in shapes]
-        self._values = [make(s, dtype=tower.activation_dtype).transpose(1, 2) for s in shapes]
+        self._keys = [make(s, dtype=empty[0].dtype).transpose(1, 2) for s in shapes]
+        self._values = [make(s, dtype=empty[0].dtype).transpose(1, 2) for s in shapes]
         self._free = list(range(self.num_pages - 1, 0, -1))
         self._uses = [0] * self.num_pages
         self._num_slots_used = 0

@@ -85,6 +85,7 @@ class Tower(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i, dtype) for i in range(config.num_layers))
         self.norm_f = Norm(config, config.hidden_size, dtype=dtype)
         self.activation_dtype = dtype
+        self.key_dtype: torch.dtype | None = None  # of cached keys and values, if it isn't the activations'
         self.guest: TowerGuest | None = None
         self._rotations: tuple[Rotation | None, ...] = ()  # RoPE's for all positions met so far, see `_rotation`
 
@@ -106,7 +107,8 @@ class Tower(nn.Module):
         rope_lengths = tuple(map(self.config.rope_length, planned))
         c = self.config
         num_attention = c.pattern.count("*")
-        empty = self.embeddings.new_zeros(batch_size, c.num_key_value_heads, 0, c.head_dim, dtype=self.activation_dtype)
+        dtype = self.key_dtype or self.activation_dtype
+        empty = self.embeddings.new_zeros(batch_size, c.num_key_value_heads, 0, c.head_dim, dtype=dtype)
         buffer = KeyBuffer([empty] * num_attention, [empty] * num_attention, (0,) * batch_size)
         mamba = tuple(mixer.initial_state(batch_size) for mixer in self._mambas())
         return ContextState((0,) * batch_size, mamba, buffer, None, rope_lengths).reserve(capacity)

@@ -69,9 +69,19 @@ def expected(case: Case, causal: bool, scale: float, window: int, chunk: int, so
 
 
 def attention(
-    case: Case, *, causal: bool = True, pages: bool = False, threads: int = 1, sinks: bool = False, **options: Any
+    case: Case,
+    *,
+    causal: bool = True,
+    pages: bool = False,
+    threads: int = 1,
+    sinks: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Tensor:
-    """(b, s, heads, p) by C. A causal pass finds the new keys in the cache; NaN lies where no query may read."""
+    """(b, s, heads, p) by C over a cache of `dtype`.
+
+    A causal pass finds the new keys in the cache; NaN lies where no query may read.
+    """
     b, t, heads, p = case.query.shape
     kv = case.key.shape[2]
     query, key, value = (
@@ -80,7 +90,7 @@ def attention(
     )
     past = []
     for new in (case.key, case.value):
-        cache = torch.full((b, kv, -(-t // SIZE) * SIZE, p), torch.nan)
+        cache = torch.full((b, kv, -(-t // SIZE) * SIZE, p), torch.nan, dtype=dtype)
         for row, start in enumerate(case.starts):
             end = start + case.s if causal else start
             first = max(0, start - options["window"] + 1) if options.get("window") else 0
@@ -88,6 +98,7 @@ def attention(
         past.append(cache)
     given = {"query": query, "key": key, "value": value}
     sizes = {"b": b, "s": case.s, "heads": heads, "kv_heads": kv, "p": p, "causal": causal, "threads": threads}
+    sizes["bf16"] = dtype == torch.bfloat16
     if pages:  # row b's pages lie in reverse order among all, (pages, SIZE, kv, p) in memory
         given["pages"] = torch.arange(past[0].shape[2] // SIZE * b).flip(0).view(b, -1)
         sizes |= {"num_pages": given["pages"].shape[1], "page_size": SIZE}
@@ -106,16 +117,19 @@ def attention(
     return out
 
 
-def check(case: Case, causal: bool, options: dict[str, Any], tolerance: float) -> None:
+def check(
+    case: Case, causal: bool, options: dict[str, Any], tolerance: float, dtype: torch.dtype = torch.float32
+) -> None:
     """Both layouts of the keys give the same bits, and those are the loop's up to `tolerance`."""
     p = case.query.shape[3]
     told = {"scale": p**-0.5, "window": 0, "chunk": 0, "softcap": 0.0, "sinks": False} | options
-    want = expected(case, causal, **told)
-    got = attention(case, causal=causal, **options)
+    rounded = (x.to(dtype).float() for x in (case.query, case.key, case.value))
+    want = expected(Case(*rounded, *case[3:]), causal, **told)
+    got = attention(case, causal=causal, dtype=dtype, **options)
     for row, width in enumerate(case.widths):
         torch.testing.assert_close(got[row, :width].double(), want[row, :width], rtol=tolerance, atol=tolerance)
         assert got.isfinite().all()  # what is not valid is finite, or the experts of a later layer could not be chosen
-    assert torch.equal(attention(case, causal=causal, pages=True, **options), got)
+    assert torch.equal(attention(case, causal=causal, dtype=dtype, pages=True, **options), got)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
@@ -144,6 +158,49 @@ def test_bits_depend_on_neither_threads_nor_batch_nor_chunk(options: dict[str, A
         own = {"query": case.query[row:][:1], "key": case.key[row:][:1], "value": case.value[row:][:1]}
         alone = block._replace(**own, starts=[start], widths=[block.widths[row]])
         assert torch.equal(attention(alone, causal=False, **options), together[row : row + 1])
+
+
+# Tiles of 512 keys with a window or a chunk that begins and ends inside of them
+LONG: list[dict[str, Any]] = [
+    {},
+    {"window": 600, "softcap": 2.0},
+    {"chunk": 520, "sinks": True, "scale": 0.7},
+]
+either_cache = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@either_cache
+@pytest.mark.parametrize("options", LONG, ids=lambda o: "-".join(o) or "plain")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "kv", "p"), [(6, 2, 64), (4, 1, 7), (2, 2, 140)])
+def test_tiles_of_many_keys_are_a_plain_loops(
+    heads: int, kv: int, p: int, causal: bool, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """The rows lie on both sides of 512 keys, from which on they are tiled; in a cache of bf16 all are."""
+    # float32 sums of 1,000 terms; weights of a mixture are rounded to bf16 where its products are of bf16
+    tolerance = 2e-5 if dtype == torch.float32 else 8e-3
+    check(make([1030, 0, 508], 6, heads, kv, p, widths=[6, 6, 3]), causal, options, tolerance, dtype)
+
+
+@either_cache
+@pytest.mark.parametrize("options", LONG, ids=lambda o: "-".join(o) or "plain")
+def test_bits_of_tiles_depend_on_neither_threads_nor_batch_nor_chunk(
+    options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    case = make([500, 500], 600, 6, 2, 64)
+    told = {"dtype": dtype} | options
+    whole = attention(case, **told)
+    assert torch.equal(attention(case, threads=2, **told), whole)
+    for first, last in ((500, 501), (505, 521), (1023, 1024), (1020, 1036), (1099, 1100)):
+        part = case._replace(starts=[first, first], s=last - first)
+        assert torch.equal(attention(part, **told), whole[:, first - 500 : last - 500])
+        alone = part._replace(query=case.query[:1], key=case.key[:1], value=case.value[:1], starts=[first])
+        assert torch.equal(attention(alone, threads=2, **told), whole[:1, first - 500 : last - 500])
+    block = case._replace(starts=[1020, 637], s=16, widths=[16, 9])
+    together = attention(block, causal=False, **told)
+    assert torch.equal(attention(block, causal=False, threads=2, **told), together)
+    alone = block._replace(query=case.query[1:], key=case.key[1:], value=case.value[1:], starts=[637], widths=[9])
+    assert torch.equal(attention(alone, causal=False, threads=2, **told), together[1:])
 
 
 def test_a_part_of_a_head_can_be_rotated() -> None:

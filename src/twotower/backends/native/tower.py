@@ -34,6 +34,10 @@ from twotower.ops.ssd import CHUNK
 NORMS = (None, "head", "each", "all")
 
 
+# Positions: beyond, a token's keys are read so often that their bytes count
+LONG_CONTEXT = 1024
+
+
 class LayerTensors(NamedTuple):
     """A layer's packed projections, its norms, its other tensors and its numbers, by the names that LayerWeights in
     c/calls.h has for them; the bias of the projection `first` is `first_bias`, and so on."""
@@ -48,9 +52,17 @@ class LayerTensors(NamedTuple):
 def take_tower_(tower: Tower) -> None:
     """Packs the weights of a tower of bfloat16 or float32 for C and puts a guest into it that runs its passes."""
     experts = [_take_experts(layer.mixer) for layer in tower.stack]
+    if tower.embeddings.dtype == torch.bfloat16 and _is_for_long_contexts(tower.config):
+        tower.key_dtype = torch.bfloat16
     tower.pack_(torch.float32, pack_weight)
     weights = [_tensors(tower.config, layer, taken) for layer, taken in zip(tower.stack, experts, strict=True)]
     tower.guest = NativeTower(tower.config, tower.stack, weights, tower.norm_f)
+
+
+def _is_for_long_contexts(config: TwoTowerConfig) -> bool:
+    """Whether keys and values may outweigh the layers, so that it pays to cache them in the dtype of the weights. A
+    model for short contexts gains nothing by that rounding."""
+    return int(config.carried.get("max_position_embeddings") or 0) > LONG_CONTEXT
 
 
 def missing(config: TwoTowerConfig) -> str | None:
@@ -153,6 +165,7 @@ class NativeTower:
         if past.keys:
             batch, head, token, _ = past.keys[0].stride()
             more |= {"key_batch": batch, "key_head": head, "key_token": token, "page_size": past.keys[0].shape[2]}
+            more |= {"bf16_keys": past.keys[0].dtype == torch.bfloat16}
         if past.pages is not None:
             more |= {"pages": past.pages, "num_pages": past.pages.shape[1]}
         fields = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in (tensors | more).items()}

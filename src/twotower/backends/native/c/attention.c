@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "attention.h"
 
 /* x (b, s, heads, p; strides in floats) to out (b, s, heads, p): the first `turned` of p rotated, halves paired, by cos,
  * sin (b or 1, s, turned/2), and the others as they are */
@@ -26,27 +26,6 @@ typedef struct {
     long count;                  /* how many of them the query sees */
 } Segment;
 
-/* The keys that a query sees lie side by side: places [from, to) of the past with the block's own behind it */
-typedef struct {
-    long from, to;
-} Span;
-
-static Span seen(const AttentionPass *in, const AttentionOptions *how, long row, long i) {
-    const long start = in->starts[row], place = start + i;
-    Span span = {0, in->causal ? place + 1 : start + in->ends[row]};
-    if (how->window) {
-        span.from = place + 1 - how->window;
-        span.to = place + how->window < span.to ? place + how->window : span.to;
-    }
-    if (how->chunk) {
-        const long first = place / how->chunk * how->chunk;
-        span.from = first > span.from ? first : span.from;
-        span.to = first + how->chunk < span.to ? first + how->chunk : span.to;
-    }
-    span.from = span.from > 0 ? span.from : 0;
-    return span;
-}
-
 static long segments(const AttentionPass *in, Span span, long row, long group, Segment *seg) {
     const long end = in->causal || span.to < in->starts[row] ? span.to : in->starts[row]; /* of the past */
     long num = 0;
@@ -55,7 +34,7 @@ static long segments(const AttentionPass *in, Span span, long row, long group, S
         last = in->pages && (entry + 1) * in->page_size < end ? (entry + 1) * in->page_size : end;
         const long past = (in->pages ? in->pages[row * in->num_pages + entry] : row) * in->past_batch +
                           group * in->past_head + (first - entry * in->page_size) * in->past_token;
-        seg[num] = (Segment){in->past_key + past, in->past_value + past, in->past_token, in->past_token, last - first};
+        seg[num] = (Segment){(const float *)in->past_key + past, (const float *)in->past_value + past, in->past_token, in->past_token, last - first};
     }
     const long first = span.from > end ? span.from - end : 0;
     if (span.to > end + first)
@@ -130,22 +109,21 @@ static void attend(const float *q, const AttentionOptions *how, const float *sin
     }
 }
 
-API int tt_attention(const AttentionPass *in, const AttentionOptions *how) {
+static int attend_alone(const AttentionPass *in, const AttentionOptions *how, long longest) {
     const long b = in->b, s = in->s, h = in->heads, p = in->p;
-    long longest = 0;
     int failed = 0;
-    for (long row = 0; row < b; row++) longest = in->starts[row] > longest ? in->starts[row] : longest;
 #pragma omp parallel num_threads(in->threads) if (in->threads > 1 && b * s * h * longest * p >= 65536)
     {
-        float *room = malloc((longest + s) * sizeof(float));
+        float *room = malloc((FEW + 1) * sizeof(float));
         Segment *seg = malloc((in->num_pages + 2) * sizeof(Segment));
         const int ready = room && seg;
         if (!ready) FAIL(failed);
 #pragma omp for
         for (long item = 0; item < b * h * s; item++) {
-            if (!ready) continue;
             const long row = item / (h * s), head = item / s % h, i = item % s, group = head / (h / in->kv_heads);
-            const long num = segments(in, seen(in, how, row, i), row, group, seg);
+            const Span span = seen(in, how, row, i);
+            if (!ready || is_tiled(in, span)) continue;
+            const long num = segments(in, span, row, group, seg);
             attend(in->query + row * in->query_batch + i * in->query_token + head * p, how,
                    how->sinks ? how->sinks + head : 0, seg, num, p, room, in->out + ((row * s + i) * h + head) * p);
         }
@@ -153,4 +131,13 @@ API int tt_attention(const AttentionPass *in, const AttentionOptions *how) {
         free(seg);
     }
     return failed;
+}
+
+API int tt_attention(const AttentionPass *in, const AttentionOptions *how) {
+    long longest = 0, alone = 0, tiled = 0;
+    for (long row = 0; row < in->b; row++) {
+        longest = in->starts[row] > longest ? in->starts[row] : longest;
+        for (long i = 0; i < in->s; i++) is_tiled(in, seen(in, how, row, i)) ? tiled++ : alone++;
+    }
+    return (alone && attend_alone(in, how, longest)) || (tiled && attend_in_tiles(in, how));
 }

@@ -61,6 +61,7 @@ typedef struct {
  * ends (num_cuts, M layers, b, h, p, n): SSM states after as many tokens as each of `cuts` says, ascending up to s;
  *   num_cuts may be 0
  * causal: new keys are appended and a query sees those up to its own; otherwise `starts` and `widths` as in tt_attention
+ * bf16_keys: whether memory's keys and values are bf16, else float32
  * places (b, s): where they are appended among all places of the pages; null: row b's from starts[b] on */
 typedef struct {
     float *x, *hidden;
@@ -75,7 +76,7 @@ typedef struct {
     const int64_t *cuts;
     long num_cuts, causal;
     const int64_t *starts, *widths, *places, *pages;
-    long num_pages, page_size, key_batch, key_head, key_token;
+    long num_pages, page_size, bf16_keys, key_batch, key_head, key_token;
 } TowerPass;
 
 /* How a layer's queries see keys. With a `window`, the query at position i sees the keys at distances below it, with a
@@ -92,13 +93,13 @@ typedef struct {
  * (b, s, kv heads, p); all by strides, p dense. Row b has starts[b] earlier tokens. A causal query i sees the past up to
  * its own key, which is in it; a block's queries see the starts[b] of the past and the first ends[b] of the block, both
  * ways. With `pages` (b, num_pages) the past is (n, kv heads, page_size, p) and row b's lies in the entries pages[b],
- * one after the other. out (b, s, heads, p). */
+ * one after the other. The past is float32 or `bf16`. out (b, s, heads, p). */
 typedef struct {
     long b, s, heads, kv_heads, p, causal, threads;
     const float *query;
     long query_batch, query_token;
-    const float *past_key, *past_value;
-    long past_batch, past_head, past_token;
+    const void *past_key, *past_value;
+    long bf16, past_batch, past_head, past_token;
     const int64_t *pages;
     long num_pages, page_size;
     const float *key, *value;

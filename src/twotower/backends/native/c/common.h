@@ -20,11 +20,13 @@
 #define MR 6
 #endif
 #define NR (2 * VL) /* outputs in a panel */
+#if VL == 16
+#include <immintrin.h>
+#endif
 
 /* Whether the CPU multiplies bf16 itself: two inputs of 16 outputs in one instruction */
 #if defined(__AVX512BF16__) && VL == 16
 #define BF16_PAIRS 1
-#include <immintrin.h>
 #else
 #define BF16_PAIRS 0
 #endif
@@ -38,6 +40,7 @@
 typedef float vf __attribute__((vector_size(4 * VL)));
 typedef int32_t vi __attribute__((vector_size(4 * VL)));
 typedef uint32_t vu __attribute__((vector_size(4 * VL)));
+typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 
 INLINE vf load(const float *p) {
     vf v;
@@ -78,6 +81,59 @@ INLINE void store_part(float *p, vf v, long n) {
 #define ROTATE(v, by) __builtin_shufflevector(v, v, (by), (by) + 1, (by) + 2, (by) + 3)
 #endif
 
+/* The first halves of two vectors in turns, and the second halves */
+#if VL == 16
+#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif VL == 8
+#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#endif
+
+/* VL vectors as rows of a square become its columns */
+INLINE void transpose(vf *v) {
+    vf w[VL];
+#pragma GCC unroll 4
+    for (int stage = 1; stage < VL; stage *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < VL / 2; i++) {
+            w[2 * i] = ZIP_LOW(v[i], v[i + VL / 2]);
+            w[2 * i + 1] = ZIP_HIGH(v[i], v[i + VL / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; i++) v[i] = w[i];
+    }
+}
+
+/* n <= VL values of bf16 as float32, zeros behind them */
+INLINE vf load_bf16(const uint16_t *p, long n) {
+    uint16_t padded[VL] = {0};
+    vh half;
+    if (n < VL) p = memcpy(padded, p, n * sizeof *p);
+    memcpy(&half, p, sizeof half);
+#if VL == 16
+    return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)half) << 16);
+#else
+    return (vf)(__builtin_convertvector(half, vu) << 16);
+#endif
+}
+
+/* n floats rounded to bf16, ties to even; NaN stays NaN */
+INLINE void round_to_bf16(const float *from, long n, uint16_t *to) {
+    for (long i = 0; i < n; i += VL) {
+        const long left = n - i < VL ? n - i : VL;
+        const vf x = load_part(from + i, left);
+        vu bits = (vu)x;
+        bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        bits |= (vu)(x != x) & 0x7fc0;
+        const vh half = __builtin_convertvector(bits, vh);
+        memcpy(to + i, &half, left * sizeof *to);
+    }
+}
+
 INLINE float sum(vf v) {
 #if VL >= 16
     v += ROTATE(v, 8);
@@ -90,11 +146,18 @@ INLINE float sum(vf v) {
     return v[0];
 }
 
+/* The larger and the smaller of two, `b` where either is NaN */
+#if VL == 16
+INLINE vf at_least(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vf at_most(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+INLINE vf at_least(vf a, vf b) { return (vf)(((vi)a & (a > b)) | ((vi)b & ~(a > b))); }
+INLINE vf at_most(vf a, vf b) { return (vf)(((vi)a & (a < b)) | ((vi)b & ~(a < b))); }
+#endif
+
 /* exp within 2 ulp: 2^n times a polynomial in the rest (Cephes) */
 INLINE vf vexp(vf x) {
-    const vf low = splat(-87.33f), high = splat(88.37f);
-    x = (vf)(((vi)x & (x > low)) | ((vi)low & ~(x > low)));
-    x = (vf)(((vi)x & (x < high)) | ((vi)high & ~(x < high)));
+    x = at_most(at_least(x, splat(-87.33f)), splat(88.37f));
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     vf n = (x * 1.44269504f + magic) - magic;
     vf r = x - n * 0.693359375f;
@@ -112,9 +175,7 @@ INLINE vf vexp(vf x) {
 
 /* tanh within 4e-7 of itself: an odd polynomial over an even one (Eigen's), which reaches 1 at the clamped end */
 INLINE vf vtanh(vf x) {
-    const vf high = splat(7.90531110763549805f);
-    x = (vf)(((vi)x & (x < high)) | ((vi)high & ~(x < high)));
-    x = (vf)(((vi)x & (x > -high)) | ((vi)-high & ~(x > -high)));
+    x = at_least(at_most(x, splat(7.90531110763549805f)), splat(-7.90531110763549805f));
     const vf x2 = x * x;
     vf p = splat(-2.76076847742355e-16f);
     p = p * x2 + 2.00018790482477e-13f;

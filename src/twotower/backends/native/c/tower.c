@@ -44,14 +44,19 @@ static int mamba(const TowerShape *t, const LayerWeights *l, const TowerPass *in
 }
 
 /* Copies a token's heads, which lie side by side, to its place in the cache */
-static void append(const TowerShape *t, const TowerPass *in, const float *heads, long token, float *cache) {
+static void append(const TowerShape *t, const TowerPass *in, const float *heads, long token, void *cache) {
     for (long row = 0; row < in->b; row++)
         for (long i = 0; i < in->s; i++) {
             const long place = in->places ? in->places[row * in->s + i] : in->starts[row] + i;
             const long entry = in->places ? place / in->page_size : row;
-            float *to = cache + entry * in->key_batch + (place - (in->places ? entry * in->page_size : 0)) * in->key_token;
-            for (long k = 0; k < t->kv_heads; k++)
-                memcpy(to + k * in->key_head, heads + (row * in->s + i) * token + k * t->head, t->head * sizeof(float));
+            const long to = entry * in->key_batch + (place - (in->places ? entry * in->page_size : 0)) * in->key_token;
+            for (long k = 0; k < t->kv_heads; k++) {
+                const float *from = heads + (row * in->s + i) * token + k * t->head;
+                if (in->bf16_keys)
+                    round_to_bf16(from, t->head, (uint16_t *)cache + to + k * in->key_head);
+                else
+                    memcpy((float *)cache + to + k * in->key_head, from, t->head * sizeof(float));
+            }
         }
 }
 
@@ -78,13 +83,13 @@ static int attention(const TowerShape *t, const LayerWeights *l, const TowerPass
     }
     const float *key = q + t->heads * p;
     if (in->causal) {
-        append(t, in, key, token, (float *)memory[0]);
-        append(t, in, value, all * p, (float *)memory[1]);
+        append(t, in, key, token, (void *)memory[0]);
+        append(t, in, value, all * p, (void *)memory[1]);
     }
     const AttentionPass pass = {
         .b = b, .s = s, .heads = t->heads, .kv_heads = t->kv_heads, .p = p, .causal = in->causal, .threads = in->threads,
         .query = q, .query_batch = s * token, .query_token = token,
-        .past_key = memory[0], .past_value = memory[1],
+        .past_key = memory[0], .past_value = memory[1], .bf16 = in->bf16_keys,
         .past_batch = in->key_batch, .past_head = in->key_head, .past_token = in->key_token,
         .pages = in->pages, .num_pages = in->num_pages, .page_size = in->page_size,
         .key = key, .key_batch = s * token, .key_token = token,

@@ -1,0 +1,364 @@
+/* Attention of queries that see many keys: tiles of them by tiles of KEYS places, each as two products of linear.h, scores
+ * and then a mixture of values, for which keys and values are packed as weights are. All queries and heads that share a KV
+ * head share the packing.
+ *
+ * Tile t holds places [t KEYS, (t + 1) KEYS), whoever sees them. Of each, a query has the largest score m, the mass
+ * l = Σ exp(score - m) and Σ exp(score - m) value, and it merges them in order (the online softmax, arXiv 1805.02867). A
+ * place that a query doesn't see has the weight 0, which changes no bit of a sum: so its results depend on neither the
+ * other queries of its tile nor on how the tiles are shared out to threads.
+ */
+#include "attention.h"
+#include "linear.h"
+
+#define KEYS 512 /* packed keys, packed values and scores of a tile of queries lie in a core's second cache */
+#define LANES 96 /* queries times heads in a tile, about */
+
+typedef struct {
+    long query, head;
+    Span span;
+} Lane;
+
+/* What a query has of one or more tiles: the mixture (p) is not yet divided by the mass. Stored as p + 2 floats: mixture,
+ * mass, top */
+typedef struct {
+    const AttentionPass *in;
+    const AttentionOptions *how;
+    const char *own_key, *own_value; /* a block's, of the cache's type */
+    long own_batch[2], own_token[2]; /* distances in bytes, of keys and values */
+    long queries, tiles, key_tiles;  /* queries in a tile; tiles of queries; most tiles of keys */
+    int pairs;                       /* products of bf16 */
+} Plan;
+
+/* One thread's room for a tile */
+typedef struct {
+    const void *key[KEYS], *value[KEYS]; /* of each place, zeros where no query of the tile sees it */
+    float *zeros;
+    Lane *lanes;
+    float *query, *keys, *values, *scores, *part, *total;
+    const float **rows;
+    long num_lanes, row, group;
+} Tile;
+
+static long words(const Plan *plan) { return plan->pairs ? (plan->in->p + 1) / 2 : plan->in->p; }
+
+/* The lanes of tile `index` and their queries, of an even width where products go by pairs */
+static void gather_queries(const Plan *plan, long index, Tile *tile) {
+    const AttentionPass *in = plan->in;
+    const long per_row = (in->s + plan->queries - 1) / plan->queries, share = in->heads / in->kv_heads;
+    const long width = words(plan) * (plan->pairs ? 2 : 1), first = index % per_row * plan->queries;
+    tile->group = index / per_row % in->kv_heads;
+    tile->row = index / per_row / in->kv_heads;
+    tile->num_lanes = 0;
+    for (long i = first; i < in->s && i < first + plan->queries; i++) {
+        const Span span = seen(in, plan->how, tile->row, i);
+        if (!is_tiled(in, span)) continue;
+        for (long head = tile->group * share; head < (tile->group + 1) * share; head++) {
+            float *to = tile->query + tile->num_lanes * width;
+            memcpy(to, in->query + tile->row * in->query_batch + i * in->query_token + head * in->p, in->p * sizeof(float));
+            if (width > in->p) to[in->p] = 0;
+            tile->lanes[tile->num_lanes++] = (Lane){i, head, span};
+        }
+    }
+}
+
+/* Where the keys and values of places [from, to) lie; those from `base` and up to `end` are zeros */
+static void find_rows(const Plan *plan, long base, long from, long to, long end, Tile *tile) {
+    const AttentionPass *in = plan->in;
+    const long size = in->bf16 ? 2 : 4, step = size * in->past_token, past = in->causal ? to : in->starts[tile->row];
+    const char *key = 0, *value = 0;
+    for (long j = base; j < end; j++) {
+        if (j < from || j >= to) {
+            tile->key[j - base] = tile->value[j - base] = tile->zeros;
+            continue;
+        }
+        if (j >= past) {
+            const long own = j - past, group = size * tile->group * in->p;
+            key = plan->own_key + tile->row * plan->own_batch[0] + own * plan->own_token[0] + group;
+            value = plan->own_value + tile->row * plan->own_batch[1] + own * plan->own_token[1] + group;
+        } else if (j == from || (in->pages && j % in->page_size == 0)) {
+            const long entry = in->pages ? in->pages[tile->row * in->num_pages + j / in->page_size] : tile->row;
+            const long place = in->pages ? j % in->page_size : j;
+            const long at = size * (entry * in->past_batch + tile->group * in->past_head) + step * place;
+            key = (const char *)in->past_key + at;
+            value = (const char *)in->past_value + at;
+        } else {
+            key += step;
+            value += step;
+        }
+        tile->key[j - base] = key;
+        tile->value[j - base] = value;
+    }
+}
+
+/* VL floats of a row of p from `first` on, or pairs of bf16; zeros behind its end */
+INLINE vf part_of(const void *row, int bf16, int pairs, long first, long p) {
+    const long n = p - first < VL ? p - first : VL;
+    if (pairs && 2 * first + 2 * VL > p) {
+        uint16_t padded[2 * VL] = {0};
+        memcpy(padded, (const uint16_t *)row + 2 * first, (p - 2 * first) * sizeof *padded);
+        return load((const float *)padded);
+    }
+    if (pairs) return load((const float *)row + first);
+    if (n <= 0) return (vf){0};
+    return bf16 ? load_bf16((const uint16_t *)row + first, n) : load_part((const float *)row + first, n);
+}
+
+/* The CPU's own prefetching stops at every page of memory */
+#define PREFETCH(rows, j, n, offset) __builtin_prefetch((const char *)(rows)[(j) + 32 < (n) ? (j) + 32 : (j)] + (offset))
+
+/* Keys as a weight of n outputs */
+INLINE void pack_keys(const Plan *plan, const Tile *tile, long n, int bf16, int pairs) {
+    const long p = plan->in->p, num = pairs ? (p + 1) / 2 : p;
+    for (long j = 0; j < n; j += VL)
+        for (long first = 0; first < num; first += VL) {
+            float *to = tile->keys + (j / NR * num + first) * NR + j % NR;
+            vf rows[VL];
+#pragma GCC unroll 16
+            for (int k = 0; k < VL; k++) {
+                PREFETCH(tile->key, j + k, n, first * 4);
+                rows[k] = part_of(tile->key[j + k], bf16, pairs, first, p);
+            }
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < VL; i++)
+                if (first + i < num) store(to + i * NR, rows[i]);
+        }
+}
+
+/* Values as a weight of n inputs */
+INLINE void pack_values(const Plan *plan, const Tile *tile, long n, int bf16, int pairs) {
+    const long p = plan->in->p, step = pairs ? 2 : 1;
+    float *to = tile->values;
+    for (long panel = 0; panel < p; panel += NR)
+        for (long j = 0; j < n; j += step)
+            for (long first = panel; first < panel + NR; first += VL, to += VL) {
+                vf v = part_of(tile->value[j], bf16, 0, first, p);
+                if (pairs) v = (vf)((vu)v >> 16 | (vu)part_of(tile->value[j + 1], 1, 0, first, p));
+                if (first == panel) {
+                    PREFETCH(tile->value, j, n, first * (bf16 ? 2 : 4));
+                    PREFETCH(tile->value, j + step - 1, n, first * (bf16 ? 2 : 4));
+                }
+                store(to, v);
+            }
+}
+
+/* `what` is one of the two above; constants make a loop for each type */
+#define PACK(what, plan, tile, n)                          \
+    if ((plan)->pairs)                                     \
+        what(plan, tile, n, 1, 1);                         \
+    else if ((plan)->in->bf16)                             \
+        what(plan, tile, n, 1, 0);                         \
+    else                                                   \
+        what(plan, tile, n, 0, 0)
+
+/* A lane's scores become weights, zeros outside of [from, to) of n; returns the mass and the largest score */
+static void weigh(float *scores, long n, long from, long to, const AttentionOptions *how, float *mass, float *top) {
+    const long first = from / VL * VL, last = (to + VL - 1) / VL * VL;
+    vi place;
+    for (int i = 0; i < VL; i++) place[i] = i;
+    vf best = splat(-INFINITY), all = {0};
+    for (long j = first; j < last; j += VL) {
+        vf x = load(scores + j) * how->scale;
+        if (how->softcap) x = how->softcap * vtanh(x / how->softcap);
+        if (j < from || j + VL > to) {
+            const vi is = (place + (int)j >= (int)from) & (place + (int)j < (int)to);
+            x = (vf)(((vi)x & is) | ((vi)splat(-INFINITY) & ~is));
+        }
+        best = at_least(best, x);
+        store(scores + j, x);
+    }
+    *top = best[0];
+    for (int i = 1; i < VL; i++) *top = best[i] > *top ? best[i] : *top;
+    for (long j = first; j < last; j += VL) {
+        vf e = vexp(load(scores + j) - *top);
+        if (j < from || j + VL > to)
+            e = (vf)((vi)e & (place + (int)j >= (int)from) & (place + (int)j < (int)to));
+        all += e;
+        store(scores + j, e);
+    }
+    memset(scores, 0, first * sizeof(float));
+    memset(scores + last, 0, (n - last) * sizeof(float));
+    *mass = sum(all);
+}
+
+/* What each lane has of tile `index` of keys, in parts of p + 2 floats; returns 1 without memory */
+static int attend_to(const Plan *plan, Tile *tile, long index, float *parts) {
+    const long p = plan->in->p, num = words(plan), width = num * (plan->pairs ? 2 : 1), lanes = tile->num_lanes;
+    const long low = index * KEYS, high = low + KEYS;
+    long from = high, to = low;
+    for (long m = 0; m < lanes; m++) {
+        const Span span = tile->lanes[m].span;
+        const long first = span.from > low ? span.from : low, last = span.to < high ? span.to : high;
+        parts[m * (p + 2) + p] = 0; /* no mass */
+        if (first >= last) continue;
+        from = first < from ? first : from;
+        to = last > to ? last : to;
+    }
+    if (from >= to) return 0;
+    const long base = from / NR * NR, end = (to + NR - 1) / NR * NR, n = end - base;
+    const float **rows = tile->rows;
+    float **out = (float **)rows + lanes;
+    find_rows(plan, base, from, to, end, tile);
+    PACK(pack_keys, plan, tile, n);
+    const Weight keys = {tile->keys, n, width, plan->pairs}, values = {tile->values, p, n, plan->pairs};
+    for (long m = 0; m < lanes; m++) {
+        rows[m] = tile->query + m * width;
+        out[m] = tile->scores + m * KEYS;
+    }
+    if (panels(&keys, 0, n / NR, rows, out, lanes, 0, 0)) return 1;
+    for (long m = 0; m < lanes; m++) {
+        const Span span = tile->lanes[m].span;
+        const long first = span.from > base ? span.from - base : 0, last = span.to < end ? span.to - base : n;
+        float *part = parts + m * (p + 2);
+        if (first < last)
+            weigh(out[m], n, first, last, plan->how, part + p, part + p + 1);
+        else
+            memset(out[m], 0, n * sizeof(float));
+        rows[m] = out[m];
+        out[m] = part;
+    }
+    PACK(pack_values, plan, tile, n);
+    return panels(&values, 0, num_panels(&values), rows, out, lanes, 0, 0);
+}
+
+/* Adds what a lane has of one more tile to what it has. A function of its own: two copies might be rounded differently. */
+static __attribute__((noinline)) void merge(const float *part, long p, float *total) {
+    if (part[p] == 0) return;
+    if (total[p] == 0) {
+        memcpy(total, part, (p + 2) * sizeof(float));
+        return;
+    }
+    const float top = part[p + 1] > total[p + 1] ? part[p + 1] : total[p + 1];
+    const vf before = vexp(splat(total[p + 1] - top)), now = vexp(splat(part[p + 1] - top));
+    for (long i = 0; i < p; i += VL) {
+        const long n = p - i < VL ? p - i : VL;
+        const vf later = load_part(part + i, n) * now;
+        store_part(total + i, load_part(total + i, n) * before + later, n);
+    }
+    total[p] = total[p] * before[0] + part[p] * now[0];
+    total[p + 1] = top;
+}
+
+static void finish(const Plan *plan, long row, const Lane *lane, const float *total) {
+    const AttentionPass *in = plan->in;
+    float *out = in->out + ((row * in->s + lane->query) * in->heads + lane->head) * in->p;
+    float mass = total[in->p], share = 1;
+    if (plan->how->sinks) {
+        const float sink = plan->how->sinks[lane->head], top = total[in->p + 1] > sink ? total[in->p + 1] : sink;
+        share = vexp(splat(total[in->p + 1] - top))[0];
+        mass = mass * share + vexp(splat(sink - top))[0];
+    }
+    const float inverse = total[in->p] == 0 ? 0 : share / mass; /* without any key it is padding, but must be finite */
+    for (long i = 0; i < in->p; i++) out[i] = inverse == 0 ? 0 : total[i] * inverse;
+}
+
+/* A tile's room, in one piece that `tile->query` points to; 0 without memory */
+static int take_room(const Plan *plan, Tile *tile) {
+    const long lanes = plan->queries * (plan->in->heads / plan->in->kv_heads), p = plan->in->p, width = words(plan) * 2;
+    const long wide = (p + NR - 1) / NR * NR;
+    const long floats = p + lanes * (width + KEYS + 2 * (p + 2)) + KEYS * (words(plan) + wide);
+    tile->query = malloc(floats * sizeof(float) + lanes * (sizeof(Lane) + 2 * sizeof(float *)));
+    if (!tile->query) return 0;
+    tile->lanes = (Lane *)(tile->query + lanes * width);
+    tile->rows = (const float **)(tile->lanes + lanes);
+    tile->keys = (float *)(tile->rows + 2 * lanes);
+    tile->values = tile->keys + KEYS * words(plan);
+    tile->scores = tile->values + KEYS * wide;
+    tile->part = tile->scores + lanes * KEYS;
+    tile->total = tile->part + lanes * (p + 2);
+    tile->zeros = memset(tile->total + lanes * (p + 2), 0, p * sizeof(float));
+    return 1;
+}
+
+/* Lane by lane, what `parts` has of some tiles of keys, each `step` floats behind the one before */
+static void merge_parts(const Plan *plan, Tile *tile, const float *parts, long num, long step) {
+    const long p = plan->in->p;
+    for (long m = 0; m < tile->num_lanes; m++)
+        for (long i = 0; i < num; i++) merge(parts + i * step + m * (p + 2), p, tile->total + m * (p + 2));
+}
+
+static void begin_tile(const Plan *plan, long index, Tile *tile) {
+    gather_queries(plan, index, tile);
+    for (long m = 0; m < tile->num_lanes; m++) tile->total[m * (plan->in->p + 2) + plan->in->p] = 0;
+}
+
+static void finish_tile(const Plan *plan, const Tile *tile) {
+    for (long m = 0; m < tile->num_lanes; m++)
+        finish(plan, tile->row, tile->lanes + m, tile->total + m * (plan->in->p + 2));
+}
+
+/* A block's own keys and values in the cache's type; returns their memory, if they take any */
+static int find_own(Plan *plan, uint16_t **rounded) {
+    const AttentionPass *in = plan->in;
+    const long width = in->kv_heads * in->p, rows = in->b * in->s;
+    *rounded = 0;
+    plan->own_key = (const char *)in->key;
+    plan->own_value = (const char *)in->value;
+    plan->own_batch[0] = in->key_batch * 4, plan->own_token[0] = in->key_token * 4;
+    plan->own_batch[1] = in->value_batch * 4, plan->own_token[1] = in->value_token * 4;
+    if (in->causal || !in->bf16) return 1;
+    uint16_t *to = *rounded = malloc(2 * rows * width * sizeof *to);
+    if (!to) return 0;
+    for (long m = 0; m < rows; m++) {
+        const long row = m / in->s, i = m % in->s;
+        round_to_bf16(in->key + row * in->key_batch + i * in->key_token, width, to + m * width);
+        round_to_bf16(in->value + row * in->value_batch + i * in->value_token, width, to + (rows + m) * width);
+    }
+    plan->own_key = (const char *)to;
+    plan->own_value = (const char *)(to + rows * width);
+    for (int i = 0; i < 2; i++) plan->own_batch[i] = in->s * width * 2, plan->own_token[i] = width * 2;
+    return 1;
+}
+
+int attend_in_tiles(const AttentionPass *in, const AttentionOptions *how) {
+    const long share = in->heads / in->kv_heads;
+    Plan plan = {.in = in, .how = how, .pairs = in->bf16 && BF16_PAIRS};
+    plan.queries = share < LANES ? LANES / share : 1;
+    plan.queries = plan.queries < in->s ? plan.queries : in->s;
+    plan.tiles = in->b * in->kv_heads * ((in->s + plan.queries - 1) / plan.queries);
+    for (long row = 0; row < in->b; row++) {
+        const long tiles = (in->starts[row] + in->s + KEYS - 1) / KEYS;
+        plan.key_tiles = tiles > plan.key_tiles ? tiles : plan.key_tiles;
+    }
+    /* Few tiles of queries: threads also share their tiles of keys, and what each has is kept until all are there */
+    const int split = in->threads > 1 && plan.tiles < 4 * in->threads;
+    const long step = plan.queries * share * (in->p + 2), items = split ? plan.tiles * plan.key_tiles : plan.tiles;
+    uint16_t *rounded;
+    float *kept = split ? malloc(items * step * sizeof(float)) : 0;
+    const int begun = find_own(&plan, &rounded) && (kept || !split);
+    int failed = !begun;
+#pragma omp parallel num_threads(in->threads) if (in->threads > 1 && items > 1)
+    {
+        Tile tile;
+        const int ready = begun && take_room(&plan, &tile);
+        if (!ready) FAIL(failed);
+#pragma omp for schedule(dynamic)
+        for (long item = 0; item < items; item++) {
+            if (!ready) continue;
+            if (split) {
+                gather_queries(&plan, item / plan.key_tiles, &tile);
+                if (attend_to(&plan, &tile, item % plan.key_tiles, kept + item * step)) FAIL(failed);
+                continue;
+            }
+            begin_tile(&plan, item, &tile);
+            for (long t = 0; t < plan.key_tiles; t++) {
+                if (attend_to(&plan, &tile, t, tile.part)) FAIL(failed);
+                merge_parts(&plan, &tile, tile.part, 1, 0);
+            }
+            finish_tile(&plan, &tile);
+        }
+        if (split) {
+#pragma omp for
+            for (long index = 0; index < plan.tiles; index++) {
+                if (!ready) continue;
+                begin_tile(&plan, index, &tile);
+                merge_parts(&plan, &tile, kept + index * plan.key_tiles * step, plan.key_tiles, step);
+                finish_tile(&plan, &tile);
+            }
+        }
+        if (ready) free(tile.query);
+    }
+    free(rounded);
+    free(kept);
+    return failed;
+}
