@@ -180,6 +180,12 @@ class TwoTowerConfig:
             raise ValueError("invalid config: " + "; ".join(problems))
 
     @property
+    def trained_positions(self) -> int | None:
+        """How many tokens the texts had, at most, that the backbone was trained on, if config.json says so."""
+        found = self.carried.get("max_position_embeddings")
+        return found if type(found) is int else self.num_positions or None
+
+    @property
     def num_layers(self) -> int:
         """Layers of one tower."""
         return len(self.pattern)

@@ -263,3 +263,17 @@ def test_calls_are_counted(model: Callable) -> None:
     assert calls(mode="diffusion", block_size=4, steps_per_block=1) == (3, 3)
     assert calls(mode="diffusion", block_size=4, steps_per_block=2, commit_rule="fixed") == (6, 3)
     assert calls(mode="verified", block_size=1) == (12, 13)
+
+
+def test_texts_beyond_the_trained_positions_are_asked_for(model: Callable) -> None:
+    m = model(carried={"max_position_embeddings": 10})
+    generate(m, [[5, 6]], SamplingParams(max_new_tokens=8))
+    beyond = SamplingParams(max_new_tokens=9)
+    message = (
+        "max_new_tokens is 9, must be at most 8 after a prompt of 2 tokens: .* trained for 10 positions; .*past_pos"
+    )
+    for run in (lambda: generate(m, [[5, 6]], beyond), lambda: list(stream(m, [5, 6], beyond))):
+        with pytest.raises(ValueError, match=message):
+            run()
+    asked = dataclasses.replace(beyond, past_positions=True, ignore_eos=True)
+    assert len(generate(m, [[5, 6]], asked)[0].token_ids) == 9

@@ -78,7 +78,12 @@ def decode(
     """
     settings: dict[str, SamplingParams] = {
         mode: SamplingParams(
-            mode=mode, max_new_tokens=new_tokens, block_size=block_size, confidence_threshold=threshold, temperature=0.0
+            mode=mode,
+            max_new_tokens=new_tokens,
+            block_size=block_size,
+            confidence_threshold=threshold,
+            temperature=0.0,
+            past_positions=True,
         )
         for mode in listed_modes(modes)
     }
@@ -129,7 +134,9 @@ def sample_prompts(model: TwoTower, count: int, length: int) -> list[list[int]]:
     if bos is None:
         raise ValueError("the config has no bos_token_id to start prompts from; measure another checkpoint")
     params = [
-        SamplingParams(mode="ar", max_new_tokens=length - 1, temperature=1.0, seed=seed, ignore_eos=True)
+        SamplingParams(
+            mode="ar", max_new_tokens=length - 1, temperature=1.0, seed=seed, ignore_eos=True, past_positions=True
+        )
         for seed in range(count)
     ]
     return [[bos, *done.token_ids] for done in generate(model, [[bos]] * count, params)]

@@ -92,7 +92,9 @@ def command(
 def _warm_up(model: TwoTower, prompt: str, settings: list[SamplingParams]) -> None:
     """The first passes of each shape are slow: libraries prepare their kernels."""
     for params in settings:
-        short = SamplingParams(mode=params.mode, max_new_tokens=2 * model.config.block_size + 2, ignore_eos=True)
+        short = SamplingParams(
+            mode=params.mode, max_new_tokens=2 * model.config.block_size + 2, ignore_eos=True, past_positions=True
+        )
         generate(model, [prompt], short)
 
 

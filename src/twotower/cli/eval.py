@@ -85,6 +85,7 @@ def command(
         f"{mode} γ {value}" if len(values) > 1 else mode: SamplingParams(
             mode=mode,
             block_size=block_size,
+            past_positions=True,  # --longest says how long
             steps_per_block=steps_per_block,
             confidence_threshold=value,
             temperature=temperature,

@@ -15,7 +15,7 @@ from twotower.model.two_tower import TwoTower
 def fitted(model: TwoTower, task: Task, longest: int | None) -> Task:
     """The task without questions that need more tokens than the checkpoint has positions, or than `longest`; says on
     stderr how many these are."""
-    most = longest or model.config.carried.get("max_position_embeddings")
+    most = longest or model.config.trained_positions
     if most is None or model.tokenizer is None:
         return task
     kept = fitting(task, model.tokenizer, most)

@@ -80,6 +80,11 @@ class SamplingParams:
     )
     stop: tuple[str, ...] = option((), "End before this text; may be given several times.", shown_default="none")
     ignore_eos: bool = option(False, "Go on after an end token.", flag="--ignore-eos")
+    past_positions: bool = option(
+        False,
+        "Go beyond the positions that the checkpoint was trained for, its max_position_embeddings.",
+        flag="--past-positions",
+    )
     allow_loss: bool = option(False, "Let auto choose diffusion too.", flag="--allow-loss")
     adaptive_draft: bool = option(
         True,

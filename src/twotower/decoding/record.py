@@ -23,7 +23,20 @@ def make_request(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Req
         raise SettingError("stop", params.stop, "empty for a checkpoint without a tokenizer.json", "drop it")
     check_constraint(model, params)
     params = params.settled(model.config.block_size, model.sampling)
+    _check_positions(model, len(ids), params)
     return Request(ids, params, secrets.randbits(63) if params.seed is None else params.seed)
+
+
+def _check_positions(model: TwoTower, num_prompt: int, params: SamplingParams) -> None:
+    positions = model.config.trained_positions
+    num_new = params.max_new_tokens or 0
+    if positions is not None and num_prompt + num_new > positions and not params.past_positions:
+        rule = (
+            f"at most {max(positions - num_prompt, 0)} after a prompt of {num_prompt} tokens: the checkpoint was "
+            f"trained for {positions} positions"
+        )
+        fix = "shorten the prompt, or set past_positions (--past-positions) to go beyond them"
+        raise SettingError("max_new_tokens", num_new, rule, fix)
 
 
 def warn_about_block_size(model: TwoTower, params: Sequence[SamplingParams]) -> None:

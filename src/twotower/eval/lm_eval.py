@@ -110,7 +110,7 @@ class TwoTowerLM(TemplateLM):
     @property
     def max_length(self) -> int | None:
         """The number of positions of the checkpoint; None if its config names no limit."""
-        return self.model.config.carried.get("max_position_embeddings")
+        return self.model.config.trained_positions
 
     @property
     def tokenizer_name(self) -> str:

@@ -123,7 +123,9 @@ def sweep(
 
 def grid(config: SweepConfig, temperature: float) -> dict[str, SamplingParams]:
     """Settings by label, "ar" first."""
-    base = SamplingParams(mode="ar", temperature=temperature, seed=config.seed, block_size=config.block_sizes[0])
+    base = SamplingParams(
+        mode="ar", temperature=temperature, seed=config.seed, block_size=config.block_sizes[0], past_positions=True
+    )
     found = {"ar": base}
     for name in config.modes:
         read = [setting for setting in _AXES if setting in MODES[name].settings]

@@ -167,6 +167,7 @@ class Sampling(_Strict):
             max_new_tokens=max_new_tokens,
             temperature=default_temperature if self.temperature is None else self.temperature,
             stop=tuple(stop),
+            past_positions=True,  # --max-context says how long a text may be
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
         )
 

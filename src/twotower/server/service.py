@@ -13,7 +13,6 @@ from twotower.decoding.output import StepOutput
 from twotower.decoding.prompt import Prompt, prompt_ids
 from twotower.decoding.step import Request
 from twotower.engine.aio import Admission, AsyncEngine
-from twotower.model.two_tower import TwoTower
 from twotower.server.config import MAX_CONTEXT, ServerConfig
 from twotower.server.errors import ApiError
 from twotower.server.logprobs import TokenNames
@@ -33,7 +32,7 @@ class Service:
         self.engine = engine
         self.config = config
         self.model_name = config.model_name or "twotower"
-        self.max_context = config.max_context or _trained_context(engine.model) or MAX_CONTEXT
+        self.max_context = config.max_context or engine.model.config.trained_positions or MAX_CONTEXT
         self.template = template
         self.tokenizer: tokenizers.Tokenizer = engine.model.tokenizer
         self.metrics = Metrics(engine)
@@ -150,9 +149,3 @@ class Service:
             f"and asks for {num_new} new ones; shorten the prompt or lower max_tokens"
         )
         return ApiError(400, message, param="prompt" if num_new == 0 else "max_tokens", code="context_length_exceeded")
-
-
-def _trained_context(model: TwoTower) -> int | None:
-    """How many tokens the texts had that the checkpoint was trained on, if its config says so."""
-    length = model.config.carried.get("max_position_embeddings")
-    return length if isinstance(length, int) else None

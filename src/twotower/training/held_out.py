@@ -56,7 +56,10 @@ def answer(model: TwoTower, corpus: Corpus, block_size: int, ranks: Ranks) -> di
     """
     every = list(itertools.islice(questions(corpus, model.config), _NUM_QUESTIONS))
     mine = every[ranks.rank :: ranks.size]
-    params = [SamplingParams(max_new_tokens=len(q.answer), block_size=block_size, temperature=0.0) for q in mine]
+    params = [
+        SamplingParams(max_new_tokens=len(q.answer), block_size=block_size, past_positions=True, temperature=0.0)
+        for q in mine
+    ]
     results = generate(model, [q.prompt for q in mine], params) if mine else []
     right = sum(r.token_ids == q.answer for r, q in zip(results, mine, strict=True))
     num_tokens = sum(r.stats.num_tokens for r in results)

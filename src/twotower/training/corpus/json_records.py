@@ -123,7 +123,9 @@ def _object(text: str, where: str, long_texts: Sequence[LongText] = ()) -> dict[
     try:
         value = json.loads(text, object_pairs_hook=hook)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error.msg} at its character {error.pos + 1}; correct it") from error
+        raise ValueError(
+            f"{where} is not JSON: {error.msg.removesuffix(' at')} at its character {error.pos + 1}; correct it"
+        ) from error
     except (ValueError, RecursionError) as error:  # fields given twice, numbers of too many digits, nesting too deep
         raise ValueError(f"{where} can't be read: {error}; correct it") from error
     if not isinstance(value, dict):
