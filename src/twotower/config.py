@@ -56,11 +56,12 @@ class TwoTowerConfig:
     """Shapes and switches of a two-tower model; both towers have the same (arXiv 2606.26493; layers as Nemotron-H's).
 
     Of the whole tower: `vocab_size`, the width `hidden_size`, and `pattern`, which has one character per layer: `M`
-    Mamba-2, `*` attention, `-` MLP, `E` experts. `layer_norm_epsilon` is that of every RMSNorm; `residual_in_fp32`
-    keeps the sum of the layers in float32; `tie_word_embeddings` makes the head the embedding. `bos_token_id`,
-    `eos_token_id` (one or several) and `mask_token_id` are the special tokens. `block_size` is the block
-    length that the denoiser was trained at. `carried` is the config.json that this one was read from; its keys that
-    inference does not read are written back unchanged. Raises ValueError that lists every field that is not allowed.
+    Mamba-2, `G` gated delta net, `*` attention, `-` MLP, `E` experts. `layer_norm_epsilon` is that of every norm;
+    `residual_in_fp32` keeps the sum of the layers in float32; `tie_word_embeddings` makes the head the embedding.
+    `bos_token_id`, `eos_token_id` (one or several) and `mask_token_id` are the special tokens. `block_size` is the
+    block length that the denoiser was trained at. `carried` is the config.json that this one was read from; its keys
+    that inference does not read are written back unchanged. Raises ValueError that lists every field that is not
+    allowed.
 
     Other families differ from Nemotron-H in these: `norm_type` is "rms", or "layer" for LayerNorm, with `norm_bias`;
     `norm_offset` is added to every norm's weight. A layer has a norm before its mixer (`pre_norm`), behind it
@@ -72,7 +73,8 @@ class TwoTowerConfig:
 
     Of `*`: `num_attention_heads` of width `head_dim`, which share `num_key_value_heads`; `attention_bias`. Scores are
     multiplied by `attention_scale`, by default head_dim^-0.5, and limited by `attention_softcap` as logits are;
-    `attention_sinks` adds to each head's softmax one learnt score without a value. `qk_norm` puts a norm on queries and
+    `attention_sinks` adds to each head's softmax one learnt score without a value; `attention_gate` multiplies what
+    heads read by the sigmoid of a projection of the layer's input. `qk_norm` puts a norm on queries and
     keys: of each head with one weight ("head") or a weight per head ("each"), or of all heads together ("all").
     With a `kv_lora_rank` keys and values are made of latents, and `q_lora_rank`, `qk_rope_head_dim`, `qk_nope_head_dim`
     and `v_head_dim` are as in `LatentProjection`.
@@ -88,6 +90,9 @@ class TwoTowerConfig:
     step sizes clamped to `time_step_limit`. Its output is multiplied by silu(z) before an RMSNorm of each group
     (`mamba_norm` "after_gate"), behind it ("before_gate"), or without a norm (None). `mamba_scales` are five factors of
     what the input projection makes: z, x, B, C and step sizes.
+
+    Of `G`: the first four of these, where heads are those of values, groups those of keys and queries, and the state's
+    width is that of keys; and `conv_kernel`.
 
     Of `E`: `num_experts` of width `expert_intermediate_size`, of which each token uses `num_experts_per_tok`, beside a
     shared expert of width `shared_expert_intermediate_size` (0: none), weighed by a sigmoid if `shared_expert_gate`;
@@ -126,6 +131,7 @@ class TwoTowerConfig:
     attention_scale: float | None = None
     attention_softcap: float | None = None
     attention_sinks: bool = False
+    attention_gate: bool = False
     attention_output_scale: float = 1.0
     qk_norm: str | None = None
     kv_lora_rank: int = 0

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # `config` imports this module
     from twotower.config import TwoTowerConfig
 
-LAYER_KINDS = "M*-E"
+LAYER_KINDS = "MG*-E"
 # How hidden values of MLPs are computed and how experts are chosen, see `ops.mlp.Activation` and `ops.moe.route`
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "xielu")
 ROUTERS = ("sigmoid", "softmax")
@@ -71,7 +71,7 @@ def config_problems(c: "TwoTowerConfig") -> list[str]:
     plain = c.mlp_hidden_act != "xielu" or not (c.gated_mlp or "E" in c.pattern)
     need(plain, "mlp_hidden_act is 'xielu', must be another with gated_mlp or experts")
     need(c.glu_limit is None or c.glu_limit > 0, f"glu_limit is {c.glu_limit}, must be null or above 0")
-    if "M" in c.pattern:
+    if "M" in c.pattern or "G" in c.pattern:
         positive("mamba_num_heads", "mamba_head_dim", "mamba_state_size", "mamba_num_groups")
         need(c.conv_kernel >= 2, f"conv_kernel is {c.conv_kernel}, must be at least 2")
         if c.mamba_num_groups >= 1:

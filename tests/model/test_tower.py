@@ -8,7 +8,7 @@ import torch
 from twotower.model.tower import rotations
 from twotower.model.two_tower import TwoTower
 
-PATTERNS = ["M", "*", "M*-E", "MEM*MEM*E", "llama"]
+PATTERNS = ["M", "*", "G", "G*-", "M*-E", "MEM*MEM*E", "llama"]
 # float64 in another order of sums; float32 likewise
 EXACT, CLOSE = 1e-10, 1e-5
 BLOCK = [[3, 7, 3, 3, 8]]
@@ -136,10 +136,10 @@ def test_rope_sees_distances_and_not_places(tiny: Callable, ids: Callable, close
     scores = []
     for start in (0, 7):
         rope = rotations(model.config, torch.arange(start, start + 6)[None], torch.float64)[0]
-        q, k, _ = mixer.project(x, rope)
+        q, k, *_ = mixer.project(x, rope)
         scores.append(q[:, :2] @ k[:, :1].transpose(-1, -2))
     close(scores[1], scores[0], 1e-5)  # angles are float32, as in Hugging Face's
-    q, k, _ = mixer.project(x, None)
+    q, k, *_ = mixer.project(x, None)
     assert (q[:, :2] @ k[:, :1].transpose(-1, -2) - scores[0]).abs().max() > 0.1
 
 

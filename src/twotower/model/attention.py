@@ -15,11 +15,13 @@ from twotower.ops.rope import Rotation, rotate
 
 
 class Projected(NamedTuple):
-    """Queries (b, h, s, p), keys and values (b, k, s, p), rotated where the config asks for RoPE."""
+    """Queries (b, h, s, p), keys and values (b, k, s, p), rotated where the config asks for RoPE, and where it asks for
+    them the gates (b, s, h·p) before their sigmoid."""
 
     query: Tensor
     key: Tensor
     value: Tensor
+    gate: Tensor | None
 
 
 class Attention(nn.Module):
@@ -46,6 +48,9 @@ class Attention(nn.Module):
             self.qkv_proj = Linear(config.hidden_size, sum(self.sizes), bias=config.attention_bias, dtype=dtype)
         inputs = self.num_heads * self.value_dim
         self.o_proj = Linear(inputs, config.hidden_size, bias=config.attention_bias, dtype=dtype)
+        self.gate_proj: Linear | None = None
+        if config.attention_gate:
+            self.gate_proj = Linear(config.hidden_size, inputs, bias=config.attention_bias, dtype=dtype)
         self.q_norm = self._norm(config, self.num_heads, dtype)
         self.k_norm = self._norm(config, config.num_key_value_heads, dtype)
         self.sinks = nn.Parameter(torch.empty(self.num_heads, dtype=dtype)) if config.attention_sinks else None
@@ -72,7 +77,8 @@ class Attention(nn.Module):
             rotated = rotate(rotated, rope)
         rotated = rotated.transpose(1, 2)
         value = heads[:, :, self.num_heads + num_kv :].transpose(1, 2)
-        return Projected(rotated[:, : self.num_heads], rotated[:, self.num_heads :], value)
+        gate = None if self.gate_proj is None else self.gate_proj(x)
+        return Projected(rotated[:, : self.num_heads], rotated[:, self.num_heads :], value, gate)
 
     def _normed(self, heads: Tensor) -> Tensor:
         """Queries and keys (b, s, h+k, p) through their norms, if they have any."""
@@ -83,21 +89,27 @@ class Attention(nn.Module):
         normed = [norm(part, heads.dtype) for norm, part in zip((self.q_norm, self.k_norm), together, strict=True)]
         return torch.cat([part.unflatten(2, (-1, self.head_dim)) if part.ndim == 3 else part for part in normed], dim=2)
 
-    def causal(self, query: Tensor, past: PastLayer, mask: Tensor | None) -> Tensor:
-        """The mixer's output (b, s, d) for queries (b, h, s, p) over cached keys, the tokens' own among them."""
-        return self.output(cached_attention(query, past.key, past.value, mask, self.rule, past.pages))
+    def causal(self, projected: Projected, past: PastLayer, mask: Tensor | None) -> Tensor:
+        """The mixer's output (b, s, d) over cached keys, the tokens' own among them."""
+        attended = cached_attention(projected.query, past.key, past.value, mask, self.rule, past.pages)
+        return self.output(attended, projected.gate)
 
     def block(self, projected: Projected, past: PastLayer, mask: Tensor | None) -> Tensor:
         """The mixer's output (b, s, d) for a block that sees the cached keys and its own."""
-        return self.output(seeded_attention(*projected, past.key, past.value, mask, self.rule, past.pages))
+        query, key, value, gate = projected
+        attended = seeded_attention(query, key, value, past.key, past.value, mask, self.rule, past.pages)
+        return self.output(attended, gate)
 
-    def output(self, attended: Tensor) -> Tensor:
-        """(b, h, s, p) to (b, s, d)."""
-        return self.o_proj(attended[..., : self.value_dim].transpose(1, 2).flatten(2))
+    def output(self, attended: Tensor, gate: Tensor | None) -> Tensor:
+        """(b, h, s, p), multiplied by the gate's sigmoid if there is one, to (b, s, d)."""
+        rows = attended[..., : self.value_dim].transpose(1, 2).flatten(2)
+        return self.o_proj(rows if gate is None else rows * gate.sigmoid())
 
     def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
         self.qkv_proj.pack_(dtype, pack)
         self.o_proj.pack_(dtype, pack)
+        if self.gate_proj is not None:
+            self.gate_proj.pack_(dtype, pack)
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
                 norm.pack_(dtype)
@@ -110,6 +122,8 @@ class Attention(nn.Module):
         else:
             found = self.qkv_proj.released_tensors(("q_proj", "k_proj", "v_proj"), self.sizes)
         found |= self.o_proj.released_tensors(("o_proj",), (self.o_proj.outputs,))
+        if self.gate_proj is not None:
+            found |= self.gate_proj.released_tensors(("gate_proj",), (self.gate_proj.outputs,))
         for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
             found |= {} if norm is None else norm.released_tensors(name)
         return found if self.sinks is None else found | {"sinks": self.sinks.data}

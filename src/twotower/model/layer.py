@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.attention import Attention
+from twotower.model.delta_net import DeltaNet
 from twotower.model.linear import Pack
 from twotower.model.mamba2 import Mamba2
 from twotower.model.mlp import MLP
@@ -32,9 +33,11 @@ class Layer(nn.Module):
         self.scale = config.layer_scale(kind)
         self.norm = Norm(config, config.hidden_size, dtype=dtype) if config.pre_norm else None
         self.post_norm = Norm(config, config.hidden_size, dtype=dtype) if config.post_norm else None
-        self.mixer: Attention | Mamba2 | MLP | MixtureOfExperts
+        self.mixer: Attention | Mamba2 | DeltaNet | MLP | MixtureOfExperts
         if kind == "M":
             self.mixer = Mamba2(config, dtype)
+        elif kind == "G":
+            self.mixer = DeltaNet(config, dtype)
         elif kind == "*":
             self.mixer = Attention(config, config.attention_indices[config.pattern[:index].count("*")], dtype)
         elif kind == "-":
@@ -48,7 +51,7 @@ class Layer(nn.Module):
         return function(*arguments)
 
     def enter(self, x: Tensor, modulation: Modulation | None, dtype: torch.dtype) -> Tensor:
-        """The mixer's input (b, s, d) in `dtype`. `M` and `*` modulate before the norm, `E` and `-` after it."""
+        """The mixer's input (b, s, d) in `dtype`. `M`, `G` and `*` modulate before the norm, `E` and `-` after it."""
         if modulation is None:
             return x.to(dtype) if self.norm is None else self.norm(x, dtype)
         shift, scale = modulation.shift, modulation.scale

@@ -44,7 +44,8 @@ class OneTower(nn.Module):
         for name, place in self.released_tensors().items():
             tensor = torch.empty_like(place, device="cpu")
             if name.endswith(("norm.weight", "norm_f.weight", ".D")):
-                tensor.fill_(1.0 if name.endswith(".D") else 1.0 - self.config.norm_offset)
+                plain = name.endswith((".D", "mixer.norm.weight"))  # recurrent mixers' own norms have no offset
+                tensor.fill_(1.0 if plain else 1.0 - self.config.norm_offset)
             elif name.endswith("dt_bias"):
                 low, high = map(math.log, _TIME_STEPS)
                 steps = tensor.uniform_(low, high, generator=generator).exp()

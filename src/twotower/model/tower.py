@@ -5,7 +5,7 @@ Letters: b batch, s tokens, t cached tokens rounded up, d width, i layers, h hea
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.attention import Attention
+from twotower.model.delta_net import DeltaNet
 from twotower.model.layer import Layer
 from twotower.model.linear import Pack
-from twotower.model.mamba2 import Mamba2, MambaInputs
+from twotower.model.mamba2 import Mamba2
 from twotower.model.norm import Norm
 from twotower.model.passes import CausalPass, PassInputs
+from twotower.model.recurrent import Recurrent
 from twotower.model.state import ContextState, KeyBuffer, MambaState
 from twotower.model.time_conditioning import Modulation
 from twotower.ops import unmask
@@ -32,14 +34,14 @@ if TYPE_CHECKING:  # the type of a guest, and nothing that runs: the reference i
 
 
 class Replay(NamedTuple):
-    """What one `M` layer needs to advance its state over part of a block: inputs, start, and the end if known."""
+    """What one recurrent layer needs to advance its state over part of a block: inputs, start, and the end if known."""
 
-    inputs: MambaInputs
+    inputs: Any
     start: MambaState
     end: Tensor | None  # (b, h, p, n)
 
 
-def _replay(mixers: Sequence[Mamba2], replays: Sequence[Replay], counts: Tensor | None) -> tuple[MambaState, ...]:
+def _replay(mixers: Sequence[Recurrent], replays: Sequence[Replay], counts: Tensor | None) -> tuple[MambaState, ...]:
     """`CausalPass.advance`, layer by layer."""
     pairs = zip(mixers, replays, strict=True)
     return tuple(mixer.advance(r.inputs, r.start, counts, r.end) for mixer, r in pairs)
@@ -110,7 +112,7 @@ class Tower(nn.Module):
         dtype = self.key_dtype or self.activation_dtype
         empty = self.embeddings.new_zeros(batch_size, c.num_key_value_heads, 0, c.head_dim, dtype=dtype)
         buffer = KeyBuffer([empty] * num_attention, [empty] * num_attention, (0,) * batch_size)
-        mamba = tuple(mixer.initial_state(batch_size) for mixer in self._mambas())
+        mamba = tuple(mixer.initial_state(batch_size) for mixer in self._recurrent())
         return ContextState((0,) * batch_size, mamba, buffer, None, rope_lengths).reserve(capacity)
 
     def causal(self, ids: Tensor, state: ContextState, marks: tuple[int, ...] = ()) -> CausalPass:
@@ -174,8 +176,8 @@ class Tower(nn.Module):
             found |= {f"layers.{i}.{k}": v for k, v in layer.released_tensors().items()}
         return found | self.norm_f.released_tensors("norm_f")
 
-    def _mambas(self) -> list[Mamba2]:
-        return [layer.mixer for layer in self.stack if isinstance(layer.mixer, Mamba2)]
+    def _recurrent(self) -> list[Recurrent]:
+        return [layer.mixer for layer in self.stack if isinstance(layer.mixer, Mamba2 | DeltaNet)]
 
     def _inputs(self, ids: Tensor, state: ContextState, places: Tensor | None, used: int) -> PassInputs:
         """`used` is the number of places of the keys that a row may see, rounded up."""
@@ -204,24 +206,24 @@ class Tower(nn.Module):
         for layer in self.stack:
             read = read if layer.joins else x
             entered = layer.enter(read, None, dtype)
-            if isinstance(layer.mixer, Mamba2):
-                mixed, replay, states = self._causal_mamba(layer.mixer, entered, state.mamba[len(replays)], marks)
+            if isinstance(layer.mixer, Mamba2 | DeltaNet):
+                mixed, replay, states = self._causal_recurrent(layer.mixer, entered, state.mamba[len(replays)], marks)
                 replays.append(replay)
                 marked.append(states)
             elif isinstance(layer.mixer, Attention):
                 index = layer.mixer.index
-                query, key, value = layer.mixer.project(entered, ropes[index])
-                state.buffer.append_(num_attention, state.lengths, places, key, value)
-                mixed = layer.mixer.causal(query, past.layer(num_attention), masks[index])
+                projected = layer.mixer.project(entered, ropes[index])
+                state.buffer.append_(num_attention, state.lengths, places, projected.key, projected.value)
+                mixed = layer.mixer.causal(projected, past.layer(num_attention), masks[index])
                 num_attention += 1
             else:
                 mixed = layer.mixer(entered)
             x = layer.leave(x, mixed, None)
         by_mark = {mark: tuple(states[i] for states in marked) for i, mark in enumerate(marks)}
-        return CausalPass(self.finish(x), state, functools.partial(_replay, self._mambas(), replays), by_mark)
+        return CausalPass(self.finish(x), state, functools.partial(_replay, self._recurrent(), replays), by_mark)
 
-    def _causal_mamba(
-        self, mixer: Mamba2, x: Tensor, start: MambaState, marks: tuple[int, ...]
+    def _causal_recurrent(
+        self, mixer: Recurrent, x: Tensor, start: MambaState, marks: tuple[int, ...]
     ) -> tuple[Tensor, Replay, tuple[MambaState, ...]]:
         """The mixer's output (b, s, d), what a commit needs, and the states at the marks."""
         inputs = mixer.prepare(x, start.conv)
@@ -245,9 +247,10 @@ class Tower(nn.Module):
             own = None if modulation is None else Modulation(*modulation[i].unbind(1))
             read = read if layer.joins else x
             entered = layer.enter(read, own, dtype)
-            if isinstance(layer.mixer, Mamba2):
+            if isinstance(layer.mixer, Mamba2 | DeltaNet):
                 start = seed.mamba[num_mamba]
-                mixed = layer.mixer.outputs(layer.mixer.prepare(entered, start.conv), start, dtype)
+                mixer: Recurrent = layer.mixer
+                mixed = mixer.outputs(mixer.prepare(entered, start.conv), start, dtype)
                 num_mamba += 1
             elif isinstance(layer.mixer, Attention):
                 index = layer.mixer.index

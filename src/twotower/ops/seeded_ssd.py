@@ -35,12 +35,12 @@ def chunk_states(inputs: ScanInputs, A: Tensor, chunks: Chunks) -> Tensor:
     x, dt, B, _ = inputs
     b, c, q, h, p = x.shape
     g, n = B.shape[3:]
-    total = _sums(chunks.causal, dt * A)  # (b, c, q, h)
+    total = sums(chunks.causal, dt * A)  # (b, c, q, h)
     last = total[:, :, -1]
-    left = _decay(last.unsqueeze(2) - total, chunks.stays.unsqueeze(-1))
+    left = decay(last.unsqueeze(2) - total, chunks.stays.unsqueeze(-1))
     scaled = (x * (left * dt).unsqueeze(-1)).view(b, c, q, g, -1)
     added = torch.einsum("bcqgm,bcqgn->bcgmn", scaled, B).reshape(b, c, h, p, n)
-    kept = _decay(last, chunks.continues[:, :, -1:])  # (b, c, h)
+    kept = decay(last, chunks.continues[:, :, -1:])  # (b, c, h)
     state = torch.zeros_like(added[:, 0])
     states = [state]
     for piece, factor in zip(added.unbind(1)[:-1], kept.unbind(1)[:-1], strict=True):
@@ -52,10 +52,10 @@ def chunk_states(inputs: ScanInputs, A: Tensor, chunks: Chunks) -> Tensor:
 def context_output(inputs: ScanInputs, A: Tensor, D: Tensor, states: Tensor, chunks: Chunks) -> Tensor:
     """The context tower's own causal outputs (b, c, q, h, p) from its `states`; A, D (h,)."""
     x, dt, B, C = inputs
-    total = _sums(chunks.causal, dt * A)  # (b, c, q, h)
-    y = _within(x * dt.unsqueeze(-1), B, C, total, chunks.causal)
-    factor = _decay(total, chunks.continues.unsqueeze(-1)).unsqueeze(-1)
-    return torch.addcmul(y, _from_state(C, states), factor) + x * D[:, None]
+    total = sums(chunks.causal, dt * A)  # (b, c, q, h)
+    y = within(x * dt.unsqueeze(-1), B, C, total, chunks.causal)
+    factor = decay(total, chunks.continues.unsqueeze(-1)).unsqueeze(-1)
+    return torch.addcmul(y, from_state(C, states), factor) + x * D[:, None]
 
 
 def seeded_output(
@@ -70,52 +70,53 @@ def seeded_output(
     b, c, k, s, h, p = x.shape
     own = (dt * A).cumsum(3)  # (b, c, k, s, h)
     causal = torch.ones(s, s, dtype=torch.bool, device=x.device).tril()
-    y = _within(x * dt.unsqueeze(-1), B, C, own, causal)
+    y = within(x * dt.unsqueeze(-1), B, C, own, causal)
     context_a = context.dt * context_A
-    total = _sums(chunks.causal, context_a)  # (b, c, q, h)
+    total = sums(chunks.causal, context_a)  # (b, c, q, h)
     # A sum over exactly what a block sees, not a difference of longer ones: other tokens don't even round it
-    before = _sums(chunks.before, context_a)  # (b, c, k, h)
-    seeded = _across(C, context, total, before, chunks)
-    factor = _decay(before, chunks.block_continues.unsqueeze(-1))[:, :, :, None, :, None]
-    seeded = torch.addcmul(seeded, _from_state(C.flatten(2, 3), states).view(b, c, k, s, h, p), factor)
+    before = sums(chunks.before, context_a)  # (b, c, k, h)
+    seeded = across(C, context.B, context.x * context.dt.unsqueeze(-1), total, before, chunks)
+    factor = decay(before, chunks.block_continues.unsqueeze(-1))[:, :, :, None, :, None]
+    seeded = torch.addcmul(seeded, from_state(C.flatten(2, 3), states).view(b, c, k, s, h, p), factor)
     return torch.addcmul(y, seeded, own.exp().unsqueeze(-1)) + x * D[:, None]
 
 
-def _sums(visible: Tensor, a: Tensor) -> Tensor:
+def sums(visible: Tensor, a: Tensor) -> Tensor:
     """Σ_j visible_ij·a_j: visible (r, c, i, q) bool, a (b, c, q, h)."""
     return visible.to(a.dtype) @ a
 
 
-def _decay(exponent: Tensor, visible: Tensor) -> Tensor:
+def decay(exponent: Tensor, visible: Tensor) -> Tensor:
     """exp(exponent) where visible, else 0. Masked before exp, which may overflow elsewhere."""
     return exponent.masked_fill(~(visible & (exponent > LEAST_EXPONENT)), -torch.inf).exp()
 
 
-def _within(x: Tensor, B: Tensor, C: Tensor, total: Tensor, visible: Tensor) -> Tensor:
+def within(x: Tensor, B: Tensor, C: Tensor, total: Tensor, visible: Tensor) -> Tensor:
     """Σ_j exp(total_i − total_j)·(C_i·B_j)·x_j over visible j: x (…, s, h, p), B and C (…, s, g, n), total (…, s, h),
     visible (…, s, s)."""
     h, g = x.shape[-2], B.shape[-2]
     total = total.transpose(-1, -2)  # (…, h, s)
-    decay = _decay(total.unsqueeze(-1) - total.unsqueeze(-2), visible.unsqueeze(-3))  # (…, h, s, s)
+    decays = decay(total.unsqueeze(-1) - total.unsqueeze(-2), visible.unsqueeze(-3))  # (…, h, s, s)
     products = C.transpose(-2, -3) @ B.movedim(-3, -1)  # (…, g, s, s)
-    weights = (decay.unflatten(-3, (g, h // g)) * products.unsqueeze(-3)).flatten(-4, -3)
+    weights = (decays.unflatten(-3, (g, h // g)) * products.unsqueeze(-3)).flatten(-4, -3)
     return (weights @ x.transpose(-2, -3)).transpose(-2, -3)
 
 
-def _across(C: Tensor, context: ScanInputs, total: Tensor, before: Tensor, chunks: Chunks) -> Tensor:
-    """Σ_j exp(before − total_j)·(C_i·B'_j)·dt'_j x'_j over the chunk's earlier blocks: (b, c, k, s, h, p); C
-    (b, c, k, s, g, n), total (b, c, q, h), before (b, c, k, h)."""
+def across(C: Tensor, B: Tensor, x: Tensor, total: Tensor, before: Tensor, chunks: Chunks) -> Tensor:
+    """Σ_j exp(before − total_j)·(C_i·B_j)·x_j over the chunk's earlier blocks: (b, c, k, s, h, p);
+    C (b, c, k, s, g, n), the context's B (b, c, q, g, n) and x (b, c, q, h, p), total (b, c, q, h), before
+    (b, c, k, h)."""
     b, c, k, s, g, _ = C.shape
-    q, h, p = context.x.shape[2:]
+    q, h, p = x.shape[2:]
     exponent = before.transpose(2, 3).unsqueeze(-1) - total.transpose(2, 3).unsqueeze(-2)  # (b, c, h, k, q)
-    decay = _decay(exponent, chunks.before.unsqueeze(2))
-    products = C.flatten(2, 3).transpose(2, 3) @ context.B.movedim(2, -1)  # (b, c, g, k·s, q)
-    weights = products.view(b, c, g, 1, k, s, q) * decay.view(b, c, g, h // g, k, 1, q)
-    past = (context.x * context.dt.unsqueeze(-1)).transpose(2, 3)  # (b, c, h, q, p)
+    decays = decay(exponent, chunks.before.unsqueeze(2))
+    products = C.flatten(2, 3).transpose(2, 3) @ B.movedim(2, -1)  # (b, c, g, k·s, q)
+    weights = products.view(b, c, g, 1, k, s, q) * decays.view(b, c, g, h // g, k, 1, q)
+    past = x.transpose(2, 3)  # (b, c, h, q, p)
     return (weights.view(b, c, h, k * s, q) @ past).view(b, c, h, k, s, p).movedim(2, -2)
 
 
-def _from_state(C: Tensor, states: Tensor) -> Tensor:
+def from_state(C: Tensor, states: Tensor) -> Tensor:
     """C_i·H: C (b, c, q, g, n), states (b, c, h, p, n), result (b, c, q, h, p)."""
     b, c, h, p, n = states.shape
     g, q = C.shape[3], C.shape[2]

@@ -7,12 +7,19 @@ import torch
 from torch import Tensor
 
 from twotower.config import TwoTowerConfig
+from twotower.model.recurrent import RECURRENT_KINDS
 from twotower.model.two_tower import TwoTower
 
 TowerName = Literal["context", "denoiser"]
 
 # What the characters of a config's pattern stand for, in the order of the tables.
-LAYER_NAMES = {"M": "Mamba-2 layers", "*": "attention layers", "-": "MLP layers", "E": "expert layers"}
+LAYER_NAMES = {
+    "M": "Mamba-2 layers",
+    "G": "delta net layers",
+    "*": "attention layers",
+    "-": "MLP layers",
+    "E": "expert layers",
+}
 PARTS = ("embeddings", *LAYER_NAMES.values(), "final norm", "head", "time conditioning")
 
 
@@ -63,14 +70,14 @@ def parameters(config: TwoTowerConfig) -> dict[Place, int]:
 def state_bytes(config: TwoTowerConfig, length: int, dtype: torch.dtype) -> StateBytes:
     """Bytes of one sequence's state after `length` tokens with weights of `dtype`.
 
-    Keys and values: 2 · attention layers · k · p · t. Recurrent, per Mamba-2 layer: the last w-1 rows of the
-    convolution's input, and the (h, p, n) SSM state, which is float32 at any dtype.
+    Keys and values: 2 · attention layers · k · p · t. Recurrent, per recurrent layer: the last w-1 rows of the
+    convolution's input, and the (h, p, n) state, which is float32 at any dtype.
     """
     c = config
     per_token = 2 * c.pattern.count("*") * c.num_key_value_heads * c.head_dim
     conv = (c.conv_kernel - 1) * c.conv_width * dtype.itemsize
     ssm = c.mamba_width * c.mamba_state_size * torch.float32.itemsize
-    return StateBytes(per_token * length * dtype.itemsize, c.pattern.count("M") * (conv + ssm))
+    return StateBytes(per_token * length * dtype.itemsize, sum(map(c.pattern.count, RECURRENT_KINDS)) * (conv + ssm))
 
 
 def pass_bytes(

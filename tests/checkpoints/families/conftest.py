@@ -96,7 +96,7 @@ class Opened(NamedTuple):
     logits: Tensor
 
 
-def loud(model: Any) -> None:
+def loud(model: Any, factor: float) -> None:
     """Weights under which attention is sharp, MLPs bend and every bias and norm counts: what transformers draws makes a
     model nearly linear, in which a cap, a sink or an offset hardly shows."""
     with torch.no_grad():
@@ -104,7 +104,7 @@ def loud(model: Any) -> None:
             if parameter.ndim == 1 or "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
-                parameter.mul_(10)
+                parameter.mul_(factor)
 
 
 @pytest.fixture(scope="session")
@@ -113,14 +113,16 @@ def open_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Opene
     changes config.json as somebody else might have written it, and both read that."""
     made: dict[str, Opened] = {}
 
-    def make(model_type: str, *, edit: Edit | None = None, length: int = 40, **settings: Any) -> Opened:
+    def make(
+        model_type: str, *, edit: Edit | None = None, length: int = 40, factor: float = 10, **settings: Any
+    ) -> Opened:
         sizes = {} if model_type in NAMES_OF_ITS_OWN else SIZES
         config = transformers.AutoConfig.for_model(
             model_type, **copy.deepcopy(sizes | {"vocab_size": VOCAB} | settings)
         )
         torch.manual_seed(0)
         theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-        loud(theirs)
+        loud(theirs, factor)
         source = tmp_path_factory.mktemp(model_type)
         theirs.save_pretrained(source)
         if edit is not None:

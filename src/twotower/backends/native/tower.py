@@ -70,6 +70,8 @@ def missing(config: TwoTowerConfig) -> str | None:
     kinds = sorted(set(config.pattern) - set("M*-E"))
     if kinds:
         return f"layers of kind {', '.join(kinds)}"
+    if config.attention_gate and "*" in config.pattern:
+        return "gated attention (attention_gate)"
     return "latent attention (kv_lora_rank)" if config.kv_lora_rank and "*" in config.pattern else None
 
 
@@ -302,6 +304,7 @@ def _tensors(config: TwoTowerConfig, layer: Layer, experts: dict[str, Tensor]) -
         products = {"first": mixer.up_proj, "second": mixer.down_proj}
         found["alphas"] = None if mixer.alphas is None else F.softplus(mixer.alphas)
     else:
+        assert isinstance(mixer, MixtureOfExperts)  # `missing` has looked
         shared = mixer.shared
         products = {} if shared is None else {"first": shared.up_proj, "second": shared.down_proj}
         products |= {"latent_in": mixer.latent_in, "latent_out": mixer.latent_out}

@@ -38,8 +38,10 @@ _PREFIXES = (
     "gpt_neox.",
     "backbone.",
 )
-# How the names of what sees and hears begin in models whose decoder we take
-_SENSES = re.compile(r"(vision|visual|image|audio|multi_modal|mm_projector|connector|embed_vision|embed_audio|aligner)")
+# How the names of what sees, hears or predicts further tokens begin in models whose decoder we take
+_SENSES = re.compile(
+    r"(vision|visual|image|audio|multi_modal|mm_projector|connector|embed_vision|embed_audio|aligner|mtp\.)"
+)
 _ROW = re.compile(r"(.*)\[(\d+)\]")
 
 

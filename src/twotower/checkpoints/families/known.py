@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from twotower.checkpoints.families import latent, layer_norm, llama, mamba, mixture, older, post_norm
+from twotower.checkpoints.families import delta, latent, layer_norm, llama, mamba, mixture, older, post_norm
 from twotower.checkpoints.families.family import Family, Settings
 
 FAMILIES: tuple[Family, ...] = (
@@ -13,6 +13,7 @@ FAMILIES: tuple[Family, ...] = (
     *mixture.FAMILIES,
     *latent.FAMILIES,
     *mamba.FAMILIES,
+    *delta.FAMILIES,
 )
 
 # Families that are asked for and can't be had: what our towers lack.

@@ -50,7 +50,7 @@ def _downs(tensor: Tensor, suffix: str) -> dict[str, Tensor]:
     return {f"1.mixer.experts.{j}.down_proj.weight": down for j, down in enumerate(tensor)}
 
 
-def _softmax_experts(count: int, width: int, active: int, *, normalise: bool) -> dict[str, Any]:
+def softmax_experts(count: int, width: int, active: int, *, normalise: bool) -> dict[str, Any]:
     """The fields of a softmax router and its experts. A softmax over the chosen alone is one over all, normalised."""
     return {
         "num_experts": count,
@@ -67,7 +67,7 @@ def _mixtral(raw: Settings) -> dict[str, Any]:
     experts = (raw.get("num_local_experts", 8), need(raw, "intermediate_size"), raw.get("num_experts_per_tok", 2))
     fields = decoder_fields({"rms_norm_eps": 1e-5, **raw}) | {"pattern": "*E" * count, "use_rope": False}
     fields |= windowed(raw, ["sliding_attention"] * count, full=rope, sliding=rope)
-    return fields | _softmax_experts(*experts, normalise=True)
+    return fields | softmax_experts(*experts, normalise=True)
 
 
 def _mixtral_block(config: TwoTowerConfig, raw: Settings) -> Parts:
@@ -84,7 +84,7 @@ def _qwen_moe(raw: Settings) -> dict[str, Any]:
     pattern = "".join("*-" if i in dense or (i + 1) % step else "*E" for i in range(count))
     width, num_experts = need(raw, "moe_intermediate_size"), need(raw, "num_experts", "num_local_experts")
     normalise = bool(raw.get("norm_topk_prob", False))
-    experts = _softmax_experts(num_experts, width, need(raw, "num_experts_per_tok"), normalise=normalise)
+    experts = softmax_experts(num_experts, width, need(raw, "num_experts_per_tok"), normalise=normalise)
     return decoder_fields(raw) | {"pattern": pattern} | experts
 
 
@@ -119,10 +119,10 @@ def _olmoe(raw: Settings) -> dict[str, Any]:
     experts = (raw.get("num_experts", 64), need(raw, "intermediate_size"), raw.get("num_experts_per_tok", 8))
     fields = decoder_fields({"rms_norm_eps": 1e-5, **raw})
     fields |= {"pattern": "*E" * need(raw, "num_hidden_layers"), "qk_norm": "all"}
-    return fields | _softmax_experts(*experts, normalise=bool(raw.get("norm_topk_prob", False)))
+    return fields | softmax_experts(*experts, normalise=bool(raw.get("norm_topk_prob", False)))
 
 
-def _block(config: TwoTowerConfig, raw: Settings) -> Parts:
+def expert_block(config: TwoTowerConfig, raw: Settings) -> Parts:
     """Shared experts have one of two names, and only some families have them."""
     parts: dict[str, Part] = ATTENTION | MLP | _ROUTER | expert_parts(config, "mlp.experts")
     parts["mlp.shared_expert_gate"] = "1.mixer.shared_expert_gate"
@@ -135,7 +135,7 @@ def _granitemoe(raw: Settings) -> dict[str, Any]:
     experts = (raw.get("num_local_experts", 8), need(raw, "intermediate_size"), raw.get("num_experts_per_tok", 2))
     fields = granite_fields(raw) | {"pattern": "*E" * need(raw, "num_hidden_layers")}
     shared = {"shared_expert_intermediate_size": raw.get("shared_intermediate_size", 0)}
-    return fields | shared | _softmax_experts(*experts, normalise=True)
+    return fields | shared | softmax_experts(*experts, normalise=True)
 
 
 def _granitemoe_block(config: TwoTowerConfig, raw: Settings) -> Parts:
@@ -182,7 +182,7 @@ def _gpt_oss(raw: Settings) -> dict[str, Any]:
                 "sliding_attention": AttentionType(window=given["sliding_window"], rope_parameters=rope),
             },
         )
-        | _softmax_experts(*experts, active, normalise=True)
+        | softmax_experts(*experts, active, normalise=True)
         | {
             "router_bias": True,
             "mlp_bias": True,
@@ -230,15 +230,15 @@ def _gpt_oss_block(config: TwoTowerConfig, raw: Settings) -> Parts:
 
 FAMILIES = (
     Family(model_types=("mixtral",), fields=_mixtral, block=_mixtral_block, rest=REST, zeros=NO_CORRECTION),
-    Family(model_types=("qwen3_moe",), fields=_qwen3_moe, block=_block, rest=REST, zeros=NO_CORRECTION),
+    Family(model_types=("qwen3_moe",), fields=_qwen3_moe, block=expert_block, rest=REST, zeros=NO_CORRECTION),
     Family(
         model_types=("qwen2_moe",),
         fields=_qwen2_moe,
-        block=_block,
+        block=expert_block,
         rest=REST,
         zeros=(*NO_CORRECTION, "o_proj.bias"),
     ),
-    Family(model_types=("olmoe",), fields=_olmoe, block=_block, rest=REST, zeros=NO_CORRECTION),
+    Family(model_types=("olmoe",), fields=_olmoe, block=expert_block, rest=REST, zeros=NO_CORRECTION),
     Family(
         model_types=("granitemoe", "granitemoeshared"),
         fields=_granitemoe,

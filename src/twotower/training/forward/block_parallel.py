@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.model.attention import Attention
+from twotower.model.delta_net import DeltaNet
 from twotower.model.layer import Layer
 from twotower.model.mamba2 import Mamba2
+from twotower.model.recurrent import RECURRENT_KINDS
 from twotower.model.time_conditioning import Modulation
 from twotower.model.two_tower import TwoTower
 from twotower.training.forward.layout import Layout
@@ -48,7 +50,7 @@ def block_parallel_hidden(
 
     x0 (b, t) int64; xt (v·b, t) int64, v noisy versions of x0 stacked; t (v·b, t) float, each position's noise level,
     constant within a block. Every block is computed as decoding would compute it: from its own noisy tokens and the
-    context tower's keys, convolution rows and SSM state before it. Both towers advance one layer at a time.
+    context tower's keys, convolution rows and recurrent state before it. Both towers advance one layer at a time.
 
     Where no parameter of the context tower requires a gradient, it runs without one, and without `with_context` only up
     to the last layer that seeds the denoiser. `recompute` keeps one residual stream per layer and recomputes the rest
@@ -73,7 +75,7 @@ def block_parallel_hidden(
     read = _Streams(noisy, clean)
     # The number of layers after which the context tower's residual stream is still read: above the last layer that
     # seeds the denoiser it is read by nothing but its own head.
-    top = len(config.pattern) if with_context else max(config.pattern.rfind("M"), config.pattern.rfind("*"))
+    top = len(config.pattern) if with_context else max(map(config.pattern.rfind, RECURRENT_KINDS + "*"))
     shared = model.time_conditioning.shared(levels)
     for i, (below, layer) in enumerate(zip(context.stack, denoiser.stack, strict=True)):
         step = _LayerPair(below, layer, plan, dtype, learns, i < top)
@@ -131,7 +133,7 @@ class _LayerPair(NamedTuple):
         `index` are the arguments of `_modulation`."""
         time = (table, shared, index)
         noisy_read, clean_read = earlier or (noisy, clean)
-        if self.layer.kind in "M*":
+        if self.layer.kind in RECURRENT_KINDS + "*":
             return maybe_recomputed(recompute, self._seeded, noisy, clean, noisy_read, clean_read, *time)
         if self.needs_clean:
             assert clean is not None
@@ -150,8 +152,8 @@ class _LayerPair(NamedTuple):
         index: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         context, mixer = self.below.mixer, self.layer.mixer
-        assert isinstance(context, Mamba2 | Attention)
-        assert isinstance(mixer, Mamba2 | Attention)
+        assert isinstance(context, Mamba2 | DeltaNet | Attention)
+        assert isinstance(mixer, Mamba2 | DeltaNet | Attention)
         with torch.set_grad_enabled(self.learns):
             seed = context_seed(context, self.below.enter(clean_read, None, self.dtype), self.plan)
         own = _modulation(table, shared, index)
@@ -167,12 +169,12 @@ class _LayerPair(NamedTuple):
 
     def _clean(self, clean: Tensor, read: Tensor) -> Tensor:
         mixer = self.below.mixer
-        assert not isinstance(mixer, Mamba2 | Attention)
+        assert not isinstance(mixer, Mamba2 | DeltaNet | Attention)
         return self.below.leave(clean, mixer(self.below.enter(read, None, self.dtype)), None)
 
     def _noisy(self, noisy: Tensor, read: Tensor, table: Tensor, shared: Tensor, index: Tensor) -> Tensor:
         mixer = self.layer.mixer
-        assert not isinstance(mixer, Mamba2 | Attention)
+        assert not isinstance(mixer, Mamba2 | DeltaNet | Attention)
         own = _modulation(table, shared, index)
         return self.layer.leave(noisy, mixer(self.layer.enter(read, own, self.dtype)), own)
 

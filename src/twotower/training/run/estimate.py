@@ -10,10 +10,12 @@ import torch
 
 from twotower.config import TwoTowerConfig
 from twotower.model.attention import Attention
+from twotower.model.delta_net import DeltaNet
 from twotower.model.layer import Layer
 from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.one_tower import OneTower
+from twotower.model.recurrent import RECURRENT_KINDS
 from twotower.model.two_tower import TwoTower
 from twotower.training.config import DenoisingConfig, NextTokenConfig, TrainConfig
 from twotower.training.denoising import Denoising
@@ -118,7 +120,7 @@ def _activations(objective: Denoising | NextToken, tokens: int, width: int) -> i
 def _saved_per_token(c: TwoTowerConfig, kind: str) -> int:
     """Numbers per token that a layer saves for backward, about: modulation, sums and norms, each product's input."""
     modulated = 9 * c.hidden_size
-    if kind == "M":
+    if kind in RECURRENT_KINDS:
         return modulated + 4 * (c.mamba_width + c.conv_width) + 2 * c.mamba_width
     if kind == "*":
         return modulated + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
@@ -142,13 +144,14 @@ def _flops_per_token(objective: Denoising | NextToken, length: int) -> float:
     masked = 0.5 * (1 - what.full_mask_fraction) + what.full_mask_fraction
     again = 1 if what.recompute else 0
     denoiser = (3 + again) * sum(_forward(layer, config, length) for layer in objective.model.denoiser_tower.stack)
-    top = max(config.pattern.rfind("M"), config.pattern.rfind("*"))
+    top = max(map(config.pattern.rfind, RECURRENT_KINDS + "*"))
     whole = what.ar_weight > 0 or what.distil_weight > 0
     read = objective.model.context_tower.stack[: None if whole else top + 1]
     if what.context == "frozen":
         # What is recomputed is what seeds the denoiser
         context = sum(_forward(layer, config, length) for layer in read)
-        context += again * sum(_forward(layer, config, length) - _output(layer) for layer in read if layer.kind in "M*")
+        seeds = [layer for layer in read if layer.kind in RECURRENT_KINDS + "*"]
+        context += again * sum(_forward(layer, config, length) - _output(layer) for layer in seeds)
     else:
         context = _learning(read, config, length, what.recompute)
     total = views * denoiser + views * masked * head + context
@@ -165,7 +168,7 @@ def _learning(layers: Sequence[Layer], config: TwoTowerConfig, length: int, reco
 def _output(layer: Layer) -> float:
     """The product that writes to the residual stream: in expert layers the shared expert's, else the latents'."""
     mixer = layer.mixer
-    if isinstance(mixer, Mamba2):
+    if isinstance(mixer, Mamba2 | DeltaNet):
         return 2.0 * mixer.out_proj.weight.numel()
     if isinstance(mixer, Attention):
         return 2.0 * mixer.o_proj.weight.numel()
@@ -187,7 +190,7 @@ def _forward(layer: Layer, config: TwoTowerConfig, length: int) -> float:
             total += 2 * parameter.numel()
     attention = 4 * config.num_attention_heads * config.head_dim * length / 2
     scan = 6 * config.mamba_width * config.mamba_state_size
-    return total + {"*": attention, "M": scan}.get(layer.kind, 0)
+    return total + {"*": attention, "M": scan, "G": scan}.get(layer.kind, 0)
 
 
 def lines(found: Estimate, what: DenoisingConfig | NextTokenConfig, block_size: int, num_ranks: int) -> list[str]:
