@@ -277,3 +277,5 @@ def test_texts_beyond_the_trained_positions_are_asked_for(model: Callable) -> No
             run()
     asked = dataclasses.replace(beyond, past_positions=True, ignore_eos=True)
     assert len(generate(m, [[5, 6]], asked)[0].token_ids) == 9
+    unasked = generate(m, [[5, 6]], SamplingParams(mode="ar", ignore_eos=True))[0]
+    assert len(unasked.token_ids) == 8  # what fits, as nobody asked for more

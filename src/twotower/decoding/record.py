@@ -1,5 +1,6 @@
 """A request from its prompt to its result, in either driver."""
 
+import dataclasses
 import secrets
 import time
 import warnings
@@ -22,7 +23,12 @@ def make_request(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Req
     if params.stop and model.tokenizer is None:
         raise SettingError("stop", params.stop, "empty for a checkpoint without a tokenizer.json", "drop it")
     check_constraint(model, params)
-    params = params.settled(model.config.block_size, model.sampling)
+    settled = params.settled(model.config.block_size, model.sampling)
+    room = (model.config.trained_positions or 0) - len(ids)
+    if params.max_new_tokens is None and room >= 1 and not params.past_positions:
+        # Nobody asked for more than what fits.
+        settled = dataclasses.replace(settled, max_new_tokens=min(settled.max_new_tokens or room, room))
+    params = settled
     _check_positions(model, len(ids), params)
     return Request(ids, params, secrets.randbits(63) if params.seed is None else params.seed)
 

@@ -31,8 +31,6 @@ _LACKING = {
     "falcon_mamba": "Mamba-1 layers",
     "jamba": "Mamba-1 layers",
     "recurrent_gemma": "RG-LRU layers",
-    "qwen3_next": "gated delta nets",
-    "qwen3_5_text": "gated delta nets",
     "zamba2": "layers that share their weights",
     "xglm": "positions of sines",
     "ministral3": "queries that are scaled by their position",
