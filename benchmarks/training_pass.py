@@ -167,9 +167,9 @@ def boundary_context(model: TwoTower, x0: Tensor, layout: Layout) -> list[Bounda
             kept.append(Boundary(MambaState(rows.transpose(1, 2).contiguous(), seed.states[0])))
             mixed = context_mixed(layer.mixer, seed, plan, torch.float32)
         elif isinstance(layer.mixer, Attention):
-            q, key, value, _ = layer.mixer.project(entered, None)
+            q, key, value, gate = layer.mixer.project(entered, None)
             kept.append((key, value))
-            mixed = layer.mixer.output(cached_attention(q, key, value, causal, layer.mixer.rule))
+            mixed = layer.mixer.output(cached_attention(q, key, value, causal, layer.mixer.rule), gate)
         else:
             kept.append(None)
             mixed = layer.mixer(entered)
@@ -197,9 +197,9 @@ def boundary_step(model: TwoTower, case: Case) -> None:
             mixed = layer.mixer.outputs(prepared, seed.state, torch.float32).view_as(entered)
         elif isinstance(seed, tuple):
             assert isinstance(layer.mixer, Attention)
-            q, key, value, _ = layer.mixer.project(entered, None)
+            q, key, value, gate = layer.mixer.project(entered, None)
             keys, values = torch.cat((seed[0], key), dim=2), torch.cat((seed[1], value), dim=2)
-            mixed = layer.mixer.output(cached_attention(q, keys, values, mask, layer.mixer.rule))
+            mixed = layer.mixer.output(cached_attention(q, keys, values, mask, layer.mixer.rule), gate)
         else:
             mixed = layer.mixer(entered)
         x = layer.leave(x, mixed, own)
