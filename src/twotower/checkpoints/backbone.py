@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,35 +36,3 @@ def tower_shapes(config: TwoTowerConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         tensors = OneTower(config).released_tensors()
     return {name.removeprefix("backbone."): tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def llama_config(
-    *,
-    num_llama_layers: int,
-    rms_norm_eps: float,
-    rope_theta: float,
-    **fields: Any,
-) -> TwoTowerConfig:
-    """The config of a Llama-family backbone, each of whose layers is two of ours: attention and gated MLP. `fields` are
-    further keys of config.json."""
-    raw = {
-        "architectures": ["NemotronHTwoTowerForCausalLM"],
-        "model_type": "nemotron_h",
-        "hybrid_override_pattern": "*-" * num_llama_layers,
-        "layer_norm_epsilon": rms_norm_eps,
-        "use_rope": True,
-        "rope_theta": rope_theta,
-        "gated_mlp": True,
-        "mlp_hidden_act": "silu",
-    }
-    return TwoTowerConfig.from_dict(raw | fields)
-
-
-def half_rotation_rows(weight: Tensor, num_heads: int) -> Tensor:
-    """Reorders the rows of a query or key projection (h·p, …), h heads of width p, for our RoPE.
-
-    Interleaved RoPE rotates the pairs (0, 1), (2, 3), … of a head, ours the pairs (i, i + p/2). Attention only uses
-    products of queries and keys, so reordering both alike changes no result.
-    """
-    pairs = weight.unflatten(0, (num_heads, -1, 2))  # (h, p/2, 2, …)
-    return pairs.transpose(1, 2).flatten(0, 2)

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.checkpoints.backbone import Backbone, half_rotation_rows, llama_config
+from twotower.checkpoints.backbone import Backbone
+from twotower.checkpoints.families.decoder import half_rotated
 from twotower.checkpoints.hf.tensor_files import TensorSpec
 from twotower.checkpoints.vocabulary import byte_token, scored_bpe
+from twotower.config import TwoTowerConfig
 
 TOKENIZER_FILE = "tokenizer.bin"
 
@@ -63,29 +65,36 @@ def open_llama2c(path: Path) -> Backbone:
     header = read_header(path)
     parts = _layout(header)
     vocabulary = _read_vocabulary(path, header, _weights_end(header))
-    config = llama_config(
-        vocab_size=header.vocab_size,
-        hidden_size=header.dim,
-        intermediate_size=header.hidden_dim,
-        num_llama_layers=header.num_layers,
-        num_attention_heads=header.num_heads,
-        num_key_value_heads=header.num_kv_heads,
-        head_dim=header.head_dim,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_position_embeddings=header.sequence_length,
-        tie_word_embeddings=header.tied,
-        bos_token_id=1,
-        eos_token_id=1,  # training texts are separated by BOS, and llama2.c stops at the next one
-        torch_dtype="float32",
-        conversion_source=f"llama2.c {path.name}",
+    config = TwoTowerConfig.from_dict(
+        {
+            "architectures": ["NemotronHTwoTowerForCausalLM"],
+            "model_type": "nemotron_h",
+            "hybrid_override_pattern": "*-" * header.num_layers,
+            "layer_norm_epsilon": 1e-5,
+            "use_rope": True,
+            "rope_theta": 10000.0,
+            "gated_mlp": True,
+            "mlp_hidden_act": "silu",
+            "vocab_size": header.vocab_size,
+            "hidden_size": header.dim,
+            "intermediate_size": header.hidden_dim,
+            "num_attention_heads": header.num_heads,
+            "num_key_value_heads": header.num_kv_heads,
+            "head_dim": header.head_dim,
+            "max_position_embeddings": header.sequence_length,
+            "tie_word_embeddings": header.tied,
+            "bos_token_id": 1,
+            "eos_token_id": 1,  # training texts are separated by BOS, and llama2.c stops at the next one
+            "torch_dtype": "float32",
+            "conversion_source": f"llama2.c {path.name}",
+        }
     )
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name, part in parts.items():
             flat = np.fromfile(path, "<f4", math.prod(part.shape), offset=part.offset)
             tensor = torch.from_numpy(flat).view(part.shape)
-            yield name, half_rotation_rows(tensor, part.rotated_heads) if part.rotated_heads else tensor
+            yield name, half_rotated(tensor, part.rotated_heads, header.head_dim) if part.rotated_heads else tensor
 
     specs = {name: TensorSpec(torch.float32, part.shape) for name, part in parts.items()}
     tokenizer = None if vocabulary is None else _tokenizer(vocabulary)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoints.families.family import Part, Settings, need
+from twotower.config import TwoTowerConfig
 from twotower.rope import AttentionType, Rope
 
 # The tensors of a block, attention being its first layer and the MLP its second.
@@ -196,6 +197,26 @@ def rows(names: Sequence[str], sizes: Sequence[int]) -> Part:
     def part(tensor: Tensor, suffix: str) -> dict[str, Tensor]:
         pieces = tensor.split(list(sizes))
         return {f"{name}.{suffix}": piece for name, piece in zip(names, pieces, strict=True)}
+
+    return part
+
+
+def projections(prefix: str, output: str) -> dict[str, Part]:
+    """Attention's projections under a prefix, where that of the output has another name."""
+    inputs: dict[str, Part] = {f"{prefix}.{name}_proj": f"0.mixer.{name}_proj" for name in "qkv"}
+    return inputs | {f"{prefix}.{output}": "0.mixer.o_proj"}
+
+
+def by_kv_heads(config: TwoTowerConfig) -> Part:
+    """Queries, keys and values in one tensor, those of each KV head side by side."""
+    kv, p = config.num_key_value_heads, config.head_dim
+    group = config.num_attention_heads // kv
+
+    def part(tensor: Tensor, suffix: str) -> dict[str, Tensor]:
+        heads = tensor.unflatten(0, (kv, group + 2, p))
+        pieces = (heads[:, :group], heads[:, group], heads[:, group + 1])
+        flat = (piece.reshape(-1, *tensor.shape[1:]) for piece in pieces)
+        return {f"0.mixer.{name}_proj.{suffix}": piece for name, piece in zip("qkv", flat, strict=True)}
 
     return part
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 
-from twotower.checkpoints.families import delta, latent, layer_norm, llama, mamba, mixture, older, post_norm
+from twotower.checkpoints.families import delta, gpt, latent, layer_norm, llama, mamba, mixture, older, post_norm
 from twotower.checkpoints.families.family import Family, Settings
 
 FAMILIES: tuple[Family, ...] = (
     *llama.FAMILIES,
     *post_norm.FAMILIES,
+    *gpt.FAMILIES,
     *layer_norm.FAMILIES,
     *older.FAMILIES,
     *mixture.FAMILIES,

@@ -1,5 +1,5 @@
-"""Decoders with LayerNorm, parallel layers or ungated MLPs: GPT-2, GPT-NeoX (Pythia), StableLM, Cohere, Nemotron
-(Minitron), and Apertus, whose MLP is ungated."""
+"""Decoders with LayerNorm, parallel layers or ungated MLPs: GPT-NeoX (Pythia), StableLM, Cohere, Nemotron (Minitron),
+and Apertus, whose MLP is ungated."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from twotower.checkpoints.families.decoder import (
     ATTENTION,
     MLP,
     REST,
-    activation,
+    by_kv_heads,
     by_layer_types,
     copies,
     decoder_fields,
@@ -18,56 +18,10 @@ from twotower.checkpoints.families.decoder import (
     half_rotation,
     one_type,
     read_rope,
-    refuse,
 )
-from twotower.checkpoints.families.family import Family, Part, Parts, Settings, need
+from twotower.checkpoints.families.family import Family, Part, Parts, Settings
 from twotower.config import TwoTowerConfig
 from twotower.rope import AttentionType
-
-
-def _gpt2(raw: Settings) -> dict[str, Any]:
-    refuse(raw, scale_attn_by_inverse_layer_idx=(False,))
-    width, heads = need(raw, "n_embd", "hidden_size"), need(raw, "n_head", "num_attention_heads")
-    return {
-        "hidden_size": width,
-        "pattern": "*-" * need(raw, "n_layer", "num_hidden_layers"),
-        "norm_type": "layer",
-        "norm_bias": True,
-        "layer_norm_epsilon": raw.get("layer_norm_epsilon", 1e-5),
-        "tie_word_embeddings": raw.get("tie_word_embeddings", True),
-        "num_positions": raw.get("n_positions", 1024),
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "head_dim": width // heads,
-        "attention_bias": True,
-        "attention_scale": None if raw.get("scale_attn_weights", True) else 1.0,
-        "intermediate_size": raw.get("n_inner") or 4 * width,
-        "mlp_hidden_act": activation({"hidden_act": raw.get("activation_function", "gelu_new")}, "gelu_new"),
-        "mlp_bias": True,
-    }
-
-
-def _gpt2_block(config: TwoTowerConfig, raw: Settings) -> Parts:
-    """GPT-2 stores its weights transposed (inputs first), and queries, keys and values as one."""
-
-    def transposed(*names: str) -> Part:
-        def part(tensor: Tensor, suffix: str) -> dict[str, Tensor]:
-            pieces = tensor.chunk(len(names), dim=-1)
-            return {
-                f"{name}.{suffix}": piece.t() if piece.ndim == 2 else piece
-                for name, piece in zip(names, pieces, strict=True)
-            }
-
-        return part
-
-    return {
-        "ln_1": "0.norm",
-        "attn.c_attn": transposed("0.mixer.q_proj", "0.mixer.k_proj", "0.mixer.v_proj"),
-        "attn.c_proj": transposed("0.mixer.o_proj"),
-        "ln_2": "1.norm",
-        "mlp.c_fc": transposed("1.mixer.up_proj"),
-        "mlp.c_proj": transposed("1.mixer.down_proj"),
-    }
 
 
 def _gpt_neox(raw: Settings) -> dict[str, Any]:
@@ -85,14 +39,9 @@ def _gpt_neox(raw: Settings) -> dict[str, Any]:
 
 
 def _gpt_neox_block(config: TwoTowerConfig, raw: Settings) -> Parts:
-    def by_heads(tensor: Tensor, suffix: str) -> dict[str, Tensor]:
-        """Each head's query, key and value rows lie side by side."""
-        parts = tensor.unflatten(0, (config.num_attention_heads, 3, -1)).unbind(1)
-        return {f"0.mixer.{name}_proj.{suffix}": part.flatten(0, 1) for name, part in zip("qkv", parts, strict=True)}
-
     return {
         "input_layernorm": "0.norm",
-        "attention.query_key_value": by_heads,
+        "attention.query_key_value": by_kv_heads(config),
         "attention.dense": "0.mixer.o_proj",
         "post_attention_layernorm": "1.norm",
         "mlp.dense_h_to_4h": "1.mixer.up_proj",
@@ -204,23 +153,9 @@ def _block(config: TwoTowerConfig, raw: Settings) -> Parts:
     return ATTENTION | MLP
 
 
-_GPT2_REST: dict[str, Part] = {
-    "wte": "embeddings",
-    "wpe": "position_embeddings",
-    "ln_f": "norm_f",
-    "lm_head": "lm_head",
-}
 _NEOX_REST: dict[str, Part] = {"embed_in": "embeddings", "final_layer_norm": "norm_f", "embed_out": "lm_head"}
 
 FAMILIES = (
-    Family(
-        model_types=("gpt2",),
-        fields=_gpt2,
-        block=_gpt2_block,
-        rest=_GPT2_REST,
-        layers_name="h",
-        ignored=r"\.attn\.(bias|masked_bias)$",
-    ),
     Family(
         model_types=("gpt_neox",),
         fields=_gpt_neox,

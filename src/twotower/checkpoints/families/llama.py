@@ -12,6 +12,7 @@ from twotower.checkpoints.families.decoder import (
     half_rotation,
     head_width,
     one_type,
+    projections,
     read_rope,
     refuse,
     rows,
@@ -169,8 +170,7 @@ def _exaone(raw: Settings) -> dict[str, Any]:
 def _exaone_block(config: TwoTowerConfig, raw: Settings) -> Parts:
     return {
         "ln_1": "0.norm",
-        **{f"attn.attention.{name}_proj": f"0.mixer.{name}_proj" for name in "qkv"},
-        "attn.attention.out_proj": "0.mixer.o_proj",
+        **projections("attn.attention", "out_proj"),
         "ln_2": "1.norm",
         "mlp.c_fc_0": "1.mixer.gate_proj",
         "mlp.c_fc_1": "1.mixer.up_proj",
