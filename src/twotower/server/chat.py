@@ -13,7 +13,7 @@ from twotower.decoding.output import Generation
 from twotower.decoding.scoring import TokenScore
 from twotower.server.errors import ApiError
 from twotower.server.logprobs import TokenNames, chat_logprobs
-from twotower.server.protocol import ChatRequest
+from twotower.server.protocol import ChatRequest, Message
 from twotower.server.reply import LogprobOptions, ReplyPlan, reply
 from twotower.server.service import Service
 
@@ -49,20 +49,28 @@ async def chat(service: Service, body: ChatRequest, request: Request) -> Respons
     service.check_model(body.model)
     n, includes_usage = body.num_choices, body.includes_usage
     request.state.log["user"] = body.user
-    if service.template is None:
-        message = f"{service.model_name!r} has no chat template; use /v1/completions, or serve a chat model"
-        raise ApiError(400, message, param="messages", code="no_chat_template")
     if body.top_logprobs is not None and not body.logprobs:
         message = "top_logprobs needs logprobs: true; set it or leave top_logprobs out"
         raise ApiError(400, message, param="top_logprobs", code="invalid_value")
     with ExitStack() as held:
         admission = held.enter_context(service.admit(n))
-        try:
-            prompt = service.template.render([Turn(m.role, m.text) for m in body.messages])
-        except ValueError as error:
-            raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+        prompt = rendered(service, body.messages)
         # no special tokens: templates write the control tokens that a prompt begins with
         requests = await service.prepare(prompt, body, body.most_tokens, num_choices=n, special=False)
         logprobs = LogprobOptions(body.top_logprobs or 0) if body.logprobs else None
         plan = ReplyPlan(tuple(requests), 1, ChatFormat(service.names), logprobs, includes_usage)
         return await reply(service, request, plan, bool(body.stream), admission, held)
+
+
+def rendered(service: Service, messages: Sequence[Message]) -> str:
+    """The prompt that the chat template makes of messages; it holds the control tokens that a prompt begins with.
+
+    Raises ApiError without a template, and where it refuses the messages.
+    """
+    if service.template is None:
+        message = f"{service.model_name!r} has no chat template; use /v1/completions, or serve a chat model"
+        raise ApiError(400, message, param="messages", code="no_chat_template")
+    try:
+        return service.template.render([Turn(m.role, m.text) for m in messages])
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from error

@@ -267,9 +267,12 @@ class ChatRequest(Settings):
 
 
 class WatchRequest(Sampling):
-    """POST /twotower/watch: one text with all its steps."""
+    """POST /twotower/watch: one text with all its steps, which continues a prompt or answers messages."""
 
-    prompt: str
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
+
+    prompt: str | None = None
+    messages: Annotated[_Many[Message], Field(min_length=1)] | None = None
     max_tokens: _Tokens | None = None
 
 

@@ -1,15 +1,19 @@
 """POST /twotower/watch: one text as a stream with an event for every step, which the page draws."""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import ExitStack, aclosing
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from twotower.decoding.modes import AUTO_SUMMARY, MODES, DecodingMode
 from twotower.decoding.output import BlockView, Generation, StepOutput, Token
+from twotower.decoding.params import SamplingParams
+from twotower.options import options_of, value_type
+from twotower.server.chat import rendered
+from twotower.server.errors import ApiError
 from twotower.server.protocol import WatchRequest
 from twotower.server.service import Service
 from twotower.server.streaming import EventStream
@@ -26,6 +30,8 @@ def about(service: Service) -> dict[str, Any]:
         "default_mode": service.config.default_mode,
         "block_size": service.engine.model.config.block_size,
         "max_context": service.max_context,
+        "has_chat_template": service.template is not None,
+        "settings": list(_settings(service)),
     }
 
 
@@ -33,32 +39,64 @@ def _mode(mode: DecodingMode) -> dict[str, Any]:
     return {"name": mode.name, "summary": mode.summary, "fills_blocks": mode.fills_blocks}
 
 
+def _settings(service: Service) -> Iterator[dict[str, Any]]:
+    """The settings that a request may have beside its mode: name, kind, default, range and choices, and help."""
+    model = service.engine.model
+    unsaid = {"temperature": 1.0, "block_size": model.config.block_size}
+    for name, (field, what) in options_of(SamplingParams).items():
+        kind = value_type(field.type)
+        is_choice = get_origin(kind) is Literal
+        # The protocol has its own name for the length.
+        spelled = "max_tokens" if name == "max_new_tokens" else name
+        is_single = get_origin(field.type) is not tuple and (is_choice or kind in (bool, int, float))
+        if name == "mode" or not is_single or what.parse is not None or spelled not in WatchRequest.model_fields:
+            continue
+        own = getattr(model.sampling, name, None)
+        yield {
+            "name": spelled,
+            "kind": "choice" if is_choice else kind.__name__,
+            "choices": get_args(kind),
+            "default": unsaid.get(name, field.default) if own is None else own,
+            "least": what.least if what.above is None else what.above,
+            "most": what.most if what.below is None else what.below,
+            "help": what.help,
+        }
+
+
 async def watch(service: Service, body: WatchRequest, request: Request) -> Response:
     """Streams the steps of one text. Raises ApiError for what can't be done."""
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give either a prompt or messages", param="prompt", code="invalid_value")
     with ExitStack() as held:
         admission = held.enter_context(service.admit(1))
-        [prepared] = await service.prepare(body.prompt, body, body.max_tokens, _MAX_TOKENS)
+        if body.messages is None:
+            [prepared] = await service.prepare(body.prompt or "", body, body.max_tokens, _MAX_TOKENS)
+        else:
+            prompt = rendered(service, body.messages)
+            [prepared] = await service.prepare(prompt, body, body.max_tokens, special=False)
         log = request.state.log
         log |= {"mode": prepared.params.mode, "prompt_tokens": len(prepared.prompt_ids)}
         began = time.perf_counter()
         outputs = service.run([prepared], admission, log, watch=True)
-        return EventStream(_steps(service, outputs, began), held.pop_all())
+        return EventStream(_steps(service, outputs, len(prepared.prompt_ids), began), held.pop_all())
 
 
 async def _steps(
-    service: Service, outputs: AsyncGenerator[tuple[int, StepOutput], None], began: float
+    service: Service, outputs: AsyncGenerator[tuple[int, StepOutput], None], num_prompt: int, began: float
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """An event per step: seconds since `began`, the tokens that it committed, and the block if it is unfinished."""
+    """An event per step: seconds since `began`, the text that it made certain, the tokens that it committed, and the
+    block if it is unfinished."""
     async with aclosing(outputs):
         async for _, output in outputs:
             step: dict[str, Any] = {
                 "seconds": round(time.perf_counter() - began, 4),
+                "text": output.text,
                 "tokens": _tokens(service, output.tokens),
                 # a finished block is in `tokens`
                 "block": None if output.tokens or output.block is None else _block(service, output.block),
             }
             if output.result is not None:
-                step["result"] = _result(output.result)
+                step["result"] = {"prompt_tokens": num_prompt} | _result(output.result)
             yield step
 
 
