@@ -10,7 +10,6 @@ from twotower.decoding.params import SamplingParams
 from twotower.server.app import make_app
 from twotower.server.config import ServerConfig
 
-
 MESSAGES = [{"role": "user", "content": "b"}]
 
 
