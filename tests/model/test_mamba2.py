@@ -46,6 +46,22 @@ def test_outputs_and_scan_agree(tokens: int, tiny: Callable, close: Callable) ->
     assert torch.equal(layer.advance(prepared, state, None, end).ssm, end)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 17, 70])
+def test_marks_are_the_states_of_prefixes(tokens: int, tiny: Callable, close: Callable) -> None:
+    """Those at the first and last place as well, between which and the ends there is nothing to scan."""
+    layer = mixer(tiny)
+    state, x = seeded(layer, 2), torch.randn(2, tokens, 32, dtype=torch.float64)
+    prepared = layer.prepare(x, state.conv)
+    marks = tuple(sorted({0, tokens // 2, tokens}))
+    mixed, end, marked = layer.scan(prepared, state, marks, torch.float64)
+    close(layer.outputs(prepared, state, torch.float64), mixed, 1e-12)
+    close(layer.advance(prepared, state, None, None).ssm, end, 1e-12)
+    for mark, found in zip(marks, marked, strict=True):
+        expected = layer.advance(prepared, state, torch.full((2,), mark), torch.full_like(end, torch.nan))
+        close(found.ssm, expected.ssm, 1e-12)
+        assert torch.equal(found.conv, expected.conv)
+
+
 def test_advance_replays_each_rows_prefix(tiny: Callable, close: Callable) -> None:
     layer = mixer(tiny)
     state, x = seeded(layer, 4), torch.randn(4, 9, 32, dtype=torch.float64)

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.linear import Linear, Pack
-from twotower.model.mamba2 import Scanned
+from twotower.model.recurrent import Scanned, scan_to_marks
 from twotower.model.state import MambaState
 from twotower.ops.conv import conv_silu, next_past
 from twotower.ops.delta import DeltaInputs, delta_scan, delta_state, unit
 from twotower.ops.norm import gated_group_rms_norm
-from twotower.ops.ssd import time_steps
+from twotower.ops.ssd import ScanOutput, time_steps
 
 
 class DeltaLayerInputs(NamedTuple):
@@ -86,13 +86,12 @@ class DeltaNet(nn.Module):
 
     def scan(self, inputs: DeltaLayerInputs, state: MambaState, marks: tuple[int, ...], dtype: torch.dtype) -> Scanned:
         """The mixer's output (b, s, d), the state after the last token, and the states after `marks` tokens."""
-        end, pieces, marked = state.ssm, [], []
-        for first, last in zip((0, *marks), (*marks, inputs.vkq.shape[1]), strict=True):
-            if last > first:
-                y, end = delta_scan(DeltaInputs(*(v[:, first:last] for v in inputs.scan)), end)
-                pieces.append(y)
-            marked.append(MambaState(next_past(inputs.vkq[:, :last], state.conv, None), end))
-        return Scanned(self.output(torch.cat(pieces, dim=1), inputs.z, dtype), end, tuple(marked[:-1]))
+
+        def scan(piece: slice, ssm: Tensor) -> ScanOutput:
+            return delta_scan(DeltaInputs(*(v[:, piece] for v in inputs.scan)), ssm)
+
+        y, end, marked = scan_to_marks(scan, inputs.vkq, state, marks)
+        return Scanned(self.output(y, inputs.z, dtype), end, marked)
 
     def advance(
         self, inputs: DeltaLayerInputs, state: MambaState, counts: Tensor | None, end: Tensor | None

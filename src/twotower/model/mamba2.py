@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.linear import Linear, Pack
+from twotower.model.recurrent import Scanned, scan_to_marks
 from twotower.model.state import MambaState
 from twotower.ops.conv import conv_silu, next_past
 from twotower.ops.norm import gated_group_rms_norm
-from twotower.ops.ssd import ScanInputs, ssd_output, ssd_scan, ssd_state, time_steps
+from twotower.ops.ssd import ScanInputs, ScanOutput, ssd_output, ssd_scan, ssd_state, time_steps
 
 
 class MambaInputs(NamedTuple):
@@ -21,14 +22,6 @@ class MambaInputs(NamedTuple):
     z: Tensor
     xbc: Tensor
     scan: ScanInputs
-
-
-class Scanned(NamedTuple):
-    """The mixer's output (b, s, d), the SSM state after all tokens (b, h, p, n), and the states at the marks."""
-
-    mixed: Tensor
-    end: Tensor
-    marked: tuple[MambaState, ...]
 
 
 class Mamba2(nn.Module):
@@ -102,16 +95,12 @@ class Mamba2(nn.Module):
 
     def scan(self, inputs: MambaInputs, state: MambaState, marks: tuple[int, ...], dtype: torch.dtype) -> Scanned:
         """The mixer's output (b, s, d), the SSM state after the last token, and the states after `marks` tokens."""
-        ends = (*marks, inputs.xbc.shape[1])
-        ssm, pieces, marked = state.ssm, [], []
-        for first, last in zip((0, *marks), ends, strict=True):
-            out = ssd_scan(ScanInputs(*(v[:, first:last] for v in inputs.scan)), self.A, self.D, ssm)
-            ssm = out.state
-            pieces.append(out.y)
-            if last in marks:
-                marked.append(MambaState(next_past(inputs.xbc[:, :last], state.conv, None), ssm))
-        y = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-        return Scanned(self.output(y, inputs.z, dtype), ssm, tuple(marked))
+
+        def scan(piece: slice, ssm: Tensor) -> ScanOutput:
+            return ssd_scan(ScanInputs(*(v[:, piece] for v in inputs.scan)), self.A, self.D, ssm)
+
+        y, end, marked = scan_to_marks(scan, inputs.xbc, state, marks)
+        return Scanned(self.output(y, inputs.z, dtype), end, marked)
 
     def advance(self, inputs: MambaInputs, state: MambaState, counts: Tensor | None, end: Tensor | None) -> MambaState:
         """The state after the first counts[b] (b,) tokens of `inputs`, all of them where counts is None.
