@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import twotower
+from twotower.checkpoints import save
 from twotower.cli import bench
 from twotower.decoding.modes import MODES
 from twotower.decoding.params import SamplingParams
@@ -139,3 +140,12 @@ def test_the_floor_is_the_bytes_of_all_passes_over_the_bandwidth(loaded):
     for mode, total in expected.items():
         params = SamplingParams(mode=mode, block_size=4)
         assert bench.floor_seconds(loaded, params, calls, 1e6) == pytest.approx(total / 1e6)
+
+
+def test_texts_beyond_the_positions_are_asked_for(run, tiny, tmp_path):
+    save(tiny("*", carried={"max_position_embeddings": 16}), tmp_path)
+    assert len(measured(run, tmp_path, "--new-tokens", 11, "--modes", "ar")) == 1
+    result = run("bench", "decode", "--model", tmp_path, "--prompt-tokens", 5, "--new-tokens", 12)
+    assert result.exit_code == 2
+    assert "must be at most 11 after a prompt of 5 tokens" in " ".join(result.stderr.split())
+    assert len(measured(run, tmp_path, "--new-tokens", 12, "--modes", "ar", "--past-positions")) == 1

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 
 import twotower
 from twotower.checkpoints import save
+from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
 from twotower.training.config import DenoisingConfig, TrainConfig
 from twotower.training.corpus.shards import CorpusRows, write_shard
@@ -48,3 +50,16 @@ def test_models_that_cannot_learn_are_named(tiny: Callable[..., TwoTower], corpu
         train(twotower.load(tmp_path / "start"), corpus, tmp_path / "out", CONFIG)
     with pytest.raises(ValueError, match=r"held in torch\.bfloat16, must be float32"):
         train(twotower.load(tmp_path / "start", dtype="bfloat16", pack=False), corpus, tmp_path / "out", CONFIG)
+
+
+def test_rows_longer_than_the_positions_are_asked_for(
+    tiny: Callable[..., TwoTower], corpus: Path, tmp_path: Path
+) -> None:
+    model = tiny("*", carried={"max_position_embeddings": 15})
+    ids = np.full((4, 8), 5)
+    write_shard(tmp_path / "shorter" / "0.safetensors", CorpusRows(ids, ids > 0, ids * 0))
+    for rows, held_out in ((corpus, tmp_path / "shorter"), (tmp_path / "shorter", corpus)):
+        with pytest.raises(SettingError, match=r"row_length is 16, must be at most 15, .*set past_positions"):
+            train(model, rows, tmp_path / "out", CONFIG, held_out=held_out)
+    assert not (tmp_path / "out").exists()
+    train(model, corpus, tmp_path / "out", dataclasses.replace(CONFIG, past_positions=True), held_out=corpus)

@@ -60,6 +60,7 @@ def decode(
         int, typer.Option(min=1, help="Most tokens written after each, 1 or more; an end token ends a text before.")
     ] = 128,
     modes: Annotated[str, typer.Option(help="Modes to measure, with commas; ar always runs.")] = ",".join(MODES),
+    past_positions: Annotated[bool, like(SamplingParams, "past_positions")] = False,
     block_size: Annotated[int | None, like(SamplingParams, "block_size")] = None,
     threshold: Annotated[float, like(SamplingParams, "confidence_threshold")] = _DEFAULTS.confidence_threshold,
     repeats: Annotated[
@@ -83,7 +84,7 @@ def decode(
             block_size=block_size,
             confidence_threshold=threshold,
             temperature=0.0,
-            past_positions=True,
+            past_positions=past_positions,
         )
         for mode in listed_modes(modes)
     }

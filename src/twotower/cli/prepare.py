@@ -12,8 +12,9 @@ from twotower.checkpoints.hf import holds_two_towers, read_config, resolve
 from twotower.checkpoints.initialise import init, open_backbone
 from twotower.cli.tokenize import tokenize
 from twotower.config import TwoTowerConfig
+from twotower.training.corpus.row_length import check_row_length, usual_length
 from twotower.training.corpus.shards import is_corpus
-from twotower.training.corpus.text import TextConfig
+from twotower.training.corpus.text import USUAL_LENGTH, TextConfig
 
 # What each result was made of, by its name; None while it is being made. Written before and after each.
 _RECORD = "prepared.json"
@@ -28,22 +29,29 @@ class TrainingInputs(NamedTuple):
     corpora: dict[str, Path]
 
 
-def prepare(model: str, sources: Mapping[str, str], out: Path, row_length: int | None) -> TrainingInputs:
+def prepare(
+    model: str, sources: Mapping[str, str], out: Path, row_length: int | None, past_positions: bool = False
+) -> TrainingInputs:
     """Makes `out`/initial of a `model` that is a single tower, and `out`/NAME of every source that is text.
 
     A source is a folder of shards, or anything that `read_documents` reads. Results of an earlier call are reused; one
     that was unfinished when that call was killed is made again. Under torchrun rank 0 makes them and the others wait.
 
-    Raises ValueError where `out` has a result made of something else, or lies in a source, and FileExistsError where a
-    folder of that name in `out` was made by something else.
+    Texts get rows of `row_length` tokens, by default 1,024 or the model's positions if these are fewer. Raises
+    SettingError for more than these unless `past_positions`, ValueError where `out` has a result made of something
+    else, or lies in a source, and FileExistsError where a folder of that name in `out` was made by something else.
     """
     towers = model if holds_two_towers(model) else str(out / "initial")
     corpora = {name: Path(source) if is_corpus(source) else out / name for name, source in sources.items()}
     texts = {name: source for name, source in sources.items() if not is_corpus(source)}
-    config = TextConfig() if row_length is None else TextConfig(length=row_length)
     wanted: _Made = {} if towers == model else {"initial": {"model": _spelled(model)}}
-    for name, source in texts.items():
-        wanted[name] = {"model": _spelled(model), "text": _spelled(source), "row_length": config.length}
+    if texts:
+        shapes = towers_config(model)
+        length = usual_length(USUAL_LENGTH, shapes) if row_length is None else row_length
+        check_row_length("row_length", length, shapes, past_positions)
+        config = TextConfig(length=length, past_positions=past_positions)
+        for name, source in texts.items():
+            wanted[name] = {"model": _spelled(model), "text": _spelled(source), "row_length": length}
     if int(os.environ.get("RANK", "0")):
         while not wanted.items() <= _read(out).items():  # rank 0 reports what is wrong, if anything
             time.sleep(_SECONDS_BETWEEN_LOOKS)

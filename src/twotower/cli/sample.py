@@ -62,18 +62,21 @@ def command(
         config = dataclasses.replace(config, shortest_prefix=1, longest_prefix=1)
     check_out(out)
     opened = open_model(model, device=device, dtype=dtype)
+    length = config.row_length(opened.config)
     folder = resolve(model).resolve()
     own = None if prompts is None else read_prompts(prompts, opened, folder)
     for number, prompt in enumerate(own or [], 1):
-        check_prompt(prompt, f"prompt {number} of {prompts}", opened.config.vocab_size, config.length)
+        check_prompt(prompt, f"prompt {number} of {prompts}", opened.config.vocab_size, length)
     count = _num_shards(shards, own, config.rows)
     settings = {
         "model": str(folder),
         "dtype": str(opened.context_tower.embeddings.dtype).removeprefix("torch."),
         "prompts": None if prompts is None else f"{prompts.name}, sha256 {_digest(prompts)}",
         **dataclasses.asdict(config),
-        **dict(zip(("shortest_prefix", "longest_prefix"), config.prefixes, strict=True)),
+        **dict(zip(("shortest_prefix", "longest_prefix"), config.prefixes(length), strict=True)),
+        "length": length,
     }
+    del settings["past_positions"]  # changes no shard
     keep_settings(out, settings)
     console = Console(stderr=True)
     columns = (TextColumn("Sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeRemainingColumn())
@@ -85,7 +88,7 @@ def command(
     corpus = Corpus(out, vocab_size=opened.config.vocab_size)
     scored = sum(int(corpus.row(index).scored.sum()) for index in range(len(corpus)))
     print(
-        f"{out} holds {len(corpus):,} rows of {config.length} tokens, {scored:,} of them scored; "
+        f"{out} holds {len(corpus):,} rows of {length} tokens, {scored:,} of them scored; "
         f"train on it with: twotower train {model} {out} RUN"
     )
 

@@ -51,8 +51,8 @@ def tokenize(model: str, source: str, out: Path, config: TextConfig, rows: int =
         task = progress.add_task("", total=None, rows=0)
         held = write_corpus(model, source, out, config, rows, lambda written: progress.update(task, rows=written))
     print(
-        f"{out} holds {held.rows:,} rows of {config.length} tokens, {held.scored:,} of them scored and "
-        f"{held.padding / (held.rows * config.length):.1%} padding"
+        f"{out} holds {held.rows:,} rows of {held.tokens // held.rows} tokens, {held.scored:,} of them scored and "
+        f"{held.padding / held.tokens:.1%} padding"
     )
     if held.cut:
         print(f"{held.cut:,} documents longer than a row lost {held.lost:,} tokens; longer rows would keep them")

@@ -33,8 +33,9 @@ from twotower.cli.training_run import (
 )
 from twotower.model.two_tower import TwoTower
 from twotower.training.config import DenoisingConfig, TrainConfig
+from twotower.training.corpus.row_length import usual_length
 from twotower.training.corpus.shards import is_corpus
-from twotower.training.corpus.text import TextConfig
+from twotower.training.corpus.text import USUAL_LENGTH
 from twotower.training.denoising import Denoising
 from twotower.training.run.checkpointing import read_progress
 from twotower.training.run.identity import check_same, denoising_config, model_identity
@@ -79,7 +80,7 @@ def command(
         int | None,
         typer.Option(
             help="Tokens of a row: what shards must have, and text gets; for a dry run before there is a corpus.",
-            show_default=f"the shards', {TextConfig().length} for text",
+            show_default=f"the shards'; for text {USUAL_LENGTH}, or the model's positions",
         ),
     ] = None,
     run: RunOptions,
@@ -93,9 +94,10 @@ def command(
     but for rounding the result doesn't depend on their number.
     """
     if run.dry_run:
-        length = row_length if is_corpus(corpus) or not Path(corpus).exists() else row_length or TextConfig().length
         shapes = towers_config(model)
-        print_estimate(shapes, config, what, Path(corpus), row_length=length, num_ranks=run.num_ranks)
+        if row_length is None and Path(corpus).exists() and not is_corpus(corpus):
+            row_length = usual_length(USUAL_LENGTH, shapes)
+        print_estimate(shapes, config, what, Path(corpus), row_length=row_length, num_ranks=run.num_ranks)
         return
     settings = {"model": model, "corpus": corpus, **dataclasses.asdict(config), **dataclasses.asdict(what)}
     sources = {"corpus": corpus} if held_out is None else {"corpus": corpus, "held_out": held_out}
@@ -106,7 +108,7 @@ def command(
         open_device(run.device)
         check_run(config, what, num_processes(), has_held_out=held_out is not None)
     check_out(out)
-    model, folders = prepare(model, sources, out, row_length)
+    model, folders = prepare(model, sources, out, row_length, config.past_positions)
     folder = resolve(model)
     with torchrun_ranks(run.device) as ranks:
         if not run.export_only:

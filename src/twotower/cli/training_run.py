@@ -16,6 +16,7 @@ from twotower.config import TwoTowerConfig
 from twotower.errors import SettingError
 from twotower.options import check_options, option
 from twotower.training.config import DenoisingConfig, NextTokenConfig, TrainConfig
+from twotower.training.corpus.row_length import check_row_length
 from twotower.training.corpus.shards import Corpus, is_corpus
 from twotower.training.objective import Objective
 from twotower.training.run.checkpointing import check_tensors, latest_state, stored_groups
@@ -78,11 +79,13 @@ def print_estimate(
     row_length: int | None,
     num_ranks: int,
 ) -> None:
-    """Prints what a run needs. Raises ValueError where neither a corpus nor `row_length` says how long rows are."""
+    """Prints what a run needs. Raises ValueError where neither a corpus nor `row_length` says how long rows are,
+    and SettingError where they are longer than the run may have."""
     if is_corpus(corpus):
         row_length = open_corpus(corpus, config.vocab_size, row_length).length
     if row_length is None:
         raise ValueError(f"{corpus} is not there to tell how long its rows are; give --row-length")
+    check_row_length("row_length", row_length, config, run.past_positions)
     Ranks(size=num_ranks).share(run.batch_size)
     found = estimate(config, run, what, row_length=row_length, num_ranks=num_ranks)
     print("\n".join(lines(found, what, config.block_size, num_ranks)))

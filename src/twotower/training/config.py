@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 from twotower.errors import SettingError
 from twotower.options import check_options, option
+from twotower.training.corpus.row_length import past_positions_option
 from twotower.training.run.schedule import Guard, RateSchedule
 
 Reduction = Literal["masked_mean", "example_mean", "elbo"]
@@ -145,6 +146,7 @@ class TrainConfig:
     skip_limit: int = option(10, "Stop when more than this many of the last 100 steps were skipped.", least=0)
     bf16: bool = option(False, "Compute in bfloat16; weights and optimiser stay float32.")
     shard: bool = option(False, "Under torchrun: spread weights and optimiser over the ranks.")
+    past_positions: bool = past_positions_option()
     seed: int = option(0, "Decides the rows and masks of every step.", least=0, below=2**63)
     checkpoint_every: int = option(100, "Steps between two saved states.", least=1)
     evaluate_every: int = option(

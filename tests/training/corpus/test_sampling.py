@@ -180,8 +180,8 @@ def test_bad_settings_raise(change: dict, rule: str) -> None:
 
 
 def test_prefixes_that_are_not_given_fit_the_rows() -> None:
-    assert SampleConfig().prefixes == (6, 159)
-    assert SampleConfig(length=5).prefixes == (4, 4)
+    assert SampleConfig().prefixes(256) == (6, 159)
+    assert SampleConfig().prefixes(5) == (4, 4)
 
 
 def test_bad_prefixes_raise(tiny: Callable) -> None:

@@ -29,7 +29,7 @@ class Packed(NamedTuple):
 def pack(
     documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, model: TwoTowerConfig, config: TextConfig
 ) -> Iterator[Packed]:
-    """Packs documents into rows of `config.length` tokens.
+    """Packs documents into rows of `config.row_length(model)` tokens.
 
     - A document is [BOS | prompt | text | EOS], with BOS and EOS where the model's config has them. A prompt or text
       that begins with BOS gets no second one, and a rendered text that has an end token ends with its last one. A
@@ -46,8 +46,9 @@ def pack(
     A document may be of any length: no more of it than a row is held in memory. Warns, once, where a text spells a
     control token that is tokenised as text.
     """
-    cut = _CutRows(model, config.length)
-    whole = _WholeRows(model, config.length)
+    length = config.row_length(model)
+    cut = _CutRows(model, length)
+    whole = _WholeRows(model, length)
     found = tokenized(documents, tokenizer, model.mask_token_id, config.control_tokens)
     for (_, has_prompt, rendered), parts in itertools.groupby(found, key=_document):
         if has_prompt or config.prompt_field is not None:

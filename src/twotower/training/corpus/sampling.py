@@ -12,20 +12,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twotower.config import TwoTowerConfig
 from twotower.decoding.prompt import check_prompts, checked_ids
 from twotower.decoding.sampling import inverse_sample
 from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
 from twotower.options import check_options, option
+from twotower.training.corpus.row_length import check_row_length, past_positions_option, usual_length
 from twotower.training.corpus.shards import CorpusRows, write_shard
 
 SETTINGS_FILE = "settings.json"
+_USUAL_LENGTH = 256
 _SHORTEST_PREFIX, _LONGEST_PREFIX = 6, 159
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """What the shards of a corpus hold: `rows` rows of `length` tokens each.
+    """What the shards of a corpus hold: `rows` rows of `length` tokens each; None is 256, or the model's positions if
+    it has fewer.
 
     A row that no prompt begins is sampled at temperature 1 up to a prefix, then at one of `temperatures`, drawn per
     shard with equal chances (so (0, 0, 0, 1) makes three shards of four greedy). The prefix, whose length is drawn per
@@ -34,7 +38,10 @@ class SampleConfig:
     """
 
     rows: int = option(512, "Rows of a shard, written as one batch.", least=1)
-    length: int = option(256, "Tokens of a row.", least=2)
+    length: int | None = option(
+        None, "Tokens of a row.", least=2, shown_default=f"{_USUAL_LENGTH}, or the model's positions if it has fewer"
+    )
+    past_positions: bool = past_positions_option()
     temperatures: tuple[float, ...] = option(
         (0.0, 0.0, 0.0, 1.0),
         "With commas: each shard draws one for what follows the prefix or the prompts; 0 is greedy.",
@@ -56,17 +63,24 @@ class SampleConfig:
         check_options(self)
         if not self.temperatures:
             raise SettingError("temperatures", self.temperatures, "one number or more")
-        shortest, longest = self.prefixes
-        if longest >= self.length:
-            raise SettingError("longest_prefix", longest, f"below length, which is {self.length}")
+        self.prefixes(self.length or _USUAL_LENGTH)
+
+    def row_length(self, model: TwoTowerConfig) -> int:
+        """The length of rows for a model. Raises SettingError for one beyond its positions, unless `past_positions`."""
+        if self.length is None:
+            return usual_length(_USUAL_LENGTH, model)
+        check_row_length("length", self.length, model, self.past_positions)
+        return self.length
+
+    def prefixes(self, length: int) -> tuple[int, int]:
+        """The shortest and the longest prefix in rows of `length` tokens; those that are not given are 6 and 159, or
+        what a row holds. Raises SettingError for those that don't fit a row or each other."""
+        longest = min(_LONGEST_PREFIX, length - 1) if self.longest_prefix is None else self.longest_prefix
+        shortest = min(_SHORTEST_PREFIX, longest) if self.shortest_prefix is None else self.shortest_prefix
+        if longest >= length:
+            raise SettingError("longest_prefix", longest, f"below length, which is {length}")
         if shortest > longest:
             raise SettingError("shortest_prefix", shortest, f"at most longest_prefix, which is {longest}")
-
-    @property
-    def prefixes(self) -> tuple[int, int]:
-        """The shortest and the longest prefix; those that are not given are 6 and 159 tokens, or what a row holds."""
-        longest = min(_LONGEST_PREFIX, self.length - 1) if self.longest_prefix is None else self.longest_prefix
-        shortest = min(_SHORTEST_PREFIX, longest) if self.shortest_prefix is None else self.shortest_prefix
         return shortest, longest
 
 
@@ -171,12 +185,14 @@ def sample_shard(
 
     With `prompts`, the shard's rows continue its share of them, `config.rows` per shard; prompts are never scored, nor
     are the sampled prefixes, except at temperature 1, nor padding. The shard depends on (config, index, prompts) alone.
-    It is written under another name and renamed, so that a kill leaves no incomplete shard under its name.
+    It is written under another name and renamed, so that a kill leaves no incomplete shard under its name. Raises
+    SettingError for rows longer than the model's positions unless `config.past_positions`.
     """
+    length = config.row_length(model.config)
+    shortest, longest = config.prefixes(length)
     file = folder / f"{index:05d}.safetensors"
     if file.exists():
         return file
-    shortest, longest = config.prefixes
     rng = np.random.default_rng((config.seed, index))
     temperature = float(rng.choice(config.temperatures))
     prefix = int(rng.integers(shortest, longest + 1))
@@ -185,9 +201,9 @@ def sample_shard(
         own: Sequence[Sequence[int]] = beginnings(model, config.rows)
     else:
         own, prefix = prompts[index * config.rows : (index + 1) * config.rows], 1
-    found = sample_rows(model, own, length=config.length, prefix=prefix, seed=seed, temperature=temperature)
+    found = sample_rows(model, own, length=length, prefix=prefix, seed=seed, temperature=temperature)
     ids, lengths = found.ids.cpu().numpy(), found.lengths.cpu().numpy()[:, None]
-    place = np.arange(config.length)  # (t,)
+    place = np.arange(length)  # (t,)
     starts = np.array([[len(prompt)] for prompt in own])
     if temperature != 1:
         starts = np.maximum(starts, prefix)

@@ -6,24 +6,32 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from twotower.config import TwoTowerConfig
 from twotower.options import check_options, option
 from twotower.training.corpus.conversations import Conversations, messages_field
 from twotower.training.corpus.documents import Document, LongText, SourceRecord, field_text
 from twotower.training.corpus.files import CHUNK, open_text
 from twotower.training.corpus.json_records import read_json
+from twotower.training.corpus.row_length import check_row_length, past_positions_option, usual_length
 
+# The length of rows where none is asked for and the model has as many positions.
+USUAL_LENGTH = 1024
 _PARQUET_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Rows of `length` tokens; the field of a record that holds its text, and the one that holds its prompt, if any.
+    None for `length` is 1,024, or the model's positions if it has fewer.
 
     Names of control tokens, such as </s>, are those tokens in prompts, which chat templates write, and in texts with
     `control_tokens`; without it they are text like any other. The mask's name is always text.
     """
 
-    length: int = option(1024, "Tokens of a row.", least=2)
+    length: int | None = option(
+        None, "Tokens of a row.", least=2, shown_default=f"{USUAL_LENGTH}, or the model's positions if it has fewer"
+    )
+    past_positions: bool = past_positions_option()
     text_field: str = option("text", "Field of a record that holds its text.")
     prompt_field: str | None = option(
         None,
@@ -40,6 +48,13 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def row_length(self, model: TwoTowerConfig) -> int:
+        """The length of rows for a model. Raises SettingError for one beyond its positions, unless `past_positions`."""
+        if self.length is None:
+            return usual_length(USUAL_LENGTH, model)
+        check_row_length("length", self.length, model, self.past_positions)
+        return self.length
 
 
 def read_documents(source: str, config: TextConfig, model: Path) -> Iterator[Document]:

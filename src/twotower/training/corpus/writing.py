@@ -30,10 +30,11 @@ SHARD_TOKENS = 1 << 22
 
 
 class CorpusCounts(NamedTuple):
-    """The size of a corpus: its rows, scored tokens, padding tokens, the documents that were longer than a row, and the
-    tokens that were cut off them."""
+    """The size of a corpus: its rows and their tokens, of these the scored and the padding, the documents that were
+    longer than a row, and the tokens that were cut off them."""
 
     rows: int
+    tokens: int
     scored: int
     padding: int
     cut: int
@@ -53,7 +54,8 @@ def write_corpus(
     number of rows written so far. Memory doesn't grow with `source`, nor with a document of it.
 
     `out` stays absent or empty until all shards are written. Raises FileExistsError unless `out` is new or empty,
-    and ValueError for a checkpoint without a tokenizer or a source without text.
+    SettingError for rows longer than the model's positions unless `config.past_positions`, and ValueError for a
+    checkpoint without a tokenizer or a source without text.
     """
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; choose a new directory")
@@ -61,16 +63,18 @@ def write_corpus(
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer.json to tokenize with; add one")
-    packed = pack(read_documents(source, config, folder), tokenizer, _config(folder), config)
+    shapes = _config(folder)
+    length = config.row_length(shapes)
+    packed = pack(read_documents(source, config, folder), tokenizer, shapes, config)
     place = out.resolve()  # absolute, because the path "." has neither name nor parent
     place.parent.mkdir(parents=True, exist_ok=True)
-    size = max(1, min(rows, SHARD_TOKENS // config.length))
+    size = max(1, min(rows, SHARD_TOKENS // length))
     for left in place.parent.glob(f"{glob.escape(place.name)}.partial-*"):
         warnings.warn(f"{left} is left of a call that was killed; delete it unless that call still runs", stacklevel=2)
     # An incomplete corpus could be trained on unnoticed, so the shards are moved to `out` when all are written.
     with tempfile.TemporaryDirectory(prefix=f"{place.name}.partial-", dir=place.parent) as building:
         (whole := Path(building) / place.name).mkdir()
-        counts = _write(packed, config.length, size, whole, progress)
+        counts = _write(packed, length, size, whole, progress)
         if not counts.rows:
             raise ValueError(f"{source} has no text to make tokens of; give another, or another --text-field")
         if place.exists():  # it may be somebody's current folder, and stays the same one
@@ -90,7 +94,7 @@ def _config(folder: Path) -> TwoTowerConfig:
 def _write(
     packed: Iterator[Packed], length: int, size: int, folder: Path, progress: Callable[[int], None]
 ) -> CorpusCounts:
-    counts = CorpusCounts(0, 0, 0, 0, 0)
+    counts = CorpusCounts(0, 0, 0, 0, 0, 0)
     shard = CorpusRows(*(np.empty((size, length), dtype) for dtype in (np.int32, np.bool_, np.int32)))
     index = 0
     while True:
@@ -106,7 +110,7 @@ def _write(
             return counts
         filled = CorpusRows(*(whole[:num_rows] for whole in shard))
         write_shard(folder / f"{index:05d}.safetensors", filled)
-        more = CorpusCounts(num_rows, int(filled.scored.sum()), num_padding, num_cut, num_lost)
+        more = CorpusCounts(num_rows, num_rows * length, int(filled.scored.sum()), num_padding, num_cut, num_lost)
         counts = CorpusCounts(*map(operator.add, counts, more))
         progress(counts.rows)
         index += 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from twotower.errors import SettingError
 from twotower.training.config import TrainConfig
+from twotower.training.corpus.row_length import check_row_length
 from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.held_out import measure
 from twotower.training.objective import LossPart, Objective, ObjectiveConfig
@@ -65,7 +66,7 @@ class Trainer:
     Every rank makes a trainer and calls `run`. Each has the whole model or, with `config.shard`, a model on the meta
     device; `weights` then streams its released tensors, and each rank keeps its shards only. `held_out` are rows to
     measure every `config.evaluate_every` steps. Raises ValueError, before anything is written, for settings that
-    contradict each other.
+    contradict each other, and SettingError for rows longer than the model's positions unless `config.past_positions`.
     """
 
     def __init__(
@@ -84,6 +85,9 @@ class Trainer:
             raise ValueError(f"{self.folder} is a file, must be a folder to write to; give another")
         self.ranks, self.held_out = ranks or Ranks(), held_out
         check_run(config, objective.config, self.ranks.size, has_held_out=held_out is not None)
+        for rows in (corpus, held_out):
+            if rows is not None:
+                check_row_length("row_length", rows.length, objective.model.config, config.past_positions)
         self.share = self.ranks.share(config.batch_size)
         self._run = model_identity(objective, weights) | settings_identity(objective.config)
         self._run |= {"seed": config.seed, "corpus": corpus_identity(corpus)}
