@@ -93,11 +93,22 @@ def is_optional(kind: Any) -> bool:
     return isinstance(kind, types.UnionType) and type(None) in get_args(kind)
 
 
+def is_tuple(kind: Any) -> bool:
+    """Whether a type is a tuple's, or that of a tuple or None."""
+    return get_origin(_given(kind)) is tuple
+
+
 def value_type(kind: Any) -> Any:
     """The type without None, of an element where it is a tuple's."""
+    kind = _given(kind)
+    return get_args(kind)[0] if get_origin(kind) is tuple else kind
+
+
+def _given(kind: Any) -> Any:
+    """The type without None."""
     if is_optional(kind):
         [kind] = (one for one in get_args(kind) if one is not type(None))
-    return get_args(kind)[0] if get_origin(kind) is tuple else kind
+    return kind
 
 
 def check_options(settings: Any) -> None:
@@ -106,7 +117,7 @@ def check_options(settings: Any) -> None:
         value, kind = getattr(settings, name), value_type(field.type)
         if value is None and is_optional(field.type):
             continue
-        if get_origin(field.type) is not tuple:
+        if not is_tuple(field.type):
             _check(name, value, kind, what, value)
         elif not isinstance(value, tuple):
             raise SettingError(name, value, "a tuple")

@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any
 
 import typer
 
 from twotower.errors import SettingError
-from twotower.options import Option, options_of, value_type
+from twotower.options import Option, is_tuple, options_of, value_type
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -53,10 +53,10 @@ def _parameter(name: str, field: dataclasses.Field[Any], what: Option) -> inspec
     default: Any = field.default
     if what.parse is not None:
         kind, default = str, "" if default == () else default
-    elif get_origin(field.type) is tuple and value_type(field.type) is str:
+    elif is_tuple(field.type) and value_type(field.type) is str:
         kind, default = list[str] | None, None
-    elif get_origin(field.type) is tuple:
-        kind, default = str, ",".join(f"{value:g}" for value in default)
+    elif is_tuple(field.type):
+        kind, default = str, ",".join(f"{value:g}" for value in default or ())
     elif what.unit > 1:
         default //= what.unit
     annotation = Annotated[kind, _declared(what)]
@@ -82,11 +82,13 @@ def _read(value: Any, field: dataclasses.Field[Any], what: Option) -> Any:
     """The field's value of what the command line or a recipe gives."""
     if what.parse is not None:
         return what.parse(value)
-    if get_origin(field.type) is not tuple:
+    if not is_tuple(field.type):
         return value * what.unit if what.unit > 1 else value
     kind = value_type(field.type)
     if kind is str:
         return tuple(value or ())
+    if not value and not field.default:
+        return field.default
     try:
         return tuple(kind(part) for part in value.split(","))
     except ValueError as error:

@@ -1,8 +1,10 @@
 """The settings of one request."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from twotower.decoding.lists import MOST_BAD_WORDS, bias_pairs, id_tuple, parse_biases, text_tuple
 from twotower.decoding.modes import AUTO_SUMMARY, CONSTRAINED_MODES, MODES, Mode
 from twotower.errors import SettingError
 from twotower.model.sampling_defaults import SamplingDefaults
@@ -14,6 +16,8 @@ MAX_BLOCK = 1 << 16
 COMMIT_RULES: tuple[str, ...] = get_args(CommitRule)
 _SUMMARIES = [*((mode.name, mode.summary) for mode in MODES.values()), ("auto", AUTO_SUMMARY.replace("`", ""))]
 _EVERY_TOKEN = "leave it None to keep every token"
+# Smallest temperature above 0 and repetition penalty: logits divided by it must stay finite in float32.
+_LEAST_DIVISOR = 1e-6
 _MOST_TOKENS = 128
 
 
@@ -24,8 +28,23 @@ class SamplingParams:
     `block_size`, `steps_per_block` and `confidence_threshold` are S, T and γ of the paper. A text ends before a `stop`
     string, which may name control tokens, such as <|im_end|>, and with an end token unless `ignore_eos`.
 
-    What is None is the checkpoint's own: its `block_size`, and the `temperature`, `top_k`, `top_p` and `max_new_tokens`
-    of its generation_config.json, if that has them; `settled` has all of them.
+    What is None is the checkpoint's own: its `block_size`, and the `temperature`, `top_k`, `top_p`, `min_p`,
+    `typical_p`, `repetition_penalty` and `max_new_tokens` of its generation_config.json, if that has them; `settled`
+    has all of them.
+
+    The settings that change logits are vLLM's. They work in this order on the logits l of a place, where a token has
+    occurred n times in the text written so far:
+
+    1. `allowed_token_ids`: l = −∞ for every other token. `bad_words`: l = −∞ for the last token of such a word where
+       the tokens before it are there. `min_tokens`: l = −∞ for end and stop tokens as long as fewer are written.
+    2. `logit_bias`: l + bias.
+    3. `repetition_penalty` r: l / r where l > 0, else l·r, for tokens of the prompt and those with n > 0.
+    4. `frequency_penalty` f and `presence_penalty` p: l − f·n − p·[n > 0].
+    5. At a `temperature` above 0: l / temperature, then the filters `min_p`, `top_k`, `top_p` and `typical_p` in turn.
+
+    In `verified`, the text before a place has the draft's tokens before it, so that its output is distributed as that
+    of `ar`. In `diffusion` and `simulated_ar` it has what is committed anywhere in the block. Confidences are the
+    model's own probabilities, without all of these.
 
     At most one of `json_schema` (its text), `regex` and `grammar` (llguidance's Lark) is given. The text must match it,
     and `constraint` is its name and value.
@@ -75,11 +94,65 @@ class SamplingParams:
         shown_default="the checkpoint's, or 1",
         fix=_EVERY_TOKEN,
     )
+    min_p: float | None = option(
+        None,
+        "Sample among tokens that are at least this part as likely as the likeliest.",
+        least=0,
+        most=1,
+        shown_default="the checkpoint's, or 0",
+    )
+    typical_p: float | None = option(
+        None,
+        "Sample among the tokens of the most typical surprise that together have this probability.",
+        above=0,
+        most=1,
+        shown_default="the checkpoint's, or 1",
+        fix="1 keeps every token",
+    )
+    repetition_penalty: float | None = option(
+        None,
+        "Above 1 makes tokens of the prompt and the text less likely to come again.",
+        above=0,
+        most=2,
+        shown_default="the checkpoint's, or 1",
+        fix="1 changes nothing",
+    )
+    presence_penalty: float = option(
+        0.0, "Above 0 makes tokens that the text has less likely to come again.", least=-2, most=2
+    )
+    frequency_penalty: float = option(
+        0.0, "Above 0 makes tokens less likely with every time that the text has them.", least=-2, most=2
+    )
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = option(
+        (),
+        "What to add to the logits of tokens, such as 50=-100,7=2.5 by their ids; each in [-100, 100].",
+        shown_default="none",
+        parse=parse_biases,
+    )
+    allowed_token_ids: tuple[int, ...] | None = option(
+        None, "Write these tokens alone, by their ids, such as 5,17.", shown_default="all"
+    )
+    bad_words: tuple[str, ...] = option(
+        (), "Never complete this text; may be given several times.", shown_default="none"
+    )
     seed: int | None = option(
         None, "Decides what is sampled: one seed gives one text.", least=0, shown_default="a new one"
     )
     stop: tuple[str, ...] = option((), "End before this text; may be given several times.", shown_default="none")
+    include_stop_str_in_output: bool = option(
+        False, "Let the text have the stop string that ended it.", flag="--include-stop-str-in-output"
+    )
+    stop_token_ids: tuple[int, ...] = option(
+        (), "End after these tokens too, by their ids, such as 5,17.", shown_default="none"
+    )
     ignore_eos: bool = option(False, "Go on after an end token.", flag="--ignore-eos")
+    min_tokens: int = option(
+        0, "Write so many tokens before an end token, a stop token or a stop string may end the text.", least=0
+    )
+    skip_special_tokens: bool = option(True, "Leave control tokens out of the text.")
+    truncate_prompt_tokens: int | None = option(
+        None, "Read only so many tokens of the prompt, its last ones.", least=1, shown_default="all"
+    )
     past_positions: bool = option(
         False,
         "Go beyond the positions that the checkpoint was trained for, its max_position_embeddings.",
@@ -91,19 +164,22 @@ class SamplingParams:
         "Let the draft of verified follow how much was accepted lately; otherwise it is as long as a block.",
         flag="--adaptive-draft/--fixed-draft",
     )
+    priority: int = option(0, "Which requests an engine takes up first: those of the lowest number.")
+    cache_salt: str | None = option(
+        None, "Share cached prompts only with requests of the same salt.", shown_default="none"
+    )
     json_schema: str | None = None
     regex: str | None = None
     grammar: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
-            raise SettingError("stop", self.stop, "a sequence of non-empty strings", "write stop=('…',)")
-        object.__setattr__(self, "stop", tuple(self.stop))
+        self._read_lists()
         check_options(self)
-        if (
-            self.temperature is not None and 0 < self.temperature < 1e-6
-        ):  # logits divided by it must stay finite in float32
-            raise SettingError("temperature", self.temperature, "0 or in [1e-06, 100]", "0 is greedy")
+        for name, fix in (("temperature", "0 is greedy"), ("repetition_penalty", "1 changes nothing")):
+            value = getattr(self, name)
+            if value is not None and 0 < value < _LEAST_DIVISOR:
+                whole = "0 or in [1e-06, 100]" if name == "temperature" else "in [1e-06, 2]"
+                raise SettingError(name, value, whole, fix)
         if self.top_p == 0:
             raise SettingError("top_p", self.top_p, "a number in (0, 1]", "temperature=0 is the greedy setting")
         if self.seed is not None and self.seed >= 2**63:
@@ -114,17 +190,39 @@ class SamplingParams:
         if self.allow_loss and self.mode != "auto":
             rule = f"False in mode {self.mode!r}"
             raise SettingError("allow_loss", self.allow_loss, rule, "only mode 'auto' reads it: drop it")
+        if self.cache_salt == "":
+            raise SettingError("cache_salt", self.cache_salt, "a text that is not empty", "leave it None for none")
         self._check_constraint()
 
+    def _read_lists(self) -> None:
+        """Makes tuples of the settings that are lists, so that requests can be compared and hashed."""
+        lists: dict[str, Any] = {
+            "stop": text_tuple("stop", self.stop),
+            "bad_words": text_tuple("bad_words", self.bad_words),
+        }
+        if len(lists["bad_words"]) > MOST_BAD_WORDS:
+            raise SettingError("bad_words", self.bad_words, f"at most {MOST_BAD_WORDS} strings")
+        lists["stop_token_ids"] = id_tuple("stop_token_ids", self.stop_token_ids)
+        lists["logit_bias"] = bias_pairs("logit_bias", self.logit_bias)
+        if self.allowed_token_ids is not None:
+            lists["allowed_token_ids"] = id_tuple("allowed_token_ids", self.allowed_token_ids)
+            if not lists["allowed_token_ids"]:
+                raise SettingError("allowed_token_ids", self.allowed_token_ids, "not empty", "leave it None for all")
+        for name, value in lists.items():
+            object.__setattr__(self, name, value)
+
     def settled(self, block_size: int, defaults: SamplingDefaults) -> "SamplingParams":
-        """These settings for a checkpoint with its own `block_size` and defaults, in which only `top_k` and `top_p` may
-        be None, which then means all tokens."""
+        """These settings for a checkpoint with its own `block_size` and defaults, in which only the filters and
+        `repetition_penalty` may be None, which then means none."""
         usual: dict[str, Any] = {
             "max_new_tokens": defaults.max_new_tokens or _MOST_TOKENS,
             "block_size": block_size,
             "temperature": defaults.temperature or 0.0,
             "top_k": defaults.top_k,
             "top_p": defaults.top_p,
+            "min_p": defaults.min_p,
+            "typical_p": defaults.typical_p,
+            "repetition_penalty": defaults.repetition_penalty,
         }
         return dataclasses.replace(self, **{name: v for name, v in usual.items() if getattr(self, name) is None})
 

@@ -10,6 +10,7 @@ from twotower.decoding.constraint import check_constraint
 from twotower.decoding.output import FinishReason, Generation, GenerationStats, StepOutput, Token
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.prompt import Prompt, prompt_ids
+from twotower.decoding.shaping import check_shape
 from twotower.decoding.step import BatchStep, Request
 from twotower.decoding.stops import StopFinder
 from twotower.decoding.text import TextStream
@@ -19,7 +20,7 @@ from twotower.model.two_tower import TwoTower
 
 def make_request(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Request:
     """Makes ids of a prompt and settles the seed. Raises SettingError for what this model can't run."""
-    ids = prompt_ids(model, prompt)
+    ids = prompt_ids(model, prompt)[-(params.truncate_prompt_tokens or 0) :]
     if params.stop and model.tokenizer is None:
         raise SettingError("stop", params.stop, "empty for a checkpoint without a tokenizer.json", "drop it")
     check_constraint(model, params)
@@ -29,6 +30,7 @@ def make_request(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Req
         # Nobody asked for more than what fits.
         settled = dataclasses.replace(settled, max_new_tokens=min(settled.max_new_tokens or room, room))
     params = settled
+    check_shape(model, params)
     _check_positions(model, len(ids), params)
     return Request(ids, params, secrets.randbits(63) if params.seed is None else params.seed)
 
@@ -72,9 +74,20 @@ class Record:
         self.seconds_queued: float | None = None
         self.first: float | None = None
         params = request.params
-        self.ends = () if params.ignore_eos else model.config.eos_token_ids
-        self.stream = None if model.tokenizer is None else TextStream(model.tokenizer, request.prompt_ids)
-        self.stops = StopFinder(model.tokenizer, params.stop)
+        self.ends = (() if params.ignore_eos else model.config.eos_token_ids) + params.stop_token_ids
+        skip, self.include = params.skip_special_tokens, params.include_stop_str_in_output
+        self.stream = (
+            None
+            if model.tokenizer is None
+            else TextStream(model.tokenizer, request.prompt_ids, skip_special_tokens=skip)
+        )
+        self.stops = StopFinder(
+            model.tokenizer,
+            params.stop,
+            shows_control=not skip,
+            min_tokens=params.min_tokens,
+            include=self.include,
+        )
         self.shown = 0  # characters of the text already given out
 
     def leave_queue(self) -> None:
@@ -92,7 +105,7 @@ class Record:
         text_end: int | None = None
         for token in stepped.tokens[place]:
             self.tokens.append(token)
-            if self.stream is not None and token.id not in self.ends:
+            if self.stream is not None and (self.include or token.id not in self.ends):
                 self.stops.push(token.id, self.stream.push([token.id]))
                 text_end = self.stops.find()
             if text_end is not None or token.id in self.ends:

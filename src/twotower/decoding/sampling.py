@@ -1,5 +1,6 @@
 """Samples tokens from logits. Letters: b rows, s positions, v vocabulary."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,52 +20,71 @@ class Proposal(NamedTuple):
 
 
 class Temper(NamedTuple):
-    """The rows' sampling settings as tensors (b,), and flags: all rows greedy, any row greedy, any row with a filter.
+    """The rows' sampling settings as tensors (b,), and flags: all rows greedy, any row greedy, any row with a filter,
+    any with `typical_p`.
 
-    temperature float32 (1 where greedy), greedy bool, top_k int64 (v for none), top_p float32 (inf for none, because
-    sums of rounded probabilities may reach 1 before the last token).
+    temperature float32 (1 where greedy), greedy bool, top_k int64 (v for none), top_p and typical_p float32 (inf for
+    none, because sums of rounded probabilities may reach 1 before the last token), log_min_p float32 (-inf for none).
     """
 
     temperature: Tensor
     greedy: Tensor
     top_k: Tensor
     top_p: Tensor
+    log_min_p: Tensor
+    typical_p: Tensor
     all_greedy: bool
     any_greedy: bool
     filtered: bool
+    typical: bool
 
     def select(self, rows: list[int]) -> "Temper":
         """The settings of some rows; the flags stay those of the whole batch, which changes no result."""
         index = to_device(rows, self.greedy.device)
-        temperature, greedy, top_k, top_p = (v[index] for v in self[:4])
-        return Temper(temperature, greedy, top_k, top_p, self.all_greedy, self.any_greedy, self.filtered)
+        return self._with([v[index] for v in self[:6]])
 
     def join(self, others: "Temper") -> "Temper":
         """The settings of both batches' rows."""
-        temperature, greedy, top_k, top_p = (torch.cat(pair) for pair in zip(self[:4], others[:4], strict=True))
-        return Temper(
-            temperature,
-            greedy,
-            top_k,
-            top_p,
-            self.all_greedy and others.all_greedy,
-            self.any_greedy or others.any_greedy,
-            self.filtered or others.filtered,
+        joined = self._with([torch.cat(pair) for pair in zip(self[:6], others[:6], strict=True)])
+        return joined._replace(
+            all_greedy=self.all_greedy and others.all_greedy,
+            any_greedy=self.any_greedy or others.any_greedy,
+            filtered=self.filtered or others.filtered,
+            typical=self.typical or others.typical,
+        )
+
+    def _with(self, tensors: Sequence[Tensor]) -> "Temper":
+        temperature, greedy, top_k, top_p, log_min_p, typical_p = tensors
+        return self._replace(
+            temperature=temperature,
+            greedy=greedy,
+            top_k=top_k,
+            top_p=top_p,
+            log_min_p=log_min_p,
+            typical_p=typical_p,
         )
 
 
 def temper(params: tuple[SamplingParams, ...], vocab_size: int, device: torch.device) -> Temper:
     """Collects the sampling settings of a batch."""
     temperatures = [p.temperature or 1.0 for p in params]
-    sums = [torch.inf if p.top_p in (None, 1) else p.top_p for p in params]
+    top_ps = [torch.inf if p.top_p in (None, 1) else p.top_p for p in params]
+    typical_ps = [torch.inf if p.typical_p in (None, 1) else p.typical_p for p in params]
+    floats = (temperatures, top_ps, [math.log(p.min_p) if p.min_p else -torch.inf for p in params], typical_ps)
+    temperature, top_p, log_min_p, typical_p = to_device(torch.tensor(floats, dtype=torch.float32), device).unbind()
+    filters = [p for p in params if p.top_k is not None or p.top_p is not None or p.min_p]
+    typical = any(p.typical_p not in (None, 1) for p in params)
     return Temper(
-        to_device(torch.tensor(temperatures, dtype=torch.float32), device),
+        temperature,
         to_device([not p.temperature for p in params], device),
         to_device([min(p.top_k or vocab_size, vocab_size) for p in params], device),
-        to_device(torch.tensor(sums, dtype=torch.float32), device),
+        top_p,
+        log_min_p,
+        typical_p,
         all(not p.temperature for p in params),
         any(not p.temperature for p in params),
-        any(p.top_k is not None or p.top_p is not None for p in params),
+        bool(filters) or typical,
+        typical,
     )
 
 
@@ -92,23 +112,41 @@ def probability(logits: Tensor, tokens: Tensor, log_sum: Tensor) -> Tensor:
 def distribution(logits: Tensor, settings: Temper) -> Tensor:
     """The distribution to sample from: (b, s, v) float32, one-hot in greedy rows.
 
-    top-k keeps the k largest logits; top-p then keeps the smallest set of likeliest tokens whose total probability
-    reaches p.
+    min-p keeps the tokens with p ≥ min_p · max p, top-k the k largest logits; top-p then keeps the smallest set of
+    likeliest tokens whose total probability reaches p, and typical-p (Meister et al. 2023) of what is left the smallest
+    set with the smallest |−log p − H| whose total probability reaches it, where H = −Σ p log p.
     """
     scaled = logits / settings.temperature[:, None, None]
     if settings.filtered:
         ordered = scaled.sort(dim=-1, descending=True)
         ranks = torch.arange(logits.shape[-1], device=logits.device)
-        values = ordered.values.masked_fill(ranks >= settings.top_k[:, None, None], -torch.inf)
+        least = ordered.values[..., :1] + settings.log_min_p[:, None, None]
+        cut = (ranks >= settings.top_k[:, None, None]) | (ordered.values < least)
+        values = ordered.values.masked_fill(cut, -torch.inf)
         probabilities = values.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities
         values = values.masked_fill((before >= settings.top_p[:, None, None]) & (ranks > 0), -torch.inf)
+        if settings.typical:
+            values = _typical(values, settings.typical_p)
         scaled = torch.full_like(scaled, -torch.inf).scatter_(-1, ordered.indices, values)
     probabilities = scaled.softmax(-1)
     if settings.any_greedy:
         one_hot = torch.zeros_like(probabilities).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         probabilities = torch.where(settings.greedy[:, None, None], one_hot, probabilities)
     return probabilities
+
+
+def _typical(values: Tensor, mass: Tensor) -> Tensor:
+    """Logits (b, s, v) with -inf outside the typical sets of the given masses (b,)."""
+    log_p = values.log_softmax(-1)
+    p = log_p.exp()
+    entropy = -(p * log_p.clamp(min=-1e30)).sum(-1, keepdim=True)  # 0·log 0 = 0 for tokens that are out
+    surprise = (log_p + entropy).abs()
+    order = surprise.argsort(dim=-1, stable=True)  # of equally typical tokens the likelier first
+    sums = p.gather(-1, order)
+    before = sums.cumsum(-1) - sums
+    outside = (before >= mass[:, None, None]) & (torch.arange(values.shape[-1], device=values.device) > 0)
+    return values.masked_fill(torch.zeros_like(outside).scatter_(-1, order, outside), -torch.inf)
 
 
 def inverse_sample(probabilities: Tensor, uniforms: Tensor) -> Tensor:

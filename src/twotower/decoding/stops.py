@@ -10,10 +10,21 @@ class StopFinder:
 
     Control tokens are not part of the text, but a stop string may name them, alone or among other characters, and is
     found where the model wrote these tokens. Inside, a lone surrogate, which no decoded text holds, stands for each.
+    With `shows_control` they are part of the text. A stop string that is complete within the first `min_tokens` tokens
+    is passed over. `include` keeps the stop string in the text.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer | None, stops: Sequence[str]) -> None:
-        added = {} if tokenizer is None or not stops else tokenizer.get_added_tokens_decoder()
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer | None,
+        stops: Sequence[str],
+        *,
+        shows_control: bool = False,
+        min_tokens: int = 0,
+        include: bool = False,
+    ) -> None:
+        reads = tokenizer is not None and stops and not shows_control
+        added = tokenizer.get_added_tokens_decoder() if tokenizer is not None and reads else {}
         named = [(token.content, i) for i, token in added.items() if token.special and _holds(stops, token.content)]
         # Longest first: a name may be part of another
         named.sort(key=lambda entry: -len(entry[0]))
@@ -22,17 +33,23 @@ class StopFinder:
         for name, i in named:
             with_marks = [stop.replace(name, self._marks[i]) for stop in with_marks]
         self._stops = {*stops, *with_marks}
+        self._include = include
+        self._min_tokens = min_tokens
+        self._num_tokens = self._passed = 0  # characters of the first `min_tokens` tokens
         self._text = ""
 
     def push(self, token_id: int, piece: str) -> None:
-        """Appends what a token added to the text."""
+        """Appends what a token added to the text; the id is -1 for text that earlier tokens held back."""
         self._text += piece + self._marks.get(token_id, "")
+        self._num_tokens += token_id >= 0
+        if self._num_tokens <= self._min_tokens:
+            self._passed = len(self._text)
 
     def find(self) -> int | None:
-        """Where in the text, without control tokens, the earliest stop string begins."""
-        found = [self._text.find(stop) for stop in self._stops]
-        first = min((at for at in found if at >= 0), default=None)
-        return None if first is None else self._visible(self._text[:first])
+        """Where the earliest stop string ends the text, in characters without control tokens."""
+        starts = [(self._text.find(s, max(self._passed - len(s) + 1, 0)), len(s)) for s in self._stops]
+        first = min((found for found in starts if found[0] >= 0), default=None)
+        return None if first is None else self._visible(self._text[: first[0] + self._include * first[1]])
 
     @property
     def num_pending(self) -> int:

@@ -7,11 +7,15 @@ class TextStream:
     """Decodes a growing token sequence and returns only text that later tokens can't change.
 
     The prompt's last tokens are decoded together with the new ones, so that spaces before words and byte sequences
-    across the boundary come out right. A character is held back until all its bytes have come.
+    across the boundary come out right. A character is held back until all its bytes have come. Control tokens are left
+    out, unless `skip_special_tokens` is False.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, prompt_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, prompt_ids: tuple[int, ...], *, skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         self._ids = list(prompt_ids)
         self._start = self._window()  # ids before this one are no longer decoded
         whole = self._decode(self._ids[self._start :])
@@ -63,4 +67,4 @@ class TextStream:
         return piece
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)

@@ -121,7 +121,7 @@ class Engine:
         if request.params.mode == "auto":
             auto = AutoRow((*EXACT_MODES, "diffusion") if request.params.allow_loss else EXACT_MODES)
         self._jobs[request_id] = Job(request_id, self._num_added, record, auto=auto)
-        self._intake.waiting.append(self._jobs[request_id])
+        self._intake.enqueue(self._jobs[request_id])
         return request_id
 
     def abort(self, request_id: str) -> None:
@@ -266,9 +266,9 @@ class Engine:
         self._intake.absorbing.append(job)
 
     def _make_room(self) -> None:
-        """Gives every decoding row pages for its next step, oldest request first; preempts the youngest if needed."""
+        """Gives every decoding row pages for its next step, by priority and age; preempts the last if needed."""
         decoding = [(job, batch) for batch in self._batches.values() for job in batch.jobs]
-        for job, batch in sorted(decoding, key=lambda pair: pair[0].order):
+        for job, batch in sorted(decoding, key=lambda pair: pair[0].rank):
             if job not in batch.jobs:  # preempted for an older one
                 continue
             # room for the tokens that its context still lacks, and then for a step of any mode
@@ -276,13 +276,13 @@ class Engine:
             wanted = length + job.record.request.block_size + 1
             while job in batch.jobs and not self._intake.grow(job, wanted):
                 running = [*self._intake.absorbing, *(j for b in self._batches.values() for j in b.jobs)]
-                self._preempt(max(running, key=lambda j: j.order))
+                self._preempt(max(running, key=lambda j: j.rank))
 
     def _preempt(self, job: Job) -> None:
-        """Drops a job's state and puts it first in the queue; later it absorbs its prompt and its own tokens again."""
+        """Drops a job's state and puts it back in the queue; later it absorbs its prompt and its own tokens again."""
         self._num_preemptions += 1
         self._withdraw(job)
-        self._intake.waiting.appendleft(job)
+        self._intake.put_back(job)
 
     def _withdraw(self, job: Job) -> None:
         """Removes a job from the intake and its batch, and frees its state."""

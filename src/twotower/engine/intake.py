@@ -7,7 +7,7 @@ import torch
 from twotower.engine.config import EngineConfig
 from twotower.engine.job import Job
 from twotower.engine.pool import StatePool
-from twotower.engine.prefix_cache import Match, PrefixCache, Snapshot
+from twotower.engine.prefix_cache import Match, PrefixCache, Snapshot, Tree
 from twotower.model.pages import PAGE_SIZE
 from twotower.model.state import MambaState, join
 from twotower.model.two_tower import TwoTower
@@ -18,7 +18,8 @@ _MOST_PASSED = 8
 
 
 class Intake:
-    """The waiting jobs, in the order of arrival with preempted ones first, and the jobs that absorb their prompts.
+    """The waiting jobs, by priority and of one priority in the order of arrival with preempted ones first, and the jobs
+    that absorb their prompts.
 
     A job in `absorbing` holds its own state.
     """
@@ -31,6 +32,17 @@ class Intake:
         self.waiting: deque[Job] = deque()
         self.absorbing: list[Job] = []
         self.num_hit_tokens = self.context_calls = 0
+
+    def enqueue(self, job: Job) -> None:
+        """Queues a new job: behind those of its priority, before those of a higher number."""
+        behind = enumerate(reversed(self.waiting))
+        num_behind = next((n for n, other in behind if other.priority <= job.priority), len(self.waiting))
+        self.waiting.insert(len(self.waiting) - num_behind, job)
+
+    def put_back(self, job: Job) -> None:
+        """Queues a preempted job before all others of its priority."""
+        before = enumerate(self.waiting)
+        self.waiting.insert(next((n for n, o in before if o.priority >= job.priority), len(self.waiting)), job)
 
     def admit(self, num_decoding: int) -> list[Job]:
         """Admits waiting jobs while there are slots, and pages for all ids of the job.
@@ -70,7 +82,7 @@ class Intake:
         ids = job.context_ids
         match = Match(0, (), None, 0)
         if self._config.snapshot_bytes:
-            match = self._cache.match(ids, self._rope_length(job), needs_logits=_needs_logits(job))
+            match = self._cache.match(ids, self._tree(job), needs_logits=_needs_logits(job))
             job.points = self._cache.points(match, len(ids))
         for page in match.pages:
             self._pool.hold_(page)
@@ -93,6 +105,10 @@ class Intake:
     def _rope_length(self, job: Job) -> int:
         """What RoPE depends on for a job, from its first token to its last."""
         return self._model.config.rope_length(job.record.request.planned_length)
+
+    def _tree(self, job: Job) -> Tree:
+        """Which requests the job shares cached tokens with."""
+        return Tree(self._rope_length(job), job.record.request.params.cache_salt)
 
     def grow(self, job: Job, length: int) -> bool:
         """Extends a job's table to hold `length` tokens, dropping cached pages if needed; returns whether it could."""
@@ -142,7 +158,7 @@ class Intake:
                     whole = point == len(job.context_ids)
                     snapshots[point] = Snapshot(job.context.mamba, job.context.next_logits if whole else None)
             if snapshots:
-                self._cache.insert(ids, self._rope_length(job), job.table, snapshots)
+                self._cache.insert(ids, self._tree(job), job.table, snapshots)
 
 
 def _needs_logits(job: Job) -> bool:

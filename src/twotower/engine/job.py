@@ -38,6 +38,16 @@ class Job:
         return MODES[self.record.request.params.mode if self.auto is None else self.auto.mode]
 
     @property
+    def priority(self) -> int:
+        """Jobs of a lower number come first."""
+        return self.record.request.params.priority
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Sort key: the job that comes first when memory is short has the lowest."""
+        return self.priority, self.order
+
+    @property
     def context_ids(self) -> tuple[int, ...]:
         """The ids that its context must hold before it starts to decode."""
         return self.mode.steps.context_ids(self.request)

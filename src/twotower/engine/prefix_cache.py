@@ -44,10 +44,18 @@ class Match(NamedTuple):
     shared: int
 
 
+class Tree(NamedTuple):
+    """What requests must have in common to share cached tokens: the `rope_length` (see `ContextState`), because the
+    same tokens have other keys where RoPE turns otherwise, and the `salt` of their settings."""
+
+    rope_length: int
+    salt: str | None = None
+
+
 @dataclasses.dataclass(eq=False)
 class _Node:
     """The tokens of one page, which follow the parent's; only a leaf may have fewer than PAGE_SIZE. `length` counts
-    tokens from the root, which alone knows the `rope_length`; `used` is the cache's clock at the node's last use."""
+    tokens from the root, which alone knows its `tree`; `used` is the cache's clock at the node's last use."""
 
     tokens: tuple[int, ...]
     length: int
@@ -55,7 +63,7 @@ class _Node:
     parent: "_Node | None"
     snapshot: Snapshot | None = None
     used: int = 0
-    rope_length: int = 0
+    tree: "Tree | None" = None
     children: "dict[tuple[int, ...], _Node]" = dataclasses.field(default_factory=dict)
 
 
@@ -63,21 +71,20 @@ class PrefixCache:
     """A tree of pages in `pool`, with snapshots of at most `snapshot_bytes` in total.
 
     Least recently used entries are dropped first: snapshots to make room for newer ones, pages when a running request
-    needs them. With a model without recurrent layers, a request can continue from every whole page. Each `rope_length`
-    (see `ContextState`) has a tree of its own: the same tokens have other keys where RoPE turns otherwise.
+    needs them. With a model without recurrent layers, a request can continue from every whole page.
     """
 
     def __init__(self, pool: StatePool, snapshot_bytes: int) -> None:
         self._pool = pool
         self._budget = snapshot_bytes
-        self._roots: dict[int, _Node] = {}
+        self._roots: dict[Tree, _Node] = {}
         self._clock = 0
         self.bytes_of_snapshots = 0
 
-    def match(self, ids: Sequence[int], rope_length: int, *, needs_logits: bool) -> Match:
+    def match(self, ids: Sequence[int], tree: Tree, *, needs_logits: bool) -> Match:
         """The longest cached prefix of ids; it is all ids only if their next logits are cached or not needed."""
         self._clock += 1
-        node, found = self._roots.get(rope_length) or _root(rope_length), []
+        node, found = self._roots.get(tree) or _root(tree), []
         while True:
             rest = tuple(ids[node.length : node.length + PAGE_SIZE])
             begun = [node.children.get(rest[:n]) for n in range(1, len(rest) + 1)]
@@ -105,15 +112,13 @@ class PrefixCache:
             wanted |= set(range(spacing, length, spacing))
         return sorted({n for n in wanted if match.length < n < length} | {length})
 
-    def insert(
-        self, ids: Sequence[int], rope_length: int, table: Sequence[int], snapshots: Mapping[int, Snapshot]
-    ) -> None:
+    def insert(self, ids: Sequence[int], tree: Tree, table: Sequence[int], snapshots: Mapping[int, Snapshot]) -> None:
         """Keeps the pages of `table` that ids fill, and `snapshots`, whose keys are prefix lengths.
 
         May be called again as more ids of a prompt are absorbed.
         """
         self._clock += 1
-        path = [self._roots.setdefault(rope_length, _root(rope_length))]
+        path = [self._roots.setdefault(tree, _root(tree))]
         for first in range(0, len(ids) - PAGE_SIZE + 1, PAGE_SIZE):
             path.append(self._child(path[-1], tuple(ids[first : first + PAGE_SIZE]), table))
         for length in sorted(snapshots):
@@ -198,8 +203,8 @@ class PrefixCache:
             self._pool.drop_(node.page)
         if node.parent is not None:
             node.parent.children.pop(node.tokens, None)
-            if node.parent.parent is None and not node.parent.children:
-                self._roots.pop(node.parent.rope_length, None)
+            if node.parent.tree is not None and not node.parent.children:
+                self._roots.pop(node.parent.tree, None)
 
     def _nodes(self) -> Iterator[_Node]:
         """All nodes except the roots."""
@@ -210,8 +215,8 @@ class PrefixCache:
             yield node
 
 
-def _root(rope_length: int) -> _Node:
-    return _Node((), 0, None, None, rope_length=rope_length)
+def _root(tree: Tree) -> _Node:
+    return _Node((), 0, None, None, tree=tree)
 
 
 def _path(node: _Node) -> Iterator[_Node]:
