@@ -128,14 +128,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "DeepSeek V3": ("deepseek_v3", DEEPSEEK | {"q_lora_rank": 32}),
     "Llama 4": ("llama4_text", LOCAL | {"head_dim": 16, "intermediate_size_mlp": 96}),
     "Nemotron-H": ("nemotron_h", NEMOTRON | {"layers_block_type": ["mamba", "mlp", "attention", "moe"]}),
-    "Mamba 2": ("mamba2", {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 2}),
+    # Drawn as others are: these draw weights five times as large
+    "Mamba": ("mamba", {"state_size": 16, "initializer_range": 0.02}),
+    "FalconMamba": ("falcon_mamba", {"state_size": 16, "initializer_range": 0.02}),
+    "Mamba 2": (
+        "mamba2",
+        {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 2, "initializer_range": 0.02},
+    ),
     "Granite 4": (
         "granitemoehybrid",
         MAMBA | LOCAL | {"shared_intermediate_size": 48, "layer_types": ["mamba", "attention"] * 2},
     ),
     "Bamba": ("bamba", MAMBA | {"attn_layer_indices": [1]}),
     "Falcon-H1": ("falcon_h1", MAMBA | {"mamba_d_ssm": 128}),
-    "Jamba": ("jamba", EXPERTS | {"attn_layer_offset": 1, "attn_layer_period": 2, "use_mamba_kernels": False}),
+    "Jamba": ("jamba", EXPERTS | {"attn_layer_offset": 1, "attn_layer_period": 2}),
+    "RecurrentGemma": ("recurrent_gemma", {"attention_window_size": WINDOW, "lru_width": 96}),
     "Qwen3-Next": ("qwen3_next", EXPERTS | LINEAR | {"head_dim": 16, "shared_expert_intermediate_size": 48}),
 }
 # Settings that the format has no words for, or that the tests' writer leaves out

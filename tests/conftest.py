@@ -34,6 +34,7 @@ SIZES: dict[str, Any] = {
     "mamba_head_dim": 8,
     "mamba_state_size": 8,
     "mamba_num_groups": 2,
+    "mamba_dt_rank": 3,
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "expert_intermediate_size": 16,
@@ -60,6 +61,8 @@ def fill(model: TwoTower, seed: int) -> None:
             value = 1 + 0.1 * noise
         elif name.endswith("A_log"):
             value = (0.5 + 4 * uniform).log()
+        elif name.endswith("recurrent_param"):
+            value = uniform * 3 - 5  # decays from 0.6 to 0.97
         elif name.endswith("dt_bias"):
             value = uniform * 3 - 4  # dt from 0.02 to 0.3: states remember tens of tokens
         elif name.startswith("scale_shift_tables"):

@@ -95,7 +95,7 @@ def test_depth_must_be_the_patterns() -> None:
         ({"hidden_size": -1}, "hidden_size is -1, must be at least 1"),
         ({"block_size": 0}, "block_size is 0, must be at least 1"),
         ({"pattern": ""}, "hybrid_override_pattern is empty, must name at least one layer"),
-        ({"pattern": "MX*"}, r"hybrid_override_pattern has \['X'\], allowed are \['M', 'G', '\*', '-', 'E'\]"),
+        ({"pattern": "MX*"}, r"hybrid_override_pattern has \['X'\], allowed are \['M', 'G', 'S', 'R', "),
         ({"mask_token_id": 40}, r"mask_token_id is 40, must be in \[0, 40\)"),
         ({"mask_token_id": -1}, r"mask_token_id is -1, must be in \[0, 40\)"),
         ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon is 0.0, must be above 0"),

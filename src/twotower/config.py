@@ -56,12 +56,12 @@ class TwoTowerConfig:
     """Shapes and switches of a two-tower model; both towers have the same (arXiv 2606.26493; layers as Nemotron-H's).
 
     Of the whole tower: `vocab_size`, the width `hidden_size`, and `pattern`, which has one character per layer: `M`
-    Mamba-2, `G` gated delta net, `*` attention, `-` MLP, `E` experts. `layer_norm_epsilon` is that of every norm;
-    `residual_in_fp32` keeps the sum of the layers in float32; `tie_word_embeddings` makes the head the embedding.
-    `bos_token_id`, `eos_token_id` (one or several) and `mask_token_id` are the special tokens. `block_size` is the
-    block length that the denoiser was trained at. `carried` is the config.json that this one was read from; its keys
-    that inference does not read are written back unchanged. Raises ValueError that lists every field that is not
-    allowed.
+    Mamba-2, `G` gated delta net, `S` Mamba-1, `R` RG-LRU, `*` attention, `-` MLP, `E` experts. `layer_norm_epsilon` is
+    that of every norm; `residual_in_fp32` keeps the sum of the layers in float32; `tie_word_embeddings` makes the head
+    the embedding. `bos_token_id`, `eos_token_id` (one or several) and `mask_token_id` are the special tokens.
+    `block_size` is the block length that the denoiser was trained at. `carried` is the config.json that this one was
+    read from; its keys that inference does not read are written back unchanged. Raises ValueError that lists every
+    field that is not allowed.
 
     Other families differ from Nemotron-H in these: `norm_type` is "rms", or "layer" for LayerNorm, with `norm_bias`;
     `norm_offset` is added to every norm's weight. A layer has a norm before its mixer (`pre_norm`), behind it
@@ -93,6 +93,11 @@ class TwoTowerConfig:
 
     Of `G`: the first four of these, where heads are those of values, groups those of keys and queries, and the state's
     width is that of keys; and `conv_kernel`.
+
+    Of `S`: channels h·p of `mamba_num_heads` and `mamba_head_dim`, states of width `mamba_state_size` for each;
+    `conv_kernel`, `use_conv_bias`, `use_bias` and `time_step_limit` as of `M`; step sizes of rank `mamba_dt_rank`;
+    RMSNorms of step sizes, B and C with `mamba_inner_epsilon`, without it none. Of `R`: `mamba_num_heads` blocks of
+    `mamba_head_dim` channels, whose gates read their own block; `conv_kernel`, `use_conv_bias` and `use_bias`.
 
     Of `E`: `num_experts` of width `expert_intermediate_size`, of which each token uses `num_experts_per_tok`, beside a
     shared expert of width `shared_expert_intermediate_size` (0: none), weighed by a sigmoid if `shared_expert_gate`;
@@ -164,6 +169,9 @@ class TwoTowerConfig:
     mamba_norm: str | None = "after_gate"
     mamba_scales: tuple[float, ...] = ()
     mamba_output_scale: float = 1.0
+    # `S`
+    mamba_dt_rank: int = 0
+    mamba_inner_epsilon: float | None = None
     # `E`
     num_experts: int = 0
     num_experts_per_tok: int = 0
@@ -232,12 +240,12 @@ class TwoTowerConfig:
 
     @property
     def mamba_width(self) -> int:
-        """Inner width of a Mamba-2 layer, h·p."""
+        """Inner width of a recurrent layer, h·p."""
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
     def conv_width(self) -> int:
-        """Channels of the convolution: x, B and C, h·p + 2·g·n."""
+        """Channels of the convolution in `M` and `G` layers: x, B and C, h·p + 2·g·n."""
         return self.mamba_width + 2 * self.mamba_num_groups * self.mamba_state_size
 
     @property

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # `config` imports this module
     from twotower.config import TwoTowerConfig
 
-LAYER_KINDS = "MG*-E"
+LAYER_KINDS = "MGSR*-E"
 # How hidden values of MLPs are computed and how experts are chosen, see `ops.mlp.Activation` and `ops.moe.route`
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "xielu")
 ROUTERS = ("sigmoid", "softmax")
@@ -71,24 +71,7 @@ def config_problems(c: "TwoTowerConfig") -> list[str]:
     plain = c.mlp_hidden_act != "xielu" or not (c.gated_mlp or "E" in c.pattern)
     need(plain, "mlp_hidden_act is 'xielu', must be another with gated_mlp or experts")
     need(c.glu_limit is None or c.glu_limit > 0, f"glu_limit is {c.glu_limit}, must be null or above 0")
-    if "M" in c.pattern or "G" in c.pattern:
-        positive("mamba_num_heads", "mamba_head_dim", "mamba_state_size", "mamba_num_groups")
-        need(c.conv_kernel >= 2, f"conv_kernel is {c.conv_kernel}, must be at least 2")
-        if c.mamba_num_groups >= 1:
-            need(
-                c.mamba_num_heads % c.mamba_num_groups == 0,
-                f"mamba_num_heads {c.mamba_num_heads} must be a multiple of n_groups {c.mamba_num_groups}",
-            )
-        limit = c.time_step_limit
-        need(
-            len(limit) == 2 and 0 <= limit[0] < limit[1],
-            f"time_step_limit is {limit}, must be 0 <= low < high, two numbers",
-        )
-        norms = (None, "after_gate", "before_gate")
-        need(c.mamba_norm in norms, f"mamba_norm is {c.mamba_norm!r}, must be null, 'after_gate' or 'before_gate'")
-        need(len(c.mamba_scales) in (0, 5), f"mamba_scales is {c.mamba_scales}, must be five factors: z, x, B, C, dt")
-        act = c.carried.get("mamba_hidden_act", "silu")
-        need(act == "silu", f"mamba_hidden_act is {act!r}, must be 'silu'")
+    found += _recurrent_problems(c) if set("MGSR") & set(c.pattern) else []
     if "E" in c.pattern:
         found += _expert_problems(c)
     return found
@@ -108,6 +91,44 @@ def _attention_problems(c: "TwoTowerConfig") -> list[str]:
         )
     if len(c.attention_types) > 1 and not c.attention_pattern:
         found.append(f"attention_pattern is empty, must choose among {len(c.attention_types)} attention_types")
+    return found
+
+
+def _recurrent_problems(c: "TwoTowerConfig") -> list[str]:
+    found = []
+
+    def need(ok: bool, text: str) -> None:
+        if not ok:
+            found.append(text)
+
+    wanted = {
+        "mamba_num_heads": "MGSR",
+        "mamba_head_dim": "MGSR",
+        "mamba_state_size": "MGS",
+        "mamba_num_groups": "MG",
+        "mamba_dt_rank": "S",
+    }
+    for name, kinds in wanted.items():
+        ok = getattr(c, name) >= 1 or not set(kinds) & set(c.pattern)
+        need(ok, f"{FILE_KEYS.get(name, name)} is {getattr(c, name)}, must be at least 1")
+    need(c.conv_kernel >= 2, f"conv_kernel is {c.conv_kernel}, must be at least 2")
+    if c.mamba_num_groups >= 1 and {"M", "G"} & set(c.pattern):
+        need(
+            c.mamba_num_heads % c.mamba_num_groups == 0,
+            f"mamba_num_heads {c.mamba_num_heads} must be a multiple of n_groups {c.mamba_num_groups}",
+        )
+    limit = c.time_step_limit
+    need(
+        len(limit) == 2 and 0 <= limit[0] < limit[1],
+        f"time_step_limit is {limit}, must be 0 <= low < high, two numbers",
+    )
+    norms = (None, "after_gate", "before_gate")
+    need(c.mamba_norm in norms, f"mamba_norm is {c.mamba_norm!r}, must be null, 'after_gate' or 'before_gate'")
+    need(len(c.mamba_scales) in (0, 5), f"mamba_scales is {c.mamba_scales}, must be five factors: z, x, B, C, dt")
+    epsilon = c.mamba_inner_epsilon
+    need(epsilon is None or epsilon > 0, f"mamba_inner_epsilon is {epsilon}, must be null or above 0")
+    act = c.carried.get("mamba_hidden_act", "silu")
+    need(act == "silu", f"mamba_hidden_act is {act!r}, must be 'silu'")
     return found
 
 

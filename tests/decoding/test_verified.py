@@ -65,7 +65,7 @@ def same_state(model: TwoTower, ours: ContextState, tokens: list[int], close: Ca
 
 
 @pytest.mark.parametrize("adaptive_draft", [True, False])
-@pytest.mark.parametrize("pattern", ["M", "*", "G*-", "M*-E", "MEM*MEM*E", "llama"])
+@pytest.mark.parametrize("pattern", ["M", "*", "G*-", "S*-", "R*-", "M*-E", "MEM*MEM*E", "llama"])
 def test_greedy_is_ar_token_for_token(pattern: str, adaptive_draft: bool, tiny: Callable) -> None:
     """Six words, so that drafts are often right; ragged rows, so that they are right at different places."""
     model, accepted = tiny(pattern, vocab_size=6, seed=1), 0

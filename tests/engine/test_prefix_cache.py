@@ -20,7 +20,7 @@ from twotower.model.two_tower import TwoTower
 from twotower.rope import AttentionType, Rope
 
 PARAMS = SamplingParams(mode="ar", max_new_tokens=4)
-PATTERNS = ["M*-E", "llama", "M-", "G*-"]
+PATTERNS = ["M*-E", "llama", "M-", "G*-", "S*-", "R*-"]
 
 
 def engine(model: TwoTower, **config: int) -> Engine:

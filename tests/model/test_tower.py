@@ -8,7 +8,7 @@ import torch
 from twotower.model.tower import rotations
 from twotower.model.two_tower import TwoTower
 
-PATTERNS = ["M", "*", "G", "G*-", "M*-E", "MEM*MEM*E", "llama"]
+PATTERNS = ["M", "*", "G", "G*-", "S*-", "R*-", "M*-E", "MEM*MEM*E", "llama"]
 # float64 in another order of sums; float32 likewise
 EXACT, CLOSE = 1e-10, 1e-5
 BLOCK = [[3, 7, 3, 3, 8]]

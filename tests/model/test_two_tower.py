@@ -12,7 +12,7 @@ from twotower.model.state import ContextState
 # A machine without a C compiler has one of them.
 BACKENDS = ["reference", *(["native"] if library() is not None else [])]
 # Every layer kind, alone and together, and a Llama-family model.
-PATTERNS = ["M", "*", "G*-", "M-", "E*", "M*-E", "MEM*MEM*E", "llama"]
+PATTERNS = ["M", "*", "G*-", "S*-", "R*-", "M-", "E*", "M*-E", "MEM*MEM*E", "llama"]
 # float64 in another order of sums
 EXACT = 1e-10
 

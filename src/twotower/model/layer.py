@@ -14,10 +14,12 @@ from twotower.model.mamba2 import Mamba2
 from twotower.model.mlp import MLP
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.norm import Norm
+from twotower.model.selective import SelectiveMixer
 from twotower.model.time_conditioning import Modulation
 from twotower.ops.norm import modulate, residual_sum
 
 T = TypeVar("T")
+RecurrentMixer = Mamba2 | DeltaNet | SelectiveMixer
 
 
 class Layer(nn.Module):
@@ -33,11 +35,13 @@ class Layer(nn.Module):
         self.scale = config.layer_scale(kind)
         self.norm = Norm(config, config.hidden_size, dtype=dtype) if config.pre_norm else None
         self.post_norm = Norm(config, config.hidden_size, dtype=dtype) if config.post_norm else None
-        self.mixer: Attention | Mamba2 | DeltaNet | MLP | MixtureOfExperts
+        self.mixer: Attention | RecurrentMixer | MLP | MixtureOfExperts
         if kind == "M":
             self.mixer = Mamba2(config, dtype)
         elif kind == "G":
             self.mixer = DeltaNet(config, dtype)
+        elif kind in "SR":
+            self.mixer = SelectiveMixer(config, kind, dtype)
         elif kind == "*":
             self.mixer = Attention(config, config.attention_indices[config.pattern[:index].count("*")], dtype)
         elif kind == "-":
@@ -51,7 +55,8 @@ class Layer(nn.Module):
         return function(*arguments)
 
     def enter(self, x: Tensor, modulation: Modulation | None, dtype: torch.dtype) -> Tensor:
-        """The mixer's input (b, s, d) in `dtype`. `M`, `G` and `*` modulate before the norm, `E` and `-` after it."""
+        """The mixer's input (b, s, d) in `dtype`. Recurrent layers and `*` modulate before the norm, `E` and `-`
+        after it."""
         if modulation is None:
             return x.to(dtype) if self.norm is None else self.norm(x, dtype)
         shift, scale = modulation.shift, modulation.scale

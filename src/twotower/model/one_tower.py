@@ -15,6 +15,10 @@ _STD = 0.02
 # Range of a fresh layer's time steps, and of the decay rates -A.
 _TIME_STEPS = (1e-3, 0.1)
 _RATES = (1.0, 16.0)
+# Range of an RG-LRU's decays where its gates are half open
+_DECAYS = (0.9, 0.999)
+# Recurrent mixers' own norms have no offset.
+_WITHOUT_OFFSET = (".D", "mixer.norm.weight", "dt_norm.weight", "b_norm.weight", "c_norm.weight")
 
 
 class OneTower(nn.Module):
@@ -44,7 +48,7 @@ class OneTower(nn.Module):
         for name, place in self.released_tensors().items():
             tensor = torch.empty_like(place, device="cpu")
             if name.endswith(("norm.weight", "norm_f.weight", ".D")):
-                plain = name.endswith((".D", "mixer.norm.weight"))  # recurrent mixers' own norms have no offset
+                plain = name.endswith(_WITHOUT_OFFSET)
                 tensor.fill_(1.0 if plain else 1.0 - self.config.norm_offset)
             elif name.endswith("dt_bias"):
                 low, high = map(math.log, _TIME_STEPS)
@@ -52,6 +56,9 @@ class OneTower(nn.Module):
                 tensor.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus gives the steps
             elif name.endswith("A_log"):
                 tensor.uniform_(*_RATES, generator=generator).log_()
+            elif name.endswith("recurrent_param"):
+                decays = tensor.uniform_(*_DECAYS, generator=generator)
+                tensor.copy_(torch.expm1(-0.25 * decays.log()).log())  # a = exp(−8·½·softplus)
             elif name.endswith("bias"):
                 tensor.zero_()
             elif name.endswith("conv1d.weight"):

@@ -13,7 +13,7 @@ from twotower.ops.conv import next_past
 from twotower.ops.ssd import ScanOutput
 
 # The characters of a config's pattern that stand for recurrent mixers
-RECURRENT_KINDS = "MG"
+RECURRENT_KINDS = "MGSR"
 
 
 class Scanned(NamedTuple):
@@ -25,7 +25,7 @@ class Scanned(NamedTuple):
 
 
 class Recurrent(Protocol):
-    """`Mamba2` or `DeltaNet`. What `prepare` gives is the mixer's own."""
+    """`Mamba2`, `DeltaNet` or `SelectiveMixer`. What `prepare` gives is the mixer's own."""
 
     def initial_state(self, batch_size: int) -> MambaState: ...
 

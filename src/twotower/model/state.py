@@ -16,7 +16,8 @@ KEY_TILE = 64
 
 
 class MambaState(NamedTuple):
-    """conv (b, w-1, c): the last rows of xBC before convolution; ssm (b, h, p, n), float32 or wider."""
+    """conv (b, w-1, c): the last rows of what is convolved; ssm (b, h, p, n), or (b, c, n) of `SelectiveMixer`, float32
+    or wider."""
 
     conv: Tensor
     ssm: Tensor
@@ -109,7 +110,7 @@ def padded(length: int) -> int:
 class ContextState:
     """State of the context tower after each row's `lengths` tokens.
 
-    `mamba` follows the order of the recurrent layers (`M` and `G`), `buffer` that of the `*` layers. `next_logits`
+    `mamba` follows the order of the recurrent layers, `buffer` that of the `*` layers. `next_logits`
     (b, vocabulary) float32 are the context tower's logits after the last token, None before any token. `rope_lengths`
     are for each row the `TwoTowerConfig.rope_length` of the text that it is planned to become. States are values:
     extending one leaves it usable.

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.attention import Attention
-from twotower.model.delta_net import DeltaNet
-from twotower.model.layer import Layer
+from twotower.model.layer import Layer, RecurrentMixer
 from twotower.model.linear import Pack
-from twotower.model.mamba2 import Mamba2
 from twotower.model.norm import Norm
 from twotower.model.passes import CausalPass, PassInputs
 from twotower.model.recurrent import Recurrent
@@ -177,7 +175,7 @@ class Tower(nn.Module):
         return found | self.norm_f.released_tensors("norm_f")
 
     def _recurrent(self) -> list[Recurrent]:
-        return [layer.mixer for layer in self.stack if isinstance(layer.mixer, Mamba2 | DeltaNet)]
+        return [layer.mixer for layer in self.stack if isinstance(layer.mixer, RecurrentMixer)]
 
     def _inputs(self, ids: Tensor, state: ContextState, places: Tensor | None, used: int) -> PassInputs:
         """`used` is the number of places of the keys that a row may see, rounded up."""
@@ -206,7 +204,7 @@ class Tower(nn.Module):
         for layer in self.stack:
             read = read if layer.joins else x
             entered = layer.enter(read, None, dtype)
-            if isinstance(layer.mixer, Mamba2 | DeltaNet):
+            if isinstance(layer.mixer, RecurrentMixer):
                 mixed, replay, states = self._causal_recurrent(layer.mixer, entered, state.mamba[len(replays)], marks)
                 replays.append(replay)
                 marked.append(states)
@@ -247,7 +245,7 @@ class Tower(nn.Module):
             own = None if modulation is None else Modulation(*modulation[i].unbind(1))
             read = read if layer.joins else x
             entered = layer.enter(read, own, dtype)
-            if isinstance(layer.mixer, Mamba2 | DeltaNet):
+            if isinstance(layer.mixer, RecurrentMixer):
                 start = seed.mamba[num_mamba]
                 mixer: Recurrent = layer.mixer
                 mixed = mixer.outputs(mixer.prepare(entered, start.conv), start, dtype)

@@ -16,6 +16,8 @@ TowerName = Literal["context", "denoiser"]
 LAYER_NAMES = {
     "M": "Mamba-2 layers",
     "G": "delta net layers",
+    "S": "Mamba-1 layers",
+    "R": "RG-LRU layers",
     "*": "attention layers",
     "-": "MLP layers",
     "E": "expert layers",
@@ -71,13 +73,21 @@ def state_bytes(config: TwoTowerConfig, length: int, dtype: torch.dtype) -> Stat
     """Bytes of one sequence's state after `length` tokens with weights of `dtype`.
 
     Keys and values: 2 · attention layers · k · p · t. Recurrent, per recurrent layer: the last w-1 rows of the
-    convolution's input, and the (h, p, n) state, which is float32 at any dtype.
+    convolution's input, and the state, which is float32 at any dtype.
     """
     c = config
     per_token = 2 * c.pattern.count("*") * c.num_key_value_heads * c.head_dim
-    conv = (c.conv_kernel - 1) * c.conv_width * dtype.itemsize
-    ssm = c.mamba_width * c.mamba_state_size * torch.float32.itemsize
-    return StateBytes(per_token * length * dtype.itemsize, sum(map(c.pattern.count, RECURRENT_KINDS)) * (conv + ssm))
+    recurrent = 0
+    for kind in filter(RECURRENT_KINDS.count, c.pattern):
+        channels, numbers = recurrent_sizes(c, kind)
+        recurrent += (c.conv_kernel - 1) * channels * dtype.itemsize + numbers * torch.float32.itemsize
+    return StateBytes(per_token * length * dtype.itemsize, recurrent)
+
+
+def recurrent_sizes(c: TwoTowerConfig, kind: str) -> tuple[int, int]:
+    """The channels that a recurrent layer of a kind convolves, and the numbers in its state."""
+    channels = {"S": c.mamba_width, "R": c.mamba_width + 1}.get(kind, c.conv_width)
+    return channels, c.mamba_width * (1 if kind == "R" else c.mamba_state_size)
 
 
 def pass_bytes(

@@ -13,7 +13,7 @@ from twotower.rope import AttentionType, Rope
 from twotower.training.forward.block_parallel import block_parallel_hidden
 from twotower.training.forward.layout import Layout, make_layout
 
-PATTERNS = ["*", "-*", "M", "G", "MEM", "M*-E", "llama"]
+PATTERNS = ["*", "-*", "M", "G", "S", "R", "MEM", "M*-E", "llama"]
 LATENTS = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 12,
@@ -35,6 +35,8 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
         {"post_norm": True, "norm_offset": 1.0, "qk_norm": "head", "attention_softcap": 2.0, "embedding_scale": 3.0},
     ),
     ("G*-", {"attention_gate": True, "norm_offset": 1.0, "qk_norm": "head", "gated_mlp": True}),
+    ("S*-SE", {"mamba_inner_epsilon": 0.1, "use_bias": True, "mamba_state_size": 5}),
+    ("SRS", {"use_conv_bias": False, "conv_kernel": 2}),
     ("*-*", {"qk_norm": "each", "attention_scale": 0.3, "norm_type": "layer", "attention_bias": True}),
 ]
 
@@ -104,7 +106,7 @@ def test_every_block_is_what_cached_decoding_computes(
     check_decoding(model, trained, x0, xt, t, layout)
 
 
-@pytest.mark.parametrize("pattern", ["M*-E", "GG*-", "llama"])
+@pytest.mark.parametrize("pattern", ["M*-E", "GG*-", "SS*-", "RR*-", "llama"])
 @pytest.mark.parametrize("block_size", [4, 16])
 @pytest.mark.parametrize("chunk_size", [4, 24])
 def test_packed_documents_are_decoded_apart(
@@ -157,7 +159,7 @@ def test_views_share_a_context_pass(tiny: Callable, ids: Callable, close: Callab
     close(both[2:], logits(model, x0, other, 1 - t, layout), 1e-13)
 
 
-@pytest.mark.parametrize("pattern", ["M*-E", "E*M-", "G-G", "llama", "-"])
+@pytest.mark.parametrize("pattern", ["M*-E", "E*M-", "G-G", "S-S", "R-R", "llama", "-"])
 def test_the_context_tower_computes_what_it_does_alone(
     pattern: str, tiny: Callable, ids: Callable, close: Callable
 ) -> None:

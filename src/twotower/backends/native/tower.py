@@ -67,9 +67,10 @@ def _is_for_long_contexts(config: TwoTowerConfig) -> bool:
 
 def missing(config: TwoTowerConfig) -> str | None:
     """What a tower of this config needs that the C kernels don't have, None if they have everything."""
-    kinds = sorted(set(config.pattern) - set("M*-E"))
-    if kinds:
-        return f"layers of kind {', '.join(kinds)}"
+    kinds = {"G": "gated delta nets", "S": "Mamba-1 layers", "R": "RG-LRU layers"}
+    lacking = [f"{name} (layers of kind {kind})" for kind, name in kinds.items() if kind in config.pattern]
+    if lacking:
+        return ", ".join(lacking)
     if config.attention_gate and "*" in config.pattern:
         return "gated attention (attention_gate)"
     return "latent attention (kv_lora_rank)" if config.kv_lora_rank and "*" in config.pattern else None

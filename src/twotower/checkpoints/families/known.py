@@ -2,7 +2,19 @@
 
 from collections.abc import Mapping
 
-from twotower.checkpoints.families import delta, gpt, latent, layer_norm, llama, mamba, mixture, older, post_norm
+from twotower.checkpoints.families import (
+    delta,
+    gpt,
+    latent,
+    layer_norm,
+    llama,
+    mamba,
+    mamba1,
+    mixture,
+    older,
+    post_norm,
+    recurrent_gemma,
+)
 from twotower.checkpoints.families.family import Family, Settings
 
 FAMILIES: tuple[Family, ...] = (
@@ -15,11 +27,12 @@ FAMILIES: tuple[Family, ...] = (
     *latent.FAMILIES,
     *mamba.FAMILIES,
     *delta.FAMILIES,
+    *mamba1.FAMILIES,
+    *recurrent_gemma.FAMILIES,
 )
 
 # Families that are asked for and can't be had: what our towers lack.
 _LACKING = {
-    "mamba": "Mamba-1 layers",
     "rwkv": "RWKV layers",
     "bloom": "ALiBi positions",
     "mpt": "ALiBi positions",
@@ -29,9 +42,6 @@ _LACKING = {
     "hunyuan_v1_dense": "norms of queries and keys behind RoPE",
     "gemma3n_text": "embeddings for each layer",
     "mllama_text_model": "layers that attend to images",
-    "falcon_mamba": "Mamba-1 layers",
-    "jamba": "Mamba-1 layers",
-    "recurrent_gemma": "RG-LRU layers",
     "zamba2": "layers that share their weights",
     "xglm": "positions of sines",
     "ministral3": "queries that are scaled by their position",

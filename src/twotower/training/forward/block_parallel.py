@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.model.attention import Attention
-from twotower.model.delta_net import DeltaNet
-from twotower.model.layer import Layer
-from twotower.model.mamba2 import Mamba2
+from twotower.model.layer import Layer, RecurrentMixer
 from twotower.model.recurrent import RECURRENT_KINDS
 from twotower.model.time_conditioning import Modulation
 from twotower.model.two_tower import TwoTower
@@ -152,8 +150,8 @@ class _LayerPair(NamedTuple):
         index: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         context, mixer = self.below.mixer, self.layer.mixer
-        assert isinstance(context, Mamba2 | DeltaNet | Attention)
-        assert isinstance(mixer, Mamba2 | DeltaNet | Attention)
+        assert isinstance(context, RecurrentMixer | Attention)
+        assert isinstance(mixer, RecurrentMixer | Attention)
         with torch.set_grad_enabled(self.learns):
             seed = context_seed(context, self.below.enter(clean_read, None, self.dtype), self.plan)
         own = _modulation(table, shared, index)
@@ -169,12 +167,12 @@ class _LayerPair(NamedTuple):
 
     def _clean(self, clean: Tensor, read: Tensor) -> Tensor:
         mixer = self.below.mixer
-        assert not isinstance(mixer, Mamba2 | DeltaNet | Attention)
+        assert not isinstance(mixer, RecurrentMixer | Attention)
         return self.below.leave(clean, mixer(self.below.enter(read, None, self.dtype)), None)
 
     def _noisy(self, noisy: Tensor, read: Tensor, table: Tensor, shared: Tensor, index: Tensor) -> Tensor:
         mixer = self.layer.mixer
-        assert not isinstance(mixer, Mamba2 | DeltaNet | Attention)
+        assert not isinstance(mixer, RecurrentMixer | Attention)
         own = _modulation(table, shared, index)
         return self.layer.leave(noisy, mixer(self.layer.enter(read, own, self.dtype)), own)
 

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower.model.attention import Attention
-from twotower.model.delta_net import DeltaNet
-from twotower.model.layer import Layer
-from twotower.model.mamba2 import Mamba2
+from twotower.model.layer import Layer, RecurrentMixer
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.tower import Tower
 from twotower.training.forward.layout import Layout
@@ -49,7 +47,7 @@ def causal_hidden(
 def _layer(layer: Layer, x: Tensor, read: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The residual stream x (b, t, d) after the layer, which reads `read` (b, t, d), and the loads of its experts."""
     entered, load = layer.enter(read, None, dtype), None
-    if isinstance(layer.mixer, Mamba2 | DeltaNet | Attention):
+    if isinstance(layer.mixer, RecurrentMixer | Attention):
         mixed = context_mixed(layer.mixer, context_seed(layer.mixer, entered, plan), plan, dtype)
     else:
         mixed = layer.mixer(entered)

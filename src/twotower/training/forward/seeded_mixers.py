@@ -15,8 +15,10 @@ from torch import Tensor
 from twotower.config import TwoTowerConfig
 from twotower.model.attention import Attention, Projected
 from twotower.model.delta_net import DeltaNet
+from twotower.model.layer import RecurrentMixer
 from twotower.model.mamba2 import Mamba2
 from twotower.model.recurrent import RECURRENT_KINDS
+from twotower.model.selective import SelectiveMixer
 from twotower.model.tower import rotations
 from twotower.ops import seeded_conv, seeded_delta
 from twotower.ops.chunks import Chunks, take
@@ -27,6 +29,12 @@ from twotower.ops.ssd import ScanInputs
 from twotower.ops.tiled_attention import Tile, make_tiles, tiled_attention
 from twotower.training.forward.layout import Layout
 from twotower.training.forward.recompute import maybe_recomputed
+from twotower.training.forward.selective import (
+    SelectiveSeed,
+    selective_blocks,
+    selective_context,
+    selective_seed,
+)
 
 T = TypeVar("T")
 
@@ -91,16 +99,18 @@ class DeltaSeed(NamedTuple):
     states: seeded_delta.DeltaStates
 
 
-Seed = MambaSeed | DeltaSeed | AttentionSeed
+Seed = MambaSeed | DeltaSeed | SelectiveSeed | AttentionSeed
 
 
-def context_seed(mixer: Mamba2 | DeltaNet | Attention, x: Tensor, plan: Plan) -> Seed:
+def context_seed(mixer: RecurrentMixer | Attention, x: Tensor, plan: Plan) -> Seed:
     """The part of a context layer with normed inputs x (b, t, d) that the blocks read, and its own output needs."""
     if isinstance(mixer, Attention):
         return AttentionSeed(mixer.project(x, plan.ropes[mixer.index]))
-    assert plan.chunks is not None
-    z, xbc, dt = mixer.split(x)
     chunks = plan.chunks
+    assert chunks is not None
+    if isinstance(mixer, SelectiveMixer):
+        return selective_seed(mixer, x, plan.context_rows, chunks)
+    z, xbc, dt = mixer.split(x)
     if isinstance(mixer, DeltaNet):
         given = _delta_inputs(mixer, xbc, None, dt, plan.context_rows, chunks.token, chunks.filled)
         return DeltaSeed(z, xbc, given, _recomputed(seeded_delta.context_corrections, given, chunks))
@@ -109,13 +119,16 @@ def context_seed(mixer: Mamba2 | DeltaNet | Attention, x: Tensor, plan: Plan) ->
     return MambaSeed(z, xbc, inputs, A, chunk_states(inputs, A, chunks))
 
 
-def context_mixed(mixer: Mamba2 | DeltaNet | Attention, seed: Seed, plan: Plan, dtype: torch.dtype) -> Tensor:
+def context_mixed(mixer: RecurrentMixer | Attention, seed: Seed, plan: Plan, dtype: torch.dtype) -> Tensor:
     """The context layer's own output (b, t, d): causal attention, or the scan over each document."""
     if isinstance(mixer, Attention):
         assert isinstance(seed, AttentionSeed)
         q, key, value, gate = seed.projected
         return mixer.output(tiled_attention(q, key, value, None, plan.context_tiles[mixer.index], mixer.rule), gate)
     assert plan.chunks is not None
+    if isinstance(mixer, SelectiveMixer):
+        assert isinstance(seed, SelectiveSeed)
+        return selective_context(mixer, seed, plan.chunks, dtype)
     if isinstance(mixer, DeltaNet):
         assert isinstance(seed, DeltaSeed)
         y = _recomputed(seeded_delta.context_output, seed.inputs, seed.states, plan.chunks)
@@ -125,7 +138,7 @@ def context_mixed(mixer: Mamba2 | DeltaNet | Attention, seed: Seed, plan: Plan, 
     return mixer.output(take(y.flatten(1, 2), plan.chunks.place), seed.z, dtype)
 
 
-def block_mixed(mixer: Mamba2 | DeltaNet | Attention, x: Tensor, seed: Seed, plan: Plan, dtype: torch.dtype) -> Tensor:
+def block_mixed(mixer: RecurrentMixer | Attention, x: Tensor, seed: Seed, plan: Plan, dtype: torch.dtype) -> Tensor:
     """The denoiser layer's output (b, t, d) for the normed inputs x (b, t, d) of one view, each block seeded with the
     context layer's side."""
     if isinstance(mixer, Attention):
@@ -133,9 +146,12 @@ def block_mixed(mixer: Mamba2 | DeltaNet | Attention, x: Tensor, seed: Seed, pla
         q, key, value, gate = mixer.project(x, plan.ropes[mixer.index])
         past = (seed.projected.key, seed.projected.value)
         return mixer.output(tiled_attention(q, key, value, past, plan.block_tiles[mixer.index], mixer.rule), gate)
-    assert plan.chunks is not None
-    z, xbc, dt = mixer.split(x)
     chunks = plan.chunks
+    assert chunks is not None
+    if isinstance(mixer, SelectiveMixer):
+        assert isinstance(seed, SelectiveSeed)
+        return selective_blocks(mixer, x, seed, plan.block_rows, chunks, dtype)
+    z, xbc, dt = mixer.split(x)
     if isinstance(mixer, DeltaNet):
         assert isinstance(seed, DeltaSeed)
         own = _delta_inputs(mixer, xbc, seed.vkq, dt, plan.block_rows, chunks.block_token, chunks.block_filled)

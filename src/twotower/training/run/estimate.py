@@ -10,13 +10,12 @@ import torch
 
 from twotower.config import TwoTowerConfig
 from twotower.model.attention import Attention
-from twotower.model.delta_net import DeltaNet
-from twotower.model.layer import Layer
-from twotower.model.mamba2 import Mamba2
+from twotower.model.layer import Layer, RecurrentMixer
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.one_tower import OneTower
 from twotower.model.recurrent import RECURRENT_KINDS
 from twotower.model.two_tower import TwoTower
+from twotower.planning.footprint import recurrent_sizes
 from twotower.training.config import DenoisingConfig, NextTokenConfig, TrainConfig
 from twotower.training.denoising import Denoising
 from twotower.training.losses import HEAD_ROWS
@@ -121,7 +120,7 @@ def _saved_per_token(c: TwoTowerConfig, kind: str) -> int:
     """Numbers per token that a layer saves for backward, about: modulation, sums and norms, each product's input."""
     modulated = 9 * c.hidden_size
     if kind in RECURRENT_KINDS:
-        return modulated + 4 * (c.mamba_width + c.conv_width) + 2 * c.mamba_width
+        return modulated + 4 * (c.mamba_width + recurrent_sizes(c, kind)[0]) + 2 * c.mamba_width
     if kind == "*":
         return modulated + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     inner = 4 if c.gated_mlp else 3
@@ -168,7 +167,7 @@ def _learning(layers: Sequence[Layer], config: TwoTowerConfig, length: int, reco
 def _output(layer: Layer) -> float:
     """The product that writes to the residual stream: in expert layers the shared expert's, else the latents'."""
     mixer = layer.mixer
-    if isinstance(mixer, Mamba2 | DeltaNet):
+    if isinstance(mixer, RecurrentMixer):
         return 2.0 * mixer.out_proj.weight.numel()
     if isinstance(mixer, Attention):
         return 2.0 * mixer.o_proj.weight.numel()
@@ -186,11 +185,12 @@ def _forward(layer: Layer, config: TwoTowerConfig, length: int) -> float:
     for parameter in layer.parameters():
         if parameter.ndim == 3:  # stacked experts
             total += 2 * parameter.numel() * used
-        elif parameter.ndim == 2:
+        elif parameter.ndim in (2, 4):  # the gates of an `R` layer have 4
             total += 2 * parameter.numel()
     attention = 4 * config.num_attention_heads * config.head_dim * length / 2
-    scan = 6 * config.mamba_width * config.mamba_state_size
-    return total + {"*": attention, "M": scan, "G": scan}.get(layer.kind, 0)
+    if layer.kind in RECURRENT_KINDS:
+        return total + 6 * recurrent_sizes(config, layer.kind)[1]
+    return total + (attention if layer.kind == "*" else 0)
 
 
 def lines(found: Estimate, what: DenoisingConfig | NextTokenConfig, block_size: int, num_ranks: int) -> list[str]:
