@@ -51,6 +51,7 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "factor": 4.0, "origin
 LONGROPE |= {"short_factor": [1.0 + j / 8 for j in range(8)], "long_factor": [2.0 + j for j in range(8)]}
 GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": WINDOW}
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
+GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
@@ -97,7 +98,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 2": ("gemma2", GEMMA | {"attn_logit_softcapping": 5.0}),
     "Gemma 3": ("gemma3_text", GEMMA | {"num_hidden_layers": 6}),
     "GLM 4": ("glm4", {"head_dim": 16}),
-    "GPT-2": ("gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}),
+    "GPT-2": ("gpt2", GPT),
     "GPT-NeoX, Pythia": ("gpt_neox", {}),
     "StableLM": ("stablelm", {"qk_layernorm": True, "use_qkv_bias": True}),
     "Cohere": ("cohere", {"use_qk_norm": True, "logit_scale": 0.25}),
@@ -113,7 +114,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ERNIE 4.5": ("ernie4_5", {"head_dim": 24}),
     "VaultGemma": ("vaultgemma", GEMMA),
     "OPT": ("opt", {"ffn_dim": 96}),
-    "GPT-BigCode": ("gpt_bigcode", {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}),
+    "GPT-BigCode": ("gpt_bigcode", GPT),
     "OLMo": ("olmo", {}),
     "Arcee": ("arcee", {}),
     "Helium": ("helium", {"head_dim": 16}),
@@ -126,7 +127,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("gpt_oss", LOCAL | {"head_dim": 24, "sliding_window": WINDOW}),
     "DeepSeek V2": ("deepseek_v2", DEEPSEEK | {"q_lora_rank": None}),
     "DeepSeek V3": ("deepseek_v3", DEEPSEEK | {"q_lora_rank": 32}),
-    "Llama 4": ("llama4_text", LOCAL | {"head_dim": 16, "intermediate_size_mlp": 96}),
+    "Llama 4": (
+        "llama4_text",
+        LOCAL | {"head_dim": 16, "intermediate_size_mlp": 96, "attention_chunk_size": WINDOW, "floor_scale": 10},
+    ),
+    "Ministral 3": ("ministral3", {"head_dim": 24, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.3}}),
+    "Phi 1, Phi 2": ("phi", {}),
+    "GPT-J": ("gptj", GPT | {"rotary_dim": 8}),
+    "CodeGen": ("codegen", GPT | {"rotary_dim": 8}),
+    "HunYuan": ("hunyuan_v1_dense", {"head_dim": 24}),
+    "HunYuan MoE": ("hunyuan_v1_moe", {"head_dim": 24, "num_experts": 4, "moe_topk": 2}),
     "Nemotron-H": ("nemotron_h", NEMOTRON | {"layers_block_type": ["mamba", "mlp", "attention", "moe"]}),
     # Drawn as others are: these draw weights five times as large
     "Mamba": ("mamba", {"state_size": 16, "initializer_range": 0.02}),
@@ -153,9 +163,8 @@ COLUMNS = ("family", "model_type", "form", "difference", "verified is ar", "nati
 def make(name: str, folder: Path) -> Any:
     """transformers' model, saved to a folder."""
     model_type, settings = MODELS[name]
-    sizes = {
-        key: value for key, value in SIZES.items() if model_type not in ("gpt2", "gpt_bigcode") or key == "vocab_size"
-    }
+    own_names = ("gpt2", "gpt_bigcode", "gptj", "codegen")
+    sizes = {key: value for key, value in SIZES.items() if model_type not in own_names or key == "vocab_size"}
     config = transformers.AutoConfig.for_model(model_type, **json.loads(json.dumps(sizes | settings)))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()

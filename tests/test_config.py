@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from twotower.config import CARRIED_KEYS, TwoTowerConfig
+from twotower.rope import AttentionType
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -109,6 +110,11 @@ def test_depth_must_be_the_patterns() -> None:
         ({"mlp_hidden_act": "xielu"}, "mlp_hidden_act is 'xielu', must be another with gated_mlp or experts"),
         ({"kv_lora_rank": 4}, "qk_rope_head_dim is 0, must be at least 1"),
         ({"kv_lora_rank": 4, "qk_rope_head_dim": 4, "v_head_dim": 12}, "head_dim is 8, must be at least 12"),
+        ({"clip_qkv": 0.0}, "clip_qkv is 0.0, must be above 0"),
+        ({"qk_norm_behind_rope": True}, "qk_norm_behind_rope is true, must be false without qk_norm"),
+        ({"qk_norm": "head", "qk_norm_bias": True}, "qk_norm_bias is true, must be false .* with norm_type 'rms'"),
+        ({"attention_types": (AttentionType(query_growth=0.1),)}, "query_period is 0, must be at least 1"),
+        ({"attention_types": (AttentionType(query_offset=-1),)}, "query_offset is -1, must be at least 0"),
         ({"glu_limit": 0.0}, "glu_limit is 0.0, must be null or above 0"),
         ({"router": "top"}, "router is 'top', must be one of sigmoid, softmax"),
         ({"moe_latent_size": -1}, "moe_latent_size is -1, must be at least 0"),

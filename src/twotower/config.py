@@ -57,11 +57,11 @@ class TwoTowerConfig:
 
     Of the whole tower: `vocab_size`, the width `hidden_size`, and `pattern`, which has one character per layer: `M`
     Mamba-2, `G` gated delta net, `S` Mamba-1, `R` RG-LRU, `*` attention, `-` MLP, `E` experts. `layer_norm_epsilon` is
-    that of every norm; `residual_in_fp32` keeps the sum of the layers in float32; `tie_word_embeddings` makes the head
-    the embedding. `bos_token_id`, `eos_token_id` (one or several) and `mask_token_id` are the special tokens.
-    `block_size` is the block length that the denoiser was trained at. `carried` is the config.json that this one was
-    read from; its keys that inference does not read are written back unchanged. Raises ValueError that lists every
-    field that is not allowed.
+    that of every norm; `residual_in_fp32` keeps the sum of the layers in float32; `tie_word_embeddings` makes the
+    head's weight the embedding, and `head_bias` gives the head a bias. `bos_token_id`, `eos_token_id` (one or several)
+    and `mask_token_id` are the special tokens. `block_size` is the block length that the denoiser was trained at.
+    `carried` is the config.json that this one was read from; its keys that inference does not read are written back
+    unchanged. Raises ValueError that lists every field that is not allowed.
 
     Other families differ from Nemotron-H in these: `norm_type` is "rms", or "layer" for LayerNorm, with `norm_bias`;
     `norm_offset` is added to every norm's weight. A layer has a norm before its mixer (`pre_norm`), behind it
@@ -72,10 +72,13 @@ class TwoTowerConfig:
     the same residual stream: "*-" makes every MLP read what the attention before it reads.
 
     Of `*`: `num_attention_heads` of width `head_dim`, which share `num_key_value_heads`; `attention_bias`. Scores are
-    multiplied by `attention_scale`, by default head_dim^-0.5, and limited by `attention_softcap` as logits are;
+    multiplied by `attention_scale`, by default head_dim^-0.5, which `attention_scale_by_depth` divides by n in the n-th
+    attention layer, and limited by `attention_softcap` as logits are;
     `attention_sinks` adds to each head's softmax one learnt score without a value; `attention_gate` multiplies what
     heads read by the sigmoid of a projection of the layer's input. `qk_norm` puts a norm on queries and
-    keys: of each head with one weight ("head") or a weight per head ("each"), or of all heads together ("all").
+    keys: of each head with one weight ("head") or a weight per head ("each"), or of all heads together ("all"), with a
+    bias if `qk_norm_bias`. `qk_norm_behind_rope` puts it behind RoPE, and only into layers with RoPE. Queries, keys and
+    values are clamped to ±`clip_qkv`, behind a norm in front of RoPE.
     With a `kv_lora_rank` keys and values are made of latents, and `q_lora_rank`, `qk_rope_head_dim`, `qk_nope_head_dim`
     and `v_head_dim` are as in `LatentProjection`.
     `attention_types` has the settings that differ between layers, and `attention_pattern` one digit per `*` layer, the
@@ -113,6 +116,7 @@ class TwoTowerConfig:
     layer_norm_epsilon: float = 1e-5
     residual_in_fp32: bool = False
     tie_word_embeddings: bool = False
+    head_bias: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     mask_token_id: int = 3
@@ -134,11 +138,15 @@ class TwoTowerConfig:
     head_dim: int = 0
     attention_bias: bool = False
     attention_scale: float | None = None
+    attention_scale_by_depth: bool = False
     attention_softcap: float | None = None
     attention_sinks: bool = False
     attention_gate: bool = False
     attention_output_scale: float = 1.0
     qk_norm: str | None = None
+    qk_norm_bias: bool = False
+    qk_norm_behind_rope: bool = False
+    clip_qkv: float | None = None
     kv_lora_rank: int = 0
     q_lora_rank: int = 0
     qk_rope_head_dim: int = 0

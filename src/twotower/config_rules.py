@@ -46,7 +46,7 @@ def config_problems(c: "TwoTowerConfig") -> list[str]:
     need(c.pre_norm or c.post_norm, "pre_norm and post_norm are false, must not both be")
     need(c.num_positions >= 0, f"num_positions is {c.num_positions}, must be at least 0")
     scales = ("attention_output_scale", "mlp_output_scale", "mamba_output_scale", "glu_gate_scale")
-    caps = ("logit_softcap", "attention_softcap")
+    caps = ("logit_softcap", "attention_softcap", "clip_qkv")
     for name in ("embedding_scale", "residual_scale", "logit_scale", "attention_scale", *scales, *caps):
         value = getattr(c, name)
         need(value is None or value > 0, f"{name} is {value}, must be above 0")
@@ -81,6 +81,10 @@ def _attention_problems(c: "TwoTowerConfig") -> list[str]:
     found = [problem for kind in c.attention_kinds for problem in kind.problems(c.head_dim)]
     if c.qk_norm not in (None, "head", "each", "all"):
         found.append(f"qk_norm is {c.qk_norm!r}, must be null, 'head', 'each' or 'all'")
+    if c.qk_norm_bias and (c.qk_norm is None or c.norm_type == "rms"):
+        found.append("qk_norm_bias is true, must be false without qk_norm or with norm_type 'rms'")
+    if c.qk_norm_behind_rope and c.qk_norm is None:
+        found.append("qk_norm_behind_rope is true, must be false without qk_norm")
     found += _latent_problems(c) if c.kv_lora_rank else []
     digits = set("0123456789"[: len(c.attention_types)])
     num_layers = c.pattern.count("*")

@@ -72,11 +72,17 @@ class AttentionType:
     A query at position i sees the keys at positions above i - `window` and, of the block that it is denoised in, those
     less than `window` away on both sides; None is no limit. With `chunk` it sees only positions of its own chunk, the
     one of i // chunk. `rope_parameters` None is attention without positions.
+
+    With a `query_growth` g that is not 0, the query is multiplied by 1 + g·ln(1 + ⌊(i + `query_offset`) /
+    `query_period`⌋), so that attention over long texts stays as sharp as over short ones (arXiv 2501.19399).
     """
 
     window: int | None = None
     chunk: int | None = None
     rope_parameters: Rope | None = None
+    query_growth: float = 0.0
+    query_period: int = 0
+    query_offset: int = 0
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
@@ -102,6 +108,10 @@ class AttentionType:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{name} is {value}, must be null or at least 1"
+        if self.query_growth and self.query_period < 1:
+            yield f"query_period is {self.query_period}, must be at least 1 with query_growth"
+        if self.query_offset < 0:
+            yield f"query_offset is {self.query_offset}, must be at least 0"
         if self.rope_parameters is not None:
             yield from self.rope_parameters.problems(head_dim)
 

@@ -18,19 +18,22 @@ def make(sizes: dict[str, Any]) -> Callable[..., Head]:
     def made(dtype: torch.dtype = torch.float32, **config: Any) -> Head:
         head = Head(TwoTowerConfig(**sizes | {"pattern": "-"} | config), dtype)
         torch.manual_seed(0)
-        torch.nn.init.normal_(head.weight)
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter)
         return head
 
     return made
 
 
 @pytest.mark.parametrize("mask", [0, 3, SIZE - 1])
-@pytest.mark.parametrize("config", [{}, {"logit_scale": 0.25, "logit_softcap": 5.0}])
+@pytest.mark.parametrize("config", [{}, {"logit_scale": 0.25, "logit_softcap": 5.0, "head_bias": True}])
 def test_the_mask_has_no_probability_whatever_its_row_holds(
     mask: int, config: dict[str, Any], make: Callable[..., Head]
 ) -> None:
     head, x = make(mask_token_id=mask, **config), torch.randn(2, 5, WIDTH)
     logits = head(x)
+    if head.linear.bias is not None:
+        assert not torch.equal(logits, F.linear(x, head.weight)), "a head without its bias would agree"
     others = [i for i in range(SIZE) if i != mask]
     for row in (torch.full((WIDTH,), torch.nan), x[0, 0] * 1e30, torch.zeros(WIDTH)):
         with torch.no_grad():

@@ -40,6 +40,17 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"tie_word_embeddings": False, "mlp_bias": True}),
     ("**", LATENTS),
     ("*", LATENTS | {"q_lora_rank": 0, "v_head_dim": 8, "attention_bias": True}),
+    ("**", {"use_rope": True, "qk_norm": "head", "qk_norm_behind_rope": True, "clip_qkv": 0.8}),
+    (
+        "**",
+        {
+            "attention_types": (AttentionType(query_growth=0.7, query_period=3, query_offset=1), AttentionType()),
+            "attention_pattern": "01",
+            "attention_scale_by_depth": True,
+            "head_bias": True,
+        },
+    ),
+    ("*-", {"head_bias": True, "tie_word_embeddings": True, "num_attention_heads": 2}),
     ("-", {"mlp_hidden_act": "xielu"}),
     ("E-", {"gated_mlp": True, "mlp_hidden_act": "silu", "router": "softmax", "shared_expert_gate": True}),
     ("E", {"moe_latent_size": 20, "router_bias": True, "mlp_bias": True}),
@@ -55,7 +66,7 @@ class Reference:
 
     def head(self, tower: str, head: str, hidden: Tensor) -> Tensor:
         weight = self.w[f"{tower}.embeddings.weight" if self.c.tie_word_embeddings else f"{head}.weight"]
-        logits = hidden @ weight.t()
+        logits = hidden @ weight.t() + self.w.get(f"{head}.bias", torch.zeros(()))
         logits[:, self.c.mask_token_id] = -torch.inf
         return logits
 
@@ -108,12 +119,21 @@ class Reference:
             q, k, v = self.latent_heads(name, x)
         else:
             q, k, v = (self.project(f"{name}.{part}_proj", x).unflatten(-1, (-1, c.head_dim)) for part in "qkv")
-        start = seed[0].shape[0] if seed else 0
+        number = c.pattern[: int(name.split(".")[2])].count("*")
+        start, kind = seed[0].shape[0] if seed else 0, c.attention_kinds[c.attention_indices[number]]
+        if c.clip_qkv:
+            q, k, v = (part.clamp(-c.clip_qkv, c.clip_qkv) for part in (q, k, v))
         if c.use_rope:
             q, k = self.rope(q, start), self.rope(k, start)
         elif c.kv_lora_rank:
             turned = c.qk_rope_head_dim
             q, k = (torch.cat((self.rope(h[..., :turned], start), h[..., turned:]), -1) for h in (q, k))
+        if c.qk_norm:  # of each head, behind RoPE
+            q, k = (self.norm(part, self.w[f"{name}.{which}_norm.weight"]) for part, which in ((q, "q"), (k, "k")))
+        if kind.query_growth:
+            steps = [(start + i + kind.query_offset) // kind.query_period for i in range(q.shape[0])]
+            q = torch.stack([row * (1 + kind.query_growth * math.log(1 + n)) for row, n in zip(q, steps, strict=True)])
+        scale = c.head_dim**-0.5 / (number + 1 if c.attention_scale_by_depth else 1)
         if seed:
             k, v = torch.cat((seed[0], k)), torch.cat((seed[1], v))
         out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype)
@@ -121,7 +141,7 @@ class Reference:
             end = start + i + 1 if causal else k.shape[0]
             for head in range(q.shape[1]):
                 kv = head // (c.num_attention_heads // c.num_key_value_heads)
-                weights = (k[:end, kv] @ q[i, head] / math.sqrt(c.head_dim)).softmax(0)
+                weights = (k[:end, kv] @ q[i, head] * scale).softmax(0)
                 out[i, head] = weights @ v[:end, kv]
         return self.project(f"{name}.o_proj", out.flatten(1)), (k, v)
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from twotower.model.tower import rotations
+from twotower.model.tower import positionings
 from twotower.model.two_tower import TwoTower
+from twotower.ops.rope import Positioning
 
 PATTERNS = ["M", "*", "G", "G*-", "S*-", "R*-", "M*-E", "MEM*MEM*E", "llama"]
 # float64 in another order of sums; float32 likewise
@@ -135,11 +136,11 @@ def test_rope_sees_distances_and_not_places(tiny: Callable, ids: Callable, close
     mixer = model.context_tower.layers[0].mixer
     scores = []
     for start in (0, 7):
-        rope = rotations(model.config, torch.arange(start, start + 6)[None], torch.float64)[0]
-        q, k, *_ = mixer.project(x, rope)
+        at = positionings(model.config, torch.arange(start, start + 6)[None], torch.float64)[0]
+        q, k, *_ = mixer.project(x, at)
         scores.append(q[:, :2] @ k[:, :1].transpose(-1, -2))
     close(scores[1], scores[0], 1e-5)  # angles are float32, as in Hugging Face's
-    q, k, *_ = mixer.project(x, None)
+    q, k, *_ = mixer.project(x, Positioning(None, None))
     assert (q[:, :2] @ k[:, :1].transpose(-1, -2) - scores[0]).abs().max() > 0.1
 
 

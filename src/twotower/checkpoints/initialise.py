@@ -40,7 +40,7 @@ from twotower.config import TwoTowerConfig
 from twotower.errors import SettingError
 
 # The tensors with one row per token of the vocabulary.
-_ROW_TENSORS = ("embeddings.weight", "lm_head.weight")
+_ROW_TENSORS = ("embeddings.weight", "lm_head.weight", "lm_head.bias")
 # DiT's initialisation of the time embedder (arXiv 2212.09748).
 _TIME_INIT_STD = 0.02
 
@@ -217,7 +217,7 @@ def _tensors(
         if index is not None and name in _ROW_TENSORS:
             tensor = tensor[index]
         in_towers = (f"context_tower.{name}", f"denoiser_tower.{name}")
-        for copy in ("context_lm_head.weight", name) if name == "lm_head.weight" else in_towers:
+        for copy in (f"context_{name}", name) if name.startswith("lm_head.") else in_towers:
             yield copy, tensor.to(specs[copy].dtype)
     yield from _time_modules(specs, seed)
 

@@ -11,12 +11,12 @@ from twotower.model.linear import Linear, Pack
 from twotower.model.norm import Norm
 from twotower.model.pages import PastLayer
 from twotower.ops.attention import ScoreRule, cached_attention, seeded_attention
-from twotower.ops.rope import Rotation, rotate
+from twotower.ops.rope import Positioning, rotate
 
 
 class Projected(NamedTuple):
-    """Queries (b, h, s, p), keys and values (b, k, s, p), rotated where the config asks for RoPE, and where it asks for
-    them the gates (b, s, h·p) before their sigmoid."""
+    """Queries (b, h, s, p), keys and values (b, k, s, p), rotated and scaled as positions say, and where the config
+    asks for them the gates (b, s, h·p) before their sigmoid."""
 
     query: Tensor
     key: Tensor
@@ -27,16 +27,20 @@ class Projected(NamedTuple):
 class Attention(nn.Module):
     """Grouped-query attention. The tower appends the keys to the cache.
 
-    `index` says which of the config's `attention_kinds` this layer is of: what its queries see and how positions enter.
+    `number` counts the attention layers below this one, and `index` says which of the config's `attention_kinds` it is
+    of: what its queries see and how positions enter.
     """
 
-    def __init__(self, config: TwoTowerConfig, index: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: TwoTowerConfig, number: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.index = index
+        self.index = config.attention_indices[number]
         self.num_heads = config.num_attention_heads
         self.head_dim = config.head_dim
         self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-        self.softcap = config.attention_softcap
+        if config.attention_scale_by_depth:
+            self.scale /= number + 1
+        self.softcap, self.clip = config.attention_softcap, config.clip_qkv
+        self.normed_behind_rope = config.qk_norm_behind_rope
         self.normed_together = config.qk_norm == "all"
         self.value_dim = config.v_head_dim or self.head_dim  # the rest of a value is zeros
         query, kv = self.num_heads * self.head_dim, config.num_key_value_heads * self.head_dim
@@ -56,29 +60,37 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(self.num_heads, dtype=dtype)) if config.attention_sinks else None
 
     def _norm(self, config: TwoTowerConfig, num_heads: int, dtype: torch.dtype) -> Norm | None:
-        if config.qk_norm is None:
+        turned = config.attention_kinds[self.index].rope_parameters is not None
+        if config.qk_norm is None or (config.qk_norm_behind_rope and not turned):
             return None
         p = self.head_dim
         shape = {"head": (p,), "each": (num_heads, p), "all": (num_heads * p,)}[config.qk_norm]
-        return Norm(config, *shape, dtype=dtype, bias=False)
+        return Norm(config, *shape, dtype=dtype, bias=config.qk_norm_bias)
 
     @property
     def rule(self) -> ScoreRule:
         """How scores become weights."""
         return ScoreRule(self.scale, self.softcap, self.sinks)
 
-    def project(self, x: Tensor, rope: Rotation | None) -> Projected:
+    def project(self, x: Tensor, at: Positioning) -> Projected:
         """x (b, s, d) to queries, keys and values."""
         b, s, _ = x.shape
         heads = self.qkv_proj(x).view(b, s, -1, self.head_dim)  # (b, s, h+2k, p)
         num_kv = (heads.shape[2] - self.num_heads) // 2
-        rotated = self._normed(heads[:, :, : self.num_heads + num_kv])
-        if rope is not None:
-            rotated = rotate(rotated, rope)
-        rotated = rotated.transpose(1, 2)
-        value = heads[:, :, self.num_heads + num_kv :].transpose(1, 2)
+        rotated, value = heads[:, :, : self.num_heads + num_kv], heads[:, :, self.num_heads + num_kv :]
+        if not self.normed_behind_rope:
+            rotated = self._normed(rotated)
+        if self.clip is not None:
+            rotated, value = rotated.clamp(-self.clip, self.clip), value.clamp(-self.clip, self.clip)
+        if at.rope is not None:
+            rotated = rotate(rotated, at.rope)
+        if self.normed_behind_rope:
+            rotated = self._normed(rotated)
+        query, key = rotated[:, :, : self.num_heads], rotated[:, :, self.num_heads :]
+        if at.query_scale is not None:
+            query = query * at.query_scale
         gate = None if self.gate_proj is None else self.gate_proj(x)
-        return Projected(rotated[:, : self.num_heads], rotated[:, self.num_heads :], value, gate)
+        return Projected(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), gate)
 
     def _normed(self, heads: Tensor) -> Tensor:
         """Queries and keys (b, s, h+k, p) through their norms, if they have any."""

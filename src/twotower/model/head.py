@@ -8,8 +8,8 @@ from twotower.model.linear import Linear, Pack
 
 
 class Head(nn.Module):
-    """The output projection of a tower: logits W·x, times the config's `logit_scale`, limited to c·tanh(logits / c) by
-    its `logit_softcap` c. The mask token's logit is −∞ whatever its row of the weight holds.
+    """The output projection of a tower: logits W·x, with a bias if the config has `head_bias`, times its `logit_scale`,
+    limited to c·tanh(logits / c) by its `logit_softcap` c. The mask token's logit is −∞ whatever its row holds.
 
     The mask stands for a token that is not known yet and is itself no token of a text. So no tower proposes it, and the
     other tokens keep the probabilities that they have in the backbone, to which the mask was added.
@@ -18,8 +18,8 @@ class Head(nn.Module):
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.mask_token_id = config.mask_token_id
-        self.scale, self.softcap = config.logit_scale, config.logit_softcap
-        self.linear = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        self.scale, self.softcap, self.tied = config.logit_scale, config.logit_softcap, config.tie_word_embeddings
+        self.linear = Linear(config.hidden_size, config.vocab_size, bias=config.head_bias, dtype=dtype)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -50,3 +50,8 @@ class Head(nn.Module):
     def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
         """Packs the weight, see `Linear.pack_`."""
         self.linear.pack_(dtype, pack)
+
+    def released_tensors(self, name: str) -> dict[str, Tensor]:
+        """Its tensors under the released name of the head; a tied weight is the embedding's."""
+        found = {} if self.tied else {f"{name}.weight": self.weight.data}
+        return found if self.linear.bias is None else found | {f"{name}.bias": self.linear.bias.data}

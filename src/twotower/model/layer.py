@@ -43,7 +43,7 @@ class Layer(nn.Module):
         elif kind in "SR":
             self.mixer = SelectiveMixer(config, kind, dtype)
         elif kind == "*":
-            self.mixer = Attention(config, config.attention_indices[config.pattern[:index].count("*")], dtype)
+            self.mixer = Attention(config, config.pattern[:index].count("*"), dtype)
         elif kind == "-":
             self.mixer = MLP(config, config.intermediate_size, dtype)
         else:

@@ -73,4 +73,4 @@ class OneTower(nn.Module):
     def released_tensors(self) -> dict[str, Tensor]:
         """Every tensor by the name it has in a single-tower checkpoint, as a view of this model's parameters."""
         found = {f"backbone.{name}": tensor for name, tensor in self.tower.released_tensors().items()}
-        return found if self.config.tie_word_embeddings else found | {"lm_head.weight": self.lm_head.weight.data}
+        return found | self.lm_head.released_tensors("lm_head")

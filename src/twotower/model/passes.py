@@ -7,7 +7,7 @@ from torch import Tensor
 
 from twotower.model.pages import Past
 from twotower.model.state import ContextState, MambaState
-from twotower.ops.rope import Rotation
+from twotower.ops.rope import Positioning
 from twotower.ops.transfer import to_device
 
 
@@ -16,16 +16,16 @@ class PassInputs(NamedTuple):
 
     `x` (b, s, d) is the residual stream before the first layer. `state` holds the recurrent states and each row's
     number of earlier tokens; `past` are its cached keys and values, of which row b may see the first
-    state.lengths[b] places. `ropes` has RoPE's angles of the s tokens for each of the config's `attention_kinds`, None
-    where there is no RoPE. `places` (b·s,) int64 says
-    where a causal pass writes new keys among all places of the pages; None where keys are not in pages (row b's then
-    go behind its first state.lengths[b]) and in a block pass, which writes none.
+    state.lengths[b] places. `positioning` has what the s tokens' positions do in each of the config's
+    `attention_kinds`. `places` (b·s,) int64 says where a causal pass writes new keys among all places of the pages;
+    None where keys are not in pages (row b's then go behind its first state.lengths[b]) and in a block pass, which
+    writes none.
     """
 
     x: Tensor
     state: ContextState
     past: Past
-    ropes: tuple[Rotation | None, ...]
+    positioning: tuple[Positioning, ...]
     places: Tensor | None
 
 

@@ -22,10 +22,10 @@ from twotower.model.state import ContextState, KeyBuffer, MambaState
 from twotower.model.time_conditioning import Modulation
 from twotower.ops import unmask
 from twotower.ops.attention import block_mask, causal_mask
-from twotower.ops.rope import Rotation, frequencies, rotation
+from twotower.ops.rope import Positioning, Rotation, frequencies, query_scale, rotation
 from twotower.ops.ssd import CHUNK
 from twotower.ops.transfer import to_device
-from twotower.rope import Rope
+from twotower.rope import AttentionType, Rope
 
 if TYPE_CHECKING:  # the type of a guest, and nothing that runs: the reference imports no backend
     from twotower.backends.protocol import LogitOps, TowerGuest
@@ -45,26 +45,28 @@ def _replay(mixers: Sequence[Recurrent], replays: Sequence[Replay], counts: Tens
     return tuple(mixer.advance(r.inputs, r.start, counts, r.end) for mixer, r in pairs)
 
 
-def rotations(
+def positionings(
     config: TwoTowerConfig, positions: Tensor, dtype: torch.dtype, lengths: Tensor | None = None
-) -> tuple[Rotation | None, ...]:
-    """For each of the config's `attention_kinds` RoPE's angles at positions (b or 1, s), None without RoPE.
+) -> tuple[Positioning, ...]:
+    """For each of the config's `attention_kinds` what positions (b or 1, s) int64 do.
 
     `lengths` (b, s or 1) int64 on the CPU are the `TwoTowerConfig.rope_length` of the texts, where it is not 0 for all.
     """
     distinct, index = (None, None) if lengths is None else lengths.unique(return_inverse=True)
 
-    def one(rope: Rope | None) -> Rotation | None:
-        if rope is None:
-            return None
+    def turns(rope: Rope) -> Rotation:
         if distinct is None:
-            turns = frequencies(rope, config.head_dim, 0)
+            each = frequencies(rope, config.head_dim, 0)
         else:
-            each = torch.stack([frequencies(rope, config.head_dim, length) for length in distinct.tolist()])
-            turns = each[index].unsqueeze(-2)  # (b, s or 1, 1, n/2)
-        return rotation(positions, turns, rope.attention_factor, dtype)
+            every = torch.stack([frequencies(rope, config.head_dim, length) for length in distinct.tolist()])
+            each = every[index].unsqueeze(-2)  # (b, s or 1, 1, n/2)
+        return rotation(positions, each, rope.attention_factor, dtype)
 
-    return tuple(one(kind.rope_parameters) for kind in config.attention_kinds)
+    def one(kind: AttentionType) -> Positioning:
+        scale = query_scale(positions, kind, dtype) if kind.query_growth else None
+        return Positioning(None if kind.rope_parameters is None else turns(kind.rope_parameters), scale)
+
+    return tuple(map(one, config.attention_kinds))
 
 
 class Tower(nn.Module):
@@ -87,7 +89,7 @@ class Tower(nn.Module):
         self.activation_dtype = dtype
         self.key_dtype: torch.dtype | None = None  # of cached keys and values, if it isn't the activations'
         self.guest: TowerGuest | None = None
-        self._rotations: tuple[Rotation | None, ...] = ()  # RoPE's for all positions met so far, see `_rotation`
+        self._positioning: tuple[Positioning, ...] = ()  # of all positions met so far, see `_positioned`
 
     @property
     def stack(self) -> list[Layer]:
@@ -187,11 +189,11 @@ class Tower(nn.Module):
                     f"a text has {max(starts) + 1} tokens, must have at most the model's {limit} positions"
                 )
             positions = to_device(starts, ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        ropes = self._rotation(state, ids.shape[1], ids.device)
-        return PassInputs(self.embed(ids, positions), state, state.buffer.past(used), ropes, places)
+        positioning = self._positioned(state, ids.shape[1], ids.device)
+        return PassInputs(self.embed(ids, positions), state, state.buffer.past(used), positioning, places)
 
     def _causal(self, inputs: PassInputs, marks: tuple[int, ...]) -> CausalPass:
-        x, state, past, ropes, places = inputs
+        x, state, past, positioning, places = inputs
         s, t = x.shape[1], past.length if past.keys else 0
         device, dtype = x.device, self.activation_dtype
         masks = [
@@ -210,7 +212,7 @@ class Tower(nn.Module):
                 marked.append(states)
             elif isinstance(layer.mixer, Attention):
                 index = layer.mixer.index
-                projected = layer.mixer.project(entered, ropes[index])
+                projected = layer.mixer.project(entered, positioning[index])
                 state.buffer.append_(num_attention, state.lengths, places, projected.key, projected.value)
                 mixed = layer.mixer.causal(projected, past.layer(num_attention), masks[index])
                 num_attention += 1
@@ -232,7 +234,7 @@ class Tower(nn.Module):
         return mixed, Replay(inputs, start, end), states
 
     def _block(self, inputs: PassInputs, modulation: Tensor | None, widths: tuple[int, ...]) -> Tensor:
-        x, seed, past, ropes, _ = inputs
+        x, seed, past, positioning, _ = inputs
         s, t = x.shape[1], past.length if past.keys else 0
         device, dtype = x.device, self.activation_dtype
         masks = [
@@ -252,7 +254,7 @@ class Tower(nn.Module):
                 num_mamba += 1
             elif isinstance(layer.mixer, Attention):
                 index = layer.mixer.index
-                projected = layer.mixer.project(entered, ropes[index])
+                projected = layer.mixer.project(entered, positioning[index])
                 mixed = layer.mixer.block(projected, past.layer(num_attention), masks[index])
                 num_attention += 1
             else:
@@ -260,23 +262,23 @@ class Tower(nn.Module):
             x = layer.leave(x, mixed, own)
         return self.finish(x)
 
-    def _rotation(self, state: ContextState, s: int, device: torch.device) -> tuple[Rotation | None, ...]:
-        """For each of the config's `attention_kinds` RoPE's angles for s tokens after each row's earlier ones, None
-        where there is no RoPE. They come from tables that grow with the positions met, except for texts for which RoPE
-        is not as usual."""
+    def _positioned(self, state: ContextState, s: int, device: torch.device) -> tuple[Positioning, ...]:
+        """For each of the config's `attention_kinds` what the positions of s tokens after each row's earlier ones do.
+        It comes from tables that grow with the positions met, except for texts for which RoPE is not as usual."""
         starts = state.lengths
         if any(state.rope_lengths):
             place = to_device(starts, device)[:, None] + torch.arange(s, device=device)
-            return rotations(self.config, place, self.activation_dtype, torch.tensor(state.rope_lengths)[:, None])
-        known = next((r for r in self._rotations if r is not None), None)
+            return positionings(self.config, place, self.activation_dtype, torch.tensor(state.rope_lengths)[:, None])
+        tables = [p.query_scale if p.rope is None else p.rope.cos for p in self._positioning]
+        known = next((table for table in tables if table is not None), None)
         end = max(starts) + s
-        if not self._rotations or (
-            known is not None and (known.cos.shape[1] < end or known.cos.dtype != self.activation_dtype)
+        if not self._positioning or (
+            known is not None and (known.shape[1] < end or known.dtype != self.activation_dtype)
         ):
             with torch.inference_mode(False):  # a later pass may want gradients
                 positions = torch.arange(max(2 * end, 512), device=device)[None]  # twice: a context grows
-                self._rotations = rotations(self.config, positions, self.activation_dtype)
+                self._positioning = positionings(self.config, positions, self.activation_dtype)
         if len(set(starts)) == 1:
-            return tuple(r and Rotation(*(part[:, starts[0] : end] for part in r)) for r in self._rotations)
+            return tuple(p.each(lambda table: table[:, starts[0] : end]) for p in self._positioning)
         index = to_device(starts, device)[:, None] + torch.arange(s, device=device)
-        return tuple(r and Rotation(*(part[0, index] for part in r)) for r in self._rotations)
+        return tuple(p.each(lambda table: table[0, index]) for p in self._positioning)

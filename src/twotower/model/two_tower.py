@@ -232,9 +232,8 @@ class TwoTower(nn.Module):
         """Every tensor of the released layout, by its released name, as a view of this model's parameters."""
         found = {f"context_tower.{k}": v for k, v in self.context_tower.released_tensors().items()}
         found |= {f"denoiser_tower.{k}": v for k, v in self.denoiser_tower.released_tensors().items()}
-        if not self.config.tie_word_embeddings:
-            found["context_lm_head.weight"] = self.context_lm_head.weight.data
-            found["lm_head.weight"] = self.lm_head.weight.data
+        found |= self.context_lm_head.released_tensors("context_lm_head")
+        found |= self.lm_head.released_tensors("lm_head")
         return found | self.time_conditioning.released_tensors()
 
 

@@ -1,13 +1,14 @@
 """Rotary positions. Letters: b rows, s tokens, p head width, n turned numbers of a head (n ≤ p)."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from twotower.ops.transfer import to_device
-from twotower.rope import Rope
+from twotower.rope import AttentionType, Rope
 
 
 class Rotation(NamedTuple):
@@ -15,6 +16,25 @@ class Rotation(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+
+
+class Positioning(NamedTuple):
+    """What the positions of s tokens do in a layer of attention: RoPE turns queries and keys, and `query_scale`
+    (b or 1, s, 1, 1) multiplies queries; None where the layer has no such thing."""
+
+    rope: Rotation | None
+    query_scale: Tensor | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Positioning":
+        """With every tensor changed."""
+        rope = None if self.rope is None else Rotation(change(self.rope.cos), change(self.rope.sin))
+        return Positioning(rope, None if self.query_scale is None else change(self.query_scale))
+
+
+def query_scale(positions: Tensor, kind: AttentionType, dtype: torch.dtype) -> Tensor:
+    """What multiplies queries at positions (b, s) int64, see `AttentionType`: (b, s, 1, 1)."""
+    periods = (positions + kind.query_offset) // kind.query_period
+    return (1 + kind.query_growth * periods.float().log1p()).to(dtype)[..., None, None]
 
 
 def rotation(positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype) -> Rotation:

@@ -46,11 +46,25 @@ WINDOWS = {
     "attention_softcap": 2.0,
     "attention_sinks": True,
 }
+# Queries that grow with their positions, clamped projections, norms behind RoPE, scores by depth, a head with a bias
+QUERIES = {
+    "attention_types": (
+        AttentionType(rope_parameters=Rope(rope_theta=100.0), query_growth=0.5, query_period=6),
+        AttentionType(query_growth=0.3, query_period=7, query_offset=1),
+    ),
+    "attention_pattern": "01",
+    "qk_norm": "head",
+    "qk_norm_behind_rope": True,
+    "clip_qkv": 1.5,
+    "attention_scale_by_depth": True,
+    "head_bias": True,
+}
 GATED: dict[str, Any] = {"gated_mlp": True, "mlp_hidden_act": "silu"}
 SOFTMAX: dict[str, Any] = {"router": "softmax", "norm_topk_prob": False}
 PATTERNS: list[tuple[str, dict[str, Any]]] = [
     ("**-**", WINDOWS),
     ("*-*-", LAYER_NORM),
+    ("*-*-", QUERIES),
     ("M*-*-", POST_NORM | TWO_ROPES | {"attention_pattern": "02"}),
     ("M*-E", {}),
     ("EM*M-*", BIASES),
@@ -97,6 +111,9 @@ SIZES += [
     ("M*-M*-", {"parallel": "M*", "residual_scale": 0.7}),
     ("M*-M*-", {"parallel": "M*-", "norm_type": "layer"}),
     ("***", TWO_ROPES),
+    ("*-*-", QUERIES),
+    ("*-*-", LAYER_NORM | {"qk_norm_bias": True, "clip_qkv": 0.7}),
+    ("*-*-", QUERIES | LAYER_NORM | {"qk_norm_bias": True, "head_dim": 14}),
     ("**-**", WINDOWS),
     ("*-***", WINDOWS | {"attention_softcap": None, "num_key_value_heads": 1, "head_dim": 24}),
     ("*-***", WINDOWS | {"attention_sinks": False, "num_key_value_heads": 4, "qk_norm": "head"}),

@@ -1,4 +1,4 @@
-"""Tiny random models of every family of dense decoders, made by transformers and opened by us."""
+"""Tiny random models of every family of decoders, made by transformers and opened by us."""
 
 import copy
 import json
@@ -29,6 +29,9 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+# Queries grow at 8, 16, 24, … of the 40 tokens
+MINISTRAL3 = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 16.0, "original_max_position_embeddings": 8}
+MINISTRAL3 |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
 # The settings of each family that matter, beside the sizes: one model of each is tried in every way.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -78,8 +81,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gpt_bigcode": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+    "phi": {"qk_layernorm": True},
+    "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "rotary_dim": 4},
+    "codegen": {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 128, "rotary_dim": 4},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "ministral3": {"head_dim": 16, "rope_parameters": MINISTRAL3},
+    "llama4_text": {
+        "head_dim": 16,
+        "attention_chunk_size": WINDOW,
+        "floor_scale": 10,
+        "intermediate_size_mlp": 56,
+        "interleave_moe_layer_step": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
 }
-NAMES_OF_ITS_OWN = ("gpt2", "gpt_bigcode")  # for what SIZES has
+NAMES_OF_ITS_OWN = ("gpt2", "gpt_bigcode", "gptj", "codegen")  # for what SIZES has
 Edit = Callable[[dict[str, Any]], Any]
 
 

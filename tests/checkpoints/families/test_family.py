@@ -63,6 +63,8 @@ def test_of_a_model_that_sees_the_decoder_is_taken(name: str, tmp_path: Path, sa
         ("gemma3", {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "sliding_window": 1024}),
         ("llava", {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-05}),
         ("mistral3", {"model_type": "mistral", "num_hidden_layers": 40, "sliding_window": None}),
+        ("mistral3", {"model_type": "ministral3", "hidden_size": 3072, "num_hidden_layers": 26}),
+        ("llama4", {"model_type": "llama4_text", "num_hidden_layers": 8, "interleave_moe_layer_step": 2}),
     ],
 )
 def test_sizes_that_text_config_leaves_out_are_those_of_transformers(model_type: str, text: dict[str, Any]) -> None:

@@ -7,15 +7,11 @@ import pytest
 
 WINDOW = 12
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}
 
 
 @pytest.mark.parametrize(
     ("model_type", "settings"),
     [
-        ("gpt2", GPT2),
-        ("gpt2", GPT2 | {"activation_function": "relu", "layer_norm_epsilon": 1e-2, "tie_word_embeddings": False}),
-        ("gpt2", GPT2 | {"scale_attn_weights": False, "reorder_and_upcast_attn": True, "n_layer": 1}),
         ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 0.5}),
         (
             "gpt_neox",
@@ -31,6 +27,8 @@ GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}
         ("cohere2", {"sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention"] * 2}),
         ("nemotron", {"attention_bias": True, "mlp_bias": True, "partial_rotary_factor": 1.0, "norm_eps": 1e-2}),
         ("apertus", {"attention_bias": True, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+        ("phi", {"partial_rotary_factor": 0.25, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+        ("phi", {"hidden_size": 80, "partial_rotary_factor": 0.4, "num_key_value_heads": None, "hidden_act": "gelu"}),
         ("apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     ],
 )
@@ -66,7 +64,7 @@ def older_cohere2(config: dict[str, Any]) -> None:
         ("cohere", {}, lambda c: (c.pop("rope_parameters"), c.pop("logit_scale"), c.pop("tie_word_embeddings"))),
         ("cohere2", {"sliding_window": WINDOW}, older_cohere2),
         ("nemotron", {}, lambda c: (c.pop("rope_parameters"), c.update(rope_theta=500.0, partial_rotary_factor=0.25))),
-        ("gpt2", GPT2, lambda c: [c.pop(key) for key in ("layer_norm_epsilon", "activation_function", "n_inner")]),
+        ("phi", {}, lambda c: (c.pop("rope_parameters"), c.update(rope_theta=500.0, partial_rotary_factor=0.25))),
     ],
 )
 def test_configs_mean_what_transformers_reads_in_them(
@@ -74,9 +72,3 @@ def test_configs_mean_what_transformers_reads_in_them(
 ) -> None:
     opened = open_family(model_type, edit=edit, **settings)
     same_logits(opened.ours.context_logits(opened.ids), opened.logits)
-
-
-def test_gpt2_has_no_text_behind_its_last_position(open_family: Callable) -> None:
-    opened = open_family("gpt2", **GPT2)
-    with pytest.raises(ValueError, match=r"41 tokens, must have at most the model's 40 positions"):
-        opened.ours.extend([[5]], opened.ours.prefill(opened.ids[:1]))

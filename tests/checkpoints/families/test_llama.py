@@ -9,6 +9,8 @@ WINDOW = 12
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 500.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 500.0}
+GROWING = {"llama_4_scaling_beta": 0.4, "original_max_position_embeddings": 7, "rope_theta": 500.0}
+ALPHA = {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 500.0}
 SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW}
 
 
@@ -38,6 +40,13 @@ SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW}
         ("seed_oss", {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
         ("granite", {"attention_multiplier": 0.2, "tie_word_embeddings": True}),
         ("phi3", {"sliding_window": None, "head_dim": 10, "num_key_value_heads": 1}),
+        (
+            "ministral3",
+            {"head_dim": 10, "num_key_value_heads": 1, "rope_parameters": GROWING | {"rope_type": "default"}},
+        ),
+        ("ministral3", {"head_dim": 16, "rope_parameters": YARN | GROWING, "sliding_window": WINDOW}),
+        ("hunyuan_v1_dense", {"head_dim": 16, "num_key_value_heads": 1, "attention_bias": True, "rms_norm_eps": 1e-2}),
+        ("hunyuan_v1_dense", {"head_dim": 10, "tie_word_embeddings": True, "rope_parameters": ALPHA}),
     ],
 )
 def test_settings_mean_what_they_do_in_transformers(
@@ -74,6 +83,12 @@ def without(*keys: str, **changes: Any) -> Callable[[dict[str, Any]], None]:
         ("smollm3", {"tie_word_embeddings": True}, without("tie_word_embeddings", "no_rope_layers", "layer_types")),
         ("qwen3", {"head_dim": 128}, without("head_dim", "rope_parameters", "layer_types")),
         ("seed_oss", {"head_dim": 16}, without("attention_bias", "rope_parameters")),
+        (
+            "ministral3",
+            {"num_key_value_heads": 2, "head_dim": 128},
+            without("rope_parameters", "head_dim", "rms_norm_eps"),
+        ),
+        ("hunyuan_v1_dense", {"head_dim": 16}, without("rope_parameters", "rms_norm_eps", rope_scaling=ALPHA)),
         ("phi3", {"sliding_window": None}, without("sliding_window", "original_max_position_embeddings")),
     ],
 )
@@ -82,3 +97,8 @@ def test_configs_mean_what_transformers_reads_in_them(
 ) -> None:
     opened = open_family(model_type, edit=edit, **settings)
     same_logits(opened.ours.context_logits(opened.ids), opened.logits)
+
+
+def test_layers_of_hunyuan_that_transformers_does_not_know_are_refused(open_family: Callable) -> None:
+    with pytest.raises(ValueError, match="use_qk_norm is False, must be True"):
+        open_family("hunyuan_v1_dense", head_dim=16, use_qk_norm=False)

@@ -30,6 +30,11 @@ MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 FEW = {"num_experts": 8, "num_experts_per_tok": 3}
 LOCAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
+# Layer 2 of 3 has no RoPE; chunks and the periods of its scale are shorter than the text
+LLAMA4 = {"head_dim": 16, "intermediate_size_mlp": 56, "attention_chunk_size": 24, "floor_scale": 20, "attn_scale": 0.4}
+LLAMA4 |= {"no_rope_layer_interval": 3, "interleave_moe_layer_step": 2}
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2}
 NEMOTRON = {
     "layers_block_type": ["mamba", "moe", "attention", "mlp", "moe"],
@@ -73,6 +78,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2_moe", MOE | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2}),
     ("olmoe", FEW),
     ("olmoe", FEW | {"norm_topk_prob": True, "rope_parameters": YARN}),
+    ("olmoe", FEW | {"clip_qkv": 0.5}),
+    ("hunyuan_v1_moe", {"num_experts": 6, "moe_topk": [2, 2, 2], "head_dim": 16}),
+    ("hunyuan_v1_moe", {"num_experts": 1, "num_key_value_heads": 1, "head_dim": 20, "attention_bias": True}),
+    ("llama4_text", LLAMA4 | LOCAL),
+    ("llama4_text", LLAMA4 | {"num_local_experts": 4, "rope_parameters": LLAMA3, "attention_bias": True}),
+    ("llama4_text", LLAMA4 | LOCAL | {"use_qk_norm": False, "no_rope_layers": [0, 1, 0], "moe_layers": [0]}),
+    ("llama4_text", LLAMA4 | LOCAL | {"attention_chunk_size": None, "attn_temperature_tuning": False}),
+    ("llama4_text", LLAMA4 | LOCAL | {"layer_types": ["full_attention", "chunked_attention", "chunked_attention"]}),
     ("granitemoe", LOCAL | GRANITE),
     ("granitemoeshared", LOCAL | GRANITE | {"shared_intermediate_size": 56, "tie_word_embeddings": True}),
     ("granitemoeshared", LOCAL | GRANITE),
@@ -167,7 +180,7 @@ def test_experts_may_be_stacked(tmp_path: Path) -> None:
     assert first == second
 
 
-def test_settings_that_our_towers_do_not_compute_are_named(tmp_path: Path) -> None:
-    saved("olmoe", FEW | {"clip_qkv": 8.0}, tmp_path / "source")
-    with pytest.raises(ValueError, match=r"clip_qkv is 8\.0, must be None"):
+def test_layers_with_different_numbers_of_experts_are_refused(tmp_path: Path) -> None:
+    saved("hunyuan_v1_moe", {"num_experts": 6, "moe_topk": [2, 3, 2], "head_dim": 16}, tmp_path / "source")
+    with pytest.raises(ValueError, match=r"moe_topk is \[2, 3, 2\], must be the same number for all layers"):
         init(tmp_path / "source", tmp_path / "out")

@@ -24,6 +24,8 @@ LATENTS = {
 }
 # What layers of other families differ in: (pattern, config)
 TURNS = AttentionType(rope_parameters=Rope(rope_theta=100.0))
+GROWS = AttentionType(query_growth=0.5, query_period=4, query_offset=1)
+BEHIND = {"qk_norm_behind_rope": True, "clip_qkv": 1.0, "attention_scale_by_depth": True, "head_bias": True}
 OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("**-", {"attention_types": (TURNS, AttentionType(window=6)), "attention_pattern": "01"}),
     ("*", {"attention_types": (AttentionType(window=3, rope_parameters=Rope(partial_rotary_factor=0.5)),)}),
@@ -38,9 +40,8 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("S*-SE", {"mamba_inner_epsilon": 0.1, "use_bias": True, "mamba_state_size": 5}),
     ("SRS", {"use_conv_bias": False, "conv_kernel": 2}),
     ("*-*", {"qk_norm": "each", "attention_scale": 0.3, "norm_type": "layer", "attention_bias": True}),
+    ("*-*", {"attention_types": (TURNS, GROWS), "attention_pattern": "01", "qk_norm": "head", **BEHIND}),
 ]
-
-
 # Documents are turned by their own lengths, of which some are longer than the original one
 LONGER = [
     Rope(rope_type="dynamic", original_max_position_embeddings=12, factor=4.0),

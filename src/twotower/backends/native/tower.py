@@ -27,7 +27,7 @@ from twotower.model.pages import Past
 from twotower.model.passes import CausalPass, PassInputs
 from twotower.model.state import ContextState, MambaState
 from twotower.model.tower import Tower
-from twotower.ops.rope import Rotation
+from twotower.ops.rope import Positioning
 from twotower.ops.ssd import CHUNK
 
 # How queries and keys are normed, in the order of the numbers in c/tower.c
@@ -159,12 +159,12 @@ class NativeTower:
 
     def _run(self, inputs: PassInputs, memory: "array[int]", saved: list[Tensor], **more: Any) -> Tensor:
         """The last norm's output (b, s, d). `saved` are projected, convolved, steps; `more` are fields of TowerPass."""
-        x, _, past, ropes, _ = inputs
+        x, _, past, positioning, _ = inputs
         b, s, _ = x.shape
         hidden = torch.empty_like(x)
         tensors = dict(zip(("projected", "convolved", "steps"), saved, strict=True), x=x, hidden=hidden)
-        angles = (structure("Angles") * len(ropes))(*map(_angles, ropes))
-        more |= {"norm": _norm(self.norm), "angles": ctypes.addressof(angles)}
+        table = (structure("Positioning") * len(positioning))(*map(_positioning, positioning))
+        more |= {"norm": _norm(self.norm), "positioning": ctypes.addressof(table)}
         if past.keys:
             batch, head, token, _ = past.keys[0].stride()
             more |= {"key_batch": batch, "key_head": head, "key_token": token, "page_size": past.keys[0].shape[2]}
@@ -254,7 +254,8 @@ def _shape(config: TwoTowerConfig, weights: list[LayerTensors]) -> ctypes.Struct
         head=c.head_dim,
         qk_norm=NORMS.index(c.qk_norm),
         softcap=c.attention_softcap or 0,
-        attention_scale=max(c.head_dim, 1) ** -0.5 if c.attention_scale is None else c.attention_scale,
+        norm_behind_rope=c.qk_norm_behind_rope,
+        clip=c.clip_qkv or 0,
         activation=ACTIVATIONS.index(c.mlp_hidden_act),
         gated=c.gated_mlp,
         glu_limit=math.inf if c.glu_limit is None else c.glu_limit,
@@ -298,7 +299,7 @@ def _tensors(config: TwoTowerConfig, layer: Layer, experts: dict[str, Tensor]) -
         norms |= {"q_norm": mixer.q_norm, "k_norm": mixer.k_norm}
         kind = config.attention_kinds[mixer.index]
         turned = 0 if kind.rope_parameters is None else kind.rope_parameters.turned(config.head_dim)
-        numbers |= {"angles": mixer.index, "turned": turned}
+        numbers |= {"positioning": mixer.index, "turned": turned, "attention_scale": mixer.scale}
         numbers |= {"window": kind.window or 0, "chunk": kind.chunk or 0}
         found |= {"sinks": mixer.sinks}
     elif isinstance(mixer, MLP):
@@ -340,8 +341,12 @@ def _norm(norm: Norm) -> ctypes.Structure:
     return filled("Norm", weight=norm.weight.data_ptr(), bias=0 if norm.bias is None else norm.bias.data_ptr())
 
 
-def _angles(rope: Rotation | None) -> ctypes.Structure:
-    if rope is None:
-        return filled("Angles")
-    batch = 0 if rope.cos.shape[0] == 1 else rope.cos.stride(0)
-    return filled("Angles", cosine=rope.cos.data_ptr(), sine=rope.sin.data_ptr(), batch=batch)
+def _positioning(at: Positioning) -> ctypes.Structure:
+    fields: dict[str, int] = {}
+    if at.rope is not None:
+        batch = 0 if at.rope.cos.shape[0] == 1 else at.rope.cos.stride(0)
+        fields |= {"cosine": at.rope.cos.data_ptr(), "sine": at.rope.sin.data_ptr(), "angle_batch": batch}
+    if at.query_scale is not None:
+        batch = 0 if at.query_scale.shape[0] == 1 else at.query_scale.stride(0)
+        fields |= {"query_scale": at.query_scale.data_ptr(), "scale_batch": batch}
+    return filled("Positioning", **fields)

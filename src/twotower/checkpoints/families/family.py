@@ -111,7 +111,8 @@ def open_family(
 
 def _config(family: Family, raw: Settings) -> TwoTowerConfig:
     kept = ("torch_dtype", "dtype", "pad_token_id", "max_position_embeddings")
-    carried = {key: raw[key] for key in kept if raw.get(key) is not None}
+    named = {"max_position_embeddings": raw.get("n_positions"), **raw}
+    carried = {key: named[key] for key in kept if named.get(key) is not None}
     known = {"architectures": ["NemotronHTwoTowerForCausalLM"], "model_type": "nemotron_h"}
     eos = raw.get("eos_token_id")
     return TwoTowerConfig(

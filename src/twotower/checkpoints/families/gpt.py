@@ -1,4 +1,4 @@
-"""GPT-2 and the decoders made after it: GPT-BigCode, GPT-Neo and OPT."""
+"""GPT-2 and the decoders made after it: GPT-BigCode, GPT-Neo, OPT, GPT-J and CodeGen."""
 
 from typing import Any
 
@@ -8,13 +8,17 @@ from twotower.checkpoints.families.decoder import (
     activation,
     by_kv_heads,
     by_layer_types,
+    copies,
+    half_rotated,
+    half_rotation,
+    one_type,
     projections,
     refuse,
     rows,
 )
 from twotower.checkpoints.families.family import Family, Part, Parts, Settings, need
 from twotower.config import TwoTowerConfig
-from twotower.rope import AttentionType
+from twotower.rope import AttentionType, Rope
 
 
 def _fields(raw: Settings) -> dict[str, Any]:
@@ -38,8 +42,7 @@ def _fields(raw: Settings) -> dict[str, Any]:
 
 
 def _gpt2(raw: Settings) -> dict[str, Any]:
-    refuse(raw, scale_attn_by_inverse_layer_idx=(False,))
-    return _with_table(raw)
+    return _with_table(raw) | {"attention_scale_by_depth": bool(raw.get("scale_attn_by_inverse_layer_idx", False))}
 
 
 def _with_table(raw: Settings) -> dict[str, Any]:
@@ -125,6 +128,39 @@ def _without_two_rows(tensor: Tensor, suffix: str) -> dict[str, Tensor]:
     return {f"position_embeddings.{suffix}": tensor[2:]}
 
 
+def _gptj(raw: Settings) -> dict[str, Any]:
+    """RoPE turns the first `rotary_dim` numbers of a head, and attention's projections have no biases."""
+    fields = _fields({"tie_word_embeddings": False, **raw})
+    part = raw.get("rotary_dim", 64) / fields["head_dim"]
+    kind = AttentionType(rope_parameters=Rope(partial_rotary_factor=part))
+    return fields | {"attention_bias": False, "head_bias": True, "parallel": "*-"} | one_type(kind)
+
+
+def _gptj_block(config: TwoTowerConfig, raw: Settings) -> Parts:
+    """One norm serves both layers, and RoPE turns neighbouring pairs. In CodeGen four parts of a tensor have queries,
+    values and keys of a quarter of the heads each."""
+    turned = raw.get("rotary_dim", 64)
+
+    def quarters(tensor: Tensor, suffix: str) -> dict[str, Tensor]:
+        query, value, key = (part.flatten(0, 1) for part in tensor.unflatten(0, (4, 3, -1)).unbind(1))
+        query, key = (half_rotated(part, config.num_attention_heads, turned) for part in (query, key))
+        return {f"0.mixer.{name}_proj.{suffix}": part for name, part in (("q", query), ("k", key), ("v", value))}
+
+    rotated = {
+        f"attn.{name}_proj": half_rotation(f"0.mixer.{name}_proj", config.num_attention_heads, turned) for name in "qk"
+    }
+    return (
+        projections("attn", "out_proj")
+        | rotated
+        | {
+            "ln_1": copies("0.norm", "1.norm"),
+            "attn.qkv_proj": quarters,
+            "mlp.fc_in": "1.mixer.up_proj",
+            "mlp.fc_out": "1.mixer.down_proj",
+        }
+    )
+
+
 _NORMS: dict[str, Part] = {"ln_1": "0.norm", "ln_2": "1.norm"}
 _MLP: dict[str, Part] = {"mlp.c_fc": "1.mixer.up_proj", "mlp.c_proj": "1.mixer.down_proj"}
 _REST: dict[str, Part] = {"wte": "embeddings", "wpe": "position_embeddings", "ln_f": "norm_f", "lm_head": "lm_head"}
@@ -134,7 +170,8 @@ _OPT_REST: dict[str, Part] = {
     "final_layer_norm": "norm_f",
     "lm_head": "lm_head",
 }
-_MASKS = r"\.(attn|attention)\.(bias|masked_bias)$"
+# Masks and tables of positions that older files hold
+_MASKS = r"\.(attn|attention)\.(bias|masked_bias|causal_mask|embed_positions)$"
 FAMILIES = (
     Family(model_types=("gpt2",), fields=_gpt2, block=_gpt2_block, rest=_REST, layers_name="h", ignored=_MASKS),
     Family(
@@ -152,6 +189,14 @@ FAMILIES = (
         rest=_REST,
         layers_name="h",
         zeros=("q_proj.bias", "k_proj.bias", "v_proj.bias"),
+        ignored=_MASKS,
+    ),
+    Family(
+        model_types=("gptj", "codegen"),
+        fields=_gptj,
+        block=_gptj_block,
+        rest=_REST,
+        layers_name="h",
         ignored=_MASKS,
     ),
     Family(model_types=("opt",), fields=_opt, block=_opt_block, rest=_OPT_REST),

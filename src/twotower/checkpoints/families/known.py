@@ -36,16 +36,10 @@ _LACKING = {
     "rwkv": "RWKV layers",
     "bloom": "ALiBi positions",
     "mpt": "ALiBi positions",
-    "phi": "a head with a bias",
-    "gptj": "a head with a bias",
-    "codegen": "a head with a bias",
-    "hunyuan_v1_dense": "norms of queries and keys behind RoPE",
     "gemma3n_text": "embeddings for each layer",
     "mllama_text_model": "layers that attend to images",
     "zamba2": "layers that share their weights",
     "xglm": "positions of sines",
-    "ministral3": "queries that are scaled by their position",
-    "llama4_text": "queries that are scaled by their position",
     "t5": "encoders",
     "phimoe": "a router that drops experts far below the best (SparseMixer)",
 }
@@ -56,6 +50,8 @@ _SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_laye
 _USUAL_SIZES = {
     "llama": (32000, 4096, 11008, 32, 32),
     "mistral": (32000, 4096, 14336, 32, 32),
+    "ministral3": (131072, 4096, 14336, 34, 32),
+    "llama4_text": (202048, 5120, 8192, 48, 40),
     "gemma3_text": (262208, 2304, 9216, 26, 8),
 }
 

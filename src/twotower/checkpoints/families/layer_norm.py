@@ -1,5 +1,5 @@
 """Decoders with LayerNorm, parallel layers or ungated MLPs: GPT-NeoX (Pythia), StableLM, Cohere, Nemotron (Minitron),
-and Apertus, whose MLP is ungated."""
+Phi 1 and 2, and Apertus, whose MLP is ungated."""
 
 from typing import Any
 
@@ -17,6 +17,7 @@ from twotower.checkpoints.families.decoder import (
     half_rotated,
     half_rotation,
     one_type,
+    projections,
     read_rope,
 )
 from twotower.checkpoints.families.family import Family, Part, Parts, Settings
@@ -127,6 +128,34 @@ def _nemotron(raw: Settings) -> dict[str, Any]:
     }
 
 
+def _phi(raw: Settings) -> dict[str, Any]:
+    normed = bool(raw.get("qk_layernorm", False))
+    return decoder_fields({"hidden_act": "gelu_new", **raw}) | {
+        "norm_type": "layer",
+        "norm_bias": True,
+        "layer_norm_epsilon": raw.get("layer_norm_eps", 1e-5),
+        "head_bias": True,
+        "attention_bias": True,
+        "qk_norm": "head" if normed else None,
+        "qk_norm_bias": normed,
+        "mlp_bias": True,
+        "gated_mlp": False,
+        "parallel": "*-",
+        **one_type(AttentionType(rope_parameters=read_rope(raw, part=0.5))),
+    }
+
+
+def _phi_block(config: TwoTowerConfig, raw: Settings) -> Parts:
+    """One norm serves both layers."""
+    return projections("self_attn", "dense") | {
+        "input_layernorm": copies("0.norm", "1.norm"),
+        "self_attn.q_layernorm": "0.mixer.q_norm",
+        "self_attn.k_layernorm": "0.mixer.k_norm",
+        "mlp.fc1": "1.mixer.up_proj",
+        "mlp.fc2": "1.mixer.down_proj",
+    }
+
+
 def _apertus(raw: Settings) -> dict[str, Any]:
     usual = {"rope_type": "llama3", "rope_theta": 12000000.0, "factor": 8.0, "low_freq_factor": 1.0}
     usual |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -166,6 +195,7 @@ FAMILIES = (
     Family(model_types=("stablelm",), fields=_stablelm, block=_stablelm_block, rest=REST, zeros=("o_proj.bias",)),
     Family(model_types=("cohere",), fields=_cohere, block=_cohere_block, rest=REST),
     Family(model_types=("cohere2",), fields=_cohere2, block=_cohere_block, rest=REST),
+    Family(model_types=("phi",), fields=_phi, block=_phi_block, rest=REST | {"final_layernorm": "norm_f"}),
     Family(model_types=("nemotron",), fields=_nemotron, block=_block, rest=REST),
     Family(
         model_types=("apertus",),

@@ -1,5 +1,5 @@
 """Llama and the decoders that differ from it in few settings: Mistral, Ministral, Qwen 2 and 3, SmolLM 3, Granite,
-Seed-OSS, Gemma, Arcee, Helium, EXAONE 3, ERNIE 4.5, GLM, Phi 3 and 4."""
+Seed-OSS, Gemma, Arcee, Helium, EXAONE 3, ERNIE 4.5, GLM, Phi 3 and 4, HunYuan."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from twotower.checkpoints.families.decoder import (
     rows,
     windowed,
 )
-from twotower.checkpoints.families.family import Family, Parts, Settings, need
+from twotower.checkpoints.families.family import Family, Part, Parts, Settings, need
 from twotower.config import TwoTowerConfig
 from twotower.rope import AttentionType
 
@@ -42,6 +42,21 @@ def _ministral(raw: Settings) -> dict[str, Any]:
     types = raw.get("layer_types") or ["sliding_attention"] * need(raw, "num_hidden_layers")
     rope = read_rope(raw)
     return decoder_fields(given) | {"attention_bias": False} | windowed(given, types, full=rope, sliding=rope)
+
+
+def _ministral3(raw: Settings) -> dict[str, Any]:
+    """Every layer has the window, if there is one, and scales queries by the original lengths that a text has had."""
+    usual = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0, "original_max_position_embeddings": 16384}
+    usual |= {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or usual
+    given = {"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, **raw, "rope_parameters": scaling}
+    kind = AttentionType(
+        window=raw.get("sliding_window"),
+        rope_parameters=read_rope(given),
+        query_growth=need(scaling, "llama_4_scaling_beta"),
+        query_period=need(scaling, "original_max_position_embeddings"),
+    )
+    return decoder_fields(given) | {"attention_bias": False} | one_type(kind)
 
 
 def _qwen(raw: Settings) -> dict[str, Any]:
@@ -178,6 +193,29 @@ def _exaone_block(config: TwoTowerConfig, raw: Settings) -> Parts:
     }
 
 
+def hunyuan_fields(raw: Settings) -> dict[str, Any]:
+    """HunYuan's fields, which its mixtures share. "dynamic" RoPE with an `alpha` is the same for all texts."""
+    refuse(raw, use_qk_norm=(True, None), use_cla=(False, None))
+    p = head_width(raw)
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if (scaling.get("rope_type") or scaling.get("type")) == "dynamic" and scaling.get("alpha"):
+        theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0
+        turned = {"rope_theta": theta * scaling["alpha"] ** (p / (p - 2))}
+        raw = {**raw, "rope_scaling": None, "rope_parameters": turned}
+    fields = decoder_fields({"rms_norm_eps": 1e-5, **raw})
+    return fields | {"qk_norm": "head", "qk_norm_behind_rope": True}
+
+
+HUNYUAN_NORMS: dict[str, Part] = {
+    "self_attn.query_layernorm": "0.mixer.q_norm",
+    "self_attn.key_layernorm": "0.mixer.k_norm",
+}
+
+
+def _hunyuan_block(config: TwoTowerConfig, raw: Settings) -> Parts:
+    return ATTENTION | MLP | HUNYUAN_NORMS
+
+
 def neighbours_block(config: TwoTowerConfig, raw: Settings) -> Parts:
     """A block whose RoPE turns neighbouring numbers of a head, and whose MLP may have both its inputs in one tensor."""
     rope = config.attention_kinds[0].rope_parameters
@@ -199,6 +237,7 @@ FAMILIES = (
     LLAMA,
     Family(model_types=("mistral",), fields=_mistral, block=_block, rest=REST),
     Family(model_types=("ministral",), fields=_ministral, block=_block, rest=REST),
+    Family(model_types=("ministral3",), fields=_ministral3, block=_block, rest=REST),
     Family(
         model_types=("qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"),
         fields=_qwen2,
@@ -223,4 +262,5 @@ FAMILIES = (
     Family(model_types=("ernie4_5",), fields=_ernie, block=neighbours_block, rest=REST),
     Family(model_types=("glm",), fields=_glm, block=neighbours_block, rest=REST, zeros=("o_proj.bias",)),
     Family(model_types=("phi3",), fields=_phi3, block=_phi3_block, rest=REST),
+    Family(model_types=("hunyuan_v1_dense",), fields=hunyuan_fields, block=_hunyuan_block, rest=REST),
 )

@@ -1,4 +1,4 @@
-"""Decoders with mixtures of experts: Mixtral, Qwen 2 and 3 MoE, OLMoE, GraniteMoE and gpt-oss."""
+"""Decoders with mixtures of experts: Mixtral, Qwen 2 and 3 MoE, OLMoE, GraniteMoE, gpt-oss, HunYuan and Llama 4."""
 
 from typing import Any
 
@@ -10,13 +10,14 @@ from twotower.checkpoints.families.decoder import (
     REST,
     by_layer_types,
     decoder_fields,
+    half_rotation,
     read_rope,
     refuse,
     rows,
     windowed,
 )
 from twotower.checkpoints.families.family import Family, Part, Parts, Settings, need
-from twotower.checkpoints.families.llama import granite_fields
+from twotower.checkpoints.families.llama import HUNYUAN_NORMS, granite_fields, hunyuan_fields
 from twotower.config import TwoTowerConfig
 from twotower.rope import AttentionType
 
@@ -115,10 +116,9 @@ def _qwen2_moe(raw: Settings) -> dict[str, Any]:
 
 
 def _olmoe(raw: Settings) -> dict[str, Any]:
-    refuse(raw, clip_qkv=(None,))
     experts = (raw.get("num_experts", 64), need(raw, "intermediate_size"), raw.get("num_experts_per_tok", 8))
     fields = decoder_fields({"rms_norm_eps": 1e-5, **raw})
-    fields |= {"pattern": "*E" * need(raw, "num_hidden_layers"), "qk_norm": "all"}
+    fields |= {"pattern": "*E" * need(raw, "num_hidden_layers"), "qk_norm": "all", "clip_qkv": raw.get("clip_qkv")}
     return fields | softmax_experts(*experts, normalise=bool(raw.get("norm_topk_prob", False)))
 
 
@@ -228,6 +228,87 @@ def _gpt_oss_block(config: TwoTowerConfig, raw: Settings) -> Parts:
     )
 
 
+def _hunyuan_moe(raw: Settings) -> dict[str, Any]:
+    width = need(raw, "intermediate_size")
+    experts = softmax_experts(_one(raw, "num_experts"), width, _one(raw, "moe_topk"), normalise=True)
+    fields = hunyuan_fields(raw) | {"pattern": "*E" * need(raw, "num_hidden_layers")}
+    return fields | experts | {"shared_expert_intermediate_size": width}
+
+
+def _one(raw: Settings, key: str) -> int:
+    """A number that may be listed for each layer. Raises ValueError where layers differ."""
+    value = raw.get(key, 1)
+    found = set(value) if isinstance(value, list) else {value}
+    if len(found) != 1:
+        raise ValueError(f"{key} is {value}, must be the same number for all layers; take another model")
+    return int(found.pop())
+
+
+def _hunyuan_moe_block(config: TwoTowerConfig, raw: Settings) -> Parts:
+    shared: dict[str, Part] = {f"mlp.shared_mlp.{name}": f"1.mixer.shared_experts.{name}" for name in _PROJECTIONS}
+    experts = expert_parts(config, "mlp.experts") | {"mlp.gate.wg": "1.mixer.gate"}
+    return ATTENTION | MLP | HUNYUAN_NORMS | experts | shared
+
+
+def _llama4(raw: Settings) -> dict[str, Any]:
+    """Layers with RoPE norm queries and keys and see their chunk, the others see everything and scale queries."""
+    count, step = need(raw, "num_hidden_layers"), raw.get("interleave_moe_layer_step", 1)
+    mixtures = range(step - 1, count, step) if raw.get("moe_layers") is None else raw["moe_layers"]
+    interval, chunk = raw.get("no_rope_layer_interval", 4), raw.get("attention_chunk_size", 8192)
+    turns = raw.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]
+    types = raw.get("layer_types") or ["chunked_attention" if turn else "full_attention" for turn in turns]
+    given = {"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, **raw}
+    rope, scale = read_rope(given), {}
+    if raw.get("attn_temperature_tuning", True):
+        scale = {"query_growth": raw.get("attn_scale", 0.1), "query_period": int(raw.get("floor_scale", 8192))}
+        scale["query_offset"] = 1
+    kinds = {
+        f"{name}, {turn}": AttentionType(chunk=limit, rope_parameters=rope if turn else None, **({} if turn else scale))
+        for name, limit in (("chunked_attention", chunk), ("full_attention", None))
+        for turn in (0, 1)
+    }
+    return (
+        decoder_fields({**given, "intermediate_size": raw.get("intermediate_size_mlp", 16384)})
+        | {"use_rope": False}
+        | by_layer_types([f"{name}, {turn}" for name, turn in zip(types, turns[:count], strict=True)], kinds)
+        | {
+            "pattern": "".join("*E" if i in mixtures else "*-" for i in range(count)),
+            "qk_norm": "head" if raw.get("use_qk_norm", True) else None,
+            "qk_norm_behind_rope": bool(raw.get("use_qk_norm", True)),
+            "num_experts": raw.get("num_local_experts", 16),
+            "num_experts_per_tok": raw.get("num_experts_per_tok", 1),
+            "expert_intermediate_size": need(raw, "intermediate_size"),
+            "shared_expert_intermediate_size": need(raw, "intermediate_size"),
+            "router": "sigmoid",
+            "norm_topk_prob": False,
+            "weigh_expert_inputs": True,
+        }
+    )
+
+
+def _llama4_block(config: TwoTowerConfig, raw: Settings) -> Parts:
+    """RoPE turns neighbouring pairs; norms of queries and keys have no weights, which are ones for us. Experts are
+    stacked with their inputs first, (e, d, 2f) and (e, f, d)."""
+
+    def gates_and_ups(tensor: Tensor, suffix: str) -> dict[str, Tensor]:
+        return _gates_and_ups(tensor.mT, suffix)
+
+    def downs(tensor: Tensor, suffix: str) -> dict[str, Tensor]:
+        return _downs(tensor.mT, suffix)
+
+    parts: dict[str, Part] = ATTENTION | MLP
+    for name, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+        parts[f"self_attn.{name}_proj"] = half_rotation(f"0.mixer.{name}_proj", heads, config.head_dim)
+    for name in _PROJECTIONS:
+        parts[f"feed_forward.{name}"] = f"1.mixer.{name}"
+        parts[f"feed_forward.shared_expert.{name}"] = f"1.mixer.shared_experts.{name}"
+    return parts | {
+        "feed_forward.router": "1.mixer.gate",
+        "feed_forward.experts.gate_up_proj": gates_and_ups,
+        "feed_forward.experts.down_proj": downs,
+    }
+
+
 FAMILIES = (
     Family(model_types=("mixtral",), fields=_mixtral, block=_mixtral_block, rest=REST, zeros=NO_CORRECTION),
     Family(model_types=("qwen3_moe",), fields=_qwen3_moe, block=expert_block, rest=REST, zeros=NO_CORRECTION),
@@ -247,4 +328,19 @@ FAMILIES = (
         zeros=NO_CORRECTION,
     ),
     Family(model_types=("gpt_oss",), fields=_gpt_oss, block=_gpt_oss_block, rest=REST, zeros=NO_CORRECTION),
+    Family(
+        model_types=("hunyuan_v1_moe",),
+        fields=_hunyuan_moe,
+        block=_hunyuan_moe_block,
+        rest=REST,
+        zeros=NO_CORRECTION,
+    ),
+    Family(
+        model_types=("llama4_text",),
+        fields=_llama4,
+        block=_llama4_block,
+        rest=REST,
+        zeros=NO_CORRECTION,
+        ones=("q_norm.weight", "k_norm.weight"),
+    ),
 )

@@ -42,8 +42,8 @@ def _starcoder2_block(config: TwoTowerConfig, raw: Settings) -> Parts:
 
 def _olmo(raw: Settings) -> dict[str, Any]:
     """LayerNorms without weights, which are ones for us."""
-    refuse(raw, clip_qkv=(None,))
-    return decoder_fields(raw) | {"norm_type": "layer", "layer_norm_epsilon": 1e-5}
+    fields = decoder_fields(raw) | {"norm_type": "layer", "layer_norm_epsilon": 1e-5}
+    return fields | {"clip_qkv": raw.get("clip_qkv")}
 
 
 def _olmo_block(config: TwoTowerConfig, raw: Settings) -> Parts:

@@ -19,11 +19,11 @@ from twotower.model.layer import RecurrentMixer
 from twotower.model.mamba2 import Mamba2
 from twotower.model.recurrent import RECURRENT_KINDS
 from twotower.model.selective import SelectiveMixer
-from twotower.model.tower import rotations
+from twotower.model.tower import positionings
 from twotower.ops import seeded_conv, seeded_delta
 from twotower.ops.chunks import Chunks, take
 from twotower.ops.delta import DeltaInputs
-from twotower.ops.rope import Rotation
+from twotower.ops.rope import Positioning
 from twotower.ops.seeded_ssd import chunk_states, context_output, seeded_output
 from twotower.ops.ssd import ScanInputs
 from twotower.ops.tiled_attention import Tile, make_tiles, tiled_attention
@@ -44,15 +44,15 @@ CHUNK_SIZE = 64
 
 class Plan(NamedTuple):
     """A layout in the terms of each mixer, made once per pass: the chunks of the scan (None without recurrent layers),
-    the rows that convolutions read, and for each of the config's `attention_kinds` the tiles of attention and RoPE's
-    angles (None for those without RoPE)."""
+    the rows that convolutions read, and for each of the config's `attention_kinds` the tiles of attention and what
+    positions do."""
 
     chunks: Chunks | None
     context_rows: seeded_conv.RowReach
     block_rows: seeded_conv.RowReach
     context_tiles: tuple[list[Tile], ...]
     block_tiles: tuple[list[Tile], ...]
-    ropes: tuple[Rotation | None, ...]
+    positioning: tuple[Positioning, ...]
 
 
 @torch.compiler.disable  # the plan's sizes depend on values of the layout
@@ -68,7 +68,7 @@ def make_plan(config: TwoTowerConfig, layout: Layout, *, chunk_size: int, dtype:
         layout.block_rows(config.conv_kernel),
         tuple(make_tiles(layout.context_keys(kind)) for kind in config.attention_kinds),
         tuple(make_tiles(layout.block_keys(kind)) for kind in config.attention_kinds),
-        rotations(config, layout.position, dtype, lengths),
+        positionings(config, layout.position, dtype, lengths),
     )
 
 
@@ -105,7 +105,7 @@ Seed = MambaSeed | DeltaSeed | SelectiveSeed | AttentionSeed
 def context_seed(mixer: RecurrentMixer | Attention, x: Tensor, plan: Plan) -> Seed:
     """The part of a context layer with normed inputs x (b, t, d) that the blocks read, and its own output needs."""
     if isinstance(mixer, Attention):
-        return AttentionSeed(mixer.project(x, plan.ropes[mixer.index]))
+        return AttentionSeed(mixer.project(x, plan.positioning[mixer.index]))
     chunks = plan.chunks
     assert chunks is not None
     if isinstance(mixer, SelectiveMixer):
@@ -143,7 +143,7 @@ def block_mixed(mixer: RecurrentMixer | Attention, x: Tensor, seed: Seed, plan: 
     context layer's side."""
     if isinstance(mixer, Attention):
         assert isinstance(seed, AttentionSeed)
-        q, key, value, gate = mixer.project(x, plan.ropes[mixer.index])
+        q, key, value, gate = mixer.project(x, plan.positioning[mixer.index])
         past = (seed.projected.key, seed.projected.value)
         return mixer.output(tiled_attention(q, key, value, past, plan.block_tiles[mixer.index], mixer.rule), gate)
     chunks = plan.chunks

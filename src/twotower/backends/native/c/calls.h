@@ -15,11 +15,12 @@ typedef struct {
     const float *weight, *bias;
 } Norm;
 
-/* RoPE's angles (b or 1, s, n/2) of the tokens of a pass, rows `batch` apart; null without RoPE */
+/* What the positions of a pass's tokens do in a layer of attention: RoPE's angles (b or 1, s, n/2), and what multiplies
+ * queries (b or 1, s); null for neither. Rows lie `..._batch` apart. */
 typedef struct {
-    const float *cosine, *sine;
-    long batch;
-} Angles;
+    const float *cosine, *sine, *query_scale;
+    long angle_batch, scale_batch;
+} Positioning;
 
 typedef struct {
     long kind;             /* 'M', '*', '-' or 'E' */
@@ -30,7 +31,8 @@ typedef struct {
     const float *taps, *conv_bias, *dt_bias, *A, *D, *gate_norm, *scales; /* M; the last two may be null */
     Norm q_norm, k_norm;                                         /* * */
     const float *sinks;
-    long angles, turned, window, chunk; /* which Angles, their n, and as in AttentionOptions */
+    long positioning, turned, window, chunk; /* which Positioning, RoPE's n, and as in AttentionOptions */
+    double attention_scale;
     const float *alphas;                                         /* -: see activation.h */
     const double *router, *router_bias, *correction;             /* E */
     const void *up, *down;
@@ -46,7 +48,8 @@ typedef struct {
     long mamba_heads, mamba_head, mamba_groups, state, kernel, norm_first; /* M */
     double shortest, longest;
     long heads, kv_heads, head, qk_norm;                   /* *; qk_norm as in `NORMS` of ../tower.py */
-    double attention_scale, softcap;
+    long norm_behind_rope;
+    double clip, softcap; /* of queries, keys and values; of scores. 0: none */
     long activation, gated;                                /* -, E: see activation.h */
     double glu_limit, glu_offset, glu_gate_scale;
     long experts, active, groups, kept, normalise, softmax, expert, latent, weigh_inputs; /* E */
@@ -55,7 +58,7 @@ typedef struct {
 
 /* One pass over x (b, s, d), which becomes the residual stream; hidden (b, s, d) is its last norm.
  * modulation (layers, b, 3, d): shift, scale, gate; or null
- * angles: one of each kind of attention layers
+ * positioning: one of each kind of attention layers
  * memory, two per layer: the conv and SSM state before (M), keys and values (*)
  * projected, convolved, steps (M layers, b, s, ...): in_proj's output, xBC after its SiLU, dt; of one layer unless `keeps`
  * ends (num_cuts, M layers, b, h, p, n): SSM states after as many tokens as each of `cuts` says, ascending up to s;
@@ -68,7 +71,7 @@ typedef struct {
     Norm norm;
     long b, s, threads;
     const float *modulation;
-    const Angles *angles;
+    const Positioning *positioning;
     const void *const *memory;
     float *projected, *convolved, *steps;
     long keeps;

@@ -12,6 +12,7 @@ void tt_norm_heads(float *x, long r, long stride, long heads, long p, const Norm
 void tt_residual(float *x, const float *y, float scale, const float *gate, long stride, long b, long s, long d, int threads);
 void tt_gated_group_rms_norm(const float *y, long y_stride, const float *z, long z_stride, long r, const float
                                  *weight, long groups, long width, float eps, int norm_first, float *out, int threads);
+void tt_clamp(float *x, long n, float limit, int threads);
 void tt_scale_columns(float *x, long r, long d, const float *scales, int threads);
 
 /* linear.c */

@@ -57,7 +57,8 @@ void tt_norm_heads(float *x, long r, long stride, long heads, long p, const Norm
 #pragma omp parallel for num_threads(threads) if (threads > 1 && r * heads * p >= 32768)
     for (long item = 0; item < r * heads; item++) {
         const long head = item % heads;
-        const Norm own = {norm->weight + (per_head ? head * p : 0), 0};
+        const long first = per_head ? head * p : 0;
+        const Norm own = {norm->weight + first, norm->bias ? norm->bias + first : 0};
         float *row = x + item / heads * stride + head * p;
         norm_row(row, p, &own, layer, eps, row);
     }
@@ -103,4 +104,10 @@ void tt_gated_group_rms_norm(const float *y, long y_stride, const float *z, long
 void tt_scale_columns(float *x, long r, long d, const float *scales, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && r * d >= 32768)
     for (long m = 0; m < r; m++) EACH(d) store_part(x + m * d + i, load_part(x + m * d + i, n) * load_part(scales + i, n), n);
+}
+
+/* x (n) limited to [-limit, limit] */
+void tt_clamp(float *x, long n, float limit, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && n >= 32768)
+    for (long i = 0; i < n; i++) x[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
 }

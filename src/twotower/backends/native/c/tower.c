@@ -69,18 +69,30 @@ static void norm_queries_and_keys(const TowerShape *t, const LayerWeights *l, fl
     tt_norm_heads(key, r, stride, together ? 1 : k, together ? k * p : p, &l->k_norm, t->layer_norm, t->eps, own, threads);
 }
 
+/* Multiplies the first n floats of each token's row of q (b, s; rows `token` apart) by what its position says */
+static void scale_queries(float *q, long token, const Positioning *at, long b, long s, long n) {
+    for (long m = 0; m < b * s; m++) {
+        const float scale = at->query_scale[m / s * at->scale_batch + m % s];
+        for (long i = 0; i < n; i++) q[m * token + i] *= scale;
+    }
+}
+
 static int attention(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const Room *room, const void *const *memory) {
     const long b = in->b, s = in->s, p = t->head, all = t->heads + 2 * t->kv_heads, turned = t->heads + t->kv_heads;
-    const Angles *angles = in->angles + l->angles;
-    const float *q = room->wide, *value = room->wide + turned * p;
+    const Positioning *at = in->positioning + l->positioning;
+    float *q = room->wide;
+    const float *value = room->wide + turned * p;
     long token = all * p; /* distance of two tokens' queries, and keys */
     if (product(t, &l->first, room->entered, b * s, t->width, room->wide, in->threads)) return 1;
-    if (t->qk_norm) norm_queries_and_keys(t, l, room->wide, b * s, token, in->threads);
-    if (angles->cosine) {
-        tt_rotate(q, s * token, token, angles->cosine, angles->sine, angles->batch, b, s, turned, p, l->turned, room->wider);
+    if (l->q_norm.weight && !t->norm_behind_rope) norm_queries_and_keys(t, l, q, b * s, token, in->threads);
+    if (t->clip) tt_clamp(q, b * s * token, (float)t->clip, in->threads);
+    if (at->cosine) {
+        tt_rotate(q, s * token, token, at->cosine, at->sine, at->angle_batch, b, s, turned, p, l->turned, room->wider);
         q = room->wider;
         token = turned * p;
     }
+    if (l->q_norm.weight && t->norm_behind_rope) norm_queries_and_keys(t, l, q, b * s, token, in->threads);
+    if (at->query_scale) scale_queries(q, token, at, b, s, t->heads * p);
     const float *key = q + t->heads * p;
     if (in->causal) {
         append(t, in, key, token, (void *)memory[0]);
@@ -97,7 +109,7 @@ static int attention(const TowerShape *t, const LayerWeights *l, const TowerPass
         .starts = in->starts, .ends = in->widths, .out = room->widest,
     };
     const AttentionOptions how = {
-        .window = l->window, .chunk = l->chunk, .scale = (float)t->attention_scale, .softcap = (float)t->softcap, .sinks = l->sinks,
+        .window = l->window, .chunk = l->chunk, .scale = (float)l->attention_scale, .softcap = (float)t->softcap, .sinks = l->sinks,
     };
     if (tt_attention(&pass, &how)) return 1;
     return product(t, &l->second, room->widest, b * s, t->heads * p, room->mixed, in->threads);
