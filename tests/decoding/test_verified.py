@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from twotower.decoding import verified
-from twotower.decoding.constraint import Guides
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import distribution, temper
+from twotower.decoding.shaping import shaping
 from twotower.decoding.step import Request, read, step
 from twotower.decoding.verified import Draft, Verdict, VerifiedRows
 from twotower.model.sampling_defaults import SamplingDefaults
@@ -36,8 +36,8 @@ def rows(
     context = model.prefill(table, [len(p) for p in prompts])
     requests = tuple(Request(tuple(p), params, seed) for seed, p in enumerate(prompts))
     settings = temper((params,) * len(prompts), model.config.vocab_size, CPU)
-    free = Guides((None,) * len(prompts), -1, 3)
-    return VerifiedRows(requests, context, settings, free, (len(newest) and 1,) * len(prompts), tuple(newest))
+    shape = shaping(model, requests, CPU)
+    return VerifiedRows(requests, context, settings, shape, (len(newest) and 1,) * len(prompts), tuple(newest))
 
 
 class Verified(NamedTuple):

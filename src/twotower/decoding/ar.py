@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from twotower.decoding.constraint import Guides, guides
 from twotower.decoding.output import Token
-from twotower.decoding.sampling import probability, propose, results, temper, uniform_table
+from twotower.decoding.sampling import propose, results, temper, uniform_table
+from twotower.decoding.shaping import Shaping, shaping
 from twotower.decoding.step import BatchStep, Request, RowBatch
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
@@ -18,7 +18,7 @@ from twotower.ops.transfer import to_device
 class ArRows(RowBatch):
     """Rows whose context holds all their tokens except the `newest` (b), which is empty before the first tokens."""
 
-    guides: Guides
+    shaping: Shaping
     newest: tuple[int, ...] = ()
 
     @property
@@ -36,8 +36,7 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.context_device)
     newest = tuple(r.produced[-1] for r in requests if r.produced)
     assert len(newest) in (0, len(requests))
-    held = guides(model, [r.params for r in requests], [r.produced for r in requests])
-    return ArRows(requests, context, settings, held, newest)
+    return ArRows(requests, context, settings, shaping(model, requests, model.context_device), newest)
 
 
 class _ArStep(NamedTuple):
@@ -52,7 +51,7 @@ class _ArStep(NamedTuple):
         ids = [int(i) for i in numbers]
         absorbed = (1 if rows.newest else 0,) * len(rows.requests)
         return BatchStep(
-            dataclasses.replace(rows, newest=tuple(ids), guides=rows.guides.after([[i] for i in ids])),
+            dataclasses.replace(rows, newest=tuple(ids), shaping=rows.shaping.after([[i] for i in ids])),
             tuple((Token(i, 0, c),) for i, c in zip(ids, confidences, strict=True)),
             (0,) * len(rows.requests),
             absorbed,
@@ -72,10 +71,8 @@ def launch(model: TwoTower, rows: ArRows) -> _ArStep:
         seeds, ones = [r.seed for r in rows.requests], (1,) * len(rows.requests)
         draws = to_device(uniform_table(seeds, context.lengths, (0,) * len(ones), ones, 1), model.context_device)
     logits = context.next_logits.unsqueeze(1)  # (b, 1, v)
-    ops = model.context_tower.logit_ops
-    proposal = propose(rows.guides.mask(logits, [()] * len(rows.requests)), rows.settings, draws, ops)
-    # the probability without constraint, temperature and filters
-    confidence = proposal.confidence
-    if rows.guides.any:
-        confidence = probability(logits, proposal.tokens, ops.best(logits).log_sum)
-    return _ArStep(dataclasses.replace(rows, context=context), results(proposal.tokens[:, 0], confidence[:, 0]))
+    shaped = rows.shaping.apply(logits, [()] * len(rows.requests))
+    proposal = propose(logits, rows.settings, draws, model.context_tower.logit_ops, shaped)
+    return _ArStep(
+        dataclasses.replace(rows, context=context), results(proposal.tokens[:, 0], proposal.confidence[:, 0])
+    )

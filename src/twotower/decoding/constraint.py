@@ -33,7 +33,6 @@ class Guides:
 
     rows: "tuple[LLMatcher | None, ...]"
     end: int
-    mask_token_id: int
 
     @property
     def any(self) -> bool:
@@ -56,30 +55,24 @@ class Guides:
             self, rows=tuple(self._follow(guide, ids) for guide, ids in zip(self.rows, tokens, strict=True))
         )
 
-    def mask(self, logits: Tensor, drafts: Sequence[Sequence[int]], first: int = 0) -> Tensor:
-        """logits (b, s, v) with -inf for tokens that are not allowed there; a copy if any row has a constraint.
+    def mask_(self, logits: Tensor, row: int, draft: Sequence[int]) -> None:
+        """Gives -inf to what is not allowed in a row's logits (s, v), where place k follows the first k draft tokens.
 
-        Place `first` + k follows the first k tokens of a row's draft. Places after a forbidden draft token are left as
-        they are, because no draft is accepted that far.
+        Where every allowed token has -inf already, by another setting or because a grammar names the mask, which no
+        tower ever writes, the text ends. Places after a forbidden draft token are left as they are, because no draft
+        is accepted that far.
         """
-        if not self.any:
-            return logits
-        logits = logits.clone()
-        for row, (guide, draft) in enumerate(zip(self.rows, drafts, strict=True)):
-            if guide is None:
-                continue
-            ahead = guide.deep_copy()
-            for k, place in enumerate(range(first, logits.shape[1])):
-                # a bytearray, because torch warns about read-only memory
-                allowed = torch.frombuffer(bytearray(ahead.compute_logit_bias()), dtype=torch.uint8) > 0
-                if allowed[self.mask_token_id] and allowed.sum() == 1:
-                    # a grammar can name the mask, which no tower ever writes; the text ends before it
-                    logits[row, place, self.end], allowed[self.end] = 0.0, True
-                logits[row, place].masked_fill_(~allowed.to(logits.device), -torch.inf)
-                if k >= len(draft) or not allowed[draft[k]] or draft[k] == self.end:
-                    break
-                ahead.consume_token(draft[k])
-        return logits
+        guide = self.rows[row]
+        if guide is None:
+            return
+        ahead = guide.deep_copy()
+        for k, own in enumerate(logits):
+            allowed = allowed_tokens(ahead)
+            own.masked_fill_(~allowed.to(own.device), -torch.inf)
+            own[self.end] = torch.where((own == -torch.inf).all(), 0.0, own[self.end])
+            if k >= len(draft) or not allowed[draft[k]] or draft[k] == self.end:
+                break
+            ahead.consume_token(draft[k])
 
     def _follow(self, guide: "LLMatcher | None", ids: Sequence[int]) -> "LLMatcher | None":
         if guide is None or not ids:
@@ -96,7 +89,20 @@ def guides(model: TwoTower, params: Sequence[SamplingParams], produced: Sequence
     """The guides of rows that have produced some tokens already."""
     end = next(iter(model.config.eos_token_ids), -1)
     fresh = tuple(None if p.constraint is None else _matcher(_vocabulary(model), *p.constraint) for p in params)
-    return Guides(fresh, end, model.config.mask_token_id).after(produced)
+    return Guides(fresh, end).after(produced)
+
+
+def allowed_tokens(guide: "LLMatcher") -> Tensor:
+    """Which tokens may come next, (v) bool on the CPU."""
+    # a bytearray, because torch warns about read-only memory
+    return torch.frombuffer(bytearray(guide.compute_logit_bias()), dtype=torch.uint8) > 0
+
+
+def first_tokens(model: TwoTower, params: SamplingParams) -> Tensor | None:
+    """Which tokens a text with a constraint may begin with, (v) bool on the CPU; None without a constraint."""
+    if params.constraint is None:
+        return None
+    return allowed_tokens(_matcher(_vocabulary(model), *params.constraint).deep_copy())
 
 
 def check_constraint(model: TwoTower, params: SamplingParams) -> None:

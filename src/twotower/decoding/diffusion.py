@@ -11,6 +11,7 @@ from twotower.backends.protocol import LogitOps
 from twotower.decoding import unmasking
 from twotower.decoding.output import BlockView, Token
 from twotower.decoding.sampling import Proposal, propose, temper, uniform_table
+from twotower.decoding.shaping import Shaping, shaping
 from twotower.decoding.step import BatchStep, Request, RowBatch, join_rows, select_rows
 from twotower.decoding.unmasking import CommitSchedule
 from twotower.model.state import ContextState
@@ -75,6 +76,7 @@ class DiffusionRows(RowBatch):
     produced: tuple[int, ...]
     block: Block
     seed: ContextState | None
+    shaping: Shaping
 
     @property
     def rests(self) -> tuple[bool, ...]:
@@ -102,7 +104,8 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     produced = tuple(len(r.produced) for r in requests)
     block = _masks(model, _widths(requests, produced))
     seed = _seed(model, context)
-    return DiffusionRows(requests, context, settings, unmasking.schedule(params, device), produced, block, seed)
+    schedule, shape = unmasking.schedule(params, device), shaping(model, requests, device)
+    return DiffusionRows(requests, context, settings, schedule, produced, block, seed, shape)
 
 
 def _seed(model: TwoTower, context: ContextState) -> ContextState | None:
@@ -131,7 +134,15 @@ class _DiffusionStep(NamedTuple):
             )
             for row, (count, width) in enumerate(zip(left, block.widths, strict=True))
         )
-        rows = dataclasses.replace(self.rows, block=dataclasses.replace(block, left=left))
+        shape = self.rows.shaping
+        if shape.rows:
+            shape = shape.within(
+                [
+                    [None if m else int(i) for i, m in zip(xt[row][:width], masked[row][:width], strict=True)]
+                    for row, width in enumerate(block.widths)
+                ]
+            )
+        rows = dataclasses.replace(self.rows, block=dataclasses.replace(block, left=left), shaping=shape)
         return BatchStep(rows, tokens, (1,) * len(left), self.absorbed)
 
 
@@ -149,7 +160,7 @@ def launch(model: TwoTower, rows: DiffusionRows) -> _DiffusionStep:
     logits = model.denoiser_logits(block.xt, rows.seed or rows.context, level, ragged)
     draws = None if rows.settings.all_greedy else _uniforms(rows, 0)
     ops = model.denoiser_tower.logit_ops
-    proposal = propose(logits, rows.settings, draws, ops)
+    proposal = propose(logits, rows.settings, draws, ops, rows.shaping.apply_to_blocks(logits))
     after = _unmask(rows, proposal, logits, ops)
     columns = (after.xt, after.committed_at, after.confidence, after.masked)
     found = torch.stack([c.double() for c in columns])
@@ -185,8 +196,8 @@ def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
             steps=tuple(n if left else 0 for n, left in zip(block.steps, block.left, strict=True)),
             left=tuple(left or w for left, w in zip(block.left, widths, strict=True)),
         )
-    seed = _seed(model, context)
-    return dataclasses.replace(rows, context=context, produced=produced, block=begun, seed=seed)
+    seed, shape = _seed(model, context), rows.shaping.past_blocks(full)
+    return dataclasses.replace(rows, context=context, produced=produced, block=begun, seed=seed, shaping=shape)
 
 
 def _widths(requests: tuple[Request, ...], produced: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from twotower.decoding.output import Token
 from twotower.decoding.sampling import propose, results, temper, uniform_table
+from twotower.decoding.shaping import Shaping, shaping
 from twotower.decoding.step import BatchStep, Request, RowBatch
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
@@ -20,6 +21,7 @@ class MockArRows(RowBatch):
     """Rows whose context holds all their tokens except the `newest` (b)."""
 
     newest: tuple[int, ...]
+    shaping: Shaping
 
 
 def context_ids(request: Request) -> tuple[int, ...]:
@@ -30,7 +32,8 @@ def context_ids(request: Request) -> tuple[int, ...]:
 def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState) -> MockArRows:
     """Rows whose `context_ids` are absorbed."""
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.denoiser_device)
-    return MockArRows(requests, context, settings, tuple((r.prompt_ids + r.produced)[-1] for r in requests))
+    newest = tuple((r.prompt_ids + r.produced)[-1] for r in requests)
+    return MockArRows(requests, context, settings, newest, shaping(model, requests, model.denoiser_device))
 
 
 class _MockArStep(NamedTuple):
@@ -45,7 +48,8 @@ class _MockArStep(NamedTuple):
         ids = tuple(int(i) for i in numbers)
         ones = (1,) * len(ids)
         tokens = tuple((Token(i, 0, c),) for i, c in zip(ids, confidences, strict=True))
-        return BatchStep(dataclasses.replace(self.rows, newest=ids), tokens, ones, ones)
+        after = dataclasses.replace(self.rows, newest=ids, shaping=self.rows.shaping.after([[i] for i in ids]))
+        return BatchStep(after, tokens, ones, ones)
 
 
 def launch(model: TwoTower, rows: MockArRows) -> _MockArStep:
@@ -58,7 +62,8 @@ def launch(model: TwoTower, rows: MockArRows) -> _MockArStep:
         seeds, ones = [r.seed for r in rows.requests], (1,) * len(rows.requests)
         places = [n + 1 for n in rows.context.lengths]
         draws = to_device(uniform_table(seeds, places, (0,) * len(ones), ones, 1), model.denoiser_device)
-    proposal = propose(logits, rows.settings, draws, model.denoiser_tower.logit_ops)
+    shaped = rows.shaping.apply(logits, [()] * len(rows.requests))
+    proposal = propose(logits, rows.settings, draws, model.denoiser_tower.logit_ops, shaped)
     context = model.absorb(to_device(newest, model.context_device), rows.context, with_logits=False)
     found = results(proposal.tokens[:, 0], proposal.confidence[:, 0])
     return _MockArStep(dataclasses.replace(rows, context=context), found)

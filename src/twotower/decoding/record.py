@@ -10,7 +10,7 @@ from twotower.decoding.constraint import check_constraint
 from twotower.decoding.output import FinishReason, Generation, GenerationStats, StepOutput, Token
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.prompt import Prompt, prompt_ids
-from twotower.decoding.shaping import check_shape
+from twotower.decoding.shape_checks import check_shape
 from twotower.decoding.step import BatchStep, Request
 from twotower.decoding.stops import StopFinder
 from twotower.decoding.text import TextStream

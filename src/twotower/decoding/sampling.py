@@ -88,19 +88,43 @@ def temper(params: tuple[SamplingParams, ...], vocab_size: int, device: torch.de
     )
 
 
-def propose(logits: Tensor, settings: Temper, uniforms: Tensor | None, ops: LogitOps) -> Proposal:
-    """The argmax in greedy rows, else a sample from softmax(logits/temperature) after top-k and top-p.
+class Shaped(NamedTuple):
+    """The logits (r, s - first, v) of some `rows` of a batch, which `at` (r) has as a tensor, from place `first` on,
+    after the settings that change them."""
+
+    rows: list[int]
+    at: Tensor
+    first: int
+    logits: Tensor
+
+
+def propose(
+    logits: Tensor, settings: Temper, uniforms: Tensor | None, ops: LogitOps, shaped: Shaped | None = None
+) -> Proposal:
+    """The argmax in greedy rows, else a sample from softmax(logits/temperature) after the filters; in `shaped` rows
+    from their own logits.
 
     logits (b, s, v) float32; uniforms (b, s) in [0, 1), needed unless all rows are greedy. The confidence is the
-    probability without temperature and filters.
+    probability under `logits`, without temperature and filters.
     """
     best = ops.best(logits)
+    greedy = greedy_tokens(best.tokens, shaped, ops)
     if settings.all_greedy:
-        return Proposal(best.tokens, (best.logits - best.log_sum).exp())
+        if shaped is None:
+            return Proposal(greedy, (best.logits - best.log_sum).exp())
+        return Proposal(greedy, probability(logits, greedy, best.log_sum))
     assert uniforms is not None
-    tokens = inverse_sample(distribution(logits, settings), uniforms)
-    tokens = torch.where(settings.greedy[:, None], best.tokens, tokens)
+    tokens = inverse_sample(distribution(logits, settings, shaped), uniforms)
+    tokens = torch.where(settings.greedy[:, None], greedy, tokens)
     return Proposal(tokens, probability(logits, tokens, best.log_sum))
+
+
+def greedy_tokens(tokens: Tensor, shaped: Shaped | None, ops: LogitOps) -> Tensor:
+    """The likeliest tokens (b, s) of all rows, from those without shaping."""
+    if shaped is None:
+        return tokens
+    own = torch.cat((tokens[shaped.at, : shaped.first], ops.argmax(shaped.logits)), dim=1)
+    return tokens.index_copy(0, shaped.at, own)
 
 
 def probability(logits: Tensor, tokens: Tensor, log_sum: Tensor) -> Tensor:
@@ -109,13 +133,21 @@ def probability(logits: Tensor, tokens: Tensor, log_sum: Tensor) -> Tensor:
     return (chosen - log_sum).exp()
 
 
-def distribution(logits: Tensor, settings: Temper) -> Tensor:
-    """The distribution to sample from: (b, s, v) float32, one-hot in greedy rows.
+def distribution(logits: Tensor, settings: Temper, shaped: Shaped | None = None) -> Tensor:
+    """The distribution to sample from: (b, s, v) float32, one-hot in greedy rows; in `shaped` rows from their logits,
+    with any values before `shaped.first`.
 
     min-p keeps the tokens with p ≥ min_p · max p, top-k the k largest logits; top-p then keeps the smallest set of
     likeliest tokens whose total probability reaches p, and typical-p (Meister et al. 2023) of what is left the smallest
     set with the smallest |−log p − H| whose total probability reaches it, where H = −Σ p log p.
     """
+    if shaped is not None:
+        own = distribution(shaped.logits, settings.select(shaped.rows))
+        if len(own) == len(logits) and shaped.first == 0:
+            return own
+        found = distribution(logits, settings) if len(own) < len(logits) else torch.zeros_like(logits)
+        found[shaped.at, shaped.first :] = own
+        return found
     scaled = logits / settings.temperature[:, None, None]
     if settings.filtered:
         ordered = scaled.sort(dim=-1, descending=True)

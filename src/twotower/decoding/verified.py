@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.decoding.constraint import Guides, guides
 from twotower.decoding.output import Token
 from twotower.decoding.sampling import (
     distribution,
+    greedy_tokens,
     inverse_sample,
     probability,
     results,
@@ -22,6 +22,7 @@ from twotower.decoding.sampling import (
     uniform_table,
     uniforms,
 )
+from twotower.decoding.shaping import Shaping, shaping
 from twotower.decoding.step import BatchStep, Request, RowBatch
 from twotower.model.passes import CausalPass
 from twotower.model.state import ContextState
@@ -37,7 +38,7 @@ class VerifiedRows(RowBatch):
     """Rows whose context holds all their tokens except the `newest` (b), which is empty before the first tokens;
     `produced` (b) counts each row's new tokens."""
 
-    guides: Guides
+    shaping: Shaping
     produced: tuple[int, ...]
     newest: tuple[int, ...] = ()
 
@@ -78,8 +79,8 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     settings = temper(tuple(r.params for r in requests), model.config.vocab_size, model.context_device)
     newest = tuple(r.produced[-1] for r in requests if r.produced)
     assert len(newest) in (0, len(requests))
-    held = guides(model, [r.params for r in requests], [r.produced for r in requests])
-    return VerifiedRows(requests, context, settings, held, tuple(len(r.produced) for r in requests), newest)
+    shape, produced = shaping(model, requests, model.context_device), tuple(len(r.produced) for r in requests)
+    return VerifiedRows(requests, context, settings, shape, produced, newest)
 
 
 class Judged(NamedTuple):
@@ -104,7 +105,7 @@ class Judged(NamedTuple):
             rows,
             requests=tuple(r._replace(draft=n) for r, n in zip(rows.requests, lengths, strict=True)),
             context=self.model.accept(self.scored, found.accepted),
-            guides=rows.guides.after([[token.id for token in tokens] for tokens in emitted]),
+            shaping=rows.shaping.after([[token.id for token in tokens] for tokens in emitted]),
             produced=tuple(n + len(t) for n, t in zip(rows.produced, emitted, strict=True)),
             newest=found.bonus,
         )
@@ -134,10 +135,13 @@ def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
     seed = rows.context.to(device)
     logits = model.denoiser_logits(block, seed, level, ragged)
     logits = logits.to(model.context_device)
+    # a draft may be drawn from anything that is settled before it; settings of the request make it likelier to be kept
+    shaped = rows.shaping.apply_to_blocks(logits, num_known)
     if rows.settings.all_greedy:
-        ids, probabilities = model.context_tower.logit_ops.argmax(logits), None
+        ops = model.context_tower.logit_ops
+        ids, probabilities = greedy_tokens(ops.argmax(logits), shaped, ops), None
     else:
-        probabilities = distribution(logits, rows.settings)
+        probabilities = distribution(logits, rows.settings, shaped)
         ids = inverse_sample(probabilities, _table(rows, _DRAFT, widths, size))
     if num_known:
         ids[:, 0] = block[:, 0].to(model.context_device)
@@ -148,8 +152,8 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
     """Launches the context tower's pass over the draft and the decision.
 
     Greedy rows keep the prefix that equals its argmax. Others accept x with probability min(1, p/q), and at a rejection
-    sample from the normalised positive part of p − q. Rows with a constraint wait here for the draft's ids, because the
-    allowed tokens depend on them.
+    sample from the normalised positive part of p − q. Rows with a constraint, penalties or bad words of several tokens
+    wait here for the draft's ids, because what may come at a place depends on those before it.
     """
     num_known = 1 if rows.newest else 0
     scored = model.score(draft.ids, rows.context)
@@ -160,15 +164,16 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
         assert rows.context.next_logits is not None
         first = rows.context.next_logits.unsqueeze(1)
     own = torch.cat((first, logits), dim=1)  # (b, s+1, v): own[:, i] predicts place i
-    drafts = draft.ids[:, num_known:].tolist() if rows.guides.any else [()] * len(rows.requests)
-    target = rows.guides.mask(own, drafts, num_known)
-    best = model.context_tower.logit_ops.best(own)
+    drafts = draft.ids[:, num_known:].tolist() if rows.shaping.reads_drafts else [()] * len(rows.requests)
+    shaped = rows.shaping.apply(own, drafts, num_known)
+    ops = model.context_tower.logit_ops
+    best = ops.best(own)
     widths, s = rows.widths, draft.ids.shape[1]
     if draft.probabilities is None:
-        greedy = target.argmax(-1) if rows.guides.any else best.tokens  # (b, s+1)
+        greedy = greedy_tokens(best.tokens, shaped, ops)  # (b, s+1)
         agrees = draft.ids == greedy[:, :s]
     else:
-        p = distribution(target, rows.settings)
+        p = distribution(own, rows.settings, shaped)
         drafted = draft.ids.unsqueeze(-1)
         ratio = p[:, :s].gather(-1, drafted) / draft.probabilities.gather(-1, drafted).clamp(min=1e-38)
         agrees = _table(rows, _ACCEPT, widths, s) < ratio.squeeze(-1)
@@ -183,7 +188,7 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
     else:
         after = _correction(rows, draft.probabilities, p, accepted, widths)
         emitted = torch.cat((draft.ids, draft.ids[:, :1]), dim=1).scatter(1, accepted[:, None], after[:, None])
-    # (b, s+1): the probabilities without constraint, temperature and filters
+    # (b, s+1): the probabilities without the request's settings
     if emitted is best.tokens:
         confidence = (best.logits - best.log_sum).exp()
     else:
