@@ -8,21 +8,29 @@ from twotower.model.two_tower import TwoTower
 
 
 def word_sequences(model: TwoTower, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    """The token ids of bad words, each as it begins a text and, where that takes other tokens but as many, as it
-    follows a space, like vLLM's. Raises SettingError for a word without tokens and for a model without a tokenizer."""
+    """The token ids of bad words, each as it begins a text, as it follows a space where that takes other tokens but as
+    many, like vLLM's, and as it follows another character, because a tokenizer may begin every text with a space.
+
+    Raises SettingError for a word without tokens and for a model without a tokenizer.
+    """
     if not words:
         return ()
     if model.tokenizer is None:
         raise SettingError("bad_words", words, "empty for a checkpoint without a tokenizer.json", "drop it")
     found = []
     for place, word in enumerate(words):
-        plain = text_ids(model, word.lstrip(), "bad_words")
+        word = word.lstrip() or word
+        plain = text_ids(model, word, "bad_words")
         if not plain:
             raise SettingError(f"bad_words[{place}]", word, "a text of at least one token")
         found.append(plain)
-        spaced = text_ids(model, " " + word.lstrip(), "bad_words")
+        spaced = text_ids(model, " " + word, "bad_words")
         if len(spaced) == len(plain) and spaced[0] != plain[0]:
             found.append(spaced)
+        line = text_ids(model, "\n", "bad_words")
+        inside = text_ids(model, "\n" + word, "bad_words")
+        if inside[: len(line)] == line and len(inside) > len(line):
+            found.append(inside[len(line) :])
     return tuple(dict.fromkeys(found))
 
 
