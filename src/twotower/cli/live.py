@@ -1,7 +1,7 @@
 """Watching a generation in the terminal: committed text, and the block in progress with its masks."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import tokenizers
@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from twotower.decoding.generate import stream
-from twotower.decoding.output import BlockView, Generation, StepOutput
+from twotower.decoding.output import BlockView, StepOutput
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.prompt import Prompt
 from twotower.model.two_tower import TwoTower
@@ -29,59 +29,87 @@ class Step(NamedTuple):
     seconds: float
 
 
+class Place(NamedTuple):
+    """A fixed place of a block: its token's text, and the probability that it had when it was fixed."""
+
+    text: str
+    confidence: float
+
+
+class BlockReader:
+    """The places of blocks, as text."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, mask_token_id: int) -> None:
+        self._tokenizer = tokenizer
+        self._mask_token_id = mask_token_id
+        # Some decoders drop the first space of a text: pieces are decoded after this.
+        self._anchor = tokenizer.encode("a", add_special_tokens=False).ids
+
+    def places(self, block: BlockView) -> tuple[Place | None, ...]:
+        """A block's places, None where it is masked; bytes of a character are dots, control tokens have their names."""
+        return tuple(
+            None if token == self._mask_token_id else Place(self._shown(token), confidence)
+            for token, confidence in zip(block.ids, block.confidences, strict=True)
+        )
+
+    def _shown(self, token: int) -> str:
+        alone = self._tokenizer.decode(self._anchor)
+        piece = self._tokenizer.decode([*self._anchor, token])[len(alone) :]
+        return piece.replace("\ufffd", "·") or f" {self._tokenizer.id_to_token(token) or '·'}"
+
+
+def draw_block(places: Sequence[Place | None], before: Sequence[Place | None], console: Console) -> Text:
+    """A block in progress as rich text: masks, and tokens in the colours of their probabilities, those reversed that
+    were masked in `before`, the same block one step earlier (empty at its first step)."""
+    mask = _MASK if console.encoding.startswith("utf") else _ASCII_MASK
+    out = Text()
+    for i, place in enumerate(places):
+        if place is None:
+            out.append(mask, "dim")
+            continue
+        style = next(colour for least, colour in _COLOURS if place.confidence >= least)
+        is_new = before[i : i + 1] in ((), (None,))
+        out.append(place.text, f"{style} {_NEW}" if is_new else style)
+    return out
+
+
 class StoryView:
     """What one stream has written so far, as rich text."""
 
     def __init__(self, prompt: str, tokenizer: tokenizers.Tokenizer, mask_token_id: int, console: Console) -> None:
         self.prompt = prompt
-        self.tokenizer = tokenizer
-        self.mask_token_id = mask_token_id
-        self.mask = _MASK if console.encoding.startswith("utf") else _ASCII_MASK
-        # Some decoders drop the first space of a text: pieces are decoded after this.
-        self.anchor = tokenizer.encode("a", add_special_tokens=False).ids
+        self.console = console
+        self.reader = BlockReader(tokenizer, mask_token_id)
         self.settled = ""  # text of all blocks before the one in view
         self.newest = ""  # text that came with the last piece
-        self.before: tuple[int, ...] = ()
-        self.block: BlockView | None = None
+        self.before: tuple[Place | None, ...] = ()
+        self.places: tuple[Place | None, ...] = ()
+        self.step = 0  # of the block in view, 0 without one
         self.num_tokens = 0
 
     def take(self, piece: StepOutput) -> None:
         """Adds the next piece of a stream with `every_step`."""
-        same_block = self.block is not None and piece.block is not None and piece.block.step > 1
-        self.before = self.block.ids if same_block and self.block is not None else ()
         self.settled += self.newest
         self.newest = str(piece)
         self.num_tokens += len(piece.token_ids)
         # The finished text replaces the last block: an end token or a stop string may have cut it.
-        self.block = None if piece.result is not None else piece.block
+        block = None if piece.result is not None else piece.block
+        self.before = self.places if block is not None and block.step > 1 else ()
+        self.places = () if block is None else self.reader.places(block)
+        self.step = 0 if block is None else block.step
 
     def text(self) -> Text:
-        out = Text.assemble((self.prompt, "dim"), self.settled)
-        if self.block is None:
-            return out.append(self.newest)
-        for place, (token, confidence) in enumerate(zip(self.block.ids, self.block.confidences, strict=True)):
-            if token == self.mask_token_id:
-                out.append(self.mask, "dim")
-                continue
-            style = next(colour for least, colour in _COLOURS if confidence >= least)
-            is_new = self.before[place : place + 1] in ((), (self.mask_token_id,))
-            out.append(self._shown(token), f"{style} {_NEW}" if is_new else style)
-        return out
+        shown = Text.assemble((self.prompt, "dim"), self.settled)
+        if self.step == 0:
+            return shown.append(self.newest)
+        return shown.append_text(draw_block(self.places, self.before, self.console))
 
     def status(self) -> str:
         """Where the generation is, in a few words."""
-        if self.block is None:
+        if self.step == 0:
             return f"{self.num_tokens} tokens"
-        masked = self.block.ids.count(self.mask_token_id)
-        return (
-            f"{self.num_tokens} tokens, step {self.block.step} of this block, {masked} of {len(self.block.ids)} masked"
-        )
-
-    def _shown(self, token: int) -> str:
-        """One token by itself: bytes of a character as dots, control tokens by name."""
-        alone = self.tokenizer.decode(self.anchor)
-        piece = self.tokenizer.decode([*self.anchor, token])[len(alone) :]
-        return piece.replace("\ufffd", "·") or f" {self.tokenizer.id_to_token(token) or '·'}"
+        masked = self.places.count(None)
+        return f"{self.num_tokens} tokens, step {self.step} of this block, {masked} of {len(self.places)} masked"
 
 
 def steps(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Iterator[Step]:
@@ -115,7 +143,9 @@ def show(model: TwoTower, prompt: Prompt, params: SamplingParams, console: Conso
     result = step.piece.result
     assert result is not None  # the last piece of every stream has one
     console.print(view.text())
-    console.print(Text(_speeds(result, seconds, params.mode), "dim"))
+    stats = result.stats
+    told = speeds(stats.num_tokens, seconds, stats.denoiser_calls, stats.context_calls)
+    console.print(Text(f"{params.mode}: {told}", "dim"))
 
 
 def tail(text: Text, console: Console, width: int, height: int) -> Text:
@@ -123,9 +153,9 @@ def tail(text: Text, console: Console, width: int, height: int) -> Text:
     return Text("\n").join(text.wrap(console, width)[-max(height, 1) :])
 
 
-def _speeds(result: Generation, seconds: float, mode: str) -> str:
-    stats = result.stats
-    line = f"{mode}: {stats.num_tokens} tokens, {stats.num_tokens / seconds:.0f} tokens/s, "
-    if stats.denoiser_calls:
-        line += f"{stats.denoiser_calls} NFE, {stats.tokens_per_denoiser_call:.1f} tokens per NFE, "
-    return line + f"{stats.context_calls} context passes"
+def speeds(num_tokens: int, seconds: float, denoiser_calls: int, context_calls: int) -> str:
+    """A generation's speed and its passes in words."""
+    line = f"{num_tokens} tokens, {num_tokens / seconds:.0f} tokens/s, "
+    if denoiser_calls:
+        line += f"{denoiser_calls} NFE, {num_tokens / denoiser_calls:.1f} tokens per NFE, "
+    return line + f"{context_calls} context passes"

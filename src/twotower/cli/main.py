@@ -19,6 +19,7 @@ from twotower.errors import SettingError
 _COMMANDS = {
     "demo": "Watch one story written by diffusion and by autoregression.",
     "generate": "Continue prompts in any decoding mode, with a live view.",
+    "chat": "Chat in the terminal, with a model or a server.",
     "init": "Make a two-tower checkpoint from a single-tower model.",
     "inspect": "Show a checkpoint's parameters, memory and errors.",
     "pretrain": "Train a single tower from nothing, to make two of it.",

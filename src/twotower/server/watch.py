@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from twotower.decoding.modes import AUTO_SUMMARY, MODES, DecodingMode
 from twotower.decoding.output import BlockView, Generation, StepOutput, Token
 from twotower.decoding.params import SamplingParams
-from twotower.options import options_of, value_type
+from twotower.options import is_tuple, options_of, value_type
 from twotower.server.chat import rendered
 from twotower.server.errors import ApiError
 from twotower.server.protocol import WatchRequest
@@ -48,7 +48,7 @@ def _settings(service: Service) -> Iterator[dict[str, Any]]:
         is_choice = get_origin(kind) is Literal
         # The protocol has its own name for the length.
         spelled = "max_tokens" if name == "max_new_tokens" else name
-        is_single = get_origin(field.type) is not tuple and (is_choice or kind in (bool, int, float))
+        is_single = not is_tuple(field.type) and (is_choice or kind in (bool, int, float))
         if name == "mode" or not is_single or what.parse is not None or spelled not in WatchRequest.model_fields:
             continue
         own = getattr(model.sampling, name, None)
