@@ -129,11 +129,11 @@ def open_backbone(backbone: str | Path) -> Backbone:
     files, raw = open_floats(directory, whole), text_settings(whole)
     if raw.get("tie_word_embeddings") is not False and has_own_head(files):
         raw = {**raw, "tie_word_embeddings": False}
-    documents = carried_documents(directory)
+    tokenizer, documents = read_tokenizer_text(directory), carried_documents(directory)
     if raw.get("model_type") == "nemotron_h":
-        found = open_nemotron_h(directory, raw, documents)
+        found = open_nemotron_h(raw, files, tokenizer, documents)
     else:
-        found = open_family(find_family(raw), raw, files, read_tokenizer_text(directory), documents)
+        found = open_family(find_family(raw), raw, files, tokenizer, documents)
     return dataclasses.replace(found, config=with_generation_ends(found.config, directory))
 
 

@@ -118,7 +118,7 @@ def test_layers_for_multi_token_prediction_are_left_out_with_a_warning(
 
 def test_a_tensor_under_two_prefixes(changed: Callable[..., Path]) -> None:
     source = changed({}, {"model.norm_f.weight": torch.ones(32)})
-    with pytest.raises(ValueError, match="has a tensor under two of the prefixes"):
+    with pytest.raises(ValueError, match="a tensor is there under two of the prefixes"):
         open_backbone(source)
 
 

@@ -155,7 +155,7 @@ def test_without_the_gguf_package(llama: Any, write: Write, monkeypatch: pytest.
 
 
 def test_architecture_is_checked(llama: Any, write: Write) -> None:
-    with pytest.raises(ValueError, match=r"has the architecture 'rwkv7', must be one of cohere2, .*stablelm"):
+    with pytest.raises(ValueError, match=r"has the architecture 'rwkv7', must be one of apertus, .*starcoder2"):
         open_gguf(write(llama.model, arch="rwkv7"))
 
 
@@ -166,7 +166,7 @@ def test_architecture_is_checked(llama: Any, write: Write) -> None:
         ({"attention.scale": 0.5}, "llama.attention.scale 0.5"),
         ({"logit_scale": 0.5}, "llama.logit_scale 0.5"),
         ({"attention.causal": False}, "attention to later positions"),
-        ({"attention.value_length": 4}, "values of width 4 beside keys of 8"),
+        ({"attention.value_length": 4}, "llama.attention.value_length 4 beside heads of 8"),
         ({"rope.dimension_count": 4}, "llama.rope.dimension_count 4 beside heads of 8"),
     ],
 )

@@ -11,7 +11,8 @@ from twotower.checkpoints.gguf.reader import read_gguf
 from twotower.checkpoints.gguf.rope import rope_parameters
 
 Write = Callable[..., Path]
-LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+LINEAR = DEFAULT | {"rope_type": "linear", "factor": 4.0}
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def rope(write_metadata: Write) -> Callable[..., dict[str, Any]]:
 
 
 def test_without_settings(rope: Callable[..., dict[str, Any]]) -> None:
-    assert rope() == {"rope_type": "default", "rope_theta": 10000.0}
+    assert rope() == DEFAULT
     assert rope(freq_base=500000.0)["rope_theta"] == 500000.0
     assert rope(dimension_count=2)["partial_rotary_factor"] == 0.25
 
@@ -60,7 +61,7 @@ def test_linear_by_each_of_its_names(rope: Callable[..., dict[str, Any]], keys: 
     "keys", [{"scaling__type": "none", "scaling__factor": 4.0}, {"scaling__factor": 0.0}, {"scaling__type": "linear"}]
 )
 def test_what_scales_nothing(rope: Callable[..., dict[str, Any]], keys: dict[str, Any]) -> None:
-    assert rope(**keys) == {"rope_type": "default", "rope_theta": 10000.0}
+    assert rope(**keys) == DEFAULT
 
 
 def test_yarn(rope: Callable[..., dict[str, Any]]) -> None:
@@ -68,6 +69,7 @@ def test_yarn(rope: Callable[..., dict[str, Any]]) -> None:
     assert found == {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
         "factor": 4.0,
         "original_max_position_embeddings": 64,
         "attention_factor": pytest.approx(0.1 * math.log(4) + 1),
@@ -90,6 +92,7 @@ def test_divisors_of_frequencies(rope: Callable[..., dict[str, Any]]) -> None:
     assert found == {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
         "long_factor": divisors,
         "short_factor": divisors,
         "original_max_position_embeddings": 512,

@@ -1,4 +1,4 @@
-"""Single-tower Nemotron-H directories, whose tensors have our names under another prefix.
+"""Single-tower Nemotron-H models, whose tensors have our names under another prefix.
 
 Only keys of config.json that the family's code reads can change what a model computes: they are mapped, or refused
 where our towers compute something else. All other keys describe how a model was trained, saved or served and are left
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone, tower_shapes
+from twotower.checkpoints.families.family import TensorSource
 from twotower.checkpoints.hf.config_file import read_raw_config
-from twotower.checkpoints.hf.float_tensors import open_floats
 from twotower.checkpoints.hf.tensor_files import TensorSpec
-from twotower.checkpoints.hf.tokenizer_file import read_tokenizer_text
 from twotower.config import CARRIED_KEYS, TwoTowerConfig
 from twotower.config_rules import FILE_KEYS
 
@@ -65,8 +64,10 @@ _TRANSFORMERS_KEYS = (
 _REFUSED = ("sliding_window",)
 
 
-def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[str, bytes]) -> Backbone:
-    """Opens a Nemotron-H directory, written by the released code or by transformers, whose config.json is `raw`.
+def open_nemotron_h(
+    raw: Mapping[str, Any], source: TensorSource, tokenizer: str | None, documents: Mapping[str, bytes]
+) -> Backbone:
+    """The Nemotron-H model whose config.json, written by the released code or by transformers, is `raw`.
 
     Layers for multi-token prediction (`mtp.*`) are skipped: they are not part of the backbone. Raises ValueError for a
     setting under which the model computes something that our towers don't.
@@ -74,10 +75,9 @@ def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[
     known = {FILE_KEYS.get(f.name, f.name) for f in dataclasses.fields(TwoTowerConfig)} | CARRIED_KEYS
     kept = {key: value for key, value in ({"head_dim": _HEAD_DIM} | _released_keys(raw)).items() if key in known}
     config = TwoTowerConfig.from_dict({**kept, "architectures": ["NemotronHTwoTowerForCausalLM"]})
-    files = open_floats(directory, raw)
     names: dict[str, str] = {}
     heads = []
-    for name in files.specs:
+    for name in source.specs:
         prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
         ours = name.removeprefix(prefix)
         if name.startswith("mtp.") or ours.startswith("mtp."):
@@ -85,19 +85,18 @@ def open_nemotron_h(directory: Path, raw: Mapping[str, Any], documents: Mapping[
         elif not (name == "lm_head.weight" and config.tie_word_embeddings):
             names[name] = ours
     if len(set(names.values())) != len(names):
-        raise ValueError(f"{directory} has a tensor under two of the prefixes {list(_PREFIXES)}; keep one of them")
+        raise ValueError(f"a tensor is there under two of the prefixes {list(_PREFIXES)}; keep one of them")
     beyond = (raw.get("hybrid_override_pattern") or "").partition(MTP_MARK)[2]
 
-    specs = {ours: files.specs[name] for name, ours in names.items()}
+    specs = {ours: source.specs[name] for name, ours in names.items()}
     zeros = _missing_biases(config, specs)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in files.stream(names):
+        for name, tensor in source.stream(names):
             yield names[name], tensor
         for name, spec in zeros.items():
             yield name, torch.zeros(spec.shape, dtype=spec.dtype)
 
-    tokenizer = read_tokenizer_text(directory)
     return Backbone(
         config=config,
         specs=specs | zeros,

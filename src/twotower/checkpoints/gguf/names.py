@@ -6,7 +6,7 @@ llama.cpp's converter renames tensors and changes some; `Undo` turns one of them
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,54 +19,107 @@ from twotower.checkpoints.hf.tensor_files import TensorSpec
 
 # What makes Hugging Face's tensors of one of the file's: called with the tensor, what its name ends in ("weight",
 # "bias" or "") and the config, it gives them by their names in the block. A name alone keeps the tensor.
-Undo = str | Callable[[Tensor, str, Mapping[str, Any]], Mapping[str, Tensor]]
+Made = Mapping[str, Tensor]
+Change = Callable[[Tensor, str, Mapping[str, Any]], Made]
+
+
+class Joined(NamedTuple):
+    """What makes Hugging Face's tensors of two of a block's, of which the other has the name `other`; it is called with
+    both and the config."""
+
+    other: str
+    undo: Callable[[Tensor, Tensor, Mapping[str, Any]], Made]
+
+
+Undo = str | Change | Joined
 
 _IN_BLOCK = re.compile(r"blk\.(\d+)\.(.*)")
 
 
+def blocks(file: GgufFile, stem: str = "") -> list[int]:
+    """The numbers of the blocks that have tensors, or a tensor of this name, in order."""
+    found = (_IN_BLOCK.fullmatch(name) for name in file.tensors)
+    return sorted({int(match[1]) for match in found if match and stem in ("", match[2].partition(".")[0])})
+
+
 @dataclasses.dataclass(frozen=True)
 class NamedTensors:
-    """The tensors of a file by Hugging Face's names; a `TensorSource` of families."""
+    """The tensors of a file by Hugging Face's names; a `TensorSource` of families. `stored` has the name in the file
+    of each; those that are not there are `given`, made of the metadata."""
 
     file: GgufFile
     specs: Mapping[str, TensorSpec]
-    made: Callable[[str, Tensor], Mapping[str, Tensor]]
+    stored: Mapping[str, str]
+    made: Callable[[str, Tensor], Made]
+    given: Made
 
     def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors, each of the file's read once."""
         wanted = set(names)
-        for stored in self.file.tensors:
-            shape = torch.empty(self.file.tensors[stored].shape, device="meta")
-            if stored not in FACTOR_TENSORS and wanted.intersection(self.made(stored, shape)):
-                for name, tensor in self.made(stored, values_of(self.file.tensors[stored])).items():
-                    if name in wanted:
-                        yield name, tensor
+        sources = dict.fromkeys(stored for name, stored in self.stored.items() if name in wanted)
+        for stored in sources:
+            for name, tensor in self.made(stored, values_of(self.file.tensors[stored])).items():
+                if name in wanted and self.stored[name] == stored:
+                    yield name, tensor
+        yield from ((name, tensor) for name, tensor in self.given.items() if name in wanted)
 
 
 def named_tensors(
-    file: GgufFile, raw: Mapping[str, Any], block: Mapping[str, Undo], rest: Mapping[str, Undo], layers: str
+    file: GgufFile,
+    raw: Mapping[str, Any],
+    block: Mapping[str, Undo],
+    rest: Mapping[str, Undo],
+    layers: str,
+    given: Made,
 ) -> NamedTensors:
     """Those of a file whose config is `raw`. Tensors that no name is declared for keep theirs, so that the family
-    reports them."""
+    reports them. Of two that make the same tensor the first counts. Raises ValueError, naming it, for a tensor that
+    can't be what it is called."""
 
     def made(stored: str, tensor: Tensor) -> dict[str, Tensor]:
         inside = _IN_BLOCK.fullmatch(stored)
+        if inside is not None and int(inside[1]) >= raw["num_hidden_layers"]:
+            return {f"mtp.{stored}": tensor}  # predicts further tokens
         stem, _, suffix = (stored if inside is None else inside[2]).partition(".")
         undo = (rest if inside is None else block).get(stem)
-        if undo is None:
-            return {stored: tensor}
         ending = f".{suffix}" if suffix else ""
-        found = undo(tensor, suffix, raw) if callable(undo) else {undo + ending: tensor}
+        try:
+            if undo is None:
+                return {stored: tensor}
+            if isinstance(undo, str):
+                found: Made = {undo + ending: tensor}
+            elif isinstance(undo, Joined):
+                found = undo.undo(tensor, _beside(file, stored, stem, undo.other, tensor.is_meta), raw)
+            else:
+                found = undo(tensor, suffix, raw)
+        except (ValueError, RuntimeError, IndexError) as error:  # PyTorch's of shapes that don't fit
+            shape = tuple(tensor.shape)
+            raise ValueError(f"tensor {stored} of {file.path} with the shape {shape} doesn't fit: {error}") from error
         prefix = "" if inside is None else f"{layers}.{inside[1]}."
         return {prefix + name: value for name, value in found.items()}
 
-    specs = {}
+    specs = {name: TensorSpec(value.dtype, tuple(value.shape)) for name, value in given.items()}
+    sources: dict[str, str] = {}
     for stored, tensor in file.tensors.items():
         if stored not in FACTOR_TENSORS:
             dtype, shape = spec_of(tensor)
             for name, value in made(stored, torch.empty(shape, dtype=dtype, device="meta")).items():
-                specs[name] = TensorSpec(value.dtype, tuple(value.shape))
-    return NamedTensors(file, specs, made)
+                if sources.setdefault(name, stored) == stored:
+                    specs[name] = TensorSpec(value.dtype, tuple(value.shape))
+    return NamedTensors(file, specs, sources, made, given)
+
+
+def _beside(file: GgufFile, stored: str, stem: str, other: str, is_meta: bool) -> Tensor:
+    name = stored.replace(f".{stem}.", f".{other}.")
+    if name not in file.tensors:
+        raise ValueError(f"{name}, which belongs to it, is missing")
+    dtype, shape = spec_of(file.tensors[name])
+    return torch.empty(shape, dtype=dtype, device="meta") if is_meta else values_of(file.tensors[name])
+
+
+def nothing(tensor: Tensor, suffix: str, raw: Mapping[str, Any]) -> Made:
+    """A tensor that the model hasn't, or that another makes with it."""
+    return {}
 
 
 def turned(name: str, heads: str) -> Undo:
@@ -80,10 +133,29 @@ def turned(name: str, heads: str) -> Undo:
     return undo
 
 
+def fused(*undos: Undo) -> Undo:
+    """Queries, keys and values one after the other, as the converter writes them if it is told to."""
+
+    def undo(tensor: Tensor, suffix: str, raw: Mapping[str, Any]) -> dict[str, Tensor]:
+        kv = raw["num_key_value_heads"] * raw["head_dim"]
+        found: dict[str, Tensor] = {}
+        for each_undo, part in zip(undos, tensor.split([tensor.shape[0] - 2 * kv, kv, kv]), strict=True):
+            assert not isinstance(each_undo, Joined)
+            found |= {f"{each_undo}.{suffix}": part} if isinstance(each_undo, str) else each_undo(part, suffix, raw)
+        return found
+
+    return undo
+
+
 def less_one(name: str) -> Undo:
     """A norm to whose weight the converter has added the 1 that the model adds. The difference is exact to the last
     digit of the sum, so that adding 1 again gives the file's number."""
     return lambda tensor, suffix, raw: {f"{name}.{suffix}": tensor - 1 if suffix == "weight" else tensor}
+
+
+def flat(name: str, *, suffixed: bool = True) -> Undo:
+    """A vector that the file has as a matrix."""
+    return lambda tensor, suffix, raw: {f"{name}.{suffix}" if suffixed else name: tensor.flatten()}
 
 
 def transposed(name: str) -> Undo:

@@ -15,10 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
 MAGIC = b"GGUF"
+# The largest number that llama.cpp keeps of a count.
+MOST = 2**31 - 1
 
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -53,8 +57,54 @@ class GgufFile:
         return str(self.metadata.get("general.architecture", ""))
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """The architecture's setting `key`, such as "block_count"."""
+        """The architecture's setting `key`, such as "block_count", of whatever type it is."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
+
+    def count(self, key: str, default: int | None = None, *, least: int = 0, most: int = MOST) -> int:
+        """A whole number in [least, most]. Of an array with an entry for each layer, all that are not 0 must be equal.
+
+        Raises ValueError, naming file and key, for anything else, and for a missing key without a default.
+        """
+        value = self.setting(key, default)
+        if isinstance(value, list):
+            used = {entry for entry in value if entry != 0} or {0}
+            if len(used) > 1:
+                raise self.wrong(key, "the same for all layers that have any", "our layers are of one size")
+            value = used.pop()
+        if value is None or type(value) is not int or not least <= value <= most:
+            raise self.wrong(key, f"a whole number in [{least}, {most}]")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number, as the shortest decimal that is this float32: the number in the model's config.json.
+
+        Raises ValueError, naming file and key, for anything else, and for a missing key without a default.
+        """
+        value = self.setting(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong(key, "a finite number")
+        return float(str(np.float32(value)))
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false; raises ValueError, naming file and key, for anything else."""
+        value = self.setting(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def wrong(self, key: str, rule: str, fix: str = "take another file") -> ValueError:
+        """What to raise where the architecture's setting `key` breaks a rule."""
+        name = f"{self.architecture}.{key}"
+        found = f"{name} {shown(self.metadata[name])}" if name in self.metadata else f"no {name}"
+        return ValueError(f"{self.path} has {found}, must be {rule}; {fix}")
+
+
+def shown(value: object) -> str:
+    """A value of the metadata as an error names it, not longer than a line."""
+    most = 8 if isinstance(value, list) else 60
+    if not isinstance(value, list | str) or len(value) <= most:
+        return repr(value)
+    return f"{value[:most]!r} and so on, {len(value)} entries"
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -83,6 +133,8 @@ def _parts(path: Path) -> list[Path]:
     """All files of a split model, given any of them."""
     metadata = _Header(path).metadata
     count, own = metadata.get("split.count", 1), metadata.get("split.no", 0)
+    if type(count) is not int or type(own) is not int:
+        raise ValueError(f"{path} has split.count {shown(count)} and split.no {shown(own)}, must be whole numbers")
     if count == 1:
         return [path]
     name = _PART.fullmatch(path.name)
@@ -93,8 +145,8 @@ def _parts(path: Path) -> list[Path]:
     parts = [path.with_name(f"{name[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise FileNotFoundError(f"{path} is one of {count} parts and {shown} is not beside it; download all of them")
+        names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise FileNotFoundError(f"{path} is one of {count} parts and {names} is not beside it; download all of them")
     return parts
 
 
@@ -203,6 +255,8 @@ class _Header:
             raise self._broken(f"{what} has {rank} dimensions, must be at most {_MOST_DIMENSIONS}")
         # GGUF counts dimensions from the innermost.
         shape = tuple(self._number("Q", what) for _ in range(rank))[::-1]
+        if 0 in shape:
+            raise self._broken(f"{what} has the shape {shape}, must have entries")
         kind, block, width = _block(self.path, name, self._number("I", what))
         offset = self._number("Q", what)
         if shape and shape[-1] % block:

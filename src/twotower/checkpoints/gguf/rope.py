@@ -3,9 +3,7 @@
 import math
 from typing import Any
 
-import numpy as np
-
-from twotower.checkpoints.gguf.reader import GgufFile
+from twotower.checkpoints.gguf.reader import GgufFile, shown
 from twotower.checkpoints.gguf.tensors import values_of
 
 FACTOR_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -18,20 +16,24 @@ def rope_parameters(file: GgufFile, head_dim: int) -> dict[str, Any]:
     factor outside of YaRN, are expressed as LongRoPE whose divisors for short and long texts are the same. Raises
     ValueError for settings that `rope_parameters` can't express.
     """
-    turned = file.setting("rope.dimension_count", head_dim)
-    found: dict[str, Any] = {"rope_type": "default", "rope_theta": decimal(file.setting("rope.freq_base", 10000.0))}
-    if turned != head_dim:
-        found["partial_rotary_factor"] = turned / head_dim
+    turned = file.count("rope.dimension_count", head_dim, least=2, most=head_dim)
+    found: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": file.number("rope.freq_base", 10000.0),
+        "partial_rotary_factor": turned / head_dim,
+    }
+    if turned % 2 or found["rope_theta"] <= 0:
+        raise file.wrong(*(("rope.dimension_count", "even") if turned % 2 else ("rope.freq_base", "above 0")))
     kind = file.setting("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn", "longrope"):
-        raise ValueError(f"{file.path} scales RoPE by {kind!r}, must be none, linear, yarn or longrope")
-    if file.setting("rope.scaling.alpha", 0.0):
+        raise ValueError(f"{file.path} scales RoPE by {shown(kind)}, must be none, linear, yarn or longrope")
+    if file.setting("rope.scaling.alpha"):
         raise ValueError(f"{file.path} has rope.scaling.alpha, which our towers don't compute; take another model")
-    factor = decimal(file.setting("rope.scaling.factor", file.setting("rope.scale_linear", 0.0)))
+    factor = file.number("rope.scaling.factor", file.number("rope.scale_linear", 0.0))
     factor = factor if factor and kind != "none" else 1.0
-    attention_factor = decimal(file.setting("rope.scaling.attn_factor", 1.0))
+    attention_factor = file.number("rope.scaling.attn_factor", 1.0)
     long, short = _divisors(file, turned // 2)
-    original = file.setting("rope.scaling.original_context_length", file.setting("context_length", 0))
+    original = file.count("rope.scaling.original_context_length", file.count("context_length", 0))
     if kind == "yarn":
         if long is not None:
             raise ValueError(f"{file.path} has both YaRN and a tensor of RoPE's divisors; take another model")
@@ -40,8 +42,8 @@ def rope_parameters(file: GgufFile, head_dim: int) -> dict[str, Any]:
             "factor": factor,
             "original_max_position_embeddings": original,
             "attention_factor": _yarn_factor(file, factor) * attention_factor,
-            "beta_fast": decimal(file.setting("rope.scaling.yarn_beta_fast", 32.0)),
-            "beta_slow": decimal(file.setting("rope.scaling.yarn_beta_slow", 1.0)),
+            "beta_fast": file.number("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": file.number("rope.scaling.yarn_beta_slow", 1.0),
         }
     if long is not None or attention_factor != 1:
         ones = [1.0] * (turned // 2)
@@ -55,11 +57,6 @@ def rope_parameters(file: GgufFile, head_dim: int) -> dict[str, Any]:
     return found if factor == 1 else found | {"rope_type": "linear", "factor": factor}
 
 
-def decimal(value: float) -> float:
-    """The shortest decimal that is this float32: the number in the model's config.json."""
-    return float(str(np.float32(value)))
-
-
 def _divisors(file: GgufFile, count: int) -> tuple[list[float] | None, list[float] | None]:
     """What each frequency is divided by, for long and for short texts; None: by nothing."""
     both, long, short = (
@@ -71,6 +68,8 @@ def _divisors(file: GgufFile, count: int) -> tuple[list[float] | None, list[floa
     for values in (long, short):
         if values is not None and len(values) != count:
             raise ValueError(f"{file.path} has {len(values)} divisors of RoPE's frequencies, must be {count}")
+        if values is not None and not all(0 < value < math.inf for value in values):
+            raise ValueError(f"{file.path} has a divisor of RoPE's frequencies that is not above 0; take another file")
     return (None, None) if long == short == [1.0] * count else (long, short)
 
 
@@ -81,4 +80,4 @@ def _yarn_factor(file: GgufFile, factor: float) -> float:
     def scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1
 
-    return scale(1.0) / scale(file.setting("rope.scaling.yarn_log_multiplier", 0.0))
+    return scale(1.0) / scale(file.number("rope.scaling.yarn_log_multiplier", 0.0))
