@@ -122,8 +122,9 @@ def test_length_needs_equal_rows(tiny: Callable, ids: Callable) -> None:
 
 def test_a_state_stays_itself_on_its_own_device(model: TwoTower, ids: Callable) -> None:
     state = model.prefill(ids(1, 5))
-    assert state.to("cpu") is state
-    assert state.to(torch.device("cpu")) is state
+    dtype = model.denoiser_tower.activation_dtype
+    assert state.to("cpu", dtype, dtype) is state
+    assert model.seed(state) is state
     assert state.device == torch.device("cpu")
 
 

@@ -109,8 +109,9 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 def _seed(model: TwoTower, context: ContextState) -> ContextState | None:
-    """A copy of the context on the denoiser's device, or None if both towers are on one device."""
-    return None if model.context_device == model.denoiser_device else context.to(model.denoiser_device)
+    """A copy of the context as the denoiser reads it, or None where it reads the context itself."""
+    seed = model.seed(context)
+    return None if seed is context else seed
 
 
 class _DiffusionStep(NamedTuple):

@@ -55,7 +55,7 @@ class _MockArStep(NamedTuple):
 def launch(model: TwoTower, rows: MockArRows) -> _MockArStep:
     """One token per row."""
     newest = torch.tensor(rows.newest).unsqueeze(1)  # (b, 1)
-    seed = rows.context.to(model.denoiser_device)
+    seed = model.seed(rows.context)
     logits = model.denoiser_logits(to_device(newest, model.denoiser_device), seed, None)
     draws = None
     if not rows.settings.all_greedy:

@@ -132,7 +132,7 @@ def propose_draft(model: TwoTower, rows: VerifiedRows) -> Draft:
         block[:, 0] = to_device(rows.newest, device)
     level = tuple((w - num_known) / w for w in widths)
     ragged = widths if min(widths) < size else None
-    seed = rows.context.to(device)
+    seed = model.seed(rows.context)
     logits = model.denoiser_logits(block, seed, level, ragged)
     logits = logits.to(model.context_device)
     # a draft may be drawn from anything that is settled before it; settings of the request make it likelier to be kept

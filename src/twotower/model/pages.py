@@ -86,11 +86,13 @@ class PagedKeys:
         assert isinstance(newer, PagedKeys)
         assert all(self.tables[row] is table for row, table in zip(rows, newer.tables, strict=True))
 
-    def moved(self, used: int, lengths: tuple[int, ...], device: torch.device | str) -> "PagedKeys":
-        """A copy on another device of the pages in use, with new page numbers."""
+    def moved(
+        self, used: int, lengths: tuple[int, ...], device: torch.device | str, dtype: torch.dtype | None = None
+    ) -> "PagedKeys":
+        """A copy of the pages in use, on a device and with new page numbers; None keeps the dtype."""
         table = self._table(-(-used // PAGE_SIZE))
         b, m = table.shape
-        pools = [[pool[table.flatten()].to(device) for pool in side] for side in (self.keys, self.values)]
+        pools = [[pool[table.flatten()].to(device, dtype) for pool in side] for side in (self.keys, self.values)]
         numbered = tuple(list(range(row * m, (row + 1) * m)) for row in range(b))
         return PagedKeys(pools[0], pools[1], numbered, lengths)
 

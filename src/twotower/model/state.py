@@ -83,10 +83,10 @@ class KeyBuffer:
             for i, row in enumerate(rows):
                 ours[row, :, starts[i] : ends[i]] = theirs[i, :, starts[i] : ends[i]]
 
-    def moved(self, used: int, lengths: tuple[int, ...], device: torch.device | str) -> "KeyBuffer":
-        """A copy of the first `used` places on another device."""
-        past = self.past(used)
-        return KeyBuffer([k.to(device) for k in past.keys], [v.to(device) for v in past.values], lengths)
+    def moved(self, used: int, lengths: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> "KeyBuffer":
+        """A copy of the first `used` places, on a device and in a dtype."""
+        keys, values, _ = self.past(used)
+        return KeyBuffer([k.to(device, dtype) for k in keys], [v.to(device, dtype) for v in values], lengths)
 
     def grown(self, capacity: int, used: int) -> "KeyBuffer":
         """A copy with at least `capacity` places holding the first `used`."""
@@ -192,14 +192,16 @@ class ContextState:
             return tensor.device
         return torch.device("cpu") if self.next_logits is None else self.next_logits.device
 
-    def to(self, device: torch.device | str) -> Self:
-        """This state on the denoiser's device: itself, or a copy without `next_logits` moved."""
-        if self.device == torch.device(device):
+    def to(self, device: torch.device | str, dtype: torch.dtype, key_dtype: torch.dtype) -> Self:
+        """This state on the denoiser's device, for its activations of `dtype` and its keys and values of `key_dtype`:
+        itself, or a copy in which `next_logits` stay where they are."""
+        same = all(m.conv.dtype == dtype for m in self.mamba) and all(k.dtype == key_dtype for k in self.buffer.keys)
+        if same and self.device == torch.device(device):
             return self
         return dataclasses.replace(
             self,
-            mamba=tuple(MambaState(m.conv.to(device), m.ssm.to(device)) for m in self.mamba),
-            buffer=self.buffer.moved(self.padded_length(), self.lengths, device),
+            mamba=tuple(MambaState(m.conv.to(device, dtype), m.ssm.to(device)) for m in self.mamba),
+            buffer=self.buffer.moved(self.padded_length(), self.lengths, device, key_dtype),
         )
 
 

@@ -138,7 +138,7 @@ class TwoTower(nn.Module):
             if not bool(((level >= 0) & (level <= 1)).all()):
                 raise ValueError(f"t is {t}, must be in [0, 1]")
             level = level.expand(ids.shape[0])
-        return self.denoiser_logits(ids, state.to(self.denoiser_device), tuple(level.tolist()))
+        return self.denoiser_logits(ids, self.seed(state), tuple(level.tolist()))
 
     @torch.no_grad()
     def extend(self, block_ids: Tensor | Sequence[Sequence[int]], state: ContextState) -> ContextState:
@@ -147,10 +147,15 @@ class TwoTower(nn.Module):
         self._check_batch(ids, state)
         return self.absorb(ids, state, with_logits=True)
 
+    def seed(self, state: ContextState) -> ContextState:
+        """A state of the context tower as the denoiser reads it: on its device and in the dtypes of what runs it."""
+        tower = self.denoiser_tower
+        return state.to(self.denoiser_device, tower.activation_dtype, tower.key_dtype or tower.activation_dtype)
+
     def denoiser_logits(
         self, ids: Tensor, seed: ContextState, t: tuple[float, ...] | None, widths: tuple[int, ...] | None = None
     ) -> Tensor:
-        """`denoise` without checks, with `seed` on the denoiser's device.
+        """`denoise` without checks, with a `seed` that the method of this name made.
 
         t holds Python numbers: the modulation of a level met before is not computed again. None is without modulation,
         for mode `mock_ar`. `widths` are the rows' block lengths where they are not all s.

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import twotower
-from twotower.backends.choose import pack_
+from twotower.backends.choose import _pack_side_, choose_backend, pack_
 from twotower.backends.native import build
 from twotower.backends.native.pack import has_bf16_pairs
 from twotower.model import linear as model_linear
@@ -295,3 +296,34 @@ def test_a_model_says_what_runs_each_tower() -> None:
         "denoiser tower": "native",
     }
     assert twotower.load("hybrid", pack=False).backends == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("positions", [512, 4096])
+def test_a_denoiser_reads_what_another_backend_cached(
+    positions: int, dtype: torch.dtype, tiny: Callable, ids: Callable, close: Callable
+) -> None:
+    """As where the towers are on two devices: each backend has its own dtypes of keys and convolution rows."""
+    made: dict[tuple[str, str], TwoTower] = {}
+    for sides in itertools.product(("reference", "native"), repeat=2):
+        made[sides] = model = tiny("*M*-", dtype=dtype, use_rope=True, carried={"max_position_embeddings": positions})
+        for name, part in zip(sides, ("context", "denoiser"), strict=True):
+            tower, head = getattr(model, f"{part}_tower"), "context_lm_head" if part == "context" else "lm_head"
+            others = [getattr(model, head)] + [model.time_conditioning] * (part == "denoiser")
+            _pack_side_(choose_backend("cpu", dtype, name), tower, others)
+    expected = made["reference", "reference"].denoise(ids(2, 8), made["reference", "reference"].prefill(ids(2, 40)))
+    for (context, denoiser), model in made.items():
+        state = model.prefill(ids(2, 40))
+        long = positions > 1024 or context == "reference"
+        assert state.buffer.keys[0].dtype == (dtype if long else torch.float32)
+        if context == denoiser:
+            assert model.seed(state) is state
+        # bf16: the reference rounds activations; keys or rows read in another dtype differ by more than half
+        close(model.denoise(ids(2, 8), state), expected, 0.1 if dtype == torch.bfloat16 else 1e-5)
+    for mode in ("diffusion", "verified", "mock_ar"):
+        params = twotower.SamplingParams(mode=mode, max_new_tokens=20, ignore_eos=True)
+        prompt = ids(1, 12)[0].tolist()
+        for sides in (("reference", "native"), ("native", "reference")):
+            engine = twotower.Engine(made[sides], twotower.EngineConfig(state_bytes=1 << 20, snapshot_bytes=1 << 16))
+            [paged] = engine.generate([prompt], params)
+            assert paged.token_ids == twotower.generate(made[sides], [prompt], params)[0].token_ids
