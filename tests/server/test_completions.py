@@ -162,11 +162,11 @@ def test_chat_streams_what_it_gives_whole(client, model, mode):
     settings["extra_body"] = {"mode": mode, "block_size": 7}
     whole = client.chat.completions.create(**settings)
     params = SamplingParams(mode=mode, max_new_tokens=21, seed=2, temperature=1.0, block_size=7)
-    expected = generate(model, ["[system]be[user]héya"], params)[0]
+    expected = generate(model, ["[system]be[user]hé\nya"], params)[0]
     assert whole.choices[0].message.content == expected.text
     assert whole.choices[0].message.role == "assistant"
     assert whole.choices[0].finish_reason == expected.finish_reason
-    assert whole.usage.prompt_tokens == len("[system]be[user]héya".encode())
+    assert whole.usage.prompt_tokens == len("[system]be[user]hé\nya".encode())
     texts, roles, reasons = {}, {}, {}
     for chunk in client.chat.completions.create(**settings, stream=True):
         assert chunk.object == "chat.completion.chunk"

@@ -80,19 +80,18 @@ def test_modes_that_can_not_are_a_400_that_names_the_field(client, mode, field, 
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, {field: value, "mode": mode})
     assert caught.value.param == field
-    assert f"mode '{mode}'" in caught.value.message
+    assert f'mode "{mode}"' in caught.value.message
 
 
 @pytest.mark.parametrize(
     ("extra", "param"),
     [
         ({"regex": "("}, "regex"),
-        ({"regex": ""}, "regex"),
         ({"regex": 3}, "regex"),
         ({"grammar": "nonsense"}, "grammar"),
         ({"regex": "a", "grammar": 'start: "a"'}, "grammar"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, None),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}},

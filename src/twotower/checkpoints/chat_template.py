@@ -57,6 +57,7 @@ class ChatTemplate:
     def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         sources = {_DEFAULT: source} if isinstance(source, str) else dict(source)
         self.source = sources.get(_DEFAULT, "")
+        self._sources = sources
         self._special_tokens = special_tokens
         # Templates are written for the settings, tags, filters and functions of transformers' apply_chat_template.
         environment = ImmutableSandboxedEnvironment(
@@ -98,14 +99,18 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt after which the model writes the next assistant message or, with `continue_last`, goes on with the
-        last message of `turns`.
+        last message of `turns`. Without `generation_prompt` it ends behind the messages.
 
         `tools` are JSON schemas of functions and `documents` texts to answer from, which the template may write into
-        the prompt. Raises ValueError where the template refuses the messages.
+        the prompt, and `variables` are further variables that it may read. Raises ValueError where the template refuses
+        the messages.
         """
-        prompt = self._rendered(turns, tools, documents, add_generation_prompt=not continue_last)
+        begins = generation_prompt and not continue_last
+        prompt = self._rendered(turns, tools, documents, add_generation_prompt=begins, variables=variables or {})
         return _cut_behind(prompt, turns[-1].content) if continue_last else prompt
 
     def complete(
@@ -117,19 +122,34 @@ class ChatTemplate:
     ) -> str:
         """The messages as a text to learn: up to and with what the template writes behind the last of `turns`. Raises
         ValueError where the template refuses the messages."""
-        return self._rendered(turns, tools, documents, add_generation_prompt=False)
+        return self._rendered(turns, tools, documents, add_generation_prompt=False, variables={})
 
-    def _rendered(self, turns: Sequence[Turn], tools: Any, documents: Any, *, add_generation_prompt: bool) -> str:
+    def reads(self, word: str) -> bool:
+        """Whether a template mentions a word, such as the name of a role."""
+        return any(word in source for source in self._sources.values())
+
+    def _rendered(
+        self,
+        turns: Sequence[Turn],
+        tools: Any,
+        documents: Any,
+        *,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
         name = _WITH_TOOLS if tools is not None and _WITH_TOOLS in self._templates else _DEFAULT
         if name not in self._templates:
             raise ValueError(f"the checkpoint's chat templates are {sorted(self._templates)}, and none is {_DEFAULT!r}")
         try:
             return self._templates[name].render(
-                messages=[turn.message for turn in turns],
-                add_generation_prompt=add_generation_prompt,
-                tools=tools,
-                documents=documents,
-                **self._special_tokens,
+                **{
+                    **self._special_tokens,
+                    **variables,
+                    "messages": [turn.message for turn in turns],
+                    "add_generation_prompt": add_generation_prompt,
+                    "tools": tools,
+                    "documents": documents,
+                }
             )
         except _FAILURES as error:
             raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from error

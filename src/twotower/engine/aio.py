@@ -128,6 +128,10 @@ class AsyncEngine:
                 self._num_reserved -= admission.num_left
                 admission.num_left = 0
 
+    def longest_text(self, block_size: int) -> int | None:
+        """`Engine.longest_text`, in any thread."""
+        return self._engine.longest_text(block_size)
+
     def prepare(self, prompt: Prompt, params: SamplingParams) -> Request:
         """`Engine.prepare`, in any thread: the request for `stream_prepared`. Raises ValueError for a bad request."""
         return self._engine.prepare(prompt, params)

@@ -82,6 +82,12 @@ class Engine:
         """Whether any request is unfinished."""
         return bool(self._jobs)
 
+    def longest_text(self, block_size: int) -> int | None:
+        """The most tokens of a prompt and its answer, in blocks of `block_size`, that the state budget has room for;
+        None where keys take no room."""
+        room = self._pool.num_tokens
+        return None if room is None else max(room - block_size - 1, 0)
+
     def prepare(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Checks a request and turns its prompt into token ids; may run in any thread.
 

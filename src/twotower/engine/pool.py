@@ -49,6 +49,11 @@ class StatePool:
         """The number of unused pages."""
         return len(self._free)
 
+    @property
+    def num_tokens(self) -> int | None:
+        """The most tokens whose keys there is room for; None for a model without keys."""
+        return (self.num_pages - 1) * PAGE_SIZE if self.page_bytes else None
+
     def pages_for(self, length: int) -> int:
         """The number of pages that `length` tokens need."""
         return -(-length // PAGE_SIZE) if self.page_bytes else 0

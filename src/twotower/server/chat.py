@@ -8,12 +8,13 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from twotower.checkpoints.chat_template import Turn
 from twotower.decoding.output import Generation
 from twotower.decoding.scoring import TokenScore
 from twotower.server.errors import ApiError
+from twotower.server.fields import logged
 from twotower.server.logprobs import TokenNames, chat_logprobs
-from twotower.server.protocol import ChatRequest, Message
+from twotower.server.messages import Message, turns
+from twotower.server.protocol import ChatRequest, Templating
 from twotower.server.reply import LogprobOptions, ReplyPlan, reply
 from twotower.server.service import Service
 
@@ -47,30 +48,52 @@ class ChatFormat:
 async def chat(service: Service, body: ChatRequest, request: Request) -> Response:
     """Writes the next message of a chat `n` times. Raises ApiError for what can't be done."""
     service.check_model(body.model)
-    n, includes_usage = body.num_choices, body.includes_usage
-    request.state.log["user"] = body.user
-    if body.top_logprobs is not None and not body.logprobs:
+    request.state.log["user"] = logged(body.user)
+    n = body.num_choices
+    if body.top_logprobs and not body.logprobs:
         message = "top_logprobs needs logprobs: true; set it or leave top_logprobs out"
         raise ApiError(400, message, param="top_logprobs", code="invalid_value")
     with ExitStack() as held:
         admission = held.enter_context(service.admit(n))
-        prompt = rendered(service, body.messages)
-        # no special tokens: templates write the control tokens that a prompt begins with
-        requests = await service.prepare(prompt, body, body.most_tokens, num_choices=n, special=False)
+        prompt = render(service, body.messages, body)
+        # no special tokens by default: templates write the control tokens that a prompt begins with
+        special = bool(body.add_special_tokens)
+        requests = await service.prepare(prompt, body, body.most_tokens, num_choices=n, special=special)
         logprobs = LogprobOptions(body.top_logprobs or 0) if body.logprobs else None
-        plan = ReplyPlan(tuple(requests), 1, ChatFormat(service.names), logprobs, includes_usage)
+        plan = ReplyPlan(tuple(requests), 1, ChatFormat(service.names), logprobs, body.stream_options)
         return await reply(service, request, plan, bool(body.stream), admission, held)
 
 
-def rendered(service: Service, messages: Sequence[Message]) -> str:
+def render(service: Service, messages: Sequence[Message], asked: Templating) -> str:
     """The prompt that the chat template makes of messages; it holds the control tokens that a prompt begins with.
 
     Raises ApiError without a template, and where it refuses the messages.
     """
-    if service.template is None:
-        message = f"{service.model_name!r} has no chat template; use /v1/completions, or serve a chat model"
+    template = service.template
+    if template is None:
+        message = (
+            f"{service.model_name!r} has no chat template; use /v1/completions, serve a chat model, or give the server "
+            "a template: --chat-template FILE"
+        )
         raise ApiError(400, message, param="messages", code="no_chat_template")
+    last = messages[-1]
+    goes_on = bool(asked.continue_final_message) or any(last.more.get(key) is True for key in ("prefix", "partial"))
+    if goes_on and last.role != "assistant":
+        message = f"continue_final_message goes on with an assistant's message, and the last one is of role {last.role}"
+        raise ApiError(400, message, param="continue_final_message", code="invalid_value")
+    if goes_on and asked.add_generation_prompt:
+        message = "add_generation_prompt and continue_final_message exclude each other; leave one of them out"
+        raise ApiError(400, message, param="continue_final_message", code="invalid_value")
+    variables = dict(asked.chat_template_kwargs or {})
+    if asked.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", asked.reasoning_effort)
     try:
-        return service.template.render([Turn(m.role, m.text) for m in messages])
+        return template.render(
+            turns(messages, knows_developer=template.reads("developer")),
+            goes_on,
+            documents=asked.documents,
+            generation_prompt=asked.add_generation_prompt is not False,
+            variables=variables,
+        )
     except ValueError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from error

@@ -9,6 +9,7 @@ from fastapi.responses import Response
 
 from twotower.decoding.output import Generation
 from twotower.decoding.scoring import TokenScore
+from twotower.server.fields import logged
 from twotower.server.logprobs import TokenNames, completion_logprobs
 from twotower.server.protocol import CompletionRequest
 from twotower.server.reply import LogprobOptions, ReplyPlan, reply
@@ -64,8 +65,8 @@ class CompletionFormat:
 async def complete(service: Service, body: CompletionRequest, request: Request) -> Response:
     """Continues every prompt of a request `n` times. Raises ApiError for what can't be done."""
     service.check_model(body.model)
-    prompts, n, includes_usage = body.prompts(), body.num_choices, body.includes_usage
-    request.state.log["user"] = body.user
+    request.state.log["user"] = logged(body.user)
+    prompts, n = body.prompts(), body.num_choices
     with ExitStack() as held:
         admission = held.enter_context(service.admit(len(prompts) * n))
         requests, echoes = [], []
@@ -76,5 +77,5 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
         with_top = bool(body.logprobs)
         logprobs = None if body.logprobs is None else LogprobOptions(body.logprobs, bool(body.echo))
         format = CompletionFormat(service.names, echoes, with_top=with_top)
-        plan = ReplyPlan(tuple(requests), len(prompts), format, logprobs, includes_usage)
+        plan = ReplyPlan(tuple(requests), len(prompts), format, logprobs, body.stream_options)
         return await reply(service, request, plan, bool(body.stream), admission, held)

@@ -1,7 +1,9 @@
 """Turns every error into a response in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 import dataclasses
+import json
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +23,8 @@ _NAMES = {field.name: field.name for field in dataclasses.fields(SamplingParams)
 _NAMES |= {"prompt": "prompt", "max_new_tokens": "max_tokens", "json_schema": "response_format"}
 # How long clients of a full server are told to wait; a request takes about a second.
 _RETRY_SECONDS = "1"
-# Pydantic adds these names to an error's location for the branches of a union; clients don't know them.
-_BRANCHES = ("str", "int", "float", "bool")
+# Most characters of a value that a message shows.
+_SHOWN = 200
 
 
 class ApiError(HTTPException):
@@ -64,29 +66,70 @@ def install(app: FastAPI) -> None:
 
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
-    """Names the first invalid field; where it is a union, the message holds the errors of all branches."""
+    """Names the first invalid field; where it is a union, what the branch that leads furthest into it says."""
     assert isinstance(error, RequestValidationError)
-    first, *others = error.errors()
-    param = _path(first["loc"])
+    found = error.errors()
+    field = found[0]["loc"][1:2]
+    places = [(_path(e, error.body), e) for e in found if e["loc"][1:2] == field]
+    parts = max((parts for parts, _ in places), key=len)  # the first of the longest
+    here = [e for other, e in places if other == parts]
+    param, first = ".".join(map(str, parts)) or None, here[0]
+    if param is None:
+        message = "the body must be a JSON object, sent with the header Content-Type: application/json"
+        return JSONResponse(body(400, message, code="invalid_json"), 400)
     if first["type"] == "extra_forbidden":
         message = f"{param} is not supported by this server; leave it out"
         return JSONResponse(body(400, message, param, "unsupported_parameter"), 400)
-    if first["type"] == "missing":
-        missing = "a body that is a JSON object, with content-type application/json," if param is None else param
-        return JSONResponse(body(400, f"{missing} is missing", param, "missing_required_parameter"), 400)
-    told = dict.fromkeys(e["msg"] for e in (first, *others) if _path(e["loc"]) == param)
-    message = f"{param or 'the body'}: {' or '.join(told)}"
+    if first["type"] in ("missing", "union_tag_not_found"):
+        param += ".type" if first["type"] == "union_tag_not_found" else ""
+        return JSONResponse(body(400, f"{param} is missing", param, "missing_required_parameter"), 400)
+    rules = dict.fromkeys(map(_rule, here))
+    message = f"{param} is {_shown(first['input'])}, must be {' or '.join(rules)}"
     return JSONResponse(body(400, message, param, "invalid_value"), 400)
 
 
-def _path(loc: tuple[int | str, ...]) -> str | None:
-    """The place of an error in the body, for example messages.0.content."""
-    parts: list[str] = []
-    for part in loc[1:]:
-        if isinstance(part, str) and ("[" in part or part in _BRANCHES):
-            break
-        parts.append(str(part))
-    return ".".join(parts) or None
+def _path(error: Mapping[str, Any], sent: Any) -> tuple[int | str, ...]:
+    """The place of an error in the body.
+
+    pydantic adds the branches of a union to its places, which clients don't know: what doesn't lead further into the
+    body that was sent is left out, unless it is what is missing there.
+    """
+    parts = []
+    *way, last = error["loc"]
+    for part in (*way[1:], last) if way else ():
+        leads_on = part in sent if isinstance(sent, dict) else isinstance(sent, list) and part in range(len(sent))
+        if leads_on:
+            sent = sent[part]
+        if leads_on or (error["type"] == "missing" and part is last):
+            parts.append(part)
+    return tuple(parts)
+
+
+def _rule(error: Mapping[str, Any]) -> str:
+    """What an error of pydantic says that a value must be, in words of JSON."""
+    context = error.get("ctx", {})
+    return {
+        "string_type": "a text",
+        "int_type": "an integer",
+        "int_from_float": "an integer",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "list_type": "a list",
+        "dict_type": "an object",
+        "model_type": "an object",
+        "model_attributes_type": "an object",
+        "literal_error": "one of " + str(context.get("expected", "")).replace("'", '"').replace(" or ", ", "),
+        "union_tag_invalid": "of type " + str(context.get("expected_tags", "")).replace("'", '"'),
+        "too_short": f"a list of at least {context.get('min_length')}",
+        "greater_than_equal": f"at least {context.get('ge')}",
+        "less_than_equal": f"at most {context.get('le')}",
+    }.get(error["type"], error["msg"])
+
+
+def _shown(value: object) -> str:
+    """A value as JSON, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:
@@ -99,7 +142,22 @@ async def _setting(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SettingError)
     name, bracket, place = error.name.partition("[")  # prompt[3] is an entry of prompt
     param = _NAMES.get(name)
-    return JSONResponse(body(400, error.told((param or name) + bracket + place), param, "invalid_value"), 400)
+    message = _in_json((param or name) + bracket + place, error)
+    return JSONResponse(body(400, message, param, "invalid_value"), 400)
+
+
+def _in_json(name: str, error: SettingError) -> str:
+    """The message of an error in the words of JSON, which the client has written, instead of Python's."""
+    value = json.loads(str(error.value)) if error.name == "json_schema" else error.value
+    message = f"{name} is {_shown(value)}, must be {_without_python(error.rule)}"
+    return message + (f"; {_without_python(error.fix)}" if error.fix else "")
+
+
+def _without_python(text: str) -> str:
+    text = re.sub(r"'(\w*)'", r'"\1"', text.replace("leave it None", "leave it out"))
+    for python, json_word in (("None", "null"), ("True", "true"), ("False", "false"), ("max_new_tokens", "max_tokens")):
+        text = re.sub(rf"\b{python}\b", json_word, text)
+    return text
 
 
 async def _full(_: Request, error: Exception) -> JSONResponse:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -18,6 +18,7 @@ from twotower.decoding.step import Request as TextRequest
 from twotower.engine.aio import Admission
 from twotower.server.errors import ApiError
 from twotower.server.logprobs import committed
+from twotower.server.protocol import StreamOptions
 from twotower.server.service import Service
 from twotower.server.streaming import EventStream, unless_gone
 
@@ -69,6 +70,18 @@ class ReplyFormat(Protocol):
         ...
 
 
+class Counts(NamedTuple):
+    """A text's new tokens, and the calls of each tower that they took, which are known at its end."""
+
+    tokens: int = 0
+    denoiser_calls: int = 0
+    context_calls: int = 0
+
+    @classmethod
+    def of(cls, result: Generation) -> Self:
+        return cls(result.stats.num_tokens, result.stats.denoiser_calls, result.stats.context_calls)
+
+
 class ReplyPlan(NamedTuple):
     """What to write, in which format, and what to tell beside the texts.
 
@@ -79,24 +92,24 @@ class ReplyPlan(NamedTuple):
     num_prompts: int
     format: ReplyFormat
     logprobs: LogprobOptions | None
-    includes_usage: bool
+    stream_options: StreamOptions | None
 
     @property
     def needs_scoring(self) -> bool:
         """Whether the context tower must score the texts."""
         return self.logprobs is not None and self.logprobs.need_scoring
 
-    def usage(self, results: Sequence[Generation]) -> dict[str, int]:
+    def usage(self, counts: Sequence[Counts]) -> dict[str, int]:
         """Tokens and calls of all texts; a prompt counts once, however many texts continue it."""
         per_prompt = len(self.requests) // self.num_prompts
         prompt = sum(len(request.prompt_ids) for request in self.requests[::per_prompt])
-        new = sum(result.stats.num_tokens for result in results)
+        new, denoiser_calls, context_calls = (sum(column) for column in zip(*counts, strict=True))
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
-            "denoiser_calls": sum(result.stats.denoiser_calls for result in results),
-            "context_calls": sum(result.stats.context_calls for result in results),
+            "denoiser_calls": denoiser_calls,
+            "context_calls": context_calls,
         }
 
 
@@ -157,7 +170,7 @@ async def _whole(
                 skip = 0 if plan.logprobs.echo else len(text.prompt_ids)
                 logprobs = await _score(service, _scorer(service, text, plan.logprobs), ids, skip)
         choices.append(plan.format.choice(i, results[i], logprobs))
-    usage = plan.usage([results[i] for i in range(len(choices))])
+    usage = plan.usage([Counts.of(results[i]) for i in range(len(choices))])
     log |= usage
     return head | {"choices": choices, "usage": usage}
 
@@ -165,10 +178,16 @@ async def _whole(
 async def _chunks(
     service: Service, plan: ReplyPlan, admission: Admission, head: dict[str, Any], log: dict[str, Any]
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """The chunks of a stream: new text as it comes, why each text ended, and at last the usage if it is asked for."""
-    if plan.includes_usage:
-        head = head | {"usage": None}
-    results: dict[int, Generation] = {}
+    """The chunks of a stream: new text as it comes, why each text ended, and the usage where it is asked for."""
+    options = plan.stream_options or StreamOptions()
+    counts = [Counts()] * len(plan.requests)
+
+    def chunk(*choices: dict[str, Any]) -> dict[str, Any]:
+        made = head | {"choices": list(choices)}
+        if options.continuous_usage_stats or (options.include_usage and not choices):
+            return made | {"usage": plan.usage(counts)}
+        return made | {"usage": None} if options.include_usage else made
+
     scorers: list[ContextScorer] = []
     for i, text in enumerate(plan.requests):
         echoed = None
@@ -177,21 +196,22 @@ async def _chunks(
             skip = 0 if plan.logprobs.echo else len(text.prompt_ids)
             echoed = await _score(service, scorers[i], text.prompt_ids, skip) or None
         for beginning in plan.format.beginning(i, echoed):
-            yield head | {"choices": [beginning]}
+            yield chunk(beginning)
     async with aclosing(service.run(plan.requests, admission, log)) as outputs:
         async for index, output in outputs:
             logprobs = None if plan.logprobs is None else committed(output.tokens)
             if scorers:
                 logprobs = await _score(service, scorers[index], output.token_ids)
-            if output.text or logprobs:
-                yield head | {"choices": [plan.format.chunk(index, output.text, logprobs)]}
+            counts[index] = Counts(counts[index].tokens + len(output.tokens))
             if output.result is not None:
-                results[index] = output.result
-                yield head | {"choices": [plan.format.end(index, output.result)]}
-    usage = plan.usage([results[i] for i in range(len(plan.requests))])
-    log |= usage
-    if plan.includes_usage:
-        yield head | {"choices": [], "usage": usage}
+                counts[index] = Counts.of(output.result)
+            if output.text or logprobs:
+                yield chunk(plan.format.chunk(index, output.text, logprobs))
+            if output.result is not None:
+                yield chunk(plan.format.end(index, output.result))
+    log |= plan.usage(counts)
+    if options.include_usage:
+        yield chunk()
 
 
 def _scorer(service: Service, text: TextRequest, logprobs: LogprobOptions) -> ContextScorer:

@@ -1,6 +1,7 @@
 """What the endpoints share: the engine and its limits, prompts as token ids, and several texts written at once."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
@@ -19,6 +20,8 @@ from twotower.server.logprobs import TokenNames
 from twotower.server.metrics import Metrics
 from twotower.server.protocol import Sampling
 
+logger = logging.getLogger(__name__)
+
 # Prompts of more characters than this are tokenized one at a time: that takes 200 times their size in memory.
 _LONG_TEXT = 100_000
 
@@ -32,7 +35,7 @@ class Service:
         self.engine = engine
         self.config = config
         self.model_name = config.model_name or "twotower"
-        self.max_context = config.max_context or engine.model.config.trained_positions or MAX_CONTEXT
+        self.max_context = _most_tokens(engine, config)
         self.template = template
         self.tokenizer: tokenizers.Tokenizer = engine.model.tokenizer
         self.metrics = Metrics(engine)
@@ -47,9 +50,9 @@ class Service:
         card = {"id": self.model_name, "object": "model", "created": self.started, "owned_by": "twotower"}
         return card | {"max_model_len": self.max_context}
 
-    def check_model(self, name: str) -> None:
-        """Raises ApiError unless `name` is the served model."""
-        if name != self.model_name:
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError unless `name` is the served model, which is also meant where a request names none."""
+        if name not in (None, "", self.model_name):
             message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -88,7 +91,7 @@ class Service:
             raise self._too_long(len(ids), wanted or 1)
         own = self.engine.model.sampling
         if wanted is None:
-            wanted = min(room, default or own.max_new_tokens or room)
+            wanted = min(default or own.max_new_tokens or self._usual_room(len(ids)), room)
         # OpenAI's protocol has 1 where nobody says anything
         usual = 1.0 if own.temperature is None else own.temperature
         params = [settings.sampling(self.config.default_mode, wanted, k, usual) for k in range(num_choices)]
@@ -143,9 +146,33 @@ class Service:
             raise self._too_long(len(ids), 0)
         return ids
 
+    def _usual_room(self, num_prompt: int) -> int:
+        """The most new tokens that no one needs to ask for.
+
+        RoPE that depends on a text's length turns a text by the length that it may have: nobody who gives no limit
+        wants it turned as the longest, so a short prompt's text ends where that would begin.
+        """
+        most = self.max_context
+        for kind in self.engine.model.config.attention_kinds:
+            rope = kind.rope_parameters
+            if rope is not None and rope.length_class(most) and num_prompt < rope.original_max_position_embeddings:
+                most = rope.original_max_position_embeddings
+        return most - num_prompt
+
     def _too_long(self, num_prompt: int, num_new: int) -> ApiError:
         message = (
             f"this model's context is {self.max_context} tokens, but the request has {num_prompt} in the prompt "
             f"and asks for {num_new} new ones; shorten the prompt or lower max_tokens"
         )
         return ApiError(400, message, param="prompt" if num_new == 0 else "max_tokens", code="context_length_exceeded")
+
+
+def _most_tokens(engine: AsyncEngine, config: ServerConfig) -> int:
+    """The most tokens of a prompt and its answer: those configured, or the checkpoint's, as far as there is memory."""
+    wanted = config.max_context or engine.model.config.trained_positions or MAX_CONTEXT
+    fitting = engine.longest_text(engine.model.config.block_size)
+    if fitting is None or wanted <= fitting:
+        return wanted
+    message = "texts are limited to %d tokens, not %d: --state-mib has no room for the keys of more; raise it"
+    (logger.warning if config.max_context else logger.info)(message, fitting, wanted)
+    return fitting

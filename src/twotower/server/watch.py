@@ -12,7 +12,7 @@ from twotower.decoding.modes import AUTO_SUMMARY, MODES, DecodingMode
 from twotower.decoding.output import BlockView, Generation, StepOutput, Token
 from twotower.decoding.params import SamplingParams
 from twotower.options import is_tuple, options_of, value_type
-from twotower.server.chat import rendered
+from twotower.server.chat import render
 from twotower.server.errors import ApiError
 from twotower.server.protocol import WatchRequest
 from twotower.server.service import Service
@@ -72,7 +72,7 @@ async def watch(service: Service, body: WatchRequest, request: Request) -> Respo
         if body.messages is None:
             [prepared] = await service.prepare(body.prompt or "", body, body.max_tokens, _MAX_TOKENS)
         else:
-            prompt = rendered(service, body.messages)
+            prompt = render(service, body.messages, body)
             [prepared] = await service.prepare(prompt, body, body.max_tokens, special=False)
         log = request.state.log
         log |= {"mode": prepared.params.mode, "prompt_tokens": len(prepared.prompt_ids)}
