@@ -179,7 +179,7 @@ def test_each_setting_leaves_verified_what_ar_is_and_both_what_the_equations_say
 
 
 def exact_combination(model: TwoTower, seed: int) -> None:
-    """Greedy verified = ar, by `generate` and an engine in which prompts hit the cache and rows of all kinds meet."""
+    """Greedy verified = ar, by `generate` and by an engine whose prompts hit the cache and whose rows are mixed."""
     rng = random.Random(seed)
     given: list[dict[str, Any]] = [random_settings(rng, temperature=False) for _ in PROMPTS]
     for one in given:
