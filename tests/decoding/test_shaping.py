@@ -178,8 +178,11 @@ def test_each_setting_leaves_verified_what_ar_is_and_both_what_the_equations_say
     assert texts(plain) != texts(ar), "the setting changes something"
 
 
-def exact_combination(model: TwoTower, seed: int) -> None:
-    """Greedy verified = ar, by `generate` and by an engine whose prompts hit the cache and whose rows are mixed."""
+def exact_combination(model: TwoTower, seed: int) -> int:
+    """Greedy verified = ar, by `generate` and by an engine whose prompts hit the cache and whose rows are mixed.
+
+    Returns how many rows kept tokens of a draft.
+    """
     rng = random.Random(seed)
     given: list[dict[str, Any]] = [random_settings(rng, temperature=False) for _ in PROMPTS]
     for one in given:
@@ -194,19 +197,14 @@ def exact_combination(model: TwoTower, seed: int) -> None:
     expected = texts(generate(model, PROMPTS, ar))
     found = generate(model, PROMPTS, ours)
     assert texts(found) == expected
-    assert sum(done.stats.denoiser_calls < len(done.token_ids) for done in found) > 0, "some drafts were right"
     engine = Engine(model, EngineConfig(max_num_requests=6, state_bytes=1 << 23, snapshot_bytes=1 << 20))
     for _ in range(2):
         assert texts(engine.generate(PROMPTS * 2, [*ours, *ar])) == expected * 2
     assert engine.stats().cache_hit_tokens > 0
+    return sum(done.stats.denoiser_calls < len(done.token_ids) for done in found)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_verified_is_ar_under_combinations(seed: int, model: TwoTower) -> None:
-    exact_combination(model, seed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6, 206))
-def test_verified_is_ar_under_more_combinations(seed: int, model: TwoTower) -> None:
-    exact_combination(model, seed)
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(5, 205, 10))])
+def test_verified_is_ar_under_combinations(first: int, model: TwoTower) -> None:
+    num = 10 if first else 5
+    assert sum(exact_combination(model, seed) for seed in range(first, first + num)) > num
