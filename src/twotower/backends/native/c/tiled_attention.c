@@ -1,6 +1,7 @@
-/* Attention of queries that see many keys: tiles of them by tiles of KEYS places, each as two products of linear.h, scores
- * and then a mixture of values, for which keys and values are packed as weights are. All queries and heads that share a KV
- * head share the packing.
+/* Attention of queries that see many keys: tiles of them by tiles of KEYS places, each as two products, scores and then a
+ * mixture of values. All queries and heads that share a KV head share a tile. Where the CPU multiplies bf16 itself and the
+ * cache holds it, the products read keys and values as they lie (pairs.c); otherwise these are packed as weights are, and
+ * the products are those of linear.h.
  *
  * Tile t holds places [t KEYS, (t + 1) KEYS), whoever sees them. Of each, a query has the largest score m, the mass
  * l = Σ exp(score - m) and Σ exp(score - m) value, and it merges them in order (the online softmax, arXiv 1805.02867). A
@@ -9,8 +10,9 @@
  */
 #include "attention.h"
 #include "linear.h"
+#include "pairs.h"
 
-#define KEYS 512 /* packed keys, packed values and scores of a tile of queries lie in a core's second cache */
+#define KEYS 512 /* a tile's keys, values and scores lie in a core's second cache */
 #define LANES 96 /* queries times heads in a tile, about */
 
 typedef struct {
@@ -31,7 +33,7 @@ typedef struct {
 
 /* One thread's room for a tile */
 typedef struct {
-    const void *key[KEYS], *value[KEYS]; /* of each place, zeros where no query of the tile sees it */
+    const void *key[2 * KEYS + AHEAD], **value; /* of each place, zeros where no query of the tile sees it; see AHEAD */
     float *zeros;
     Lane *lanes;
     float *query, *keys, *values, *scores, *part, *total;
@@ -39,13 +41,14 @@ typedef struct {
     long num_lanes, row, group;
 } Tile;
 
-static long words(const Plan *plan) { return plan->pairs ? (plan->in->p + 1) / 2 : plan->in->p; }
+/* Floats, or pairs of bf16 with zeros behind them, of a query */
+static long query_width(const Plan *plan) { return plan->pairs ? ((plan->in->p + 1) / 2 + VL - 1) / VL * VL : plan->in->p; }
 
-/* The lanes of tile `index` and their queries, of an even width where products go by pairs */
+/* The lanes of tile `index` and their queries, rounded where products go by pairs */
 static void gather_queries(const Plan *plan, long index, Tile *tile) {
     const AttentionPass *in = plan->in;
     const long per_row = (in->s + plan->queries - 1) / plan->queries, share = in->heads / in->kv_heads;
-    const long width = words(plan) * (plan->pairs ? 2 : 1), first = index % per_row * plan->queries;
+    const long width = query_width(plan), first = index % per_row * plan->queries;
     tile->group = index / per_row % in->kv_heads;
     tile->row = index / per_row / in->kv_heads;
     tile->num_lanes = 0;
@@ -54,102 +57,95 @@ static void gather_queries(const Plan *plan, long index, Tile *tile) {
         if (!is_tiled(in, span)) continue;
         for (long head = tile->group * share; head < (tile->group + 1) * share; head++) {
             float *to = tile->query + tile->num_lanes * width;
-            memcpy(to, in->query + tile->row * in->query_batch + i * in->query_token + head * in->p, in->p * sizeof(float));
-            if (width > in->p) to[in->p] = 0;
+            const float *query = in->query + tile->row * in->query_batch + i * in->query_token + head * in->p;
+#if BF16_PAIRS
+            if (plan->pairs) {
+                memset(to, 0, width * sizeof *to);
+                round_pairs(query, in->p, to);
+            } else
+#endif
+                memcpy(to, query, in->p * sizeof(float));
             tile->lanes[tile->num_lanes++] = (Lane){i, head, span};
         }
     }
 }
 
-/* Where the keys and values of places [from, to) lie; those from `base` and up to `end` are zeros */
-static void find_rows(const Plan *plan, long base, long from, long to, long end, Tile *tile) {
+/* The keys, or the values, of places [from, to) of the tile's row and group */
+static void list_rows(const Plan *plan, const Tile *tile, int values, long from, long to, const void **rows) {
     const AttentionPass *in = plan->in;
-    const long size = in->bf16 ? 2 : 4, step = size * in->past_token, past = in->causal ? to : in->starts[tile->row];
-    const char *key = 0, *value = 0;
-    for (long j = base; j < end; j++) {
-        if (j < from || j >= to) {
-            tile->key[j - base] = tile->value[j - base] = tile->zeros;
-            continue;
-        }
+    const long size = in->bf16 ? 2 : 4, past = in->causal ? to : in->starts[tile->row];
+    for (long j = from, last; j < to; j = last) {
+        const char *row;
+        long step = size * in->past_token;
         if (j >= past) {
-            const long own = j - past, group = size * tile->group * in->p;
-            key = plan->own_key + tile->row * plan->own_batch[0] + own * plan->own_token[0] + group;
-            value = plan->own_value + tile->row * plan->own_batch[1] + own * plan->own_token[1] + group;
-        } else if (j == from || (in->pages && j % in->page_size == 0)) {
-            const long entry = in->pages ? in->pages[tile->row * in->num_pages + j / in->page_size] : tile->row;
-            const long place = in->pages ? j % in->page_size : j;
-            const long at = size * (entry * in->past_batch + tile->group * in->past_head) + step * place;
-            key = (const char *)in->past_key + at;
-            value = (const char *)in->past_value + at;
+            last = to;
+            step = plan->own_token[values];
+            row = (values ? plan->own_value : plan->own_key) + tile->row * plan->own_batch[values] + (j - past) * step +
+                  size * tile->group * in->p;
         } else {
-            key += step;
-            value += step;
+            const long page = in->pages ? j / in->page_size : 0, end = to < past ? to : past;
+            const long entry = in->pages ? in->pages[tile->row * in->num_pages + page] : tile->row;
+            last = in->pages && (page + 1) * in->page_size < end ? (page + 1) * in->page_size : end;
+            row = (const char *)(values ? in->past_value : in->past_key) + (j - page * in->page_size) * step +
+                  size * (entry * in->past_batch + tile->group * in->past_head);
         }
-        tile->key[j - base] = key;
-        tile->value[j - base] = value;
+        for (; j < last; j++, row += step) *rows++ = row;
     }
 }
 
-/* VL floats of a row of p from `first` on, or pairs of bf16; zeros behind its end */
-INLINE vf part_of(const void *row, int bf16, int pairs, long first, long p) {
+/* Where keys and values of places [base, end) lie, zeros outside of [from, to), and the keys behind them */
+static void find_rows(const Plan *plan, long base, long from, long to, long end, Tile *tile) {
+    const AttentionPass *in = plan->in;
+    const long n = end - base, all = in->starts[tile->row] + (in->causal ? in->s : in->ends[tile->row]);
+    tile->value = tile->key + n;
+    for (long j = 0; j < from - base; j++) tile->key[j] = tile->value[j] = tile->zeros;
+    for (long j = to - base; j < n; j++) tile->key[j] = tile->value[j] = tile->zeros;
+    for (long j = 0; j < AHEAD; j++) tile->value[n + j] = tile->zeros;
+    list_rows(plan, tile, 0, from, to, tile->key + from - base);
+    list_rows(plan, tile, 1, from, to, tile->value + from - base);
+    list_rows(plan, tile, 0, end, end + AHEAD < all ? end + AHEAD : all, tile->value + n);
+}
+
+/* VL floats of a row of p from `first` on, zeros behind its end */
+INLINE vf part_of(const void *row, int bf16, long first, long p) {
     const long n = p - first < VL ? p - first : VL;
-    if (pairs && 2 * first + 2 * VL > p) {
-        uint16_t padded[2 * VL] = {0};
-        memcpy(padded, (const uint16_t *)row + 2 * first, (p - 2 * first) * sizeof *padded);
-        return load((const float *)padded);
-    }
-    if (pairs) return load((const float *)row + first);
     if (n <= 0) return (vf){0};
     return bf16 ? load_bf16((const uint16_t *)row + first, n) : load_part((const float *)row + first, n);
 }
 
-/* The CPU's own prefetching stops at every page of memory */
-#define PREFETCH(rows, j, n, offset) __builtin_prefetch((const char *)(rows)[(j) + 32 < (n) ? (j) + 32 : (j)] + (offset))
-
 /* Keys as a weight of n outputs */
-INLINE void pack_keys(const Plan *plan, const Tile *tile, long n, int bf16, int pairs) {
-    const long p = plan->in->p, num = pairs ? (p + 1) / 2 : p;
+INLINE void pack_keys(const Plan *plan, const Tile *tile, long n, int bf16) {
+    const long p = plan->in->p;
     for (long j = 0; j < n; j += VL)
-        for (long first = 0; first < num; first += VL) {
-            float *to = tile->keys + (j / NR * num + first) * NR + j % NR;
+        for (long first = 0; first < p; first += VL) {
+            float *to = tile->keys + (j / NR * p + first) * NR + j % NR;
             vf rows[VL];
 #pragma GCC unroll 16
             for (int k = 0; k < VL; k++) {
-                PREFETCH(tile->key, j + k, n, first * 4);
-                rows[k] = part_of(tile->key[j + k], bf16, pairs, first, p);
+                fetch(tile->key[j + k + AHEAD], first * (bf16 ? 2 : 4));
+                rows[k] = part_of(tile->key[j + k], bf16, first, p);
             }
             transpose(rows);
 #pragma GCC unroll 16
             for (int i = 0; i < VL; i++)
-                if (first + i < num) store(to + i * NR, rows[i]);
+                if (first + i < p) store(to + i * NR, rows[i]);
         }
 }
 
 /* Values as a weight of n inputs */
-INLINE void pack_values(const Plan *plan, const Tile *tile, long n, int bf16, int pairs) {
-    const long p = plan->in->p, step = pairs ? 2 : 1;
+INLINE void pack_values(const Plan *plan, const Tile *tile, long n, int bf16) {
+    const long p = plan->in->p;
     float *to = tile->values;
     for (long panel = 0; panel < p; panel += NR)
-        for (long j = 0; j < n; j += step)
+        for (long j = 0; j < n; j++)
             for (long first = panel; first < panel + NR; first += VL, to += VL) {
-                vf v = part_of(tile->value[j], bf16, 0, first, p);
-                if (pairs) v = (vf)((vu)v >> 16 | (vu)part_of(tile->value[j + 1], 1, 0, first, p));
-                if (first == panel) {
-                    PREFETCH(tile->value, j, n, first * (bf16 ? 2 : 4));
-                    PREFETCH(tile->value, j + step - 1, n, first * (bf16 ? 2 : 4));
-                }
-                store(to, v);
+                fetch(tile->value[j + AHEAD], first * (bf16 ? 2 : 4));
+                store(to, part_of(tile->value[j], bf16, first, p));
             }
 }
 
 /* `what` is one of the two above; constants make a loop for each type */
-#define PACK(what, plan, tile, n)                          \
-    if ((plan)->pairs)                                     \
-        what(plan, tile, n, 1, 1);                         \
-    else if ((plan)->in->bf16)                             \
-        what(plan, tile, n, 1, 0);                         \
-    else                                                   \
-        what(plan, tile, n, 0, 0)
+#define PACK(what, plan, tile, n) (plan)->in->bf16 ? what(plan, tile, n, 1) : what(plan, tile, n, 0)
 
 /* A lane's scores become weights, zeros outside of [from, to) of n; returns the mass and the largest score */
 static void weigh(float *scores, long n, long from, long to, const AttentionOptions *how, float *mass, float *top) {
@@ -181,9 +177,48 @@ static void weigh(float *scores, long n, long from, long to, const AttentionOpti
     *mass = sum(all);
 }
 
+/* Each lane's scores of the tile's n places; returns 1 without memory */
+static int score(const Plan *plan, Tile *tile, long n) {
+    const long p = plan->in->p, lanes = tile->num_lanes;
+#if BF16_PAIRS
+    if (plan->pairs) {
+        score_pairs((const int32_t *)tile->query, query_width(plan), lanes, tile->key, n, p, tile->scores, KEYS);
+        return 0;
+    }
+#endif
+    float **out = (float **)tile->rows + lanes;
+    for (long m = 0; m < lanes; m++) {
+        tile->rows[m] = tile->query + m * p;
+        out[m] = tile->scores + m * KEYS;
+    }
+    PACK(pack_keys, plan, tile, n);
+    const Weight keys = {tile->keys, n, p, 0};
+    return panels(&keys, 0, n / NR, tile->rows, out, lanes, 0, 0);
+}
+
+/* Each lane's mixture of the values, weighted by what its scores became; returns 1 without memory */
+static int mix(const Plan *plan, Tile *tile, long n, float *parts) {
+    const long p = plan->in->p, lanes = tile->num_lanes;
+#if BF16_PAIRS
+    if (plan->pairs) {
+        for (long m = 0; m < lanes; m++) round_pairs(tile->scores + m * KEYS, n, tile->scores + m * KEYS);
+        mix_pairs(tile->scores, KEYS, lanes, tile->value, n, p, parts, p + 2);
+        return 0;
+    }
+#endif
+    float **out = (float **)tile->rows + lanes;
+    for (long m = 0; m < lanes; m++) {
+        tile->rows[m] = tile->scores + m * KEYS;
+        out[m] = parts + m * (p + 2);
+    }
+    PACK(pack_values, plan, tile, n);
+    const Weight values = {tile->values, p, n, 0};
+    return panels(&values, 0, num_panels(&values), tile->rows, out, lanes, 0, 0);
+}
+
 /* What each lane has of tile `index` of keys, in parts of p + 2 floats; returns 1 without memory */
 static int attend_to(const Plan *plan, Tile *tile, long index, float *parts) {
-    const long p = plan->in->p, num = words(plan), width = num * (plan->pairs ? 2 : 1), lanes = tile->num_lanes;
+    const long p = plan->in->p, lanes = tile->num_lanes;
     const long low = index * KEYS, high = low + KEYS;
     long from = high, to = low;
     for (long m = 0; m < lanes; m++) {
@@ -196,29 +231,18 @@ static int attend_to(const Plan *plan, Tile *tile, long index, float *parts) {
     }
     if (from >= to) return 0;
     const long base = from / NR * NR, end = (to + NR - 1) / NR * NR, n = end - base;
-    const float **rows = tile->rows;
-    float **out = (float **)rows + lanes;
     find_rows(plan, base, from, to, end, tile);
-    PACK(pack_keys, plan, tile, n);
-    const Weight keys = {tile->keys, n, width, plan->pairs}, values = {tile->values, p, n, plan->pairs};
-    for (long m = 0; m < lanes; m++) {
-        rows[m] = tile->query + m * width;
-        out[m] = tile->scores + m * KEYS;
-    }
-    if (panels(&keys, 0, n / NR, rows, out, lanes, 0, 0)) return 1;
+    if (score(plan, tile, n)) return 1;
     for (long m = 0; m < lanes; m++) {
         const Span span = tile->lanes[m].span;
         const long first = span.from > base ? span.from - base : 0, last = span.to < end ? span.to - base : n;
-        float *part = parts + m * (p + 2);
+        float *scores = tile->scores + m * KEYS, *part = parts + m * (p + 2);
         if (first < last)
-            weigh(out[m], n, first, last, plan->how, part + p, part + p + 1);
+            weigh(scores, n, first, last, plan->how, part + p, part + p + 1);
         else
-            memset(out[m], 0, n * sizeof(float));
-        rows[m] = out[m];
-        out[m] = part;
+            memset(scores, 0, n * sizeof(float));
     }
-    PACK(pack_values, plan, tile, n);
-    return panels(&values, 0, num_panels(&values), rows, out, lanes, 0, 0);
+    return mix(plan, tile, n, parts);
 }
 
 /* Adds what a lane has of one more tile to what it has. A function of its own: two copies might be rounded differently. */
@@ -254,16 +278,16 @@ static void finish(const Plan *plan, long row, const Lane *lane, const float *to
 
 /* A tile's room, in one piece that `tile->query` points to; 0 without memory */
 static int take_room(const Plan *plan, Tile *tile) {
-    const long lanes = plan->queries * (plan->in->heads / plan->in->kv_heads), p = plan->in->p, width = words(plan) * 2;
+    const long lanes = plan->queries * (plan->in->heads / plan->in->kv_heads), p = plan->in->p, width = query_width(plan);
     const long wide = (p + NR - 1) / NR * NR;
-    const long floats = p + lanes * (width + KEYS + 2 * (p + 2)) + KEYS * (words(plan) + wide);
+    const long floats = p + lanes * (width + KEYS + 2 * (p + 2)) + (plan->pairs ? 0 : KEYS * (p + wide));
     tile->query = malloc(floats * sizeof(float) + lanes * (sizeof(Lane) + 2 * sizeof(float *)));
     if (!tile->query) return 0;
     tile->lanes = (Lane *)(tile->query + lanes * width);
     tile->rows = (const float **)(tile->lanes + lanes);
     tile->keys = (float *)(tile->rows + 2 * lanes);
-    tile->values = tile->keys + KEYS * words(plan);
-    tile->scores = tile->values + KEYS * wide;
+    tile->values = tile->keys + (plan->pairs ? 0 : KEYS * p);
+    tile->scores = tile->values + (plan->pairs ? 0 : KEYS * wide);
     tile->part = tile->scores + lanes * KEYS;
     tile->total = tile->part + lanes * (p + 2);
     tile->zeros = memset(tile->total + lanes * (p + 2), 0, p * sizeof(float));
@@ -332,7 +356,8 @@ int attend_in_tiles(const AttentionPass *in, const AttentionOptions *how) {
         Tile tile;
         const int ready = begun && take_room(&plan, &tile);
         if (!ready) FAIL(failed);
-#pragma omp for schedule(dynamic)
+        /* Most of a thread's tiles follow one another, or it would not read memory in order */
+#pragma omp for schedule(guided)
         for (long item = 0; item < items; item++) {
             if (!ready) continue;
             if (split) {
