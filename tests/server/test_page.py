@@ -1,7 +1,6 @@
 """The page in headless Chromium: write in all modes, watch, step back, replay."""
 
 import re
-import shutil
 from typing import get_args
 
 import httpx
@@ -13,12 +12,11 @@ from twotower.decoding.params import SamplingParams
 from twotower.server.app import make_app
 from twotower.server.config import ServerConfig
 
-selenium = pytest.importorskip("selenium", reason="selenium drives the browser; pip install 'twotower[dev]'")
+pytest.importorskip("selenium", reason="selenium drives the browser; pip install 'twotower[dev]'")
 
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 pytestmark = pytest.mark.slow
 
@@ -38,23 +36,9 @@ ALL = list(get_args(Mode))
 NEW = 21
 
 
-@pytest.fixture(scope="module")
-def browser():
-    found = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if None in found:
-        pytest.skip("no browser here: the page's tests need chromium and chromedriver (Debian: chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = found[0]
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1100,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(found[1])) as opened:
-        yield opened
-
-
 @pytest.fixture
 def page(browser, url):
-    browser.get(url)
+    browser.get(f"{url}/watch")
     wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#modes input"))
     return browser
 
@@ -228,7 +212,7 @@ def test_it_works_offline_without_a_complaint(page, url):
 def test_a_key_is_asked_for_and_sent(browser, engine, serve):
     with serve(make_app(engine, ServerConfig(model_name="tiny", api_keys=("secret",)))) as served:
         assert httpx.get(f"{served.url}/twotower/about").status_code == 401
-        browser.get(served.url)
+        browser.get(f"{served.url}/watch")
         wait(browser, lambda: status(browser) == "This server wants an API key.")
         put(browser, "key", "secret\t")
         wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#modes input"))

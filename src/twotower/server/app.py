@@ -77,6 +77,7 @@ class _JsonRoute(APIRoute):
 
 
 _PAGE = Path(__file__).parent / "page"
+_PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'"}
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -136,7 +137,11 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(_PAGE / "index.html", headers={"Content-Security-Policy": "default-src 'self'"})
+        return FileResponse(_PAGE / "index.html", headers=_PAGE_HEADERS)
+
+    @app.get("/watch", include_in_schema=False)
+    async def watch_page() -> Response:
+        return FileResponse(_PAGE / "watch.html", headers=_PAGE_HEADERS)
 
     app.mount("/page", StaticFiles(directory=_PAGE))
     return app

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Open to all, even where keys are set: the health check, and the files of the page, which asks its user for the key.
-_OPEN_PATHS = ("/", "/health")
+# Open to all, even where keys are set: the health check, and the files of the pages, which ask their user for the key.
+_OPEN_PATHS = ("/", "/watch", "/health")
 _OPEN_FOLDER = "/page/"
 # Read up to 32 times the limit of a too large body, so that the client finishes sending and reads the 413.
 _DRAINED = 32

@@ -1,5 +1,6 @@
 // The form, the requests to the server, and the replay.
 
+import { about, watched } from "./api.js";
 import { Panel, plain } from "./panel.js";
 
 const SHOWN_AT_FIRST = ["ar", "diffusion", "verified"];
@@ -12,32 +13,9 @@ let panels = [];
 let stopping = null; // aborts the running requests
 let replaying = 0; // the animation frame of a running replay, 0 if there is none
 
-function headers() {
-  const key = byId("key").value;
-  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-}
-
 function say(message, bad = false) {
   byId("status").textContent = message;
   byId("status").classList.toggle("bad", bad);
-}
-
-async function explain(response) {
-  const body = await response.json().catch(() => null);
-  return body?.error?.message ?? `the server answered ${response.status}`;
-}
-
-// Yields the JSON objects of a stream of server-sent events.
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const parts = (rest + value).split("\n\n");
-    rest = parts.pop();
-    for (const part of parts) yield JSON.parse(part.replace(/^data: /, ""));
-  }
 }
 
 function settings() {
@@ -47,14 +25,7 @@ function settings() {
 }
 
 async function write(panel, request, signal) {
-  const body = JSON.stringify({ ...request, mode: panel.mode });
-  const response = await fetch("twotower/watch", { method: "POST", headers: headers(), body, signal });
-  if (!response.ok) throw new Error(await explain(response));
-  for await (const event of events(response)) {
-    if (event.error) throw new Error(event.error.message);
-    panel.take(event);
-  }
-  if (panel.result === null) throw new Error("the connection broke before the text was finished");
+  for await (const step of watched({ ...request, mode: panel.mode }, byId("key").value, signal)) panel.take(step);
 }
 
 async function run() {
@@ -100,10 +71,10 @@ function replay() {
   replaying = requestAnimationFrame(frame);
 }
 
-function offer(about) {
-  byId("model").textContent = `The model here is ${about.model}.`;
-  byId("block_size").value = about.block_size;
-  known = about.modes;
+function offer(server) {
+  byId("model").textContent = `The model here is ${server.model}.`;
+  byId("block_size").value = server.block_size;
+  known = server.modes;
   const boxes = known.map((mode) => {
     const label = document.createElement("label");
     const box = document.createElement("input");
@@ -119,9 +90,11 @@ function offer(about) {
 }
 
 async function begin() {
-  const response = await fetch("twotower/about", { headers: headers() });
-  if (!response.ok) return say(response.status === 401 ? "This server wants an API key." : await explain(response), true);
-  offer(await response.json());
+  try {
+    offer(await about(byId("key").value));
+  } catch (error) {
+    return say(error.message, true);
+  }
   return say("");
 }
 
