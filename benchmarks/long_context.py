@@ -11,6 +11,7 @@ MB, and what it multiplies divided by the speed of a large product of the same d
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -109,8 +110,8 @@ def measured(model: TwoTower, contexts: list[int], repeats: int) -> dict[str, An
 
     runs: dict[tuple[str, int], Callable[[], object]] = {}
     for length, state in states.items():
-        runs["step", length] = lambda state=state: step(state)  # type: ignore[misc]
-        runs["nfe", length] = lambda state=state: model.denoiser_logits(block, state, (1.0,))  # type: ignore[misc]
+        runs["step", length] = functools.partial(step, state)
+        runs["nfe", length] = functools.partial(model.denoiser_logits, block, state, (1.0,))
     seconds: dict[tuple[str, int], list[float]] = {name: [] for name in runs}
     reads, products = [], []
     for _ in range(repeats):

@@ -113,15 +113,16 @@ def test_an_open_loop_does_not_wait_for_answers(run, endpoint):
 @pytest.mark.slow
 def test_errors_are_counted_by_kind_and_are_never_good(run, endpoint, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("busy\nbroken\n\ncut\ngarbled\nfine\n")
+    fine = "one\u2028line"
+    prompts.write_text(f"busy\nbroken\n\ncut\ngarbled\n{fine}\n", encoding="utf-8")
     options = ("--prompts", prompts, "--requests", 40, "--concurrency", 20, "--warmup", 0)
     options += ("--ttft-goal", 6e5, "--tpot-goal", 6e5)  # a busy machine must not decide
     [line] = lines(run("bench", "serve", "--url", endpoint.url, *options))
     sent = Counter(body["prompt"] for body in endpoint.bodies)
     kinds = {"429": "busy", "stream": "broken", "cut": "cut", "JSONDecodeError": "garbled"}
     assert line["errors"] == {kind: sent[prompt] for kind, prompt in kinds.items()}
-    assert line["completed"] == sent["fine"]
-    assert line["goodput"]["share"] == sent["fine"] / 40
+    assert line["completed"] == sent[fine]
+    assert line["goodput"]["share"] == sent[fine] / 40
 
 
 @pytest.mark.slow

@@ -67,9 +67,9 @@ def test_the_table_says_what_is_uncertain_what_does_not_count_and_what_is_not_ti
     loops = [Answer("", 0.0, True, STATS, [])] * 40
     answers = {
         "ar": right,
-        "diffusion γ 0.2 S 16 T 16": wrong,
-        "diffusion γ 0.9 S 16 T 16": right,
-        "verified S 16": loops,
+        "diffusion γ 0.2 S 8 T 16": wrong,
+        "diffusion γ 0.9 S 8 T 16": right,
+        "verified S 8": loops,
     }
 
     def evaluated(model, asked, settings, timing, advance):
@@ -84,9 +84,9 @@ def test_the_table_says_what_is_uncertain_what_does_not_count_and_what_is_not_ti
     result = run("sweep", checkpoint, *options)
     assert result.exit_code == 0, result.output
     said = " ".join(result.stdout.replace("│", " ").split())
-    assert "0.2 S 16 T 16 0.000 0.0% (0.0% to 7.1%) 2 2.00*" in said
-    assert "0.9 S 16 T 16 1.000 100.0% (92.9% to 100.0%) 2 2.00 " in said
-    assert "verified S 16 0.000 0.0% (0.0% to 7.1%) not timed" in said
+    assert "0.2 S 8 T 16 0.000 0.0% (0.0% to 7.1%) 2 2.00*" in said
+    assert "0.9 S 8 T 16 1.000 100.0% (92.9% to 100.0%) 2 2.00 " in said
+    assert "verified S 8 0.000 0.0% (0.0% to 7.1%) not timed" in said
     assert "* does not count: less than 50% of ar's score is kept" in said
     assert "not timed: ar scores 0, most answers" in said
     rows = csv.DictReader((tmp_path / "out" / "sweep.csv").open())

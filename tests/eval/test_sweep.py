@@ -64,7 +64,7 @@ def test_a_mode_is_run_with_the_values_that_it_reads():
 
 
 def test_values_that_differ_little_are_settings_of_their_own():
-    found = grid(SweepConfig(thresholds=(0.9, 0.9000001)), 0.0)
+    found = grid(SweepConfig(thresholds=(0.9, 0.9000001), block_sizes=(16,)), 0.0)
     assert list(found) == ["ar", "diffusion γ 0.9 S 16 T 16", "diffusion γ 0.9000001 S 16 T 16"]
     warm = [point("p", 1, 1, params=SamplingParams(temperature=t)).condition for t in (0.7, 0.7000001)]
     assert warm == ["temperature 0.7, batch 1", "temperature 0.7000001, batch 1"]
@@ -104,7 +104,7 @@ def test_every_condition_has_its_own_ar(model, asking):
 
 
 def test_what_is_not_timed_has_no_speed(model, asking, monkeypatch):
-    settings = grid(SweepConfig(), 0.0)
+    settings = grid(SweepConfig(block_sizes=(model.config.block_size,)), 0.0)
     answers = {name: [Answer("", 0.0, False, None, [])] * 10 for name in settings}
     monkeypatch.setattr(module, "evaluate", lambda *_: module.TaskResult(asking("exact"), settings, answers, {}, timed))
     timed = {}
@@ -112,6 +112,7 @@ def test_what_is_not_timed_has_no_speed(model, asking, monkeypatch):
     [points] = sweep(model, asking("exact"), SweepConfig(), QUICK)
     assert {(p.batch_size, p.speed, p.retention.value) for p in points} == {(None, None, None)}
     assert points[1].row()["gain_median"] is None
+    assert {p.params.block_size for p in points} == {model.config.block_size}  # as none was asked for
     timed |= {1: [], 4: []}  # too few prompts for either size, which the table says
     [points] = sweep(model, asking("exact"), SweepConfig(), QUICK)
     assert {(p.batch_size, p.speed, p.timed_prompts) for p in points} == {(1, None, 0), (4, None, 0)}
@@ -121,7 +122,7 @@ def test_filler_goes_where_the_prompt_wants_it(model, asking):
     plain = asking("exact").examples[1]
     before = module.at_distance(plain, 30)
     assert before.prompt == f"{FILLER}\n{plain.prompt}"
-    assert model.tokenizer.decode(prompt_ids(before, model.tokenizer)).endswith(f"\n{plain.prompt}")
+    assert model.tokenizer.decode(prompt_ids(before, model)).endswith(f"\n{plain.prompt}")
     assert module.at_distance(plain, 0) == plain
     inside = module.at_distance(before, 50)
     assert (inside.prompt, inside.distance) == (before.prompt, 50)

@@ -159,10 +159,16 @@ def test_humaneval_is_the_packages():
 
 
 @pytest.mark.parametrize("distance", [1, 64, 1000])
-def test_the_filler_has_the_tokens_asked_for(byte_tokenizer, distance):
+def test_the_filler_has_the_tokens_asked_for(model, byte_tokenizer, distance):
     example = Example(prompt=f"a{FILLER}b", scorer="exact", max_new_tokens=1, distance=distance)
-    ids = prompt_ids(example, byte_tokenizer)
-    assert ids == prompt_ids(example, byte_tokenizer)
+    ids = prompt_ids(example, model)
+    assert ids == prompt_ids(example, model)
     assert distance - 12 <= len(ids) - 2 <= max(distance, 8)  # whole words, at least one
     assert byte_tokenizer.decode(ids)[0] == "a"
     assert byte_tokenizer.decode(ids)[-1] == "b"
+
+
+def test_the_name_of_the_mask_in_a_prompt_is_text(model):
+    ids = prompt_ids(Example(prompt="a <mask>", scorer="exact", max_new_tokens=1), model)
+    assert model.config.mask_token_id not in ids
+    assert model.tokenizer.decode(ids) == "a <mask>"

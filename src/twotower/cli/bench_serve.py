@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from twotower.cli.load_test.plan import LoadTest, Mixes, Target, parse_mix, plan
 from twotower.cli.load_test.report import Goal, Reading, report, row
+from twotower.training.corpus.text import read_lines
 
 
 def command(
@@ -76,7 +77,7 @@ def command(
         parse_mix("prompt_words", prompt_words, integers=True),
         parse_mix("new_tokens", new_tokens, integers=True),
         [] if modes is None else parse_mix("modes", modes, integers=False),
-        [] if prompts is None else [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()],
+        [] if prompts is None else [line for line in read_lines(prompts) if line.strip()],
     )
     if prompts is not None and not mixes.prompts:
         raise ValueError(f"{prompts} has no lines; put one prompt on each")

@@ -18,7 +18,7 @@ def fitted(model: TwoTower, task: Task, longest: int | None) -> Task:
     most = longest or model.config.trained_positions
     if most is None or model.tokenizer is None:
         return task
-    kept = fitting(task, model.tokenizer, most)
+    kept = fitting(task, model, most)
     missing = len(task.examples) - len(kept.examples)
     if missing:
         line = f"{task.name}: {missing} of {len(task.examples)} questions need more than {most} tokens and are left out"

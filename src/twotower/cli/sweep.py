@@ -45,9 +45,10 @@ def command(
     thresholds: Annotated[
         str, typer.Option(help="With commas: tokens above this probability are fixed at once, 0 to 1.")
     ] = _listed(_DEFAULTS.thresholds),
-    block_sizes: Annotated[str, typer.Option(help="With commas: tokens filled together, 1 or more.")] = _listed(
-        _DEFAULTS.block_sizes
-    ),
+    block_sizes: Annotated[
+        str | None,
+        typer.Option(help="With commas: tokens filled together, 1 or more.", show_default="the checkpoint's"),
+    ] = None,
     steps_per_block: Annotated[
         str, typer.Option(help="With commas: most denoising steps for one block, 1 or more.")
     ] = _listed(_DEFAULTS.steps_per_block),
@@ -82,7 +83,7 @@ def command(
     config = SweepConfig(
         modes=tuple(listed_modes(modes)),
         thresholds=numbers("thresholds", thresholds),
-        block_sizes=integers("block sizes", block_sizes),
+        block_sizes=() if block_sizes is None else integers("block sizes", block_sizes),
         steps_per_block=integers("steps", steps_per_block),
         temperatures=numbers("temperatures", temperatures),
         distances=() if distances is None else integers("distances", distances),

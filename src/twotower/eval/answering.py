@@ -49,7 +49,7 @@ def answer(model: TwoTower, task: Task, params: SamplingParams) -> list[Answer]:
     """
     if model.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer.json to read tasks with; add one")
-    prompts = [prompt_ids(example, model.tokenizer) for example in task.examples]
+    prompts = [prompt_ids(example, model) for example in task.examples]
     settings = [request(example, params, i) for i, example in enumerate(task.examples)]
     answers: dict[int, Answer] = {}
     for batch in _batches([len(prompt) for prompt in prompts]):

@@ -87,6 +87,6 @@ def timed_work(
 ) -> Work:
     """The prompts at these places of a task, with the params of every setting for each."""
     assert model.tokenizer is not None
-    prompts = [prompt_ids(task.examples[i], model.tokenizer) for i in examples]
+    prompts = [prompt_ids(task.examples[i], model) for i in examples]
     params = {name: [request(task.examples[i], p, i) for i in examples] for name, p in settings.items()}
     return Work(prompts, params, batch_size)

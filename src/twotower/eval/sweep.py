@@ -30,11 +30,12 @@ class SweepConfig:
     """The grid: every mode with every combination of the values that it reads, at every temperature.
 
     `distances` are numbers of tokens of filler that the prompts get; if empty, the prompts are as the task has them.
+    Empty `block_sizes` are the checkpoint's own.
     """
 
     modes: tuple[str, ...] = ("diffusion",)
     thresholds: tuple[float, ...] = (0.6, 0.7, 0.8, 0.9, 0.95)
-    block_sizes: tuple[int, ...] = (16,)
+    block_sizes: tuple[int, ...] = ()
     steps_per_block: tuple[int, ...] = (16,)
     temperatures: tuple[float, ...] = (0.0,)
     distances: tuple[int, ...] = ()
@@ -42,7 +43,7 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) == () and field.name != "distances":
+            if getattr(self, field.name) == () and field.name not in ("distances", "block_sizes"):
                 raise SettingError(field.name, (), "at least one value")
         if any(distance < 0 for distance in self.distances):
             raise SettingError("distances", self.distances, "0 or more")
@@ -110,6 +111,8 @@ def sweep(
     advance: Callable[[str], None] = lambda what: None,
 ) -> Iterator[list[Point]]:
     """Yields the points of one temperature and distance after another: ar and every setting, at every batch size."""
+    if not config.block_sizes:
+        config = dataclasses.replace(config, block_sizes=(model.config.block_size,))
     for temperature, distance in itertools.product(config.temperatures, config.distances or (None,)):
         asked = task
         where = f"temperature {temperature}"
@@ -123,13 +126,14 @@ def sweep(
 
 def grid(config: SweepConfig, temperature: float) -> dict[str, SamplingParams]:
     """Settings by label, "ar" first."""
+    sizes = config.block_sizes or (None,)
     base = SamplingParams(
-        mode="ar", temperature=temperature, seed=config.seed, block_size=config.block_sizes[0], past_positions=True
+        mode="ar", temperature=temperature, seed=config.seed, block_size=sizes[0], past_positions=True
     )
     found = {"ar": base}
     for name in config.modes:
         read = [setting for setting in _AXES if setting in MODES[name].settings]
-        for values in itertools.product(*(getattr(config, _AXES[setting][1]) for setting in read)):
+        for values in itertools.product(*(getattr(config, _AXES[setting][1]) or sizes for setting in read)):
             label = " ".join([name, *(f"{_AXES[setting][0]} {v}" for setting, v in zip(read, values, strict=True))])
             chosen: dict[str, Any] = dict(zip(read, values, strict=True))
             found[label] = dataclasses.replace(base, mode=cast(Mode, name), **chosen)
@@ -149,8 +153,7 @@ def points(
     model: TwoTower, result: TaskResult, settings: Mapping[str, SamplingParams], distance: int | None
 ) -> list[Point]:
     """A result as points; runs every timed setting once more for its phases."""
-    assert model.tokenizer is not None
-    lengths = [len(prompt_ids(example, model.tokenizer)) for example in result.task.examples]
+    lengths = [len(prompt_ids(example, model)) for example in result.task.examples]
     found = []
     for size, (label, params) in itertools.product(result.timed or (None,), settings.items()):
         answers = result.answers[label]

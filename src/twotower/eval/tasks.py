@@ -10,8 +10,10 @@ from typing import Any, Self
 
 import tokenizers
 
+from twotower.decoding.prompt import text_ids
 from twotower.errors import SettingError, check_choice, check_integer
 from twotower.eval.judging import SCORERS, Scorer, check_answer, judge
+from twotower.model.two_tower import TwoTower
 
 SHIPPED = Path(__file__).parents[1] / "data" / "tasks"
 HUMANEVAL = "humaneval"
@@ -121,17 +123,18 @@ def read_task(source: str, limit: int | None = None) -> Task:
     return Task(name, examples)
 
 
-def prompt_ids(example: Example, tokenizer: tokenizers.Tokenizer) -> list[int]:
-    """The token ids of a prompt, filler included."""
+def prompt_ids(example: Example, model: TwoTower) -> list[int]:
+    """The token ids of a prompt, filler included, for a model with a tokenizer."""
+    assert model.tokenizer is not None
     prompt = example.prompt
     if example.distance:
-        prompt = prompt.replace(FILLER, _filler(example, tokenizer))
-    return list(tokenizer.encode(prompt).ids)
+        prompt = prompt.replace(FILLER, _filler(example, model.tokenizer))
+    return [*text_ids(model, prompt, "prompt", special=True)]
 
 
-def fitting(task: Task, tokenizer: tokenizers.Tokenizer, longest: int) -> Task:
+def fitting(task: Task, model: TwoTower, longest: int) -> Task:
     """The task without the questions whose prompt and answer may together exceed `longest` tokens."""
-    lengths = (len(prompt_ids(example, tokenizer)) + example.max_new_tokens for example in task.examples)
+    lengths = (len(prompt_ids(example, model)) + example.max_new_tokens for example in task.examples)
     return Task(task.name, tuple(e for e, n in zip(task.examples, lengths, strict=True) if n <= longest))
 
 

@@ -111,9 +111,9 @@ class ContextState:
     """State of the context tower after each row's `lengths` tokens.
 
     `mamba` follows the order of the recurrent layers, `buffer` that of the `*` layers. `next_logits`
-    (b, vocabulary) float32 are the context tower's logits after the last token, None before any token. `rope_lengths`
-    are for each row the `TwoTowerConfig.rope_length` of the text that it is planned to become. States are values:
-    extending one leaves it usable.
+    (b, vocabulary), float32 or wider, are the context tower's logits after the last token, None before any token.
+    `rope_lengths` are for each row the `TwoTowerConfig.rope_length` of the text that it is planned to become. States
+    are values: extending one leaves it usable.
     Successive states share one key buffer, to which only the newest appends; extending an older one copies the buffer
     first. Keys in pages of a pool are never copied, so there only the newest state can be extended.
     """

@@ -29,7 +29,8 @@ class TwoTower(nn.Module):
 
     Decoding is made of four calls: `absorb` takes tokens into the context tower's state, `denoiser_logits` is one pass
     of the denoiser over a block, and `score` runs the context tower over tokens of which `accept` keeps a prefix.
-    `prefill`, `denoise` and `extend` are the same for whoever works by hand: they check their arguments.
+    `prefill`, `denoise` and `extend` are the same for whoever works by hand: they check their arguments. Logits are
+    float32, those of a model of float64 weights float64.
 
     Parameters are allocated, not initialised: `checkpoints` fills them through `released_tensors`. `backends`, by
     "context tower" and "denoiser tower", says what runs each in a model packed by `twotower.backends.choose.pack_`, and
@@ -77,7 +78,7 @@ class TwoTower(nn.Module):
 
     @torch.no_grad()
     def context_logits(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """The context tower's logits for ids (b, s) int64: (b, s, v) float32; position i predicts token i + 1."""
+        """The context tower's logits for ids (b, s) int64: (b, s, v); position i predicts token i + 1."""
         ids = self._checked(ids, self.context_device)
         if ids.shape[1] == 0:
             raise ValueError("ids have 0 tokens, must have at least 1")
@@ -102,8 +103,8 @@ class TwoTower(nn.Module):
 
         `capacity` tokens per row are allocated at once. `planned` are the numbers of tokens that the rows are to have
         in the end, by default `capacity` or what they have now: where RoPE depends on a text's length ("dynamic" and
-        "longrope"), a text is turned by its planned length, however long it becomes. `next_logits` is (b, v) float32,
-        or None if all rows are empty.
+        "longrope"), a text is turned by its planned length, however long it becomes. `next_logits` is (b, v), or None
+        if all rows are empty.
         """
         ids = self._checked(ids, self.context_device)
         b, s = ids.shape
@@ -122,7 +123,7 @@ class TwoTower(nn.Module):
     def denoise(
         self, block_ids: Tensor | Sequence[Sequence[int]], state: ContextState, t: Tensor | float | None = None
     ) -> Tensor:
-        """One NFE: the denoiser's logits for block_ids (b, s), (b, s, v) float32. Only reads `state`.
+        """One NFE: the denoiser's logits for block_ids (b, s), (b, s, v). Only reads `state`.
 
         `t` in [0, 1], a number or (b,), is the noise level; by default each row's fraction of masked positions.
         """
@@ -169,7 +170,7 @@ class TwoTower(nn.Module):
         return self.context_tower.causal(ids, state, marks)
 
     def scored_logits(self, scored: CausalPass) -> Tensor:
-        """(b, s, v) float32: position i predicts the token after it."""
+        """(b, s, v): position i predicts the token after it."""
         logits: Tensor = self.context_lm_head(scored.hidden)
         return logits
 

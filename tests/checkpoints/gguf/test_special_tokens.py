@@ -1,5 +1,6 @@
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ TOKENS = ["<unk>", "<s>", "</s>", "a", "<|im_end|>", "<|endoftext|>", "<|fim_pad
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 
 
-def read(tokens: list[str] = TOKENS, model: str = "gpt2", **keys: Any) -> SpecialTokens:
-    ids = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
-    return SpecialTokens.read(
-        Path("model.gguf"), {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.model": model} | ids
-    )
+def read(
+    tokens: list[str] = TOKENS, model: str = "gpt2", templates: Mapping[str, str] | None = None, **keys: Any
+) -> SpecialTokens:
+    metadata: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.model": model}
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    return SpecialTokens.read(Path("model.gguf"), metadata | dict(templates or {}))
 
 
 def ends(special: SpecialTokens) -> list[str]:
@@ -50,8 +52,8 @@ def test_defaults_and_ids_outside_of_the_vocabulary(caplog: pytest.LogCaptureFix
 
 
 def test_templates_write_the_texts_of_tokens(tmp_path: Path) -> None:
-    special = read(bos_token_id=1, eos_token_id=2, unknown_token_id=0, padding_token_id=5)
-    special.metadata["tokenizer.chat_template"] = TEMPLATE  # type: ignore[index]
+    templates = {"tokenizer.chat_template": TEMPLATE}
+    special = read(bos_token_id=1, eos_token_id=2, unknown_token_id=0, padding_token_id=5, templates=templates)
     for name, content in special.documents().items():
         (tmp_path / name).write_bytes(content)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["chat_template.jinja", "tokenizer_config.json"]
@@ -63,9 +65,8 @@ def test_templates_write_the_texts_of_tokens(tmp_path: Path) -> None:
 
 
 def test_named_templates_are_found_by_us_and_by_transformers(tmp_path: Path) -> None:
-    special = read(bos_token_id=1)
-    special.metadata["tokenizer.chat_template"] = "default"  # type: ignore[index]
-    special.metadata["tokenizer.chat_template.tool_use"] = "tools"  # type: ignore[index]
+    templates = {"tokenizer.chat_template": "default", "tokenizer.chat_template.tool_use": "tools"}
+    special = read(bos_token_id=1, templates=templates)
     for name, content in special.documents().items():
         (tmp_path / name).write_bytes(content)
     template = ChatTemplate.load(tmp_path)

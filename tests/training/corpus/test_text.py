@@ -146,9 +146,8 @@ def test_zstandard_is_read_and_a_cut_file_named(tmp_path: Path) -> None:
             texts(tmp_path)
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python brings Zstandard")
 def test_zstandard_without_its_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if sys.version_info >= (3, 14):
-        pytest.skip("Python brings it")
     monkeypatch.setitem(sys.modules, "backports", None)
     (tmp_path / "a.txt.zst").touch()
     with pytest.raises(
