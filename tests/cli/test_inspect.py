@@ -74,6 +74,14 @@ def test_memory_is_that_of_a_loaded_model_and_its_state(run, checkpoint, dtype):
     assert counted["recurrent"] == sum(t.nbytes for layer in state.mamba for t in layer)
 
 
+@pytest.mark.parametrize("kind", "MGSR")
+def test_recurrent_states_of_every_kind_are_counted(kind, tiny):
+    model = tiny(kind, conv_kernel=3)
+    state = model.prefill(torch.ones(1, 5, dtype=torch.long))
+    held = sum(t.nbytes for layer in state.mamba for t in layer)
+    assert state_bytes(model.config, 5, torch.float32).recurrent == held
+
+
 def test_stored_types_are_the_files(run, checkpoint, copy):
     def halve(tensors):
         tensors["lm_head.weight"] = tensors["lm_head.weight"].bfloat16()

@@ -25,6 +25,19 @@ def test_fresh_weights_are_reproducible_and_of_the_right_size(tiny: Callable) ->
     assert rates.unique().numel() == rates.numel()
 
 
+def test_fresh_mamba_1_and_rg_lru_layers_forget_at_usual_rates(tiny: Callable) -> None:
+    """Norms of step sizes, B and C start at 1 whatever the offset of other norms."""
+    model = OneTower(dataclasses.replace(tiny("SR").config, norm_offset=1.0, mamba_inner_epsilon=1e-6))
+    model.initialise_(1)
+    tensors = {name.removeprefix("backbone.layers."): tensor for name, tensor in model.released_tensors().items()}
+    assert all(bool((tensors[f"0.mixer.{name}_norm.weight"] == 1).all()) for name in ("dt", "b", "c"))
+    assert bool((tensors["0.norm.weight"] == 0).all())
+    steps = torch.nn.functional.softplus(tensors["0.mixer.dt_bias"])
+    assert bool(((steps > 0.9e-3) & (steps < 0.11)).all())
+    decays = torch.exp(-4 * torch.nn.functional.softplus(tensors["1.mixer.recurrent_param"]))  # gates half open
+    assert bool(((decays > 0.899) & (decays < 0.9991)).all())
+
+
 def test_a_tied_head_is_the_embedding(tiny: Callable) -> None:
     model = OneTower(tiny("llama").config)
     assert model.lm_head.weight is model.tower.embeddings

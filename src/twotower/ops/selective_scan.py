@@ -63,8 +63,7 @@ def selective_states(inputs: SelectiveInputs, A: Tensor, state: Tensor, fresh: T
     decay = (inputs.dt.unsqueeze(-1) * A).exp()
     if fresh is not None:
         decay = decay.masked_fill(fresh[..., None, None], 0.0)
-    states: Tensor = _Recurrence.apply(decay, inputs.u.unsqueeze(-1) * inputs.B.unsqueeze(-2), state)
-    return states
+    return _recurrence(decay, inputs.u.unsqueeze(-1) * inputs.B.unsqueeze(-2), state)
 
 
 def selective_output(states: Tensor, inputs: SelectiveInputs) -> Tensor:
@@ -72,8 +71,15 @@ def selective_output(states: Tensor, inputs: SelectiveInputs) -> Tensor:
     return (states @ inputs.C.unsqueeze(-1)).squeeze(-1) + inputs.skip
 
 
+@torch.compiler.disable  # it would unroll the loop over tokens
+def _recurrence(decay: Tensor, added: Tensor, state: Tensor) -> Tensor:
+    """h_t = decay_t·h_{t-1} + added_t for decay and added (b, s, …) and the state h_0 (b, …): all h (b, s, …)."""
+    states: Tensor = _Recurrence.apply(decay, added, state)
+    return states
+
+
 class _Recurrence(torch.autograd.Function):
-    """h_t = decay_t·h_{t-1} + added_t for decay and added (b, s, …) and the state h_0 (b, …): all h (b, s, …).
+    """`_recurrence` with its gradient written out.
 
     Autograd would keep a graph of s small steps; this keeps the decays and the result. With g the gradients of the h,
     and G_t = g_t + decay_{t+1}·G_{t+1}: added_t has G_t, decay_t has G_t·h_{t-1}, and h_0 has decay_1·G_1.
