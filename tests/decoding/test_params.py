@@ -33,6 +33,18 @@ NAN, INF = float("nan"), float("inf")
         ("seed", [2**63], r"must be in \[0, 2\*\*63\); take it modulo 2\*\*63"),
         ("stop", ["end", ("a", ""), (3,), None, 7], r"must be a sequence of non-empty strings; write stop=\('…',\)"),
         ("ignore_eos", [1, None, "yes"], "must be True or False"),
+        ("min_p", [-0.1, 1.1, NAN, "0.1", True], r"must be a number in \[0, 1\]"),
+        ("typical_p", [0, -1, 1.1, NAN, True], r"must be a number in \(0, 1\]; 1 keeps every token"),
+        ("repetition_penalty", [0, -1, 2.1, NAN, INF, True], r"must be a number in \(0, 2\]; 1 changes nothing"),
+        ("repetition_penalty", [1e-7, 5e-324], r"must be in \[1e-06, 2\]; 1 changes nothing"),
+        ("presence_penalty", [-2.1, 2.1, NAN, None, True, "1"], r"must be a number in \[-2, 2\]"),
+        ("frequency_penalty", [-2.1, 2.1, INF, None], r"must be a number in \[-2, 2\]"),
+        ("min_tokens", [-1, 1.0, True, None], "must be an integer of at least 0"),
+        ("truncate_prompt_tokens", [0, -1, 1.5, True], "must be an integer of at least 1"),
+        ("skip_special_tokens", [1, None], "must be True or False"),
+        ("include_stop_str_in_output", [1, None], "must be True or False"),
+        ("priority", [1.0, None, True, "1"], "must be an integer"),
+        ("cache_salt", ["", 5], "must be a text"),
     ],
 )
 def test_bad_values_raise_with_value_and_range(name: str, bad: list[Any], allowed: str) -> None:

@@ -1,6 +1,5 @@
 """Settings that are lists: of token ids, of biases by token id, and of strings."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,10 +35,9 @@ def bias_pairs(name: str, value: Any) -> tuple[tuple[int, float], ...]:
         written = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
         i = int(key) if written else key
         if isinstance(i, bool) or not isinstance(i, int) or i < 0:
-            raise SettingError(f"{name}[{key!r}]", bias, "the bias of a token id, an integer of at least 0")
-        number = not isinstance(bias, bool) and isinstance(bias, int | float) and math.isfinite(bias)
-        if not number or abs(bias) > MOST_BIAS:
-            raise SettingError(f"{name}[{key!r}]", bias, f"a number in [-{MOST_BIAS:g}, {MOST_BIAS:g}]")
+            raise SettingError(f"{name}[{key!r:.40}]", bias, "the bias of a token id, an integer of at least 0")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -MOST_BIAS <= bias <= MOST_BIAS:
+            raise SettingError(f"{name}[{key!r:.40}]", bias, f"a number in [-{MOST_BIAS:g}, {MOST_BIAS:g}]")
         if i in found:
             raise SettingError(name, value, f"a bias for each token, and names {i} twice", "name each id once")
         found[i] = float(bias)

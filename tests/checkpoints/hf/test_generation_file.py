@@ -42,6 +42,12 @@ def folder(tmp_path: Path):
         ({"do_sample": True, "temperature": 0, "top_k": 0, "top_p": 1.0}, SamplingDefaults(temperature=0)),
         ({"do_sample": True, "top_k": -1, "top_p": None}, SamplingDefaults(temperature=1.0)),
         ({"repetition_penalty": 1.0, "min_p": 0, "num_beams": 1}, SamplingDefaults()),
+        ({"repetition_penalty": 1.05, "min_p": 0.1}, SamplingDefaults(repetition_penalty=1.05)),
+        (
+            {"do_sample": True, "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.1},
+            SamplingDefaults(temperature=1.0, min_p=0.1, typical_p=0.9, repetition_penalty=1.1),
+        ),
+        ({"do_sample": True, "min_p": 0, "typical_p": 1.0}, SamplingDefaults(temperature=1.0)),
     ],
 )
 def test_sampling_counts_only_with_do_sample(folder, settings, expected):
@@ -51,8 +57,8 @@ def test_sampling_counts_only_with_do_sample(folder, settings, expected):
 
 
 def test_settings_that_decoding_does_not_have_are_named(folder):
-    settings = {"repetition_penalty": 1.05, "num_beams": 4, "do_sample": True, "temperature": 0.7}
-    with pytest.warns(UserWarning, match=r"does not have: num_beams=4, repetition_penalty=1\.05"):
+    settings = {"guidance_scale": 1.05, "num_beams": 4, "do_sample": True, "temperature": 0.7}
+    with pytest.warns(UserWarning, match=r"does not have: guidance_scale=1\.05, num_beams=4"):
         assert read_sampling_defaults(folder(settings)).temperature == 0.7
 
 
@@ -62,6 +68,7 @@ def test_settings_that_decoding_does_not_have_are_named(folder):
         ("{", r"generation_config\.json is not JSON"),
         ({"do_sample": True, "temperature": -1}, r"has temperature -1, must be a number in \[0, 100\]"),
         ({"do_sample": True, "top_p": "0.9"}, r"has top_p '0\.9', must be a number in \[0, 1\]"),
+        ({"repetition_penalty": 0}, "has repetition_penalty 0, must be a number in"),
         ({"max_new_tokens": 0}, "has max_new_tokens 0, must be a number in"),
     ],
 )

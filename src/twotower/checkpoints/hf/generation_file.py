@@ -28,14 +28,11 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (None, 1),
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
-    "min_p": (None, 0),
     "no_repeat_ngram_size": (None, 0),
     "num_beams": (None, 1),
     "penalty_alpha": (None, 0),
-    "repetition_penalty": (None, 1),
     "sequence_bias": (None, {}, []),
     "suppress_tokens": (None, []),
-    "typical_p": (None, 1),
 }
 
 
@@ -70,8 +67,9 @@ def with_generation_ends(config: TwoTowerConfig, directory: Path) -> TwoTowerCon
 def read_sampling_defaults(directory: Path) -> SamplingDefaults:
     """The sampling defaults of a directory's generation_config.json; none without one.
 
-    As in transformers, its temperature and filters count only with `do_sample`; without, texts are greedy. Warns of
-    settings that decoding does not have. Raises ValueError for a value out of range.
+    As in transformers, its temperature and filters count only with `do_sample`; without, texts are greedy. Its
+    repetition penalty always counts. Warns of settings that decoding does not have. Raises ValueError for a value out
+    of range.
     """
     file = directory / GENERATION_FILE
     raw = read_object(file)
@@ -80,16 +78,23 @@ def read_sampling_defaults(directory: Path) -> SamplingDefaults:
         warnings.warn(f"{file} asks for what decoding here does not have: {', '.join(ignored)}", stacklevel=3)
     longest = _number(file, raw, "max_new_tokens", least=1)
     most = None if longest is None else int(longest)
+    repetition = _number(file, raw, "repetition_penalty", least=1e-6, most=2)
+    penalty = None if repetition == 1 else repetition
     if not raw.get("do_sample"):
-        return SamplingDefaults(temperature=0.0 if raw.get("do_sample") is False else None, max_new_tokens=most)
+        greedy = 0.0 if raw.get("do_sample") is False else None
+        return SamplingDefaults(temperature=greedy, max_new_tokens=most, repetition_penalty=penalty)
     temperature = _number(file, raw, "temperature", least=0, most=100)
     top_k, top_p = _number(file, raw, "top_k", least=-1), _number(file, raw, "top_p", least=0, most=1)
+    typical_p = _number(file, raw, "typical_p", least=0, most=1)
     return SamplingDefaults(
         temperature=1.0 if temperature is None else temperature,
         # 0 and -1 are how other tools write "all", as is a probability of 1
         top_k=None if top_k is None or top_k < 1 else int(top_k),
         top_p=None if top_p in (None, 0, 1) else top_p,
+        min_p=_number(file, raw, "min_p", least=0, most=1) or None,
+        typical_p=None if typical_p in (None, 0, 1) else typical_p,
         max_new_tokens=most,
+        repetition_penalty=penalty,
     )
 
 
