@@ -207,3 +207,9 @@ def test_texts_that_rope_turns_otherwise_share_no_keys(rope: Rope, tiny: Callabl
     assert found(e, prompt, SamplingParams(mode="ar", max_new_tokens=41)) == (20 if rope is LONGROPE else 0)
     e.clear_cache()
     assert not e._cache._roots
+
+
+def test_only_requests_of_one_salt_share_a_prompt(tiny: Callable) -> None:
+    e, prompt = engine(tiny("M*-E")), ids(50, 1)
+    salted = [SamplingParams(mode="ar", max_new_tokens=4, cache_salt=salt) for salt in ("a", "b")]
+    assert [found(e, prompt, p) for p in (PARAMS, *salted, PARAMS, *salted)] == [0, 0, 0, 50, 50, 50]
