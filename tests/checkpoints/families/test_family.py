@@ -1,5 +1,6 @@
 """Which tensors of a folder are the decoder's."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,11 @@ def test_names_without_a_prefix_and_further_layers(
     with pytest.warns(UserWarning, match=r"left out: layers\.4\.eh_proj\.weight$"):
         twotower.init(tmp_path, tmp_path / "ours")
     same_logits(twotower.load(tmp_path / "ours").context_logits(opened.ids), opened.logits)
+
+
+def test_more_layers_than_tensors_are_refused_at_once(tmp_path: Path) -> None:
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 10**9}))
+    with pytest.raises(ValueError, match=r"num_hidden_layers 1000000000, but there are only 21 tensors"):
+        twotower.init(tmp_path / "theirs", tmp_path / "ours")

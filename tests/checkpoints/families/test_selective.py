@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import twotower
+from twotower.checkpoints.families.known import find_family
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 MAMBA = {"state_size": 5, "time_step_rank": 3}
@@ -105,3 +106,28 @@ def test_verified_text_is_the_backbones_and_the_engines(opened: Any) -> None:
 def test_the_reference_runs_them_and_says_so(opened: Any) -> None:
     name = "RG-LRU" if "R" in opened.ours.config.pattern else "Mamba-1"
     assert f"lacks {name} layers" in str(opened.fastest.backends) or "compiler" in str(opened.fastest.backends)
+
+
+NEEDED = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "setting", "message"),
+    [
+        ("jamba", {"attn_layer_period": 0}, "attn_layer_period 0, must be a whole number of at least 1"),
+        ("jamba", {"expert_layer_offset": -1}, "expert_layer_offset -1, must be a whole number of at least 0"),
+        ("jamba", {"mamba_dt_rank": "big"}, "mamba_dt_rank 'big', must be a whole number"),
+        ("jamba", {"mamba_expand": 2.5}, r"mamba_expand 2.5, must be a whole number"),
+        ("jamba", {"num_experts": True}, "num_experts True, must be a whole number"),
+        ("mamba", {"state_size": [16]}, r"state_size \[16\], must be a whole number"),
+        ("mamba", {"hidden_act": "relu"}, "hidden_act is 'relu', must be 'silu'"),
+        ("falcon_mamba", {"num_hidden_layers": None}, "lacks num_hidden_layers"),
+        ("recurrent_gemma", {"lru_width": 33}, "lru_width 33, must be a multiple of num_attention_heads 4"),
+        ("recurrent_gemma", {"block_types": ["lstm"]}, r"block_types \['lstm'\], must be a list of recurrent and att"),
+        ("recurrent_gemma", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear', must be 'def"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_by_name(model_type: str, setting: dict[str, Any], message: str) -> None:
+    raw = NEEDED | {"model_type": model_type} | setting
+    with pytest.raises(ValueError, match=message):
+        find_family(raw).fields(raw)

@@ -84,6 +84,12 @@ def open_family(
 
     Raises ValueError for a setting under which the model computes something that our towers don't.
     """
+    depth = raw.get("num_hidden_layers")
+    if isinstance(depth, int) and depth > len(source.specs):  # as many layers take long to refuse
+        raise ValueError(
+            f"config.json has num_hidden_layers {depth}, but there are only {len(source.specs)} tensors; "
+            "both must come from one model"
+        )
     config = _config(family, raw)
     names = _Names(family, config, raw, tuple(source.specs))
     specs = names.specs(source.specs)
@@ -132,6 +138,15 @@ def need(raw: Settings, *keys: str) -> Any:
     if found is None:
         raise ValueError(f"config.json lacks {' or '.join(keys)}, which {raw.get('model_type')!r} models need")
     return found
+
+
+def whole(raw: Settings, key: str, default: int | None = None, *, least: int = 1) -> int:
+    """The whole number that a key of config.json has, `default` where it is missing or null; without a default it must
+    be there. Raises ValueError for anything else, or less than `least`."""
+    value = need(raw, key) if default is None or raw.get(key) is not None else default
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"config.json has {key} {value!r}, must be a whole number of at least {least}; correct it")
+    return value
 
 
 class _Names:

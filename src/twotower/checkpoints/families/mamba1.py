@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from twotower.checkpoints.families.decoder import ATTENTION, REST, decoder_fields, refuse
-from twotower.checkpoints.families.family import Family, Part, Parts, Settings, need
+from twotower.checkpoints.families.family import Family, Part, Parts, Settings, whole
 from twotower.checkpoints.families.mixture import NO_CORRECTION, expert_parts, softmax_experts
 from twotower.config import TwoTowerConfig
 
@@ -21,25 +21,25 @@ _NORMS = ("dt_norm.weight", "b_norm.weight", "c_norm.weight")
 
 
 def _rank(raw: Settings, key: str) -> int:
-    given = raw.get(key, "auto")
-    return math.ceil(need(raw, "hidden_size") / 16) if given == "auto" else int(given)
+    usual = math.ceil(whole(raw, "hidden_size") / 16)
+    return usual if raw.get(key) == "auto" else whole(raw, key, usual)
 
 
 def _mamba(raw: Settings) -> dict[str, Any]:
     """A width that is given wins over `expand`, which says 16 in FalconMamba's own file, where 2 is meant."""
     refuse(raw, hidden_act=("silu",))
-    hidden = need(raw, "hidden_size")
+    hidden = whole(raw, "hidden_size")
     return {
         "hidden_size": hidden,
-        "pattern": "S" * need(raw, "num_hidden_layers"),
-        "layer_norm_epsilon": raw.get("layer_norm_epsilon", 1e-5),
+        "pattern": "S" * whole(raw, "num_hidden_layers"),
+        "layer_norm_epsilon": raw.get("layer_norm_epsilon") or 1e-5,
         "residual_in_fp32": raw.get("residual_in_fp32", True),
         "tie_word_embeddings": raw.get("tie_word_embeddings", True),
-        "mamba_num_heads": raw.get("intermediate_size") or int(raw.get("expand", 2) * hidden),
+        "mamba_num_heads": whole(raw, "intermediate_size", hidden * whole(raw, "expand", 2)),
         "mamba_head_dim": 1,
-        "mamba_state_size": raw.get("state_size", 16),
+        "mamba_state_size": whole(raw, "state_size", 16),
         "mamba_dt_rank": _rank(raw, "time_step_rank"),
-        "conv_kernel": raw.get("conv_kernel", 4),
+        "conv_kernel": whole(raw, "conv_kernel", 4),
         "use_conv_bias": raw.get("use_conv_bias", True),
         "use_bias": raw.get("use_bias", False),
     }
@@ -53,12 +53,17 @@ def _mamba_block(config: TwoTowerConfig, raw: Settings) -> Parts:
     return {"norm": "0.norm"} | {f"mixer.{name}": part for name, part in _MIXER.items()}
 
 
+def _places(raw: Settings, name: str, period: int, offset: int) -> list[bool]:
+    """For each layer whether it is the one of its period at the offset."""
+    period, offset = whole(raw, f"{name}_period", period), whole(raw, f"{name}_offset", offset, least=0)
+    return [i % period == offset for i in range(whole(raw, "num_hidden_layers"))]
+
+
 def _jamba(raw: Settings) -> dict[str, Any]:
     """Each layer is Mamba-1 or attention without positions, and then an MLP or experts, both as wide."""
     refuse(raw, hidden_act=("silu",))
-    count, experts = need(raw, "num_hidden_layers"), raw.get("num_experts", 16)
-    attends = [i % raw.get("attn_layer_period", 8) == raw.get("attn_layer_offset", 4) for i in range(count)]
-    routes = [i % raw.get("expert_layer_period", 2) == raw.get("expert_layer_offset", 1) for i in range(count)]
+    experts = whole(raw, "num_experts", 16)
+    attends, routes = _places(raw, "attn_layer", 8, 4), _places(raw, "expert_layer", 2, 1)
     layers = zip(attends, routes, strict=True)
     pattern = "".join("S*"[attends] + ("E" if routes and experts > 1 else "-") for attends, routes in layers)
     fields = decoder_fields({"num_key_value_heads": 8, **raw})
@@ -66,18 +71,18 @@ def _jamba(raw: Settings) -> dict[str, Any]:
         "pattern": pattern,
         "use_rope": False,
         "attention_bias": False,
-        "mamba_num_heads": raw.get("mamba_expand", 2) * need(raw, "hidden_size"),
+        "mamba_num_heads": whole(raw, "mamba_expand", 2) * whole(raw, "hidden_size"),
         "mamba_head_dim": 1,
-        "mamba_state_size": raw.get("mamba_d_state", 16),
+        "mamba_state_size": whole(raw, "mamba_d_state", 16),
         "mamba_dt_rank": _rank(raw, "mamba_dt_rank"),
         "mamba_inner_epsilon": fields["layer_norm_epsilon"],
-        "conv_kernel": raw.get("mamba_d_conv", 4),
+        "conv_kernel": whole(raw, "mamba_d_conv", 4),
         "use_conv_bias": raw.get("mamba_conv_bias", True),
         "use_bias": raw.get("mamba_proj_bias", False),
     }
     if "E" not in pattern:
         return fields
-    active = raw.get("num_experts_per_tok", 2)
+    active = whole(raw, "num_experts_per_tok", 2)
     return fields | softmax_experts(experts, fields["intermediate_size"], active, normalise=False)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from twotower.checkpoints.families.decoder import REST, decoder_fields, one_type, read_rope, refuse
-from twotower.checkpoints.families.family import Family, Part, Parts, Settings, need
+from twotower.checkpoints.families.family import Family, Part, Parts, Settings, whole
 from twotower.config import TwoTowerConfig
 from twotower.rope import AttentionType
 
@@ -16,9 +16,15 @@ def _recurrent_gemma(raw: Settings) -> dict[str, Any]:
     """Norms multiply by 1 + weight, embeddings are scaled by √width rounded to bfloat16, and `intermediate_size` counts
     both halves of the gated MLP. Of attention's projections the last has a bias in any case; then all have one here."""
     refuse(raw, embeddings_scale_by_sqrt_dim=(True,))
-    count, hidden, heads = (need(raw, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    count, hidden, heads = (whole(raw, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     types = raw.get("block_types") or raw.get("_block_types") or ["recurrent", "recurrent", "attention"]
-    refuse({"block_types": sorted(set(types) - set(_KINDS))}, block_types=([],))
+    if not isinstance(types, list) or any(name not in _KINDS for name in types):
+        raise ValueError(f"config.json has block_types {types!r}, must be a list of {' and '.join(_KINDS)}; correct it")
+    width = whole(raw, "lru_width", hidden)
+    if width % heads:
+        raise ValueError(
+            f"config.json has lru_width {width}, must be a multiple of num_attention_heads {heads}; correct it"
+        )
     rope = read_rope(raw, part=0.5)
     refuse({"rope_type": rope.rope_type}, rope_type=("default",))
     given = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, **raw}
@@ -29,13 +35,13 @@ def _recurrent_gemma(raw: Settings) -> dict[str, Any]:
         "embedding_scale": torch.tensor(hidden**0.5).bfloat16().item(),
         "logit_softcap": raw.get("logits_soft_cap", 30.0),
         "attention_bias": True,
-        "intermediate_size": need(raw, "intermediate_size") // 2,
+        "intermediate_size": whole(raw, "intermediate_size") // 2,
         "mlp_bias": True,
         "mamba_num_heads": heads,
-        "mamba_head_dim": (raw.get("lru_width") or hidden) // heads,
-        "conv_kernel": raw.get("conv1d_width", 4),
+        "mamba_head_dim": width // heads,
+        "conv_kernel": whole(raw, "conv1d_width", 4),
         "use_bias": True,
-        **one_type(AttentionType(window=raw.get("attention_window_size", 2048), rope_parameters=rope)),
+        **one_type(AttentionType(window=whole(raw, "attention_window_size", 2048), rope_parameters=rope)),
     }
 
 
