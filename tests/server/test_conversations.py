@@ -194,8 +194,8 @@ def test_usage_in_every_chunk(http):
 def test_what_a_client_calls_its_user_is_cut_in_the_log(http, caplog):
     with caplog.at_level(logging.INFO, "twotower.server.middleware"):
         http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "user": "x" * 10_000})
-    users = [record.fields["user"] for record in caplog.records if "user" in getattr(record, "fields", {})]
-    assert users == ["x" * 100 + "…"]
+    users = {getattr(record, "fields", {}).get("user") for record in caplog.records}
+    assert users - {None} == {"x" * 100 + "…"}
 
 
 def test_without_a_limit_an_answer_ends_where_memory_does(model, serve, monkeypatch):

@@ -14,10 +14,6 @@ from twotower.server.config import ServerConfig
 PATHS = {"/v1/completions": {"prompt": "ab"}, "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]}}
 # Fields of OpenAI's two APIs and of other servers that this one can't follow, with a value that asks for something.
 UNSUPPORTED = {
-    "frequency_penalty": 0.5,
-    "presence_penalty": 1,
-    "logit_bias": {"5": 10},
-    "best_of": 2,
     "suffix": "end",
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "required",
@@ -91,6 +87,20 @@ def test_a_field_that_is_not_supported_is_named(http, path, field):
         ("user", 3),
         ("logprobs", -1),
         ("logprobs", "1"),
+        ("frequency_penalty", 2.5),
+        ("presence_penalty", "1"),
+        ("repetition_penalty", 0),
+        ("min_p", -0.1),
+        ("typical_p", 1.5),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"500": 1}),
+        ("logit_bias", {"3": 1}),
+        ("bad_words", "a"),
+        ("min_tokens", -1),
+        ("truncate_prompt_tokens", -2),
+        ("best_of", 0),
+        ("prompt_logprobs", 21),
     ],
 )
 def test_a_bad_value_is_named(http, path, field, value):
@@ -231,7 +241,7 @@ def test_unknown_places(http):
 
 def test_openais_client_sees_its_own_errors(client):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model="tiny", prompt="a", frequency_penalty=1)
+        client.completions.create(model="tiny", prompt="a", frequency_penalty=3)
     assert caught.value.param == "frequency_penalty"
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="a")

@@ -5,6 +5,7 @@ import math
 import time
 
 import pytest
+import tokenizers
 
 from twotower.decoding.generate import generate
 from twotower.decoding.modes import MODES
@@ -12,9 +13,10 @@ from twotower.decoding.output import Token
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.scoring import TokenScore
 from twotower.server.config import ServerConfig
-from twotower.server.logprobs import TokenNames, chat_logprobs, committed, completion_logprobs
+from twotower.server.logprobs import chat_logprobs, committed, completion_logprobs
 from twotower.server.reply import _score
 from twotower.server.service import Service
+from twotower.server.token_names import TextOffsets, TokenNames
 
 
 class EndlessScorer:
@@ -140,7 +142,8 @@ def test_chat_logprobs(client):
     content = client.chat.completions.create(**ask, top_logprobs=2).choices[0].logprobs.content
     assert [t.token for t in content][:2] == ["b", " "]
     assert content[0].bytes == [ord("b")]
-    assert content[2].bytes is None  # one of an emoji's four tokens
+    assert b"".join(bytes(token.bytes) for token in content[2:6]).decode() == "🎉"
+    assert content[2].token == r"bytes:\xf0"
     assert [len(t.top_logprobs) for t in content] == [2] * 8
     assert content[0].top_logprobs[0].token == "b"
     plain = client.chat.completions.create(**ask).choices[0].logprobs.content
@@ -157,17 +160,39 @@ def test_names_of_tokens(byte_tokenizer):
     names = TokenNames(byte_tokenizer)
     byte = byte_tokenizer.encode("é").ids[0]
     assert (names.text(4 + ord("a")), names.name(4 + ord("a"))) == ("a", "a")
-    assert names.text(byte) is None
-    assert names.name(byte)
-    assert (names.text(2), names.name(2)) == (None, "</s>")
+    assert (names.text(byte), names.name(byte), names.bytes(byte)) == (None, r"bytes:\xc3", b"\xc3")
+    assert (names.text(2), names.name(2), names.bytes(2)) == (None, "</s>", b"")
     assert names.name(10_000) == "<10000>"
+
+
+@pytest.mark.parametrize("text", ["日本 é", "🎉", " a  b", "é"])
+def test_bytes_of_tokens_are_the_text(byte_tokenizer, text):
+    for tokenizer in (byte_tokenizer, fallback_tokenizer()):
+        names, ids = TokenNames(tokenizer), tokenizer.encode(text, add_special_tokens=False).ids
+        whole = tokenizer.decode(ids)
+        assert b"".join(names.bytes(i, first=place == 0) for place, i in enumerate(ids)).decode() == whole
+        offsets = TextOffsets(names, at_start=True)
+        # every token is a byte, and begins where the character of that byte does
+        expected = [place for place, character in enumerate(whole) for _ in character.encode()]
+        assert [offsets.push(i) for i in ids] == expected
+
+
+def fallback_tokenizer():
+    """As Llama's: spaces are ▁, and what isn't in the vocabulary is bytes by name."""
+    vocabulary = {"<unk>": 0, "▁": 1, "a": 2, "b": 3} | {f"<0x{value:02X}>": 4 + value for value in range(256)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    made.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    steps = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    made.decoder = tokenizers.decoders.Sequence(steps)
+    return made
 
 
 def test_zero_probability_is_a_number(byte_tokenizer):
     assert committed([Token(1, 0, 0.0)])[0].logprob == -9999.0
     assert math.isfinite(committed([Token(1, 0, 1e-30)])[0].logprob)
     impossible = [TokenScore(100, -math.inf, False, ((100, -math.inf),))]
-    shown = completion_logprobs(TokenNames(byte_tokenizer), impossible, 0, at_start=False, with_top=True)
+    names = TokenNames(byte_tokenizer)
+    shown = completion_logprobs(names, impossible, TextOffsets(names), with_top=True)
     assert (shown["token_logprobs"], shown["top_logprobs"]) == ([-9999.0], [{"`": -9999.0}])
     [entry] = chat_logprobs(TokenNames(byte_tokenizer), impossible)["content"]
     assert (entry["logprob"], entry["top_logprobs"][0]["logprob"]) == (-9999.0, -9999.0)

@@ -45,8 +45,10 @@ class _Api(FastAPI):
     def openapi(self) -> dict[str, Any]:
         schema = super().openapi()
         room = self.service.max_context - 1
-        most = {"prompt": self.service.engine.model.config.vocab_size - 1, "n": self.service.config.max_choices}
-        most |= {"max_tokens": room, "max_completion_tokens": room}
+        last = self.service.engine.model.config.vocab_size - 1
+        most = {"prompt": last, "allowed_token_ids": last, "stop_token_ids": last, "n": self.service.config.max_choices}
+        most |= {"max_tokens": room, "max_completion_tokens": room, "min_tokens": room}
+        most |= {"best_of": self.service.config.max_choices}
         for request in (CompletionRequest, ChatRequest, WatchRequest):
             fields = schema["components"]["schemas"][request.__name__]["properties"]
             if "model" in fields:

@@ -12,11 +12,12 @@ from twotower.decoding.output import Generation
 from twotower.decoding.scoring import TokenScore
 from twotower.server.errors import ApiError
 from twotower.server.fields import logged
-from twotower.server.logprobs import TokenNames, chat_logprobs
+from twotower.server.logprobs import chat_logprobs
 from twotower.server.messages import Message, turns
 from twotower.server.protocol import ChatRequest, Templating
 from twotower.server.reply import LogprobOptions, ReplyPlan, reply
 from twotower.server.service import Service
+from twotower.server.token_names import TokenNames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +50,27 @@ async def chat(service: Service, body: ChatRequest, request: Request) -> Respons
     """Writes the next message of a chat `n` times. Raises ApiError for what can't be done."""
     service.check_model(body.model)
     request.state.log["user"] = logged(body.user)
-    n = body.num_choices
+    n, written = body.num_choices, body.num_written
     if body.top_logprobs and not body.logprobs:
         message = "top_logprobs needs logprobs: true; set it or leave top_logprobs out"
         raise ApiError(400, message, param="top_logprobs", code="invalid_value")
     with ExitStack() as held:
-        admission = held.enter_context(service.admit(n))
+        admission = held.enter_context(service.admit(written))
         prompt = render(service, body.messages, body)
         # no special tokens by default: templates write the control tokens that a prompt begins with
         special = bool(body.add_special_tokens)
-        requests = await service.prepare(prompt, body, body.most_tokens, num_choices=n, special=special)
+        requests = await service.prepare(prompt, body, body.most_tokens, num_choices=written, special=special)
         logprobs = LogprobOptions(body.top_logprobs or 0) if body.logprobs else None
-        plan = ReplyPlan(tuple(requests), 1, ChatFormat(service.names), logprobs, body.stream_options)
+        plan = ReplyPlan(
+            tuple(requests),
+            1,
+            n,
+            ChatFormat(service.names),
+            logprobs,
+            body.stream_options,
+            body.prompt_logprobs,
+            bool(body.return_token_ids),
+        )
         return await reply(service, request, plan, bool(body.stream), admission, held)
 
 

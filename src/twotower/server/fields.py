@@ -36,16 +36,6 @@ BOOKKEEPING = frozenset(
 # answer as it is. Any other value is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (),
-    "frequency_penalty": (),
-    "presence_penalty": (),
-    "repetition_penalty": (1,),
-    "min_p": (),
-    "typical_p": (1,),
-    "logit_bias": (),
-    "best_of": (1,),
-    "stop_token_ids": (),
-    "skip_special_tokens": (True,),
-    "min_tokens": (),
     "tools": (),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True,),
@@ -95,6 +85,11 @@ _EMPTY: tuple[Any, ...] = ("", [], {})
 # fail_fast: a list of 100,000 wrong entries gives one error, not 100,000.
 Entry = TypeVar("Entry")
 Many = Annotated[list[Entry], Field(fail_fast=True)]
+
+
+def shown(**keywords: Any) -> Any:
+    """Keywords of JSON Schema that are only written into the OpenAPI schema and not checked by pydantic."""
+    return Field(json_schema_extra=keywords)
 
 
 def _whole(value: Any) -> Any:

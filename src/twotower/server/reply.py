@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -17,7 +17,7 @@ from twotower.decoding.scoring import ContextScorer, TokenScore
 from twotower.decoding.step import Request as TextRequest
 from twotower.engine.aio import Admission
 from twotower.server.errors import ApiError
-from twotower.server.logprobs import committed
+from twotower.server.logprobs import committed, prompt_logprobs
 from twotower.server.protocol import StreamOptions
 from twotower.server.service import Service
 from twotower.server.streaming import EventStream, unless_gone
@@ -85,19 +85,33 @@ class Counts(NamedTuple):
 class ReplyPlan(NamedTuple):
     """What to write, in which format, and what to tell beside the texts.
 
-    `requests` are in the order of the reply's choices: all of the first prompt, then all of the next.
+    `requests` are in the order of the reply's choices: all of the first prompt, then all of the next. Of those of one
+    prompt the `num_choices` likeliest are given. `prompt_logprobs` asks for the log-probabilities of the prompt's
+    tokens and of so many likeliest ones at each place, `token_ids` for the ids of prompts and texts.
     """
 
     requests: tuple[TextRequest, ...]
     num_prompts: int
+    num_choices: int
     format: ReplyFormat
     logprobs: LogprobOptions | None
     stream_options: StreamOptions | None
+    prompt_logprobs: int | None
+    token_ids: bool
 
     @property
     def needs_scoring(self) -> bool:
         """Whether the context tower must score the texts."""
         return self.logprobs is not None and self.logprobs.need_scoring
+
+    def given(self, results: Mapping[int, Generation]) -> list[int]:
+        """The places of the texts to give: for each prompt the likeliest by the mean log-probability of a token."""
+        written = len(self.requests) // self.num_prompts
+        if written == self.num_choices:
+            return [*range(len(self.requests))]
+        places = [range(k * written, (k + 1) * written) for k in range(self.num_prompts)]
+        ranked = (sorted(group, key=lambda i: -_mean_logprob(results[i])) for group in places)
+        return [i for group in ranked for i in group[: self.num_choices]]
 
     def usage(self, counts: Sequence[Counts]) -> dict[str, int]:
         """Tokens and calls of all texts; a prompt counts once, however many texts continue it."""
@@ -121,6 +135,9 @@ async def reply(
     Raises ApiError for log-probabilities that can't be given.
     """
     _check_logprobs(plan)
+    if stream and plan.prompt_logprobs is not None:
+        message = "prompt_logprobs are not streamed; leave them out, or stream"
+        raise ApiError(400, message, param="prompt_logprobs", code="invalid_value")
     head = {
         "id": f"{plan.format.prefix}-{secrets.token_hex(12)}",
         "object": plan.format.object + (plan.format.chunk_suffix if stream else ""),
@@ -161,18 +178,34 @@ async def _whole(
             if output.result is not None:
                 results[index] = output.result
     choices = []
-    for i, text in enumerate(plan.requests):
+    for place, i in enumerate(plan.given(results)):
         logprobs = None
         if plan.logprobs is not None:
             logprobs = committed(tokens[i])
             if plan.needs_scoring:
-                ids = [*text.prompt_ids, *results[i].token_ids]
-                skip = 0 if plan.logprobs.echo else len(text.prompt_ids)
-                logprobs = await _score(service, _scorer(service, text, plan.logprobs), ids, skip)
-        choices.append(plan.format.choice(i, results[i], logprobs))
-    usage = plan.usage([Counts.of(results[i]) for i in range(len(choices))])
+                ids = [*plan.requests[i].prompt_ids, *results[i].token_ids]
+                skip = 0 if plan.logprobs.echo else len(plan.requests[i].prompt_ids)
+                logprobs = await _score(service, _scorer(service, plan.requests[i], plan.logprobs), ids, skip)
+        choice = plan.format.choice(place, results[i], logprobs)
+        if plan.token_ids:
+            choice |= {"token_ids": results[i].token_ids, "prompt_token_ids": plan.requests[i].prompt_ids}
+        if plan.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = await _prompt_logprobs(service, plan.requests[i], plan.prompt_logprobs)
+        choices.append(choice)
+    usage = plan.usage([Counts.of(results[i]) for i in range(len(plan.requests))])
     log |= usage
     return head | {"choices": choices, "usage": usage}
+
+
+def _mean_logprob(result: Generation) -> float:
+    scores = committed([Token(i, 0, c) for i, c in zip(result.token_ids, result.confidences, strict=True)])
+    return sum(score.logprob or 0.0 for score in scores) / max(len(scores), 1)
+
+
+async def _prompt_logprobs(service: Service, text: TextRequest, num_top: int) -> list[Any]:
+    """The log-probabilities of a prompt's tokens, in vLLM's form."""
+    scorer = _scorer(service, text, LogprobOptions(num_top))
+    return prompt_logprobs(service.names, await _score(service, scorer, text.prompt_ids))
 
 
 async def _chunks(
@@ -196,7 +229,7 @@ async def _chunks(
             skip = 0 if plan.logprobs.echo else len(text.prompt_ids)
             echoed = await _score(service, scorers[i], text.prompt_ids, skip) or None
         for beginning in plan.format.beginning(i, echoed):
-            yield chunk(beginning)
+            yield chunk(beginning | ({"prompt_token_ids": text.prompt_ids} if plan.token_ids else {}))
     async with aclosing(service.run(plan.requests, admission, log)) as outputs:
         async for index, output in outputs:
             logprobs = None if plan.logprobs is None else committed(output.tokens)
@@ -205,8 +238,9 @@ async def _chunks(
             counts[index] = Counts(counts[index].tokens + len(output.tokens))
             if output.result is not None:
                 counts[index] = Counts.of(output.result)
-            if output.text or logprobs:
-                yield chunk(plan.format.chunk(index, output.text, logprobs))
+            if output.text or logprobs or (plan.token_ids and output.tokens):
+                ids = {"token_ids": output.token_ids} if plan.token_ids else {}
+                yield chunk(plan.format.chunk(index, output.text, logprobs) | ids)
             if output.result is not None:
                 yield chunk(plan.format.end(index, output.result))
     log |= plan.usage(counts)

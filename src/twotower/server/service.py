@@ -16,9 +16,9 @@ from twotower.decoding.step import Request
 from twotower.engine.aio import Admission, AsyncEngine
 from twotower.server.config import MAX_CONTEXT, ServerConfig
 from twotower.server.errors import ApiError
-from twotower.server.logprobs import TokenNames
 from twotower.server.metrics import Metrics
-from twotower.server.protocol import Sampling
+from twotower.server.sampling import Sampling
+from twotower.server.token_names import TokenNames
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Service:
         room for if that is less or `default` is None. `special` says whether the tokenizer adds its control tokens,
         such as BOS. Raises ApiError and SettingError for what can't run.
         """
-        ids = await self._encode(prompt, special)
+        ids = await self._encode(prompt, special, self._kept(settings, wanted or default or 1))
         room = self.max_context - len(ids)
         if (1 if wanted is None else wanted) > room:
             raise self._too_long(len(ids), wanted or 1)
@@ -134,14 +134,23 @@ class Service:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _encode(self, prompt: Prompt, special: bool) -> tuple[int, ...]:
-        """The token ids of a prompt, at least one. Raises SettingError for bad ids, ApiError for more than fit."""
+    def _kept(self, settings: Sampling, num_new: int) -> int | None:
+        """How many of a prompt's last tokens a request wants to be read; None for all. -1 means what fits."""
+        kept = settings.truncate_prompt_tokens
+        if kept is not None and (kept == 0 or kept < -1):
+            message = f"truncate_prompt_tokens is {kept}, must be at least 1, or -1 for what fits"
+            raise ApiError(400, message, param="truncate_prompt_tokens", code="invalid_value")
+        return max(self.max_context - num_new, 1) if kept == -1 else kept
+
+    async def _encode(self, prompt: Prompt, special: bool, kept: int | None) -> tuple[int, ...]:
+        """The last `kept` token ids of a prompt, at least one. Raises SettingError for bad ids, ApiError for more than
+        fit."""
         if isinstance(prompt, str):
             # A whole book takes seconds, and of the tokenizer's calls only encode_batch releases the GIL meanwhile.
             async with self._long_texts if len(prompt) > _LONG_TEXT else nullcontext():
                 encoded = await asyncio.to_thread(self.tokenizer.encode_batch, [prompt], add_special_tokens=special)
             prompt = encoded[0].ids
-        ids = prompt_ids(self.engine.model, prompt)
+        ids = prompt_ids(self.engine.model, prompt)[-(kept or 0) :]
         if len(ids) > self.max_context:
             raise self._too_long(len(ids), 0)
         return ids

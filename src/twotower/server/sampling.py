@@ -1,0 +1,145 @@
+"""How to decode, as requests say it."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from twotower.decoding.modes import CONSTRAINED_MODES, Mode
+from twotower.decoding.params import MAX_BLOCK, CommitRule, SamplingParams
+from twotower.server.errors import ApiError
+from twotower.server.fields import Body, Integer, Many, Strict, shown
+
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
+_STOP_RULE = f"a text of 1 to {MAX_STOP_CHARACTERS} characters, or a list of at most {MAX_STOPS} such texts"
+
+_BlockCount = Annotated[Integer, shown(minimum=1, maximum=MAX_BLOCK)]
+_Stop = Annotated[str, shown(minLength=1, maxLength=MAX_STOP_CHARACTERS)]
+_Share = Annotated[float, shown(minimum=0, maximum=1)]
+_Penalty = Annotated[float, shown(minimum=-2, maximum=2)]
+_Id = Annotated[Integer, shown(minimum=0)]
+
+# Fields that are called and mean the same in `SamplingParams`.
+_SAME = (
+    *("block_size", "steps_per_block", "confidence_threshold", "commit_rule", "ignore_eos", "allow_loss", "top_k"),
+    *("min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "allowed_token_ids"),
+    *("bad_words", "stop_token_ids", "include_stop_str_in_output", "min_tokens", "skip_special_tokens", "priority"),
+    *("cache_salt", "json_schema", "regex", "grammar"),
+)
+
+
+class JsonSchema(Strict):
+    """A JSON schema with a name. It is always followed strictly, whatever `strict` says."""
+
+    name: str
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class TextFormat(Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(Strict):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class Sampling(Body):
+    """How to decode; `None` is the default. At most one of `response_format`, `regex` and `grammar` may be given."""
+
+    temperature: Annotated[float, shown(minimum=0, maximum=100)] | None = None
+    top_k: Annotated[Integer, shown(minimum=-1)] | None = None
+    top_p: _Share | None = None
+    min_p: _Share | None = None
+    typical_p: Annotated[float, shown(exclusiveMinimum=0, maximum=1)] | None = None
+    repetition_penalty: Annotated[float, shown(minimum=1e-6, maximum=2)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: Annotated[dict[str, float], shown(propertyNames={"pattern": "^[0-9]+$"})] | None = None
+    allowed_token_ids: Many[_Id] | None = None
+    bad_words: Many[str] | None = None
+    seed: Annotated[Integer, shown(minimum=-1, exclusiveMaximum=2**63)] | None = None
+    stop: _Stop | Annotated[Many[_Stop], shown(maxItems=MAX_STOPS)] | None = None
+    stop_token_ids: Many[_Id] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[Integer, shown(minimum=0)] | None = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[Integer, shown(minimum=-1)] | None = None
+    priority: Integer | None = None
+    cache_salt: str | None = None
+    mode: Mode | None = None
+    block_size: _BlockCount | None = None
+    steps_per_block: _BlockCount | None = None
+    confidence_threshold: _Share | None = None
+    commit_rule: CommitRule | None = None
+    allow_loss: bool | None = None
+    response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    regex: Annotated[str, shown(minLength=1, format="regex")] | None = None
+    grammar: Annotated[str, shown(minLength=1, format="lark")] | None = None
+
+    @field_validator("top_k", "seed")
+    @classmethod
+    def _off(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """None for the numbers by which clients say that a setting is off."""
+        return None if value == -1 or (value == 0 and info.field_name == "top_k") else value
+
+    @property
+    def json_schema(self) -> str | None:
+        """The text of the JSON schema that `response_format` asks for, None for free text."""
+        if isinstance(self.response_format, SchemaFormat):
+            return json.dumps(self.response_format.json_schema.json_schema, ensure_ascii=False)
+        return '{"type": "object"}' if isinstance(self.response_format, ObjectFormat) else None
+
+    def sampling(
+        self, default_mode: Mode, max_new_tokens: int, choice: int = 0, default_temperature: float = 1.0
+    ) -> SamplingParams:
+        """The settings of one text, number `choice` of its prompt. Raises SettingError for a value out of range.
+
+        The texts of one prompt use the seeds `seed`, `seed` + 1, and so on. A constrained request that names no mode
+        uses `ar` if the default mode can't follow constraints.
+        """
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stop) > MAX_STOPS or not all(0 < len(one) <= MAX_STOP_CHARACTERS for one in stop):
+            raise ApiError(400, f"stop must be {_STOP_RULE}", param="stop", code="invalid_value")
+        given: dict[str, Any] = {name: getattr(self, name) for name in _SAME}
+        given |= {
+            "top_p": self.top_p or None,
+            "seed": None if self.seed is None else self.seed + choice,
+            "logit_bias": self._biases(),
+        }
+        constrained = any(given[name] is not None for name in ("json_schema", "regex", "grammar"))
+        fitting: Mode = "ar" if constrained and default_mode not in CONSTRAINED_MODES else default_mode
+        temperature = default_temperature if self.temperature is None else self.temperature
+        if self.top_p == 0:
+            temperature = 0.0  # of the likeliest tokens that have no probability together only the first is left
+        return SamplingParams(
+            mode=self.mode or fitting,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stop=tuple(stop),
+            past_positions=True,  # --max-context says how long a text may be
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
+    def _biases(self) -> dict[int, float] | None:
+        """`logit_bias` with ids for keys, which are texts in JSON. Raises ApiError for a key that is no id."""
+        if self.logit_bias is None:
+            return None
+        wrong = next((key for key in self.logit_bias if not (key.isascii() and key.isdigit() and len(key) < 20)), None)
+        if wrong is not None:
+            message = f"logit_bias has the key {json.dumps(wrong[:40])}, must have token ids as keys"
+            raise ApiError(400, message, param="logit_bias", code="invalid_value")
+        return {int(key): value for key, value in self.logit_bias.items()}

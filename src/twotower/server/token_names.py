@@ -1,0 +1,89 @@
+"""The texts and the bytes of single tokens."""
+
+import codecs
+import json
+import re
+
+import tokenizers
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenNames:
+    """What single tokens stand for in a text."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Some decoders drop the first space of a text, so a token is decoded behind another one.
+        self._anchor = tokenizer.encode("a", add_special_tokens=False).ids
+        self._alone = len(tokenizer.decode(self._anchor))
+        decoder = json.loads(tokenizer.to_str())["decoder"]
+        kinds = {one["type"] for one in _flat(decoder)}
+        self._byte_of = _gpt2_bytes() if "ByteLevel" in kinds else {}
+        self._falls_back = "ByteFallback" in kinds
+
+    def text(self, token: int) -> str | None:
+        """The token's own text; None for control tokens and for tokens that are only a part of a character."""
+        piece = self._tokenizer.decode([*self._anchor, token])[self._alone :]
+        return piece if piece and "\ufffd" not in piece else None
+
+    def bytes(self, token: int, *, first: bool = False) -> bytes:
+        """The bytes that the token adds to a text, none for control tokens; `first` says that it begins the text.
+
+        The bytes of all tokens joined are the text in UTF-8, also where a token is only a part of a character.
+        """
+        text = self._tokenizer.decode([token]) if first else self.text(token)
+        if text and "\ufffd" not in text:
+            return text.encode()
+        if not self._tokenizer.decode([token]):
+            return b""
+        name = self._tokenizer.id_to_token(token) or ""
+        found = _BYTE_TOKEN.fullmatch(name)
+        if self._falls_back and found is not None:
+            return bytes([int(found[1], 16)])
+        return bytes(self._byte_of[c] for c in name) if self._byte_of.keys() >= set(name) else (text or "").encode()
+
+    def name(self, token: int) -> str:
+        """The token's text; its bytes, as OpenAI writes them, where it is a part of a character; its name in the
+        vocabulary where it has no text."""
+        text = self.text(token)
+        if text is not None:
+            return text
+        own = self.bytes(token)
+        if own:
+            return "bytes:" + "".join(rf"\x{byte:02x}" for byte in own)
+        return self._tokenizer.id_to_token(token) or f"<{token}>"
+
+
+class TextOffsets:
+    """Where in a text its tokens begin, in characters. A token that is the later part of a character begins where that
+    character does."""
+
+    def __init__(self, names: TokenNames, start: int = 0, *, at_start: bool = False) -> None:
+        """`start` is the number of characters before the first token; `at_start` says that it begins the text."""
+        self._names = names
+        self._offset = start
+        self._at_start = at_start
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> int:
+        """The offset of the next token."""
+        begin = self._offset
+        self._offset += len(self._decoder.decode(self._names.bytes(token, first=self._at_start)))
+        self._at_start = False
+        return begin
+
+
+def _flat(decoder: "dict[str, object] | None") -> "list[dict[str, object]]":
+    """A decoder's parts, where it is a sequence of them."""
+    if decoder is None:
+        return []
+    parts = decoder.get("decoders")
+    return [leaf for part in parts for leaf in _flat(part)] if isinstance(parts, list) else [decoder]
+
+
+def _gpt2_bytes() -> dict[str, int]:
+    """The byte that each printable stand-in of byte-level vocabularies means."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
