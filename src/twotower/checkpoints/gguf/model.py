@@ -18,7 +18,7 @@ from twotower.checkpoints.gguf.tokenizer import tokenizer_from_gguf
 
 _REQUIRED = ("block_count", "embedding_length")
 _NORMS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon", "layer_norm_eps": "attention.layer_norm_epsilon"}
-# More heads than any model has; some families declare each one
+# More heads, and wider ones, than any model has; some families declare each one
 _MOST_HEADS = 2**16
 
 
@@ -36,9 +36,12 @@ def open_gguf(path: Path) -> Backbone:
     given = architecture.given(file)
     tensors = named_tensors(file, raw, architecture.block, architecture.rest, architecture.layers, given)
     tokenizer = tokenizer_from_gguf(path, file.metadata, special)
-    if raw["model_type"] == "nemotron_h":
-        return open_nemotron_h(raw, tensors, tokenizer, special.documents())
-    return open_family(find_family(raw), raw, tensors, tokenizer, special.documents())
+    try:
+        if raw["model_type"] == "nemotron_h":
+            return open_nemotron_h(raw, tensors, tokenizer, special.documents())
+        return open_family(find_family(raw), raw, tensors, tokenizer, special.documents())
+    except (ValueError, RuntimeError) as error:  # PyTorch's of tensors that don't fit the metadata
+        raise ValueError(f"{path} doesn't open as the model that its metadata describes: {error}") from error
 
 
 def _config(file: GgufFile, architecture: Architecture, special: SpecialTokens) -> dict[str, Any]:
@@ -58,9 +61,9 @@ def _config(file: GgufFile, architecture: Architecture, special: SpecialTokens) 
     ends = special.ends
     raw: dict[str, Any] = {
         "vocab_size": embedding.shape[0],
-        "hidden_size": file.count("embedding_length", least=1),
+        "hidden_size": _width(file, embedding.shape),
         "num_hidden_layers": _num_layers(file),
-        **{name: file.number(key) for name, key in _NORMS.items() if file.setting(key) is not None},
+        **_epsilons(file),
         "max_position_embeddings": file.count("context_length", 0) or None,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": bool(file.tensors.keys() & {"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"}),
@@ -73,6 +76,18 @@ def _config(file: GgufFile, architecture: Architecture, special: SpecialTokens) 
         raw |= _attention(file, architecture, raw["hidden_size"])
     _refuse(file, architecture, raw.get("head_dim"))
     return raw | dict(architecture.settings(file, raw))
+
+
+def _epsilons(file: GgufFile) -> dict[str, float]:
+    """What norms add under roots. A file with one key for it has one for all norms."""
+    found = {name: file.number(key) for name, key in _NORMS.items() if file.setting(key) is not None}
+    return dict.fromkeys(_NORMS, next(iter(found.values()))) | found
+
+
+def _width(file: GgufFile, embedding: tuple[int, ...]) -> int:
+    if len(embedding) != 2 or file.count("embedding_length") != embedding[-1]:
+        raise file.wrong("embedding_length", f"the width of token_embd.weight, whose shape is {embedding}")
+    return embedding[-1]
 
 
 def _num_layers(file: GgufFile) -> int:
@@ -88,7 +103,7 @@ def _num_layers(file: GgufFile) -> int:
 
 def _attention(file: GgufFile, architecture: Architecture, width: int) -> dict[str, Any]:
     heads = file.count("attention.head_count", least=1, most=_MOST_HEADS)
-    head_dim = file.count("attention.key_length", width // heads, least=1)
+    head_dim = file.count("attention.key_length", width // heads, least=1, most=_MOST_HEADS)
     # The converter writes another width where a config.json has several; the tensors have the one that counts.
     down = next((t for name, t in file.tensors.items() if name.endswith(".ffn_down.weight")), None)
     return {

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from twotower.checkpoints.gguf.reader import shown
 from twotower.checkpoints.vocabulary import ends_processor
 
 logger = logging.getLogger(__name__)
@@ -46,12 +47,16 @@ class SpecialTokens:
     def read(cls, path: Path, metadata: Mapping[str, Any]) -> Self:
         """Those of a file's metadata. An id outside of the vocabulary is left out with a warning, as llama.cpp does."""
         texts = metadata.get("tokenizer.ggml.tokens", ())
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{path} has tokenizer.ggml.tokens {shown(texts)}, must be texts; take another file")
         ids = dict(_SENTENCE_PIECE) if metadata.get("tokenizer.ggml.model") == "llama" else {}
         ids = {kind: i for kind, i in ids.items() if i < len(texts)}
         for kind in _KEYS:
             key = f"tokenizer.ggml.{kind}_token_id"
             found = metadata.get(key)
-            if found is not None and texts and found >= len(texts):
+            if found is not None and type(found) is not int:
+                raise ValueError(f"{path} has {key} {shown(found)}, must be the number of a token; take another file")
+            if found is not None and (found < 0 or (texts and found >= len(texts))):
                 logger.warning("%s: %s is %d, left out: there are %d tokens", path, key, found, len(texts))
             elif found is not None:
                 ids[kind] = found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, byte_level
+from twotower.checkpoints.gguf.reader import shown
 from twotower.checkpoints.gguf.special_tokens import SpecialTokens
 from twotower.checkpoints.vocabulary import added_token, byte_token, normal_form, scored_merges
 
@@ -56,7 +57,7 @@ def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any], special: Specia
     if kind in ("none", "no_vocab"):
         return None
     if kind not in ("llama", "gpt2", "gemma4"):
-        name = f"{_REFUSED[kind]} ({kind})" if kind in _REFUSED else repr(kind)
+        name = f"{_REFUSED[kind]} ({kind})" if isinstance(kind, str) and kind in _REFUSED else shown(kind)
         raise ValueError(
             f"the tokenizer of {path} is {name}, must be byte-pair encoding (llama, gpt2 or gemma4); take another model"
         )
@@ -69,7 +70,7 @@ def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any], special: Specia
             raise ValueError(f"{path} lacks tokenizer.ggml.scores, the order of merging; convert it again")
         return normal_form(_scored(metadata, tokens, added, special))
     pre = "gemma4" if kind == "gemma4" else metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         logger.warning(
             "%s: no tokenizer.json written, its pre-tokenizer %s can't be expressed there; known are %s. Add the "
             "model's own tokenizer.json",
@@ -86,7 +87,10 @@ def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any], special: Specia
         )
     if "tokenizer.ggml.merges" not in metadata:
         raise ValueError(f"{path} lacks tokenizer.ggml.merges, without which BPE merges nothing; convert it again")
-    merges = [_parts(merge) for merge in metadata["tokenizer.ggml.merges"]]
+    given = metadata["tokenizer.ggml.merges"]
+    if not isinstance(given, list) or not all(isinstance(merge, str) for merge in given):
+        raise ValueError(f"{path} has tokenizer.ggml.merges {shown(given)}, must be texts; take another file")
+    merges = [_parts(merge) for merge in given]
     return normal_form(_byte_pairs(PRE_TOKENIZERS[pre], tokens, merges, added, special))
 
 
@@ -97,6 +101,8 @@ def _tokens(path: Path, metadata: Mapping[str, Any]) -> _Tokens:
     kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(texts))
     scores = metadata.get("tokenizer.ggml.scores", [0.0] * len(texts))
     for name, values in (("token_type", kinds), ("scores", scores)):
+        if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+            raise ValueError(f"{path} has tokenizer.ggml.{name} {shown(values)}, must be numbers; take another file")
         if len(values) < len(texts):
             raise ValueError(
                 f"tokenizer.ggml.{name} of {path} has {len(values)} entries for {len(texts)} tokens; convert it again"
