@@ -135,6 +135,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi 1, Phi 2": ("phi", {}),
     "GPT-J": ("gptj", GPT | {"rotary_dim": 8}),
     "CodeGen": ("codegen", GPT | {"rotary_dim": 8}),
+    "BLOOM": ("bloom", {"n_layer": 3, "n_head": 4}),
+    "MPT": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 3, "attn_config": {"clip_qkv": 6.0}}),
     "HunYuan": ("hunyuan_v1_dense", {"head_dim": 24}),
     "HunYuan MoE": ("hunyuan_v1_moe", {"head_dim": 24, "num_experts": 4, "moe_topk": 2}),
     "Nemotron-H": ("nemotron_h", NEMOTRON | {"layers_block_type": ["mamba", "mlp", "attention", "moe"]}),
@@ -163,7 +165,7 @@ COLUMNS = ("family", "model_type", "form", "difference", "verified is ar", "nati
 def make(name: str, folder: Path) -> Any:
     """transformers' model, saved to a folder."""
     model_type, settings = MODELS[name]
-    own_names = ("gpt2", "gpt_bigcode", "gptj", "codegen")
+    own_names = ("gpt2", "gpt_bigcode", "gptj", "codegen", "mpt")
     sizes = {key: value for key, value in SIZES.items() if model_type not in own_names or key == "vocab_size"}
     config = transformers.AutoConfig.for_model(model_type, **json.loads(json.dumps(sizes | settings)))
     torch.manual_seed(0)

@@ -110,6 +110,7 @@ def test_depth_must_be_the_patterns() -> None:
         ({"mlp_hidden_act": "xielu"}, "mlp_hidden_act is 'xielu', must be another with gated_mlp or experts"),
         ({"kv_lora_rank": 4}, "qk_rope_head_dim is 0, must be at least 1"),
         ({"kv_lora_rank": 4, "qk_rope_head_dim": 4, "v_head_dim": 12}, "head_dim is 8, must be at least 12"),
+        ({"alibi_slopes": (0.5,)}, "alibi_slopes has 1 numbers, must have 4 or none"),
         ({"clip_qkv": 0.0}, "clip_qkv is 0.0, must be above 0"),
         ({"qk_norm_behind_rope": True}, "qk_norm_behind_rope is true, must be false without qk_norm"),
         ({"qk_norm": "head", "qk_norm_bias": True}, "qk_norm_bias is true, must be false .* with norm_type 'rms'"),

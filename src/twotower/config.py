@@ -64,16 +64,17 @@ class TwoTowerConfig:
     unchanged. Raises ValueError that lists every field that is not allowed.
 
     Other families differ from Nemotron-H in these: `norm_type` is "rms", or "layer" for LayerNorm, with `norm_bias`;
-    `norm_offset` is added to every norm's weight. A layer has a norm before its mixer (`pre_norm`), behind it
-    (`post_norm`), or both. `embedding_scale` multiplies embeddings, `residual_scale` what a layer adds, beside
-    `attention_output_scale`, `mlp_output_scale` and `mamba_output_scale` for the layers of one kind, `logit_scale`
-    logits, which `logit_softcap` c then limits to c·tanh(logits / c). `num_positions` rows are a table of learnt
-    positions that is added to the embeddings. Where the kinds of `parallel` follow each other in the pattern, they read
-    the same residual stream: "*-" makes every MLP read what the attention before it reads.
+    `embedding_norm` puts a norm behind the embeddings; `norm_offset` is added to every norm's weight. A layer has a
+    norm before its mixer (`pre_norm`), behind it (`post_norm`), or both. `embedding_scale` multiplies embeddings,
+    `residual_scale` what a layer adds, beside `attention_output_scale`, `mlp_output_scale` and `mamba_output_scale` for
+    the layers of one kind, `logit_scale` logits, which `logit_softcap` c then limits to c·tanh(logits / c).
+    `num_positions` rows are a table of learnt positions that is added to the embeddings. Where the kinds of `parallel`
+    follow each other in the pattern, they read the same residual stream: "*-" makes every MLP read what the attention
+    before it reads.
 
     Of `*`: `num_attention_heads` of width `head_dim`, which share `num_key_value_heads`; `attention_bias`. Scores are
     multiplied by `attention_scale`, by default head_dim^-0.5, which `attention_scale_by_depth` divides by n in the n-th
-    attention layer, and limited by `attention_softcap` as logits are;
+    attention layer, and limited by `attention_softcap` as logits are; `alibi_slopes` are as in `ops.attention`;
     `attention_sinks` adds to each head's softmax one learnt score without a value; `attention_gate` multiplies what
     heads read by the sigmoid of a projection of the layer's input. `qk_norm` puts a norm on queries and
     keys: of each head with one weight ("head") or a weight per head ("each"), or of all heads together ("all"), with a
@@ -121,6 +122,7 @@ class TwoTowerConfig:
     eos_token_id: int | tuple[int, ...] | None = 2
     mask_token_id: int = 3
     block_size: int = 16
+    embedding_norm: bool = False
     norm_type: str = "rms"
     norm_bias: bool = False
     norm_offset: float = 0.0
@@ -140,6 +142,7 @@ class TwoTowerConfig:
     attention_scale: float | None = None
     attention_scale_by_depth: bool = False
     attention_softcap: float | None = None
+    alibi_slopes: tuple[float, ...] = ()
     attention_sinks: bool = False
     attention_gate: bool = False
     attention_output_scale: float = 1.0

@@ -83,6 +83,8 @@ def _attention_problems(c: "TwoTowerConfig") -> list[str]:
         found.append(f"qk_norm is {c.qk_norm!r}, must be null, 'head', 'each' or 'all'")
     if c.qk_norm_bias and (c.qk_norm is None or c.norm_type == "rms"):
         found.append("qk_norm_bias is true, must be false without qk_norm or with norm_type 'rms'")
+    if len(c.alibi_slopes) not in (0, c.num_attention_heads):
+        found.append(f"alibi_slopes has {len(c.alibi_slopes)} numbers, must have {c.num_attention_heads} or none")
     if c.qk_norm_behind_rope and c.qk_norm is None:
         found.append("qk_norm_behind_rope is true, must be false without qk_norm")
     found += _latent_problems(c) if c.kv_lora_rank else []

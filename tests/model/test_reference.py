@@ -50,6 +50,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
             "head_bias": True,
         },
     ),
+    ("**", {"alibi_slopes": (0.5, 0.25, 0.1, 0.0), "embedding_norm": True}),
     ("*-", {"head_bias": True, "tie_word_embeddings": True, "num_attention_heads": 2}),
     ("-", {"mlp_hidden_act": "xielu"}),
     ("E-", {"gated_mlp": True, "mlp_hidden_act": "silu", "router": "softmax", "shared_expert_gate": True}),
@@ -141,7 +142,8 @@ class Reference:
             end = start + i + 1 if causal else k.shape[0]
             for head in range(q.shape[1]):
                 kv = head // (c.num_attention_heads // c.num_key_value_heads)
-                weights = (k[:end, kv] @ q[i, head] * scale).softmax(0)
+                away = (torch.arange(end) - (start + i)).abs() * (c.alibi_slopes[head] if c.alibi_slopes else 0.0)
+                weights = (k[:end, kv] @ q[i, head] * scale - away).softmax(0)
                 out[i, head] = weights @ v[:end, kv]
         return self.project(f"{name}.o_proj", out.flatten(1)), (k, v)
 
@@ -204,6 +206,7 @@ class Reference:
     def tower(self, tower: str, ids: list[int], seeds: list | None, t: float | None) -> tuple[Tensor, list]:
         """Hidden (t, d) and each layer's state; a block seeded by the context's states where `seeds` is given."""
         x, states = self.w[f"{tower}.embeddings.weight"][ids], []
+        x = self.norm(x, self.w[f"{tower}.embedding_norm.weight"]) if self.c.embedding_norm else x
         modulations = [None] * self.c.num_layers if t is None else self.modulations(t)
         for i, kind in enumerate(self.c.pattern):
             name, m = f"{tower}.layers.{i}", modulations[i]

@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         if config.attention_scale_by_depth:
             self.scale /= number + 1
-        self.softcap, self.clip = config.attention_softcap, config.clip_qkv
+        self.softcap, self.clip, self.slopes = config.attention_softcap, config.clip_qkv, config.alibi_slopes
         self.normed_behind_rope = config.qk_norm_behind_rope
         self.normed_together = config.qk_norm == "all"
         self.value_dim = config.v_head_dim or self.head_dim  # the rest of a value is zeros
@@ -70,7 +70,7 @@ class Attention(nn.Module):
     @property
     def rule(self) -> ScoreRule:
         """How scores become weights."""
-        return ScoreRule(self.scale, self.softcap, self.sinks)
+        return ScoreRule(self.scale, self.softcap, self.sinks, self.slopes)
 
     def project(self, x: Tensor, at: Positioning) -> Projected:
         """x (b, s, d) to queries, keys and values."""

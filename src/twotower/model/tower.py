@@ -84,6 +84,7 @@ class Tower(nn.Module):
         if config.num_positions:
             table = torch.empty(config.num_positions, config.hidden_size, dtype=dtype)
             self.position_embeddings = nn.Parameter(table)
+        self.embedding_norm = Norm(config, config.hidden_size, dtype=dtype) if config.embedding_norm else None
         self.layers = nn.ModuleList(Layer(config, i, dtype) for i in range(config.num_layers))
         self.norm_f = Norm(config, config.hidden_size, dtype=dtype)
         self.activation_dtype = dtype
@@ -152,6 +153,8 @@ class Tower(nn.Module):
         x = F.embedding(ids, self.embeddings).to(torch.float32 if wide else self.activation_dtype)
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x, x.dtype)
         if self.position_embeddings is None:
             return x
         assert positions is not None
@@ -167,14 +170,23 @@ class Tower(nn.Module):
         for layer in self.stack:
             layer.pack_(activation_dtype, pack)
         self.norm_f.pack_(activation_dtype)
+        if self.embedding_norm is not None:
+            self.embedding_norm.pack_(activation_dtype)
 
     def released_tensors(self) -> dict[str, Tensor]:
         found = {"embeddings.weight": self.embeddings.data}
         if self.position_embeddings is not None:
             found["position_embeddings.weight"] = self.position_embeddings.data
+        if self.embedding_norm is not None:
+            found |= self.embedding_norm.released_tensors("embedding_norm")
         for i, layer in enumerate(self.stack):
             found |= {f"layers.{i}.{k}": v for k, v in layer.released_tensors().items()}
         return found | self.norm_f.released_tensors("norm_f")
+
+    def _reaches(self) -> list[dict[str, Any]]:
+        """For each of the config's `attention_kinds` the settings of its masks."""
+        slopes = self.config.alibi_slopes
+        return [{"window": kind.window, "chunk": kind.chunk, "slopes": slopes} for kind in self.config.attention_kinds]
 
     def _recurrent(self) -> list[Recurrent]:
         return [layer.mixer for layer in self.stack if isinstance(layer.mixer, RecurrentMixer)]
@@ -197,8 +209,7 @@ class Tower(nn.Module):
         s, t = x.shape[1], past.length if past.keys else 0
         device, dtype = x.device, self.activation_dtype
         masks = [
-            causal_mask(state.lengths, s, t, dtype, device, window=kind.window, chunk=kind.chunk)
-            for kind in (self.config.attention_kinds if past.keys else ())
+            causal_mask(state.lengths, s, t, dtype, device, **reach) for reach in (self._reaches() if past.keys else ())
         ]
         replays: list[Replay] = []
         marked: list[tuple[MambaState, ...]] = []
@@ -238,8 +249,8 @@ class Tower(nn.Module):
         s, t = x.shape[1], past.length if past.keys else 0
         device, dtype = x.device, self.activation_dtype
         masks = [
-            block_mask(seed.lengths, widths, s, t, dtype, device, window=kind.window, chunk=kind.chunk)
-            for kind in (self.config.attention_kinds if past.keys else ())
+            block_mask(seed.lengths, widths, s, t, dtype, device, **reach)
+            for reach in (self._reaches() if past.keys else ())
         ]
         num_mamba = num_attention = 0
         read = x

@@ -12,11 +12,14 @@ from twotower.ops.transfer import to_device
 class ScoreRule(NamedTuple):
     """How products of queries and keys become weights: multiplied by `scale`, limited to cap·tanh(score / cap) where
     there is a `softcap`, and put through a softmax that `sinks` (h,) join as one more score per head, without a value.
+    With `slopes`, one per head, slope·|i − j| is subtracted from the score of a query at position i for a key at j
+    (ALiBi, arXiv 2108.12409); masks have that in them.
     """
 
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    slopes: tuple[float, ...] = ()
 
 
 def causal_mask(
@@ -28,13 +31,15 @@ def causal_mask(
     *,
     window: int | None = None,
     chunk: int | None = None,
+    slopes: tuple[float, ...] = (),
 ) -> Tensor:
     """For `cached_attention` of s new tokens after `starts` (b) earlier ones: (b, 1, s, t), -inf at keys that a token
-    does not see: later ones, those at `window` or more places before it, those before its chunk of positions."""
+    does not see: later ones, those at `window` or more places before it, those before its chunk of positions. With
+    `slopes` (b, h, s, t), at other keys what ALiBi adds."""
     place = (to_device(starts, device)[:, None] + torch.arange(s, device=device)).unsqueeze(-1)  # (b, s, 1)
     key = torch.arange(t, device=device)
     hidden = (key > place) | _out_of_reach(place, key, window, chunk)  # (b, s, t)
-    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf).unsqueeze(1)
+    return masked(hidden.unsqueeze(1), place - key, dtype, slopes)
 
 
 def block_mask(
@@ -47,20 +52,33 @@ def block_mask(
     *,
     window: int | None = None,
     chunk: int | None = None,
+    slopes: tuple[float, ...] = (),
 ) -> Tensor | None:
     """For `seeded_attention`: (b, 1, 1 or s, t+s), -inf at cache places from `starts` (b) on, at block places from
-    `widths` (b) on, and at what is out of reach by `window` or `chunk` on either side; None if nothing is hidden."""
-    if window is None and chunk is None and all(n == t for n in starts) and all(n == s for n in widths):
+    `widths` (b) on, and at what is out of reach by `window` or `chunk` on either side; None if nothing is hidden. With
+    `slopes` (b, h, s, t+s), at other places what ALiBi adds."""
+    one_rule = window is None and chunk is None and not slopes
+    if one_rule and all(n == t for n in starts) and all(n == s for n in widths):
         return None
     first, width = to_device(starts, device)[:, None], to_device(widths, device)[:, None]
     past, own = torch.arange(t, device=device), torch.arange(s, device=device)
     hidden = torch.cat((past >= first, own >= width), dim=1).unsqueeze(1)  # (b, 1, t+s)
+    place = (first + own).unsqueeze(-1)  # (b, s, 1)
+    key = torch.cat((past.expand(len(starts), t), first + own), dim=1).unsqueeze(1)  # (b, 1, t+s)
     if window is not None or chunk is not None:
-        place = (first + own).unsqueeze(-1)  # (b, s, 1)
-        key = torch.cat((past.expand(len(starts), t), first + own), dim=1).unsqueeze(1)  # (b, 1, t+s)
         # Padding reaches everything: a softmax over nothing would be NaN, and 0 times its value would spread that.
         hidden = hidden | (_out_of_reach(place, key, window, chunk) & (own < width).unsqueeze(-1))
-    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf).unsqueeze(1)
+    return masked(hidden.unsqueeze(1), place - key, dtype, slopes)
+
+
+def masked(hidden: Tensor, distance: Tensor, dtype: torch.dtype, slopes: tuple[float, ...]) -> Tensor:
+    """What is added to scores: -inf where `hidden` (b, 1, 1 or s, t) is true, elsewhere 0 (b, 1, 1 or s, t), or with
+    `slopes` -slope·|distance| of each head for distances (b, s, t) or (s, t): (b, h, s, t)."""
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+    if not slopes:
+        return mask
+    slope = torch.tensor(slopes, dtype=dtype, device=hidden.device).view(-1, 1, 1)
+    return mask - slope * distance.abs().unsqueeze(-3)
 
 
 def _out_of_reach(place: Tensor, key: Tensor, window: int | None, chunk: int | None) -> Tensor:
@@ -74,7 +92,7 @@ def _out_of_reach(place: Tensor, key: Tensor, window: int | None, chunk: int | N
 def cached_attention(
     q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: ScoreRule, pages: Tensor | None = None
 ) -> Tensor:
-    """Queries (b, h, s, p) over keys and values (b, k, t, p); mask (b or 1, 1, s or 1, t) is added to the scores.
+    """Queries (b, h, s, p) over keys and values (b, k, t, p); mask (b or 1, 1 or h, s or 1, t) is added to the scores.
 
     Returns (b, h, s, p). Grouped queries without repeating the keys. With `pages` (b, m), keys and values are
     (n, k, size, p), of which row b reads entries pages[b] one after the other.
@@ -132,7 +150,8 @@ def _weights(scores: Tensor, mask: Tensor | None, rule: ScoreRule, num_heads: in
     if rule.softcap is not None:
         scores = rule.softcap * torch.tanh(scores / rule.softcap)
     if mask is not None:
-        scores = (scores.view(b, k, num_heads // k, -1, t) + mask.unsqueeze(2)).view(b, k, rows, t)
+        by_group = mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (k, -1))
+        scores = (scores.view(b, k, num_heads // k, -1, t) + by_group).view(b, k, rows, t)
     if rule.sinks is None:
         return scores.softmax(-1)
     sinks = rule.sinks.view(1, k, -1, 1).expand(b, -1, -1, rows * k // num_heads).reshape(b, k, rows, 1)

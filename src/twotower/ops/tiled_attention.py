@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from twotower.ops.attention import ScoreRule, cached_attention
+from twotower.ops.attention import ScoreRule, cached_attention, masked
 
 # Queries per tile. A tile's mask and weights are (s, m) and are freed with the tile.
 TILE = 256
@@ -61,7 +61,7 @@ def tiled_attention(
         keys, values = [key[:, :, own]], [value[:, :, own]]
         if past is not None:
             keys, values = [*keys, past[0][:, :, before]], [*values, past[1][:, :, before]]
-        arguments = (q[:, :, queries], keys, values, seen, own, before, rule)
+        arguments = (q[:, :, queries], keys, values, queries.start, seen, own, before, rule)
         if torch.is_grad_enabled() and len(tiles) > 1:  # a lone tile is small enough to keep
             pieces.append(checkpoint(_tile, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -70,13 +70,24 @@ def tiled_attention(
 
 
 def _tile(
-    q: Tensor, keys: list[Tensor], values: list[Tensor], seen: KeyReach, own: slice, before: slice, rule: ScoreRule
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    start: int,
+    seen: KeyReach,
+    own: slice,
+    before: slice,
+    rule: ScoreRule,
 ) -> Tensor:
-    """Queries (b, h, s, p) over their own keys in the span `own` and, where there are two, the past in `before`."""
+    """Queries (b, h, s, p) from token `start` on over their own keys in the span `own` and, where there are two, the
+    past in `before`."""
     visible = _visible(seen, own, before if len(keys) == 2 else None)
     key, value = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-    if rule.softcap is not None or rule.sinks is not None:  # these need the mask as numbers
-        visible = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
+    if rule.softcap is not None or rule.sinks is not None or rule.slopes:  # these need the mask as numbers
+        spans = (own, before)[: len(keys)]
+        token = torch.cat([torch.arange(span.start, span.stop, device=q.device) for span in spans])
+        distance = torch.arange(start, start + q.shape[2], device=q.device).unsqueeze(-1) - token
+        visible = masked(~visible, distance, q.dtype, rule.slopes)
     return cached_attention(q, key, value, visible, rule)
 
 

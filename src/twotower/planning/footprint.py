@@ -56,7 +56,7 @@ def place(name: str, config: TwoTowerConfig) -> Place:
         tower: TowerName = "context" if head == "context_tower" else "denoiser"
         if rest.startswith("layers."):
             return Place(tower, LAYER_NAMES[config.pattern[int(rest.split(".")[1])]])
-        return Place(tower, "embeddings" if rest.startswith("embeddings.") else "final norm")
+        return Place(tower, "embeddings" if rest.startswith("embedding") else "final norm")
     return Place("denoiser", "time conditioning")
 
 

@@ -85,6 +85,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "rotary_dim": 4},
     "codegen": {"n_embd": 64, "n_layer": 3, "n_head": 8, "n_positions": 128, "rotary_dim": 4},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "bloom": {"n_layer": 3, "n_head": 4, "seq_length": 128},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128, "attn_config": {"clip_qkv": 6.0}},
     "ministral3": {"head_dim": 16, "rope_parameters": MINISTRAL3},
     "llama4_text": {
         "head_dim": 16,
@@ -97,7 +99,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
 }
-NAMES_OF_ITS_OWN = ("gpt2", "gpt_bigcode", "gptj", "codegen")  # for what SIZES has
+NAMES_OF_ITS_OWN = ("gpt2", "gpt_bigcode", "gptj", "codegen", "mpt")  # for what SIZES has
+NOT_IN_C = ("bloom", "mpt")  # ALiBi
 Edit = Callable[[dict[str, Any]], Any]
 
 
@@ -178,6 +181,12 @@ def family(request: pytest.FixtureRequest, open_family: Callable[..., Opened]) -
 @pytest.fixture(scope="session", params=[name for name in FAMILIES if name != "gpt_neo"])
 def maskable_family(request: pytest.FixtureRequest, open_family: Callable[..., Opened]) -> Opened:
     """Each family but GPT-Neo, whose layers in transformers make their masks themselves."""
+    return open_family(request.param, **FAMILIES[request.param])
+
+
+@pytest.fixture(scope="session", params=[name for name in FAMILIES if name not in NOT_IN_C])
+def native_family(request: pytest.FixtureRequest, open_family: Callable[..., Opened]) -> Opened:
+    """Each family that the C kernels run."""
     return open_family(request.param, **FAMILIES[request.param])
 
 

@@ -51,7 +51,8 @@ def test_an_untrained_denoiser_is_the_backbone_that_sees_a_block_both_ways(
     maskable_family: Any, same_logits: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Modulation changes nothing in a new denoiser. So its logits are transformers' under a mask by which a token of
-    the block also sees the later ones that, in a text, would see it: those within the window."""
+    the block also sees the later ones that, in a text, would see it: those within the window. ALiBi, which transformers
+    computes of keys alone, is of distances, on both sides."""
     start, family = 25, maskable_family
 
     def both_ways(mask_function: Any, q_length: int, kv_length: int, dtype: torch.dtype, **_: Any) -> Tensor:
@@ -61,16 +62,25 @@ def test_an_untrained_denoiser_is_the_backbone_that_sees_a_block_both_ways(
         seen = mask_function(zero, zero, query, key) | later
         return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)[None, None]
 
+    given: dict[str, Tensor] = {}
+    if family.ours.config.alibi_slopes:
+        place = torch.arange(family.ids.shape[1])
+        bias = -torch.tensor(family.ours.config.alibi_slopes).view(-1, 1, 1) * (place[:, None] - place).abs()
+        theirs = family.theirs.transformer
+        monkeypatch.setattr(theirs, "build_alibi_tensor", lambda *_, **__: bias.repeat(2, 1, 1), raising=False)
+        monkeypatch.setattr(theirs, "build_mpt_alibi_tensor", lambda *_, **__: bias, raising=False)
+        given = {"attention_mask": torch.ones_like(family.ids)}  # without one BLOOM does not call its function
     monkeypatch.setitem(transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, "eager", both_ways)
     with torch.no_grad():
-        expected = family.theirs(family.ids, use_cache=False).logits[:, start:]
+        expected = family.theirs(family.ids, use_cache=False, **given).logits[:, start:]
     assert (expected - family.logits[:, start:]).abs().max() > 0.01 * expected.abs().max(), "the mask changed nothing"
     state = family.ours.prefill(family.ids[:, :start])
     same_logits(family.ours.denoise(family.ids[:, start:], state, t=0.5), expected)
 
 
 @pytest.mark.skipif(library() is None, reason="this machine has no C compiler")
-def test_c_computes_what_the_reference_does(family: Any, close: Callable) -> None:
+def test_c_computes_what_the_reference_does(native_family: Any, close: Callable) -> None:
+    family = native_family
     choice = family.fastest.backends["context tower"]
     assert choice.name == "native", choice.reason
     start = 25

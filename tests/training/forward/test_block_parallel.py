@@ -40,6 +40,7 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("S*-SE", {"mamba_inner_epsilon": 0.1, "use_bias": True, "mamba_state_size": 5}),
     ("SRS", {"use_conv_bias": False, "conv_kernel": 2}),
     ("*-*", {"qk_norm": "each", "attention_scale": 0.3, "norm_type": "layer", "attention_bias": True}),
+    ("**", {"alibi_slopes": (0.5, 0.25, 0.1, 0.0), "embedding_norm": True, "attention_sinks": True}),
     ("*-*", {"attention_types": (TURNS, GROWS), "attention_pattern": "01", "qk_norm": "head", **BEHIND}),
 ]
 # Documents are turned by their own lengths, of which some are longer than the original one

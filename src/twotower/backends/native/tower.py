@@ -73,6 +73,8 @@ def missing(config: TwoTowerConfig) -> str | None:
         return ", ".join(lacking)
     if config.attention_gate and "*" in config.pattern:
         return "gated attention (attention_gate)"
+    if config.alibi_slopes and "*" in config.pattern:
+        return "ALiBi (alibi_slopes)"
     return "latent attention (kv_lora_rank)" if config.kv_lora_rank and "*" in config.pattern else None
 
 

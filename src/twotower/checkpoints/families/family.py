@@ -117,7 +117,8 @@ def open_family(
 
 def _config(family: Family, raw: Settings) -> TwoTowerConfig:
     kept = ("torch_dtype", "dtype", "pad_token_id", "max_position_embeddings")
-    named = {"max_position_embeddings": raw.get("n_positions"), **raw}
+    positions = next((raw[key] for key in ("n_positions", "max_seq_len", "seq_length") if raw.get(key)), None)
+    named = {"max_position_embeddings": positions, **raw}
     carried = {key: named[key] for key in kept if named.get(key) is not None}
     known = {"architectures": ["NemotronHTwoTowerForCausalLM"], "model_type": "nemotron_h"}
     eos = raw.get("eos_token_id")
@@ -155,7 +156,7 @@ class _Names:
     def __init__(self, family: Family, config: TwoTowerConfig, raw: Settings, names: tuple[str, ...]) -> None:
         self.block = family.block(config, raw)
         self.rest = family.rest
-        counts = (raw.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers"))
+        counts = (raw.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
         num_blocks = next((count for count in counts if count), config.num_layers)
         self.per_block = config.num_layers // num_blocks
         # Their name -> the part, the suffix, and the first of our layers of the block

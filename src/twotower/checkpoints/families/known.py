@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from twotower.checkpoints.families import (
+    alibi,
     delta,
     gpt,
     latent,
@@ -20,6 +21,7 @@ from twotower.checkpoints.families.family import Family, Settings
 FAMILIES: tuple[Family, ...] = (
     *llama.FAMILIES,
     *post_norm.FAMILIES,
+    *alibi.FAMILIES,
     *gpt.FAMILIES,
     *layer_norm.FAMILIES,
     *older.FAMILIES,
@@ -34,8 +36,6 @@ FAMILIES: tuple[Family, ...] = (
 # Families that are asked for and can't be had: what our towers lack.
 _LACKING = {
     "rwkv": "RWKV layers",
-    "bloom": "ALiBi positions",
-    "mpt": "ALiBi positions",
     "gemma3n_text": "embeddings for each layer",
     "mllama_text_model": "layers that attend to images",
     "zamba2": "layers that share their weights",

@@ -52,7 +52,7 @@ def _olmo_block(config: TwoTowerConfig, raw: Settings) -> Parts:
 
 def _falcon(raw: Settings) -> dict[str, Any]:
     """One KV head, one for each head, or, in the newer architecture, groups of them."""
-    refuse(raw, alibi=(False, None))
+    refuse(raw, alibi=(False, None))  # Falcon rounds what ALiBi adds to bfloat16, whatever the model is run in
     newer, biased = raw.get("new_decoder_architecture", False), bool(raw.get("bias", False))
     if newer:
         refuse(raw, parallel_attn=(True, None))
