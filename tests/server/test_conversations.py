@@ -6,7 +6,9 @@ import logging
 import httpx
 import pytest
 
+import twotower
 from twotower.checkpoints.chat_template import ChatTemplate, Turn
+from twotower.checkpoints.hf import resolve
 from twotower.engine.aio import AsyncEngine
 from twotower.engine.config import EngineConfig
 from twotower.server.app import make_app
@@ -214,3 +216,19 @@ def test_without_a_limit_an_answer_ends_where_memory_does(model, serve, monkeypa
     assert card["max_model_len"] == most
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["total_tokens"] == most
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("stories", "<s>Be kind. One day a b"),
+        ("hybrid", "<s>Be kind.\nUser: One day\nAssistant: a\nUser: b\nAssistant:"),
+    ],
+)
+def test_the_shipped_models_have_a_plain_template(name, prompt):
+    template = ChatTemplate.load(resolve(name))
+    assert template is not None
+    said = [("system", "Be kind."), ("user", "One day"), ("assistant", "a"), ("user", "b")]
+    assert template.render([Turn(role, content) for role, content in said]) == prompt
+    tokenizer = twotower.load(name).tokenizer
+    assert tokenizer.encode(prompt, add_special_tokens=False).ids == tokenizer.encode(prompt[3:]).ids
