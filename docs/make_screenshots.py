@@ -26,7 +26,7 @@ def main(url: str) -> None:
         options.binary_location = shutil.which("chromium") or ""
         service = webdriver.ChromeService(shutil.which("chromedriver"))
         with webdriver.Chrome(options=options, service=service) as browser:
-            browser.get(url)
+            browser.get(f"{url}/watch")
             WebDriverWait(browser, 20).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#modes input"))
             browser.find_element(By.ID, "run").click()
             WebDriverWait(browser, 120).until(lambda b: b.find_element(By.ID, "status").text.startswith("Done"))

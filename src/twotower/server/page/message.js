@@ -90,6 +90,7 @@ export class MessageView {
     if (this.places.length) this.end().append(...this.places.map((place, i) => placeSpan(place, this.before[i] ?? null)));
     this.speed.textContent = node.stats ? speedWords(node.stats) : "";
     this.failure.textContent = node.failure ?? "";
+    this.failure.classList.toggle("mild", !node.state);
   }
 
   // Where the block goes on: in the last paragraph, if that is what the text ends with.
