@@ -39,6 +39,7 @@ from twotower.model.mamba2 import Mamba2
 from twotower.model.state import MambaState
 from twotower.model.time_conditioning import Modulation
 from twotower.ops.attention import cached_attention
+from twotower.ops.rope import Positioning
 from twotower.training.corruption import Corrupted
 from twotower.training.forward.layout import Layout, make_layout
 from twotower.training.forward.seeded_mixers import MambaSeed, context_mixed, context_seed, make_plan
@@ -167,7 +168,7 @@ def boundary_context(model: TwoTower, x0: Tensor, layout: Layout) -> list[Bounda
             kept.append(Boundary(MambaState(rows.transpose(1, 2).contiguous(), seed.states[0])))
             mixed = context_mixed(layer.mixer, seed, plan, torch.float32)
         elif isinstance(layer.mixer, Attention):
-            q, key, value, gate = layer.mixer.project(entered, None)
+            q, key, value, gate = layer.mixer.project(entered, Positioning(None, None))
             kept.append((key, value))
             mixed = layer.mixer.output(cached_attention(q, key, value, causal, layer.mixer.rule), gate)
         else:
@@ -197,7 +198,7 @@ def boundary_step(model: TwoTower, case: Case) -> None:
             mixed = layer.mixer.outputs(prepared, seed.state, torch.float32).view_as(entered)
         elif isinstance(seed, tuple):
             assert isinstance(layer.mixer, Attention)
-            q, key, value, gate = layer.mixer.project(entered, None)
+            q, key, value, gate = layer.mixer.project(entered, Positioning(None, None))
             keys, values = torch.cat((seed[0], key), dim=2), torch.cat((seed[1], value), dim=2)
             mixed = layer.mixer.output(cached_attention(q, keys, values, mask, layer.mixer.rule), gate)
         else:

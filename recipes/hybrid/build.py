@@ -31,7 +31,7 @@ from safetensors.numpy import load_file
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import twotower
-from twotower.eval.tasks import SHIPPED, Example, prompt_ids
+from twotower.eval.tasks import SHIPPED, Example, filled_prompt
 
 VOCABULARY = 1024
 SPECIAL = ["<unk>", "<s>", "</s>", "<mask>"]
@@ -149,7 +149,7 @@ def documents(
             prompts = [taken[0]["prompt"], *(question(task, line["prompt"]) for line in taken[1:])]
             if taken[0].get("distance"):
                 example = Example.from_dict(taken[0])
-                prompts = [filler.decode(prompt_ids(example, filler))]
+                prompts = [filler.decode(filler.encode(filled_prompt(example, filler)).ids)]
             answers = [" " + line.get("written", line["answer"]) for line in taken]
             gap = "\n\n" if task == "arithmetic" else "\n"
             done = "".join(f"{p}{a}{gap}" for p, a in zip(prompts[:-1], answers[:-1], strict=True))

@@ -78,7 +78,7 @@ def test_nothing_is_a_5xx(tiny, byte_tokenizer):
     assert engine.is_running
     engine.close()
     for path in ("/v1/completions", "/v1/chat/completions", "/twotower/watch"):
-        assert counts[path, 200] >= 12  # of 40 that the schema allows
+        assert counts[path, 200] >= 8  # of 40 that the schema allows; many settings exclude each other
         assert counts[path, 400] > 0
     assert counts["/v1/models/{name}", 404] > 0
 

@@ -89,6 +89,5 @@ def _local(model: str | None, opened: TwoTower, state_mib: int) -> Answering:
     limits = EngineConfig(
         max_num_requests=1,
         state_bytes=state_mib * MIB,
-        snapshot_bytes=min(EngineConfig.snapshot_bytes, state_mib * MIB // 4),
     )
     return LocalModel(opened, folder, model or folder.name, limits)

@@ -91,7 +91,6 @@ def command(
         limits = EngineConfig(
             max_num_requests=max_num_requests,
             state_bytes=state_mib * MIB,
-            snapshot_bytes=min(_LIMITS.snapshot_bytes, state_mib * MIB // 4),
         )
         write_batch(opened, jobs, out, limits)
         return

@@ -64,10 +64,10 @@ class Engine:
     def __init__(self, model: TwoTower, config: EngineConfig | None = None) -> None:
         self.model = model
         self.config = config or EngineConfig()
-        budget = self.config.state_bytes - self.config.snapshot_bytes
+        budget = self.config.state_bytes - self.config.snapshot_room
         self._pool = StatePool(model, budget, self.config.max_num_requests)
         self._chooser = Chooser()
-        self._cache = PrefixCache(self._pool, self.config.snapshot_bytes)
+        self._cache = PrefixCache(self._pool, self.config.snapshot_room)
         self._jobs: dict[str, Job] = {}
         self._num_added = 0
         self._intake = Intake(model, self.config, self._pool, self._cache)

@@ -81,7 +81,7 @@ class Intake:
         """Gives a job its state, starting from the prefix cache; returns False if there are too few free pages."""
         ids = job.context_ids
         match = Match(0, (), None, 0)
-        if self._config.snapshot_bytes:
+        if self._config.snapshot_room:
             match = self._cache.match(ids, self._tree(job), needs_logits=_needs_logits(job))
             job.points = self._cache.points(match, len(ids))
         for page in match.pages:

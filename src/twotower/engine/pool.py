@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from twotower.engine.config import MIB
 from twotower.model.pages import PAGE_SIZE, PagedKeys
 from twotower.model.state import ContextState, KeyBuffer, MambaState
 from twotower.model.two_tower import TwoTower
@@ -24,8 +25,9 @@ class StatePool:
         least = num_slots * self.slot_bytes + 2 * self.page_bytes
         if budget < least:
             raise ValueError(
-                f"{budget} bytes are left for the states of running requests, must be at least {least} for {num_slots} "
-                "requests of this model; raise state_bytes, or lower max_num_requests or snapshot_bytes"
+                f"{budget / MIB:.2f} MiB are left for the states of running requests, must be at least "
+                f"{least / MIB:.2f} MiB for {num_slots} requests of this model at a time; raise state_bytes "
+                "(--state-mib), of which a quarter is for the prefix cache, or lower max_num_requests (--max-requests)"
             )
         # A model without attention has no pages; its tables stay empty.
         self.num_pages = (budget - num_slots * self.slot_bytes) // self.page_bytes if self.page_bytes else 1

@@ -126,10 +126,12 @@ def read_task(source: str, limit: int | None = None) -> Task:
 def prompt_ids(example: Example, model: TwoTower) -> list[int]:
     """The token ids of a prompt, filler included, for a model with a tokenizer."""
     assert model.tokenizer is not None
-    prompt = example.prompt
-    if example.distance:
-        prompt = prompt.replace(FILLER, _filler(example, model.tokenizer))
-    return [*text_ids(model, prompt, "prompt", special=True)]
+    return [*text_ids(model, filled_prompt(example, model.tokenizer), "prompt", special=True)]
+
+
+def filled_prompt(example: Example, tokenizer: tokenizers.Tokenizer) -> str:
+    """A prompt with its filler, which is as long as the tokenizer counts."""
+    return example.prompt.replace(FILLER, _filler(example, tokenizer)) if example.distance else example.prompt
 
 
 def fitting(task: Task, model: TwoTower, longest: int) -> Task:
