@@ -280,6 +280,7 @@ def test_in_a_terminal_blocks_are_drawn_and_ctrl_c_ends_an_answer_but_not_the_ch
     shown.expect(" s\x1b[0m")  # the time under the answer
     shown.send("\x03")
     assert "Stopped" in shown.expect("/retry asks again)")
+    shown.expect("> ")  # a second Ctrl-C before the prompt is still one for the answer
     shown.send("\x03")
     shown.expect("Ctrl-D or /exit leaves")
     shown.send("/mo\tver\t\n")
