@@ -1,7 +1,7 @@
 """POST /v1/chat/completions."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -38,12 +38,14 @@ class ChatFormat:
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def chunk(self, index: int, text: str, logprobs: Sequence[TokenScore] | None) -> dict[str, Any]:
+    def chunk(
+        self, index: int, text: str, logprobs: Sequence[TokenScore] | None, more: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
         shown = None if logprobs is None else chat_logprobs(self.names, logprobs)
-        return {"index": index, "delta": {"content": text}, "logprobs": shown, "finish_reason": None}
+        return [{"index": index, "delta": {"content": text}, "logprobs": shown, "finish_reason": None, **more}]
 
-    def end(self, index: int, result: Generation) -> dict[str, Any]:
-        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": result.finish_reason}
+    def end(self, index: int, result: Generation) -> list[dict[str, Any]]:
+        return [{"index": index, "delta": {}, "logprobs": None, "finish_reason": result.finish_reason}]
 
 
 async def chat(service: Service, body: ChatRequest, request: Request) -> Response:

@@ -1,6 +1,6 @@
 """POST /v1/completions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -44,13 +44,16 @@ class CompletionFormat:
 
     def beginning(self, index: int, logprobs: Sequence[TokenScore] | None) -> list[dict[str, Any]]:
         self._begin(index, logprobs is not None)
-        return [self.chunk(index, self._echoes[index], logprobs)] if self._echoes[index] or logprobs else []
+        return self.chunk(index, self._echoes[index], logprobs, {}) if self._echoes[index] or logprobs else []
 
-    def chunk(self, index: int, text: str, logprobs: Sequence[TokenScore] | None) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": self._logprobs(index, logprobs), "finish_reason": None}
+    def chunk(
+        self, index: int, text: str, logprobs: Sequence[TokenScore] | None, more: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        shown = self._logprobs(index, logprobs)
+        return [{"index": index, "text": text, "logprobs": shown, "finish_reason": None, **more}]
 
-    def end(self, index: int, result: Generation) -> dict[str, Any]:
-        return {"index": index, "text": "", "logprobs": None, "finish_reason": result.finish_reason}
+    def end(self, index: int, result: Generation) -> list[dict[str, Any]]:
+        return [{"index": index, "text": "", "logprobs": None, "finish_reason": result.finish_reason}]
 
     def _begin(self, index: int, tokens_of_echo: bool) -> None:
         """Begins to count characters: behind the echo, or with its tokens where these come with the text's."""

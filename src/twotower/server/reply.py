@@ -61,12 +61,15 @@ class ReplyFormat(Protocol):
         """The choices of the chunks that precede the text; `logprobs` are those of an echoed prompt."""
         ...
 
-    def chunk(self, index: int, text: str, logprobs: Sequence[TokenScore] | None) -> dict[str, Any]:
-        """A chunk's choice."""
+    def chunk(
+        self, index: int, text: str, logprobs: Sequence[TokenScore] | None, more: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The choices of the chunks that new text makes: none while it may still become something else, but at least
+        one where there are log-probabilities or `more`, which are further keys of the first."""
         ...
 
-    def end(self, index: int, result: Generation) -> dict[str, Any]:
-        """The last chunk's choice."""
+    def end(self, index: int, result: Generation) -> list[dict[str, Any]]:
+        """The choices of the last chunks, of which the last says why the text ended."""
         ...
 
 
@@ -240,9 +243,11 @@ async def _chunks(
                 counts[index] = Counts.of(output.result)
             if output.text or logprobs or (plan.token_ids and output.tokens):
                 ids = {"token_ids": output.token_ids} if plan.token_ids else {}
-                yield chunk(plan.format.chunk(index, output.text, logprobs) | ids)
+                for choice in plan.format.chunk(index, output.text, logprobs, ids):
+                    yield chunk(choice)
             if output.result is not None:
-                yield chunk(plan.format.end(index, output.result))
+                for choice in plan.format.end(index, output.result):
+                    yield chunk(choice)
     log |= plan.usage(counts)
     if options.include_usage:
         yield chunk()
