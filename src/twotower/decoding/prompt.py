@@ -54,10 +54,12 @@ def text_ids(model: TwoTower, text: Prompt, name: str, *, special: bool = False)
     if model.tokenizer is None:
         rule = "token ids, because the checkpoint has no tokenizer.json"
         raise SettingError(name, text, rule, f"give the {name.partition('[')[0]} as token ids")
-    mask, ids = model.config.mask_token_id, model.tokenizer.encode(text, add_special_tokens=special).ids
-    if mask in ids:
-        ids = without_mask(model.tokenizer, mask).encode(text, add_special_tokens=special).ids
-    return tuple(ids)
+    mask = model.config.mask_token_id
+    # of the tokenizer's calls only encode_batch releases the GIL, which a whole book takes for seconds
+    [encoded] = model.tokenizer.encode_batch([text], add_special_tokens=special)
+    if mask in encoded.ids:
+        [encoded] = without_mask(model.tokenizer, mask).encode_batch([text], add_special_tokens=special)
+    return tuple(encoded.ids)
 
 
 @functools.lru_cache(maxsize=4)

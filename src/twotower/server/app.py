@@ -11,15 +11,23 @@ from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from pydantic_core import from_json
 
+import twotower
 from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.engine.aio import AsyncEngine
 from twotower.server.chat import chat
 from twotower.server.completions import complete
 from twotower.server.config import ServerConfig
 from twotower.server.errors import ApiError, install
-from twotower.server.middleware import ApiKeys, BodyLimit, RequestLog
-from twotower.server.protocol import ChatRequest, CompletionRequest, WatchRequest
+from twotower.server.middleware import OPEN_PATHS, ApiKeys, BodyLimit, HeadAndOptions, RequestLog
+from twotower.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    WatchRequest,
+)
 from twotower.server.service import Service
+from twotower.server.tokens import detokenize, tokenize
 from twotower.server.tracing import note_parent, open_tracer
 from twotower.server.watch import about, watch
 
@@ -49,12 +57,19 @@ class _Api(FastAPI):
         most = {"prompt": last, "allowed_token_ids": last, "stop_token_ids": last, "n": self.service.config.max_choices}
         most |= {"max_tokens": room, "max_completion_tokens": room, "min_tokens": room}
         most |= {"best_of": self.service.config.max_choices}
-        for request in (CompletionRequest, ChatRequest, WatchRequest):
+        most |= {"tokens": last}
+        for request in (CompletionRequest, ChatRequest, WatchRequest, TokenizeRequest, DetokenizeRequest):
             fields = schema["components"]["schemas"][request.__name__]["properties"]
             if "model" in fields:
                 fields["model"]["enum"] = [self.service.model_name]
             for name in most.keys() & fields.keys():
                 _limit_integers(fields[name], most[name])
+        if self.service.config.api_keys:
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"key": []}]
+            for path in OPEN_PATHS & schema["paths"].keys():
+                for operation in schema["paths"][path].values():
+                    operation["security"] = []
         return schema
 
 
@@ -94,6 +109,7 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
     app.router.route_class = _JsonRoute
     install(app)
     # The last one added is the outermost.
+    app.add_middleware(HeadAndOptions)
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
     if config.api_keys:
         app.add_middleware(ApiKeys, keys=config.api_keys)
@@ -120,7 +136,20 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
         service.check_model(name)
         return service.model_card
 
+    @app.post("/tokenize")
+    async def tokenize_text(body: TokenizeRequest) -> dict[str, Any]:
+        return await tokenize(service, body)
+
+    @app.post("/detokenize")
+    async def detokenize_ids(body: DetokenizeRequest) -> dict[str, str]:
+        return detokenize(service, body)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": twotower.__version__}
+
     @app.get("/health")
+    @app.get("/ping")
     async def health() -> JSONResponse:
         ready = engine.is_running
         return JSONResponse({"status": "ready" if ready else "stopped"}, 200 if ready else 503)

@@ -130,7 +130,7 @@ class Body(Strict):
 
     @classmethod
     def _asks_for_nothing(cls, name: str, value: Any) -> bool:
-        if name in ("prompt", "messages"):  # an empty list of them is a mistake, and said to be one
+        if name in ("prompt", "messages", "tokens"):  # an empty list of them is not as if there were none
             return value is None
         if name in cls.model_fields:
             return any(_equal(value, empty) for empty in _EMPTY)

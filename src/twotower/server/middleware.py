@@ -6,8 +6,9 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twotower.server.errors import ApiError, body
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Open to all, even where keys are set: the health check, and the files of the pages, which ask their user for the key.
-_OPEN_PATHS = ("/", "/watch", "/health")
+# Open to all, even where keys are set: the health checks, and the files of the pages, which ask their user for the key.
+OPEN_PATHS = frozenset(("/", "/watch", "/health", "/ping"))
 _OPEN_FOLDER = "/page/"
 # Read up to 32 times the limit of a too large body, so that the client finishes sending and reads the 413.
 _DRAINED = 32
@@ -87,7 +88,44 @@ class ApiKeys:
 
 
 def _is_open(path: str) -> bool:
-    return path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER)
+    return path in OPEN_PATHS or path.startswith(_OPEN_FOLDER)
+
+
+class HeadAndOptions:
+    """Answers HEAD as GET without the body, and OPTIONS with the methods that a path has."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = scope["method"] if scope["type"] == "http" else ""
+        if method == "OPTIONS" and (allowed := _methods(scope)):
+            headers = {"Allow": ", ".join(sorted(allowed | {"OPTIONS"}))}
+            await Response(status_code=204, headers=headers)(scope, receive, send)
+        elif method == "HEAD":
+            # The scope is shared with the log, which says HEAD.
+            inner = {**scope, "method": "GET"}
+            await self._app(inner, receive, _without_body(send))
+            scope["route"] = inner.get("route")
+        else:
+            await self._app(scope, receive, send)
+
+
+def _methods(scope: Scope) -> set[str]:
+    """The methods that the routes of a path answer, none where there is no route."""
+    found: set[str] = set()
+    for route in scope["app"].routes:
+        if route.matches(scope)[0] != Match.NONE:
+            methods = getattr(route, "methods", None) or {"GET"}
+            found |= methods | ({"HEAD"} if "GET" in methods else set())
+    return found
+
+
+def _without_body(send: Send) -> Send:
+    async def headers_only(message: Message) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return headers_only
 
 
 class BodyLimit:

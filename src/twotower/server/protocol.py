@@ -135,3 +135,22 @@ class WatchRequest(Sampling, Templating):
     prompt: str | None = None
     messages: Annotated[Many[Message], Field(min_length=1)] | None = None
     max_tokens: _Tokens | None = None
+
+
+class TokenizeRequest(Templating):
+    """POST /tokenize: the token ids of a prompt, or of messages by the chat template."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[Many[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize: the text of token ids."""
+
+    model: str | None = None
+    tokens: Many[_Id]

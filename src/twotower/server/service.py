@@ -10,8 +10,9 @@ from typing import Any
 import tokenizers
 
 from twotower.checkpoints.chat_template import ChatTemplate
+from twotower.decoding.modes import MODES
 from twotower.decoding.output import StepOutput
-from twotower.decoding.prompt import Prompt, prompt_ids
+from twotower.decoding.prompt import Prompt, prompt_ids, text_ids
 from twotower.decoding.step import Request
 from twotower.engine.aio import Admission, AsyncEngine
 from twotower.server.config import MAX_CONTEXT, ServerConfig
@@ -46,9 +47,10 @@ class Service:
 
     @property
     def model_card(self) -> dict[str, Any]:
-        """The model as /v1/models shows it."""
+        """The model as /v1/models shows it, with the server's limits and modes."""
         card = {"id": self.model_name, "object": "model", "created": self.started, "owned_by": "twotower"}
-        return card | {"max_model_len": self.max_context}
+        limits = {"max_model_len": self.max_context, "max_choices": self.config.max_choices}
+        return card | limits | {"modes": [*MODES, "auto"], "default_mode": self.config.default_mode}
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError unless `name` is the served model, which is also meant where a request names none."""
@@ -146,14 +148,17 @@ class Service:
         """The last `kept` token ids of a prompt, at least one. Raises SettingError for bad ids, ApiError for more than
         fit."""
         if isinstance(prompt, str):
-            # A whole book takes seconds, and of the tokenizer's calls only encode_batch releases the GIL meanwhile.
-            async with self._long_texts if len(prompt) > _LONG_TEXT else nullcontext():
-                encoded = await asyncio.to_thread(self.tokenizer.encode_batch, [prompt], add_special_tokens=special)
-            prompt = encoded[0].ids
+            prompt = await self.tokens(prompt, special=special)
         ids = prompt_ids(self.engine.model, prompt)[-(kept or 0) :]
         if len(ids) > self.max_context:
             raise self._too_long(len(ids), 0)
         return ids
+
+    async def tokens(self, text: str, *, special: bool) -> tuple[int, ...]:
+        """The token ids of a text, maybe none; with `special` those that the tokenizer adds, such as BOS, too."""
+        # A whole book takes seconds.
+        async with self._long_texts if len(text) > _LONG_TEXT else nullcontext():
+            return await asyncio.to_thread(text_ids, self.engine.model, text, "prompt", special=special)
 
     def _usual_room(self, num_prompt: int) -> int:
         """The most new tokens that no one needs to ask for.
