@@ -19,7 +19,7 @@ class Replica:
     def __init__(self, model: str | None, name: str, max_context: int) -> None:
         self.folder = DEFAULT_CHECKPOINT if model is None else resolve(model)
         self.engine = twotower.AsyncEngine(twotower.load(self.folder)).start()
-        self.config = ServerConfig(model_name=name, max_context=max_context)
+        self.config = ServerConfig(model_names=(name,), max_context=max_context)
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return make_app(self.engine, self.config, ChatTemplate.load(self.folder))

@@ -17,10 +17,10 @@ class Option(NamedTuple):
     """What a field says beside its type and default.
 
     `least` and `most` belong to the range, `above` and `below` bound it without belonging to it. `shown_default` is
-    shown for a default that is worked out later. `flag` is the option's spelling where it isn't the field's, `envvar`
-    an environment variable that sets it, `unit` what a number on the command line counts, such as 2**20 for MiB of
-    bytes, `parse` reads a text where the field's type doesn't say how, and `fix` is what the error for a number out of
-    the range advises.
+    shown for a default that is worked out later. `flag` is the option's spelling where it isn't the field's,
+    `other_flag` a second one, which other servers have; `envvar` is an environment variable that sets it, `unit` what a
+    number on the command line counts, such as 2**20 for MiB of bytes, `parse` reads a text where the field's type
+    doesn't say how, and `fix` is what the error for a number out of the range advises.
     """
 
     help: str
@@ -30,6 +30,7 @@ class Option(NamedTuple):
     below: float | None
     shown_default: str | None
     flag: str | None
+    other_flag: str | None
     envvar: str | None
     unit: int
     parse: Callable[[str], Any] | None
@@ -72,13 +73,14 @@ def option(
     below: float | None = None,
     shown_default: str | None = None,
     flag: str | None = None,
+    other_flag: str | None = None,
     envvar: str | None = None,
     unit: int = 1,
     parse: Callable[[str], Any] | None = None,
     fix: str = "",
 ) -> Any:
     """A dataclass field with a default and an `Option`, where the arguments are explained."""
-    what = Option(help, least, most, above, below, shown_default, flag, envvar, unit, parse, fix)
+    what = Option(help, least, most, above, below, shown_default, flag, other_flag, envvar, unit, parse, fix)
     return dataclasses.field(default=default, metadata={"option": what})
 
 

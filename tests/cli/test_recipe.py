@@ -96,6 +96,7 @@ def test_a_switch_s_value_is_no_number(run, checkpoint, tmp_path):
     [
         (("sample", "stories", "out"), "length: 1", "--length is 1, must be an integer of at least 2"),
         (("serve",), "max_num_requests: 0", "--max-requests is 0, must be an integer of at least 1"),
+        (("serve",), "max-requests: 0", "--max-requests is 0, must be an integer of at least 1"),
         (("serve",), "state_mib: 0", "state_bytes is 0, must be an integer of at least 1"),
     ],
 )

@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -18,17 +20,28 @@ COMMAND = [sys.executable, "-c", "from twotower.cli.main import app; app()", "se
 
 
 @contextlib.contextmanager
-def process(checkpoint, port, tmp_path, *options):
+def process(checkpoint, port, tmp_path, *options, command=None):
     """A server that answers, and its address; killed at the end if it still runs."""
     log = tmp_path / f"log-{time.monotonic_ns()}"
-    arguments = ["--model", str(checkpoint), "--name", "tiny", "--port", str(port), "--max-requests", "2", *options]
+    command = command or [
+        *COMMAND,
+        "--model",
+        str(checkpoint),
+        "--name",
+        "tiny",
+        "--port",
+        str(port),
+        "--max-requests",
+        "2",
+        *options,
+    ]
     with log.open("w") as stderr:
-        running = subprocess.Popen([*COMMAND, *arguments], stderr=stderr, stdout=subprocess.DEVNULL)
+        running = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL)
         try:
             url = None
             while url is None:
                 assert running.poll() is None, log.read_text()
-                found = re.search(r"running on (http://\S+)", log.read_text())
+                found = re.search(r"running on (https?://\S+)", log.read_text())
                 url = found and found[1]
                 time.sleep(0.02)
             yield running, url, log
@@ -106,12 +119,86 @@ def test_options_reach_the_server(checkpoint, tmp_path):
         assert httpx.post(f"{url}/v1/completions", json=ask | {"n": 2}, headers=headers).status_code == 200
 
 
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate for 127.0.0.1 and its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificate; install it")
+    folder = tmp_path_factory.mktemp("tls")
+    files = [folder / "cert.pem", folder / "key.pem"]
+    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(files[0]), "-keyout", str(files[1])]
+    subprocess.run(command, check=True, capture_output=True)
+    return files
+
+
+@pytest.mark.slow
+def test_a_file_has_the_options_under_other_servers_names(checkpoint, tmp_path, certificate):
+    (tmp_path / "keys").write_text("one\n\n  two\n")
+    (tmp_path / "chat.jinja").write_text("{{ bos_token }}{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    (tmp_path / "serve.yaml").write_text(
+        "served-model-name: [large, small]\n"
+        "max-model-len: 60\n"
+        "allowed-origins: ['https://a.example']\n"
+        "root_path: /llm\n"
+        f"api-key-file: {tmp_path / 'keys'}\n"
+        f"chat_template: {tmp_path / 'chat.jinja'}\n"
+        f"ssl-certfile: {certificate[0]}\n"
+        f"ssl_keyfile: {certificate[1]}\n"
+    )
+    command = [*COMMAND, "--model", str(checkpoint), "--port", "0", "--config", str(tmp_path / "serve.yaml")]
+    with process(checkpoint, 0, tmp_path, command=command) as (_, url, log):
+        assert url.startswith("https://")
+        trust = ssl.create_default_context(cafile=certificate[0])
+        with httpx.Client(base_url=url, verify=trust, headers={"Authorization": "Bearer two"}) as http:
+            cards = http.get("/v1/models").json()["data"]
+            assert [(card["id"], card["root"], card["max_model_len"]) for card in cards] == [
+                ("large", "large", 60),
+                ("small", "large", 60),
+            ]
+            messages = [{"role": "user", "content": "a"}]
+            ids = http.post("/llm/tokenize", json={"model": "small", "messages": messages}).json()["tokens"]
+            assert http.post("/detokenize", json={"tokens": ids}).json()["prompt"].endswith("<a>")
+            assert http.get("/llm/page/chat.js").status_code == 200
+            assert http.get("/health", headers={"Origin": "https://a.example"}).headers["access-control-allow-origin"]
+            assert http.get("/v1/models", headers={"Authorization": "Bearer three"}).status_code == 401
+        [line] = [line for line in map(json.loads, log.read_text().splitlines()) if line["message"] == "serving"]
+        assert line["url"] == url
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"--api-key-file": "one\nwört"}, "line 2 of"),
+        ({"--api-key-file": "\n\n"}, "has no API key"),
+        ({"--chat-template": "{% for"}, "chat-template can't be used: the chat template is broken"),
+        ({"--ssl-certfile": "nothing"}, "ssl-certfile can't be used"),
+        ({"--ssl-keyfile": "nothing"}, "give --ssl-certfile too"),
+        ({"--config": "max-model-len: 9\nmax_context: 8"}, "says max_context twice"),
+        ({"--config": "api-key: [one, [two]]"}, "must be one value, or a list of them"),
+        ({"--config": "port: [1, 2]"}, "must be one value;"),
+    ],
+)
+def test_what_a_file_lacks_is_said(run, checkpoint, tmp_path, files, message):
+    options = []
+    for option, text in files.items():
+        file = tmp_path / option.removeprefix("--")
+        file.write_text(text)
+        options += [option, file]
+    result = run("serve", "--model", checkpoint, *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--max-context", "1"], "max-context"),
         (["--api-key", ""], "printable ASCII"),
         (["--mode", "fast"], "fast"),
+        (["--cors-origin", "https://a.example/"], "--cors-origin is"),
+        (["--root-path", "llm/"], "--root-path is 'llm/', must be a path such as /llm"),
         (["--context-device", "cuda:97"], "cuda:97"),
         (["--denoiser-device", "cuda:98"], "cuda:98"),
         (["--state-mib", "1", "--max-requests", "100000"], "state_bytes"),

@@ -54,7 +54,7 @@ def engine(model: TwoTower) -> Iterator[AsyncEngine]:
 
 @pytest.fixture(scope="session")
 def app(engine: AsyncEngine) -> FastAPI:
-    return make_app(engine, ServerConfig(model_name="tiny", max_context=2000), ChatTemplate(TEMPLATE, {}))
+    return make_app(engine, ServerConfig(model_names=("tiny",), max_context=2000), ChatTemplate(TEMPLATE, {}))
 
 
 class Served(NamedTuple):

@@ -29,7 +29,7 @@ def test_the_blocks_of_a_server_of_ours_are_seen(url, model):
 
 @pytest.mark.parametrize("keys", [(), ("secret",)])
 def test_without_a_template_the_command_chats_in_the_plain_form(engine, serve, keys):
-    with serve(make_app(engine, ServerConfig(model_name="tiny", api_keys=keys))) as served:
+    with serve(make_app(engine, ServerConfig(model_names=("tiny",), api_keys=keys))) as served:
         options = ["chat", "--url", served.url, "--mode", "ar", "--max-new-tokens", "4", "--temperature", "0"]
         options += [part for key in keys for part in ("--api-key", key)]
         result = CliRunner().invoke(command, options, input="é\n")

@@ -282,7 +282,7 @@ def test_conversations_are_searched_renamed_deleted_exported_and_imported(page, 
 
 
 def test_a_model_without_a_template_is_said_once_and_answers_in_the_plain_form(browser, engine, model, serve):
-    with serve(make_app(engine, ServerConfig(model_name="tiny", max_context=2000))) as served:
+    with serve(make_app(engine, ServerConfig(model_names=("tiny",), max_context=2000))) as served:
         page = open_page(browser, served.url)
         assert "no chat template" in find(page, "#banner").text
         say(page, "é")
@@ -291,7 +291,7 @@ def test_a_model_without_a_template_is_said_once_and_answers_in_the_plain_form(b
 
 
 def test_a_key_is_asked_for_and_outlives_a_reload(browser, engine, serve):
-    with serve(make_app(engine, ServerConfig(model_name="tiny", api_keys=("secret",)))) as served:
+    with serve(make_app(engine, ServerConfig(model_names=("tiny",), api_keys=("secret",)))) as served:
         browser.get(f"{served.url}/page/icon.svg")
         browser.execute_script(FORGET)
         browser.get(served.url)

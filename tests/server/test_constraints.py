@@ -31,7 +31,7 @@ def url(tiny, byte_tokenizer, serve):
     engine = AsyncEngine(model).start()
     with serve(
         make_app(
-            engine, ServerConfig(model_name="tiny", max_context=500), ChatTemplate("{{ messages[0].content }}", {})
+            engine, ServerConfig(model_names=("tiny",), max_context=500), ChatTemplate("{{ messages[0].content }}", {})
         )
     ) as s:
         yield s.url

@@ -209,7 +209,7 @@ def test_without_a_limit_an_answer_ends_where_memory_does(model, serve, monkeypa
     most = engine.longest_text(model.config.block_size)
     assert most is not None
     app = make_app(
-        engine, ServerConfig(model_name="tiny", max_context=100_000), ChatTemplate("{{ messages[0].content }}", {})
+        engine, ServerConfig(model_names=("tiny",), max_context=100_000), ChatTemplate("{{ messages[0].content }}", {})
     )
     with serve(app) as served:
         card = httpx.get(f"{served.url}/v1/models").json()["data"][0]

@@ -250,7 +250,7 @@ def test_openais_client_sees_its_own_errors(client):
 
 
 def test_without_a_template_chat_says_so(engine, serve):
-    with serve(make_app(engine, ServerConfig(model_name="bare"))) as served:
+    with serve(make_app(engine, ServerConfig(model_names=("bare",)))) as served:
         body = {"model": "bare", **PATHS["/v1/chat/completions"]}
         response = httpx.post(f"{served.url}/v1/chat/completions", json=body)
     assert "no chat template" in refused(response, 400, "messages")
@@ -260,7 +260,7 @@ def test_without_a_template_chat_says_so(engine, serve):
 def test_a_full_server_says_when_to_come_again(model, serve, wait_until):
     engine = AsyncEngine(model, EngineConfig(max_num_requests=1, max_num_waiting=2)).start()
     body = {"model": "tiny", "prompt": "a", "max_tokens": 3000, "mode": "ar", "stream": True}
-    with serve(make_app(engine, ServerConfig(model_name="tiny"))) as served:
+    with serve(make_app(engine, ServerConfig(model_names=("tiny",)))) as served:
         place = f"{served.url}/v1/completions"
         with httpx.stream("POST", place, json=body | {"n": 2}) as two, httpx.stream("POST", place, json=body) as one:
             response = httpx.post(place, json=body)
@@ -280,7 +280,7 @@ def test_a_full_server_says_when_to_come_again(model, serve, wait_until):
 @pytest.mark.slow
 def test_a_stopped_engine_is_unavailable(model, serve):
     engine = AsyncEngine(model).start()
-    with serve(make_app(engine, ServerConfig(model_name="tiny"))) as served:
+    with serve(make_app(engine, ServerConfig(model_names=("tiny",)))) as served:
         body = {"model": "tiny", "prompt": "a", "max_tokens": 100_000 // 50, "mode": "ar"}
         assert httpx.get(f"{served.url}/health").status_code == 200
         with httpx.stream("POST", f"{served.url}/v1/completions", json=body | {"stream": True}) as stream:

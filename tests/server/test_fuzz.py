@@ -75,7 +75,7 @@ def test_nothing_is_a_5xx(tiny, byte_tokenizer):
     model.tokenizer = byte_tokenizer
     engine = AsyncEngine(model).start()
     template = ChatTemplate("{{ messages[0].content }}", {})
-    counts = fuzz(make_app(engine, ServerConfig(model_name="tiny", **LIMITS), template), 240)
+    counts = fuzz(make_app(engine, ServerConfig(model_names=("tiny",), **LIMITS), template), 240)
     assert engine.is_running
     engine.close()
     for path in WRITING:
@@ -87,7 +87,9 @@ def test_nothing_is_a_5xx(tiny, byte_tokenizer):
 if __name__ == "__main__":
     engine = AsyncEngine(twotower.load()).start()
     found = fuzz(
-        make_app(engine, ServerConfig(model_name="stories", **LIMITS), ChatTemplate("{{ messages[0].content }}", {})),
+        make_app(
+            engine, ServerConfig(model_names=("stories",), **LIMITS), ChatTemplate("{{ messages[0].content }}", {})
+        ),
         int(sys.argv[1]),
     )
     by_path: dict[str, dict[int, int]] = {}

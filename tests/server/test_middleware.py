@@ -16,7 +16,7 @@ ASK = {"model": "tiny", "prompt": "a secret story", "max_tokens": 2, "user": "so
 
 @pytest.fixture(scope="module")
 def guarded(engine, serve):
-    config = ServerConfig(model_name="tiny", api_keys=("one", "two"), cors_origins=("https://a.example",))
+    config = ServerConfig(model_names=("tiny",), api_keys=("one", "two"), cors_origins=("https://a.example",))
     with serve(make_app(engine, config)) as served:
         yield served.url
 
@@ -48,6 +48,23 @@ def test_only_chosen_origins_may_read_answers(guarded, url):
     assert allowed(guarded, "https://a.example") == "https://a.example"
     assert allowed(guarded, "https://b.example") is None
     assert allowed(url, "https://a.example") is None
+
+
+def test_a_proxy_may_keep_or_take_the_path_that_it_shows(engine, serve):
+    config = ServerConfig(model_names=("tiny",), api_keys=("one",), root_path="/llm")
+    with serve(make_app(engine, config)) as served:
+        for prefix in ("", "/llm"):
+            for path in ("/", "/health", "/page/chat.js"):
+                assert httpx.get(f"{served.url}{prefix}{path}").status_code == 200, prefix + path
+            assert httpx.get(f"{served.url}{prefix}/v1/models").status_code == 401
+            assert httpx.get(f"{served.url}{prefix}/metrics/health").status_code == 401
+            headers = {"Authorization": "Bearer one"}
+            assert httpx.get(f"{served.url}{prefix}/v1/models", headers=headers).status_code == 200
+            schema = httpx.get(f"{served.url}{prefix}/openapi.json", headers=headers).json()
+            assert schema["servers"] == [{"url": "/llm"}]
+        # the page's own links begin at the slash
+        assert httpx.get(f"{served.url}/llm").headers["location"] == f"{served.url}/llm/"
+        assert httpx.get(f"{served.url}/llm/llm/health").status_code == 401
 
 
 def test_each_response_has_an_id_and_a_line_without_texts(http, caplog, wait_until):
@@ -110,7 +127,7 @@ def test_metrics_count_texts_tokens_and_calls(http):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("model_name", ""),
+        ("model_names", ("a", "")),
         ("host", ""),
         ("port", 65536),
         ("default_mode", "fast"),
@@ -119,17 +136,21 @@ def test_metrics_count_texts_tokens_and_calls(http):
         ("max_body_bytes", 10),
         ("api_keys", ("",)),
         ("api_keys", ("ü",)),
+        ("cors_origins", ("a.example",)),
+        ("cors_origins", ("https://a.example/b",)),
+        ("root_path", "/a/"),
+        ("ssl_keyfile", "key.pem"),
         ("shutdown_seconds", -1),
         ("log_level", "loud"),
     ],
 )
 def test_bad_settings_are_named(name, value):
     with pytest.raises(SettingError) as caught:
-        ServerConfig(**({"model_name": "tiny"} | {name: value}))
+        ServerConfig(**{name: value})
     assert caught.value.name == name
 
 
 def test_an_api_key_is_not_shown_in_its_error():
     with pytest.raises(SettingError) as caught:
-        ServerConfig(model_name="tiny", api_keys=("secret\n",))
+        ServerConfig(model_names=("tiny",), api_keys=("secret\n",))
     assert "secret" not in str(caught.value)

@@ -210,7 +210,7 @@ def test_it_works_offline_without_a_complaint(page, url):
 
 
 def test_a_key_is_asked_for_and_sent(browser, engine, serve):
-    with serve(make_app(engine, ServerConfig(model_name="tiny", api_keys=("secret",)))) as served:
+    with serve(make_app(engine, ServerConfig(model_names=("tiny",), api_keys=("secret",)))) as served:
         assert httpx.get(f"{served.url}/twotower/about").status_code == 401
         browser.get(f"{served.url}/watch")
         wait(browser, lambda: status(browser) == "This server wants an API key.")

@@ -29,7 +29,7 @@ def metric(http, name):
 
 
 def test_closing_a_run_frees_it_within_two_rounds(engine):
-    service = Service(engine, ServerConfig(model_name="tiny"), None)
+    service = Service(engine, ServerConfig(model_names=("tiny",)), None)
     request = engine.prepare([97], SamplingParams(mode="ar", max_new_tokens=100_000, ignore_eos=True))
 
     async def leave() -> int:
@@ -64,7 +64,7 @@ def test_closing_a_run_frees_it_within_two_rounds(engine):
 )
 def test_a_request_that_says_nothing_is_sampled_as_the_checkpoint_says(engine, monkeypatch, own, given, expected):
     monkeypatch.setattr(engine.model, "sampling", own)
-    service = Service(engine, ServerConfig(model_name="tiny"), None)
+    service = Service(engine, ServerConfig(model_names=("tiny",)), None)
     [request] = asyncio.run(service.prepare("a", CompletionRequest(model="tiny", prompt="a", **given), 5))
     assert (request.temperature, request.params.top_p, request.block_size) == expected
 
@@ -72,7 +72,7 @@ def test_a_request_that_says_nothing_is_sampled_as_the_checkpoint_says(engine, m
 @pytest.mark.parametrize(("default", "written"), [(None, 40), (16, 16)])
 def test_the_checkpoints_longest_answer_holds_where_no_other_length_does(engine, monkeypatch, default, written):
     monkeypatch.setattr(engine.model, "sampling", SamplingDefaults(max_new_tokens=40))
-    service = Service(engine, ServerConfig(model_name="tiny"), None)
+    service = Service(engine, ServerConfig(model_names=("tiny",)), None)
     [request] = asyncio.run(service.prepare("a", CompletionRequest(model="tiny", prompt="a"), None, default))
     assert request.max_new_tokens == written
 
@@ -169,7 +169,7 @@ def test_a_huge_prompt_does_not_hold_up_others(url, http):
 def test_stopping_finishes_what_runs(model, serve):
     engine = AsyncEngine(model, EngineConfig(max_num_requests=2)).start()
     texts = []
-    with serve(make_app(engine, ServerConfig(model_name="tiny"))) as served:
+    with serve(make_app(engine, ServerConfig(model_names=("tiny",)))) as served:
 
         def read():
             with httpx.stream(

@@ -72,6 +72,20 @@ def test_a_model_says_its_limits_and_modes(http):
     assert {"ar", "diffusion", "verified", "auto"} <= set(card["modes"])
 
 
+def test_a_model_answers_to_all_its_names(engine, serve):
+    with serve(make_app(engine, ServerConfig(model_names=("large", "small")))) as served:
+        assert [card["id"] for card in httpx.get(f"{served.url}/v1/models").json()["data"]] == ["large", "small"]
+        assert httpx.get(f"{served.url}/v1/models/small").json()["root"] == "large"
+        for name in ("large", "small", None):
+            ask = {"model": name, "prompt": "a", "max_tokens": 1}
+            assert httpx.post(f"{served.url}/v1/completions", json=ask).json()["model"] == "large"
+        lost = httpx.post(f"{served.url}/v1/completions", json={"model": "tiny", "prompt": "a"})
+        assert lost.status_code == 404
+        assert "this server has 'large' and 'small'" in lost.json()["error"]["message"]
+        enum = httpx.get(f"{served.url}/openapi.json").json()["components"]["schemas"]["CompletionRequest"]
+        assert enum["properties"]["model"]["enum"] == ["large", "small"]
+
+
 @pytest.mark.parametrize("path", ["/", "/health", "/ping", "/version", "/v1/models", "/metrics", "/page/chat.js"])
 def test_head_is_get_without_the_body(http, path):
     head, get = http.head(path), http.get(path)
@@ -104,7 +118,7 @@ def test_other_methods_and_paths_are_errors(http, method, path, status):
 
 
 def test_the_schema_tells_the_key_where_there_is_one(engine, serve, http):
-    with serve(make_app(engine, ServerConfig(model_name="tiny", api_keys=("one",)))) as served:
+    with serve(make_app(engine, ServerConfig(model_names=("tiny",), api_keys=("one",)))) as served:
         headers = {"Authorization": "Bearer one"}
         schema = httpx.get(f"{served.url}/openapi.json", headers=headers).json()
         assert httpx.get(f"{served.url}/ping").status_code == 200

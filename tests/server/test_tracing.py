@@ -23,7 +23,7 @@ def traced(engine, serve, monkeypatch):
     exporter, provider = memory.InMemorySpanExporter(), sdk.TracerProvider()
     provider.add_span_processor(export.SimpleSpanProcessor(exporter))
     monkeypatch.setattr(server_app, "open_tracer", lambda: provider.get_tracer("twotower"))
-    with serve(make_app(engine, ServerConfig(model_name="tiny"))) as served:
+    with serve(make_app(engine, ServerConfig(model_names=("tiny",)))) as served:
         yield served.url, exporter.get_finished_spans
 
 

@@ -43,7 +43,7 @@ def test_a_prompt_and_messages_exclude_each_other(http, body):
 
 def test_without_a_template_messages_are_refused_and_about_says_so(engine, serve, http):
     assert http.get("/twotower/about").json()["has_chat_template"] is True
-    with serve(make_app(engine, ServerConfig(model_name="tiny"))) as served:
+    with serve(make_app(engine, ServerConfig(model_names=("tiny",)))) as served:
         assert httpx.get(f"{served.url}/twotower/about").json()["has_chat_template"] is False
         answer = httpx.post(f"{served.url}/twotower/watch", json={"messages": MESSAGES})
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_chat_template")

@@ -72,18 +72,21 @@ class ChatTemplate:
                 self._templates[name] = environment.from_string(text)
             except TemplateError as error:
                 which = "" if name == _DEFAULT else f" {name!r}"
-                raise ValueError(
-                    f"the checkpoint's chat template{which} is broken: {error}; correct it, or remove it"
-                ) from error
+                raise ValueError(f"the chat template{which} is broken: {error}; correct it, or remove it") from error
 
     @classmethod
-    def load(cls, directory: Path) -> Self | None:
-        """The templates of a checkpoint directory, None if there is none.
+    def load(cls, directory: Path, file: Path | None = None) -> Self | None:
+        """The templates of a checkpoint directory, None if there is none; the one in `file`, if given, in their place.
 
         As in transformers, chat_template.jinja and the files in additional_chat_templates win over
         tokenizer_config.json, and that over a processor's chat_template.json. The names of special tokens come from
         tokenizer_config.json and special_tokens_map.json. Raises ValueError for a broken file.
         """
+        if file is not None:
+            try:
+                return cls(file.read_text(encoding="utf-8"), read_special_tokens(directory))
+            except ValueError as error:
+                raise ValueError(f"{file} can't be used: {error}") from error
         config = read_object(directory / TOKENIZER_CONFIG_FILE)
         files = {_DEFAULT: directory / TEMPLATE_FILE}
         files |= {file.stem: file for file in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))}
@@ -139,7 +142,7 @@ class ChatTemplate:
     ) -> str:
         name = _WITH_TOOLS if tools is not None and _WITH_TOOLS in self._templates else _DEFAULT
         if name not in self._templates:
-            raise ValueError(f"the checkpoint's chat templates are {sorted(self._templates)}, and none is {_DEFAULT!r}")
+            raise ValueError(f"the chat templates are {sorted(self._templates)}, and none is {_DEFAULT!r}")
         try:
             return self._templates[name].render(
                 **{
@@ -152,7 +155,7 @@ class ChatTemplate:
                 }
             )
         except _FAILURES as error:
-            raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from error
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
 
 
 class _GenerationTag(Extension):
@@ -183,7 +186,7 @@ def _cut_behind(prompt: str, message: str) -> str:
     """The prompt up to the end of the last message. The template may have trimmed the message's outer spaces."""
     start = prompt.rfind(message.strip())
     if start < 0:
-        raise ValueError(f"the checkpoint's chat template changes the message {message!r}, so it can't be continued")
+        raise ValueError(f"the chat template changes the message {message!r}, so it can't be continued")
     whole = message.lstrip()
     return prompt[: start + len(whole if prompt.startswith(whole, start) else whole.rstrip())]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -19,7 +20,7 @@ from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
 from twotower.engine.aio import AsyncEngine
 from twotower.engine.config import EngineConfig
-from twotower.server.config import ServerConfig
+from twotower.server.config import ServerConfig, read_keys
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -35,6 +36,18 @@ def command(
     context_device: ContextDeviceOption = None,
     denoiser_device: DenoiserDeviceOption = None,
     dtype: DtypeOption = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="File with more API keys, one on each line.", show_default="none"
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="File with the jinja template of chats.", show_default="the checkpoint's"
+        ),
+    ] = None,
     recipe: RecipeOption = None,
 ) -> None:
     """Serve OpenAI's completions and chat API, and a page at / that shows the modes at work.
@@ -44,16 +57,20 @@ def command(
     try:
         from twotower.checkpoints.chat_template import ChatTemplate
         from twotower.server.app import make_app
-        from twotower.server.lifecycle import log_to_stderr, run
+        from twotower.server.lifecycle import check_certificate, log_to_stderr, run
     except ModuleNotFoundError as error:
         raise ValueError(f"the server needs the package {error.name}; pip install 'twotower[serve]'") from error
+    if api_key_file is not None:
+        config = dataclasses.replace(config, api_keys=config.api_keys + read_keys(api_key_file))
+    check_certificate(config)
     folder = DEFAULT_CHECKPOINT if model is None else resolve(model)
+    template = ChatTemplate.load(folder, chat_template)
     opened = open_model(
         model, device=device, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
     )
-    config = dataclasses.replace(config, model_name=config.model_name or _name(model, folder))
+    config = dataclasses.replace(config, model_names=config.model_names or (_name(model, folder),))
     engine = AsyncEngine(opened, limits)
-    server = make_app(engine, config, ChatTemplate.load(folder))
+    server = make_app(engine, config, template)
     log_to_stderr(config.log_level)
     run(server, engine, config)
 

@@ -59,19 +59,22 @@ def _parameter(name: str, field: dataclasses.Field[Any], what: Option) -> inspec
         kind, default = str, ",".join(f"{value:g}" for value in default or ())
     elif what.unit > 1:
         default //= what.unit
-    annotation = Annotated[kind, _declared(what)]
+    annotation = Annotated[kind, _declared(name, what)]
     return inspect.Parameter(_key(name, what), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def like(settings: type, name: str) -> Any:
     """The typer option of one field, for a command that takes this field but not all of the dataclass."""
-    return _declared(options_of(settings)[name][1])
+    return _declared(name, options_of(settings)[name][1])
 
 
-def _declared(what: Option) -> Any:
+def _declared(name: str, what: Option) -> Any:
+    flags = [] if what.flag is None else [what.flag]
+    if what.other_flag is not None:
+        flags = [what.flag or f"--{name.replace('_', '-')}", what.other_flag]
     bounds = what.range and f" {what.range[0].upper()}{what.range[1:]}."
     return typer.Option(
-        *([] if what.flag is None else [what.flag]),
+        *flags,
         help=what.help + bounds,
         envvar=what.envvar,
         show_default=what.shown_default or True,

@@ -18,7 +18,7 @@ from twotower.server.chat import chat
 from twotower.server.completions import complete
 from twotower.server.config import ServerConfig
 from twotower.server.errors import ApiError, install
-from twotower.server.middleware import OPEN_PATHS, ApiKeys, BodyLimit, HeadAndOptions, RequestLog
+from twotower.server.middleware import OPEN_PATHS, ApiKeys, BodyLimit, HeadAndOptions, RequestLog, RootPath
 from twotower.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -61,7 +61,7 @@ class _Api(FastAPI):
         for request in (CompletionRequest, ChatRequest, WatchRequest, TokenizeRequest, DetokenizeRequest):
             fields = schema["components"]["schemas"][request.__name__]["properties"]
             if "model" in fields:
-                fields["model"]["enum"] = [self.service.model_name]
+                fields["model"]["enum"] = [*self.service.model_names]
             for name in most.keys() & fields.keys():
                 _limit_integers(fields[name], most[name])
         if self.service.config.api_keys:
@@ -117,6 +117,8 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
+    if config.root_path:
+        app.add_middleware(RootPath, root=config.root_path)
     app.add_middleware(RequestLog, metrics=service.metrics, tracer=open_tracer())
 
     @app.post("/v1/completions")
@@ -129,12 +131,12 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.model_card]}
+        return {"object": "list", "data": [service.model_card(name) for name in service.model_names]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         service.check_model(name)
-        return service.model_card
+        return service.model_card(name)
 
     @app.post("/tokenize")
     async def tokenize_text(body: TokenizeRequest) -> dict[str, Any]:

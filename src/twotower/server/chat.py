@@ -84,8 +84,8 @@ def render(service: Service, messages: Sequence[Message], asked: Templating) -> 
     template = service.template
     if template is None:
         message = (
-            f"{service.model_name!r} has no chat template; use /v1/completions, serve a chat model, or put a "
-            "chat_template.jinja into the checkpoint's folder"
+            f"{service.model_name!r} has no chat template; use /v1/completions, serve a chat model, or give "
+            "--chat-template, or a chat_template.jinja in the checkpoint's folder"
         )
         raise ApiError(400, message, param="messages", code="no_chat_template")
     last = messages[-1]

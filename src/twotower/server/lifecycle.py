@@ -3,6 +3,7 @@
 import json
 import logging
 import socket
+import ssl
 import time
 from typing import Any
 
@@ -55,10 +56,24 @@ class _AnnouncedServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            fields = {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}", "mode": self._default_mode}
+            scheme = "https" if self.config.is_ssl else "http"
+            fields = {"url": f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", "mode": self._default_mode}
             for tower, backend in self._engine.model.backends.items():
                 fields[tower.replace(" ", "_")] = f"{backend.name} ({backend.reason})"
             logger.info("serving", extra={"fields": fields})
+
+
+def check_certificate(config: ServerConfig) -> None:
+    """Raises ValueError where the certificate for HTTPS and its key can't be read or don't belong together."""
+    if config.ssl_certfile is None:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    except OSError as error:  # TLS errors are among them
+        key = "" if config.ssl_keyfile is None else f" with the key {config.ssl_keyfile}"
+        raise ValueError(
+            f"the certificate {config.ssl_certfile}{key} can't be used: {error}; give PEM files"
+        ) from error
 
 
 def run(app: FastAPI, engine: AsyncEngine, config: ServerConfig) -> None:
@@ -73,6 +88,8 @@ def run(app: FastAPI, engine: AsyncEngine, config: ServerConfig) -> None:
         app,
         host=config.host,
         port=config.port,
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=config.shutdown_seconds,

@@ -68,6 +68,22 @@ class RequestLog:
                 record_span(self._tracer, scope, known | log, seconds)
 
 
+class RootPath:
+    """Says at which path a proxy shows the application, and puts it before paths that the proxy has taken it from, for
+    ASGI's paths have it."""
+
+    def __init__(self, app: ASGIApp, root: str) -> None:
+        self._app = app
+        self._root = root
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            root = scope["root_path"] = self._root
+            if scope["path"] != root and not scope["path"].startswith(f"{root}/"):
+                scope["path"] = root + scope["path"]
+        await self._app(scope, receive, send)
+
+
 class ApiKeys:
     """Answers 401 to requests that carry none of the keys as a bearer token."""
 
@@ -76,7 +92,7 @@ class ApiKeys:
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_open(scope["path"]):
+        if scope["type"] == "http" and not _is_open(scope["path"].removeprefix(scope.get("root_path", "")) or "/"):
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
             sent = given.strip().encode("latin-1")
             if scheme.lower() != "bearer" or not any(hmac.compare_digest(sent, key) for key in self._keys):

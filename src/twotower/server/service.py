@@ -35,7 +35,8 @@ class Service:
             raise ValueError("the checkpoint has no tokenizer.json, and a server needs texts; serve another one")
         self.engine = engine
         self.config = config
-        self.model_name = config.model_name or "twotower"
+        self.model_names = config.model_names or ("twotower",)
+        self.model_name = self.model_names[0]
         self.max_context = _most_tokens(engine, config)
         self.template = template
         self.tokenizer: tokenizers.Tokenizer = engine.model.tokenizer
@@ -45,17 +46,18 @@ class Service:
         self.scoring = asyncio.Lock()
         self._long_texts = asyncio.Lock()
 
-    @property
-    def model_card(self) -> dict[str, Any]:
-        """The model as /v1/models shows it, with the server's limits and modes."""
-        card = {"id": self.model_name, "object": "model", "created": self.started, "owned_by": "twotower"}
+    def model_card(self, name: str) -> dict[str, Any]:
+        """The model as /v1/models shows it under one of its names, with the server's limits and modes; `root` is its
+        first name."""
+        card = {"id": name, "object": "model", "created": self.started, "owned_by": "twotower", "root": self.model_name}
         limits = {"max_model_len": self.max_context, "max_choices": self.config.max_choices}
         return card | limits | {"modes": [*MODES, "auto"], "default_mode": self.config.default_mode}
 
     def check_model(self, name: str | None) -> None:
-        """Raises ApiError unless `name` is the served model, which is also meant where a request names none."""
-        if name not in (None, "", self.model_name):
-            message = f"the model {name!r} does not exist; this server has {self.model_name!r}"
+        """Raises ApiError unless `name` is one of the served model, which is also meant where a request names none."""
+        if name not in (None, "", *self.model_names):
+            served = " and ".join(map(repr, self.model_names))
+            message = f"the model {name!r} does not exist; this server has {served}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def admit(self, count: int) -> AbstractContextManager[Admission]:
