@@ -34,9 +34,12 @@ def ids(count: int, seed: int) -> list[int]:
 
 def found(engine: Engine, prompt: list[int], params: SamplingParams = PARAMS) -> int:
     """Runs a request to its end; how many tokens of it the cache had."""
-    before = engine.stats().cache_hit_tokens
-    engine.generate([prompt], params)
-    return engine.stats().cache_hit_tokens - before
+    before = engine.stats()
+    [result] = engine.generate([prompt], params)
+    after = engine.stats()
+    assert after.cache_hit_tokens - before.cache_hit_tokens == result.stats.num_cached_tokens
+    assert 0 <= after.cache_query_tokens - before.cache_query_tokens - len(prompt) + 1 <= 1
+    return result.stats.num_cached_tokens
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -110,6 +110,25 @@ def test_choices_follow_the_seed_one_after_the_other(client, mode):
     assert texts() != texts()  # without a seed each is its own
 
 
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "verified"])
+def test_usage_says_how_much_of_a_prompt_was_cached(client, mode):
+    prompt = f"{mode} asks twice for the same and is not read twice"
+    settings = {"model": "tiny", "max_tokens": 2, "extra_body": {"mode": mode}}
+
+    def cached(*prompts, **more):
+        usage = client.completions.create(prompt=list(prompts), **settings, **more).usage
+        return usage.prompt_tokens_details.cached_tokens
+
+    assert cached(prompt) <= len(mode)  # other tests' prompts may begin with the same letters
+    everything = cached(prompt)
+    assert everything >= len(prompt) - 1  # a mode may read the last token with the first new one
+    assert cached(prompt, n=3) == everything  # which a prompt counts once, as in prompt_tokens
+    assert cached(prompt, prompt) == 2 * everything
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *_, last = client.completions.create(prompt=prompt, **settings, **options)
+    assert last.usage.prompt_tokens_details.cached_tokens == everything
+
+
 def test_usage_comes_last_in_a_stream_that_wants_it(client):
     settings = {"model": "tiny", "prompt": ["a", "bc"], "n": 2, "max_tokens": 7, "seed": 1}
     settings["extra_body"] = {"ignore_eos": True}

@@ -42,7 +42,9 @@ def test_a_prompt_is_cut_at_its_beginning(http, kept, count):
 
 def test_a_prompt_that_is_too_long_is_cut_to_what_fits(http):
     body = ASK | {"prompt": "x" * 5000, "truncate_prompt_tokens": -1}
-    assert http.post("/v1/completions", json=body).json()["usage"] == {
+    usage = http.post("/v1/completions", json=body).json()["usage"]
+    usage.pop("prompt_tokens_details")  # other tests' prompts begin with x too
+    assert usage == {
         "prompt_tokens": 1988,
         "completion_tokens": 12,
         "total_tokens": 2000,

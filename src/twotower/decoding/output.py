@@ -31,13 +31,15 @@ class BlockView(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationStats:
     """What a generation cost: `denoiser_calls` (NFEs) and `context_calls`, of which prefill is one,
-    `seconds_to_first_token` and `seconds_total` since the request arrived, for `num_tokens` new tokens."""
+    `seconds_to_first_token` and `seconds_total` since the request arrived, for `num_tokens` new tokens.
+    `num_cached_tokens` of the prompt were in an engine's prefix cache when the request was taken up."""
 
     denoiser_calls: int
     context_calls: int
     seconds_to_first_token: float
     seconds_total: float
     num_tokens: int
+    num_cached_tokens: int = 0
 
     @property
     def tokens_per_denoiser_call(self) -> float:

@@ -61,7 +61,8 @@ class Record:
     """One request's output so far: tokens, text, counts, and why it ended.
 
     `id` is the id that its outputs carry, `watch` whether they show the block in progress. `began` is when the request
-    came, by time.perf_counter; `seconds_queued` is how long it waited, None while it does.
+    came, by time.perf_counter; `seconds_queued` is how long it waited, None while it does, and `num_cached` how many of
+    the prompt's tokens were cached then.
     """
 
     def __init__(self, model: TwoTower, request: Request, began: float, id: str = "", watch: bool = False) -> None:
@@ -72,6 +73,7 @@ class Record:
         self.denoiser_calls = self.context_calls = 0
         self.began = began
         self.seconds_queued: float | None = None
+        self.num_cached = 0
         self.first: float | None = None
         params = request.params
         self.ends = (() if params.ignore_eos else model.config.eos_token_ids) + params.stop_token_ids
@@ -90,10 +92,12 @@ class Record:
         )
         self.shown = 0  # characters of the text already given out
 
-    def leave_queue(self) -> None:
-        """Notes how long the request has waited, if this is the first time that it is taken up."""
+    def leave_queue(self, num_cached: int = 0) -> None:
+        """Notes how long the request has waited and how many of its tokens are cached, if this is the first time that
+        it is taken up."""
         if self.seconds_queued is None:
             self.seconds_queued = time.perf_counter() - self.began
+            self.num_cached = num_cached
 
     def take(self, stepped: BatchStep, place: int) -> StepOutput:
         """Adds the tokens of row `place` of a step, ends the request where they say so, and returns what is new."""
@@ -159,6 +163,7 @@ class Record:
             seconds_to_first_token=(self.first or now) - self.began,
             seconds_total=now - self.began,
             num_tokens=len(self.tokens),
+            num_cached_tokens=self.num_cached,
         )
         return Generation(
             token_ids=[t.id for t in self.tokens],

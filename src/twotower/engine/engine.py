@@ -30,15 +30,16 @@ class EngineStats(NamedTuple):
     """An engine's present load, and its counts since it was made.
 
     Now: `num_running` requests have a state and `num_waiting` have none; states and the prefix cache take `bytes_used`
-    of `bytes_budget`. Since it was made: `cache_hit_tokens`, prompt tokens found in the prefix cache; `num_rounds`,
-    calls of `Engine.step` with work; `num_preemptions`, states dropped to free memory; `denoiser_calls` and
-    `context_calls`, counted per request as in `GenerationStats`.
+    of `bytes_budget`. Since it was made: `cache_query_tokens`, prompt tokens looked up in the prefix cache, and
+    `cache_hit_tokens`, those found in it; `num_rounds`, calls of `Engine.step` with work; `num_preemptions`, states
+    dropped to free memory; `denoiser_calls` and `context_calls`, counted per request as in `GenerationStats`.
     """
 
     num_running: int
     num_waiting: int
     bytes_used: int
     bytes_budget: int
+    cache_query_tokens: int
     cache_hit_tokens: int
     num_rounds: int
     num_preemptions: int
@@ -220,6 +221,7 @@ class Engine:
             num_waiting=len(self._intake.waiting),
             bytes_used=self._pool.bytes_used + self._cache.bytes_of_snapshots,
             bytes_budget=self.config.state_bytes,
+            cache_query_tokens=self._intake.num_looked_up_tokens,
             cache_hit_tokens=self._intake.num_hit_tokens,
             num_rounds=self._num_rounds,
             num_preemptions=self._num_preemptions,

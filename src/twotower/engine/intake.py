@@ -31,7 +31,7 @@ class Intake:
         self._cache = cache
         self.waiting: deque[Job] = deque()
         self.absorbing: list[Job] = []
-        self.num_hit_tokens = self.context_calls = 0
+        self.num_looked_up_tokens = self.num_hit_tokens = self.context_calls = 0
 
     def enqueue(self, job: Job) -> None:
         """Queues a new job: behind those of its priority, before those of a higher number."""
@@ -59,7 +59,7 @@ class Intake:
             if num_decoding + len(self.absorbing) >= self._config.max_num_requests:
                 break
             if self._open(job):
-                job.record.leave_queue()
+                job.record.leave_queue(job.num_absorbed)
                 self.waiting.remove(job)
                 self.absorbing.append(job)
                 for other in passed:
@@ -99,6 +99,7 @@ class Intake:
         mamba, logits = match.snapshot or Snapshot((), None)
         job.context = self._pool.open(job.table, match.length, mamba, logits, self._rope_length(job))
         job.has_slot = True
+        self.num_looked_up_tokens += len(ids)
         self.num_hit_tokens += match.length
         return True
 

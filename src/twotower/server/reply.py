@@ -74,15 +74,18 @@ class ReplyFormat(Protocol):
 
 
 class Counts(NamedTuple):
-    """A text's new tokens, and the calls of each tower that they took, which are known at its end."""
+    """A text's new tokens, and what is known at its end: the calls of each tower that they took, and the tokens of its
+    prompt that were cached."""
 
     tokens: int = 0
     denoiser_calls: int = 0
     context_calls: int = 0
+    cached: int = 0
 
     @classmethod
     def of(cls, result: Generation) -> Self:
-        return cls(result.stats.num_tokens, result.stats.denoiser_calls, result.stats.context_calls)
+        stats = result.stats
+        return cls(stats.num_tokens, stats.denoiser_calls, stats.context_calls, stats.num_cached_tokens)
 
 
 class ReplyPlan(NamedTuple):
@@ -116,15 +119,17 @@ class ReplyPlan(NamedTuple):
         ranked = (sorted(group, key=lambda i: -_mean_logprob(results[i])) for group in places)
         return [i for group in ranked for i in group[: self.num_choices]]
 
-    def usage(self, counts: Sequence[Counts]) -> dict[str, int]:
+    def usage(self, counts: Sequence[Counts]) -> dict[str, Any]:
         """Tokens and calls of all texts; a prompt counts once, however many texts continue it."""
         per_prompt = len(self.requests) // self.num_prompts
         prompt = sum(len(request.prompt_ids) for request in self.requests[::per_prompt])
-        new, denoiser_calls, context_calls = (sum(column) for column in zip(*counts, strict=True))
+        new, denoiser_calls, context_calls, _ = (sum(column) for column in zip(*counts, strict=True))
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
+            # of the first text of each prompt, which reads it for the others
+            "prompt_tokens_details": {"cached_tokens": sum(count.cached for count in counts[::per_prompt])},
             "denoiser_calls": denoiser_calls,
             "context_calls": context_calls,
         }
