@@ -44,6 +44,9 @@ ALTERNATING: dict[str, Any] = {
 }
 PARTIAL: dict[str, Any] = {"attention_types": (AttentionType(rope_parameters=Rope(partial_rotary_factor=0.25)),)}
 AROUND: dict[str, Any] = {"post_norm": True, "norm_offset": 1.0, "mlp_hidden_act": "gelu_tanh"}
+DELTA: dict[str, Any] = {"mamba_head_dim": 64, "mamba_state_size": 64}
+HALF = Rope(partial_rotary_factor=0.5)
+LATENT: dict[str, Any] = {"kv_lora_rank": 192, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64}
 BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True},
@@ -57,6 +60,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": LAYER_NORM | UNGATED | BIASES | {"mlp_hidden_act": "gelu_tanh", "use_rope": False, "num_positions": 1024},
     "apertus": UNGATED | {"mlp_hidden_act": "xielu", "qk_norm": "head"},
     "sinks": ALTERNATING | {"attention_sinks": True},
+    "gated": {"attention_gate": True},
+    "delta": {"pattern": "G-" * 10, "mamba_num_heads": 9, "mamba_num_groups": 3} | DELTA,
+    "latent": {"num_key_value_heads": 9, "attention_types": (AttentionType(rope_parameters=HALF),)} | LATENT,
 }
 BLOCK = 16
 

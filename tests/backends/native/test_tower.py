@@ -60,9 +60,21 @@ QUERIES = {
     "attention_scale_by_depth": True,
     "head_bias": True,
 }
+LATENTS: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "head_dim": 12,
+    "kv_lora_rank": 10,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 5,
+    "v_head_dim": 7,
+    "attention_types": (AttentionType(rope_parameters=Rope(partial_rotary_factor=0.34)),),
+}
 GATED: dict[str, Any] = {"gated_mlp": True, "mlp_hidden_act": "silu"}
 SOFTMAX: dict[str, Any] = {"router": "softmax", "norm_topk_prob": False}
 PATTERNS: list[tuple[str, dict[str, Any]]] = [
+    ("G*-G", {"attention_gate": True}),
+    ("MG*", {"mamba_state_size": 24, "mamba_head_dim": 13}),
+    ("*-*", LATENTS | {"q_lora_rank": 90}),
     ("**-**", WINDOWS),
     ("*-*-", LAYER_NORM),
     ("*-*-", QUERIES),
@@ -105,6 +117,14 @@ SIZES: list[tuple[str, dict[str, Any]]] = [
     ("E-", GATED | {"mlp_hidden_act": "gelu_tanh"}),
 ]
 SIZES += [
+    ("G", {}),
+    ("G", {"mamba_state_size": 5, "mamba_num_groups": 1, "mamba_head_dim": 5, "conv_kernel": 2, "hidden_size": 33}),
+    ("GMG", {"mamba_state_size": 33, "mamba_num_groups": 4, "mamba_head_dim": 7, "time_step_limit": (0.1, 0.5)}),
+    ("G-", {"mamba_state_size": 128, "parallel": "G-"}),
+    ("**", {"attention_gate": True, "hidden_size": 33} | BIASES),
+    ("**", LATENTS),
+    ("**", LATENTS | {"q_lora_rank": 6, "hidden_size": 33, "attention_gate": True} | BIASES),
+    ("**", LATENTS | {"head_dim": 18, "v_head_dim": 18, "qk_rope_head_dim": 6, "q_lora_rank": 300}),
     ("*-*-", LAYER_NORM),
     ("*-*-", LAYER_NORM | {"hidden_size": 33, "num_key_value_heads": 4, "norm_bias": False}),
     ("*-*-", POST_NORM | {"hidden_size": 37, "num_key_value_heads": 1}),

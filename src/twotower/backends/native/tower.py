@@ -1,5 +1,5 @@
-"""A tower's layers in one call to C, see c/tower.c. Letters: b batch, s tokens, d width, i layers, m `M` layers, w conv
-kernel, c conv channels, h heads, p head width, n state width."""
+"""A tower's layers in one call to C, see c/tower.c. Letters: b batch, s tokens, d width, i layers, m recurrent
+layers, w conv kernel, c conv channels, h heads, p head width, n state width."""
 
 import ctypes
 import math
@@ -17,6 +17,7 @@ from twotower.backends.native.pack import PanelWeight, pack_panels, pack_weight
 from twotower.config import TwoTowerConfig
 from twotower.config_rules import ACTIVATIONS
 from twotower.model.attention import Attention
+from twotower.model.delta_net import DeltaNet
 from twotower.model.layer import Layer
 from twotower.model.linear import Linear
 from twotower.model.mamba2 import Mamba2
@@ -25,6 +26,7 @@ from twotower.model.moe import MixtureOfExperts
 from twotower.model.norm import Norm
 from twotower.model.pages import Past
 from twotower.model.passes import CausalPass, PassInputs
+from twotower.model.recurrent import RECURRENT_KINDS
 from twotower.model.state import ContextState, MambaState
 from twotower.model.tower import Tower
 from twotower.ops.rope import Positioning
@@ -67,15 +69,11 @@ def _is_for_long_contexts(config: TwoTowerConfig) -> bool:
 
 def missing(config: TwoTowerConfig) -> str | None:
     """What a tower of this config needs that the C kernels don't have, None if they have everything."""
-    kinds = {"G": "gated delta nets", "S": "Mamba-1 layers", "R": "RG-LRU layers"}
+    kinds = {"S": "Mamba-1 layers", "R": "RG-LRU layers"}
     lacking = [f"{name} (layers of kind {kind})" for kind, name in kinds.items() if kind in config.pattern]
-    if lacking:
-        return ", ".join(lacking)
-    if config.attention_gate and "*" in config.pattern:
-        return "gated attention (attention_gate)"
     if config.alibi_slopes and "*" in config.pattern:
-        return "ALiBi (alibi_slopes)"
-    return "latent attention (kv_lora_rank)" if config.kv_lora_rank and "*" in config.pattern else None
+        lacking.append("ALiBi (alibi_slopes)")
+    return ", ".join(lacking) or None
 
 
 class NativeTower:
@@ -107,8 +105,8 @@ class NativeTower:
         c, state, x = self.config, inputs.state, inputs.x
         b, s, _ = x.shape
         before, memory = self._memory(state, inputs.past)
-        sizes = (c.mamba_width, c.conv_width, c.mamba_num_heads)
-        saved = [x.new_empty(len(before), b, s, width) for width in (sum(sizes), *sizes[1:])]
+        sizes = _saved_widths(c)
+        saved = [x.new_empty(len(before), b, s, width) for width in sizes]
         # A block's end state waits until it is known how much of the block stays.
         cuts = () if 1 < s <= CHUNK and not marks else (*marks, s)
         ends = x.new_empty(len(cuts), len(before), b, c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_size)
@@ -129,10 +127,9 @@ class NativeTower:
 
     def block(self, inputs: PassInputs, modulation: Tensor | None, widths: tuple[int, ...]) -> Tensor:
         self._check_layers()
-        c, seed, x = self.config, inputs.state, inputs.x
+        seed, x = inputs.state, inputs.x
         b, s, _ = x.shape
-        sizes = (c.mamba_width, c.conv_width, c.mamba_num_heads)
-        room = [x.new_empty(b, s, width) for width in (sum(sizes), *sizes[1:])] if seed.mamba else [x, x, x]
+        room = [x.new_empty(b, s, width) for width in _saved_widths(self.config)] if seed.mamba else [x, x, x]
         starts, own = torch.tensor((seed.lengths, widths))
         _dense, memory = self._memory(seed, inputs.past)  # the tensors live as long as their addresses are used
         return self._run(inputs, memory, room, starts=starts, widths=own, modulation=modulation)
@@ -150,12 +147,12 @@ class NativeTower:
                 )
 
     def _memory(self, state: ContextState, past: Past) -> "tuple[list[MambaState], array[int]]":
-        """The `M` layers' states without gaps, and the addresses of what every layer remembers, two per layer."""
+        """The recurrent layers' states without gaps, and the addresses of what every layer remembers, two per layer."""
         dense = [MambaState(m.conv.contiguous(), m.ssm.contiguous()) for m in state.mamba]
         mamba, keys = iter(dense), zip(past.keys, past.values, strict=True)
         memory = array("Q")
         for layer in self.stack:
-            pair = next(mamba) if layer.kind == "M" else next(keys) if layer.kind == "*" else None
+            pair = next(mamba) if layer.kind in RECURRENT_KINDS else next(keys) if layer.kind == "*" else None
             memory.extend((0, 0) if pair is None else (pair[0].data_ptr(), pair[1].data_ptr()))
         return dense, memory
 
@@ -231,6 +228,17 @@ class _WatchedLayer(NamedTuple):
         return cls(hooks, [(m._modules, dict(m._modules)) for m in modules if m._modules])
 
 
+def _num_gates(config: TwoTowerConfig) -> int:
+    """As in TowerShape in c/calls.h."""
+    return 2 if "G" in config.pattern else 1
+
+
+def _saved_widths(config: TwoTowerConfig) -> tuple[int, int, int]:
+    """How wide a token's projected, convolved and steps are, see TowerPass in c/calls.h."""
+    gates = config.mamba_num_heads * _num_gates(config)
+    return config.mamba_width + config.conv_width + gates, config.conv_width, gates
+
+
 def _shape(config: TwoTowerConfig, weights: list[LayerTensors]) -> ctypes.Structure:
     c = config
     low, high = c.time_step_limit
@@ -247,6 +255,7 @@ def _shape(config: TwoTowerConfig, weights: list[LayerTensors]) -> ctypes.Struct
         mamba_groups=c.mamba_num_groups,
         state=c.mamba_state_size,
         kernel=c.conv_kernel,
+        gates=_num_gates(c),
         norm_first=c.mamba_norm == "before_gate",
         shortest=low,
         longest=high,
@@ -256,6 +265,9 @@ def _shape(config: TwoTowerConfig, weights: list[LayerTensors]) -> ctypes.Struct
         head=c.head_dim,
         qk_norm=NORMS.index(c.qk_norm),
         softcap=c.attention_softcap or 0,
+        latent_turned=c.qk_rope_head_dim,
+        latent_plain=c.qk_nope_head_dim,
+        value_head=c.v_head_dim or c.head_dim,
         norm_behind_rope=c.qk_norm_behind_rope,
         clip=c.clip_qkv or 0,
         activation=ACTIVATIONS.index(c.mlp_hidden_act),
@@ -295,9 +307,20 @@ def _tensors(config: TwoTowerConfig, layer: Layer, experts: dict[str, Tensor]) -
         products = {"first": mixer.in_proj, "second": mixer.out_proj}
         found |= {"taps": mixer.conv_taps, "conv_bias": mixer.conv_bias, "dt_bias": mixer.dt_bias}
         found |= {"A": mixer.A, "D": mixer.D, "gate_norm": mixer.norm, "scales": mixer.scales}
+    elif isinstance(mixer, DeltaNet):
+        products = {"first": mixer.in_proj, "second": mixer.out_proj}
+        found |= {"taps": mixer.conv_taps, "dt_bias": mixer.dt_bias, "A": -mixer.A_log.detach().exp()}
+        found["gate_norm"] = mixer.norm.detach().float().repeat(config.mamba_num_heads)
     elif isinstance(mixer, Attention):
-        assert isinstance(mixer.qkv_proj, Linear)  # `missing` has looked
-        products = {"first": mixer.qkv_proj, "second": mixer.o_proj}
+        from_x = mixer.qkv_proj
+        products = {"second": mixer.o_proj, "gate": mixer.gate_proj}
+        if isinstance(from_x, Linear):
+            products["first"] = from_x
+        else:
+            products |= {"first": from_x.q_proj, "q_latent": from_x.q_a_proj}
+            products |= {"kv_latent": from_x.kv_a_proj, "kv_expand": from_x.kv_b_proj}
+            norms |= {"q_latent_norm": from_x.q_a_norm, "kv_latent_norm": from_x.kv_a_norm}
+            numbers["latent_eps"] = from_x.kv_a_norm.eps
         norms |= {"q_norm": mixer.q_norm, "k_norm": mixer.k_norm}
         kind = config.attention_kinds[mixer.index]
         turned = 0 if kind.rope_parameters is None else kind.rope_parameters.turned(config.head_dim)

@@ -23,16 +23,19 @@ typedef struct {
 } Positioning;
 
 typedef struct {
-    long kind;             /* 'M', '*', '-' or 'E' */
+    long kind;             /* 'M', 'G', '*', '-' or 'E' */
     long joins;            /* reads the residual stream that the layer before it reads */
     double scale;          /* of what the layer adds */
     Norm norm, post_norm;  /* before the mixer, and behind it */
-    Product first, second; /* M: in, out; *: qkv, o; -: up, down; E: up, down of the shared expert, if any */
-    const float *taps, *conv_bias, *dt_bias, *A, *D, *gate_norm, *scales; /* M; the last two may be null */
+    Product first, second; /* M, G: in, out; *: qkv or, with latents, q, and o; -: up, down; E: up, down of the
+                            * shared expert, if any */
+    const float *taps, *conv_bias, *dt_bias, *A, *D, *gate_norm, *scales; /* M, G; the last two may be null */
     Norm q_norm, k_norm;                                         /* * */
     const float *sinks;
     long positioning, turned, window, chunk; /* which Positioning, RoPE's n, and as in AttentionOptions */
-    double attention_scale;
+    double attention_scale, latent_eps;
+    Product gate, q_latent, kv_latent, kv_expand; /* without weights where there is no gate, and no such latent */
+    Norm q_latent_norm, kv_latent_norm;
     const float *alphas;                                         /* -: see activation.h */
     const double *router, *router_bias, *correction;             /* E */
     const void *up, *down;
@@ -45,10 +48,12 @@ typedef struct {
     long num_layers, width, bf16;
     long layer_norm; /* LayerNorm, not RMSNorm */
     double eps;
-    long mamba_heads, mamba_head, mamba_groups, state, kernel, norm_first; /* M */
+    long mamba_heads, mamba_head, mamba_groups, state, kernel, norm_first; /* M, G */
+    long gates; /* numbers of a head behind what is convolved: step sizes, or decays and step sizes if any layer is G */
     double shortest, longest;
     long heads, kv_heads, head, qk_norm;                   /* *; qk_norm as in `NORMS` of ../tower.py */
     long norm_behind_rope;
+    long latent_turned, latent_plain, value_head; /* parts of a head of latents with and without RoPE; a value's width */
     double clip, softcap; /* of queries, keys and values; of scores. 0: none */
     long activation, gated;                                /* -, E: see activation.h */
     double glu_limit, glu_offset, glu_gate_scale;
@@ -59,9 +64,10 @@ typedef struct {
 /* One pass over x (b, s, d), which becomes the residual stream; hidden (b, s, d) is its last norm.
  * modulation (layers, b, 3, d): shift, scale, gate; or null
  * positioning: one of each kind of attention layers
- * memory, two per layer: the conv and SSM state before (M), keys and values (*)
- * projected, convolved, steps (M layers, b, s, ...): in_proj's output, xBC after its SiLU, dt; of one layer unless `keeps`
- * ends (num_cuts, M layers, b, h, p, n): SSM states after as many tokens as each of `cuts` says, ascending up to s;
+ * memory, two per layer: the conv and recurrent state before (M, G), keys and values (*)
+ * projected, convolved, steps (recurrent layers, b, s, ...): in_proj's output, what the scan reads of it after convolution,
+ *   and dt (M) or decays and step sizes (G); of one layer unless `keeps`
+ * ends (num_cuts, recurrent layers, b, h, p, n): their states after as many tokens as each of `cuts` says, ascending up to s;
  *   num_cuts may be 0
  * causal: new keys are appended and a query sees those up to its own; otherwise `starts` and `widths` as in tt_attention
  * bf16_keys: whether memory's keys and values are bf16, else float32

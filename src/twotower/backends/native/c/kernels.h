@@ -14,6 +14,7 @@ void tt_gated_group_rms_norm(const float *y, long y_stride, const float *z, long
                                  *weight, long groups, long width, float eps, int norm_first, float *out, int threads);
 void tt_clamp(float *x, long n, float limit, int threads);
 void tt_scale_columns(float *x, long r, long d, const float *scales, int threads);
+void tt_sigmoid_gate(float *x, const float *gate, long n, int threads);
 
 /* linear.c */
 int tt_mlp(const float *x, long r, const void *up, int up_bf16, long f, const float *up_bias, const void *down,
@@ -32,6 +33,13 @@ int tt_ssd(const float *x, long x_batch, long x_token, const float *B, const flo
                 bc_token, const float *dt, long dt_batch, long dt_token, const float *A, const float *D, const float
                 *state, const int64_t *counts, long b, long s, long h, long p, long g, long n, float *y, long y_batch,
                 float *end, int threads);
+
+/* delta.c */
+void tt_unit_heads(float *x, long r, long stride, long heads, long n, float scale, int threads);
+void tt_delta_steps(const float *gates, long stride, const float *bias, const float *A, long r, long h, float *out);
+int tt_delta(const float *v, const float *k, const float *q, long batch, long token, const float *steps, long step_batch,
+             const float *state, const int64_t *counts, long b, long s, long h, long p, long g, long n, float *y, long y_batch,
+             float *end, int threads);
 
 /* moe.c */
 typedef struct {

@@ -111,3 +111,12 @@ void tt_clamp(float *x, long n, float limit, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && n >= 32768)
     for (long i = 0; i < n; i++) x[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
 }
+
+/* x (n) *= sigmoid(gate (n)) */
+void tt_sigmoid_gate(float *x, const float *gate, long n, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && n >= 32768)
+    for (long i = 0; i < n; i += VL) {
+        const long left = n - i < VL ? n - i : VL;
+        store_part(x + i, load_part(x + i, left) / (1.0f + vexp(-load_part(gate + i, left))), left);
+    }
+}

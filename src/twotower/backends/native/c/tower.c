@@ -13,34 +13,52 @@ static int product(const TowerShape *t, const Product *w, const float *x, long r
     return tt_linear(x, inputs, r, w->weight, t->bf16, w->outputs, inputs, w->bias, y, threads);
 }
 
-static int mamba(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const Room *room,
-                 const void *const *memory, long index, long num_mamba) {
-    const long b = in->b, s = in->s, h = t->mamba_heads, inner = h * t->mamba_head, bc = t->mamba_groups * t->state;
-    const long channels = inner + 2 * bc, wide = inner + channels + h, size = b * inner * t->state;
-    const long kept = in->keeps ? index * b * s : 0;
-    float *projected = in->projected + kept * wide, *convolved = in->convolved + kept * channels;
-    float *steps = in->steps + kept * h, *y = room->wide;
-    const float *before = memory[1];
-    if (product(t, &l->first, room->entered, b * s, t->width, projected, in->threads)) return 1;
-    if (l->scales) tt_scale_columns(projected, b * s, wide, l->scales, in->threads);
+/* The scan of a recurrent layer over s tokens, which lie in rows of `all` tokens, from the state `before`; y (b, all, h, p)
+ * and the state at the end, each unless null */
+static int scan(const TowerShape *t, const LayerWeights *l, const float *convolved, const float *steps, const float *before,
+                const int64_t *counts, long b, long s, long all, float *y, float *end, int threads) {
+    const long h = t->mamba_heads, p = t->mamba_head, g = t->mamba_groups, n = t->state, inner = h * p;
+    const long channels = inner + 2 * g * n, batch = all * channels;
+    const float *second = convolved + inner, *third = second + g * n;
+    if (l->kind == 'G')
+        return tt_delta(convolved, second, third, batch, channels, steps, all * 2 * h, before, counts, b, s, h, p, g, n, y,
+                        all * inner, end, threads);
+    return tt_ssd(convolved, batch, channels, second, third, batch, channels, steps, all * h, h, l->A, l->D, before, counts, b,
+                  s, h, p, g, n, y, all * inner, end, threads);
+}
+
+static int recurrent(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const Room *room,
+                     const void *const *memory, long index, long num_recurrent) {
+    const long b = in->b, s = in->s, r = b * s, h = t->mamba_heads, p = t->mamba_head, inner = h * p, g = t->mamba_groups;
+    const long n = t->state, channels = inner + 2 * g * n, wide = l->first.outputs, size = b * inner * n, delta = l->kind == 'G';
+    const long kept = in->keeps ? index * r : 0, num_steps = delta ? 2 * h : h;
+    float *projected = in->projected + kept * (inner + channels + t->gates * h), *convolved = in->convolved + kept * channels;
+    float *steps = in->steps + kept * t->gates * h, *y = room->wide;
+    const float *gates = projected + inner + channels, *before = memory[1];
+    if (product(t, &l->first, room->entered, r, t->width, projected, in->threads)) return 1;
+    if (l->scales) tt_scale_columns(projected, r, wide, l->scales, in->threads);
     tt_conv_silu(projected + inner, s * wide, wide, memory[0], l->taps, l->conv_bias, b, s, channels, t->kernel, convolved,
                  in->threads);
-    tt_time_steps(projected + inner + channels, s * wide, wide, l->dt_bias, t->shortest, t->longest, b, s, h, steps);
+    if (delta) {
+        tt_unit_heads(convolved + inner, r, channels, g, n, 1.0f, in->threads);
+        tt_unit_heads(convolved + inner + g * n, r, channels, g, n, 1.0f / sqrtf(n), in->threads);
+        tt_delta_steps(gates, wide, l->dt_bias, l->A, r, h, steps);
+    } else
+        tt_time_steps(gates, s * wide, wide, l->dt_bias, t->shortest, t->longest, b, s, h, steps);
     long from = 0;
     for (long cut = 0; cut < in->num_cuts || cut == 0; cut++) {
         const long to = in->num_cuts ? in->cuts[cut] : s;
-        float *end = in->num_cuts ? in->ends + (cut * num_mamba + index) * size : 0;
-        const float *first = convolved + from * channels;
-        if (tt_ssd(first, s * channels, channels, first + inner, first + inner + bc, s * channels, channels, steps + from * h,
-                   s * h, h, l->A, l->D, before, 0, b, to - from, h, t->mamba_head, t->mamba_groups, t->state,
-                   y + from * inner, s * inner, end, in->threads))
+        float *end = in->num_cuts ? in->ends + (cut * num_recurrent + index) * size : 0;
+        if (scan(t, l, convolved + from * channels, steps + from * num_steps, before, 0, b, to - from, s, y + from * inner, end,
+                 in->threads))
             return 1;
         before = end;
         from = to;
     }
-    tt_gated_group_rms_norm(y, inner, projected, wide, b * s, l->gate_norm, t->mamba_groups, inner / t->mamba_groups, t->eps,
-                            t->norm_first, room->wider, in->threads);
-    return product(t, &l->second, room->wider, b * s, inner, room->mixed, in->threads);
+    const long groups = delta ? h : g;
+    tt_gated_group_rms_norm(y, inner, projected, wide, r, l->gate_norm, groups, inner / groups, t->eps, delta || t->norm_first,
+                            room->wider, in->threads);
+    return product(t, &l->second, room->wider, r, inner, room->mixed, in->threads);
 }
 
 /* Copies a token's heads, which lie side by side, to its place in the cache */
@@ -77,13 +95,60 @@ static void scale_queries(float *q, long token, const Positioning *at, long b, l
     }
 }
 
+/* n of the `from` floats, and zeros up to p */
+static void fill_head(float *to, const float *from, long n, long p) {
+    memcpy(to, from, n * sizeof(float));
+    memset(to + n, 0, (p - n) * sizeof(float));
+}
+
+/* Queries, keys and values (3 heads * p) of each token to room->wide, from latents; see model/latent_attention.py */
+static int project_latents(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const Room *room) {
+    const long r = in->b * in->s, h = t->heads, p = t->head, turned = t->latent_turned, plain = t->latent_plain, v = t->value_head;
+    const long latent = l->kv_latent.outputs, rank = latent - turned, own = plain + v, layer = t->layer_norm;
+    const float *x = room->entered, eps = (float)l->latent_eps;
+    long inputs = t->width;
+    if (l->q_latent.weight) {
+        inputs = l->q_latent.outputs;
+        if (product(t, &l->q_latent, x, r, t->width, room->wider, in->threads)) return 1;
+        tt_norm(room->wider, r, inputs, &l->q_latent_norm, layer, eps, 0, 0, 0, 0, 1, room->wider, in->threads);
+        x = room->wider;
+    }
+    if (product(t, &l->first, x, r, inputs, room->widest, in->threads)) return 1;
+    for (long i = 0; i < r * h; i++)
+        fill_head(room->wide + (i / h * 3 * h + i % h) * p, room->widest + i * (turned + plain), turned + plain, p);
+    if (product(t, &l->kv_latent, room->entered, r, t->width, room->wider, in->threads)) return 1;
+    tt_norm_heads(room->wider, r, latent, 1, rank, &l->kv_latent_norm, layer, eps, 0, in->threads);
+    if (tt_linear(room->wider, latent, r, l->kv_expand.weight, t->bf16, h * own, rank, 0, room->widest, in->threads)) return 1;
+    for (long i = 0; i < r * h; i++) {
+        float *key = room->wide + (i / h * 3 * h + h + i % h) * p;
+        memcpy(key, room->wider + i / h * latent + rank, turned * sizeof(float));
+        fill_head(key + turned, room->widest + i * own, plain, p - turned);
+        fill_head(key + h * p, room->widest + i * own + plain, v, p);
+    }
+    return 0;
+}
+
+/* What heads have read, in room->widest, to the layer's output: without what pads values, gated, projected */
+static int leave_attention(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const Room *room) {
+    const long r = in->b * in->s, h = t->heads, v = t->value_head;
+    float *read = room->widest;
+    for (long i = 1; v < t->head && i < r * h; i++) memmove(read + i * v, read + i * t->head, v * sizeof(float));
+    if (l->gate.weight) {
+        if (product(t, &l->gate, room->entered, r, t->width, room->wide, in->threads)) return 1;
+        tt_sigmoid_gate(read, room->wide, r * h * v, in->threads);
+    }
+    return product(t, &l->second, read, r, h * v, room->mixed, in->threads);
+}
+
 static int attention(const TowerShape *t, const LayerWeights *l, const TowerPass *in, const Room *room, const void *const *memory) {
     const long b = in->b, s = in->s, p = t->head, all = t->heads + 2 * t->kv_heads, turned = t->heads + t->kv_heads;
     const Positioning *at = in->positioning + l->positioning;
     float *q = room->wide;
     const float *value = room->wide + turned * p;
     long token = all * p; /* distance of two tokens' queries, and keys */
-    if (product(t, &l->first, room->entered, b * s, t->width, room->wide, in->threads)) return 1;
+    if (l->kv_latent.weight ? project_latents(t, l, in, room)
+                            : product(t, &l->first, room->entered, b * s, t->width, room->wide, in->threads))
+        return 1;
     if (l->q_norm.weight && !t->norm_behind_rope) norm_queries_and_keys(t, l, q, b * s, token, in->threads);
     if (t->clip) tt_clamp(q, b * s * token, (float)t->clip, in->threads);
     if (at->cosine) {
@@ -111,8 +176,7 @@ static int attention(const TowerShape *t, const LayerWeights *l, const TowerPass
     const AttentionOptions how = {
         .window = l->window, .chunk = l->chunk, .scale = (float)l->attention_scale, .softcap = (float)t->softcap, .sinks = l->sinks,
     };
-    if (tt_attention(&pass, &how)) return 1;
-    return product(t, &l->second, room->widest, b * s, t->heads * p, room->mixed, in->threads);
+    return tt_attention(&pass, &how) || leave_attention(t, l, in, room);
 }
 
 static Activation activation(const TowerShape *t, const LayerWeights *l) {
@@ -159,10 +223,12 @@ static long larger(long a, long b) { return a > b ? a : b; }
 
 API int tt_tower(const TowerShape *t, const LayerWeights *layers, const TowerPass *in) {
     const long b = in->b, s = in->s, d = t->width, inner = t->mamba_heads * t->mamba_head;
-    long num_mamba = 0, wide = larger(larger(inner, d), (t->heads + 2 * t->kv_heads) * t->head);
+    long num_recurrent = 0, wide = larger(larger(inner, d), (t->heads + 2 * t->kv_heads) * t->head);
     for (long i = 0; i < t->num_layers; i++) {
-        num_mamba += layers[i].kind == 'M';
-        wide = larger(wide, larger(layers[i].first.outputs, layers[i].latent_in.outputs));
+        const LayerWeights *l = layers + i;
+        num_recurrent += l->kind == 'M' || l->kind == 'G';
+        wide = larger(wide, larger(l->first.outputs, l->latent_in.outputs));
+        wide = larger(wide, larger(l->q_latent.outputs, l->kv_latent.outputs));
     }
     float *room = malloc(b * s * (3 * d + 3 * wide + t->active) * sizeof(float) + b * s * t->active * (sizeof(double) + 8));
     if (!room) return 1;
@@ -174,7 +240,7 @@ API int tt_tower(const TowerShape *t, const LayerWeights *layers, const TowerPas
     r.wide = r.read + b * s * d;
     r.wider = r.wide + b * s * wide;
     r.widest = r.wider + b * s * wide;
-    long mambas = 0;
+    long done = 0; /* of the recurrent layers */
     for (long i = 0; i < t->num_layers && !failed; i++) {
         const LayerWeights *l = layers + i;
         const float *shift = in->modulation ? in->modulation + i * b * 3 * d : 0;
@@ -183,8 +249,8 @@ API int tt_tower(const TowerShape *t, const LayerWeights *layers, const TowerPas
         if (!l->joins && i + 1 < t->num_layers && l[1].joins) memcpy(r.read, in->x, b * s * d * sizeof(float));
         const float *read = l->joins ? r.read : in->x;
         tt_norm(read, b * s, d, &l->norm, t->layer_norm, t->eps, order, shift, shift + d, 3 * d, s, r.entered, in->threads);
-        if (l->kind == 'M')
-            failed = mamba(t, l, in, &r, in->memory + 2 * i, mambas++, num_mamba);
+        if (l->kind == 'M' || l->kind == 'G')
+            failed = recurrent(t, l, in, &r, in->memory + 2 * i, done++, num_recurrent);
         else if (l->kind == '*')
             failed = attention(t, l, in, &r, in->memory + 2 * i);
         else if (l->kind == '-')
@@ -200,23 +266,22 @@ API int tt_tower(const TowerShape *t, const LayerWeights *layers, const TowerPas
     return failed;
 }
 
-/* Conv rows (M layers, b, w-1, c) and, unless null, SSM states (M layers, b, h, p, n) after each row's first counts[b]
- * tokens of a pass, all s of them where counts is null; memory, projected, convolved and steps are that pass's. */
+/* Conv rows (recurrent layers, b, w-1, c) and, unless null, recurrent states (.., b, h, p, n) after each row's first
+ * counts[b] tokens of a pass, all s of them where counts is null; memory, projected, convolved and steps are that pass's. */
 API int tt_advance(const TowerShape *t, const LayerWeights *layers, const void *const *memory, const float *projected,
                     const float *convolved, const float *steps, long b, long s, const int64_t *counts, float *conv, float *ssm,
                     int threads) {
-    const long h = t->mamba_heads, inner = h * t->mamba_head, bc = t->mamba_groups * t->state, channels = inner + 2 * bc;
-    const long wide = inner + channels + h, size = b * inner * t->state, rows = b * (t->kernel - 1) * channels;
+    const long h = t->mamba_heads, inner = h * t->mamba_head, channels = inner + 2 * t->mamba_groups * t->state, r = b * s;
+    const long size = b * inner * t->state, rows = b * (t->kernel - 1) * channels;
     long index = 0;
     for (long i = 0; i < t->num_layers; i++) {
-        if (layers[i].kind != 'M') continue;
-        const float *A = layers[i].A, *x = convolved + index * b * s * channels;
-        tt_next_past(projected + index * b * s * wide + inner, s * wide, wide, memory[2 * i], counts, b, s, channels,
-                     t->kernel, conv + index * rows);
-        if (ssm && /* A in the place of D, which only enters y */
-            tt_ssd(x, s * channels, channels, x + inner, x + inner + bc, s * channels, channels, steps + index * b * s * h,
-                   s * h, h, A, A, memory[2 * i + 1], counts, b, s, h, t->mamba_head, t->mamba_groups, t->state, 0, 0,
-                   ssm + index * size, threads))
+        const LayerWeights *l = layers + i;
+        const long wide = l->first.outputs;
+        if (l->kind != 'M' && l->kind != 'G') continue;
+        tt_next_past(projected + index * r * (inner + channels + t->gates * h) + inner, s * wide, wide, memory[2 * i], counts, b,
+                     s, channels, t->kernel, conv + index * rows);
+        if (ssm && scan(t, l, convolved + index * r * channels, steps + index * r * t->gates * h, memory[2 * i + 1], counts, b, s,
+                        s, 0, ssm + index * size, threads))
             return 1;
         index++;
     }

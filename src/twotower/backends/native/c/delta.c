@@ -1,0 +1,117 @@
+#include "kernels.h"
+
+#define ROWS 4   /* of a state that go through the tokens together: while one's sum waits, another's goes on */
+#define PIECE 32 /* tokens whose keys and queries stay in a core's first cache */
+
+/* Each of `heads` heads of n floats of r rows, which lie `stride` apart, divided by its length and times `scale`, in place;
+ * see ops.delta.unit */
+void tt_unit_heads(float *x, long r, long stride, long heads, long n, float scale, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && r * heads * n >= 32768)
+    for (long item = 0; item < r * heads; item++) {
+        float *head = x + item / heads * stride + item % heads * n;
+        const float factor = scale / sqrtf(dot(head, head, n) + 1e-6f);
+        for (long j = 0; j < n; j++) head[j] *= factor;
+    }
+}
+
+/* out (r, 2h): the decays exp(A * softplus(a + bias)) and the step sizes sigmoid(beta) of rows a, beta (2h), which lie
+ * `stride` apart */
+void tt_delta_steps(const float *gates, long stride, const float *bias, const float *A, long r, long h, float *out) {
+    for (long m = 0; m < r; m++)
+        for (long i = 0; i < h; i++) {
+            const float a = gates[m * stride + i] + bias[i], beta = gates[m * stride + h + i];
+            out[m * 2 * h + i] = expf(A[i] * (a > 20.0f ? a : log1pf(expf(a))));
+            out[m * 2 * h + h + i] = 1.0f / (1.0f + expf(-beta));
+        }
+}
+
+/* What one head reads in s tokens of a piece: keys and queries (s, n), values (s, p), decays and step sizes (s); n and p
+ * are rounded up, with zeros behind */
+typedef struct {
+    float *k, *q, *v, *y, *decay, *size;
+    long s, n, p;
+} Piece;
+
+/* ROWS rows of a head's state H (p, n), from row i on, through the tokens: w = size * (v - decay * H . k),
+ * H = decay * H + w * k, y = H . q */
+static void scan_rows(float *H, const Piece *in, long i) {
+    const long n = in->n;
+    H += i * n;
+    for (long t = 0; t < in->s; t++) {
+        const float *k = in->k + t * n, *q = in->q + t * n, *v = in->v + t * in->p + i, a = in->decay[t];
+        vf even[ROWS] = {{0}}, odd[ROWS] = {{0}};
+        float w[ROWS];
+        for (long j = 0; j < n; j += 2 * VL)
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                even[r] += load(H + r * n + j) * load(k + j);
+                odd[r] += load(H + r * n + j + VL) * load(k + j + VL);
+            }
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+            w[r] = in->size[t] * (v[r] - a * sum(even[r] + odd[r]));
+            even[r] = odd[r] = (vf){0};
+        }
+        for (long j = 0; j < n; j += 2 * VL)
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                const vf first = load(H + r * n + j) * a + load(k + j) * w[r];
+                const vf second = load(H + r * n + j + VL) * a + load(k + j + VL) * w[r];
+                store(H + r * n + j, first);
+                store(H + r * n + j + VL, second);
+                even[r] += first * load(q + j);
+                odd[r] += second * load(q + j + VL);
+            }
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) in->y[t * in->p + i + r] = sum(even[r] + odd[r]);
+    }
+}
+
+static long rounded_up(long x, long to) { return (x + to - 1) / to * to; }
+
+/* The gated delta rule token by token from `state` (b, h, p, n), see ops.delta: y (b, s, h, p) and the state after the last
+ * token, each unless null. v (b, s, h, p), k and q (b, s, g, n) by strides in floats, heads and groups dense, steps as
+ * tt_delta_steps gives them, y's rows `y_batch` apart. Of row b only the first counts[b] tokens, unless that is null. */
+int tt_delta(const float *v, const float *k, const float *q, long batch, long token, const float *steps, long step_batch,
+             const float *state, const int64_t *counts, long b, long s, long h, long p, long g, long n, float *y, long y_batch,
+             float *end, int threads) {
+    const long wide = rounded_up(n, 2 * VL), rows = rounded_up(p, ROWS);
+    const long floats = rows * wide + PIECE * (2 * wide + 2 * rows + 2);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1 && b * s * h * p * n >= 65536)
+    {
+        float *H = aligned_alloc(64, rounded_up(floats * sizeof(float), 64));
+        if (H) memset(H, 0, floats * sizeof(float));
+        else FAIL(failed);
+        Piece in = {.k = H + rows * wide, .n = wide, .p = rows};
+        in.q = in.k + PIECE * wide;
+        in.v = in.q + PIECE * wide;
+        in.y = in.v + PIECE * rows;
+        in.decay = in.y + PIECE * rows;
+        in.size = in.decay + PIECE;
+#pragma omp for
+        for (long item = 0; item < b * h; item++) {
+            if (!H) continue;
+            const long row = item / h, head = item % h, group = row * batch + head / (h / g) * n;
+            const long own = counts ? counts[row] : s;
+            for (long i = 0; i < p; i++) memcpy(H + i * wide, state + (item * p + i) * n, n * sizeof(float));
+            for (long first = 0; first < own; first += PIECE) {
+                in.s = own - first < PIECE ? own - first : PIECE;
+                for (long t = 0; t < in.s; t++) {
+                    const long at = (first + t) * token;
+                    memcpy(in.k + t * wide, k + group + at, n * sizeof(float));
+                    memcpy(in.q + t * wide, q + group + at, n * sizeof(float));
+                    memcpy(in.v + t * rows, v + row * batch + at + head * p, p * sizeof(float));
+                    in.decay[t] = steps[row * step_batch + (first + t) * 2 * h + head];
+                    in.size[t] = steps[row * step_batch + (first + t) * 2 * h + h + head];
+                }
+                for (long i = 0; i < rows; i += ROWS) scan_rows(H, &in, i);
+                for (long t = 0; y && t < in.s; t++)
+                    memcpy(y + row * y_batch + ((first + t) * h + head) * p, in.y + t * rows, p * sizeof(float));
+            }
+            for (long i = 0; end && i < p; i++) memcpy(end + (item * p + i) * n, H + i * wide, n * sizeof(float));
+        }
+        free(H);
+    }
+    return failed;
+}
