@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -228,6 +229,17 @@ def test_bits_depend_on_neither_batch_nor_chunk(
     for row in range(3):
         alone = model.denoise(block[:1], model.prefill(tokens[row : row + 1]))
         assert torch.equal(alone, together[row : row + 1])
+
+
+@any_pattern
+def test_a_row_that_overflowed_stays_alone(pattern: str, config: dict[str, Any], tiny: Callable, ids: Callable) -> None:
+    model = tiny(pattern, **config)
+    pack_(model, "native")
+    state = model.prefill(ids(3, 20))
+    alone = model.extend(ids(3, 20, seed=1), state).next_logits[1:]
+    for part in (*tensors(state.mamba), *state.buffer.keys):
+        part[0] = math.inf
+    assert torch.equal(model.extend(ids(3, 20, seed=1), state).next_logits[1:], alone)
 
 
 @any_pattern

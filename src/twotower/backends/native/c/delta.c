@@ -94,6 +94,7 @@ int tt_delta(const float *v, const float *k, const float *q, long batch, long to
             if (!H) continue;
             const long row = item / h, head = item % h, group = row * batch + head / (h / g) * n;
             const long own = counts ? counts[row] : s;
+            memset(H, 0, rows * wide * sizeof(float)); /* another head's NaN or infinity may have reached the padding */
             for (long i = 0; i < p; i++) memcpy(H + i * wide, state + (item * p + i) * n, n * sizeof(float));
             for (long first = 0; first < own; first += PIECE) {
                 in.s = own - first < PIECE ? own - first : PIECE;
