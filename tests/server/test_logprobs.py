@@ -24,7 +24,7 @@ class EndlessScorer:
 
     num_chunks = 0
 
-    def push(self, ids, *, skip, chunk):
+    def push(self, ids, *, chunk):
         while True:
             time.sleep(0.01)
             self.num_chunks += 1
@@ -65,15 +65,54 @@ def test_chosen_tokens_have_the_probability_they_were_committed_with(client, mod
     assert [t for c in chunks for t in c.text_offset] == shown.text_offset
 
 
-def test_tops_are_the_context_towers_and_need_its_modes(client, model, http):
-    body = {"model": "tiny", "prompt": "a", "max_tokens": 6, "logprobs": 3, "temperature": 0}
-    shown = http.post("/v1/completions", json=body | {"mode": "verified"}).json()["choices"][0]["logprobs"]
-    assert shown == http.post("/v1/completions", json=body | {"mode": "ar"}).json()["choices"][0]["logprobs"]
-    assert all(len(top) == 3 for top in shown["top_logprobs"])
-    assert shown["tokens"][0] == "b" == max(shown["top_logprobs"][0], key=shown["top_logprobs"][0].get)
-    for stream in (False, True):
-        error = http.post("/v1/completions", json=body | {"mode": "diffusion", "stream": stream}).json()["error"]
-        assert error["param"] == "logprobs"
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_likeliest_are_those_of_generate_in_every_mode(client, model, mode, stream):
+    """Of bytes that have a name of their own; float32 sums in another order, where what is cached begins elsewhere."""
+    params = SamplingParams(mode=mode, max_new_tokens=9, seed=4, temperature=1.0, block_size=4, logprobs=5)
+    [expected] = generate(model, ["a"], params)
+    names = TokenNames(model.tokenizer)
+    ask = {"model": "tiny", "prompt": "a", "max_tokens": 9, "seed": 4, "logprobs": 5, "stream": stream}
+    ask["extra_body"] = {"mode": mode, "block_size": 4}
+    answer = client.completions.create(**ask)
+    shown = [c.choices[0].logprobs for c in answer] if stream else [answer.choices[0].logprobs]
+    shown = [part for part in shown if part is not None]
+    tops = [top for part in shown for top in part.top_logprobs]
+    chosen = [(t, p) for part in shown for t, p in zip(part.tokens, part.token_logprobs, strict=True)]
+    assert len(tops) == len(expected.top) == 9
+    for ours, theirs, (token, logprob) in zip(tops, expected.top, chosen, strict=True):
+        likeliest = {names.name(i): pytest.approx(p, abs=1e-4) for i, p in theirs}
+        assert ours == {token: pytest.approx(logprob, abs=1e-4)} | likeliest, "the chosen one is always among them"
+        assert ours[token] == logprob
+
+
+def test_echo_has_the_prompt_by_the_context_tower_and_the_text_by_its_mode(http):
+    body = {"model": "tiny", "prompt": "ab", "max_tokens": 6, "logprobs": 3, "seed": 1, "mode": "diffusion"}
+    plain, echoed = (
+        http.post("/v1/completions", json=body | {"echo": echo}).json()["choices"][0]["logprobs"]
+        for echo in (False, True)
+    )
+    assert echoed["token_logprobs"][0] is None
+    assert echoed["token_logprobs"][2:] == pytest.approx(plain["token_logprobs"], abs=1e-4)
+    assert [set(top) for top in echoed["top_logprobs"][2:]] == [set(top) for top in plain["top_logprobs"]]
+
+
+def test_a_chat_with_the_defaults_has_the_likeliest(client, http):
+    """The server's default mode fills blocks."""
+    ask = {"model": "tiny", "messages": [{"role": "user", "content": "日本"}], "max_tokens": 12, "logprobs": True}
+    for seed in range(4):
+        choice = client.chat.completions.create(**ask, seed=seed, top_logprobs=2).choices[0]
+        content = choice.logprobs.content
+        assert (
+            b"".join(bytes(token.bytes or []) for token in content).decode("utf-8", "replace") == choice.message.content
+        )
+        assert [len(token.top_logprobs) for token in content] == [2] * len(content)
+        for token in content:
+            assert token.logprob <= token.top_logprobs[0].logprob
+            likely = {tuple(top.bytes or ()): top.logprob for top in token.top_logprobs}
+            assert likely.get(tuple(token.bytes or ()), token.logprob) == token.logprob
+    refused = http.post("/v1/chat/completions", json=ask | {"top_logprobs": 21})
+    assert refused.json()["error"]["param"] == "top_logprobs"
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ def record(job: FileRequest, result: Generation) -> dict[str, Any]:
         "tokens_per_second": stats.num_tokens / stats.seconds_total if stats.seconds_total else 0.0,
         "commit_steps": result.commit_steps,
         "confidences": result.confidences,
+        **({"top": result.top} if job.params.logprobs else {}),
     }
 
 

@@ -84,6 +84,8 @@ def command(
     if out is not None and (as_json or live):
         raise ValueError("--out writes a file and shows its progress; drop --json and --live")
     jobs = _jobs(prompt, file, params)
+    if out is None and not as_json and any(job.params.logprobs for job in jobs):
+        raise ValueError("--logprobs are written by --json and --out alone; add one of them")
     opened = open_model(
         model, device=device, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
     )

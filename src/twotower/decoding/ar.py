@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from twotower.decoding.likeliest import likeliest, read_top, with_tops
 from twotower.decoding.output import Token
 from twotower.decoding.sampling import propose, results, temper, uniform_table
 from twotower.decoding.shaping import Shaping, shaping
@@ -40,19 +41,22 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 class _ArStep(NamedTuple):
-    """A step before its results are read: `results` (2, b) hold each row's next token and its probability; `rows` have
-    absorbed the token before it."""
+    """A step before its results are read: `results` (2 + 2k, b, 1) hold each row's next token, its probability and
+    the likeliest tokens; `rows` have absorbed the token before it."""
 
     rows: ArRows
     results: Tensor
 
     def finish(self, values: list[Any]) -> BatchStep:
-        rows, (numbers, confidences) = self.rows, values
-        ids = [int(i) for i in numbers]
+        rows, (numbers, confidences, *tops) = self.rows, values
+        ids = [int(i) for [i] in numbers]
         absorbed = (1 if rows.newest else 0,) * len(rows.requests)
         return BatchStep(
             dataclasses.replace(rows, newest=tuple(ids), shaping=rows.shaping.after([[i] for i in ids])),
-            tuple((Token(i, 0, c),) for i, c in zip(ids, confidences, strict=True)),
+            tuple(
+                (Token(i, 0, c, read_top(tops, row, 0, rows.requests[row].params.logprobs)),)
+                for row, (i, [c]) in enumerate(zip(ids, confidences, strict=True))
+            ),
             (0,) * len(rows.requests),
             absorbed,
         )
@@ -72,7 +76,7 @@ def launch(model: TwoTower, rows: ArRows) -> _ArStep:
         draws = to_device(uniform_table(seeds, context.lengths, (0,) * len(ones), ones, 1), model.context_device)
     logits = context.next_logits.unsqueeze(1)  # (b, 1, v)
     shaped = rows.shaping.apply(logits, [()] * len(rows.requests))
-    proposal = propose(logits, rows.settings, draws, model.context_tower.logit_ops, shaped)
-    return _ArStep(
-        dataclasses.replace(rows, context=context), results(proposal.tokens[:, 0], proposal.confidence[:, 0])
-    )
+    ops = model.context_tower.logit_ops
+    found = results(*propose(logits, rows.settings, draws, ops, shaped))
+    found = with_tops(found, likeliest(rows.requests, logits, ops))
+    return _ArStep(dataclasses.replace(rows, context=context), found)

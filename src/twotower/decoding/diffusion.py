@@ -9,6 +9,7 @@ from torch import Tensor
 
 from twotower.backends.protocol import LogitOps
 from twotower.decoding import unmasking
+from twotower.decoding.likeliest import likeliest, most_asked, read_top, resized, with_tops
 from twotower.decoding.output import BlockView, Token
 from twotower.decoding.sampling import Proposal, propose, temper, uniform_table
 from twotower.decoding.shaping import Shaping, shaping
@@ -26,7 +27,8 @@ _COIN_STEP = 1 << 20
 @dataclasses.dataclass(frozen=True)
 class Block:
     """The rows' blocks: token ids `xt` with masks, (b, s) int64; `valid` (b, s) bool, false at padding; `masked` (b, s)
-    bool; for fixed positions the probability and the step of their commit, `confidence` and `committed_at`, (b, s).
+    bool; for fixed positions the probability and the step of their commit, `confidence` and `committed_at`, (b, s), and
+    the tokens that were likeliest then, `tops` (b, s, k, 2), as in `likeliest`.
 
     Each row is at its own step: `steps` counts the steps of its block so far, `left` its masked positions.
     """
@@ -36,6 +38,7 @@ class Block:
     masked: Tensor
     confidence: Tensor
     committed_at: Tensor
+    tops: Tensor
     widths: tuple[int, ...]
     steps: tuple[int, ...]
     left: tuple[int, ...]
@@ -47,12 +50,12 @@ class Block:
 
     def join(self, others: Self) -> Self:
         """The blocks of both batches' rows, padded to the width of the wider batch."""
-        size = max(self.xt.shape[1], others.xt.shape[1])
-        return join_rows(self.resized(size), others.resized(size))
+        size, k = (max(self.tops.shape[n], others.tops.shape[n]) for n in (1, 2))
+        return join_rows(self.resized(size, k), others.resized(size, k))
 
-    def resized(self, size: int) -> Self:
-        """The same blocks in `size` columns; the columns added or removed are padding."""
-        if size == self.xt.shape[1]:
+    def resized(self, size: int, k: int) -> Self:
+        """The same blocks in `size` columns, each with `k` likeliest tokens; what is added or removed is padding."""
+        if (size, k) == self.tops.shape[1:3]:
             return self
         extra = (0, size - self.xt.shape[1])
         return dataclasses.replace(
@@ -62,6 +65,7 @@ class Block:
             masked=F.pad(self.masked, extra),
             confidence=F.pad(self.confidence, extra),
             committed_at=F.pad(self.committed_at, extra),
+            tops=resized(self.tops, size, k),
         )
 
 
@@ -102,7 +106,7 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     params, device = tuple(r.params for r in requests), model.denoiser_device
     settings = temper(params, model.config.vocab_size, device)
     produced = tuple(len(r.produced) for r in requests)
-    block = _masks(model, _widths(requests, produced))
+    block = _masks(model, _widths(requests, produced), requests)
     seed = _seed(model, context)
     schedule, shape = unmasking.schedule(params, device), shaping(model, requests, device)
     return DiffusionRows(requests, context, settings, schedule, produced, block, seed, shape)
@@ -115,8 +119,8 @@ def _seed(model: TwoTower, context: ContextState) -> ContextState | None:
 
 
 class _DiffusionStep(NamedTuple):
-    """A step before its results are read: `rows` after it, with the old `left`; `results` (4, b, s), the blocks' ids,
-    commit steps, confidences and masks; `absorbed`, each row's number of context calls."""
+    """A step before its results are read: `rows` after it, with the old `left`; `results` (4 + 2k, b, s), the blocks'
+    ids, commit steps, confidences, masks and likeliest tokens; `absorbed`, each row's number of context calls."""
 
     rows: DiffusionRows
     results: Tensor
@@ -124,14 +128,19 @@ class _DiffusionStep(NamedTuple):
 
     def finish(self, values: list[Any]) -> BatchStep:
         block = self.rows.block
-        xt, committed_at, confidence, masked = values
+        xt, committed_at, confidence, masked, *tops = values
         left = tuple(int(sum(row)) for row in masked)
         tokens = tuple(
             ()
             if count
             else tuple(
-                Token(int(i), int(j), p)
-                for i, j, p in zip(xt[row][:width], committed_at[row][:width], confidence[row][:width], strict=True)
+                Token(
+                    int(xt[row][n]),
+                    int(committed_at[row][n]),
+                    confidence[row][n],
+                    read_top(tops, row, n, self.rows.requests[row].params.logprobs),
+                )
+                for n in range(width)
             )
             for row, (count, width) in enumerate(zip(left, block.widths, strict=True))
         )
@@ -164,7 +173,7 @@ def launch(model: TwoTower, rows: DiffusionRows) -> _DiffusionStep:
     proposal = propose(logits, rows.settings, draws, ops, rows.shaping.apply_to_blocks(logits))
     after = _unmask(rows, proposal, logits, ops)
     columns = (after.xt, after.committed_at, after.confidence, after.masked)
-    found = torch.stack([c.double() for c in columns])
+    found = with_tops(torch.stack([c.double() for c in columns]), after.tops)
     return _DiffusionStep(dataclasses.replace(rows, block=after), found, absorbed)
 
 
@@ -184,9 +193,9 @@ def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
     produced = tuple(n + (0 if left else w) for n, w, left in zip(rows.produced, block.widths, block.left, strict=True))
     next_widths = _widths(rows.requests, produced)
     widths = tuple(w if left else n for n, w, left in zip(next_widths, block.widths, block.left, strict=True))
-    begun = _masks(model, widths)
+    begun = _masks(model, widths, rows.requests)
     if not every:
-        old = block.resized(max(widths))
+        old = block.resized(max(widths), begun.tops.shape[2])
         goes_on = to_device([left > 0 for left in block.left], block.xt.device)[:, None]
         begun = dataclasses.replace(
             begun,
@@ -194,6 +203,7 @@ def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
             masked=torch.where(goes_on, old.masked, begun.masked),
             confidence=torch.where(goes_on, old.confidence, begun.confidence),
             committed_at=torch.where(goes_on, old.committed_at, begun.committed_at),
+            tops=torch.where(goes_on[..., None, None], old.tops, begun.tops),
             steps=tuple(n if left else 0 for n, left in zip(block.steps, block.left, strict=True)),
             left=tuple(left or w for left, w in zip(block.left, widths, strict=True)),
         )
@@ -206,7 +216,7 @@ def _widths(requests: tuple[Request, ...], produced: tuple[int, ...]) -> tuple[i
     return tuple(min(r.block_size, r.max_new_tokens - n) for r, n in zip(requests, produced, strict=True))
 
 
-def _masks(model: TwoTower, widths: tuple[int, ...]) -> Block:
+def _masks(model: TwoTower, widths: tuple[int, ...], requests: tuple[Request, ...]) -> Block:
     """Blocks of the given widths with every position masked."""
     assert min(widths) > 0, "a finished row was not removed from its batch"
     shape, device = (len(widths), max(widths)), model.denoiser_device
@@ -219,6 +229,7 @@ def _masks(model: TwoTower, widths: tuple[int, ...]) -> Block:
         masked=valid,
         confidence=torch.zeros(shape, dtype=torch.float32, device=device),
         committed_at=torch.zeros(shape, dtype=torch.long, device=device),
+        tops=torch.zeros(*shape, most_asked(requests, model.config.vocab_size), 2, dtype=torch.float64, device=device),
         widths=widths,
         steps=(0,) * len(widths),
         left=widths,
@@ -250,12 +261,17 @@ def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, ops: LogitO
     assert fixed is not None, "a batch has rows"
     before = BlockPlaces(block.xt, block.masked, block.confidence, block.committed_at)
     after = ops.fix(before, block.valid, fixed, *proposal, steps, block.mask_token_id)
+    tops = block.tops
+    if tops.shape[2]:
+        now = resized(likeliest(rows.requests, logits, ops), *tops.shape[1:3])
+        tops = torch.where((fixed & block.masked)[..., None, None], now, tops)
     return dataclasses.replace(
         block,
         xt=after.xt,
         masked=after.masked,
         confidence=after.confidence,
         committed_at=after.committed_at,
+        tops=tops,
         steps=tuple(n + 1 for n in block.steps),
     )
 

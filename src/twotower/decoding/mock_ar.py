@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from twotower.decoding.likeliest import likeliest, read_top, with_tops
 from twotower.decoding.output import Token
 from twotower.decoding.sampling import propose, results, temper, uniform_table
 from twotower.decoding.shaping import Shaping, shaping
@@ -37,17 +38,20 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 class _MockArStep(NamedTuple):
-    """A step before its results are read: `results` (2, b) hold each row's next token and its probability; `rows` have
-    absorbed the token before it."""
+    """A step before its results are read: `results` (2 + 2k, b, 1) hold each row's next token, its probability and
+    the likeliest tokens; `rows` have absorbed the token before it."""
 
     rows: MockArRows
     results: Tensor
 
     def finish(self, values: list[Any]) -> BatchStep:
-        numbers, confidences = values
-        ids = tuple(int(i) for i in numbers)
+        numbers, confidences, *tops = values
+        ids = tuple(int(i) for [i] in numbers)
         ones = (1,) * len(ids)
-        tokens = tuple((Token(i, 0, c),) for i, c in zip(ids, confidences, strict=True))
+        tokens = tuple(
+            (Token(i, 0, c, read_top(tops, row, 0, self.rows.requests[row].params.logprobs)),)
+            for row, (i, [c]) in enumerate(zip(ids, confidences, strict=True))
+        )
         after = dataclasses.replace(self.rows, newest=ids, shaping=self.rows.shaping.after([[i] for i in ids]))
         return BatchStep(after, tokens, ones, ones)
 
@@ -63,7 +67,8 @@ def launch(model: TwoTower, rows: MockArRows) -> _MockArStep:
         places = [n + 1 for n in rows.context.lengths]
         draws = to_device(uniform_table(seeds, places, (0,) * len(ones), ones, 1), model.denoiser_device)
     shaped = rows.shaping.apply(logits, [()] * len(rows.requests))
-    proposal = propose(logits, rows.settings, draws, model.denoiser_tower.logit_ops, shaped)
+    ops = model.denoiser_tower.logit_ops
+    found = results(*propose(logits, rows.settings, draws, ops, shaped))
+    found = with_tops(found, likeliest(rows.requests, logits, ops))
     context = model.absorb(to_device(newest, model.context_device), rows.context, with_logits=False)
-    found = results(proposal.tokens[:, 0], proposal.confidence[:, 0])
     return _MockArStep(dataclasses.replace(rows, context=context), found)

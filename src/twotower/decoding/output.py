@@ -1,6 +1,7 @@
 """What a request gives: one `StepOutput` per decoding step, and one `Generation` at its end."""
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length"]
@@ -8,11 +9,24 @@ FinishReason = Literal["stop", "length"]
 
 class Token(NamedTuple):
     """One committed token: its `id`, the denoising `step` of its block at which it was committed (0 in modes without
-    blocks), and its `confidence`, the probability that it had then."""
+    blocks), and its `confidence`, the probability that it had then.
+
+    `top` are the tokens that were likeliest at its place then, best first, each an id and its log-probability, as many
+    as `SamplingParams.logprobs` asks for.
+    """
 
     id: int
     step: int
     confidence: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def logprob(self) -> float:
+        """The natural logarithm of `confidence`, as it stands in `top` if it does; −∞ for 0."""
+        known = dict(self.top).get(self.id)
+        if known is not None:
+            return known
+        return math.log(self.confidence) if self.confidence > 0 else -math.inf
 
 
 class BlockView(NamedTuple):
@@ -53,9 +67,10 @@ class Generation:
 
     `token_ids` are the new tokens, the end token included; `text` is their text up to a stop string, None without a
     tokenizer. `commit_steps` and `confidences` go with `token_ids`: the denoising step of its block at which each
-    token was committed (0 in modes without blocks) and the probability that it had then. `finish_reason` is "stop"
-    after an end token, a stop string or the end of a format, and "length" after `max_new_tokens`; `stats` say what
-    it cost.
+    token was committed (0 in modes without blocks) and the probability that it had then; `top` has for each the tokens
+    that were likeliest there, each an id and its log-probability, as many as `SamplingParams.logprobs` asks for.
+    `finish_reason` is "stop" after an end token, a stop string or the end of a format, and "length" after
+    `max_new_tokens`; `stats` say what it cost.
     """
 
     token_ids: list[int]
@@ -64,6 +79,7 @@ class Generation:
     stats: GenerationStats
     commit_steps: list[int]
     confidences: list[float]
+    top: list[tuple[tuple[int, float], ...]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,8 @@ _EVERY_TOKEN = "leave it None to keep every token"
 # Smallest temperature above 0 and repetition penalty: logits divided by it must stay finite in float32.
 _LEAST_DIVISOR = 1e-6
 _MOST_TOKENS = 128
+# Most likeliest tokens of a place: what OpenAI's API gives.
+MOST_LOGPROBS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,8 @@ class SamplingParams:
     5. At a `temperature` above 0: l / temperature, then the filters `min_p`, `top_k`, `top_p` and `typical_p` in turn.
 
     In `verified`, the text before a place has the draft's tokens before it, so that its output is distributed as that
-    of `ar`. In `diffusion` and `simulated_ar` it has what is committed anywhere in the block. Confidences are the
-    model's own probabilities, without all of these.
+    of `ar`. In `diffusion` and `simulated_ar` it has what is committed anywhere in the block. Confidences, and
+    the log-probabilities that `logprobs` asks for, are the model's own, without all of these.
 
     At most one of `json_schema` (its text), `regex` and `grammar` (llguidance's Lark) is given. The text must match it,
     and `constraint` is its name and value.
@@ -152,6 +154,12 @@ class SamplingParams:
     skip_special_tokens: bool = option(True, "Leave control tokens out of the text.")
     truncate_prompt_tokens: int | None = option(
         None, "Read only so many tokens of the prompt, its last ones.", least=1, shown_default="all"
+    )
+    logprobs: int = option(
+        0,
+        "Give so many of the likeliest tokens at each place, with their log-probabilities.",
+        least=0,
+        most=MOST_LOGPROBS,
     )
     past_positions: bool = option(
         False,

@@ -172,4 +172,5 @@ class Record:
             stats=stats,
             commit_steps=[t.step for t in self.tokens],
             confidences=[t.confidence for t in self.tokens],
+            top=[t.top for t in self.tokens],
         )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from twotower.decoding.likeliest import top_tokens
 from twotower.decoding.prompt import Prompt, check_prompts, prompt_ids, text_ids
 from twotower.errors import check_integer
 from twotower.model.two_tower import PREFILL_CHUNK, TwoTower
@@ -157,9 +158,9 @@ class ContextScorer:
             return [[] for _ in ids]
         best = self._model.context_tower.logit_ops.best(logits)
         logprobs = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - best.log_sum
-        top = logits.topk(self._num_top, dim=-1)
-        tops = top.values - best.log_sum.unsqueeze(-1)
-        columns = (ids, logprobs, ids == best.tokens, top.indices, tops)
+        top = top_tokens(logits, self._num_top)
+        tops = top.logits - best.log_sum.unsqueeze(-1)
+        columns = (ids, logprobs, ids == best.tokens, top.ids, tops)
         return [
             [
                 TokenScore(i, logprob, is_greedy, tuple(zip(likeliest, their, strict=True)))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.decoding.likeliest import likeliest, read_top, with_tops
 from twotower.decoding.output import Token
 from twotower.decoding.sampling import (
     distribution,
@@ -84,8 +85,8 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 class Judged(NamedTuple):
-    """The pass over a draft before its results are read. `results` (2, b, s+2): each row's number of accepted ids,
-    then these ids, the bonus token and unused ids; beside the ids their probabilities."""
+    """The pass over a draft before its results are read. `results` (2 + 2k, b, s+2): each row's number of accepted
+    ids, then these ids, the bonus token and unused ids; beside the ids their probabilities and the likeliest tokens."""
 
     model: TwoTower
     rows: VerifiedRows
@@ -93,12 +94,13 @@ class Judged(NamedTuple):
     results: Tensor
 
     def finish(self, values: list[Any]) -> BatchStep:
-        rows, found = self.rows, verdict(values)
+        rows, found, tops = self.rows, verdict(values), values[2:]
         num_known = 1 if rows.newest else 0
         emitted = []
-        for count, ids, confidence in zip(found.accepted, found.ids, found.confidence, strict=True):
-            new = slice(num_known, count + 1)
-            emitted.append(tuple(Token(i, 0, c) for i, c in zip(ids[new], confidence[new], strict=True)))
+        for row, (count, ids, confidence) in enumerate(zip(found.accepted, found.ids, found.confidence, strict=True)):
+            num_top = rows.requests[row].params.logprobs
+            new = range(num_known, count + 1)
+            emitted.append(tuple(Token(ids[n], 0, confidence[n], read_top(tops, row, n + 1, num_top)) for n in new))
         ones = (1,) * len(emitted)
         lengths = (_next_draft(w, len(t)) for w, t in zip(rows.widths, emitted, strict=True))
         after = dataclasses.replace(
@@ -195,12 +197,13 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
         confidence = probability(own, emitted, best.log_sum)
     # the counts go into the same tensor, so that one copy to the host is enough
     found = results(torch.cat((accepted[:, None], emitted), dim=1), F.pad(confidence, (1, 0)))
-    return Judged(model, rows, scored, found)
+    tops = likeliest(rows.requests, own, ops)
+    return Judged(model, rows, scored, with_tops(found, F.pad(tops, (0, 0, 0, 0, 1, 0))))
 
 
 def verdict(values: list[Any]) -> Verdict:
     """The decision from `Judged.results`, once they are on the host."""
-    numbers, confidences = values
+    numbers, confidences, *_ = values
     counts = tuple(int(row[0]) for row in numbers)
     ids = [[int(i) for i in row[1:]] for row in numbers]
     bonus = tuple(row[count] for row, count in zip(ids, counts, strict=True))

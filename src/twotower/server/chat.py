@@ -62,7 +62,7 @@ async def chat(service: Service, body: ChatRequest, request: Request) -> Respons
         # no special tokens by default: templates write the control tokens that a prompt begins with
         special = bool(body.add_special_tokens)
         requests = await service.prepare(prompt, body, body.most_tokens, num_choices=written, special=special)
-        logprobs = LogprobOptions(body.top_logprobs or 0) if body.logprobs else None
+        logprobs = LogprobOptions(body.num_top) if body.logprobs else None
         plan = ReplyPlan(
             tuple(requests),
             1,

@@ -1,6 +1,5 @@
 """Log-probabilities of tokens in the formats of /v1/completions and /v1/chat/completions."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ _LEAST = -9999.0
 
 def committed(tokens: Sequence[Token]) -> list[TokenScore]:
     """Tokens with the log-probabilities that they had when they were committed."""
-    return [TokenScore(t.id, math.log(t.confidence) if t.confidence > 0 else _LEAST) for t in tokens]
+    return [TokenScore(t.id, max(t.logprob, _LEAST), top=t.top) for t in tokens]
 
 
 def completion_logprobs(
@@ -22,7 +21,8 @@ def completion_logprobs(
 ) -> dict[str, list[Any] | None]:
     """The `logprobs` object of /v1/completions.
 
-    `offsets` has seen the tokens before these. `with_top` says whether to list the likeliest tokens.
+    `offsets` has seen the tokens before these. `with_top` says whether to list the likeliest tokens; the chosen one is
+    among them, as one more where it isn't one of them.
     """
     tops: list[dict[str, float] | None] = []
     for token in tokens:
@@ -30,6 +30,8 @@ def completion_logprobs(
         for i, value in token.top:
             # of two tokens with the same text, the likelier comes first
             top.setdefault(names.name(i), max(value, _LEAST))
+        if token.logprob is not None:
+            top.setdefault(names.name(token.id), max(token.logprob, _LEAST))
         tops.append(None if token.logprob is None else top)
     return {
         "tokens": [names.name(token.id) for token in tokens],

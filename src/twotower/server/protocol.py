@@ -8,17 +8,16 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, field_validator
 
+from twotower.decoding.params import MOST_LOGPROBS
 from twotower.server.errors import ApiError
 from twotower.server.fields import Body, Integer, Many, Strict, shown
 from twotower.server.messages import Message
 from twotower.server.sampling import Sampling
 
-MAX_ALTERNATIVES = 20
-
 _Count = Annotated[Integer, shown(minimum=1)]
 _Tokens = Annotated[Integer, shown(minimum=0)]
 _Id = Annotated[int, shown(minimum=0)]
-_Alternatives = Annotated[Integer, Field(ge=0, le=MAX_ALTERNATIVES)]
+_Alternatives = Annotated[Integer, Field(ge=0, le=MOST_LOGPROBS)]
 
 
 class StreamOptions(Strict):
@@ -86,6 +85,10 @@ class CompletionRequest(Settings):
     def _none_asked(cls, value: Any) -> Any:
         return None if value is False else value
 
+    @property
+    def num_top(self) -> int:
+        return self.logprobs or 0
+
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts as a list, also where the request has only one."""
         if isinstance(self.prompt, str):
@@ -119,6 +122,10 @@ class ChatRequest(Settings, Templating):
     logprobs: bool | None = None
     top_logprobs: _Alternatives | None = None
     add_special_tokens: bool | None = None
+
+    @property
+    def num_top(self) -> int:
+        return (self.top_logprobs or 0) if self.logprobs else 0
 
     @property
     def most_tokens(self) -> int | None:

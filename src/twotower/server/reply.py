@@ -12,7 +12,6 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from twotower.decoding.output import Generation, Token
-from twotower.decoding.params import SamplingParams
 from twotower.decoding.scoring import ContextScorer, TokenScore
 from twotower.decoding.step import Request as TextRequest
 from twotower.engine.aio import Admission
@@ -27,18 +26,11 @@ _SCORED_TOKENS = 64
 
 
 class LogprobOptions(NamedTuple):
-    """Which log-probabilities to give beside those of the chosen tokens.
-
-    `num_top` asks for those of the likeliest tokens at each place, `echo` for those of the prompt's tokens too.
-    """
+    """Which log-probabilities to give beside those of the chosen tokens: those of the `num_top` likeliest tokens at
+    each place, and with `echo` those of the prompt's tokens too."""
 
     num_top: int
     echo: bool = False
-
-    @property
-    def need_scoring(self) -> bool:
-        """Whether the context tower must score the whole text because decoding does not give what is asked for."""
-        return self.num_top > 0 or self.echo
 
 
 class ReplyFormat(Protocol):
@@ -105,11 +97,6 @@ class ReplyPlan(NamedTuple):
     prompt_logprobs: int | None
     token_ids: bool
 
-    @property
-    def needs_scoring(self) -> bool:
-        """Whether the context tower must score the texts."""
-        return self.logprobs is not None and self.logprobs.need_scoring
-
     def given(self, results: Mapping[int, Generation]) -> list[int]:
         """The places of the texts to give: for each prompt the likeliest by the mean log-probability of a token."""
         written = len(self.requests) // self.num_prompts
@@ -140,9 +127,8 @@ async def reply(
 ) -> Response:
     """The response to a request. A stream takes over what `held` holds, the admission among it, until it ends.
 
-    Raises ApiError for log-probabilities that can't be given.
+    Raises ApiError for log-probabilities of the prompt in a stream.
     """
-    _check_logprobs(plan)
     if stream and plan.prompt_logprobs is not None:
         message = "prompt_logprobs are not streamed; leave them out, or stream"
         raise ApiError(400, message, param="prompt_logprobs", code="invalid_value")
@@ -157,21 +143,6 @@ async def reply(
     if stream:
         return EventStream(_chunks(service, plan, admission, head, log), held.pop_all(), done="[DONE]")
     return JSONResponse(await unless_gone(request, _whole(service, plan, admission, head, log)))
-
-
-def _check_logprobs(plan: ReplyPlan) -> None:
-    if plan.logprobs is None or plan.logprobs.num_top == 0 or plan.logprobs.echo:
-        return
-    if not all(_follows_context_tower(request.params) for request in plan.requests):
-        message = (
-            "the likeliest other tokens are known in modes ar and verified, or with echo; ask for those or for none"
-        )
-        raise ApiError(400, message, param="logprobs", code="invalid_value")
-
-
-def _follows_context_tower(params: SamplingParams) -> bool:
-    """Whether the text is distributed as the context tower says."""
-    return params.mode in ("ar", "verified") or (params.mode == "auto" and not params.allow_loss)
 
 
 async def _whole(
@@ -190,15 +161,14 @@ async def _whole(
         logprobs = None
         if plan.logprobs is not None:
             logprobs = committed(tokens[i])
-            if plan.needs_scoring:
-                ids = [*plan.requests[i].prompt_ids, *results[i].token_ids]
-                skip = 0 if plan.logprobs.echo else len(plan.requests[i].prompt_ids)
-                logprobs = await _score(service, _scorer(service, plan.requests[i], plan.logprobs), ids, skip)
+            if plan.logprobs.echo:
+                logprobs = await _prompt_scores(service, plan.requests[i], plan.logprobs.num_top) + logprobs
         choice = plan.format.choice(place, results[i], logprobs)
         if plan.token_ids:
             choice |= {"token_ids": results[i].token_ids, "prompt_token_ids": plan.requests[i].prompt_ids}
         if plan.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = await _prompt_logprobs(service, plan.requests[i], plan.prompt_logprobs)
+            scores = await _prompt_scores(service, plan.requests[i], plan.prompt_logprobs)
+            choice["prompt_logprobs"] = prompt_logprobs(service.names, scores)
         choices.append(choice)
     usage = plan.usage([Counts.of(results[i]) for i in range(len(plan.requests))])
     log |= usage
@@ -208,12 +178,6 @@ async def _whole(
 def _mean_logprob(result: Generation) -> float:
     scores = committed([Token(i, 0, c) for i, c in zip(result.token_ids, result.confidences, strict=True)])
     return sum(score.logprob or 0.0 for score in scores) / max(len(scores), 1)
-
-
-async def _prompt_logprobs(service: Service, text: TextRequest, num_top: int) -> list[Any]:
-    """The log-probabilities of a prompt's tokens, in vLLM's form."""
-    scorer = _scorer(service, text, LogprobOptions(num_top))
-    return prompt_logprobs(service.names, await _score(service, scorer, text.prompt_ids))
 
 
 async def _chunks(
@@ -229,20 +193,15 @@ async def _chunks(
             return made | {"usage": plan.usage(counts)}
         return made | {"usage": None} if options.include_usage else made
 
-    scorers: list[ContextScorer] = []
     for i, text in enumerate(plan.requests):
         echoed = None
-        if plan.logprobs is not None and plan.needs_scoring:
-            scorers.append(_scorer(service, text, plan.logprobs))
-            skip = 0 if plan.logprobs.echo else len(text.prompt_ids)
-            echoed = await _score(service, scorers[i], text.prompt_ids, skip) or None
+        if plan.logprobs is not None and plan.logprobs.echo:
+            echoed = await _prompt_scores(service, text, plan.logprobs.num_top)
         for beginning in plan.format.beginning(i, echoed):
             yield chunk(beginning | ({"prompt_token_ids": text.prompt_ids} if plan.token_ids else {}))
     async with aclosing(service.run(plan.requests, admission, log)) as outputs:
         async for index, output in outputs:
             logprobs = None if plan.logprobs is None else committed(output.tokens)
-            if scorers:
-                logprobs = await _score(service, scorers[index], output.token_ids)
             counts[index] = Counts(counts[index].tokens + len(output.tokens))
             if output.result is not None:
                 counts[index] = Counts.of(output.result)
@@ -258,14 +217,15 @@ async def _chunks(
         yield chunk()
 
 
-def _scorer(service: Service, text: TextRequest, logprobs: LogprobOptions) -> ContextScorer:
-    model = service.engine.model
-    num_top = min(logprobs.num_top, model.config.vocab_size)
-    return ContextScorer(model, num_top=num_top, capacity=len(text.prompt_ids) + text.max_new_tokens)
+async def _prompt_scores(service: Service, text: TextRequest, num_top: int) -> list[TokenScore]:
+    """The log-probabilities of a prompt's tokens under the context tower, and the `num_top` likeliest at each place."""
+    model, ids = service.engine.model, text.prompt_ids
+    scorer = ContextScorer(model, num_top=min(num_top, model.config.vocab_size), capacity=len(ids))
+    return await _score(service, scorer, ids)
 
 
-async def _score(service: Service, scorer: ContextScorer, ids: Sequence[int], skip: int = 0) -> list[TokenScore]:
-    """The log-probabilities of a text's next tokens behind the first `skip`.
+async def _score(service: Service, scorer: ContextScorer, ids: Sequence[int]) -> list[TokenScore]:
+    """The log-probabilities of a text's tokens.
 
     Only one text is scored at a time, beside decoding. Cancelling stops it after the chunk that is under way.
     """
@@ -273,7 +233,7 @@ async def _score(service: Service, scorer: ContextScorer, ids: Sequence[int], sk
 
     def push() -> list[TokenScore]:
         scored: list[TokenScore] = []
-        for [tokens] in scorer.push([ids], skip=skip, chunk=_SCORED_TOKENS):
+        for [tokens] in scorer.push([ids], chunk=_SCORED_TOKENS):
             scored += tokens
             if cancelled.is_set():
                 break

@@ -97,6 +97,11 @@ class Sampling(Body):
         return None if value == -1 or (value == 0 and info.field_name == "top_k") else value
 
     @property
+    def num_top(self) -> int:
+        """How many of the likeliest tokens at each place are asked for; endpoints have names of their own for it."""
+        return 0
+
+    @property
     def json_schema(self) -> str | None:
         """The text of the JSON schema that `response_format` asks for, None for free text."""
         if isinstance(self.response_format, SchemaFormat):
@@ -119,6 +124,7 @@ class Sampling(Body):
             "top_p": self.top_p or None,
             "seed": None if self.seed is None else self.seed + choice,
             "logit_bias": self._biases(),
+            "logprobs": self.num_top,
         }
         constrained = any(given[name] is not None for name in ("json_schema", "regex", "grammar"))
         fitting: Mode = "ar" if constrained and default_mode not in CONSTRAINED_MODES else default_mode
