@@ -148,11 +148,31 @@ def abort_at_random(model: TwoTower, count: int) -> None:
                 assert event.result.token_ids == generate(model, [prompts[which]], params[which])[0].token_ids
                 checked += 1
         rounds += 1
+        held = {page for job in e._jobs.values() for page in job.table}
+        assert e.stats().usage == len(held) / (e._pool.num_pages - 1)
         assert rounds < 50 * count, "the engine does not come to an end"
     e.clear_cache()
     assert e.stats().bytes_used == 0
     assert checked > 0
     assert not staying
+
+
+@pytest.mark.parametrize("pattern", ["M*-E", "M-"])
+def test_the_usage_is_that_of_running_requests_alone(pattern: str, tiny: Callable) -> None:
+    """What the cache keeps can be freed, so it does not count; pages that two requests share count once."""
+    e, params = engine(tiny(pattern), max_num_requests=4), SamplingParams(mode="ar", max_new_tokens=40)
+    usages = []
+    for _ in range(3):
+        e.add([5] * 200, params)
+        e.step()
+        usages.append(e.stats().usage)
+    if e._pool.num_pages == 1:
+        assert usages == [0.25, 0.5, 0.75]
+    else:
+        assert 0 < usages[1] - usages[0] < 0.5 * usages[0]
+    while e.has_work:
+        e.step()
+    assert e.stats().usage == 0 < e.stats().bytes_used
 
 
 def test_an_aborted_request_frees_its_state_at_once(tiny: Callable) -> None:

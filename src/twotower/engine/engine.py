@@ -30,15 +30,18 @@ class EngineStats(NamedTuple):
     """An engine's present load, and its counts since it was made.
 
     Now: `num_running` requests have a state and `num_waiting` have none; states and the prefix cache take `bytes_used`
-    of `bytes_budget`. Since it was made: `cache_query_tokens`, prompt tokens looked up in the prefix cache, and
-    `cache_hit_tokens`, those found in it; `num_rounds`, calls of `Engine.step` with work; `num_preemptions`, states
-    dropped to free memory; `denoiser_calls` and `context_calls`, counted per request as in `GenerationStats`.
+    of `bytes_budget`; running requests need the fraction `usage` of the memory for keys, or of slots if there are none,
+    and where that is 1 they wait for each other. Since it was made: `cache_query_tokens`, prompt tokens looked up in
+    the prefix cache, and `cache_hit_tokens`, those found in it; `num_rounds`, calls of `Engine.step` with work;
+    `num_preemptions`, states dropped to free memory; `denoiser_calls` and `context_calls`, counted per request as in
+    `GenerationStats`.
     """
 
     num_running: int
     num_waiting: int
     bytes_used: int
     bytes_budget: int
+    usage: float
     cache_query_tokens: int
     cache_hit_tokens: int
     num_rounds: int
@@ -221,6 +224,7 @@ class Engine:
             num_waiting=len(self._intake.waiting),
             bytes_used=self._pool.bytes_used + self._cache.bytes_of_snapshots,
             bytes_budget=self.config.state_bytes,
+            usage=self._pool.usage,
             cache_query_tokens=self._intake.num_looked_up_tokens,
             cache_hit_tokens=self._intake.num_hit_tokens,
             num_rounds=self._num_rounds,

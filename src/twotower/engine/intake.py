@@ -84,10 +84,10 @@ class Intake:
         if self._config.snapshot_room:
             match = self._cache.match(ids, self._tree(job), needs_logits=_needs_logits(job))
             job.points = self._cache.points(match, len(ids))
-        for page in match.pages:
-            self._pool.hold_(page)
         whole = match.length // PAGE_SIZE
-        job.table.extend(match.pages[:whole])
+        self._pool.extend_(job.table, match.pages[:whole])
+        for page in match.pages[whole:]:
+            self._pool.hold_(page)
         roomy = self.grow(job, len(ids) + job.record.request.block_size + 1)
         for page in match.pages[whole:]:  # the job appends to this page, so it needs its own copy
             if roomy:

@@ -1,5 +1,7 @@
 """Memory for the states of all running requests, within one byte budget."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from twotower.engine.config import MIB
@@ -38,13 +40,25 @@ class StatePool:
         self._values = [make(s, dtype=empty[0].dtype).transpose(1, 2) for s in shapes]
         self._free = list(range(self.num_pages - 1, 0, -1))
         self._uses = [0] * self.num_pages
-        self._num_slots_used = 0
+        self._num_tables = [0] * self.num_pages  # that hold a page
+        self._num_in_tables = 0
+        self._num_slots, self._num_slots_used = num_slots, 0
 
     @property
     def bytes_used(self) -> int:
         """Bytes of pages and slots in use."""
         pages = self.num_pages - 1 - len(self._free)
         return pages * self.page_bytes + self._num_slots_used * self.slot_bytes
+
+    @property
+    def usage(self) -> float:
+        """The fraction of all pages that are in a table, or of slots in use for a model without pages.
+
+        Pages that only the prefix cache holds don't count, for they can be freed.
+        """
+        if self.num_pages > 1:
+            return self._num_in_tables / (self.num_pages - 1)
+        return self._num_slots_used / self._num_slots
 
     @property
     def num_free(self) -> int:
@@ -85,6 +99,8 @@ class StatePool:
     def release_(self, table: list[int]) -> None:
         """Frees the pages of `table`, and empties it."""
         for page in table:
+            self._num_tables[page] -= 1
+            self._num_in_tables -= self._num_tables[page] == 0
             self.drop_(page)
         table.clear()
 
@@ -94,9 +110,16 @@ class StatePool:
         if missing > len(self._free):
             return False
         for _ in range(missing):
-            table.append(self._free.pop())
-            self.hold_(table[-1])
+            self.extend_(table, [self._free.pop()])
         return True
+
+    def extend_(self, table: list[int], pages: Sequence[int]) -> None:
+        """Adds pages to a table, which holds them as well from now on."""
+        for page in pages:
+            table.append(page)
+            self._num_in_tables += self._num_tables[page] == 0
+            self._num_tables[page] += 1
+            self.hold_(page)
 
     def copy_page_(self, source: int, target: int) -> None:
         """Copies the keys and values of page `source` to page `target`."""

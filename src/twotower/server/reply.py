@@ -130,7 +130,7 @@ async def reply(
     Raises ApiError for log-probabilities of the prompt in a stream.
     """
     if stream and plan.prompt_logprobs is not None:
-        message = "prompt_logprobs are not streamed; leave them out, or stream"
+        message = "prompt_logprobs are not streamed; leave them out, or don't stream"
         raise ApiError(400, message, param="prompt_logprobs", code="invalid_value")
     head = {
         "id": f"{plan.format.prefix}-{secrets.token_hex(12)}",

@@ -40,7 +40,7 @@ class Service:
         self.max_context = _most_tokens(engine, config)
         self.template = template
         self.tokenizer: tokenizers.Tokenizer = engine.model.tokenizer
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(engine, self.model_name, config.default_mode)
         self.names = TokenNames(self.tokenizer)
         self.started = int(time.time())
         self.scoring = asyncio.Lock()
