@@ -1,5 +1,8 @@
 """Settings that change logits against plain Python, and the modes that follow them against each other."""
 
+import collections
+import dataclasses
+import itertools
 import json
 import math
 import random
@@ -7,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 from twotower.decoding.bad_words import word_sequences
 from twotower.decoding.generate import generate
+from twotower.decoding.modes import MODES
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.record import make_request
 from twotower.decoding.sampling import distribution, temper
@@ -208,3 +213,98 @@ def exact_combination(model: TwoTower, seed: int) -> int:
 def test_verified_is_ar_under_combinations(first: int, model: TwoTower) -> None:
     num = 10 if first else 5
     assert sum(exact_combination(model, seed) for seed in range(first, first + num)) > num
+
+
+def sampled_combination(model: TwoTower, seed: int) -> int:
+    """Sampled texts of all modes by an engine, in rows that are mixed and come by priority, are those of each request
+    alone.
+
+    Returns how many texts of a setting differ from those without it.
+    """
+    rng = random.Random(seed)
+    given = [
+        random_settings(rng, temperature=rng.random() < 0.8)
+        | {"mode": rng.choice(list(MODES)), "block_size": rng.choice([3, 8]), "steps_per_block": rng.choice([2, 8])}
+        | {"max_new_tokens": rng.randrange(12, 24), "seed": rng.randrange(1 << 63), "priority": rng.randrange(-2, 3)}
+        for _ in PROMPTS
+    ]
+    params = [SamplingParams(**one) for one in given]
+    alone = [generate(model, [prompt], p)[0] for prompt, p in zip(PROMPTS, params, strict=True)]
+    engine = Engine(model, EngineConfig(max_num_requests=3, state_bytes=1 << 23, snapshot_bytes=1 << 20))
+    for _ in range(2):
+        assert texts(engine.generate(PROMPTS, params)) == texts(alone)
+    kept = {"mode", "block_size", "steps_per_block", "max_new_tokens", "seed", "temperature"}
+    bare = [SamplingParams(**{n: v for n, v in one.items() if n in kept}) for one in given]
+    return sum(a != b for a, b in zip(texts(alone), texts(generate(model, PROMPTS, bare)), strict=True))
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(5, 55, 10))])
+def test_an_engine_is_generate_under_combinations(first: int, model: TwoTower) -> None:
+    """Each seed has four requests with settings of their own."""
+    num = 10 if first else 5
+    assert sum(sampled_combination(model, seed) for seed in range(first, first + num)) > num
+
+
+@pytest.fixture(scope="module")
+def few_words(tiny: Callable) -> TwoTower:
+    """Six tokens, so that every text of three of them can be listed; seed and size make drafts right in part."""
+    names = ["a", "b", "</s>", "<mask>", "c", "d"]
+    made = tiny("M*-", vocab_size=6, eos_token_id=END, seed=1)
+    made.tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, []))
+    return made
+
+
+def exact(model: TwoTower, prompt: list[int], params: SamplingParams) -> dict[tuple[int, ...], float]:
+    """The probability of every text under `ar`, from the context tower's logits and the equations."""
+    words = word_sequences(model, params.bad_words)
+    every = list(itertools.product(range(6), repeat=3))
+    logits = model.context_logits([[*prompt, *ids] for ids in every])[:, len(prompt) - 1 :].double().tolist()
+    after = {ids[:k]: logits[n][k] for n, ids in enumerate(every) for k in range(3)}
+    found, open_texts = {}, {(): 1.0}
+    while open_texts:
+        text, before = open_texts.popitem()
+        for i, q in enumerate(reference(after[text], prompt, text, params, words)):
+            longer = (*text, i)
+            ends = len(longer) == 3 or i in (END, *params.stop_token_ids)
+            if q:
+                (found if ends else open_texts)[longer] = before * q
+    return found
+
+
+def drawn(model: TwoTower, prompt: list[int], params: SamplingParams) -> collections.Counter:
+    seeded = [dataclasses.replace(params, seed=seed) for seed in range(NUM)]
+    return collections.Counter(tuple(done.token_ids) for done in generate(model, [prompt] * NUM, seeded))
+
+
+NUM = 1000
+SAMPLED: list[dict[str, Any]] = [
+    {"repetition_penalty": 2.0},
+    {"repetition_penalty": 0.4},
+    {"presence_penalty": 2.0},
+    {"presence_penalty": -2.0},
+    {"frequency_penalty": 1.5},
+    {"frequency_penalty": -1.5},
+    {"logit_bias": {0: 1.5, 4: -2.0, END: 1.0}},
+    {"allowed_token_ids": [0, 1, 5]},
+    {"bad_words": ["ab", "ca", "dd", "bb", "abc"]},
+    {"min_tokens": 2, "stop_token_ids": [0]},
+    {"min_p": 0.25},
+    {"typical_p": 0.6},
+    {"min_p": 0.1, "typical_p": 0.9, "presence_penalty": 1.0, "bad_words": ["aa", "cb"], "stop_token_ids": [5]},
+    {"top_k": 3, "repetition_penalty": 1.8, "frequency_penalty": -1.0, "min_tokens": 2, "logit_bias": {4: 1.0}},
+    {"top_p": 0.8, "frequency_penalty": 2.0, "allowed_token_ids": [0, 4, 5, END], "temperature": 4.0},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", SAMPLED, ids=str)
+def test_each_setting_leaves_the_distribution_of_verified_that_of_ar(
+    given: dict[str, Any], few_words: TwoTower, chi_square: Callable
+) -> None:
+    """All of a block is drafted, kept in part, and corrected; the prompt's tokens come again."""
+    params = SamplingParams(**{"mode": "verified", "max_new_tokens": 3, "block_size": 3, "temperature": 3.0} | given)
+    expected = exact(few_words, [0, 4], params)
+    assert sum(expected.values()) == pytest.approx(1)
+    found = chi_square(drawn(few_words, [0, 4], params), expected, NUM)
+    assert found.degrees >= 4
+    assert found.p_value > 1e-3

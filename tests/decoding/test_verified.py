@@ -198,25 +198,6 @@ def test_probabilities_of_one_draft_decide_between_accept_and_residual(tiny: Cal
     assert verdict.bonus == (int(p[0, 0].argmax()),)
 
 
-class Fit(NamedTuple):
-    """A chi-square test's p-value and degrees of freedom."""
-
-    p_value: float
-    degrees: int
-
-
-def chi_square(counts: collections.Counter, expected: dict[Any, float], num: int) -> Fit:
-    """Cells that expect fewer than 5 are one cell."""
-    large = {k: e * num for k, e in expected.items() if e * num >= 5}
-    cells = [(counts[k], e) for k, e in large.items()]
-    rest = num - sum(large.values())
-    if rest > 1e-6 * num:
-        cells.append((num - sum(c for c, _ in cells), rest))
-    statistic = sum((c - e) ** 2 / e for c, e in cells)
-    half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
-    return Fit(torch.special.gammaincc(half[0], half[1]).item(), len(cells) - 1)
-
-
 def exact(model: TwoTower, prompt: list[int], params: SamplingParams) -> dict[tuple[int, ...], float]:
     """The probability of every continuation under `ar`, by enumeration."""
     sequences = list(itertools.product(range(model.config.vocab_size), repeat=params.max_new_tokens))
@@ -247,7 +228,9 @@ NUM = 1000
         ("llama", {"temperature": 2.0, "block_size": 1}),
     ],
 )
-def test_sampling_is_distributed_as_ar(pattern: str, changed: dict[str, Any], tiny: Callable) -> None:
+def test_sampling_is_distributed_as_ar(
+    pattern: str, changed: dict[str, Any], tiny: Callable, chi_square: Callable
+) -> None:
     """Chi-square against the exact distribution of three tokens over six words, seeds fixed.
 
     A first round that accepts nothing starts where the next one does: their corrections must not share a draw.
@@ -260,7 +243,9 @@ def test_sampling_is_distributed_as_ar(pattern: str, changed: dict[str, Any], ti
 
 
 @pytest.mark.slow
-def test_the_chi_square_test_finds_wrong_acceptance(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chi_square_test_finds_wrong_acceptance(
+    tiny: Callable, chi_square: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tokens of the drafter's distribution, or a correction from p instead of (p − q)⁺, are found."""
     model, prompt = tiny("M*-", vocab_size=6), [4, 5]
     params = SamplingParams(mode="verified", max_new_tokens=3, block_size=4, temperature=1.0)

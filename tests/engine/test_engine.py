@@ -49,6 +49,26 @@ def test_requests_decode_together_while_a_long_prompt_is_absorbed(tiny: Callable
     assert ends["long"] <= 200 / 8 + 3
 
 
+def test_the_lowest_priority_comes_first_and_of_equal_ones_the_oldest(tiny: Callable) -> None:
+    """One at a time; who decodes already isn't interrupted, and who comes later still comes before a higher number."""
+    e, ends = engine(tiny("M*-E"), max_num_requests=1), []
+
+    def add(name: str, priority: int) -> None:
+        e.add([5, 6], SamplingParams(mode="ar", max_new_tokens=4, priority=priority), request_id=name)
+
+    add("first", 0)
+    e.step()
+    for number, priority in enumerate([5, 0, -3, 5, -3]):
+        add(f"{priority} {number}", priority)
+    while e.has_work:
+        ended = [event.request_id for event in e.step() if event.result is not None]
+        ends += ended
+        if ended == ["-3 2"]:
+            add("1 later", 1)
+            add("-9 later", -9)
+    assert ends == ["first", "-3 2", "-9 later", "-3 4", "0 1", "1 later", "5 0", "5 3"]
+
+
 def test_small_requests_pass_one_that_needs_more_pages_than_there_are(tiny: Callable) -> None:
     model = tiny("llama")
     page = engine(model)._pool.page_bytes
