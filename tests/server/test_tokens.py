@@ -107,14 +107,22 @@ def test_options_says_the_methods(http, path, methods):
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [("OPTIONS", "/nowhere", 404), ("HEAD", "/nowhere", 404), ("DELETE", "/v1/models", 405), ("GET", "/tokenize", 405)],
+    ("method", "path", "status", "message"),
+    [
+        ("POST", "/chat/completions", 404, "there is nothing at /chat/completions; base URLs of clients end in /v1"),
+        ("OPTIONS", "/nowhere", 404, "there is nothing at /nowhere"),
+        ("HEAD", "/nowhere", 404, ""),
+        ("DELETE", "/v1/models", 405, "DELETE is not answered at /v1/models; OPTIONS says which methods are"),
+        ("GET", "/tokenize", 405, "GET is not answered at /tokenize"),
+        ("POST", "/page/chat.js", 405, "POST is not answered at /page/chat.js"),
+    ],
 )
-def test_other_methods_and_paths_are_errors(http, method, path, status):
+def test_other_methods_and_paths_are_errors(http, method, path, status, message):
     response = http.request(method, path)
     assert response.status_code == status
     if method != "HEAD":
         assert response.json()["error"]["type"] == "invalid_request_error"
+        assert response.json()["error"]["message"].startswith(message)
 
 
 def test_the_schema_tells_the_key_where_there_is_one(engine, serve, http):

@@ -132,10 +132,23 @@ def _shown(value: object) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
-async def _refused(_: Request, error: Exception) -> JSONResponse:
+async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    param, code = (error.param, error.code) if isinstance(error, ApiError) else (None, None)
-    return JSONResponse(body(error.status_code, error.detail, param, code), error.status_code, error.headers)
+    if isinstance(error, ApiError):
+        response = body(error.status_code, error.detail, error.param, error.code)
+    else:
+        response = body(error.status_code, _no_route(request, error))
+    return JSONResponse(response, error.status_code, error.headers)
+
+
+def _no_route(request: Request, error: HTTPException) -> str:
+    """What is wrong with a path or method that the application doesn't have. A client with a wrong base URL gets it."""
+    path = request.url.path
+    if error.status_code == 404:
+        return f"there is nothing at {path}; base URLs of clients end in /v1, and /openapi.json has all paths"
+    if error.status_code == 405:
+        return f"{request.method} is not answered at {path}; OPTIONS says which methods are"
+    return error.detail
 
 
 async def _setting(_: Request, error: Exception) -> JSONResponse:
