@@ -2,6 +2,7 @@ import json
 
 import pytest
 import tokenizers
+from tokenizers import models, pre_tokenizers
 
 from twotower.config import TwoTowerConfig
 from twotower.training.corpus.documents import Document, LongText
@@ -58,13 +59,22 @@ def test_a_prompt_that_brings_its_bos_gets_no_other(byte_tokenizer: tokenizers.T
     assert (ids, scored) == ([1, *spelled("ab"), 2], [False, True, True, True])
 
 
-def test_a_mask_that_the_tokenizer_takes_for_a_word_is_not_scored(byte_tokenizer: tokenizers.Tokenizer) -> None:
+def test_the_name_of_the_mask_is_text_though_the_tokenizer_does_not_mark_it_as_special(
+    byte_tokenizer: tokenizers.Tokenizer,
+) -> None:
     raw = json.loads(byte_tokenizer.to_str())
     for token in raw["added_tokens"]:
         token["special"] = False
     words = tokenizers.Tokenizer.from_str(json.dumps(raw))
-    ((ids, scored, _),) = rows([Document("", "a<mask>b")], words, 5)
-    assert ids == [1, *spelled("a"), 3, *spelled("b"), 2]
+    ((ids, _, _),) = rows([Document("", "a<mask>b")], words, 10)
+    assert ids == [1, *spelled("a<mask>b"), 2][:10]
+
+
+def test_a_mask_that_is_a_word_of_the_vocabulary_is_not_scored() -> None:
+    words = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "<mask>": 3, "a": 4, "b": 5}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ((ids, scored, _),) = rows([Document("", "a <mask> b")], words, 5)
+    assert ids == [1, 4, 3, 5, 2]
     assert scored == [False, True, False, True, True]
 
 

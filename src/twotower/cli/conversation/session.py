@@ -62,19 +62,23 @@ class ChatSession:
         complete([*_HELP, *setting_names(), *MODES, "auto"])
         self.say(f"{self.model.about}. /help lists the commands, Ctrl-D leaves.")
         self.tell_plain()
-        while True:
+        leaves = False
+        while not leaves:
             try:
-                message = read_message()
-            except KeyboardInterrupt:
+                leaves = self.take(read_message())
+            except KeyboardInterrupt:  # at the prompt, or a second one while "Stopped" is said
                 self.say("\nCtrl-D or /exit leaves.")
-                continue
-            if message is None or message.strip() == "/exit":
-                return
-            if message.startswith("/"):
-                self.obey(message)
-            elif message.strip():
-                self.conversation.ask(message.strip())
-                self.answer()
+
+    def take(self, message: str | None) -> bool:
+        """Answers a message or obeys a command; whether it was the last."""
+        if message is None or message.strip() == "/exit":
+            return True
+        if message.startswith("/"):
+            self.obey(message)
+        elif message.strip():
+            self.conversation.ask(message.strip())
+            self.answer()
+        return False
 
     def obey(self, line: str) -> None:
         """Runs a command; what is wrong with it is said, and the chat goes on."""

@@ -34,8 +34,8 @@ def pack(
     - A document is [BOS | prompt | text | EOS], with BOS and EOS where the model's config has them. A prompt or text
       that begins with BOS gets no second one, and a rendered text that has an end token ends with its last one. A
       document whose text has no tokens is left out.
-    - BOS, prompt and any mask token are not scored. A text holds a mask token only where tokenizer.json does not mark
-      the mask as special.
+    - BOS, prompt and any mask token are not scored. A text holds a mask token only where the mask is a word of the
+      tokenizer's vocabulary that tokenizer.json does not add to it.
     - Documents without a prompt follow each other and are cut where a row ends; the rest of a document begins the next
       row, as a document of its own.
     - A cut would part texts from their questions, so a document with a prompt, and with `config.prompt_field` every

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
+from twotower.decoding.prompt import without_mask
 from twotower.training.corpus.documents import Document, LongText
 
 # Characters that are tokenised together, at least: the tokenizer spreads them over the processor's cores, and takes
@@ -52,11 +53,7 @@ class Encoder:
     """A tokenizer that takes names of control tokens as text, or else as those tokens; the mask's name is text."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, mask_token_id: int, *, control_tokens: bool) -> None:
-        self._tokenizer = copy.deepcopy(tokenizer)
-        self._tokenizer.encode_special_tokens = True
-        self._mask_token_id = mask_token_id
-        mask = tokenizer.id_to_token(mask_token_id)
-        self._spelled = np.array([] if mask is None else self._encode([mask])[0], np.int32)
+        self._tokenizer = copy.deepcopy(without_mask(tokenizer, mask_token_id))  # that one is shared
         self._tokenizer.encode_special_tokens = not control_tokens
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -74,7 +71,7 @@ class Encoder:
                 context = next(contexts)
                 # Only a text behind a prompt may be other: cuts are where this holds.
                 own = own[len(context) :] if own[: len(context)] == context else self._encode([piece.text])[0]
-            ids.append(self._spell(np.array(own, np.int32)))
+            ids.append(np.array(own, np.int32))
         return ids
 
     def cut(self, text: str, start: int, limit: int) -> int:
@@ -91,16 +88,6 @@ class Encoder:
                 if rest[: len(dropped)] == dropped and whole == first + rest[len(dropped) :]:
                     return place
         return limit
-
-    def _spell(self, ids: np.ndarray) -> np.ndarray:
-        masks = np.flatnonzero(ids == self._mask_token_id)
-        if not len(masks) or not len(self._spelled):
-            return ids
-        return np.insert(
-            np.delete(ids, masks),
-            np.repeat(masks - np.arange(len(masks)), len(self._spelled)),
-            np.tile(self._spelled, len(masks)),
-        )
 
 
 def tokenized(
