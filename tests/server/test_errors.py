@@ -15,7 +15,6 @@ PATHS = {"/v1/completions": {"prompt": "ab"}, "/v1/chat/completions": {"messages
 # Fields of OpenAI's two APIs and of other servers that this one can't follow, with a value that asks for something.
 UNSUPPORTED = {
     "suffix": "end",
-    "tools": [{"type": "function", "function": {"name": "f"}}],
     "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
@@ -47,6 +46,11 @@ def refused(response: httpx.Response, status: int, param: str | None = None) -> 
 def test_a_field_that_is_not_supported_is_named(http, path, field):
     body = {"model": "tiny", **PATHS[path], field: UNSUPPORTED[field]}
     assert field in refused(http.post(path, json=body), 400, field)
+
+
+def test_a_completion_has_no_tools(http):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert "tools" in refused(http.post("/v1/completions", json={"prompt": "a", "tools": tools}), 400, "tools")
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -8,6 +8,7 @@ from typing import Literal
 from twotower.decoding.modes import Mode
 from twotower.errors import SettingError
 from twotower.options import check_options, option
+from twotower.server.tools.choice import ToolParser
 
 MIB = 1 << 20
 # Where neither the settings nor the checkpoint say how long a text may be.
@@ -41,6 +42,11 @@ class ServerConfig:
         least=2,
         shown_default=f"the checkpoint's, or {MAX_CONTEXT}",
         other_flag="--max-model-len",
+    )
+    tool_parser: ToolParser = option(
+        "auto",
+        "How the model writes calls of tools; auto goes by the chat template.",
+        other_flag="--tool-call-parser",
     )
     max_choices: int = option(64, "Most texts that one request may ask for: its prompts times n.", least=1)
     max_body_bytes: int = option(2 * MIB, "Most bytes of a request's body.", least=1024)

@@ -118,6 +118,7 @@ def _rule(error: Mapping[str, Any]) -> str:
         "dict_type": "an object",
         "model_type": "an object",
         "model_attributes_type": "an object",
+        "value_error": str(context.get("error", "")),
         "literal_error": "one of " + str(context.get("expected", "")).replace("'", '"').replace(" or ", ", "),
         "union_tag_invalid": "of type " + str(context.get("expected_tags", "")).replace("'", '"'),
         "too_short": f"a list of at least {context.get('min_length')}",

@@ -36,7 +36,6 @@ BOOKKEEPING = frozenset(
 # answer as it is. Any other value is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": (),
-    "tools": (),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True,),
     "functions": (),

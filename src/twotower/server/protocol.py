@@ -13,6 +13,7 @@ from twotower.server.errors import ApiError
 from twotower.server.fields import Body, Integer, Many, Strict, shown
 from twotower.server.messages import Message
 from twotower.server.sampling import Sampling
+from twotower.server.tool_request import Tool, ToolSettings
 
 _Count = Annotated[Integer, shown(minimum=1)]
 _Tokens = Annotated[Integer, shown(minimum=0)]
@@ -101,7 +102,7 @@ class CompletionRequest(Settings):
 
 
 class Templating(Body):
-    """What a request with messages says of its template.
+    """What a request with messages says of its template, and the tools that it may write into the prompt.
 
     The answer goes on with the last message, an assistant's, if `continue_final_message`. `chat_template_kwargs` are
     variables of the template, and `documents` texts to answer from that it may write into the prompt.
@@ -112,9 +113,15 @@ class Templating(Body):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: Many[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
+    tools: Many[Tool] | None = None
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """The tools that the template sees."""
+        return [tool.shown for tool in self.tools or ()]
 
 
-class ChatRequest(Settings, Templating):
+class ChatRequest(Settings, ToolSettings, Templating):
     """POST /v1/chat/completions."""
 
     messages: Annotated[Many[Message], Field(min_length=1)]
@@ -126,6 +133,10 @@ class ChatRequest(Settings, Templating):
     @property
     def num_top(self) -> int:
         return (self.top_logprobs or 0) if self.logprobs else 0
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]]:
+        return [] if self.tool_choice == "none" else super().shown_tools
 
     @property
     def most_tokens(self) -> int | None:

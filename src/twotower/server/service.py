@@ -20,6 +20,8 @@ from twotower.server.errors import ApiError
 from twotower.server.metrics import Metrics
 from twotower.server.sampling import Sampling
 from twotower.server.token_names import TokenNames
+from twotower.server.tools.answer import Marks
+from twotower.server.tools.choice import tool_format
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ class Service:
         self.tokenizer: tokenizers.Tokenizer = engine.model.tokenizer
         self.metrics = Metrics(engine, self.model_name, config.default_mode)
         self.names = TokenNames(self.tokenizer)
+        control = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        self.tool_marks = Marks(tool_format(config.tool_parser, template), control)
         self.started = int(time.time())
         self.scoring = asyncio.Lock()
         self._long_texts = asyncio.Lock()

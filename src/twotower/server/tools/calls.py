@@ -1,0 +1,139 @@
+"""What calls of functions are, and what a way of writing them into a text must say of itself."""
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, Protocol
+
+# What opens or closes something in JSON, and an escaped character, which may look like one.
+_MARKS = re.compile(r'\\.|["{}\[\]]', re.DOTALL)
+_BLANKS = re.compile(r"\s*")
+# Under which keys models write the arguments of a call.
+_ARGUMENTS = ("arguments", "parameters")
+
+# The JSON schemas of the arguments of each function, by its name.
+Functions = Mapping[str, Mapping[str, Any]]
+
+
+class Call(NamedTuple):
+    """A call of a function, with its arguments as a text of JSON: an object."""
+
+    name: str
+    arguments: str
+
+
+class Found(NamedTuple):
+    """What stands at the beginning of a text, up to the character `end`: calls, or if there are none, content."""
+
+    calls: tuple[Call, ...]
+    end: int
+
+
+class ToolFormat(Protocol):
+    """How a model writes calls into its text.
+
+    A call begins with one of `starts`; one of `line_starts` begins one only at the start of a line, because it is
+    frequent in other text. `marks` are all texts around calls that may be control tokens of a tokenizer.
+    """
+
+    @property
+    def marks(self) -> frozenset[str]: ...
+
+    @property
+    def starts(self) -> tuple[str, ...]: ...
+
+    @property
+    def line_starts(self) -> tuple[str, ...]: ...
+
+    def read(self, text: str, functions: Functions, brackets: "Brackets", *, final: bool) -> Found | None:
+        """What a text that begins with one of the starts has there; None while the text that comes next decides it.
+
+        `final` says that none comes. `brackets` is the same one at every call with the same beginning.
+        """
+        ...
+
+
+class Brackets:
+    """Finds where a JSON object or list in a growing text ends, reading each character once."""
+
+    def __init__(self) -> None:
+        self._at: int | None = None
+        self._depth = 0
+        self._in_string = False
+        self._end: int | None = None
+
+    def end(self, text: str, start: int) -> int | None:
+        """The place behind the bracket that closes the one at `start`, None if there is none yet."""
+        if self._end is not None:
+            return self._end
+        for mark in _MARKS.finditer(text, start if self._at is None else self._at):
+            self._at = mark.end()
+            if mark[0] == '"':
+                self._in_string = not self._in_string
+            elif not self._in_string and mark[0] in "{}[]":
+                self._depth += 1 if mark[0] in "{[" else -1
+                if self._depth == 0:
+                    self._end = self._at
+                    return self._end
+        # a backslash at the end escapes what comes next
+        rest = text[start if self._at is None else self._at :]
+        self._at = len(text) - rest.endswith("\\")
+        return None
+
+
+def load(text: str) -> Any:
+    """The value of a text of JSON, None if it is none. Line breaks in strings, which models write, are allowed."""
+    try:
+        return json.loads(text, strict=False, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+
+
+def dump(value: Any) -> str | None:
+    """A value as JSON, None if it has a number that JSON can't say."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return None
+    # half of a surrogate pair, which only its escape can say
+    return text if text.isascii() or not re.search("[\ud800-\udfff]", text) else json.dumps(value)
+
+
+def calls_in(value: Any, known: Collection[str] | None = None) -> tuple[Call, ...]:
+    """The calls that a JSON value has, an object or a list of objects with a name and arguments; none if any of them is
+    no call, or if its name is not among the `known` ones."""
+    found = [_call(one) for one in (value if isinstance(value, list) else [value])]
+    calls = tuple(call for call in found if call is not None and (known is None or call.name in known))
+    return calls if len(calls) == len(found) else ()
+
+
+def skip_blanks(text: str, at: int) -> int:
+    """The place of the first character from `at` on that is no blank, the text's length if there is none."""
+    blanks = _BLANKS.match(text, at)
+    assert blanks is not None
+    return blanks.end()
+
+
+def behind(text: str, at: int, closing: str, *, final: bool) -> int | None:
+    """The place behind a closing mark, which blanks may precede; `at` where something else stands there, and None while
+    the text that comes next decides it."""
+    place = skip_blanks(text, at)
+    if text.startswith(closing, place):
+        return place + len(closing)
+    return None if closing.startswith(text[place:]) and not final else at
+
+
+def _call(value: Any) -> Call | None:
+    if isinstance(value, dict) and isinstance(value.get("function"), dict):
+        value = value["function"]  # OpenAI's form
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+        return None
+    arguments: Any = next((value[key] for key in _ARGUMENTS if value.get(key) is not None), {})
+    if isinstance(arguments, str):
+        arguments = load(arguments)
+    text = dump(arguments) if isinstance(arguments, dict) else None
+    return None if text is None else Call(value["name"], text)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
