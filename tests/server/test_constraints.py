@@ -75,7 +75,10 @@ def test_a_grammar_and_any_object(client):
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "simulated_ar", "mock_ar"])
-@pytest.mark.parametrize(("field", "value"), [("response_format", FORMAT), ("regex", "a"), ("grammar", 'start: "a"')])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("response_format", FORMAT), ("regex", "a"), ("grammar", 'start: "a"'), ("guided_choice", ["a"])],
+)
 def test_modes_that_can_not_are_a_400_that_names_the_field(client, mode, field, value):
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, {field: value, "mode": mode})
@@ -105,6 +108,64 @@ def test_what_can_not_be_followed_is_a_400(client, extra, param):
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, extra)
     assert caught.value.param == param if param else caught.value.param.startswith("response_format.")
+
+
+RECURSIVE = {
+    "$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}, "additionalProperties": False}},
+    "$ref": "#/$defs/n",
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [
+        ({"structured_outputs": {"choice": ["x.y", "\n#", "é…"]}}, "x\\.y|\n#|é…"),
+        ({"guided_choice": [f"number {i}" for i in range(10_000)]}, r"number \d{1,4}"),
+        ({"guided_choice": ["", "x"]}, "x?"),
+        ({"structured_outputs": {"grammar": 'root ::= "a" | b\nb ::= [0-9] "!"'}}, r"a|\d!"),
+        ({"guided_json": RECURSIVE}, r'(\{|"n"|: |\})*'),
+        ({"structured_outputs": {"json": {"type": "boolean"}}}, "true|false"),
+        ({"response_format": {"type": "json_object", "schema": {"const": 7}}}, "7"),
+        ({"guided_regex": "(a*)*b{2}"}, "a*b{0,2}"),
+    ],
+)
+def test_other_spellings_hold_the_text_in_the_default_mode(client, asked, pattern):
+    assert re.fullmatch(pattern, complete(client, asked).choices[0].text)
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "words"),
+    [
+        (
+            {"structured_outputs": {"regex": "("}},
+            "structured_outputs.regex",
+            'structured_outputs.regex is "(", must be',
+        ),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag", "is not supported"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format", "must be of type"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "is [], must be a list of at least 1"),
+        ({"guided_choice": []}, "guided_choice", "is [], must be a list of at least 1"),
+        ({"guided_choice": ["a", 1]}, "guided_choice.1", "is 1, must be a text"),
+        ({"guided_json": "{"}, "guided_json", 'guided_json is "{", must be JSON, which it is not'),
+        ({"guided_json": '{"not": ' * 300 + "{}" + "}" * 300}, "guided_json", "recursion limit exceeded"),
+        ({"guided_json": {"$ref": "#"}}, "guided_json", "no text matches it"),
+        ({"guided_json": {"$ref": "#/none"}}, "guided_json", "Pointer '/none' does not exist"),
+        ({"guided_json": {"not": {}}}, "guided_json", 'Unimplemented keys: ["not"]'),
+        ({"structured_outputs": {"grammar": "start: ("}}, "structured_outputs.grammar", "Expected token ')'"),
+        ({"guided_grammar": "root ::= nope"}, "guided_grammar", 'Rule "nope" not found'),
+        ({"structured_outputs": {"choice": ["a"]}, "ignore_eos": True}, "ignore_eos", "structured_outputs.choice"),
+        ({"structured_outputs": "a"}, "structured_outputs", 'is "a", must be an object'),
+    ],
+)
+def test_the_error_names_the_spelling_once_in_one_sentence(client, asked, param, words):
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, asked)
+    message = caught.value.body["message"]
+    assert caught.value.param == param
+    assert words in message
+    assert "\n" not in message
+    assert len(message) < 800
+    assert message.count(f"{param} is") == 1
 
 
 def test_the_watched_text_follows_too(url):

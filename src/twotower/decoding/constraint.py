@@ -8,6 +8,7 @@ llguidance's limits, only its end is allowed from there on.
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 
 # Allow only one spacing: an unsure model would fill its answer with the optional blanks of JSON.
 _JSON_STYLE: "JsonCompileOptions" = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# What llguidance says -> what it means
+_PROBLEMS = {"NoExtensionBias": "no text matches it"}
+# Most characters that an error shows of what llguidance says, which may have the whole constraint in it.
+_MOST_SAID = 300
+# Most characters of a grammar in GBNF, which are translated in Python, about a million a second.
+_MOST_GBNF = 200_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,17 +151,41 @@ def _matcher(vocabulary: "LLTokenizer", kind: str, text: str) -> "LLMatcher":
             json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
             raise SettingError(kind, text, f"JSON, which it is not ({error})", "correct it") from error
-        grammar = LLMatcher.grammar_from_json_schema(text, defaults=_JSON_STYLE)
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(text, defaults=_JSON_STYLE)
+        except ValueError as error:  # it reads no JSON that is nested more than a hundred levels deep
+            raise _unfollowable(kind, text, str(error)) from error
     elif kind == "regex":
         grammar = LLMatcher.grammar_from_regex(text)
     else:
-        grammar = LLMatcher.grammar_from_lark(text)
+        grammar = LLMatcher.grammar_from_lark(_lark(text))
     problem = LLMatcher.validate_grammar(grammar, vocabulary)
     if not problem:
         first = LLMatcher(vocabulary, grammar, log_level=0)
         first.compute_logit_bias()  # finds most constraints that exceed its limits
-        problem = first.get_error().split("<state>")[0]
+        problem = first.get_error()
     if problem:
-        rule = f"a constraint that llguidance can follow ({' '.join(problem.split())})"
-        raise SettingError(kind, text, rule, "correct it")
+        raise _unfollowable(kind, text, problem)
     return LLMatcher(vocabulary, grammar, log_level=0)
+
+
+def _unfollowable(kind: str, text: str, problem: str) -> SettingError:
+    """The error for a constraint, with what llguidance says of it cut before its internals, and where it is long."""
+    said = " ".join(re.split("<state>|<backtrace>", problem)[0].split())
+    said = _PROBLEMS.get(said, said)
+    shown = said if len(said) <= _MOST_SAID else said[:_MOST_SAID] + "…"
+    return SettingError(kind, text, f"a constraint that llguidance can follow ({shown})", "correct it")
+
+
+def _lark(grammar: str) -> str:
+    """A grammar in llguidance's Lark; one in llama.cpp's GBNF, which has a rule `root`, is translated."""
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    if not re.search(r"^\s*root\s*::=", grammar, re.MULTILINE):
+        return grammar
+    if len(grammar) > _MOST_GBNF:
+        raise SettingError("grammar", grammar, f"at most {_MOST_GBNF} characters in GBNF", "write it in Lark")
+    try:
+        return gbnf_to_lark(grammar)
+    except Exception as error:  # what it raises for a wrong grammar is Exception itself
+        raise _unfollowable("grammar", grammar, str(error)) from error

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # What a request sets: the library's names -> the protocol's. Other settings, such as state_bytes, are the server's own.
 _NAMES = {field.name: field.name for field in dataclasses.fields(SamplingParams)}
-_NAMES |= {"prompt": "prompt", "max_new_tokens": "max_tokens", "json_schema": "response_format"}
+_NAMES |= {"prompt": "prompt", "max_new_tokens": "max_tokens"}
 # How long clients of a full server are told to wait; a request takes about a second.
 _RETRY_SECONDS = "1"
 # Most characters of a value that a message shows.
@@ -156,13 +156,12 @@ async def _setting(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SettingError)
     name, bracket, place = error.name.partition("[")  # prompt[3] is an entry of prompt
     param = _NAMES.get(name)
-    message = _in_json((param or name) + bracket + place, error)
+    message = in_json((param or name) + bracket + place, error.value, error)
     return JSONResponse(body(400, message, param, "invalid_value"), 400)
 
 
-def _in_json(name: str, error: SettingError) -> str:
+def in_json(name: str, value: object, error: SettingError) -> str:
     """The message of an error in the words of JSON, which the client has written, instead of Python's."""
-    value = json.loads(str(error.value)) if error.name == "json_schema" else error.value
     message = f"{name} is {_shown(value)}, must be {_without_python(error.rule)}"
     return message + (f"; {_without_python(error.fix)}" if error.fix else "")
 

@@ -23,6 +23,7 @@ BOOKKEEPING = frozenset(
         *("cache_prompt", "id_slot", "slot_id", "timings_per_token", "return_progress", "keep_alive", "provider"),
         *("transforms", "route", "caching", "litellm_metadata", "litellm_call_id", "num_retries", "timeout"),
         *("separate_reasoning", "stream_reasoning", "include_reasoning", "api_type", "api_server", "api_base"),
+        "guided_decoding_backend",
         # what belongs to samplers of other servers that are off below
         *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_range", "dry_sequence_breakers"),
         *("mirostat_tau", "mirostat_eta", "xtc_threshold", "dynatemp_low", "dynatemp_high", "dynatemp_exponent"),
@@ -80,6 +81,8 @@ _OURS = {
     "function_call": "tool_choice",
 }
 _EMPTY: tuple[Any, ...] = ("", [], {})
+# Fields of which an empty value is not as if there were none: {} as a schema is any JSON, and no choice is a mistake.
+_EMPTY_SAYS_SOMETHING = ("prompt", "messages", "tokens", "guided_choice", "guided_json")
 
 # fail_fast: a list of 100,000 wrong entries gives one error, not 100,000.
 Entry = TypeVar("Entry")
@@ -129,7 +132,7 @@ class Body(Strict):
 
     @classmethod
     def _asks_for_nothing(cls, name: str, value: Any) -> bool:
-        if name in ("prompt", "messages", "tokens"):  # an empty list of them is not as if there were none
+        if name in _EMPTY_SAYS_SOMETHING:
             return value is None
         if name in cls.model_fields:
             return any(_equal(value, empty) for empty in _EMPTY)

@@ -1,14 +1,15 @@
 """How to decode, as requests say it."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator
 
 from twotower.decoding.modes import CONSTRAINED_MODES, Mode
 from twotower.decoding.params import MAX_BLOCK, CommitRule, SamplingParams
 from twotower.server.errors import ApiError
-from twotower.server.fields import Body, Integer, Many, Strict, shown
+from twotower.server.fields import Integer, Many, shown
+from twotower.server.structure import Structured
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
 _STOP_RULE = f"a text of 1 to {MAX_STOP_CHARACTERS} characters, or a list of at most {MAX_STOPS} such texts"
@@ -24,40 +25,12 @@ _SAME = (
     *("block_size", "steps_per_block", "confidence_threshold", "commit_rule", "ignore_eos", "allow_loss", "top_k"),
     *("min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "allowed_token_ids"),
     *("bad_words", "stop_token_ids", "include_stop_str_in_output", "min_tokens", "skip_special_tokens", "priority"),
-    *("cache_salt", "json_schema", "regex", "grammar"),
+    "cache_salt",
 )
 
 
-class JsonSchema(Strict):
-    """A JSON schema with a name. It is always followed strictly, whatever `strict` says."""
-
-    name: str
-    description: str | None = None
-    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: bool | None = None
-
-
-class TextFormat(Strict):
-    """Any text."""
-
-    type: Literal["text"]
-
-
-class ObjectFormat(Strict):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-
-class SchemaFormat(Strict):
-    """JSON that a schema describes."""
-
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-class Sampling(Body):
-    """How to decode; `None` is the default. At most one of `response_format`, `regex` and `grammar` may be given."""
+class Sampling(Structured):
+    """How to decode; `None` is the default."""
 
     temperature: Annotated[float, shown(minimum=0, maximum=100)] | None = None
     top_k: Annotated[Integer, shown(minimum=-1)] | None = None
@@ -86,9 +59,6 @@ class Sampling(Body):
     confidence_threshold: _Share | None = None
     commit_rule: CommitRule | None = None
     allow_loss: bool | None = None
-    response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    regex: Annotated[str, shown(minLength=1, format="regex")] | None = None
-    grammar: Annotated[str, shown(minLength=1, format="lark")] | None = None
 
     @field_validator("top_k", "seed")
     @classmethod
@@ -100,13 +70,6 @@ class Sampling(Body):
     def num_top(self) -> int:
         """How many of the likeliest tokens at each place are asked for; endpoints have names of their own for it."""
         return 0
-
-    @property
-    def json_schema(self) -> str | None:
-        """The text of the JSON schema that `response_format` asks for, None for free text."""
-        if isinstance(self.response_format, SchemaFormat):
-            return json.dumps(self.response_format.json_schema.json_schema, ensure_ascii=False)
-        return '{"type": "object"}' if isinstance(self.response_format, ObjectFormat) else None
 
     def sampling(
         self, default_mode: Mode, max_new_tokens: int, choice: int = 0, default_temperature: float = 1.0
@@ -126,8 +89,10 @@ class Sampling(Body):
             "logit_bias": self._biases(),
             "logprobs": self.num_top,
         }
-        constrained = any(given[name] is not None for name in ("json_schema", "regex", "grammar"))
-        fitting: Mode = "ar" if constrained and default_mode not in CONSTRAINED_MODES else default_mode
+        structure, fitting = self.structure(), default_mode
+        if structure is not None:
+            given[structure.kind] = structure.text
+            fitting = default_mode if default_mode in CONSTRAINED_MODES else "ar"
         temperature = default_temperature if self.temperature is None else self.temperature
         if self.top_p == 0:
             temperature = 0.0  # of the likeliest tokens that have no probability together only the first is left

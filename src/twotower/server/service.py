@@ -15,6 +15,7 @@ from twotower.decoding.output import StepOutput
 from twotower.decoding.prompt import Prompt, prompt_ids, text_ids
 from twotower.decoding.step import Request
 from twotower.engine.aio import Admission, AsyncEngine
+from twotower.errors import SettingError
 from twotower.server.config import MAX_CONTEXT, ServerConfig
 from twotower.server.errors import ApiError
 from twotower.server.metrics import Metrics
@@ -102,9 +103,13 @@ class Service:
             wanted = min(default or own.max_new_tokens or self._usual_room(len(ids)), room)
         # OpenAI's protocol has 1 where nobody says anything
         usual = 1.0 if own.temperature is None else own.temperature
-        params = [settings.sampling(self.config.default_mode, wanted, k, usual) for k in range(num_choices)]
-        # In a thread: compiling a large JSON schema takes long enough to hold up all other requests.
-        return await asyncio.to_thread(lambda: [self.engine.prepare(ids, p) for p in params])
+        structure = settings.structure()
+        try:
+            params = [settings.sampling(self.config.default_mode, wanted, k, usual) for k in range(num_choices)]
+            # In a thread: compiling a large JSON schema takes long enough to hold up all other requests.
+            return await asyncio.to_thread(lambda: [self.engine.prepare(ids, p) for p in params])
+        except SettingError as error:
+            raise error if structure is None else structure.refused(error) from None
 
     async def run(
         self, requests: Sequence[Request], admission: Admission, log: dict[str, Any], *, watch: bool = False
