@@ -195,6 +195,7 @@ def test_what_a_file_lacks_is_said(run, checkpoint, tmp_path, files, message):
     ("options", "message"),
     [
         (["--max-context", "1"], "max-context"),
+        (["stories"], "--model is "),
         (["--api-key", ""], "printable ASCII"),
         (["--mode", "fast"], "fast"),
         (["--cors-origin", "https://a.example/"], "--cors-origin is"),
@@ -215,6 +216,6 @@ def test_a_model_without_tokenizer_cannot_be_served(run, model, tmp_path):
 
     save(model, tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    result = run("serve", "--model", tmp_path)
+    result = run("serve", tmp_path)
     assert result.exit_code == 2
     assert "no tokenizer.json" in result.stderr

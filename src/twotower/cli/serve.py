@@ -13,13 +13,14 @@ from twotower.cli.options import (
     DenoiserDeviceOption,
     DeviceOption,
     DtypeOption,
-    ModelOption,
+    ModelArgument,
     open_model,
 )
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
 from twotower.engine.aio import AsyncEngine
 from twotower.engine.config import EngineConfig
+from twotower.errors import SettingError
 from twotower.server.config import ServerConfig, read_keys
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -29,7 +30,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @with_settings
 def command(
     *,
-    model: ModelOption = None,
+    model: ModelArgument = None,
+    named_model: Annotated[
+        str | None, typer.Option("--model", metavar="PATH", help="The model, as an option.", show_default=False)
+    ] = None,
     config: ServerConfig,
     limits: EngineConfig,
     device: DeviceOption = "cpu",
@@ -54,6 +58,9 @@ def command(
 
     SIGTERM or Ctrl-C lets running requests finish.
     """
+    if None not in (model, named_model):
+        raise SettingError("--model", named_model, f"left out beside the model {model!r}")
+    model = model or named_model
     try:
         from twotower.checkpoints.chat_template import ChatTemplate
         from twotower.server.app import make_app
