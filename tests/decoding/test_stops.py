@@ -25,7 +25,8 @@ def written(found: StopFinder, *parts: str | int) -> list[int | None]:
     ends = []
     for part in parts:
         found.push(*((10, part) if isinstance(part, str) else (part, "")))
-        ends.append(found.find())
+        stop = found.find()
+        ends.append(None if stop is None else stop.end)
     return ends
 
 

@@ -22,7 +22,7 @@ from twotower.server.config import ServerConfig
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis makes the cases; pip install 'twotower[dev]'")
 
 GRAMMARS = ['start: "a" | "bc"', "start: /[a-c]{1,4}/", 'start: word " " word\nword: /[a-z]+/', "start: start"]
-WRITING = ("/v1/completions", "/v1/chat/completions", "/twotower/watch")
+WRITING = ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/twotower/watch")
 # Short: a chat without a limit goes on to the end of the context. Few: each of n texts takes its time.
 LIMITS = {"max_context": 40, "max_choices": 4}
 SETTINGS = hypothesis.settings(
@@ -39,7 +39,7 @@ def fuzz(app: FastAPI, num_cases: int) -> "collections.Counter[tuple[str, int]]"
     operations = [found.ok() for found in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations()]
     counts: collections.Counter[tuple[str, int]] = collections.Counter()
     writing = [operation for operation in operations if operation.body]
-    assert {*WRITING, "/tokenize", "/detokenize"} == {o.path for o in writing}
+    assert {*WRITING, "/v1/messages/count_tokens", "/tokenize", "/detokenize"} == {o.path for o in writing}
     reading = [operation for operation in operations if not operation.body]
     valid, wrong = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
     plan = [(operation, mode, -(-num_cases // 6)) for operation in writing for mode in (valid, wrong)]

@@ -70,12 +70,13 @@ class Generation:
     token was committed (0 in modes without blocks) and the probability that it had then; `top` has for each the tokens
     that were likeliest there, each an id and its log-probability, as many as `SamplingParams.logprobs` asks for.
     `finish_reason` is "stop" after an end token, a stop string or the end of a format, and "length" after
-    `max_new_tokens`; `stats` say what it cost.
+    `max_new_tokens`; `stop_string` is the stop string that ended it, if one did. `stats` say what it cost.
     """
 
     token_ids: list[int]
     text: str | None
     finish_reason: FinishReason
+    stop_string: str | None
     stats: GenerationStats
     commit_steps: list[int]
     confidences: list[float]

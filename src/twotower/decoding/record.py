@@ -12,7 +12,7 @@ from twotower.decoding.params import SamplingParams
 from twotower.decoding.prompt import Prompt, prompt_ids
 from twotower.decoding.shape_checks import check_shape
 from twotower.decoding.step import BatchStep, Request
-from twotower.decoding.stops import StopFinder
+from twotower.decoding.stops import FoundStop, StopFinder
 from twotower.decoding.text import TextStream
 from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
@@ -106,13 +106,13 @@ class Record:
         self.context_calls += stepped.context_calls[place]
         before = len(self.tokens)
         reason: FinishReason | None = None
-        text_end: int | None = None
+        stop: FoundStop | None = None
         for token in stepped.tokens[place]:
             self.tokens.append(token)
             if self.stream is not None and (self.include or token.id not in self.ends):
                 self.stops.push(token.id, self.stream.push([token.id]))
-                text_end = self.stops.find()
-            if text_end is not None or token.id in self.ends:
+                stop = self.stops.find()
+            if stop is not None or token.id in self.ends:
                 reason = "stop"
             elif len(self.tokens) == self.request.max_new_tokens:
                 reason = "length"
@@ -120,16 +120,16 @@ class Record:
                 break
         if self.first is None and len(self.tokens) > before:
             self.first = time.perf_counter()
-        if reason is not None and self.stream is not None and text_end is None:
+        if reason is not None and self.stream is not None and stop is None:
             self.stops.push(-1, self.stream.flush())
-            text_end = self.stops.find()
-            reason = "stop" if text_end is not None else reason
+            stop = self.stops.find()
+            reason = "stop" if stop is not None else reason
         return StepOutput(
             request_id=self.id,
-            text=self._new_text(text_end, final=reason is not None),
+            text=self._new_text(None if stop is None else stop.end, final=reason is not None),
             tokens=tuple(self.tokens[before:]),
             block=stepped.rows.view(place) if self.watch else None,
-            result=None if reason is None else self._result(reason, text_end),
+            result=None if reason is None else self._result(reason, stop),
             seconds_queued=self.seconds_queued or 0.0,
         )
 
@@ -154,8 +154,8 @@ class Record:
         self.shown += len(piece)
         return piece
 
-    def _result(self, reason: FinishReason, text_end: int | None) -> Generation:
-        """The request's result, with its text up to `text_end`."""
+    def _result(self, reason: FinishReason, stop: FoundStop | None) -> Generation:
+        """The request's result, with its text up to `stop`."""
         now = time.perf_counter()
         stats = GenerationStats(
             denoiser_calls=self.denoiser_calls,
@@ -167,8 +167,9 @@ class Record:
         )
         return Generation(
             token_ids=[t.id for t in self.tokens],
-            text=None if self.stream is None else self.stream.text[:text_end],
+            text=None if self.stream is None else self.stream.text[: None if stop is None else stop.end],
             finish_reason=reason,
+            stop_string=None if stop is None else stop.stop,
             stats=stats,
             commit_steps=[t.step for t in self.tokens],
             confidences=[t.confidence for t in self.tokens],

@@ -1,8 +1,16 @@
 """Finds stop strings in a text as it grows."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import tokenizers
+
+
+class FoundStop(NamedTuple):
+    """A stop string in a text, and where it ends the text, in characters without control tokens."""
+
+    end: int
+    stop: str
 
 
 class StopFinder:
@@ -32,7 +40,8 @@ class StopFinder:
         with_marks = list(stops)
         for name, i in named:
             with_marks = [stop.replace(name, self._marks[i]) for stop in with_marks]
-        self._stops = {*stops, *with_marks}
+        # as it is found -> as it was given
+        self._stops = dict(zip((*stops, *with_marks), (*stops, *stops), strict=True))
         self._include = include
         self._min_tokens = min_tokens
         self._num_tokens = self._passed = 0  # characters of the first `min_tokens` tokens
@@ -45,11 +54,14 @@ class StopFinder:
         if self._num_tokens <= self._min_tokens:
             self._passed = len(self._text)
 
-    def find(self) -> int | None:
-        """Where the earliest stop string ends the text, in characters without control tokens."""
-        starts = [(self._text.find(s, max(self._passed - len(s) + 1, 0)), len(s)) for s in self._stops]
+    def find(self) -> FoundStop | None:
+        """The earliest stop string, the shortest of those that begin there."""
+        starts = [(self._text.find(s, max(self._passed - len(s) + 1, 0)), len(s), s) for s in self._stops]
         first = min((found for found in starts if found[0] >= 0), default=None)
-        return None if first is None else self._visible(self._text[: first[0] + self._include * first[1]])
+        if first is None:
+            return None
+        start, length, stop = first
+        return FoundStop(self._visible(self._text[: start + self._include * length]), self._stops[stop])
 
     @property
     def num_pending(self) -> int:

@@ -14,6 +14,8 @@ from pydantic_core import from_json
 import twotower
 from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.engine.aio import AsyncEngine
+from twotower.server.anthropic.protocol import MessagesRequest
+from twotower.server.anthropic.reply import count_tokens, messages
 from twotower.server.chat import chat
 from twotower.server.completions import complete
 from twotower.server.config import ServerConfig
@@ -58,7 +60,8 @@ class _Api(FastAPI):
         most |= {"max_tokens": room, "max_completion_tokens": room, "min_tokens": room}
         most |= {"best_of": self.service.config.max_choices}
         most |= {"tokens": last}
-        for request in (CompletionRequest, ChatRequest, WatchRequest, TokenizeRequest, DetokenizeRequest):
+        bodies = (CompletionRequest, ChatRequest, WatchRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest)
+        for request in bodies:
             fields = schema["components"]["schemas"][request.__name__]["properties"]
             if "model" in fields:
                 fields["model"]["enum"] = [*self.service.model_names]
@@ -128,6 +131,14 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await chat(service, body, request)
+
+    @app.post("/v1/messages")
+    async def anthropic_messages(body: MessagesRequest, request: Request) -> Response:
+        return await messages(service, body, request)
+
+    @app.post("/v1/messages/count_tokens")
+    async def anthropic_count_tokens(body: MessagesRequest) -> dict[str, int]:
+        return await count_tokens(service, body)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Turns every error into a response in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+"""Turns every error into a response in OpenAI's shape: {"error": {"message", "type", "param", "code"}}.
+
+Where the path is one of Anthropic's protocol, it is in Anthropic's: {"type": "error", "error": {"type", "message"}}.
+"""
 
 import dataclasses
 import json
@@ -23,6 +26,15 @@ _NAMES = {field.name: field.name for field in dataclasses.fields(SamplingParams)
 _NAMES |= {"prompt": "prompt", "max_new_tokens": "max_tokens"}
 # How long clients of a full server are told to wait; a request takes about a second.
 _RETRY_SECONDS = "1"
+# What requests of Anthropic's protocol have in their path, and its names of errors.
+_ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
 # Most characters of a value that a message shows.
 _SHOWN = 200
 
@@ -54,6 +66,27 @@ def body(status: int, message: str, param: str | None = None, code: str | None =
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def anthropic_body(status: int, message: str) -> dict[str, Any]:
+    """The error object of a response of Anthropic's protocol, or of an event in a stream."""
+    kind = _ANTHROPIC_KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def error_response(
+    path: str,
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """An error of a request to `path`."""
+    is_anthropic = _ANTHROPIC_PATH in path
+    made = anthropic_body(status, message) if is_anthropic else body(status, message, param, code)
+    return JSONResponse(made, status, headers)
+
+
 def install(app: FastAPI) -> None:
     """Installs a handler for every exception that a request can raise."""
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -65,10 +98,10 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _defect)
 
 
-async def _invalid(_: Request, error: Exception) -> JSONResponse:
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """Names the first invalid field; where it is a union, what the branch that leads furthest into it says."""
     assert isinstance(error, RequestValidationError)
-    found = error.errors()
+    found, path = error.errors(), request.url.path
     field = found[0]["loc"][1:2]
     places = [(_path(e, error.body), e) for e in found if e["loc"][1:2] == field]
     parts = max((parts for parts, _ in places), key=len)  # the first of the longest
@@ -76,16 +109,16 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
     param, first = ".".join(map(str, parts)) or None, here[0]
     if param is None:
         message = "the body must be a JSON object, sent with the header Content-Type: application/json"
-        return JSONResponse(body(400, message, code="invalid_json"), 400)
+        return error_response(path, 400, message, code="invalid_json")
     if first["type"] == "extra_forbidden":
         message = f"{param} is not supported by this server; leave it out"
-        return JSONResponse(body(400, message, param, "unsupported_parameter"), 400)
+        return error_response(path, 400, message, param=param, code="unsupported_parameter")
     if first["type"] in ("missing", "union_tag_not_found"):
         param += ".type" if first["type"] == "union_tag_not_found" else ""
-        return JSONResponse(body(400, f"{param} is missing", param, "missing_required_parameter"), 400)
+        return error_response(path, 400, f"{param} is missing", param=param, code="missing_required_parameter")
     rules = dict.fromkeys(map(_rule, here))
     message = f"{param} is {_shown(first['input'])}, must be {' or '.join(rules)}"
-    return JSONResponse(body(400, message, param, "invalid_value"), 400)
+    return error_response(path, 400, message, param=param, code="invalid_value")
 
 
 def _path(error: Mapping[str, Any], sent: Any) -> tuple[int | str, ...]:
@@ -121,7 +154,10 @@ def _rule(error: Mapping[str, Any]) -> str:
         "value_error": str(context.get("error", "")),
         "literal_error": "one of " + str(context.get("expected", "")).replace("'", '"').replace(" or ", ", "),
         "union_tag_invalid": "of type " + str(context.get("expected_tags", "")).replace("'", '"'),
+        "string_too_short": f"a text of at least {context.get('min_length')} character",
+        "string_too_long": f"a text of at most {context.get('max_length')} characters",
         "too_short": f"a list of at least {context.get('min_length')}",
+        "too_long": f"a list of at most {context.get('max_length')}",
         "greater_than_equal": f"at least {context.get('ge')}",
         "less_than_equal": f"at most {context.get('le')}",
     }.get(error["type"], error["msg"])
@@ -135,11 +171,9 @@ def _shown(value: object) -> str:
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    if isinstance(error, ApiError):
-        response = body(error.status_code, error.detail, error.param, error.code)
-    else:
-        response = body(error.status_code, _no_route(request, error))
-    return JSONResponse(response, error.status_code, error.headers)
+    param, code = (error.param, error.code) if isinstance(error, ApiError) else (None, None)
+    message = error.detail if isinstance(error, ApiError) else _no_route(request, error)
+    return error_response(request.url.path, error.status_code, message, param=param, code=code, headers=error.headers)
 
 
 def _no_route(request: Request, error: HTTPException) -> str:
@@ -152,12 +186,12 @@ def _no_route(request: Request, error: HTTPException) -> str:
     return error.detail
 
 
-async def _setting(_: Request, error: Exception) -> JSONResponse:
+async def _setting(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, SettingError)
     name, bracket, place = error.name.partition("[")  # prompt[3] is an entry of prompt
     param = _NAMES.get(name)
     message = in_json((param or name) + bracket + place, error.value, error)
-    return JSONResponse(body(400, message, param, "invalid_value"), 400)
+    return error_response(request.url.path, 400, message, param=param, code="invalid_value")
 
 
 def in_json(name: str, value: object, error: SettingError) -> str:
@@ -173,19 +207,19 @@ def _without_python(text: str) -> str:
     return text
 
 
-async def _full(_: Request, error: Exception) -> JSONResponse:
-    error_body = body(429, f"the server is full: {error}", code="rate_limit_exceeded")
-    return JSONResponse(error_body, 429, {"Retry-After": _RETRY_SECONDS})
+async def _full(request: Request, error: Exception) -> JSONResponse:
+    message, told = f"the server is full: {error}", {"Retry-After": _RETRY_SECONDS}
+    return error_response(request.url.path, 429, message, code="rate_limit_exceeded", headers=told)
 
 
-async def _failed(_: Request, error: Exception) -> JSONResponse:
-    return JSONResponse(body(503, str(error), code="engine_failed"), 503)
+async def _failed(request: Request, error: Exception) -> JSONResponse:
+    return error_response(request.url.path, 503, str(error), code="engine_failed")
 
 
 async def _gone(_: Request, __: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it; the log does
 
 
-async def _defect(_: Request, error: Exception) -> JSONResponse:
+async def _defect(request: Request, error: Exception) -> JSONResponse:
     logger.error("a request failed on a defect of the server", exc_info=error)
-    return JSONResponse(body(500, "the server failed on this request", code="internal_error"), 500)
+    return error_response(request.url.path, 500, "the server failed on this request", code="internal_error")

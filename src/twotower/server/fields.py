@@ -24,6 +24,7 @@ BOOKKEEPING = frozenset(
         *("transforms", "route", "caching", "litellm_metadata", "litellm_call_id", "num_retries", "timeout"),
         *("separate_reasoning", "stream_reasoning", "include_reasoning", "api_type", "api_server", "api_base"),
         "guided_decoding_backend",
+        *("context_management", "cache_control", "diagnostics", "inference_geo", "user_profile_id", "workspace_id"),
         # what belongs to samplers of other servers that are off below
         *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_range", "dry_sequence_breakers"),
         *("mirostat_tau", "mirostat_eta", "xtc_threshold", "dynatemp_low", "dynatemp_high", "dynatemp_exponent"),
@@ -65,6 +66,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_reading_prefix_cache": (),
     "watermark": (),
     "detokenize": (True,),
+    "speed": ("standard",),
 }
 # What other servers call settings of this one.
 _OURS = {

@@ -5,7 +5,7 @@ with content in parts. What a message says is text; whatever else it has is give
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -67,7 +67,7 @@ def turns(messages: Sequence[Message], *, knows_developer: bool) -> list[Turn]:
 
 def _turn(message: Message, place: str, knows_developer: bool) -> Turn:
     more = message.more
-    text, reasoning = _content(message.content, f"{place}.content")
+    text, reasoning = read_content(message.content, f"{place}.content")
     if not text and isinstance(more.get("refusal"), str):
         text = more["refusal"]
     calls = _tool_calls(more.get("tool_calls"), more.get("function_call"), place)
@@ -84,8 +84,13 @@ def _turn(message: Message, place: str, knows_developer: bool) -> Turn:
     return Turn(role, text, kept)
 
 
-def _content(content: str | Sequence[Part | str] | None, place: str) -> tuple[str, str]:
-    """A message's text and its reasoning. Raises ApiError for a part that is neither."""
+def read_content(
+    content: str | Sequence[Part | str] | None, place: str, without: Collection[str] = ()
+) -> tuple[str, str]:
+    """A message's text and its reasoning. Parts of the types `without` are passed over.
+
+    Raises ApiError for any other part that is neither.
+    """
     if content is None or isinstance(content, str):
         return content or "", ""
     texts, thoughts = [], []
@@ -93,6 +98,8 @@ def _content(content: str | Sequence[Part | str] | None, place: str) -> tuple[st
         where = f"{place}.{i}"
         if isinstance(part, str):
             texts.append(part)
+        elif part.type in without:
+            continue
         elif part.type in _REASONING_PARTS:
             thoughts.append(_text(part, part.type if part.type in (part.model_extra or {}) else "text", where))
         elif part.type in _TEXT_PARTS:

@@ -6,12 +6,12 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from twotower.server.errors import ApiError, body
+from twotower.server.errors import ApiError, error_response
 from twotower.server.metrics import Metrics
 from twotower.server.tracing import record_span
 
@@ -85,7 +85,7 @@ class RootPath:
 
 
 class ApiKeys:
-    """Answers 401 to requests that carry none of the keys as a bearer token."""
+    """Answers 401 to requests that have none of the keys as a bearer token or, as Anthropic's clients, in x-api-key."""
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
         self._app = app
@@ -93,11 +93,13 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not _is_open(scope["path"].removeprefix(scope.get("root_path", "")) or "/"):
-            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            sent = given.strip().encode("latin-1")
-            if scheme.lower() != "bearer" or not any(hmac.compare_digest(sent, key) for key in self._keys):
+            headers = Headers(scope=scope)
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            sent = [headers.get("x-api-key", ""), given.strip() if scheme.lower() == "bearer" else ""]
+            if not any(hmac.compare_digest(one.encode("latin-1"), key) for one in sent for key in self._keys):
                 message = "the request needs the header Authorization: Bearer KEY with a key of this server"
-                response = JSONResponse(body(401, message, code="invalid_api_key"), 401, {"WWW-Authenticate": "Bearer"})
+                told = {"WWW-Authenticate": "Bearer"}
+                response = error_response(scope["path"], 401, message, code="invalid_api_key", headers=told)
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -20,7 +20,7 @@ class EventStream(StreamingResponse):
     """Sends each object as a server-sent event. If the engine fails meanwhile, the last event is an error object.
 
     The context manager `held` is exited when the response ends, also if the stream never began. `done` is the text of
-    one more event after the last object.
+    one more event after the last object. With `named` each event has its object's `type` for a name.
     """
 
     def __init__(
@@ -29,8 +29,9 @@ class EventStream(StreamingResponse):
         held: AbstractContextManager[object],
         *,
         done: str | None = None,
+        named: bool = False,
     ) -> None:
-        self._lines = _lines(events, done)
+        self._lines = _lines(events, done, named)
         self._held = held
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(self._lines, media_type="text/event-stream", headers=headers)
@@ -42,11 +43,13 @@ class EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
 
 
-async def _lines(events: AsyncGenerator[dict[str, Any], None], done: str | None) -> AsyncGenerator[str, None]:
+async def _lines(
+    events: AsyncGenerator[dict[str, Any], None], done: str | None, named: bool
+) -> AsyncGenerator[str, None]:
     async with aclosing(events):
         try:
             async for event in events:
-                yield _line(event)
+                yield (f"event: {event['type']}\n" if named else "") + _line(event)
         except EngineFailed as error:
             yield _line(body(503, str(error), code="engine_failed"))
             return
