@@ -51,7 +51,8 @@ def choose_backend(
         if wanted == "native":
             rule = "a backend that can run here: native needs a C compiler"
             raise SettingError("backend", wanted, rule, "install cc, gcc or clang, or leave backend out")
-        choice = BackendChoice("reference", f"{what}: native needs a C compiler (cc, gcc or clang) that builds it")
+        needs = "a C compiler (cc, gcc or clang) that builds it, and a cache that it can be loaded from"
+        choice = BackendChoice("reference", f"{what}: native needs {needs}")
     else:
         choice = BackendChoice("native", "asked for" if wanted else f"{what}: the C kernels are built, and faster")
     _log_choice(choice)

@@ -89,6 +89,22 @@ def test_a_temporary_folder_that_others_can_write_is_not_used(
     assert f"{temporary} can be written by others" in caplog.text
 
 
+def test_where_no_folder_serves_the_warning_says_what_it_must_be(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where programs may not run from it: the library is there and can't be loaded."""
+
+    def compiled(_: str, folder: Path) -> Path:
+        (folder / "kernels.so").write_text("no library")
+        return folder / "kernels.so"
+
+    monkeypatch.setattr(build, "compiled", compiled)
+    with caplog.at_level(logging.WARNING, logger=build.__name__):
+        assert build.library() is None
+    assert f"{temporary}/kernels.so" in caplog.text
+    assert "a folder that this user can write and load programs from (XDG_CACHE_HOME)" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="this machine has no C compiler")
 def test_a_home_that_cannot_be_written_is_passed_over(

@@ -43,7 +43,10 @@ def library() -> ctypes.CDLL | None:
             break
         except OSError as error:
             problem = str(error)
-    logger.warning("the C kernels don't build or load here (%s): the CPU path is plain PyTorch", problem)
+    need = (
+        "they need a C compiler, and a folder that this user can write and load programs from: XDG_CACHE_HOME names one"
+    )
+    logger.warning("the C kernels don't build or load here (%s), so the CPU path is plain PyTorch; %s", problem, need)
     return None
 
 
