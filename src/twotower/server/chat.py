@@ -10,37 +10,39 @@ from fastapi.responses import Response
 
 from twotower.decoding.output import Generation
 from twotower.decoding.scoring import TokenScore
+from twotower.server.answers import AnswerFormat, Reading
 from twotower.server.errors import ApiError
 from twotower.server.fields import logged
 from twotower.server.logprobs import chat_logprobs
 from twotower.server.messages import Message, turns
 from twotower.server.protocol import ChatRequest, Templating
+from twotower.server.reasoning import Thought, begins_in_thought
 from twotower.server.reply import LogprobOptions, ReplyPlan, reply
 from twotower.server.service import Service
 from twotower.server.token_names import TokenNames
-from twotower.server.tool_request import ToolUse
-from twotower.server.tools.answer import Answer, Marks
 from twotower.server.tools.calls import Call
 
 
 class ChatFormat:
-    """Choices of /v1/chat/completions; a `ReplyFormat`. With `tools` their calls are found in the texts."""
+    """Choices of /v1/chat/completions; a `ReplyFormat`."""
 
     prefix, object, chunk_suffix = "chatcmpl", "chat.completion", ".chunk"
 
-    def __init__(self, names: TokenNames, marks: Marks, tools: ToolUse | None) -> None:
+    def __init__(self, names: TokenNames, answers: AnswerFormat) -> None:
         self._names = names
-        self._marks = marks
-        self._tools = tools
-        self._answers: dict[int, Answer] = {}
+        self._answers = answers
+        self._readings: dict[int, Reading] = {}
         self._num_streamed: dict[int, int] = {}
 
     def choice(self, index: int, result: Generation, logprobs: Sequence[TokenScore] | None) -> dict[str, Any]:
         assert result.text is not None
-        parts = self._parts(index, result.text) + self._parts(index, None)
+        reading = self._reading(index)
+        parts = reading.push(result.text) + reading.end()
         content = "".join(part for part in parts if isinstance(part, str))
         calls = [_tool_call(part) for part in parts if isinstance(part, Call)]
         message = {"role": "assistant", "content": content if content or not calls else None, "refusal": None}
+        if self._answers.thoughts is not None:
+            message |= _thought("".join(part.text for part in parts if isinstance(part, Thought)) or None)
         return {
             "index": index,
             "message": message | ({"tool_calls": calls} if calls else {}),
@@ -54,7 +56,7 @@ class ChatFormat:
     def chunk(
         self, index: int, text: str, logprobs: Sequence[TokenScore] | None, more: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        chunks = self._chunks(index, text)
+        chunks = self._chunks(index, self._reading(index).push(text))
         if logprobs is None and not more:
             return chunks
         shown = None if logprobs is None else chat_logprobs(self._names, logprobs)
@@ -63,37 +65,40 @@ class ChatFormat:
 
     def end(self, index: int, result: Generation) -> list[dict[str, Any]]:
         last = _chunk(index, {}) | {"finish_reason": self._finish_reason(index, result)}
-        return [*self._chunks(index, None), last]
+        return [*self._chunks(index, self._reading(index).end()), last]
 
-    def _parts(self, index: int, text: str | None) -> list[str | Call]:
-        """What a new piece of a text makes certain, and None, its end."""
-        if self._tools is None:
-            return [text] if text else []
-        if index not in self._answers:
-            self._answers[index] = Answer(self._marks, self._tools.functions, one_call=self._tools.one_call)
-        answer = self._answers[index]
-        return answer.end() if text is None else answer.push(text)
+    def _reading(self, index: int) -> Reading:
+        if index not in self._readings:
+            self._readings[index] = self._answers.reading()
+        return self._readings[index]
 
-    def _chunks(self, index: int, text: str | None) -> list[dict[str, Any]]:
+    def _chunks(self, index: int, parts: Sequence[Thought | str | Call]) -> list[dict[str, Any]]:
         chunks = []
-        for part in self._parts(index, text):
+        for part in parts:
             if isinstance(part, str):
                 chunks.append(_chunk(index, {"content": part}))
-                continue
-            place = self._num_streamed.get(index, 0)
-            self._num_streamed[index] = place + 1
-            begun = _tool_call(part._replace(arguments=""))
-            argued = {"function": {"arguments": part.arguments}}
-            chunks += [_chunk(index, {"tool_calls": [{"index": place, **delta}]}) for delta in (begun, argued)]
+            elif isinstance(part, Thought):
+                chunks.append(_chunk(index, _thought(part.text)))
+            else:
+                place = self._num_streamed.get(index, 0)
+                self._num_streamed[index] = place + 1
+                begun = _tool_call(part._replace(arguments=""))
+                argued = {"function": {"arguments": part.arguments}}
+                chunks += [_chunk(index, {"tool_calls": [{"index": place, **delta}]}) for delta in (begun, argued)]
         return chunks
 
     def _finish_reason(self, index: int, result: Generation) -> str:
-        called = index in self._answers and self._answers[index].num_calls > 0
+        called = self._reading(index).num_calls > 0
         return "tool_calls" if called and result.finish_reason == "stop" else result.finish_reason
 
 
 def _chunk(index: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _thought(text: str | None) -> dict[str, Any]:
+    """Reasoning under DeepSeek's name, which most clients read, and vLLM's."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 def _tool_call(call: Call) -> dict[str, Any]:
@@ -117,22 +122,40 @@ async def chat(service: Service, body: ChatRequest, request: Request) -> Respons
         if tools is not None and tools.must:
             message = 'tool_choice must be "auto" or "none": this server can\'t force a call'
             raise ApiError(400, message, param="tool_choice", code="unsupported_parameter")
-        settings = body
-        if tools is not None and service.tool_marks.shows_control:
-            settings = body.model_copy(update={"skip_special_tokens": False})
+        answers = AnswerFormat(
+            service.control, service.tool_marks, tools, service.thoughts, _begins_in_thought(service, body, prompt)
+        )
+        settings = body.model_copy(update={"skip_special_tokens": False}) if answers.shows_control else body
         requests = await service.prepare(prompt, settings, body.most_tokens, num_choices=written, special=special)
         logprobs = LogprobOptions(body.num_top) if body.logprobs else None
         plan = ReplyPlan(
             tuple(requests),
             1,
             n,
-            ChatFormat(service.names, service.tool_marks, tools),
+            ChatFormat(service.names, answers),
             logprobs,
             body.stream_options,
             body.prompt_logprobs,
             bool(body.return_token_ids),
         )
         return await reply(service, request, plan, bool(body.stream), admission, held)
+
+
+def _begins_in_thought(service: Service, body: ChatRequest, prompt: str) -> bool:
+    """Whether the answer begins in the model's reasoning. One that must match something is held to it from its first
+    token on, so it has none."""
+    if service.thoughts is None or body.structure() is not None:
+        return False
+    continued = None
+    if _goes_on(body.messages, body):
+        [last] = turns(body.messages[-1:], knows_developer=False)
+        continued = last.content
+    return begins_in_thought(service.thoughts, prompt, continued, thinks=body.thinks)
+
+
+def _goes_on(messages: Sequence[Message], asked: Templating) -> bool:
+    """Whether the answer goes on with the last message."""
+    return bool(asked.continue_final_message) or any(messages[-1].more.get(k) is True for k in ("prefix", "partial"))
 
 
 def render(service: Service, messages: Sequence[Message], asked: Templating) -> str:
@@ -147,10 +170,9 @@ def render(service: Service, messages: Sequence[Message], asked: Templating) -> 
             "--chat-template, or a chat_template.jinja in the checkpoint's folder"
         )
         raise ApiError(400, message, param="messages", code="no_chat_template")
-    last = messages[-1]
-    goes_on = bool(asked.continue_final_message) or any(last.more.get(key) is True for key in ("prefix", "partial"))
-    if goes_on and last.role != "assistant":
-        message = f"continue_final_message goes on with an assistant's message, and the last one is of role {last.role}"
+    goes_on, role = _goes_on(messages, asked), messages[-1].role
+    if goes_on and role != "assistant":
+        message = f"continue_final_message goes on with an assistant's message, and the last one is of role {role}"
         raise ApiError(400, message, param="continue_final_message", code="invalid_value")
     if goes_on and asked.add_generation_prompt:
         message = "add_generation_prompt and continue_final_message exclude each other; leave one of them out"

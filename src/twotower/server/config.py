@@ -8,6 +8,7 @@ from typing import Literal
 from twotower.decoding.modes import Mode
 from twotower.errors import SettingError
 from twotower.options import check_options, option
+from twotower.server.reasoning import ReasoningParser
 from twotower.server.tools.choice import ToolParser
 
 MIB = 1 << 20
@@ -47,6 +48,9 @@ class ServerConfig:
         "auto",
         "How the model writes calls of tools; auto goes by the chat template.",
         other_flag="--tool-call-parser",
+    )
+    reasoning_parser: ReasoningParser = option(
+        "auto", "How the model marks its reasoning, which answers have apart; auto goes by the chat template."
     )
     max_choices: int = option(64, "Most texts that one request may ask for: its prompts times n.", least=1)
     max_body_bytes: int = option(2 * MIB, "Most bytes of a request's body.", least=1024)

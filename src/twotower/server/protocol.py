@@ -116,6 +116,12 @@ class Templating(Body):
     tools: Many[Tool] | None = None
 
     @property
+    def thinks(self) -> bool:
+        """Whether the variables of the template leave the model's reasoning on."""
+        given = self.chat_template_kwargs or {}
+        return not any(given.get(name) is False for name in ("enable_thinking", "thinking"))
+
+    @property
     def shown_tools(self) -> list[dict[str, Any]]:
         """The tools that the template sees."""
         return [tool.shown for tool in self.tools or ()]

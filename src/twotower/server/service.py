@@ -19,6 +19,7 @@ from twotower.errors import SettingError
 from twotower.server.config import MAX_CONTEXT, ServerConfig
 from twotower.server.errors import ApiError
 from twotower.server.metrics import Metrics
+from twotower.server.reasoning import thought_format
 from twotower.server.sampling import Sampling
 from twotower.server.token_names import TokenNames
 from twotower.server.tools.answer import Marks
@@ -45,8 +46,10 @@ class Service:
         self.tokenizer: tokenizers.Tokenizer = engine.model.tokenizer
         self.metrics = Metrics(engine, self.model_name, config.default_mode)
         self.names = TokenNames(self.tokenizer)
-        control = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
-        self.tool_marks = Marks(tool_format(config.tool_parser, template), control)
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        self.control = frozenset(token.content for token in added if token.special)
+        self.tool_marks = Marks(tool_format(config.tool_parser, template))
+        self.thoughts = thought_format(config.reasoning_parser, template)
         self.started = int(time.time())
         self.scoring = asyncio.Lock()
         self._long_texts = asyncio.Lock()

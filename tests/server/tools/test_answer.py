@@ -94,15 +94,6 @@ def test_one_call_is_all_that_is_asked_for():
     assert parts([HERMES_ADD + HERMES_FIND], Marks(Hermes()), one_call=True) == ("", [ADD])
 
 
-def test_control_tokens_are_no_content_where_the_text_must_have_them():
-    text = f"<|im_start|>a<|im_end|>{HERMES_ADD}<|im_end|>"
-    shown = Marks(Hermes(), ("<tool_call>", "</tool_call>", "<|im_end|>", "<|im_start|>"))
-    assert shown.shows_control
-    for pieces in cuts(text):
-        assert parts(pieces, shown) == ("a", [ADD])
-    assert not Marks(Hermes(), ("<|im_end|>",)).shows_control
-
-
 def test_content_goes_on_as_soon_as_it_is_no_call():
     answer = Answer(Marks(Hermes()), FUNCTIONS)
     assert answer.push("a <tool_c") == ["a"]

@@ -1,23 +1,16 @@
 """Splits an answer, as it comes, into its content and the calls of functions in it."""
 
 import re
-from collections.abc import Collection
 
 from twotower.server.tools.calls import Brackets, Call, Functions, ToolFormat
 
 
 class Marks:
-    """What the text of an answer must be searched for: what calls begin with, and control tokens, which are no content.
+    """What the text of an answer must be searched for: what calls in a format begin with."""
 
-    Made once for a tokenizer and a format, because a vocabulary may have a thousand control tokens. `shows_control` is
-    whether the text must have them, because the format's own marks are among them.
-    """
-
-    def __init__(self, format: ToolFormat, control: Collection[str] = ()) -> None:
+    def __init__(self, format: ToolFormat) -> None:
         self.format = format
-        self.shows_control = not format.marks.isdisjoint(control)
-        self.control = frozenset(control) - format.marks if self.shows_control else frozenset()
-        marks = {*format.starts, *format.line_starts, *self.control}
+        marks = {*format.starts, *format.line_starts}
         # the longest first: one may begin like another
         self.pattern = re.compile("|".join(map(re.escape, sorted(marks, key=lambda m: (-len(m), m)))))
         self.beginnings = frozenset(mark[:length] for mark in marks for length in range(1, len(mark)))
@@ -59,9 +52,6 @@ class Answer:
                 given += self._content(start)
                 if not length:
                     break
-                if self._held[:length] in self._marks.control:
-                    self._held = self._held[length:]
-                    continue
                 self._brackets = Brackets()
             found = self._marks.format.read(self._held, self._functions, self._brackets, final=final)
             if found is None and not final:
