@@ -3,13 +3,14 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from twotower.decoding.output import Generation
 from twotower.decoding.scoring import TokenScore
+from twotower.decoding.step import Request as TextRequest
 from twotower.server.answers import AnswerFormat, Reading
 from twotower.server.errors import ApiError
 from twotower.server.fields import logged
@@ -115,30 +116,43 @@ async def chat(service: Service, body: ChatRequest, request: Request) -> Respons
         raise ApiError(400, message, param="top_logprobs", code="invalid_value")
     with ExitStack() as held:
         admission = held.enter_context(service.admit(written))
-        prompt = render(service, body.messages, body)
-        # no special tokens by default: templates write the control tokens that a prompt begins with
-        special = bool(body.add_special_tokens)
-        tools = body.tool_use
-        if tools is not None and tools.must:
-            message = 'tool_choice must be "auto" or "none": this server can\'t force a call'
-            raise ApiError(400, message, param="tool_choice", code="unsupported_parameter")
-        answers = AnswerFormat(
-            service.control, service.tool_marks, tools, service.thoughts, _begins_in_thought(service, body, prompt)
-        )
-        settings = body.model_copy(update={"skip_special_tokens": False}) if answers.shows_control else body
-        requests = await service.prepare(prompt, settings, body.most_tokens, num_choices=written, special=special)
+        prepared = await prepare_chat(service, body)
         logprobs = LogprobOptions(body.num_top) if body.logprobs else None
         plan = ReplyPlan(
-            tuple(requests),
+            prepared.requests,
             1,
             n,
-            ChatFormat(service.names, answers),
+            ChatFormat(service.names, prepared.answers),
             logprobs,
             body.stream_options,
             body.prompt_logprobs,
             bool(body.return_token_ids),
         )
         return await reply(service, request, plan, bool(body.stream), admission, held)
+
+
+class PreparedChat(NamedTuple):
+    """The texts to write for a chat, and how to read them."""
+
+    requests: tuple[TextRequest, ...]
+    answers: AnswerFormat
+
+
+async def prepare_chat(service: Service, body: ChatRequest) -> PreparedChat:
+    """Checks a chat and makes its prompt. Raises ApiError and SettingError for what can't be done."""
+    prompt = render(service, body.messages, body)
+    # no special tokens by default: templates write the control tokens that a prompt begins with
+    special = bool(body.add_special_tokens)
+    tools = body.tool_use
+    if tools is not None and tools.must:
+        message = 'tool_choice must be "auto" or "none": this server can\'t force a call'
+        raise ApiError(400, message, param="tool_choice", code="unsupported_parameter")
+    answers = AnswerFormat(
+        service.control, service.tool_marks, tools, service.thoughts, _begins_in_thought(service, body, prompt)
+    )
+    settings = body.model_copy(update={"skip_special_tokens": False}) if answers.shows_control else body
+    requests = await service.prepare(prompt, settings, body.most_tokens, num_choices=body.num_written, special=special)
+    return PreparedChat(tuple(requests), answers)
 
 
 def _begins_in_thought(service: Service, body: ChatRequest, prompt: str) -> bool:

@@ -101,8 +101,8 @@ class CompletionRequest(Settings):
         return self.prompt
 
 
-class Templating(Body):
-    """What a request with messages says of its template, and the tools that it may write into the prompt.
+class TemplateVariables(Body):
+    """What a request with messages says of its template.
 
     The answer goes on with the last message, an assistant's, if `continue_final_message`. `chat_template_kwargs` are
     variables of the template, and `documents` texts to answer from that it may write into the prompt.
@@ -113,13 +113,18 @@ class Templating(Body):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: Many[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
-    tools: Many[Tool] | None = None
 
     @property
     def thinks(self) -> bool:
         """Whether the variables of the template leave the model's reasoning on."""
         given = self.chat_template_kwargs or {}
         return not any(given.get(name) is False for name in ("enable_thinking", "thinking"))
+
+
+class Templating(TemplateVariables):
+    """What a request with messages says of its template, and the tools that it may write into the prompt."""
+
+    tools: Many[Tool] | None = None
 
     @property
     def shown_tools(self) -> list[dict[str, Any]]:
