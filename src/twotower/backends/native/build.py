@@ -43,9 +43,7 @@ def library() -> ctypes.CDLL | None:
             break
         except OSError as error:
             problem = str(error)
-    need = (
-        "they need a C compiler, and a folder that this user can write and load programs from: XDG_CACHE_HOME names one"
-    )
+    need = "they need a C compiler, and a folder that this user can write and load programs from (XDG_CACHE_HOME)"
     logger.warning("the C kernels don't build or load here (%s), so the CPU path is plain PyTorch; %s", problem, need)
     return None
 
