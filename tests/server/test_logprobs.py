@@ -216,6 +216,22 @@ def test_bytes_of_tokens_are_the_text(byte_tokenizer, text):
         assert [offsets.push(i) for i in ids] == expected
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (b"\xc3a", [0, 1]),  # �a
+        (b"\xe6\x97a\xe6\x97\xa5b", [0, 0, 1, 2, 2, 2, 3]),  # �a日b
+        (b"\xe6\xf0\x9f\xe6\x97\xa5", [0, 1, 1, 2, 2, 2]),  # ��日
+        (b"\x97\xa5a\xff\xc3", [0, 1, 2, 3, 4]),  # ��a��
+    ],
+)
+def test_what_never_becomes_a_character_has_its_place_too(byte_tokenizer, written, expected):
+    ids = [4 + value for value in written]
+    assert len(byte_tokenizer.decode(ids)) == expected[-1] + 1
+    offsets = TextOffsets(TokenNames(byte_tokenizer), at_start=True)
+    assert [offsets.push(i) for i in ids] == expected
+
+
 def fallback_tokenizer():
     """As Llama's: spaces are ▁, and what isn't in the vocabulary is bytes by name."""
     vocabulary = {"<unk>": 0, "▁": 1, "a": 2, "b": 3} | {f"<0x{value:02X}>": 4 + value for value in range(256)}

@@ -68,10 +68,22 @@ class TextOffsets:
 
     def push(self, token: int) -> int:
         """The offset of the next token."""
-        begin = self._offset
-        self._offset += len(self._decoder.decode(self._names.bytes(token, first=self._at_start)))
+        own = self._names.bytes(token, first=self._at_start)
         self._at_start = False
+        begin, held = self._offset, self._decoder.getstate()[0]
+        if held and own and not _begins_character(held + own[:1]):
+            begin += len(held.decode(errors="replace"))  # it never became a character
+        self._offset += len(self._decoder.decode(own))
         return begin
+
+
+def _begins_character(found: bytes) -> bool:
+    """Whether bytes are a character of UTF-8 or the beginning of one."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(found)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _flat(decoder: "dict[str, object] | None") -> "list[dict[str, object]]":
