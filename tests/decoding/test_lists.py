@@ -47,9 +47,9 @@ NAN, INF = math.nan, math.inf
         ("allowed_token_ids", 12, "must be a list of token ids"),
         ("stop_token_ids", [[2]], "stop_token_ids[0] is [2], must be a token id"),
         ("stop_token_ids", None, "stop_token_ids is None, must be a list of token ids"),
-        ("bad_words", "word", "must be a sequence of non-empty strings; write bad_words=('…',)"),
-        ("bad_words", ["a", ""], "must be a sequence of non-empty strings"),
-        ("bad_words", [5], "must be a sequence of non-empty strings"),
+        ("bad_words", "word", "must be a list of texts that are not empty; write bad_words=('…',)"),
+        ("bad_words", ["a", ""], "must be a list of texts that are not empty"),
+        ("bad_words", [5], "must be a list of texts that are not empty"),
         ("bad_words", ["a"] * 1001, "must be at most 1000 strings"),
     ],
 )

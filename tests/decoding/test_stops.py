@@ -1,5 +1,6 @@
 """Stop strings in a growing text, also those that name control tokens."""
 
+import random
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -61,6 +62,28 @@ def test_what_may_begin_a_stop_string_is_pending(finder):
         found.push(*((part, "") if part == END else (10, part)))
         pending.append(found.num_pending)
     assert pending == [1, 1, 2, 1, 0]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_what_is_found_and_pending_is_what_a_plain_search_finds(seed):
+    rng = random.Random(seed)
+    for _ in range(10):
+        stops = ["".join(rng.choices("ab", k=rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4))]
+        least, include = rng.choice([0, 0, 3]), rng.random() < 0.5
+        found, text, passed = StopFinder(None, stops, min_tokens=least, include=include), "", 0
+        for place in range(12):
+            piece = "".join(rng.choices("abc", k=rng.randrange(3)))
+            found.push(10, piece)
+            text += piece
+            passed = len(text) if place < least else passed
+            ends = [(i, i + len(s)) for s in stops for i in range(len(text)) if text.startswith(s, i)]
+            first = min((pair for pair in ends if pair[1] > passed), default=None)
+            stop = found.find()
+            assert (None if stop is None else stop.end) == (None if first is None else first[include])
+            if first is not None:
+                break
+            sizes = [n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])]
+            assert found.num_pending == max(sizes, default=0)
 
 
 def test_of_two_names_the_longer_is_meant():

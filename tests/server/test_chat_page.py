@@ -186,7 +186,7 @@ def test_a_full_context_is_said_and_a_new_message_takes_the_unanswered_ones_plac
     page = open_page(browser, url, max_tokens=1900)
     page.execute_script("document.getElementById('entry').value = 'b'.repeat(300)")
     say(page, "")
-    assert "context is 2000 tokens" in messages(page)[1].text
+    assert "context length is 2000 tokens" in messages(page)[1].text
     assert "Nothing was dropped" in messages(page)[1].text
     find(page, "#open-settings").click()
     find(page, "#reset").click()

@@ -74,7 +74,7 @@ def test_a_completion_has_no_tools(http):
         ("max_tokens", 10**30),
         ("max_tokens", "7"),
         ("stop", [""]),
-        ("stop", ["a"] * 17),
+        ("stop", ["a"] * 129),
         ("stop", "x" * 257),
         ("stop", [1]),
         ("stop", {"a": 1}),
@@ -249,7 +249,7 @@ def test_openais_client_sees_its_own_errors(client):
     assert caught.value.param == "frequency_penalty"
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="a")
-    with pytest.raises(openai.BadRequestError, match="context is 2000 tokens"):
+    with pytest.raises(openai.BadRequestError, match="context length is 2000 tokens"):
         client.completions.create(model="tiny", prompt="a" * 2001, stream=True)
 
 

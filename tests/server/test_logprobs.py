@@ -210,7 +210,7 @@ def test_bytes_of_tokens_are_the_text(byte_tokenizer, text):
         names, ids = TokenNames(tokenizer), tokenizer.encode(text, add_special_tokens=False).ids
         whole = tokenizer.decode(ids)
         assert b"".join(names.bytes(i, first=place == 0) for place, i in enumerate(ids)).decode() == whole
-        offsets = TextOffsets(names, at_start=True)
+        offsets = TextOffsets(names, echo=whole)
         # every token is a byte, and begins where the character of that byte does
         expected = [place for place, character in enumerate(whole) for _ in character.encode()]
         assert [offsets.push(i) for i in ids] == expected
@@ -228,7 +228,7 @@ def test_bytes_of_tokens_are_the_text(byte_tokenizer, text):
 def test_what_never_becomes_a_character_has_its_place_too(byte_tokenizer, written, expected):
     ids = [4 + value for value in written]
     assert len(byte_tokenizer.decode(ids)) == expected[-1] + 1
-    offsets = TextOffsets(TokenNames(byte_tokenizer), at_start=True)
+    offsets = TextOffsets(TokenNames(byte_tokenizer))
     assert [offsets.push(i) for i in ids] == expected
 
 

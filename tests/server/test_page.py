@@ -162,7 +162,7 @@ def test_a_refusal_is_shown(page):
     put(page, "max_tokens", 5000)
     page.find_element(By.ID, "run").click()
     wait(page, lambda: status(page).startswith("Not finished"))
-    assert "context is 2000 tokens" in next(iter(panels(page).values())).text
+    assert "context length is 2000 tokens" in next(iter(panels(page).values())).text
 
 
 def test_everything_is_usable_by_keyboard_and_has_a_name(page):

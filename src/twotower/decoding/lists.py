@@ -47,7 +47,7 @@ def bias_pairs(name: str, value: Any) -> tuple[tuple[int, float], ...]:
 def text_tuple(name: str, value: Any) -> tuple[str, ...]:
     """The strings of a list. Raises SettingError for an empty one and for what is no list of strings."""
     if not isinstance(value, list | tuple) or not all(isinstance(s, str) and s for s in value):
-        raise SettingError(name, value, "a sequence of non-empty strings", f"write {name}=('…',)")
+        raise SettingError(name, value, "a list of texts that are not empty", f"write {name}=('…',)")
     return tuple(value)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from twotower.decoding.lists import MOST_BAD_WORDS, bias_pairs, id_tuple, parse_biases, text_tuple
 from twotower.decoding.modes import AUTO_SUMMARY, CONSTRAINED_MODES, MODES, Mode
 from twotower.errors import SettingError
-from twotower.model.sampling_defaults import SamplingDefaults
+from twotower.model.sampling_defaults import LEAST_DIVISOR, MOST_REPETITION_PENALTY, SamplingDefaults
 from twotower.options import check_options, option
 
 CommitRule = Literal["confidence", "margin", "entropy", "fixed", "leftmost", "posterior", "remask"]
@@ -16,8 +16,6 @@ MAX_BLOCK = 1 << 16
 COMMIT_RULES: tuple[str, ...] = get_args(CommitRule)
 _SUMMARIES = [*((mode.name, mode.summary) for mode in MODES.values()), ("auto", AUTO_SUMMARY.replace("`", ""))]
 _EVERY_TOKEN = "leave it None to keep every token"
-# Smallest temperature above 0 and repetition penalty: logits divided by it must stay finite in float32.
-_LEAST_DIVISOR = 1e-6
 _MOST_TOKENS = 128
 # Most likeliest tokens of a place: what OpenAI's API gives.
 MOST_LOGPROBS = 20
@@ -115,7 +113,7 @@ class SamplingParams:
         None,
         "Above 1 makes tokens of the prompt and the text less likely to come again.",
         above=0,
-        most=2,
+        most=MOST_REPETITION_PENALTY,
         shown_default="the checkpoint's, or 1",
         fix="1 changes nothing",
     )
@@ -185,8 +183,8 @@ class SamplingParams:
         check_options(self)
         for name, fix in (("temperature", "0 is greedy"), ("repetition_penalty", "1 changes nothing")):
             value = getattr(self, name)
-            if value is not None and 0 < value < _LEAST_DIVISOR:
-                whole = "0 or in [1e-06, 100]" if name == "temperature" else "in [1e-06, 2]"
+            if value is not None and 0 < value < LEAST_DIVISOR:
+                whole = "0 or in [1e-06, 100]" if name == "temperature" else "in [1e-06, 1000]"
                 raise SettingError(name, value, whole, fix)
         if self.top_p == 0:
             raise SettingError("top_p", self.top_p, "a number in (0, 1]", "temperature=0 is the greedy setting")

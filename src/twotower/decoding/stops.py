@@ -44,7 +44,7 @@ class StopFinder:
         self._stops = dict(zip((*stops, *with_marks), (*stops, *stops), strict=True))
         self._include = include
         self._min_tokens = min_tokens
-        self._num_tokens = self._passed = 0  # characters of the first `min_tokens` tokens
+        self._num_tokens = self._passed = 0  # characters in which no stop string ends
         self._text = ""
 
     def push(self, token_id: int, piece: str) -> None:
@@ -59,6 +59,7 @@ class StopFinder:
         starts = [(self._text.find(s, max(self._passed - len(s) + 1, 0)), len(s), s) for s in self._stops]
         first = min((found for found in starts if found[0] >= 0), default=None)
         if first is None:
+            self._passed = len(self._text)
             return None
         start, length, stop = first
         return FoundStop(self._visible(self._text[: start + self._include * length]), self._stops[stop])
@@ -66,11 +67,15 @@ class StopFinder:
     @property
     def num_pending(self) -> int:
         """The number of characters at the end of the text that may be the beginning of a stop string."""
-        longest = 0
-        for stop in self._stops:
-            sizes = range(min(len(stop) - 1, len(self._text)), 0, -1)
-            longest = max(longest, next((n for n in sizes if self._text.endswith(stop[:n])), 0))
-        return self._visible(self._text[len(self._text) - longest :])
+        begin = min((self._beginning(stop) for stop in self._stops), default=len(self._text))
+        return self._visible(self._text[begin:])
+
+    def _beginning(self, stop: str) -> int:
+        """Where the end of the text may begin the stop string; the text's length where it can't."""
+        place = self._text.find(stop[0], max(len(self._text) - len(stop) + 1, 0))
+        while place >= 0 and not stop.startswith(self._text[place:]):
+            place = self._text.find(stop[0], place + 1)
+        return place if place >= 0 else len(self._text)
 
     def _visible(self, text: str) -> int:
         return len(text) - sum(text.count(mark) for mark in self._marks.values())

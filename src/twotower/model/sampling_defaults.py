@@ -2,6 +2,11 @@
 
 import dataclasses
 
+# Smallest temperature above 0 and repetition penalty: logits divided by it must stay finite in float32.
+LEAST_DIVISOR = 1e-6
+# Largest repetition penalty, for the same reason: negative logits are multiplied by it.
+MOST_REPETITION_PENALTY = 1000
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:

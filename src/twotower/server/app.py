@@ -1,5 +1,7 @@
 """The server's routes."""
 
+import codecs
+import re
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -33,15 +35,35 @@ from twotower.server.tokens import detokenize, tokenize
 from twotower.server.tracing import note_parent, open_tracer
 from twotower.server.watch import about, watch
 
+# What pydantic's parser says of an escape such as \ud83c that its other half doesn't follow.
+_HALF = re.compile("surrogate|unexpected end of hex escape")
+
 
 class _JsonRequest(Request):
     """Reads a body with pydantic's JSON parser; unlike Python's it refuses lone surrogates, NaN and deep nesting."""
 
     async def json(self) -> Any:
+        encoding = self.headers.get("content-encoding", "identity")
+        if encoding.lower() not in ("", "identity"):
+            message = f"the body has the Content-Encoding {encoding[:40]}, and this server reads none; send it as it is"
+            raise ApiError(415, message, code="unsupported_encoding")
+        sent = (await self.body()).removeprefix(codecs.BOM_UTF8)
         try:
-            return from_json(await self.body(), allow_inf_nan=False)
+            return from_json(sent, allow_inf_nan=False)
         except ValueError as error:
-            raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
+            raise ApiError(400, _why_no_json(sent, error), code="invalid_json") from error
+
+
+def _why_no_json(sent: bytes, error: ValueError) -> str:
+    """What is wrong with a body, of which pydantic's parser says `error`."""
+    try:
+        sent.decode()
+    except UnicodeDecodeError as wrong:
+        return f"the body is not in UTF-8, as JSON must be, at its byte {wrong.start}; send it in UTF-8"
+    if _HALF.search(str(error)):
+        place = str(error).partition(" at ")[2]
+        return f"the body has half of a character, a lone surrogate, at {place}; cut texts between characters"
+    return f"the body is not JSON: {error}"
 
 
 class _Api(FastAPI):

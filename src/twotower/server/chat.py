@@ -122,7 +122,7 @@ async def chat(service: Service, body: ChatRequest, request: Request) -> Respons
             prepared.requests,
             1,
             n,
-            ChatFormat(service.names, prepared.answers),
+            ChatFormat(service.token_names(body.skip_special_tokens), prepared.answers),
             logprobs,
             body.stream_options,
             body.prompt_logprobs,

@@ -58,8 +58,8 @@ class CompletionFormat:
     def _begin(self, index: int, tokens_of_echo: bool) -> None:
         """Begins to count characters: behind the echo, or with its tokens where these come with the text's."""
         echo = self._echoes[index]
-        from_echo = bool(echo) and tokens_of_echo
-        self._offsets[index] = TextOffsets(self._names, 0 if from_echo else len(echo), at_start=from_echo)
+        start = 0 if tokens_of_echo else len(echo)
+        self._offsets[index] = TextOffsets(self._names, start, echo=echo if tokens_of_echo else "")
 
     def _logprobs(self, index: int, tokens: Sequence[TokenScore] | None) -> dict[str, Any] | None:
         if tokens is None:
@@ -80,11 +80,15 @@ async def complete(service: Service, body: CompletionRequest, request: Request) 
             requests += await service.prepare(
                 prompt, body, body.max_tokens, _MAX_TOKENS, num_choices=written, special=special
             )
-            given = prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt)
+            if isinstance(prompt, str) and body.truncate_prompt_tokens is None:
+                given = prompt
+            else:
+                skip = body.skip_special_tokens is not False
+                given = service.tokenizer.decode(requests[-1].prompt_ids, skip_special_tokens=skip)
             echoes += [given if body.echo else ""] * n
         with_top = bool(body.logprobs)
         logprobs = None if body.logprobs is None else LogprobOptions(body.logprobs, bool(body.echo))
-        format = CompletionFormat(service.names, echoes, with_top=with_top)
+        format = CompletionFormat(service.token_names(body.skip_special_tokens), echoes, with_top=with_top)
         plan = ReplyPlan(
             tuple(requests),
             len(prompts),

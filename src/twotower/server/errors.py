@@ -106,8 +106,9 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     places = [(_path(e, error.body), e) for e in found if e["loc"][1:2] == field]
     parts = max((parts for parts, _ in places), key=len)  # the first of the longest
     here = [e for other, e in places if other == parts]
-    param, first = ".".join(map(str, parts)) or None, here[0]
-    if param is None:
+    # an empty name can be sent, too
+    param, first = ".".join(map(str, parts)) or '""', here[0]
+    if not parts:
         message = "the body must be a JSON object, sent with the header Content-Type: application/json"
         return error_response(path, 400, message, code="invalid_json")
     if first["type"] == "extra_forbidden":
@@ -197,7 +198,8 @@ async def _setting(request: Request, error: Exception) -> JSONResponse:
 def in_json(name: str, value: object, error: SettingError) -> str:
     """The message of an error in the words of JSON, which the client has written, instead of Python's."""
     message = f"{name} is {_shown(value)}, must be {_without_python(error.rule)}"
-    return message + (f"; {_without_python(error.fix)}" if error.fix else "")
+    # some fixes are lines of Python
+    return message + (f"; {_without_python(error.fix)}" if error.fix and not error.fix.startswith("write ") else "")
 
 
 def _without_python(text: str) -> str:

@@ -17,7 +17,7 @@ from twotower.server.tool_request import Tool, ToolSettings
 
 _Count = Annotated[Integer, shown(minimum=1)]
 _Tokens = Annotated[Integer, shown(minimum=0)]
-_Id = Annotated[int, shown(minimum=0)]
+_Id = Annotated[Integer, shown(minimum=0)]
 _Alternatives = Annotated[Integer, Field(ge=0, le=MOST_LOGPROBS)]
 
 

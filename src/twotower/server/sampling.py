@@ -7,12 +7,15 @@ from pydantic import ValidationInfo, field_validator
 
 from twotower.decoding.modes import CONSTRAINED_MODES, Mode
 from twotower.decoding.params import MAX_BLOCK, CommitRule, SamplingParams
+from twotower.model.sampling_defaults import LEAST_DIVISOR, MOST_REPETITION_PENALTY
 from twotower.server.errors import ApiError
 from twotower.server.fields import Integer, Many, shown
 from twotower.server.structure import Structured
 
-MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
+# Enough for the names of everybody in a group chat.
+MAX_STOPS, MAX_STOP_CHARACTERS = 128, 256
 _STOP_RULE = f"a text of 1 to {MAX_STOP_CHARACTERS} characters, or a list of at most {MAX_STOPS} such texts"
+_SEEDS = 2**63
 
 _BlockCount = Annotated[Integer, shown(minimum=1, maximum=MAX_BLOCK)]
 _Stop = Annotated[str, shown(minLength=1, maxLength=MAX_STOP_CHARACTERS)]
@@ -37,13 +40,13 @@ class Sampling(Structured):
     top_p: _Share | None = None
     min_p: _Share | None = None
     typical_p: Annotated[float, shown(exclusiveMinimum=0, maximum=1)] | None = None
-    repetition_penalty: Annotated[float, shown(minimum=1e-6, maximum=2)] | None = None
+    repetition_penalty: Annotated[float, shown(minimum=LEAST_DIVISOR, maximum=MOST_REPETITION_PENALTY)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
     logit_bias: Annotated[dict[str, float], shown(propertyNames={"pattern": "^[0-9]+$"})] | None = None
     allowed_token_ids: Many[_Id] | None = None
     bad_words: Many[str] | None = None
-    seed: Annotated[Integer, shown(minimum=-1, exclusiveMaximum=2**63)] | None = None
+    seed: Annotated[Integer, shown(minimum=-_SEEDS, exclusiveMaximum=_SEEDS)] | None = None
     stop: _Stop | Annotated[Many[_Stop], shown(maxItems=MAX_STOPS)] | None = None
     stop_token_ids: Many[_Id] | None = None
     include_stop_str_in_output: bool | None = None
@@ -74,10 +77,11 @@ class Sampling(Structured):
     def sampling(
         self, default_mode: Mode, max_new_tokens: int, choice: int = 0, default_temperature: float = 1.0
     ) -> SamplingParams:
-        """The settings of one text, number `choice` of its prompt. Raises SettingError for a value out of range.
+        """The settings of one text, number `choice` of its prompt. Raises SettingError and ApiError for bad values.
 
-        The texts of one prompt use the seeds `seed`, `seed` + 1, and so on. A constrained request that names no mode
-        uses `ar` if the default mode can't follow constraints.
+        The texts of one prompt use the seeds `seed`, `seed` + 1, and so on, modulo 2**63, so that negative seeds, which
+        OpenAI's protocol has, are seeds too. A temperature too small to divide by is greedy. A constrained request
+        that names no mode uses `ar` if the default mode can't follow constraints.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > MAX_STOPS or not all(0 < len(one) <= MAX_STOP_CHARACTERS for one in stop):
@@ -85,7 +89,7 @@ class Sampling(Structured):
         given: dict[str, Any] = {name: getattr(self, name) for name in _SAME}
         given |= {
             "top_p": self.top_p or None,
-            "seed": None if self.seed is None else self.seed + choice,
+            "seed": self._seed(choice),
             "logit_bias": self._biases(),
             "logprobs": self.num_top,
         }
@@ -94,7 +98,7 @@ class Sampling(Structured):
             given[structure.kind] = structure.text
             fitting = default_mode if default_mode in CONSTRAINED_MODES else "ar"
         temperature = default_temperature if self.temperature is None else self.temperature
-        if self.top_p == 0:
+        if self.top_p == 0 or 0 < temperature < LEAST_DIVISOR:
             temperature = 0.0  # of the likeliest tokens that have no probability together only the first is left
         return SamplingParams(
             mode=self.mode or fitting,
@@ -104,6 +108,14 @@ class Sampling(Structured):
             past_positions=True,  # --max-context says how long a text may be
             **{name: value for name, value in given.items() if value is not None},
         )
+
+    def _seed(self, choice: int) -> int | None:
+        if self.seed is None:
+            return None
+        if not -_SEEDS <= self.seed < _SEEDS:
+            message = f"seed is {self.seed}, must be an integer in [{-_SEEDS}, {_SEEDS - 1}]"
+            raise ApiError(400, message, param="seed", code="invalid_value")
+        return (self.seed + choice) % _SEEDS
 
     def _biases(self) -> dict[int, float] | None:
         """`logit_bias` with ids for keys, which are texts in JSON. Raises ApiError for a key that is no id."""

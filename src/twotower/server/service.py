@@ -61,6 +61,10 @@ class Service:
         limits = {"max_model_len": self.max_context, "max_choices": self.config.max_choices}
         return card | limits | {"modes": [*MODES, "auto"], "default_mode": self.config.default_mode}
 
+    def token_names(self, skip_special_tokens: bool | None) -> TokenNames:
+        """What tokens stand for in a text, which has control tokens if they are not to be skipped."""
+        return self.names.with_control_tokens() if skip_special_tokens is False else self.names
+
     def check_model(self, name: str | None) -> None:
         """Raises ApiError unless `name` is one of the served model, which is also meant where a request names none."""
         if name not in (None, "", *self.model_names):
@@ -188,10 +192,12 @@ class Service:
         return most - num_prompt
 
     def _too_long(self, num_prompt: int, num_new: int) -> ApiError:
-        message = (
-            f"this model's context is {self.max_context} tokens, but the request has {num_prompt} in the prompt "
-            f"and asks for {num_new} new ones; shorten the prompt or lower max_tokens"
-        )
+        # clients know an error of this kind by the words "maximum context length is"
+        message = f"this model's maximum context length is {self.max_context} tokens, but the prompt has {num_prompt}"
+        if num_new:
+            message += f" and the request asks for {num_new} new ones; shorten the prompt or lower max_tokens"
+        else:
+            message += "; shorten it, or set truncate_prompt_tokens"
         return ApiError(400, message, param="prompt" if num_new == 0 else "max_tokens", code="context_length_exceeded")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from twotower.checkpoints.hf.config_file import CONFIG_FILE, read_object
 from twotower.config import TwoTowerConfig
-from twotower.model.sampling_defaults import SamplingDefaults
+from twotower.model.sampling_defaults import LEAST_DIVISOR, MOST_REPETITION_PENALTY, SamplingDefaults
 
 GENERATION_FILE = "generation_config.json"
 
@@ -78,7 +78,7 @@ def read_sampling_defaults(directory: Path) -> SamplingDefaults:
         warnings.warn(f"{file} asks for what decoding here does not have: {', '.join(ignored)}", stacklevel=3)
     longest = _number(file, raw, "max_new_tokens", least=1)
     most = None if longest is None else int(longest)
-    repetition = _number(file, raw, "repetition_penalty", least=1e-6, most=2)
+    repetition = _number(file, raw, "repetition_penalty", least=LEAST_DIVISOR, most=MOST_REPETITION_PENALTY)
     penalty = None if repetition == 1 else repetition
     if not raw.get("do_sample"):
         greedy = 0.0 if raw.get("do_sample") is False else None
