@@ -95,6 +95,23 @@ def url(app: FastAPI) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def obedient_url(tiny: Callable[..., TwoTower], byte_tokenizer: tokenizers.Tokenizer) -> Iterator[str]:
+    """A server of a model that can end its texts, so that it writes what a request's `regex` says; its answers have
+    calls and reasoning."""
+    made = tiny("M*-E", vocab_size=260, eos_token_id=2, block_size=8)
+    made.tokenizer = byte_tokenizer
+    engine = AsyncEngine(made).start()
+    template = (
+        "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages %}[{{ m.role }}]{{ m.content "
+        "}}{{ m.reasoning_content or '' }}{{ m.tool_calls or '' }}{% endfor %}{% if x %}<tool_call><think>{% endif %}"
+    )
+    config = ServerConfig(model_names=("tiny",), max_context=3000, reasoning_parser="qwen3")
+    with serving(make_app(engine, config, ChatTemplate(template, {}))) as served:
+        yield served.url
+    engine.close()
+
+
+@pytest.fixture(scope="session")
 def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 

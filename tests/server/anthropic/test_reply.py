@@ -100,7 +100,7 @@ def test_tokens_are_counted(claude):
 def test_the_tokens_of_more_than_fits_are_counted(claude):
     said = [{"role": "user", "content": "a" * 5000}]
     assert claude.messages.count_tokens(model="tiny", messages=said).input_tokens == len("[user]a") + 5000
-    with pytest.raises(anthropic.BadRequestError, match="this model's context is 2000 tokens"):
+    with pytest.raises(anthropic.BadRequestError, match="maximum context length is 2000 tokens"):
         claude.messages.create(model="tiny", messages=said, max_tokens=1)
 
 
@@ -132,9 +132,11 @@ def test_what_claude_code_sends_is_taken(http):
         ({"max_tokens": 100_000}, 400, "invalid_request_error", "lower max_tokens"),
         ({"temperature": 200}, 400, "invalid_request_error", "temperature is 200"),
         ({"stop_sequences": ["a", ""]}, 400, "invalid_request_error", "stop_sequences.1 is \"\", must be a text of at"),
-        ({"stop_sequences": ["a"] * 17}, 400, "invalid_request_error", "must be a list of at most 16"),
+        ({"stop_sequences": ["a"] * 129}, 400, "invalid_request_error", "must be a list of at most 128"),
         ({"thinking": {"type": "on"}}, 400, "invalid_request_error", "thinking.type is \"on\", must be one of"),
-        ({"tools": [{"name": "f"}]}, 400, "invalid_request_error", "tools is not supported"),
+        ({"tools": [{"name": "a b"}]}, 400, "invalid_request_error", "tools.0.name is \"a b\", must be 1 to 128"),
+        ({"tools": [{"type": "bash", "name": "bash"}]}, 400, "invalid_request_error", "tools.0.type is \"bash"),
+        ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "tool_choice.name is missing"),
         ({"container": "c"}, 400, "invalid_request_error", "container is not supported"),
         (
             {"messages": [USER, {"role": "user", "content": [{"type": "image", "source": {}}]}]},

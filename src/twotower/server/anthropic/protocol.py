@@ -9,9 +9,10 @@ from pydantic import Field
 from twotower.server.errors import ApiError
 from twotower.server.fields import Integer, Many, Strict, shown
 from twotower.server.messages import Message, Part, read_content
-from twotower.server.protocol import ChatRequest, Templating
+from twotower.server.protocol import ChatRequest, TemplateVariables
 from twotower.server.sampling import MAX_STOP_CHARACTERS, MAX_STOPS, Sampling
 from twotower.server.structure import JsonSchema, SchemaFormat
+from twotower.server.tool_request import Function, FunctionName, NamedTool, Tool
 
 _StopSequence = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
@@ -24,9 +25,10 @@ class AnthropicMessage(Message):
 
 
 class Thinking(Strict):
-    """Whether the model thinks before it answers; "adaptive" leaves it to the model."""
+    """Whether the model thinks before it answers; "adaptive" leaves it to the model. How long it thinks is not
+    bounded by `budget_tokens`, only with its answer by `max_tokens`."""
 
-    type: Literal["disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Integer | None = None
     display: str | None = None
 
@@ -45,7 +47,31 @@ class OutputConfig(Strict):
     format: OutputSchema | None = None
 
 
-class MessagesRequest(Sampling, Templating):
+class CustomTool(Function):
+    """A function that the model may call; `input_schema` is the JSON schema of its arguments."""
+
+    type: Literal["custom"] = "custom"
+    parameters: Annotated[dict[str, Any] | None, Field(alias="input_schema")] = None
+
+
+class CustomChoice(Strict):
+    """Whether the answer may call functions or, for "any" and "tool", must; "tool" has the `name` of one."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+    def of_chat(self) -> Literal["none", "auto", "required"] | NamedTool:
+        """The choice in the form of chats. Raises ApiError where the name is missing."""
+        if self.type != "tool":
+            return "required" if self.type == "any" else self.type
+        if self.name is None:
+            place = "tool_choice.name"
+            raise ApiError(400, f"{place} is missing", param=place, code="missing_required_parameter")
+        return NamedTool(type="function", function=FunctionName(name=self.name))
+
+
+class MessagesRequest(Sampling, TemplateVariables):
     """POST /v1/messages and /v1/messages/count_tokens. Of `metadata`, `user_id` is written to the log, cut."""
 
     model: str | None = None
@@ -53,26 +79,29 @@ class MessagesRequest(Sampling, Templating):
     system: str | Many[Part | str] | None = None
     max_tokens: Annotated[Integer, shown(minimum=0)] | None = None
     stop_sequences: Annotated[Many[_StopSequence], Field(max_length=MAX_STOPS)] | None = None
-    tools: Any = None
+    tools: Many[CustomTool] | None = None
+    tool_choice: CustomChoice | None = None
     stream: bool | None = None
     metadata: dict[str, Any] | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
 
     def chat(self) -> ChatRequest:
-        """The chat that this request asks for. Raises ApiError for a block that can't be read, and for tools.
+        """The chat that this request asks for. Raises ApiError for a block that can't be read.
 
         An assistant's message at the end is the beginning of the answer.
         """
-        if self.tools is not None:
-            message = "tools is not supported at this path yet; use /v1/chat/completions, or leave it out"
-            raise ApiError(400, message, param="tools", code="unsupported_parameter")
         fields = {name: getattr(self, name) for name in self.model_fields_set & ChatRequest.model_fields.keys()}
         said = _chat_messages(self.system, self.messages)
         variables = dict(self.chat_template_kwargs or {})
-        if self.thinking is not None and self.thinking.type == "disabled":
-            variables.setdefault("enable_thinking", False)
+        if self.thinking is not None and self.thinking.type != "adaptive":
+            variables.setdefault("enable_thinking", self.thinking.type == "enabled")
         fields |= {"messages": said, "chat_template_kwargs": variables}
+        if self.tools is not None:
+            fields["tools"] = [Tool(type="function", function=tool) for tool in self.tools]
+        if self.tool_choice is not None:
+            fields["tool_choice"] = self.tool_choice.of_chat()
+            fields["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
         if said[-1].role == "assistant":
             fields["continue_final_message"] = True
         if self.stop_sequences:
