@@ -24,16 +24,20 @@ OTHER = '<tool_call>\n{"name": "find", "arguments": {}}\n</tool_call>'
 
 
 @pytest.fixture(scope="module")
-def url(tiny, byte_tokenizer, serve):
-    """A server of a model that can end its texts."""
+def ending(tiny, byte_tokenizer):
+    """An engine of a model that can end its texts."""
     model = tiny("M*-E", vocab_size=260, eos_token_id=2, block_size=8)
     model.tokenizer = byte_tokenizer
     engine = AsyncEngine(model).start()
-    with serve(
-        make_app(engine, ServerConfig(model_names=("tiny",), max_context=3000), ChatTemplate(TEMPLATE, {}))
-    ) as served:
-        yield served.url
+    yield engine
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def url(ending, serve):
+    config = ServerConfig(model_names=("tiny",), max_context=3000)
+    with serve(make_app(ending, config, ChatTemplate(TEMPLATE, {}))) as served:
+        yield served.url
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +165,22 @@ def test_a_conversation_with_tools_goes_on(client):
             "tools.0.function.parameters",
         ),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required", "tools": [ADD], "mode": "diffusion"}, "tool_choice"),
+        ({"tool_choice": "required", "tools": [ADD], "regex": "a"}, "regex"),
+        ({"tool_choice": "required", "tools": [ADD], "ignore_eos": True}, "ignore_eos"),
+        (
+            {
+                "tool_choice": "required",
+                "tools": [
+                    ADD,
+                    {
+                        "type": "function",
+                        "function": {"name": "f", "parameters": {"properties": {"a": {"type": "no"}}}},
+                    },
+                ],
+            },
+            "tools.1.function.parameters",
+        ),
         ({"tool_choice": "always", "tools": [ADD]}, "tool_choice"),
         ({"tool_choice": {"type": "function"}, "tools": [ADD]}, "tool_choice.function"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [ADD]}, "tool_choice"),

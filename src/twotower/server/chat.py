@@ -1,5 +1,7 @@
 """POST /v1/chat/completions."""
 
+import asyncio
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -8,11 +10,14 @@ from typing import Any, NamedTuple
 from fastapi import Request
 from fastapi.responses import Response
 
+from twotower.decoding.constraint import check_constraint
 from twotower.decoding.output import Generation
+from twotower.decoding.params import SamplingParams
 from twotower.decoding.scoring import TokenScore
 from twotower.decoding.step import Request as TextRequest
+from twotower.errors import SettingError
 from twotower.server.answers import AnswerFormat, Reading
-from twotower.server.errors import ApiError
+from twotower.server.errors import ApiError, in_json
 from twotower.server.fields import logged
 from twotower.server.logprobs import chat_logprobs
 from twotower.server.messages import Message, turns
@@ -20,7 +25,9 @@ from twotower.server.protocol import ChatRequest, Templating
 from twotower.server.reasoning import Thought, begins_in_thought
 from twotower.server.reply import LogprobOptions, ReplyPlan, reply
 from twotower.server.service import Service
+from twotower.server.structure import Structure
 from twotower.server.token_names import TokenNames
+from twotower.server.tool_request import ToolUse
 from twotower.server.tools.calls import Call
 
 
@@ -141,24 +148,28 @@ class PreparedChat(NamedTuple):
 async def prepare_chat(service: Service, body: ChatRequest) -> PreparedChat:
     """Checks a chat and makes its prompt. Raises ApiError and SettingError for what can't be done."""
     prompt = render(service, body.messages, body)
-    # no special tokens by default: templates write the control tokens that a prompt begins with
-    special = bool(body.add_special_tokens)
     tools = body.tool_use
-    if tools is not None and tools.must:
-        message = 'tool_choice must be "auto" or "none": this server can\'t force a call'
-        raise ApiError(400, message, param="tool_choice", code="unsupported_parameter")
-    answers = AnswerFormat(
-        service.control, service.tool_marks, tools, service.thoughts, _begins_in_thought(service, body, prompt)
-    )
+    structure = _structure(service, body, tools)
+    # an answer that must match something is held to it from its first token on
+    thinks = structure is None and _begins_in_thought(service, body, prompt)
+    answers = AnswerFormat(service.control, service.tool_marks, tools, service.thoughts, thinks)
     settings = body.model_copy(update={"skip_special_tokens": False}) if answers.shows_control else body
-    requests = await service.prepare(prompt, settings, body.most_tokens, num_choices=body.num_written, special=special)
+    # no special tokens by default: templates write the control tokens that a prompt begins with
+    special, count = bool(body.add_special_tokens), body.num_written
+    try:
+        requests = await service.prepare(
+            prompt, settings, body.most_tokens, num_choices=count, special=special, structure=structure
+        )
+    except ApiError as error:
+        if tools is not None and structure is not None and error.param == structure.field:
+            await asyncio.to_thread(_blame_schema, service, body, tools)
+        raise
     return PreparedChat(tuple(requests), answers)
 
 
 def _begins_in_thought(service: Service, body: ChatRequest, prompt: str) -> bool:
-    """Whether the answer begins in the model's reasoning. One that must match something is held to it from its first
-    token on, so it has none."""
-    if service.thoughts is None or body.structure() is not None:
+    """Whether the answer begins in the model's reasoning."""
+    if service.thoughts is None:
         return False
     continued = None
     if _goes_on(body.messages, body):
@@ -170,6 +181,36 @@ def _begins_in_thought(service: Service, body: ChatRequest, prompt: str) -> bool
 def _goes_on(messages: Sequence[Message], asked: Templating) -> bool:
     """Whether the answer goes on with the last message."""
     return bool(asked.continue_final_message) or any(messages[-1].more.get(k) is True for k in ("prefix", "partial"))
+
+
+def _structure(service: Service, body: ChatRequest, tools: ToolUse | None) -> Structure | None:
+    """What the answer must match: calls, if one must be made, and else what the body says. An answer that may be a call
+    follows its `response_format` only if it is none."""
+    given = body.structure()
+    if tools is None:
+        return given
+    if tools.must:
+        if given is not None and given.field != "response_format":
+            message = f"{given.field} can't be given where tool_choice demands a call; leave one of them out"
+            raise ApiError(400, message, param=given.field, code="invalid_value")
+        choice = body.model_dump(include={"tool_choice"})["tool_choice"]
+        return Structure("grammar", service.tool_grammar(tools), "tool_choice", choice)
+    if given is not None and given.field == "response_format":
+        return given._replace(kind="grammar", text=service.tool_grammar(tools, json.loads(given.text)))
+    return given
+
+
+def _blame_schema(service: Service, body: ChatRequest, tools: ToolUse) -> None:
+    """Raises ApiError for the first function of which no call can be held to the schema of its parameters."""
+    for i, tool in enumerate(body.tools or ()):
+        schema = tools.functions.get(tool.function.name)
+        if schema is None:
+            continue
+        try:
+            check_constraint(service.engine.model, SamplingParams(mode="ar", json_schema=json.dumps(schema)))
+        except SettingError as error:
+            place = f"tools.{i}.function.parameters"
+            raise ApiError(400, in_json(place, schema, error), param=place, code="invalid_value") from error
 
 
 def render(service: Service, messages: Sequence[Message], asked: Templating) -> str:

@@ -10,7 +10,7 @@ from twotower.decoding.params import MAX_BLOCK, CommitRule, SamplingParams
 from twotower.model.sampling_defaults import LEAST_DIVISOR, MOST_REPETITION_PENALTY
 from twotower.server.errors import ApiError
 from twotower.server.fields import Integer, Many, shown
-from twotower.server.structure import Structured
+from twotower.server.structure import Structure, Structured
 
 # Enough for the names of everybody in a group chat.
 MAX_STOPS, MAX_STOP_CHARACTERS = 128, 256
@@ -75,9 +75,15 @@ class Sampling(Structured):
         return 0
 
     def sampling(
-        self, default_mode: Mode, max_new_tokens: int, choice: int = 0, default_temperature: float = 1.0
+        self,
+        default_mode: Mode,
+        max_new_tokens: int,
+        choice: int = 0,
+        default_temperature: float = 1.0,
+        structure: Structure | None = None,
     ) -> SamplingParams:
-        """The settings of one text, number `choice` of its prompt. Raises SettingError and ApiError for bad values.
+        """The settings of one text, number `choice` of its prompt, which must match `structure`. Raises SettingError
+        and ApiError for bad values.
 
         The texts of one prompt use the seeds `seed`, `seed` + 1, and so on, modulo 2**63, so that negative seeds, which
         OpenAI's protocol has, are seeds too. A temperature too small to divide by is greedy. A constrained request
@@ -93,7 +99,7 @@ class Sampling(Structured):
             "logit_bias": self._biases(),
             "logprobs": self.num_top,
         }
-        structure, fitting = self.structure(), default_mode
+        fitting = default_mode
         if structure is not None:
             given[structure.kind] = structure.text
             fitting = default_mode if default_mode in CONSTRAINED_MODES else "ar"

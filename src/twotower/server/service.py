@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import Any
 
@@ -21,9 +21,12 @@ from twotower.server.errors import ApiError
 from twotower.server.metrics import Metrics
 from twotower.server.reasoning import thought_format
 from twotower.server.sampling import Sampling
+from twotower.server.structure import Structure
 from twotower.server.token_names import TokenNames
+from twotower.server.tool_request import ToolUse
 from twotower.server.tools.answer import Marks
 from twotower.server.tools.choice import tool_format
+from twotower.server.tools.grammar import grammar, literal
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +49,9 @@ class Service:
         self.tokenizer: tokenizers.Tokenizer = engine.model.tokenizer
         self.metrics = Metrics(engine, self.model_name, config.default_mode)
         self.names = TokenNames(self.tokenizer)
-        added = self.tokenizer.get_added_tokens_decoder().values()
-        self.control = frozenset(token.content for token in added if token.special)
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.control = frozenset(token.content for token in added.values() if token.special)
+        self._added = {token.content: i for i, token in added.items()}
         self.tool_marks = Marks(tool_format(config.tool_parser, template))
         self.thoughts = thought_format(config.reasoning_parser, template)
         self.started = int(time.time())
@@ -94,11 +98,13 @@ class Service:
         *,
         num_choices: int = 1,
         special: bool = True,
+        structure: Structure | None = None,
     ) -> list[Request]:
         """Checks a prompt with its settings, and makes one request for the engine per text.
 
         `wanted` is the number of new tokens. If it is None there are `default` of them, or as many as the context has
-        room for if that is less or `default` is None. `special` says whether the tokenizer adds its control tokens,
+        room for if that is less or `default` is None. `structure` is what the texts must match, by default what the
+        settings say. `special` says whether the tokenizer adds its control tokens,
         such as BOS. Raises ApiError and SettingError for what can't run.
         """
         ids = await self._encode(prompt, special, self._kept(settings, wanted or default or 1))
@@ -110,9 +116,11 @@ class Service:
             wanted = min(default or own.max_new_tokens or self._usual_room(len(ids)), room)
         # OpenAI's protocol has 1 where nobody says anything
         usual = 1.0 if own.temperature is None else own.temperature
-        structure = settings.structure()
+        structure = structure or settings.structure()
         try:
-            params = [settings.sampling(self.config.default_mode, wanted, k, usual) for k in range(num_choices)]
+            params = [
+                settings.sampling(self.config.default_mode, wanted, k, usual, structure) for k in range(num_choices)
+            ]
             # In a thread: compiling a large JSON schema takes long enough to hold up all other requests.
             return await asyncio.to_thread(lambda: [self.engine.prepare(ids, p) for p in params])
         except SettingError as error:
@@ -177,6 +185,15 @@ class Service:
         # A whole book takes seconds.
         async with self._long_texts if len(text) > _LONG_TEXT else nullcontext():
             return await asyncio.to_thread(text_ids, self.engine.model, text, "prompt", special=special)
+
+    def tool_grammar(self, tools: ToolUse, answer: Mapping[str, Any] | None = None) -> str:
+        """The grammar of calls of the tools, or if a JSON schema is given of JSON that it describes too."""
+
+        def mark(text: str) -> str:
+            # a token of its own is not found by its text
+            return f"<[{self._added[text]}]>" if text in self._added else literal(text)
+
+        return grammar(self.tool_marks.format.grammar(tools.functions, mark, many=not tools.one_call), answer)
 
     def _usual_room(self, num_prompt: int) -> int:
         """The most new tokens that no one needs to ask for.

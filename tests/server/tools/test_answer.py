@@ -7,8 +7,12 @@ import pytest
 from twotower.server.tools.answer import Answer, Marks
 from twotower.server.tools.calls import Call
 from twotower.server.tools.hermes import Hermes
+from twotower.server.tools.json_list import JsonList
+from twotower.server.tools.llama3 import Llama3
+from twotower.server.tools.mistral import Mistral
+from twotower.server.tools.xml import FunctionXml
 
-FUNCTIONS = {"add": {"type": "object"}, "find": {"type": "object"}}
+FUNCTIONS = {"add": {"type": "object", "properties": {"x": {"type": "integer"}}}, "find": {"type": "object"}}
 ADD, FIND = Call("add", '{"x": 1}'), Call("find", "{}")
 HERMES_ADD = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
 HERMES_FIND = '<tool_call>{"name":"find","arguments":{}}</tool_call>'
@@ -31,61 +35,191 @@ def cuts(text):
         yield [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
 
 
-CASES = {
-    Hermes(): [
-        ("", "", []),
-        ("hello", "hello", []),
-        ("  hello \n", "  hello \n", []),
-        (HERMES_ADD, "", [ADD]),
-        (f"\n\n{HERMES_ADD}\n", "", [ADD]),
-        (f"I add.\n{HERMES_ADD}\n{HERMES_FIND}", "I add.", [ADD, FIND]),
-        (f"{HERMES_ADD} and {HERMES_FIND}.", " and .", [ADD, FIND]),
-        ('<tool_call>{"name": "add", "arguments": {"x": 1}}', "", [ADD]),  # ended without closing it
-        ('<tool_call>{"name": "add", "arguments": "{\\"x\\": 1}"}</tool_call>', "", [ADD]),
-        ('<tool_call>{"name": "add", "parameters": {"x": 1}}</tool_call>', "", [ADD]),
-        ('<tool_call>{"name": "find"}</tool_call>', "", [FIND]),
-        ('<tool_call>{"name": "other", "arguments": {}}</tool_call>', "", [Call("other", "{}")]),
-        (
-            '<tool_call>{"name": "add", "arguments": {"x": "}</tool_call>\\"{é🎉"}}</tool_call>',
-            "",
-            [Call("add", '{"x": "}</tool_call>\\"{é🎉"}')],
-        ),
-        (
-            '<tool_call>{"name": "add", "arguments": {"x": "a\nb"}}</tool_call>',
-            "",
-            [Call("add", '{"x": "a\\nb"}')],
-        ),
-        ('<tool_call>{"name": "add", "arguments": {"x": "\\ud800"}}', "", [Call("add", '{"x": "\\ud800"}')]),
-        # what only begins like a call
-        *((text, text, []) for text in ("<", "<tool_cal", "<tool_call>", "<tool_call> ", "a <tool_call> b", "<<<")),
-        *(
-            (text, text, [])
-            for text in (
-                '<tool_call>{"name": "add", "arguments": {"x": 1}',
-                '<tool_call>{"name": "add", "arguments": no}</tool_call>',
-                '<tool_call>{"name": "add", "arguments": "no"}</tool_call>',
-                '<tool_call>{"name": "add", "arguments": [1]}</tool_call>',
-                '<tool_call>{"name": "add", "arguments": {"x": NaN}}</tool_call>',
-                '<tool_call>{"name": "add", "arguments": {"x": 1e999}}</tool_call>',
-                '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
-                '<tool_call>{"arguments": {}}</tool_call>',
-                "<tool_call>{}</tool_call>",
-                "<tool_call>[]</tool_call>",
-                '<tool_call>{"name": "add\\',
-            )
-        ),
-        (f"<tool_call> no {HERMES_ADD}", "<tool_call> no", [ADD]),
-        (f"<tool_call>{{no}}</tool_call>{HERMES_ADD}", "<tool_call>{no}</tool_call>", [ADD]),
-    ],
-}
+HERMES = [
+    ("", "", []),
+    ("hello", "hello", []),
+    ("  hello \n", "  hello \n", []),
+    (HERMES_ADD, "", [ADD]),
+    (f"\n\n{HERMES_ADD}\n", "", [ADD]),
+    (f"I add.\n{HERMES_ADD}\n{HERMES_FIND}", "I add.", [ADD, FIND]),
+    (f"{HERMES_ADD} and {HERMES_FIND}.", " and .", [ADD, FIND]),
+    ('<tool_call>{"name": "add", "arguments": {"x": 1}}', "", [ADD]),  # ended without closing it
+    ('<tool_call>{"name": "add", "arguments": "{\\"x\\": 1}"}</tool_call>', "", [ADD]),
+    ('<tool_call>{"name": "add", "parameters": {"x": 1}}</tool_call>', "", [ADD]),
+    ('<tool_call>{"name": "find"}</tool_call>', "", [FIND]),
+    ('<tool_call>{"name": "other", "arguments": {}}</tool_call>', "", [Call("other", "{}")]),
+    (
+        '<tool_call>{"name": "add", "arguments": {"x": "}</tool_call>\\"{é🎉"}}</tool_call>',
+        "",
+        [Call("add", '{"x": "}</tool_call>\\"{é🎉"}')],
+    ),
+    (
+        '<tool_call>{"name": "add", "arguments": {"x": "a\nb"}}</tool_call>',
+        "",
+        [Call("add", '{"x": "a\\nb"}')],
+    ),
+    ('<tool_call>{"name": "add", "arguments": {"x": "\\ud800"}}', "", [Call("add", '{"x": "\\ud800"}')]),
+    # what only begins like a call
+    *((text, text, []) for text in ("<", "<tool_cal", "<tool_call>", "<tool_call> ", "a <tool_call> b", "<<<")),
+    *(
+        (text, text, [])
+        for text in (
+            '<tool_call>{"name": "add", "arguments": {"x": 1}',
+            '<tool_call>{"name": "add", "arguments": no}</tool_call>',
+            '<tool_call>{"name": "add", "arguments": "no"}</tool_call>',
+            '<tool_call>{"name": "add", "arguments": [1]}</tool_call>',
+            '<tool_call>{"name": "add", "arguments": {"x": NaN}}</tool_call>',
+            '<tool_call>{"name": "add", "arguments": {"x": 1e999}}</tool_call>',
+            '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
+            '<tool_call>{"arguments": {}}</tool_call>',
+            "<tool_call>{}</tool_call>",
+            "<tool_call>[]</tool_call>",
+            '<tool_call>{"name": "add\\',
+        )
+    ),
+    (f"<tool_call> no {HERMES_ADD}", "<tool_call> no", [ADD]),
+    (f"<tool_call>{{no}}</tool_call>{HERMES_ADD}", "<tool_call>{no}</tool_call>", [ADD]),
+]
+
+LLAMA_ADD = '{"name": "add", "parameters": {"x": 1}}'
+LLAMA3 = [
+    ("hello", "hello", []),
+    (LLAMA_ADD, "", [ADD]),
+    (f" {LLAMA_ADD} ", "", [ADD]),
+    (f"<|python_tag|>{LLAMA_ADD}", "", [ADD]),
+    (f'{LLAMA_ADD}; {{"name": "find", "parameters": {{}}}}', "", [ADD, FIND]),
+    (f'<|python_tag|>{LLAMA_ADD};{{"name": "find", "parameters": {{}}}}', "", [ADD, FIND]),
+    (f"I add.\n{LLAMA_ADD}", "I add.", [ADD]),
+    ('{"type": "function", "function": {"name": "add", "parameters": {"x": 1}}}', "", [ADD]),
+    ('{\n  "name": "add",\n  "parameters": {"x": 1}\n}', "", [ADD]),
+    ('<|python_tag|>{"name": "other", "parameters": {}}', "", [Call("other", "{}")]),
+    # JSON that is an answer
+    *(
+        (text, text, [])
+        for text in (
+            '{"name": "other", "parameters": {}}',
+            '{"name": "add"}',
+            '{"colour": "red"}',
+            f"Such as {LLAMA_ADD}",
+            '{"name": "add", "parameters": {"x": 1}',
+            "{",
+            "{}",
+            "if (a) {\n  b;\n}\n",
+            "<|python_tag|>print(1)",
+            "<|python",
+            '{"name": "add", "parameters": {"x": }}',
+        )
+    ),
+]
+MISTRAL_ADD = '[TOOL_CALLS][{"name": "add", "arguments": {"x": 1}}'
+MISTRAL = [
+    ("hello", "hello", []),
+    (f"{MISTRAL_ADD}]", "", [ADD]),
+    (f'{MISTRAL_ADD}, {{"name": "find", "arguments": {{}}, "id": "abcdefghi"}}]', "", [ADD, FIND]),
+    (f"I add. {MISTRAL_ADD}]", "I add.", [ADD]),
+    ('[TOOL_CALLS] [{"arguments": {"x": 1}, "name": "add"}]', "", [ADD]),
+    ('[TOOL_CALLS]add[ARGS]{"x": 1}', "", [ADD]),
+    ('[TOOL_CALLS]add[ARGS]{"x": 1}[TOOL_CALLS]find[ARGS]{}', "", [ADD, FIND]),
+    ('[TOOL_CALLS]add[CALL_ID]abc123def[ARGS]{"x": 1}', "", [ADD]),
+    ('[TOOL_CALLS]add{"x": 1}', "", [ADD]),
+    ('[TOOL_CALLS]{"name": "add", "arguments": {"x": 1}}', "", [ADD]),
+    *(
+        (text, text, [])
+        for text in (
+            "[TOOL",
+            "[TOOL_CALLS]",
+            "[TOOL_CALLS]add",
+            "[TOOL_CALLS]add[ARGS]",
+            '[TOOL_CALLS]add[ARGS]{"x": 1',
+            "[TOOL_CALLS]add[ARGS]{x}",
+            "[TOOL_CALLS]what is it? {}",
+            "[TOOL_CALLS]add[NO]{}",
+            "[TOOL_CALLS][]",
+            "[TOOL_CALLS][1]",
+            "[TOOL_CALLS]" + "a" * 400,
+            "[1, 2]",
+        )
+    ),
+]
+XML_ADD = "<tool_call>\n<function=add>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>"
+XML_FIND = "<tool_call><function=find></function></tool_call>"
+XML = [
+    ("hello", "hello", []),
+    (XML_ADD, "", [ADD]),
+    (f"I add.\n\n{XML_ADD}\n{XML_FIND}\n", "I add.", [ADD, FIND]),
+    ("<function=add><parameter=x>1</parameter></function>", "", [ADD]),
+    ("<function=find>\n</function>\n</tool_call>", "", [FIND]),
+    ('<function=add>{"x": 1}</function>', "", [ADD]),
+    ('<tool_call>{"name": "add", "arguments": {"x": 1}}</tool_call>', "", [ADD]),
+    (
+        "<tool_call><function=find>\n<parameter=q>\n <a>\n</b>\n\n</parameter><parameter=z>2</parameter></function>",
+        "",
+        [Call("find", '{"q": " <a>\\n</b>\\n", "z": "2"}')],
+    ),
+    *(
+        (text, text, [])
+        for text in (
+            "<tool_call>",
+            "<function=",
+            "<function=add",
+            "<function=add>",
+            "<function=add><param",
+            "<function=add><parameter=x>1",
+            "<function=add><parameter=x>1</parameter>",
+            "<function=add>no</function>",
+            "<function=add>{no}</function>",
+            "<function=add>[1]</function>",
+            "<tool_call><func",
+            "<tool_call> no",
+            "<function=" + "a" * 400,
+            "<function=add><parameter=x\n</parameter></function>",
+        )
+    ),
+]
+JSON_ADD = '[{"name": "add", "arguments": {"x": 1}}]'
+JSON = [
+    ("hello", "hello", []),
+    (JSON_ADD, "", [ADD]),
+    ('{"name": "add", "arguments": {"x": 1}}', "", [ADD]),
+    (f"I add.\n{JSON_ADD}", "I add.", [ADD]),
+    ('[{"name": "add", "arguments": {"x": 1}}, {"name": "find", "arguments": {}}]', "", [ADD, FIND]),
+    (f"<TOOLCALL>{JSON_ADD}</TOOLCALL>", "", [ADD]),
+    (f"<|tool_call|>{JSON_ADD}", "", [ADD]),
+    (f"<tool_calls>\n{JSON_ADD}\n</tool_calls>", "", [ADD]),
+    (f"functools{JSON_ADD}", "", [ADD]),
+    (
+        '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "add", "parameters": {"x": 1}}]<|END_ACTION|>',
+        "",
+        [ADD],
+    ),
+    *(
+        (text, text, [])
+        for text in (
+            '[{"name": "add", "arguments": {"x": 1}}',
+            '[{"name": "other", "arguments": {}}]',
+            '[{"name": "add", "arguments": {}}, {"name": "other", "arguments": {}}]',
+            "[1, 2, 3]",
+            "[link](https://example.org)",
+            f"Such as {JSON_ADD}",
+            "<TOOLCALL>no</TOOLCALL>",
+            "<TOOLCALL>[]</TOOLCALL>",
+            "functools[no]",
+            "<|tool",
+        )
+    ),
+]
+FORMATS = [
+    *((Hermes(), case) for case in HERMES),
+    *((Llama3(), case) for case in LLAMA3),
+    *((Mistral(named=False), case) for case in MISTRAL),
+    *((FunctionXml(), case) for case in XML),
+    *((JsonList(), case) for case in JSON),
+]
 
 
-@pytest.mark.parametrize(
-    ("format", "text", "content", "calls"),
-    [(format, *case) for format, cases in CASES.items() for case in cases],
-    ids=lambda value: type(value).__name__ if isinstance(value, Hermes) else None,
-)
-def test_an_answer_is_content_and_calls_in_whatever_pieces_it_comes(format, text, content, calls):
+@pytest.mark.parametrize(("format", "case"), FORMATS, ids=[f"{type(f).__name__}-{c[0][:50]!r}" for f, c in FORMATS])
+def test_an_answer_is_content_and_calls_in_whatever_pieces_it_comes(format, case):
+    text, content, calls = case
     for pieces in cuts(text):
         assert parts(pieces, Marks(format)) == (content, calls), pieces
 

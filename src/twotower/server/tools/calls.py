@@ -2,15 +2,18 @@
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
 # What opens or closes something in JSON, and an escaped character, which may look like one.
 _MARKS = re.compile(r'\\.|["{}\[\]]', re.DOTALL)
 _BLANKS = re.compile(r"\s*")
-# Under which keys models write the arguments of a call.
+# Under which keys models write the name of a call and its arguments.
+_NAMES = ("name", "tool_name")
 _ARGUMENTS = ("arguments", "parameters")
 
+# Lark for a mark of a format: the control token of that name, or the text.
+Mark = Callable[[str], str]
 # The JSON schemas of the arguments of each function, by its name.
 Functions = Mapping[str, Mapping[str, Any]]
 
@@ -50,6 +53,10 @@ class ToolFormat(Protocol):
 
         `final` says that none comes. `brackets` is the same one at every call with the same beginning.
         """
+        ...
+
+    def grammar(self, functions: Functions, mark: Mark, *, many: bool) -> str:
+        """Rules of llguidance's Lark, of which `calls` is for one call or, with `many`, for at least one."""
         ...
 
 
@@ -101,9 +108,9 @@ def dump(value: Any) -> str | None:
 
 def calls_in(value: Any, known: Collection[str] | None = None) -> tuple[Call, ...]:
     """The calls that a JSON value has, an object or a list of objects with a name and arguments; none if any of them is
-    no call, or if its name is not among the `known` ones."""
-    found = [_call(one) for one in (value if isinstance(value, list) else [value])]
-    calls = tuple(call for call in found if call is not None and (known is None or call.name in known))
+    no call. With `known` names it must have one of these and arguments, if they are none too."""
+    found = [_call(one, known) for one in (value if isinstance(value, list) else [value])]
+    calls = tuple(call for call in found if call is not None)
     return calls if len(calls) == len(found) else ()
 
 
@@ -123,16 +130,19 @@ def behind(text: str, at: int, closing: str, *, final: bool) -> int | None:
     return None if closing.startswith(text[place:]) and not final else at
 
 
-def _call(value: Any) -> Call | None:
+def _call(value: Any, known: Collection[str] | None) -> Call | None:
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]  # OpenAI's form
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+    name = next((value[key] for key in _NAMES if key in value), None) if isinstance(value, dict) else None
+    if not isinstance(name, str) or not name:
+        return None
+    if known is not None and (name not in known or not any(key in value for key in _ARGUMENTS)):
         return None
     arguments: Any = next((value[key] for key in _ARGUMENTS if value.get(key) is not None), {})
     if isinstance(arguments, str):
         arguments = load(arguments)
     text = dump(arguments) if isinstance(arguments, dict) else None
-    return None if text is None else Call(value["name"], text)
+    return None if text is None else Call(name, text)
 
 
 def _refuse(constant: str) -> None:

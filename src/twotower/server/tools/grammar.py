@@ -1,0 +1,53 @@
+"""Grammars in llguidance's Lark that hold an answer to calls of given functions."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from twotower.server.tools.calls import Functions
+
+# One spacing, as models write it: an unsure one would fill its answer with the optional blanks of JSON.
+_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+# Keys of a schema by which it has other arguments than those of its properties.
+_OPENED = frozenset(
+    ("additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "allOf", "$ref", "if")
+)
+
+
+def literal(text: str) -> str:
+    """Lark for a text; its strings are JSON's."""
+    return json.dumps(text)
+
+
+def schema_rule(name: str, schema: Mapping[str, Any]) -> str:
+    """A rule for JSON of a schema."""
+    return f"{name}: %json {json.dumps({**schema, 'x-guidance': _STYLE})}\n"
+
+
+def arguments_rule(name: str, schema: Mapping[str, Any]) -> str:
+    """A rule for the arguments of a function; it takes no more of them than its schema has unless that says so."""
+    closed = {} if _OPENED & schema.keys() else {"additionalProperties": False}
+    return schema_rule(name, {**schema, "type": "object", **closed})
+
+
+def grammar(calls: str, schema: Mapping[str, Any] | None) -> str:
+    """The grammar of an answer that is calls, for which these are the rules, or if there is a schema its JSON."""
+    if schema is None:
+        return f"start: calls\n{calls}"
+    return f"start: calls | answer\n{calls}{schema_rule('answer', schema)}"
+
+
+def json_call(functions: Functions, key: str) -> str:
+    """The rule `call`, a JSON object with a function's name and, under `key`, its arguments."""
+    rules = [f"call: {' | '.join(f'call{i}' for i in range(len(functions)))}\n"]
+    for i, (name, schema) in enumerate(functions.items()):
+        opening = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
+        rules.append(f"call{i}: {literal(opening)} arguments{i} {literal('}')}\n")
+        rules.append(arguments_rule(f"arguments{i}", schema))
+    return "".join(rules)
+
+
+def repeated(call: str, between: str, *, many: bool) -> str:
+    """Lark for one call or, if `many`, any number of them with a text between them."""
+    return f"{call} ({literal(between)} {call})*" if many else call

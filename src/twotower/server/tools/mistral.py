@@ -1,0 +1,60 @@
+"""`[TOOL_CALLS][{"name": …, "arguments": {…}}, …]` and, since 2025, `[TOOL_CALLS]name[ARGS]{…}`: Mistral's models."""
+
+import re
+
+from twotower.server.tools.calls import Brackets, Call, Found, Functions, Mark, calls_in, dump, load, skip_blanks
+from twotower.server.tools.grammar import arguments_rule, json_call, literal, repeated
+
+_OPEN, _ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
+# What stands between the first mark and the arguments.
+_HEAD = re.compile(r"\s*([\w.:/-]+)\s*(?:\[CALL_ID\]\s*[\w-]+\s*)?(?:\[ARGS\]\s*)?")
+_IN_HEAD = re.compile(r"[\w.:/\s\[\]-]{0,300}")
+
+
+class Mistral:
+    """A list of JSON objects, or a name and a JSON object for each call; a `ToolFormat`. With `named`, calls that are
+    forced have the latter form."""
+
+    starts, line_starts = (_OPEN,), ()
+    marks = frozenset((_OPEN, _ID, ARGS))
+
+    def __init__(self, *, named: bool) -> None:
+        self._named = named
+
+    def read(self, text: str, functions: Functions, brackets: Brackets, *, final: bool) -> Found | None:
+        start = skip_blanks(text, len(_OPEN))
+        if start == len(text):
+            return None
+        no_call = Found((), len(_OPEN))
+        name = ""
+        if text[start] not in "[{":
+            brace = text.find("{", start)
+            head = text[start : brace if brace >= 0 else len(text)]
+            if not _IN_HEAD.fullmatch(head):
+                return no_call
+            if brace < 0:
+                return None
+            matched = _HEAD.fullmatch(head)
+            if matched is None:
+                return no_call
+            name, start = matched[1], brace
+        end = brackets.end(text, start)
+        if end is None:
+            return None
+        value = load(text[start:end])
+        if name:
+            arguments = dump(value) if isinstance(value, dict) else None
+            return no_call if arguments is None else Found((Call(name, arguments),), end)
+        calls = calls_in(value)
+        return Found(calls, end) if calls else no_call
+
+    def grammar(self, functions: Functions, mark: Mark, *, many: bool) -> str:
+        if not self._named:
+            calls = f"{literal('[')} {repeated('call', ', ', many=many)} {literal(']')}"
+            return f"calls: {mark(_OPEN)} {calls}\n{json_call(functions, 'arguments')}"
+        calls = " | ".join(f"call{i}" for i in range(len(functions)))
+        rules = [f"calls: call{'+' if many else ''}\n", f"call: {mark(_OPEN)} ({calls})\n"]
+        for i, (name, schema) in enumerate(functions.items()):
+            rules.append(f"call{i}: {literal(name)} {mark(ARGS)} arguments{i}\n")
+            rules.append(arguments_rule(f"arguments{i}", schema))
+        return "".join(rules)

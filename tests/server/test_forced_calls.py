@@ -1,0 +1,161 @@
+"""Calls that must be made, which a grammar holds: a random model makes them as a good one does."""
+
+import contextlib
+import json
+
+import httpx
+import openai
+import pytest
+
+from twotower.checkpoints.chat_template import ChatTemplate
+from twotower.engine.aio import AsyncEngine
+from twotower.server.app import make_app
+from twotower.server.config import ServerConfig
+
+pytest.importorskip("llguidance")
+
+TEMPLATE = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{{ messages[-1].content }}<tool_call>"
+PARSERS = ("hermes", "llama3_json", "mistral", "qwen3_coder", "json")
+FIND = {"type": "function", "function": {"name": "find"}}
+USER = {"role": "user", "content": "hi"}
+# What a random model may write in few tokens.
+SHORT = {
+    "type": "object",
+    "properties": {
+        "n": {"type": "integer", "minimum": 0, "maximum": 99},
+        "unit": {"enum": ["°C", "K"]},
+        "ok": {"type": "boolean"},
+        "of": {"$ref": "#/$defs/Of"},
+    },
+    "required": ["n", "unit", "ok", "of"],
+    "$defs": {"Of": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}},
+}
+MEASURE = {"type": "function", "function": {"name": "measure", "parameters": SHORT}}
+
+
+@pytest.fixture(scope="module")
+def clients(tiny, byte_tokenizer, serve):
+    """A client for each way of writing calls, of one model that can end its texts."""
+    model = tiny("M*-E", vocab_size=260, eos_token_id=2, block_size=8)
+    model.tokenizer = byte_tokenizer
+    engine = AsyncEngine(model).start()
+    with contextlib.ExitStack() as held:
+        made = {}
+        for parser in PARSERS:
+            config = ServerConfig(model_names=("tiny",), max_context=3000, tool_parser=parser)
+            served = held.enter_context(serve(make_app(engine, config, ChatTemplate(TEMPLATE, {}))))
+            made[parser] = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+        yield made
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def client(clients):
+    return clients["hermes"]
+
+
+def accumulated(client, **settings):
+    with client.chat.completions.stream(**settings) as stream:
+        return stream.get_final_completion()
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+@pytest.mark.parametrize(
+    ("mode", "choice"),
+    [
+        (None, {"type": "function", "function": {"name": "measure"}}),
+        ("ar", "required"),
+        ("verified", "required"),
+        (
+            "verified",
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "find"}}]},
+            },
+        ),
+    ],
+)
+def test_a_call_that_must_be_made_is_one_of_the_function(clients, parser, mode, choice):
+    extra = {"mode": mode, "seed": 7}
+    settings = {"model": "tiny", "messages": [USER], "tools": [MEASURE, FIND], "tool_choice": choice, "max_tokens": 900}
+    whole = clients[parser].chat.completions.create(**settings, extra_body=extra, parallel_tool_calls=False).choices[0]
+    chunked = accumulated(clients[parser], **settings, extra_body=extra, parallel_tool_calls=False).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    assert whole.message.content is None
+    [call], [again] = whole.message.tool_calls, chunked.message.tool_calls
+    assert (call.function.name, call.function.arguments) == (again.function.name, again.function.arguments)
+    arguments = json.loads(call.function.arguments)
+    if isinstance(choice, dict):
+        assert call.function.name == ("find" if "allowed_tools" in choice else "measure")
+    if call.function.name == "find":
+        assert arguments == {}
+    else:
+        assert arguments.keys() == {"n", "unit", "ok", "of"}
+        assert 0 <= arguments["n"] <= 99
+        assert arguments["unit"] in ("°C", "K")
+        assert isinstance(arguments["ok"], bool)
+        assert all(isinstance(one, bool) for one in arguments["of"])
+
+
+@pytest.mark.slow
+def test_verified_forces_the_text_of_ar(clients):
+    for client in clients.values():
+        answers = [
+            client.chat.completions.create(
+                model="tiny",
+                messages=[USER],
+                tools=[MEASURE],
+                tool_choice="required",
+                temperature=0,
+                max_tokens=60,
+                extra_body={"mode": mode, "return_token_ids": True},
+            ).choices[0]
+            for mode in ("ar", "verified")
+        ]
+        assert answers[0].model_extra["token_ids"] == answers[1].model_extra["token_ids"]
+
+
+@pytest.mark.parametrize(("first", "content"), [('"', '"yes"'), ("<", None)])
+def test_an_answer_that_may_be_a_call_is_that_or_follows_its_format(client, byte_tokenizer, first, content):
+    format = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": "yes"}}}
+    [liked] = byte_tokenizer.encode(first, add_special_tokens=False).ids
+    settings = {"tools": [FIND], "response_format": format, "logit_bias": {liked: 50}, "parallel_tool_calls": False}
+    choice = client.chat.completions.create(model="tiny", messages=[USER], max_tokens=200, **settings).choices[0]
+    assert choice.message.content == content
+    assert choice.finish_reason == ("stop" if content else "tool_calls")
+
+
+def test_an_error_of_a_forced_call_says_what_to_do(client):
+    body = {"messages": [USER], "tools": [FIND], "tool_choice": "required", "mode": "diffusion"}
+    message = httpx.post(f"{client.base_url}chat/completions", json=body).json()["error"]["message"]
+    assert message == (
+        'tool_choice is "required", must be null in mode "diffusion"; it can\'t follow a constraint: use mode "ar" or '
+        '"verified"'
+    )
+
+
+def test_a_thousand_tools_are_told_apart(client):
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": SHORT}} for i in range(1000)]
+    choice = {"type": "function", "function": {"name": "f517"}}
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[USER],
+        tools=tools,
+        tool_choice=choice,
+        max_tokens=200,
+        extra_body={"truncate_prompt_tokens": 20},
+    )
+    assert [call.function.name for call in answer.choices[0].message.tool_calls] == ["f517"]
+
+
+def test_a_schema_may_refer_to_itself(client):
+    node = {"type": "object", "properties": {"next": {"$ref": "#/$defs/Node"}}, "additionalProperties": False}
+    schema = {"type": "object", "properties": {"first": {"$ref": "#/$defs/Node"}}, "$defs": {"Node": node}}
+    tools = [{"type": "function", "function": {"name": "walk", "parameters": schema | {"required": ["first"]}}}]
+    settings = {"tools": tools, "tool_choice": "required", "seed": 1, "max_tokens": 900}
+    [call] = (
+        client.chat.completions.create(model="tiny", messages=[USER], parallel_tool_calls=False, **settings)
+        .choices[0]
+        .message.tool_calls
+    )
+    assert json.loads(call.function.arguments)["first"] is not None
