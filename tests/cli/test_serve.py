@@ -146,6 +146,7 @@ def test_a_file_has_the_options_under_other_servers_names(checkpoint, tmp_path, 
         f"chat_template: {tmp_path / 'chat.jinja'}\n"
         f"ssl-certfile: {certificate[0]}\n"
         f"ssl_keyfile: {certificate[1]}\n"
+        "model: hybrid\n"
     )
     command = [*COMMAND, "--model", str(checkpoint), "--port", "0", "--config", str(tmp_path / "serve.yaml")]
     with process(checkpoint, 0, tmp_path, command=command) as (_, url, log):

@@ -21,7 +21,8 @@ def read_recipe(file: Path, parameters: Sequence[Any]) -> dict[str, Any]:
         raise ValueError(f"{file} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}, must hold keys and values such as steps: 1000")
-    known = {key: parameter for parameter in parameters for key in _keys(parameter)}
+    # Of an argument and an option of one spelling, the argument, which comes first, is meant.
+    known = {key: parameter for parameter in reversed(parameters) for key in _keys(parameter)}
     unknown = sorted(str(key) for key in values if _key(key) not in known)
     if unknown:
         names = sorted(parameter.name for parameter in parameters)

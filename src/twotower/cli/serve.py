@@ -30,6 +30,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @with_settings
 def command(
     *,
+    context: typer.Context,
     model: ModelArgument = None,
     named_model: Annotated[
         str | None, typer.Option("--model", metavar="PATH", help="The model, as an option.", show_default=False)
@@ -58,9 +59,10 @@ def command(
 
     SIGTERM or Ctrl-C lets running requests finish.
     """
-    if None not in (model, named_model):
+    source = context.get_parameter_source("model")
+    if named_model is not None and source is not None and source.name == "COMMANDLINE":
         raise SettingError("--model", named_model, f"left out beside the model {model!r}")
-    model = model or named_model
+    model = named_model or model  # of which the second may be a recipe's
     try:
         from twotower.checkpoints.chat_template import ChatTemplate
         from twotower.server.app import make_app
