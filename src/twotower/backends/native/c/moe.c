@@ -58,7 +58,10 @@ int tt_route(const float *x, long r, long d, const double *weight, const double 
                 if (!by->softmax) scores[j] = 1.0 / (1.0 + exp(-scores[j]));
             }
             if (by->softmax) softmax(scores, e);
-            for (long j = 0; j < e; j++) choice[j] = scores[j] + correction[j];
+            for (long j = 0; j < e; j++) {
+                const double chosen_by = scores[j] + correction[j];
+                choice[j] = chosen_by == chosen_by ? chosen_by : INFINITY; /* where x overflowed; as topk orders NaN */
+            }
             const long size = e / groups;
             for (long k = 0; groups > 1 && k < groups; k++) {
                 double first = -INFINITY, second = -INFINITY;
