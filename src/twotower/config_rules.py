@@ -1,9 +1,16 @@
 """Which values a model's configuration may have."""
 
-from typing import TYPE_CHECKING
+import dataclasses
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 if TYPE_CHECKING:  # `config` imports this module
     from twotower.config import TwoTowerConfig
+
+# Beyond any size; a tensor of so many rows has still a number of elements
+_MOST = 2**40
+# More experts than any model has; a file may have tensors for each
+_MOST_EXPERTS = 2**16
 
 LAYER_KINDS = "MGSR*-E"
 # How hidden values of MLPs are computed and how experts are chosen, see `ops.mlp.Activation` and `ops.moe.route`
@@ -25,7 +32,13 @@ FILE_KEYS = {
 
 def config_problems(c: "TwoTowerConfig") -> list[str]:
     """One sentence for each field whose value is not allowed, with the names of config.json."""
-    found = []
+    found = [
+        f"{FILE_KEYS.get(f.name, f.name)} is {getattr(c, f.name)!r}, must be {_words(f.type)}"
+        for f in dataclasses.fields(c)
+        if not _is_of(f.type, getattr(c, f.name))
+    ]
+    if found:
+        return found
 
     def need(ok: bool, text: str) -> None:
         if not ok:
@@ -75,6 +88,36 @@ def config_problems(c: "TwoTowerConfig") -> list[str]:
     if "E" in c.pattern:
         found += _expert_problems(c)
     return found
+
+
+def _is_of(kind: Any, value: object) -> bool:
+    """Whether a value is of the annotated kind; whole numbers are numbers, and neither is true or false."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return any(_is_of(one, value) for one in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_of(args[0], item) for item in value)
+    if dataclasses.is_dataclass(kind):
+        fields = dataclasses.fields(kind)
+        return type(value) is kind and all(_is_of(f.type, getattr(value, f.name)) for f in fields)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
+
+
+def _words(kind: Any) -> str:
+    names = {
+        int: f"a whole number of at most {_MOST}",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        type(None): "null",
+    }
+    if get_origin(kind) is UnionType:
+        return " or ".join(map(_words, get_args(kind)))
+    return names.get(kind, "a list" if get_origin(kind) is tuple else "an object")
 
 
 def _attention_problems(c: "TwoTowerConfig") -> list[str]:
@@ -163,6 +206,7 @@ def _expert_problems(c: "TwoTowerConfig") -> list[str]:
         if not ok:
             found.append(text)
 
+    need(c.num_experts <= _MOST_EXPERTS, f"n_routed_experts is {c.num_experts}, must be at most {_MOST_EXPERTS}")
     for name in ("num_experts", "expert_intermediate_size", "expert_num_groups"):
         need(getattr(c, name) >= 1, f"{FILE_KEYS[name]} is {getattr(c, name)}, must be at least 1")
     shared = c.shared_expert_intermediate_size

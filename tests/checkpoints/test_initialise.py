@@ -193,7 +193,7 @@ def test_other_families(llama: Any, tmp_path: Path, model_type: str | None, says
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"hidden_act": "tanh"}, "hidden_act is 'tanh', must be one of silu"),
+        ({"hidden_act": "tanh"}, "config.json has hidden_act 'tanh', must be one of silu"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, None),
         ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type is 'ntk', must be one of default, linear"),
         ({"rope_scaling": {"type": "linear"}}, "RoPE is scaled by .*linear.*, which needs a factor"),

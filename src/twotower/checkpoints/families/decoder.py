@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower.checkpoints.families.family import Part, Settings, need
+from twotower.checkpoints.families.family import Part, Settings, need, whole
 from twotower.config import TwoTowerConfig
 from twotower.rope import AttentionType, Rope
 
@@ -67,11 +67,13 @@ def head_width(raw: Settings) -> int:
     return int(raw.get("head_dim") or need(raw, "hidden_size") // need(raw, "num_attention_heads"))
 
 
-def activation(raw: Settings, default: str) -> str:
-    """The activation of a config.json in our words; raises ValueError for one that we don't have."""
-    name = next((raw[key] for key in ("hidden_activation", "hidden_act") if raw.get(key) is not None), default)
+def activation(raw: Settings, default: str, keys: Sequence[str] = ("hidden_activation", "hidden_act")) -> str:
+    """The activation that the first of the keys in a config.json names, in our words; raises ValueError for one that we
+    don't have."""
+    key = next((key for key in keys if raw.get(key) is not None), keys[-1])
+    name = default if raw.get(key) is None else raw[key]
     if name not in ACTIVATIONS:
-        raise ValueError(f"hidden_act is {name!r}, must be one of {', '.join(ACTIVATIONS)}; take another model")
+        raise ValueError(f"config.json has {key} {name!r}, must be one of {', '.join(ACTIVATIONS)}; take another model")
     return ACTIVATIONS[name]
 
 
@@ -117,9 +119,16 @@ def windowed(raw: Settings, layer_types: Sequence[str], *, full: Rope | None, sl
     """The fields of a tower of full and sliding attention, with the RoPE of each."""
     kinds = {
         "full_attention": AttentionType(rope_parameters=full),
-        "sliding_attention": AttentionType(window=raw.get("sliding_window"), rope_parameters=sliding),
+        "sliding_attention": AttentionType(window=read_window(raw), rope_parameters=sliding),
     }
     return by_layer_types(layer_types, kinds)
+
+
+def read_window(raw: Settings, default: int | None = None) -> int | None:
+    """The window that a config.json has, None where it is null, `default` where it is missing."""
+    if "sliding_window" not in raw:
+        return default
+    return None if raw["sliding_window"] is None else whole(raw, "sliding_window")
 
 
 def every(n: int, raw: Settings) -> list[str]:

@@ -21,6 +21,12 @@ from twotower.config import TwoTowerConfig
 from twotower.rope import AttentionType
 
 _KINDS = {"linear_attention": "G", "full_attention": "*"}
+# Where config.json doesn't say
+_USUAL: dict[str, dict[str, int]] = {
+    "qwen3_next": {"intermediate_size": 5632, "num_key_value_heads": 2, "num_experts": 512},
+    "qwen3_5_text": {"intermediate_size": 12288, "num_key_value_heads": 4},
+    "qwen3_5_moe_text": {"intermediate_size": 5632, "num_key_value_heads": 2, "num_experts": 256},
+}
 
 
 def _qwen_next(raw: Settings) -> dict[str, Any]:
@@ -30,10 +36,10 @@ def _qwen_next(raw: Settings) -> dict[str, Any]:
     usual = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(count)]
     types = raw.get("layer_types") or usual
     refuse({"layer_types": sorted(set(types) - set(_KINDS))}, layer_types=([],))
+    given = {"head_dim": 256, **_USUAL[raw["model_type"]], **raw}
     step, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
-    experts = raw.get("num_experts") or 0
+    experts = given.get("num_experts", 0)
     mlps = ["-" if not experts or i in dense or (i + 1) % step else "E" for i in range(count)]
-    given = {"intermediate_size": 5632, "head_dim": 256, **raw}
     fields = decoder_fields(given) | {
         "pattern": "".join(_KINDS[name] + mlp for name, mlp in zip(types, mlps, strict=True)),
         "use_rope": False,

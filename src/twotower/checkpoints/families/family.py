@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone, tower_shapes
+from twotower.checkpoints.families.settings import checked
 from twotower.checkpoints.hf.tensor_files import TensorSpec
 from twotower.config import TwoTowerConfig
 
@@ -42,6 +43,7 @@ _PREFIXES = (
 _SENSES = re.compile(
     r"(vision|visual|image|audio|multi_modal|mm_projector|connector|embed_vision|embed_audio|aligner|mtp\.)"
 )
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _ROW = re.compile(r"(.*)\[(\d+)\]")
 
 
@@ -84,12 +86,13 @@ def open_family(
 
     Raises ValueError for a setting under which the model computes something that our towers don't.
     """
-    depth = raw.get("num_hidden_layers")
-    if isinstance(depth, int) and depth > len(source.specs):  # as many layers take long to refuse
-        raise ValueError(
-            f"config.json has num_hidden_layers {depth}, but there are only {len(source.specs)} tensors; "
-            "both must come from one model"
-        )
+    raw = checked(raw)
+    for key in _DEPTHS:
+        if raw.get(key, 0) > len(source.specs):  # as many layers take long to refuse
+            raise ValueError(
+                f"config.json has {key} {raw[key]}, but there are only {len(source.specs)} tensors; "
+                "both must come from one model"
+            )
     config = _config(family, raw)
     names = _Names(family, config, raw, tuple(source.specs))
     specs = names.specs(source.specs)
@@ -122,15 +125,17 @@ def _config(family: Family, raw: Settings) -> TwoTowerConfig:
     carried = {key: named[key] for key in kept if named.get(key) is not None}
     known = {"architectures": ["NemotronHTwoTowerForCausalLM"], "model_type": "nemotron_h"}
     eos = raw.get("eos_token_id")
-    return TwoTowerConfig(
-        **{
-            "vocab_size": need(raw, "vocab_size"),
-            "bos_token_id": raw.get("bos_token_id"),
-            "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
-            "carried": known | carried,
-            **family.fields(raw),
-        }
-    )
+    values = {
+        "vocab_size": need(raw, "vocab_size"),
+        "bos_token_id": raw.get("bos_token_id"),
+        "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
+        "carried": known | carried,
+        **family.fields(raw),
+    }
+    try:
+        return TwoTowerConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"config.json describes no model that our towers can be: {error}") from error
 
 
 def need(raw: Settings, *keys: str) -> Any:
@@ -156,7 +161,7 @@ class _Names:
     def __init__(self, family: Family, config: TwoTowerConfig, raw: Settings, names: tuple[str, ...]) -> None:
         self.block = family.block(config, raw)
         self.rest = family.rest
-        counts = (raw.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
+        counts = (raw.get(key) for key in _DEPTHS)
         num_blocks = next((count for count in counts if count), config.num_layers)
         self.per_block = config.num_layers // num_blocks
         # Their name -> the part, the suffix, and the first of our layers of the block
@@ -187,7 +192,11 @@ class _Names:
         specs = {name: theirs[name] for name in self.unknown}
         for name in self.found:
             dtype, shape = theirs[name]
-            for ours, tensor in self._made(name, torch.empty(shape, dtype=dtype, device="meta")).items():
+            try:
+                made = self._made(name, torch.empty(shape, dtype=dtype, device="meta"))
+            except (RuntimeError, ValueError) as error:  # parts that don't fit the shape
+                raise ValueError(f"{name} of shape {shape} is not what config.json describes: {error}") from error
+            for ours, tensor in made.items():
                 row = _ROW.fullmatch(ours)
                 ours = ours if row is None else row[1]
                 rows[ours] = rows.get(ours, 0) + (row is not None)

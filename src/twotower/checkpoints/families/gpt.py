@@ -16,7 +16,7 @@ from twotower.checkpoints.families.decoder import (
     refuse,
     rows,
 )
-from twotower.checkpoints.families.family import Family, Part, Parts, Settings, need
+from twotower.checkpoints.families.family import Family, Part, Parts, Settings, need, whole
 from twotower.config import TwoTowerConfig
 from twotower.rope import AttentionType, Rope
 
@@ -36,7 +36,7 @@ def _fields(raw: Settings) -> dict[str, Any]:
         "head_dim": width // heads,
         "attention_bias": True,
         "intermediate_size": raw.get("n_inner") or 4 * width,
-        "mlp_hidden_act": activation({"hidden_act": raw.get("activation_function")}, "gelu_new"),
+        "mlp_hidden_act": activation(raw, "gelu_new", ("activation_function",)),
         "mlp_bias": True,
     }
 
@@ -92,14 +92,27 @@ def _gpt_bigcode_block(config: TwoTowerConfig, raw: Settings) -> Parts:
 
 def _gpt_neo(raw: Settings) -> dict[str, Any]:
     """Layers by turns as `attention_types` lists them; scores aren't scaled."""
-    listed = raw.get("attention_types") or [[["global", "local"], need(raw, "num_layers") // 2]]
     kinds = {"global": AttentionType(), "local": AttentionType(window=raw.get("window_size", 256))}
     fields = _fields({**raw, "n_inner": raw.get("intermediate_size")})
     return fields | {
         "num_positions": raw.get("max_position_embeddings", 2048),
         "attention_scale": 1.0,
-        **by_layer_types([name for names, count in listed for name in names * count], kinds),
+        **by_layer_types(_listed_types(raw), kinds),
     }
+
+
+def _listed_types(raw: Settings) -> list[str]:
+    """For each layer its type, from pairs of a list of types and how often it comes."""
+    listed, found = raw.get("attention_types") or [[["global", "local"], need(raw, "num_layers") // 2]], []
+    for entry in listed if isinstance(listed, list) else [listed]:
+        match entry:
+            case [list(names), int(count)] if count <= need(raw, "num_layers"):
+                found += list(map(str, names)) * count
+            case _:
+                raise ValueError(
+                    f"config.json has attention_types {listed!r}, must be like [[['global'], 1]]; correct it"
+                )
+    return found
 
 
 def _gpt_neo_block(config: TwoTowerConfig, raw: Settings) -> Parts:
@@ -131,7 +144,7 @@ def _without_two_rows(tensor: Tensor, suffix: str) -> dict[str, Tensor]:
 def _gptj(raw: Settings) -> dict[str, Any]:
     """RoPE turns the first `rotary_dim` numbers of a head, and attention's projections have no biases."""
     fields = _fields({"tie_word_embeddings": False, **raw})
-    part = raw.get("rotary_dim", 64) / fields["head_dim"]
+    part = whole(raw, "rotary_dim", 64) / fields["head_dim"]
     kind = AttentionType(rope_parameters=Rope(partial_rotary_factor=part))
     return fields | {"attention_bias": False, "head_bias": True, "parallel": "*-"} | one_type(kind)
 

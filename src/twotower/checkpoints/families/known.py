@@ -64,14 +64,14 @@ def text_settings(raw: Settings) -> Settings:
         return raw
     whole = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype", "torch_dtype")
     given = {key: raw[key] for key in whole if raw.get(key) is not None}
-    model_type = text.get("model_type") or f"{raw.get('model_type')}_text"
+    model_type = _model_type(text) or f"{_model_type(raw)}_text"
     usual = dict(zip(_SIZE_KEYS, _USUAL_SIZES.get(model_type, ()), strict=False))
     return {**usual, **text, "model_type": model_type, **given}
 
 
 def find_family(raw: Settings) -> Family:
     """The family of a config.json. Raises ValueError for one that is not declared, which says how to declare it."""
-    model_type = raw.get("model_type")
+    model_type = _model_type(raw)
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
@@ -85,3 +85,10 @@ def find_family(raw: Settings) -> Family:
     else:
         problem = f"model_type is {model_type!r}, a family that is not declared"
     raise ValueError(f"{problem}; families that are: nemotron_h, {names}; docs/families.md says how to add one")
+
+
+def _model_type(raw: Settings) -> str | None:
+    value = raw.get("model_type")
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"config.json has model_type {value!r}, must be a text; correct it")
+    return value

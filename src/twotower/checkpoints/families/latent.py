@@ -27,7 +27,7 @@ def _deepseek_v2(raw: Settings) -> dict[str, Any]:
     refuse(raw, mlp_bias=(False,), norm_topk_prob=(None, False), scoring_func=(None, "softmax"))
     refuse(raw, topk_method=("greedy", "group_limited_greedy"))
     limited = raw.get("topk_method", "greedy") == "group_limited_greedy"
-    return _latent_fields(raw) | {
+    return _latent_fields({"n_shared_experts": 2, **raw}) | {
         "router": "softmax",
         "norm_topk_prob": False,
         "expert_num_groups": need(raw, "n_group") if limited else 1,
@@ -38,7 +38,9 @@ def _deepseek_v2(raw: Settings) -> dict[str, Any]:
 
 def _deepseek_v3(raw: Settings) -> dict[str, Any]:
     refuse(raw, scoring_func=(None, "sigmoid"), topk_method=(None, "noaux_tc"))
-    return _latent_fields({"first_k_dense_replace": 3, "num_experts_per_tok": 8, "n_routed_experts": 256, **raw}) | {
+    return _latent_fields(
+        {"n_shared_experts": 1, "first_k_dense_replace": 3, "num_experts_per_tok": 8, "n_routed_experts": 256, **raw}
+    ) | {
         "expert_num_groups": raw.get("n_group", 8),
         "expert_topk_groups": raw.get("topk_group", 4),
         "norm_topk_prob": bool(raw.get("norm_topk_prob", True)),
@@ -73,7 +75,7 @@ def _latent_fields(raw: Settings) -> dict[str, Any]:
         "num_experts": need(raw, "n_routed_experts", "num_experts", "num_local_experts"),
         "num_experts_per_tok": need(raw, "num_experts_per_tok"),
         "expert_intermediate_size": need(raw, "moe_intermediate_size"),
-        "shared_expert_intermediate_size": need(raw, "moe_intermediate_size") * (raw.get("n_shared_experts") or 0),
+        "shared_expert_intermediate_size": need(raw, "moe_intermediate_size") * (raw["n_shared_experts"] or 0),
     }
 
 

@@ -19,6 +19,7 @@ from twotower.checkpoints.families.decoder import (
     one_type,
     projections,
     read_rope,
+    read_window,
 )
 from twotower.checkpoints.families.family import Family, Part, Parts, Settings
 from twotower.config import TwoTowerConfig
@@ -83,7 +84,7 @@ def _cohere2(raw: Settings) -> dict[str, Any]:
     types = raw.get("layer_types") or every(raw.get("sliding_window_pattern", 4), raw)
     kinds = {
         "full_attention": AttentionType(),
-        "sliding_attention": AttentionType(window=raw.get("sliding_window", 4096), rope_parameters=read_rope(raw)),
+        "sliding_attention": AttentionType(window=read_window(raw, 4096), rope_parameters=read_rope(raw)),
     }
     fields = decoder_fields({"tie_word_embeddings": True, **raw})
     return fields | _cohere_shared(raw) | by_layer_types(types, kinds)

@@ -14,6 +14,7 @@ from twotower.checkpoints.families.decoder import (
     one_type,
     projections,
     read_rope,
+    read_window,
     refuse,
     rows,
     windowed,
@@ -51,10 +52,10 @@ def _ministral3(raw: Settings) -> dict[str, Any]:
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or usual
     given = {"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, **raw, "rope_parameters": scaling}
     kind = AttentionType(
-        window=raw.get("sliding_window"),
+        window=read_window(raw),
         rope_parameters=read_rope(given),
-        query_growth=need(scaling, "llama_4_scaling_beta"),
-        query_period=need(scaling, "original_max_position_embeddings"),
+        query_growth=need({**raw, **scaling}, "llama_4_scaling_beta"),
+        query_period=need({**raw, **scaling}, "original_max_position_embeddings"),
     )
     return decoder_fields(given) | {"attention_bias": False} | one_type(kind)
 
@@ -88,7 +89,7 @@ def _smollm3(raw: Settings) -> dict[str, Any]:
     slides = raw.get("use_sliding_window", False) and raw.get("sliding_window") is not None
     usual = ["full_attention" if turn or not slides else "sliding_attention" for turn in turns]
     types = raw.get("layer_types") or usual
-    window = raw.get("sliding_window") if slides else None
+    window = read_window(raw) if slides else None
     rope = read_rope(raw, theta=2000000.0)
     kinds: list[AttentionType] = []
     for turn, name in zip(turns, types, strict=True):
@@ -178,8 +179,8 @@ def _exaone(raw: Settings) -> dict[str, Any]:
         "hidden_act": "activation_function",
     }
     own = {name: raw[theirs] for name, theirs in names.items() if raw.get(theirs) is not None}
-    fields = decoder_fields({"num_key_value_heads": 8, "rms_norm_eps": 1e-5, **raw, **own})
-    return fields | {"mlp_bias": bool(raw.get("mlp_bias", False))}
+    given = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, **raw, **own}
+    return decoder_fields(given) | {"mlp_bias": bool(raw.get("mlp_bias", False))}
 
 
 def _exaone_block(config: TwoTowerConfig, raw: Settings) -> Parts:

@@ -14,7 +14,7 @@ from twotower.checkpoints.families.decoder import (
     refuse,
     rows,
 )
-from twotower.checkpoints.families.family import Family, Part, Parts, Settings, need
+from twotower.checkpoints.families.family import Family, Part, Parts, Settings, need, whole
 from twotower.checkpoints.families.llama import granite_fields
 from twotower.config import TwoTowerConfig
 from twotower.rope import AttentionType
@@ -56,7 +56,7 @@ def _mamba2(raw: Settings) -> dict[str, Any]:
         "residual_in_fp32": raw.get("residual_in_fp32", True),
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
         "mamba_num_heads": raw.get("num_heads", 128),
-        "mamba_head_dim": raw.get("head_dim", 64),
+        "mamba_head_dim": raw.get("head_dim") or 64,
         "mamba_state_size": raw.get("state_size", 128),
         "mamba_num_groups": raw.get("n_groups", 8),
         "conv_kernel": raw.get("conv_kernel", 4),
@@ -100,7 +100,7 @@ def _granite(raw: Settings) -> dict[str, Any]:
     types = raw.get("layer_types") or raw.get("layers_block_type") or ["mamba"] * count
     refuse({"layer_types": sorted(set(types) - set(_KINDS))}, layer_types=([],))
     experts = raw.get("num_local_experts", 8)
-    shared = raw.get("shared_intermediate_size", 1024)
+    shared = whole(raw, "shared_intermediate_size", 1024)
     fields = granite_fields({"intermediate_size": 11008, **raw})
     if raw.get("position_embedding_type") != "rope":
         fields = fields | {"use_rope": False, "attention_types": ()}

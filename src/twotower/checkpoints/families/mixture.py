@@ -12,11 +12,12 @@ from twotower.checkpoints.families.decoder import (
     decoder_fields,
     half_rotation,
     read_rope,
+    read_window,
     refuse,
     rows,
     windowed,
 )
-from twotower.checkpoints.families.family import Family, Part, Parts, Settings, need
+from twotower.checkpoints.families.family import Family, Part, Parts, Settings, need, whole
 from twotower.checkpoints.families.llama import HUNYUAN_NORMS, granite_fields, hunyuan_fields
 from twotower.config import TwoTowerConfig
 from twotower.rope import AttentionType
@@ -65,8 +66,9 @@ def softmax_experts(count: int, width: int, active: int, *, normalise: bool) -> 
 def _mixtral(raw: Settings) -> dict[str, Any]:
     count = need(raw, "num_hidden_layers")
     rope = read_rope(raw, theta=1000000.0)
-    experts = (raw.get("num_local_experts", 8), need(raw, "intermediate_size"), raw.get("num_experts_per_tok", 2))
-    fields = decoder_fields({"rms_norm_eps": 1e-5, **raw}) | {"pattern": "*E" * count, "use_rope": False}
+    experts = (whole(raw, "num_local_experts", 8), need(raw, "intermediate_size"), raw.get("num_experts_per_tok", 2))
+    fields = decoder_fields({"num_key_value_heads": 8, "rms_norm_eps": 1e-5, **raw})
+    fields |= {"pattern": "*E" * count, "use_rope": False}
     fields |= windowed(raw, ["sliding_attention"] * count, full=rope, sliding=rope)
     return fields | softmax_experts(*experts, normalise=True)
 
@@ -83,10 +85,16 @@ def _qwen_moe(raw: Settings) -> dict[str, Any]:
     count, step = need(raw, "num_hidden_layers"), raw.get("decoder_sparse_step", 1)
     dense = raw.get("mlp_only_layers") or ()
     pattern = "".join("*-" if i in dense or (i + 1) % step else "*E" for i in range(count))
-    width, num_experts = need(raw, "moe_intermediate_size"), need(raw, "num_experts", "num_local_experts")
+    width, num_experts = need(raw, "moe_intermediate_size"), _num_experts(raw)
     normalise = bool(raw.get("norm_topk_prob", False))
     experts = softmax_experts(num_experts, width, need(raw, "num_experts_per_tok"), normalise=normalise)
     return decoder_fields(raw) | {"pattern": pattern} | experts
+
+
+def _num_experts(raw: Settings) -> int:
+    """By its name in files of transformers 5, or of 4."""
+    need(raw, "num_local_experts", "num_experts")
+    return whole(raw, "num_experts" if raw.get("num_local_experts") is None else "num_local_experts")
 
 
 def _qwen3_moe(raw: Settings) -> dict[str, Any]:
@@ -96,7 +104,7 @@ def _qwen3_moe(raw: Settings) -> dict[str, Any]:
     rope = read_rope(raw)
     types = ["sliding_attention"] * need(raw, "num_hidden_layers")
     attention = windowed({**raw, "sliding_window": window}, types, full=rope, sliding=rope)
-    return _qwen_moe(raw) | {"use_rope": False, "qk_norm": "head"} | attention
+    return _qwen_moe({"num_key_value_heads": 4, **raw}) | {"use_rope": False, "qk_norm": "head"} | attention
 
 
 def _qwen2_moe(raw: Settings) -> dict[str, Any]:
@@ -107,7 +115,11 @@ def _qwen2_moe(raw: Settings) -> dict[str, Any]:
     types = raw.get("layer_types") or usual
     rope = read_rope(raw)
     given = {**raw, "sliding_window": raw.get("sliding_window", 4096) if slides else None}
-    fields = _qwen_moe(raw) | {"use_rope": False} | windowed(given, types, full=rope, sliding=rope)
+    fields = (
+        _qwen_moe({"num_key_value_heads": 16, **raw})
+        | {"use_rope": False}
+        | windowed(given, types, full=rope, sliding=rope)
+    )
     return fields | {
         "attention_bias": bool(raw.get("qkv_bias", True)),
         "shared_expert_intermediate_size": need(raw, "shared_expert_intermediate_size"),
@@ -116,7 +128,7 @@ def _qwen2_moe(raw: Settings) -> dict[str, Any]:
 
 
 def _olmoe(raw: Settings) -> dict[str, Any]:
-    experts = (raw.get("num_experts", 64), need(raw, "intermediate_size"), raw.get("num_experts_per_tok", 8))
+    experts = (whole(raw, "num_experts", 64), need(raw, "intermediate_size"), raw.get("num_experts_per_tok", 8))
     fields = decoder_fields({"rms_norm_eps": 1e-5, **raw})
     fields |= {"pattern": "*E" * need(raw, "num_hidden_layers"), "qk_norm": "all", "clip_qkv": raw.get("clip_qkv")}
     return fields | softmax_experts(*experts, normalise=bool(raw.get("norm_topk_prob", False)))
@@ -132,7 +144,7 @@ def expert_block(config: TwoTowerConfig, raw: Settings) -> Parts:
 
 
 def _granitemoe(raw: Settings) -> dict[str, Any]:
-    experts = (raw.get("num_local_experts", 8), need(raw, "intermediate_size"), raw.get("num_experts_per_tok", 2))
+    experts = (whole(raw, "num_local_experts", 8), need(raw, "intermediate_size"), raw.get("num_experts_per_tok", 2))
     fields = granite_fields(raw) | {"pattern": "*E" * need(raw, "num_hidden_layers")}
     shared = {"shared_expert_intermediate_size": raw.get("shared_intermediate_size", 0)}
     return fields | shared | softmax_experts(*experts, normalise=True)
@@ -166,11 +178,18 @@ def _gpt_oss(raw: Settings) -> dict[str, Any]:
     refuse(raw, swiglu_alpha=(1.702,))
     count = need(raw, "num_hidden_layers")
     usual = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
-    given = {"rms_norm_eps": 1e-5, "attention_bias": True, "head_dim": 64, "sliding_window": 128, **raw}
+    given = {
+        "rms_norm_eps": 1e-5,
+        "attention_bias": True,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "num_key_value_heads": 8,
+        **raw,
+    }
     scaled = given.get("rope_parameters") or given.get("rope_scaling")
     rope = read_rope(given if scaled else {**given, "rope_parameters": usual}, theta=150000.0)
     types = raw.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
-    experts = (need(raw, "num_local_experts", "num_experts"), need(raw, "intermediate_size"))
+    experts = (_num_experts(raw), need(raw, "intermediate_size"))
     active = need(raw, "num_experts_per_tok", "experts_per_token")
     fields = decoder_fields(given) | {"pattern": "*E" * count, "use_rope": False, "attention_sinks": True}
     return (
@@ -179,7 +198,7 @@ def _gpt_oss(raw: Settings) -> dict[str, Any]:
             types,
             {
                 "full_attention": AttentionType(rope_parameters=rope),
-                "sliding_attention": AttentionType(window=given["sliding_window"], rope_parameters=rope),
+                "sliding_attention": AttentionType(window=read_window(given), rope_parameters=rope),
             },
         )
         | softmax_experts(*experts, active, normalise=True)
@@ -230,18 +249,9 @@ def _gpt_oss_block(config: TwoTowerConfig, raw: Settings) -> Parts:
 
 def _hunyuan_moe(raw: Settings) -> dict[str, Any]:
     width = need(raw, "intermediate_size")
-    experts = softmax_experts(_one(raw, "num_experts"), width, _one(raw, "moe_topk"), normalise=True)
+    experts = softmax_experts(whole(raw, "num_experts", 1), width, whole(raw, "moe_topk", 1), normalise=True)
     fields = hunyuan_fields(raw) | {"pattern": "*E" * need(raw, "num_hidden_layers")}
     return fields | experts | {"shared_expert_intermediate_size": width}
-
-
-def _one(raw: Settings, key: str) -> int:
-    """A number that may be listed for each layer. Raises ValueError where layers differ."""
-    value = raw.get(key, 1)
-    found = set(value) if isinstance(value, list) else {value}
-    if len(found) != 1:
-        raise ValueError(f"{key} is {value}, must be the same number for all layers; take another model")
-    return int(found.pop())
 
 
 def _hunyuan_moe_block(config: TwoTowerConfig, raw: Settings) -> Parts:
@@ -275,7 +285,7 @@ def _llama4(raw: Settings) -> dict[str, Any]:
             "pattern": "".join("*E" if i in mixtures else "*-" for i in range(count)),
             "qk_norm": "head" if raw.get("use_qk_norm", True) else None,
             "qk_norm_behind_rope": bool(raw.get("use_qk_norm", True)),
-            "num_experts": raw.get("num_local_experts", 16),
+            "num_experts": whole(raw, "num_local_experts", 16),
             "num_experts_per_tok": raw.get("num_experts_per_tok", 1),
             "expert_intermediate_size": need(raw, "intermediate_size"),
             "shared_expert_intermediate_size": need(raw, "intermediate_size"),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone, tower_shapes
 from twotower.checkpoints.families.family import TensorSource
+from twotower.checkpoints.families.settings import checked
 from twotower.checkpoints.hf.config_file import read_raw_config
 from twotower.checkpoints.hf.tensor_files import TensorSpec
 from twotower.config import CARRIED_KEYS, TwoTowerConfig
@@ -46,6 +47,7 @@ _OTHER_NAMES = {
     "time_step_limit": ("mamba_dt_limit",),
     "n_routed_experts": ("num_local_experts",),
 }
+_LAYER_KEYS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
 # What the released code takes where the file names none, whatever the width and the number of heads.
 _HEAD_DIM = 128
 # Keys that say what the pattern of the layers says, or how the file was written.
@@ -139,6 +141,7 @@ def _released_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     A key that is null says nothing, except for tokens, of which there may be none.
     """
+    layers = checked({key: raw[key] for key in _LAYER_KEYS if key in raw})
     refused = [f"{key} is {raw[key]}" for key in _REFUSED if raw.get(key)]
     if refused:
         raise ValueError(f"{'; '.join(refused)} in config.json, must be null: our towers don't compute that")
@@ -147,7 +150,7 @@ def _released_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
         found = [kept.pop(name) for name in others if name in kept]
         if found:
             kept.setdefault(key, found[0])
-    kept["hybrid_override_pattern"] = _pattern(raw)
+    kept["hybrid_override_pattern"] = _pattern(layers)
     return kept
 
 

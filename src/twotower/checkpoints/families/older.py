@@ -71,7 +71,7 @@ def _falcon(raw: Settings) -> dict[str, Any]:
         "head_dim": width // heads,
         "attention_bias": biased,
         "intermediate_size": raw.get("ffn_hidden_size") or 4 * width,
-        "mlp_hidden_act": activation({"hidden_act": raw.get("activation")}, "gelu"),
+        "mlp_hidden_act": activation(raw, "gelu", ("activation",)),
         "mlp_bias": biased,
         **one_type(AttentionType(rope_parameters=read_rope(raw))),
     }

@@ -11,6 +11,7 @@ from twotower.checkpoints.families.decoder import (
     every,
     one_type,
     read_rope,
+    read_window,
     refuse,
     windowed,
 )
@@ -38,7 +39,7 @@ def _olmo3(raw: Settings) -> dict[str, Any]:
 
 def _exaone4(raw: Settings) -> dict[str, Any]:
     """With windows, the layers that see everything have no RoPE."""
-    window = raw.get("sliding_window", 4096)
+    window = read_window(raw, 4096)
     period = raw.get("sliding_window_pattern", 4)
     types = raw.get("layer_types")
     if types is None and isinstance(period, str):  # "LLLG"
