@@ -5,6 +5,7 @@ import re
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from twotower.checkpoints.chat_template import ChatTemplate
@@ -145,6 +146,18 @@ def test_a_conversation_with_tools_goes_on(client):
     result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "2"}
     second = client.chat.completions.create(**asked("It is 2.", messages=[USER, first, result])).choices[0]
     assert second.message.content == "It is 2."
+
+
+def test_openais_client_parses_arguments(client):
+    class Add(pydantic.BaseModel):
+        x: int
+
+    tools = [openai.pydantic_function_tool(Add, name="add")]
+    [parsed] = client.chat.completions.parse(**asked(CALL, tools=tools)).choices[0].message.tool_calls
+    assert parsed.function.parsed_arguments == Add(x=1)
+    with client.chat.completions.stream(**asked(CALL, tools=tools)) as stream:
+        done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
+    assert [event.parsed_arguments for event in done] == [Add(x=1)]
 
 
 @pytest.mark.parametrize(

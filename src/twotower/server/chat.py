@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fastapi import Request
 from fastapi.responses import Response
 
+from twotower.checkpoints.chat_template import Turn
 from twotower.decoding.constraint import check_constraint
 from twotower.decoding.output import Generation
 from twotower.decoding.params import SamplingParams
@@ -28,6 +29,7 @@ from twotower.server.service import Service
 from twotower.server.structure import Structure
 from twotower.server.token_names import TokenNames
 from twotower.server.tool_request import ToolUse
+from twotower.server.tool_turns import knows_tools, told, with_short_ids
 from twotower.server.tools.calls import Call
 
 
@@ -235,11 +237,16 @@ def render(service: Service, messages: Sequence[Message], asked: Templating) -> 
     variables = dict(asked.chat_template_kwargs or {})
     if asked.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", asked.reasoning_effort)
+    said: Sequence[Turn] = turns(messages, knows_developer=template.reads("developer"))
+    if knows_tools(template):
+        said, tools = with_short_ids(said, template), asked.shown_tools or None
+    else:
+        said, tools = told(said, asked.shown_tools, service.tool_marks.format), None
     try:
         return template.render(
-            turns(messages, knows_developer=template.reads("developer")),
+            said,
             goes_on,
-            tools=asked.shown_tools or None,
+            tools=tools,
             documents=asked.documents,
             generation_prompt=asked.add_generation_prompt is not False,
             variables=variables,

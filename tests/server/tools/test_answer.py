@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from twotower.server.tools.answer import Answer, Marks
 from twotower.server.tools.calls import Call
@@ -249,3 +251,52 @@ def test_a_long_call_is_read_once(size):
     answer = Answer(Marks(Hermes()), FUNCTIONS)
     pieces = [call[i : i + size] for i in range(0, len(call), size)]
     assert [part for piece in pieces for part in answer.push(piece)] == [Call("find", f'{{"q": "{text}"}}')]
+
+
+@pytest.mark.parametrize(
+    "format",
+    [Hermes(), Llama3(), Mistral(named=False), Mistral(named=True), FunctionXml(), JsonList(), JsonList("<TOOLCALL>")],
+)
+def test_what_a_format_writes_it_reads(format):
+    calls = [
+        Call("add", '{"x": 1}'),
+        Call("find", '{"q": "a \\"b\\" </tool_call> {", "é": "🎉\\n"}'),
+        Call("find", "{}"),
+    ]
+    text = format.write(calls)
+    for pieces in cuts(text):
+        assert parts(pieces, Marks(format)) == ("", calls)
+
+
+FRAGMENTS = [
+    *("<tool_call>", "</tool_call>", "<function=add>", "<function=", "</function>", "<parameter=x>", "</parameter>"),
+    *("[TOOL_CALLS]", "[ARGS]", "[", "]", "{", "}", '{"name": "add", "arguments": {"x": 1}}', '"', "\\", ",", ";", "a"),
+    *(
+        '{"name": "find", "parameters": {}}',
+        "add",
+        "<|python_tag|>",
+        "<TOOLCALL>",
+        "</TOOLCALL>",
+        "functools[",
+        "\n",
+        " ",
+    ),
+    *("1", "<", ">", "é", '{"name": ', '"add"', "<|tool_call|>"),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join),
+    st.lists(st.integers(0, 200), max_size=8),
+    st.booleans(),
+)
+def test_pieces_make_no_difference_to_any_text(text, places, one_call):
+    ends = sorted({place for place in places if place < len(text)})
+    pieces = [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
+    for format in (Hermes(), Llama3(), Mistral(named=False), FunctionXml(), JsonList()):
+        marks = Marks(format)
+        whole = parts([text], marks, one_call=one_call)
+        assert parts(pieces, marks, one_call=one_call) == whole
+        assert parts(list(text), marks, one_call=one_call) == whole
+        assert whole[1] or whole[0] == text

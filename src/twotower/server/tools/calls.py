@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 # What opens or closes something in JSON, and an escaped character, which may look like one.
@@ -59,6 +59,10 @@ class ToolFormat(Protocol):
         """Rules of llguidance's Lark, of which `calls` is for one call or, with `many`, for at least one."""
         ...
 
+    def write(self, calls: Sequence[Call]) -> str:
+        """The calls as a model writes them."""
+        ...
+
 
 class Brackets:
     """Finds where a JSON object or list in a growing text ends, reading each character once."""
@@ -112,6 +116,11 @@ def calls_in(value: Any, known: Collection[str] | None = None) -> tuple[Call, ..
     found = [_call(one, known) for one in (value if isinstance(value, list) else [value])]
     calls = tuple(call for call in found if call is not None)
     return calls if len(calls) == len(found) else ()
+
+
+def written(call: Call, key: str = "arguments") -> str:
+    """A call as a JSON object that has its arguments under a key."""
+    return f'{{"name": {json.dumps(call.name, ensure_ascii=False)}, "{key}": {call.arguments}}}'
 
 
 def skip_blanks(text: str, at: int) -> int:

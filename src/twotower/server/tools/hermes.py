@@ -1,6 +1,19 @@
 """`<tool_call>{"name": …, "arguments": {…}}</tool_call>`: Hermes, Qwen 2.5 and 3, and many tuned like them."""
 
-from twotower.server.tools.calls import Brackets, Found, Functions, Mark, behind, calls_in, load, skip_blanks
+from collections.abc import Sequence
+
+from twotower.server.tools.calls import (
+    Brackets,
+    Call,
+    Found,
+    Functions,
+    Mark,
+    behind,
+    calls_in,
+    load,
+    skip_blanks,
+    written,
+)
 from twotower.server.tools.grammar import json_call, literal, repeated
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -33,3 +46,6 @@ class Hermes:
             f"calls: {repeated('marked', _LINE, many=many)}\nmarked: {mark(OPEN)} {line} call {line} {mark(CLOSE)}\n"
         )
         return rules + json_call(functions, "arguments")
+
+    def write(self, calls: Sequence[Call]) -> str:
+        return "\n".join(f"{OPEN}\n{written(call)}\n{CLOSE}" for call in calls)

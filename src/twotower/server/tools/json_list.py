@@ -1,7 +1,20 @@
 """`[{"name": …, "arguments": {…}}, …]`: xLAM and, between marks, Nemotron Nano 2, Granite 3, Phi 4 and Command R7B."""
 
+from collections.abc import Sequence
+
 from twotower.server.tools.bare import may_be_call
-from twotower.server.tools.calls import Brackets, Found, Functions, Mark, behind, calls_in, load, skip_blanks
+from twotower.server.tools.calls import (
+    Brackets,
+    Call,
+    Found,
+    Functions,
+    Mark,
+    behind,
+    calls_in,
+    load,
+    skip_blanks,
+    written,
+)
 from twotower.server.tools.grammar import json_call, literal, repeated
 
 # Marks before a list -> marks behind it.
@@ -50,3 +63,6 @@ class JsonList:
         if self._mark:
             calls = f"{mark(self._mark)} {calls} {mark(PAIRS[self._mark])}"
         return f"calls: {calls}\n{json_call(functions, 'arguments')}"
+
+    def write(self, calls: Sequence[Call]) -> str:
+        return f"{self._mark}[{', '.join(map(written, calls))}]{PAIRS.get(self._mark, '')}"

@@ -1,7 +1,20 @@
 """`{"name": …, "parameters": {…}}`, maybe behind `<|python_tag|>`: Llama 3.1 to 3.3."""
 
+from collections.abc import Sequence
+
 from twotower.server.tools.bare import may_be_call
-from twotower.server.tools.calls import Brackets, Found, Functions, Mark, behind, calls_in, load, skip_blanks
+from twotower.server.tools.calls import (
+    Brackets,
+    Call,
+    Found,
+    Functions,
+    Mark,
+    behind,
+    calls_in,
+    load,
+    skip_blanks,
+    written,
+)
 from twotower.server.tools.grammar import json_call, repeated
 
 _TAG = "<|python_tag|>"
@@ -35,3 +48,6 @@ class Llama3:
 
     def grammar(self, functions: Functions, mark: Mark, *, many: bool) -> str:
         return f"calls: {repeated('call', '; ', many=many)}\n{json_call(functions, 'parameters')}"
+
+    def write(self, calls: Sequence[Call]) -> str:
+        return "; ".join(written(call, "parameters") for call in calls)

@@ -1,8 +1,20 @@
 """`[TOOL_CALLS][{"name": …, "arguments": {…}}, …]` and, since 2025, `[TOOL_CALLS]name[ARGS]{…}`: Mistral's models."""
 
 import re
+from collections.abc import Sequence
 
-from twotower.server.tools.calls import Brackets, Call, Found, Functions, Mark, calls_in, dump, load, skip_blanks
+from twotower.server.tools.calls import (
+    Brackets,
+    Call,
+    Found,
+    Functions,
+    Mark,
+    calls_in,
+    dump,
+    load,
+    skip_blanks,
+    written,
+)
 from twotower.server.tools.grammar import arguments_rule, json_call, literal, repeated
 
 _OPEN, _ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
@@ -58,3 +70,8 @@ class Mistral:
             rules.append(f"call{i}: {literal(name)} {mark(ARGS)} arguments{i}\n")
             rules.append(arguments_rule(f"arguments{i}", schema))
         return "".join(rules)
+
+    def write(self, calls: Sequence[Call]) -> str:
+        if self._named:
+            return "".join(f"{_OPEN}{call.name}{ARGS}{call.arguments}" for call in calls)
+        return f"{_OPEN}[{', '.join(map(written, calls))}]"

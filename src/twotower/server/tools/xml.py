@@ -4,7 +4,7 @@ What is between the marks of a parameter is its text, not JSON: the function's s
 JSON object in the place of the parameters it is the format of functionary 3.1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twotower.server.tools.calls import (
@@ -64,6 +64,18 @@ class FunctionXml:
         for i, (name, schema) in enumerate(functions.items()):
             rules += _call_rules(f"call{i}", name, schema)
         return "".join(rules)
+
+    def write(self, calls: Sequence[Call]) -> str:
+        return "\n".join(f"{OPEN}\n{_written(call)}\n{CLOSE}" for call in calls)
+
+
+def _written(call: Call) -> str:
+    values = load(call.arguments)
+    if not isinstance(values, dict):
+        return f"{_FUNCTION}{call.name}>{call.arguments}{_END}"
+    texts = {key: value if isinstance(value, str) else dump(value) for key, value in values.items()}
+    parameters = "".join(f"{_PARAMETER}{key}>\n{text}\n{_PARAMETER_END}\n" for key, text in texts.items())
+    return f"{_FUNCTION}{call.name}>\n{parameters}{_END}"
 
 
 def _function(text: str, at: int, functions: Functions, brackets: Brackets) -> Found | None:
