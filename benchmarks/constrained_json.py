@@ -1,4 +1,4 @@
-"""Counts how many texts are valid under random JSON schemas, in every mode that can be held to one.
+"""Counts how many texts are valid under random JSON schemas, in every mode.
 
 python benchmarks/constrained_json.py              one JSON line per mode; needs twotower[guide] and jsonschema-rs
 """
@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema_rs
 
 import twotower
-from twotower.decoding.modes import CONSTRAINED_MODES
+from twotower.decoding.modes import MODES
 
 _WORDS = ["name", "age", "best friend", "Größe", "happy", "🎈"]
 
@@ -52,9 +52,16 @@ def main() -> None:
     schemas = [schema(random.Random(options.seed + i), 3) for i in range(options.schemas)]
     model = twotower.load()
     engine = twotower.Engine(model, twotower.EngineConfig(max_num_requests=16))
-    for mode in CONSTRAINED_MODES:
+    for mode in (*MODES, "auto"):
         params = [
-            twotower.SamplingParams(mode=mode, max_new_tokens=1000, temperature=1.0, seed=i, json_schema=json.dumps(s))
+            twotower.SamplingParams(
+                mode=mode,
+                max_new_tokens=1000,
+                temperature=1.0,
+                seed=i,
+                json_schema=json.dumps(s),
+                past_positions=True,
+            )
             for i, s in enumerate(schemas)
         ]
         done = engine.generate(["Once upon a time there was a form to fill in:\n"] * len(params), params)
@@ -62,8 +69,9 @@ def main() -> None:
         ended = sum(d.finish_reason == "stop" for d in done)
         tokens = sum(d.stats.num_tokens for d in done)
         calls = sum(d.stats.context_calls for d in done)
+        drafts = sum(d.stats.denoiser_calls for d in done)
         line = {"mode": mode, "schemas": len(schemas), "ended": ended, "valid": valid, "tokens": tokens}
-        print(json.dumps(line | {"context_calls": calls, "seed": options.seed}), flush=True)
+        print(json.dumps(line | {"denoiser_calls": drafts, "context_calls": calls, "seed": options.seed}), flush=True)
 
 
 def _is_valid(text: str, wanted: dict[str, Any]) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 
 from twotower.decoding.generate import generate, stream
-from twotower.decoding.modes import CONSTRAINED_MODES, EXACT_MODES, MODES, Mode, StepMode
+from twotower.decoding.modes import EXACT_MODES, MODES, Mode, StepMode
 from twotower.decoding.params import SamplingParams
 
 
@@ -55,12 +55,3 @@ def test_exact_modes_write_what_ar_writes(name: Any, tiny: Callable) -> None:
     model = tiny("M*-E")
     ours, ar = (generate(model, [[5, 6]], SamplingParams(mode=m, max_new_tokens=20))[0].token_ids for m in (name, "ar"))
     assert ours == ar
-
-
-@pytest.mark.parametrize("name", get_args(Mode))
-def test_only_modes_that_the_table_calls_constrainable_take_a_constraint(name: Any) -> None:
-    if name in CONSTRAINED_MODES:
-        SamplingParams(mode=name, regex="a")
-    else:
-        with pytest.raises(ValueError, match="regex is 'a'"):
-            SamplingParams(mode=name, regex="a")

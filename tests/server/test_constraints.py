@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from twotower.checkpoints.chat_template import ChatTemplate
+from twotower.decoding.modes import MODES
 from twotower.engine.aio import AsyncEngine
 from twotower.server.app import make_app
 from twotower.server.config import ServerConfig
@@ -48,7 +49,7 @@ def complete(client, extra, **settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ar", "verified", "auto", None])
+@pytest.mark.parametrize("mode", [*MODES, "auto", None])
 def test_a_chat_follows_the_schema_of_its_response_format(client, mode):
     extra = {} if mode is None else {"mode": mode}
     asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "n": 3, "seed": 5}
@@ -74,16 +75,15 @@ def test_a_grammar_and_any_object(client):
     assert complete(client, {"response_format": {"type": "json_object"}}).choices[0].text.startswith("{")
 
 
-@pytest.mark.parametrize("mode", ["diffusion", "simulated_ar", "mock_ar"])
 @pytest.mark.parametrize(
     ("field", "value"),
     [("response_format", FORMAT), ("regex", "a"), ("grammar", 'start: "a"'), ("guided_choice", ["a"])],
 )
-def test_modes_that_can_not_are_a_400_that_names_the_field(client, mode, field, value):
+def test_a_rule_that_masks_again_is_a_400_that_names_both_fields(client, field, value):
     with pytest.raises(openai.BadRequestError) as caught:
-        complete(client, {field: value, "mode": mode})
-    assert caught.value.param == field
-    assert f'mode "{mode}"' in caught.value.message
+        complete(client, {field: value, "commit_rule": "remask"})
+    assert caught.value.param == "commit_rule"
+    assert f'commit_rule is "remask", must be another rule where {field} is given' in caught.value.message
 
 
 @pytest.mark.parametrize(

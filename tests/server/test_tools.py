@@ -178,7 +178,7 @@ def test_openais_client_parses_arguments(client):
             "tools.0.function.parameters",
         ),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": "required", "tools": [ADD], "mode": "diffusion"}, "tool_choice"),
+        ({"tool_choice": "required", "tools": [ADD], "commit_rule": "remask"}, "commit_rule"),
         ({"tool_choice": "required", "tools": [ADD], "regex": "a"}, "regex"),
         ({"tool_choice": "required", "tools": [ADD], "ignore_eos": True}, "ignore_eos"),
         (

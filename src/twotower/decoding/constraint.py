@@ -1,8 +1,8 @@
 """Texts that must match a JSON schema, a regular expression or a grammar. Letters: b rows, s positions, v vocabulary.
 
 llguidance decides which tokens may come next. The others get probability 0 before sampling, so modes that decide from
-left to right work as before on the constrained distribution: `verified` still has that of `ar`. If a text exceeds
-llguidance's limits, only its end is allowed from there on.
+left to right work as before on the constrained distribution: `verified` still has that of `ar`. Blocks are filled from
+left to right (`Guides.follow_block`). If a text exceeds llguidance's limits, only its end is allowed from there on.
 """
 
 import dataclasses
@@ -36,10 +36,11 @@ _MOST_GBNF = 200_000
 
 @dataclasses.dataclass(frozen=True)
 class Guides:
-    """Each row's matcher, advanced past all tokens produced so far, or None for a row without a constraint (b)."""
+    """Each row's matcher, advanced past all tokens produced so far and those that its block begins with, or None for a
+    row without a constraint (b); and the model's `ends`, the tokens that end a text."""
 
     rows: "tuple[LLMatcher | None, ...]"
-    end: int
+    ends: tuple[int, ...]
 
     @property
     def any(self) -> bool:
@@ -76,10 +77,44 @@ class Guides:
         for k, own in enumerate(logits):
             allowed = allowed_tokens(ahead)
             own.masked_fill_(~allowed.to(own.device), -torch.inf)
-            own[self.end] = torch.where((own == -torch.inf).all(), 0.0, own[self.end])
-            if k >= len(draft) or not allowed[draft[k]] or draft[k] == self.end:
+            own[self.ends[0]] = torch.where((own == -torch.inf).all(), 0.0, own[self.ends[0]])
+            if k >= len(draft) or not allowed[draft[k]] or draft[k] in self.ends:
                 break
             ahead.consume_token(draft[k])
+
+    def follow_block(
+        self, row: int, proposed: Sequence[int], wanted: Sequence[bool], *, forces: bool
+    ) -> "tuple[LLMatcher, list[int]]":
+        """The tokens that a block's open places get in one step, from the first of them on, and the matcher after them.
+
+        The first place takes what is `proposed` for it, which `mask_` has allowed. Those behind it take theirs as long
+        as a commit rule has `wanted` it and the text can go on with it; with `forces`, places of which only one token
+        is possible take that. Behind a text's end the block takes everything, because nobody reads it.
+        """
+        guide = self.rows[row]
+        assert guide is not None
+        ahead, ids = guide.deep_copy(), list[int]()
+        while (place := len(ids)) < len(proposed):
+            if ahead.is_stopped():
+                if place > 0 and not forces:
+                    break
+                new = [proposed[place] if proposed[place] in self.ends else self.ends[0]]
+            else:
+                stop = next((k for k in range(max(place, 1), len(proposed)) if not wanted[k]), len(proposed))
+                run = list(proposed[place:stop])
+                new = run[: ahead.validate_tokens(run) or int(place == 0)]
+                if not new and forces:
+                    run = ahead.compute_ff_tokens()[: len(proposed) - place]
+                    new = run[: ahead.validate_tokens(run)]
+            ended = next((k for k, i in enumerate(new) if i in self.ends), None)
+            if ended is not None:
+                ids += new[: ended + 1]
+                return ahead, ids + list(proposed[len(ids) :])
+            if not new:
+                break
+            ahead.consume_tokens(new)
+            ids += new
+        return ahead, ids
 
     def _follow(self, guide: "LLMatcher | None", ids: Sequence[int]) -> "LLMatcher | None":
         if guide is None or not ids:
@@ -94,9 +129,8 @@ class Guides:
 
 def guides(model: TwoTower, params: Sequence[SamplingParams], produced: Sequence[Sequence[int]]) -> Guides:
     """The guides of rows that have produced some tokens already."""
-    end = next(iter(model.config.eos_token_ids), -1)
     fresh = tuple(None if p.constraint is None else _matcher(_vocabulary(model), *p.constraint) for p in params)
-    return Guides(fresh, end).after(produced)
+    return Guides(fresh, model.config.eos_token_ids).after(produced)
 
 
 def allowed_tokens(guide: "LLMatcher") -> Tensor:

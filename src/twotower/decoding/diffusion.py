@@ -9,6 +9,7 @@ from torch import Tensor
 
 from twotower.backends.protocol import LogitOps
 from twotower.decoding import unmasking
+from twotower.decoding.held_blocks import Proposed, hold
 from twotower.decoding.likeliest import likeliest, most_asked, read_top, resized, with_tops
 from twotower.decoding.output import BlockView, Token
 from twotower.decoding.sampling import Proposal, propose, temper, uniform_table
@@ -170,8 +171,13 @@ def launch(model: TwoTower, rows: DiffusionRows) -> _DiffusionStep:
     logits = model.denoiser_logits(block.xt, rows.seed or rows.context, level, ragged)
     draws = None if rows.settings.all_greedy else _uniforms(rows, 0)
     ops = model.denoiser_tower.logit_ops
-    proposal = propose(logits, rows.settings, draws, ops, rows.shaping.apply_to_blocks(logits))
-    after = _unmask(rows, proposal, logits, ops)
+    opens = [width - left for left, width in zip(block.left, block.widths, strict=True)]
+    proposal = propose(logits, rows.settings, draws, ops, rows.shaping.apply_to_blocks(logits, opens=opens))
+    fixed = _fixed(rows, proposal, logits, ops)
+    if rows.shaping.guides.any:
+        held = hold(rows.shaping, opens, block.widths, Proposed(logits, proposal, fixed), ops)
+        rows, proposal, fixed = dataclasses.replace(rows, shaping=held.shaping), held.proposal, held.fixed
+    after = _unmask(rows, fixed, proposal, logits, ops)
     columns = (after.xt, after.committed_at, after.confidence, after.masked)
     found = with_tops(torch.stack([c.double() for c in columns]), after.tops)
     return _DiffusionStep(dataclasses.replace(rows, block=after), found, absorbed)
@@ -237,11 +243,10 @@ def _masks(model: TwoTower, widths: tuple[int, ...], requests: tuple[Request, ..
     )
 
 
-def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, ops: LogitOps) -> Block:
-    """The blocks after this step, except for `left`, which still counts the masks before it."""
+def _fixed(rows: DiffusionRows, proposal: Proposal, logits: Tensor, ops: LogitOps) -> Tensor:
+    """The places (b, s) bool that are fixed after this step by each row's commit rule."""
     block = rows.block
-    steps = to_device(block.steps, block.xt.device)
-    at = rows.schedule.at(steps)
+    at = rows.schedule.at(to_device(block.steps, block.xt.device))
     rules = [unmasking.rule_and_steps(r.params)[0] for r in rows.requests]
     fixed: Tensor | None = None  # positions fixed after this step
     for rule in sorted(set(rules)):
@@ -259,6 +264,13 @@ def _unmask(rows: DiffusionRows, proposal: Proposal, logits: Tensor, ops: LogitO
             ours = to_device([r == rule for r in rules], block.xt.device)[:, None]
             fixed = torch.where(ours, kept, fixed)
     assert fixed is not None, "a batch has rows"
+    return fixed
+
+
+def _unmask(rows: DiffusionRows, fixed: Tensor, proposal: Proposal, logits: Tensor, ops: LogitOps) -> Block:
+    """The blocks after this step, except for `left`, which still counts the masks before it."""
+    block = rows.block
+    steps = to_device(block.steps, block.xt.device)
     before = BlockPlaces(block.xt, block.masked, block.confidence, block.committed_at)
     after = ops.fix(before, block.valid, fixed, *proposal, steps, block.mask_token_id)
     tops = block.tops

@@ -20,10 +20,9 @@ class DecodingMode:
     """One way to write text with two towers.
 
     `module` is the module of twotower.decoding that takes its steps, and `settings` are the fields of SamplingParams
-    that only some modes read and this one does. `exact` says that its texts are distributed as those of `ar`,
-    `constrainable` that it decides tokens from left to right, each given all before it, and so can be held to a
-    grammar. `fills_blocks` says that a step fixes some positions of a block, in any order; in the other modes every
-    step gives new tokens. `starts_from_logits` says that its first step reads the logits after the prompt.
+    that only some modes read and this one does. `exact` says that its texts are distributed as those of `ar`.
+    `fills_blocks` says that a step fixes some positions of a block, in any order; in the other modes every step gives
+    new tokens. `starts_from_logits` says that its first step reads the logits after the prompt.
 
     A step costs one pass of the denoiser if `uses_denoiser`. The context tower has one pass per step, or in a mode that
     fills blocks one pass per finished block.
@@ -34,7 +33,6 @@ class DecodingMode:
     module: str
     settings: tuple[str, ...] = ()
     exact: bool = False
-    constrainable: bool = False
     fills_blocks: bool = False
     starts_from_logits: bool = False
     uses_denoiser: bool = True
@@ -53,7 +51,6 @@ MODES: dict[str, DecodingMode] = {
             summary="The context tower alone writes one token at a time.",
             module="ar",
             exact=True,
-            constrainable=True,
             starts_from_logits=True,
             uses_denoiser=False,
         ),
@@ -82,7 +79,6 @@ MODES: dict[str, DecodingMode] = {
             module="verified",
             settings=("block_size", "adaptive_draft"),
             exact=True,
-            constrainable=True,
             starts_from_logits=True,
         ),
     )
@@ -91,5 +87,3 @@ MODES: dict[str, DecodingMode] = {
 AUTO_SUMMARY = "An engine chooses `ar` or `verified` step by step, whichever is faster; allow_loss adds `diffusion`."
 # Modes whose texts are distributed as those of `ar`.
 EXACT_MODES: tuple[StepMode, ...] = tuple(mode.name for mode in MODES.values() if mode.exact)
-# Modes that a constraint can hold; `auto` can follow one unless `allow_loss` lets it take `diffusion`.
-CONSTRAINED_MODES: tuple[Mode, ...] = (*(mode.name for mode in MODES.values() if mode.constrainable), "auto")

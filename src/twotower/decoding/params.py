@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from twotower.decoding.lists import MOST_BAD_WORDS, bias_pairs, id_tuple, parse_biases, text_tuple
-from twotower.decoding.modes import AUTO_SUMMARY, CONSTRAINED_MODES, MODES, Mode
+from twotower.decoding.modes import AUTO_SUMMARY, MODES, Mode
 from twotower.errors import SettingError
 from twotower.model.sampling_defaults import LEAST_DIVISOR, MOST_REPETITION_PENALTY, SamplingDefaults
 from twotower.options import check_options, option
@@ -248,10 +248,9 @@ class SamplingParams:
                 raise SettingError(other, value, "a text that is not empty", "leave it None for none")
             if value is not None and other != name:
                 raise SettingError(other, value, f"None beside {name}", "a text can follow only one of them")
-        if self.mode not in CONSTRAINED_MODES or self.allow_loss:
-            where = f"mode {self.mode!r}" + (" with allow_loss" if self.allow_loss else "")
-            fix = "it can't follow a constraint: use mode 'ar' or 'verified'"
-            raise SettingError(name, getattr(self, name), f"None in {where}", fix)
+        if self.commit_rule == "remask":
+            fix = "it masks places again on which those behind them depend: use another one"
+            raise SettingError("commit_rule", self.commit_rule, f"another rule where {name} is given", fix)
         if self.ignore_eos:
             fix = "an end token is how a text that matches it ends"
             raise SettingError("ignore_eos", self.ignore_eos, f"False where {name} is given", fix)

@@ -170,14 +170,18 @@ class Shaping:
             self.guides.mask_(own, row, drafts[row])
         return shaped
 
-    def apply_to_blocks(self, logits: Tensor, first: int = 0) -> Shaped | None:
+    def apply_to_blocks(self, logits: Tensor, first: int = 0, opens: Sequence[int] = ()) -> Shaped | None:
         """The changed rows of logits (b, s, v) of blocks that begin at place `first`; None if there is no such row.
-        Constraints hold only from left to right and are not applied."""
+
+        Constraints hold only from left to right: they are applied to each row's first open place of the block, where
+        `opens` (b) says it, and to no other."""
         shaped = self._copied(logits, first)
         for row, own in () if shaped is None else zip(shaped.rows, shaped.logits, strict=True):
             edit = self.edits[row]
             if edit is not None:
                 edit.shape_block_(own)
+            if opens:
+                self.guides.mask_(own[opens[row] :], row, ())
         return shaped
 
     def within(self, blocks: Sequence[Sequence[int | None]]) -> Self:

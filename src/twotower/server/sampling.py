@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import ValidationInfo, field_validator
 
-from twotower.decoding.modes import CONSTRAINED_MODES, Mode
+from twotower.decoding.modes import Mode
 from twotower.decoding.params import MAX_BLOCK, CommitRule, SamplingParams
 from twotower.model.sampling_defaults import LEAST_DIVISOR, MOST_REPETITION_PENALTY
 from twotower.server.errors import ApiError
@@ -86,8 +86,7 @@ class Sampling(Structured):
         and ApiError for bad values.
 
         The texts of one prompt use the seeds `seed`, `seed` + 1, and so on, modulo 2**63, so that negative seeds, which
-        OpenAI's protocol has, are seeds too. A temperature too small to divide by is greedy. A constrained request
-        that names no mode uses `ar` if the default mode can't follow constraints.
+        OpenAI's protocol has, are seeds too. A temperature too small to divide by is greedy.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > MAX_STOPS or not all(0 < len(one) <= MAX_STOP_CHARACTERS for one in stop):
@@ -99,15 +98,13 @@ class Sampling(Structured):
             "logit_bias": self._biases(),
             "logprobs": self.num_top,
         }
-        fitting = default_mode
         if structure is not None:
             given[structure.kind] = structure.text
-            fitting = default_mode if default_mode in CONSTRAINED_MODES else "ar"
         temperature = default_temperature if self.temperature is None else self.temperature
         if self.top_p == 0 or 0 < temperature < LEAST_DIVISOR:
             temperature = 0.0  # of the likeliest tokens that have no probability together only the first is left
         return SamplingParams(
-            mode=self.mode or fitting,
+            mode=self.mode or default_mode,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             stop=tuple(stop),
