@@ -6,6 +6,7 @@ import json
 import httpx
 import openai
 import pytest
+import tokenizers
 
 from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.engine.aio import AsyncEngine
@@ -159,3 +160,64 @@ def test_a_schema_may_refer_to_itself(client):
         .message.tool_calls
     )
     assert json.loads(call.function.arguments)["first"] is not None
+
+
+def test_arguments_that_are_required_but_not_described_may_be_anything(client):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"required": ["anything"]}}}]
+    body = {"messages": [USER], "tools": tools, "tool_choice": "required", "max_tokens": 40}
+    assert httpx.post(f"{client.base_url}chat/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": 5},
+        {"properties": {"a": {"enum": []}}, "required": ["a"]},
+        {"properties": {"a": {"type": "string", "pattern": "("}}, "required": ["a"]},
+        {"$ref": "#/nowhere"},
+        {"allOf": 3},
+    ],
+)
+def test_a_schema_that_no_call_can_follow_is_named(client, schema):
+    tools = [FIND, {"type": "function", "function": {"name": "f", "parameters": schema}}]
+    body = {"messages": [USER], "tools": tools, "tool_choice": "required"}
+    response = httpx.post(f"{client.base_url}chat/completions", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tools.1.function.parameters")
+
+
+@pytest.fixture(scope="module")
+def marked(tiny, byte_tokenizer, serve):
+    """A client of a model with Mistral's marks among its control tokens."""
+    tokenizer = tokenizers.Tokenizer.from_str(byte_tokenizer.to_str())
+    tokenizer.add_special_tokens(["[TOOL_CALLS]", "[ARGS]", "<|im_end|>"])
+    model = tiny("M*-E", vocab_size=263, eos_token_id=2, block_size=8)
+    model.tokenizer = tokenizer
+    engine = AsyncEngine(model).start()
+    template = ChatTemplate("{{ messages[-1].content }}{% if tools %}[TOOL_CALLS] [ARGS]{% endif %}", {})
+    with serve(make_app(engine, ServerConfig(model_names=("tiny",), max_context=300), template)) as served:
+        yield openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    engine.close()
+
+
+def test_marks_that_are_control_tokens_are_seen_and_others_are_no_content(marked):
+    grammar = 'start: "a" <[262]> <[260]> "find" <[261]> "{}" <[262]>'
+    settings = {"model": "tiny", "messages": [USER], "tools": [FIND], "extra_body": {"grammar": grammar}}
+    whole = marked.chat.completions.create(**settings).choices[0].message
+    assert (whole.content, whole.tool_calls[0].function.name, whole.tool_calls[0].function.arguments) == (
+        "a",
+        "find",
+        "{}",
+    )
+    streamed = accumulated(marked, **settings).choices[0].message
+    assert (streamed.content, streamed.tool_calls[0].function.name) == ("a", "find")
+    none = marked.chat.completions.create(**settings, tool_choice="none").choices[0].message
+    assert (none.content, none.tool_calls) == ("afind{}", None)
+
+
+def test_a_forced_call_is_written_with_the_control_tokens(marked):
+    extra = {"return_token_ids": True}
+    choice = marked.chat.completions.create(
+        model="tiny", messages=[USER], tools=[FIND], tool_choice="required", max_tokens=9, extra_body=extra
+    ).choices[0]
+    assert choice.model_extra["token_ids"][:6] == [260, *(4 + byte for byte in b"find"), 261]
+    assert choice.message.tool_calls[0].function.name == "find"

@@ -31,6 +31,7 @@ from twotower.server.token_names import TokenNames
 from twotower.server.tool_request import ToolUse
 from twotower.server.tool_turns import knows_tools, told, with_short_ids
 from twotower.server.tools.calls import Call
+from twotower.server.tools.grammar import arguments_schema
 
 
 class ChatFormat:
@@ -209,7 +210,8 @@ def _blame_schema(service: Service, body: ChatRequest, tools: ToolUse) -> None:
         if schema is None:
             continue
         try:
-            check_constraint(service.engine.model, SamplingParams(mode="ar", json_schema=json.dumps(schema)))
+            text = json.dumps(arguments_schema(schema))
+            check_constraint(service.engine.model, SamplingParams(mode="ar", json_schema=text))
         except SettingError as error:
             place = f"tools.{i}.function.parameters"
             raise ApiError(400, in_json(place, schema, error), param=place, code="invalid_value") from error

@@ -25,10 +25,14 @@ def schema_rule(name: str, schema: Mapping[str, Any]) -> str:
     return f"{name}: %json {json.dumps({**schema, 'x-guidance': _STYLE})}\n"
 
 
-def arguments_rule(name: str, schema: Mapping[str, Any]) -> str:
-    """A rule for the arguments of a function; it takes no more of them than its schema has unless that says so."""
-    closed = {} if _OPENED & schema.keys() else {"additionalProperties": False}
-    return schema_rule(name, {**schema, "type": "object", **closed})
+def arguments_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments; it takes no others than it names, unless it says so."""
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    named = (
+        isinstance(properties, Mapping) and isinstance(required, list) and {*map(str, required)} <= properties.keys()
+    )
+    closed = {"additionalProperties": False} if named and not _OPENED & schema.keys() else {}
+    return {**schema, "type": "object", **closed}
 
 
 def grammar(calls: str, schema: Mapping[str, Any] | None) -> str:
@@ -44,7 +48,7 @@ def json_call(functions: Functions, key: str) -> str:
     for i, (name, schema) in enumerate(functions.items()):
         opening = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
         rules.append(f"call{i}: {literal(opening)} arguments{i} {literal('}')}\n")
-        rules.append(arguments_rule(f"arguments{i}", schema))
+        rules.append(schema_rule(f"arguments{i}", arguments_schema(schema)))
     return "".join(rules)
 
 

@@ -15,7 +15,7 @@ from twotower.server.tools.calls import (
     skip_blanks,
     written,
 )
-from twotower.server.tools.grammar import arguments_rule, json_call, literal, repeated
+from twotower.server.tools.grammar import arguments_schema, json_call, literal, repeated, schema_rule
 
 _OPEN, _ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 # What stands between the first mark and the arguments.
@@ -68,7 +68,7 @@ class Mistral:
         rules = [f"calls: call{'+' if many else ''}\n", f"call: {mark(_OPEN)} ({calls})\n"]
         for i, (name, schema) in enumerate(functions.items()):
             rules.append(f"call{i}: {literal(name)} {mark(ARGS)} arguments{i}\n")
-            rules.append(arguments_rule(f"arguments{i}", schema))
+            rules.append(schema_rule(f"arguments{i}", arguments_schema(schema)))
         return "".join(rules)
 
     def write(self, calls: Sequence[Call]) -> str:
