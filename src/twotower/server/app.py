@@ -30,6 +30,8 @@ from twotower.server.protocol import (
     TokenizeRequest,
     WatchRequest,
 )
+from twotower.server.responses.protocol import ResponsesRequest
+from twotower.server.responses.reply import respond
 from twotower.server.service import Service
 from twotower.server.tokens import detokenize, tokenize
 from twotower.server.tracing import note_parent, open_tracer
@@ -79,11 +81,11 @@ class _Api(FastAPI):
         room = self.service.max_context - 1
         last = self.service.engine.model.config.vocab_size - 1
         most = {"prompt": last, "allowed_token_ids": last, "stop_token_ids": last, "n": self.service.config.max_choices}
-        most |= {"max_tokens": room, "max_completion_tokens": room, "min_tokens": room}
+        most |= {"max_tokens": room, "max_completion_tokens": room, "max_output_tokens": room, "min_tokens": room}
         most |= {"best_of": self.service.config.max_choices}
         most |= {"tokens": last}
-        bodies = (CompletionRequest, ChatRequest, WatchRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest)
-        for request in bodies:
+        writing = (CompletionRequest, ChatRequest, ResponsesRequest, MessagesRequest, WatchRequest)
+        for request in (*writing, TokenizeRequest, DetokenizeRequest):
             fields = schema["components"]["schemas"][request.__name__]["properties"]
             if "model" in fields:
                 fields["model"]["enum"] = [*self.service.model_names]
@@ -153,6 +155,10 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await chat(service, body, request)
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        return await respond(service, body, request)
 
     @app.post("/v1/messages")
     async def anthropic_messages(body: MessagesRequest, request: Request) -> Response:

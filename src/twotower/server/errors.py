@@ -35,6 +35,11 @@ _ANTHROPIC_KINDS = {
     413: "request_too_large",
     429: "rate_limit_error",
 }
+# Where the protocol of a path has other names for fields of chats.
+_OTHER_NAMES = {
+    "/v1/responses": {"max_tokens": "max_output_tokens", "response_format": "text.format", "messages": "input"},
+    _ANTHROPIC_PATH: {"response_format": "output_config.format"},
+}
 # Most characters of a value that a message shows.
 _SHOWN = 200
 
@@ -82,6 +87,9 @@ def error_response(
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """An error of a request to `path`."""
+    other = next((names.get(param or "") for part, names in _OTHER_NAMES.items() if part in path), None)
+    if other is not None:
+        message, param = re.sub(rf"\b{param}\b", other, message, count=1), other
     is_anthropic = _ANTHROPIC_PATH in path
     made = anthropic_body(status, message) if is_anthropic else body(status, message, param, code)
     return JSONResponse(made, status, headers)
@@ -104,7 +112,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     found, path = error.errors(), request.url.path
     field = found[0]["loc"][1:2]
     places = [(_path(e, error.body), e) for e in found if e["loc"][1:2] == field]
-    parts = max((parts for parts, _ in places), key=len)  # the first of the longest
+    # the first of the longest, but a wrong type explains what else is wrong with an object
+    parts = max((parts for parts, _ in places), key=lambda parts: (len(parts), parts[-1:] == ("type",)))
     here = [e for other, e in places if other == parts]
     # an empty name can be sent, too
     param, first = ".".join(map(str, parts)) or '""', here[0]

@@ -25,6 +25,7 @@ BOOKKEEPING = frozenset(
         *("separate_reasoning", "stream_reasoning", "include_reasoning", "api_type", "api_server", "api_base"),
         "guided_decoding_backend",
         *("context_management", "cache_control", "diagnostics", "inference_geo", "user_profile_id", "workspace_id"),
+        "max_tool_calls",
         # what belongs to samplers of other servers that are off below
         *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_range", "dry_sequence_breakers"),
         *("mirostat_tau", "mirostat_eta", "xtc_threshold", "dynatemp_low", "dynatemp_high", "dynatemp_exponent"),
@@ -67,6 +68,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "watermark": (),
     "detokenize": (True,),
     "speed": ("standard",),
+    "truncation": ("disabled",),
+    "background": (),
+    "moderation": (),
+    "previous_response_id": (),
+    "conversation": (),
+    "top_logprobs": (),
 }
 # What other servers call settings of this one.
 _OURS = {
@@ -82,6 +89,8 @@ _OURS = {
     "functions": "tools",
     "function_call": "tool_choice",
 }
+# What to do instead of what other fields ask for.
+_INSTEAD = dict.fromkeys(("previous_response_id", "conversation"), "send the earlier items in input, for none are kept")
 _EMPTY: tuple[Any, ...] = ("", [], {})
 # Fields of which an empty value is not as if there were none: {} as a schema is any JSON, and no choice is a mistake.
 _EMPTY_SAYS_SOMETHING = ("prompt", "messages", "tokens", "guided_choice", "guided_json")
@@ -147,7 +156,7 @@ class Body(Strict):
 
 def unsupported(name: str) -> str:
     """What the error for a field that can't be followed says."""
-    remedy = f"call it {_OURS[name]}" if name in _OURS else "leave it out"
+    remedy = f"call it {_OURS[name]}" if name in _OURS else _INSTEAD.get(name, "leave it out")
     return f"{name} is not supported by this server; {remedy}"
 
 

@@ -27,7 +27,7 @@ _DROPPED = (
 )
 
 
-class _Open(BaseModel):
+class Open(BaseModel):
     """Takes unknown keys, and keeps them."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -38,13 +38,13 @@ class _Open(BaseModel):
         return {key: value for key, value in raw.items() if value is not None} if isinstance(raw, dict) else raw
 
 
-class Part(_Open):
+class Part(Open):
     """A part of a message's content; only text can be read."""
 
     type: str
 
 
-class Message(_Open):
+class Message(Open):
     """One turn of a chat. Keys that are not known here reach the template."""
 
     role: Role
@@ -109,6 +109,14 @@ def read_content(
             message = f"{where} is a part of type {kind}, and this model reads only text; leave it out"
             raise ApiError(400, message, param=where, code="unsupported_content")
     return "\n".join(texts), "\n".join(thoughts)
+
+
+def read_result(content: Any, place: str) -> str:
+    """The text of a call's result, which may be in parts. What is neither is shown as JSON."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else "" if content is None else json.dumps(content)
+    parts = [Part(**one) if isinstance(one, dict) and isinstance(one.get("type"), str) else str(one) for one in content]
+    return read_content(parts, place)[0]
 
 
 def _text(part: Part, key: str, where: str) -> str:

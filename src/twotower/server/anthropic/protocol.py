@@ -1,6 +1,5 @@
 """The body of /v1/messages, and the chat that it asks for."""
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -8,7 +7,7 @@ from pydantic import Field
 
 from twotower.server.errors import ApiError
 from twotower.server.fields import Integer, Many, Strict, shown
-from twotower.server.messages import Message, Part, read_content
+from twotower.server.messages import Message, Part, read_content, read_result
 from twotower.server.protocol import ChatRequest, TemplateVariables
 from twotower.server.sampling import MAX_STOP_CHARACTERS, MAX_STOPS, Sampling
 from twotower.server.structure import JsonSchema, SchemaFormat
@@ -138,7 +137,7 @@ def _parts(message: AnthropicMessage, place: str) -> list[Message]:
             continue
         given = block.model_extra or {}
         if block.type == "tool_result":
-            content = _result(given.get("content"), f"{place}.{i}.content")
+            content = read_result(given.get("content"), f"{place}.{i}.content")
             result = {"role": "tool", "content": content, "tool_call_id": given.get("tool_use_id")}
             made.append(Message.model_validate(result))
         elif block.type == "tool_use":
@@ -149,11 +148,3 @@ def _parts(message: AnthropicMessage, place: str) -> list[Message]:
         more = {"tool_calls": calls or None, "reasoning_content": thoughts or None}
         made.append(Message.model_validate({"role": message.role, "content": text, **more}))
     return made
-
-
-def _result(content: Any, place: str) -> str:
-    """The text of a call's result, which may be in blocks. What is neither is shown as JSON."""
-    if not isinstance(content, list):
-        return content if isinstance(content, str) else "" if content is None else json.dumps(content)
-    parts = [Part(**one) if isinstance(one, dict) and isinstance(one.get("type"), str) else str(one) for one in content]
-    return read_content(parts, place)[0]
