@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -154,5 +155,21 @@ def llama2c_bytes(llama: Source, interleaved: Callable[[np.ndarray, int], np.nda
         arrays += [state["model.norm.weight"], np.full(64 * c.hidden_size // heads, np.nan, "<f4")]
         arrays += [] if tied else [state["lm_head.weight"]]
         return struct.pack("<7i", *sizes) + b"".join(a.astype("<f4").tobytes() for a in arrays)
+
+    return make
+
+
+@pytest.fixture
+def write_metadata(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a GGUF file with metadata alone, and perhaps tensors."""
+
+    def make(extra: Callable[[gguf.GGUFWriter], None], name: str = "metadata.gguf", **options: Any) -> Path:
+        writer = gguf.GGUFWriter(tmp_path / name, "llama", **options)
+        extra(writer)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / name
 
     return make

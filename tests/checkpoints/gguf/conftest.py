@@ -14,27 +14,14 @@ Write = Callable[..., Path]
 Writer = gguf.GGUFWriter
 
 # Where the converter's name of an architecture is not transformers'.
-ARCHITECTURES = {
-    "gpt_neox": "gptneox",
-    "gemma3_text": "gemma3",
-    "olmo3": "olmo2",
-    "cohere": "command-r",
-    **dict.fromkeys(("mistral", "mixtral"), "llama"),
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
-    "gpt_oss": "gpt-oss",
-    "gpt_bigcode": "starcoder",
-    "glm": "chatglm",
-    **dict.fromkeys(("granitemoehybrid", "bamba"), "granitehybrid"),
-    "falcon_h1": "falcon-h1",
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "deepseek2"),
-    "qwen3_next": "qwen3next",
-    "qwen3_5_text": "qwen35",
-    "qwen3_5_moe_text": "qwen35moe",
-}
+_OTHERS = """bamba:granitehybrid cohere:command-r deepseek_v2:deepseek2 deepseek_v3:deepseek2 falcon_h1:falcon-h1
+falcon_mamba:mamba gemma3_text:gemma3 glm:chatglm gpt_bigcode:starcoder gpt_neox:gptneox gpt_oss:gpt-oss
+granitemoehybrid:granitehybrid llama4_text:llama4 ministral3:mistral3 mistral:llama mixtral:llama olmo3:olmo2
+qwen2_moe:qwen2moe qwen3_5_moe_text:qwen35moe qwen3_5_text:qwen35 qwen3_moe:qwen3moe qwen3_next:qwen3next"""
+ARCHITECTURES = dict(pair.split(":") for pair in _OTHERS.split())
 # Whose queries and keys the converter reorders, so that RoPE turns neighbours
-PERMUTED = ("llama", "mistral", "mixtral", "granite", "granitemoe", "smollm3", "olmo", "arcee")
-PERMUTED += ("nemotron_h", "bamba", "granitemoehybrid")
+_LLAMAS = "llama mistral ministral3 mixtral granite granitemoe granitemoehybrid smollm3 olmo arcee nemotron_h bamba"
+PERMUTED = _LLAMAS.split()
 PLUS_ONE = ("gemma", "nemotron", "qwen3_next", "qwen3_5")
 RECURRENT = ("mamba2", "falcon_h1", "bamba", "granitemoehybrid", "nemotron_h")
 RECURRENT += ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
@@ -104,6 +91,14 @@ def own_metadata(c: Any) -> dict[str, Any]:
     slides = [kind == "sliding_attention" for kind in getattr(c, "layer_types", None) or ()]
     window = getattr(c, "sliding_window", None)
     match c.model_type:
+        case "mamba" | "falcon_mamba" | "jamba":
+            return selective_metadata(c)
+        case "ministral3":
+            scale, log = (c.rope_parameters.get(key) for key in ("llama_4_scaling_beta", "mscale_all_dim"))
+            return {"attention.temperature_scale": scale, "rope.scaling.yarn_log_multiplier": log}
+        case "llama4_text":
+            widths = {"feed_forward_length": c.intermediate_size_mlp, "expert_feed_forward_length": c.intermediate_size}
+            return widths | {"interleave_moe_layer_step": c.interleave_moe_layer_step}
         case "gemma2" | "gemma3_text":
             caps = ("attn_logit_softcapping", "final_logit_softcapping")
             return {name: getattr(c, name) for name in caps} | {"attention.sliding_window": window}
@@ -176,6 +171,22 @@ def recurrent_metadata(c: Any) -> dict[str, Any]:
     return keys
 
 
+def selective_metadata(c: Any) -> dict[str, Any]:
+    """Of Mamba-1 layers."""
+    jamba = c.model_type == "jamba"
+    keys = {
+        "ssm.conv_kernel": c.mamba_d_conv if jamba else c.conv_kernel,
+        "ssm.inner_size": c.mamba_expand * c.hidden_size if jamba else c.intermediate_size,
+        "ssm.state_size": c.mamba_d_state if jamba else c.state_size,
+        "ssm.time_step_rank": c.mamba_dt_rank if jamba else c.time_step_rank,
+    }
+    if jamba:
+        kinds = c.layers_block_type
+        return keys | {"attention.head_count_kv": [c.num_key_value_heads * (kind == "attention") for kind in kinds]}
+    keys |= {"attention.layer_norm_rms_epsilon": c.layer_norm_epsilon, "ssm.dt_b_c_rms": c.model_type != "mamba"}
+    return keys | {"context_length": 2**20, "feed_forward_length": 0, "attention.head_count": 0}
+
+
 def latent_metadata(c: Any) -> dict[str, Any]:
     """Of DeepSeek: heads as they are and, under the usual keys, as they are while latents are cached."""
     rope = c.rope_parameters
@@ -206,7 +217,9 @@ def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
 def changed(c: Any, name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     """A tensor as the converter's modify_tensors gives it."""
     kind = c.model_type
-    heads = {"q_proj": c.num_attention_heads, "k_proj": getattr(c, "num_key_value_heads", 0)}.get(name.split(".")[-2])
+    heads = {"q_proj": getattr(c, "num_attention_heads", 0), "k_proj": getattr(c, "num_key_value_heads", 0)}.get(
+        name.split(".")[-2]
+    )
     if kind in PERMUTED and heads:
         value = permuted(value, heads)
     if kind.startswith(PLUS_ONE) and name.endswith("norm.weight") and ".linear_attn." not in name:
@@ -248,14 +261,11 @@ def recurrent(c: Any, name: str, value: np.ndarray) -> Iterator[tuple[str, np.nd
     """A tensor of a Mamba-2 layer or a gated delta net, or of another of Nemotron-H."""
     if c.model_type.startswith("qwen3_5"):
         value = tiled(c, name.split(".")[4], value)
-    if name.endswith(".A_log"):
-        value = -np.exp(value)
-    if name.endswith((".A_log", ".D")) and ".linear_attn." not in name:
+    value = -np.exp(value) if name.endswith(".A_log") else value
+    if name.endswith((".A_log", ".D")) and c.model_type in RECURRENT and ".linear_attn." not in name:
         value = value[:, None]
-    if name.endswith(".dt_bias"):
-        name = name.replace(".dt_bias", ".dt_proj.bias")
-    if name.endswith("conv1d.weight"):
-        value = value[:, 0]
+    name = name.replace(".dt_bias", ".dt_proj.bias")
+    value = value[:, 0] if name.endswith("conv1d.weight") else value
     if name.endswith(("mixer.norm.weight", "mamba.norm.weight")):
         value = value.reshape(c.n_groups if hasattr(c, "n_groups") else c.mamba_n_groups, -1)
     if "in_proj_qkvz" in name:
@@ -302,7 +312,9 @@ def stacked_experts(kind: str, name: str, value: np.ndarray) -> Iterator[tuple[s
     stem, _, last = name.rpartition(".")
     stem = stem.replace("block_sparse_moe", "mlp").replace("mixer", "mlp")
     end = "bias" if last.endswith("_bias") else "weight"
-    if kind == "gpt_oss" and end == "weight":
+    if kind == "jamba":
+        stem = stem.replace("feed_forward", "mlp")
+    if kind in ("gpt_oss", "llama4_text") and end == "weight":
         value = value.swapaxes(-1, -2)
     if last.startswith(("down_proj", "up_proj")):
         yield f"{stem}.{last.removesuffix('_bias')}.{end}", value
@@ -386,15 +398,3 @@ def finish(writer: Writer, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-@pytest.fixture
-def write_metadata(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a file with metadata alone, and perhaps tensors."""
-
-    def make(extra: Callable[[Writer], None], name: str = "metadata.gguf", **options: Any) -> Path:
-        writer = Writer(tmp_path / name, "llama", **options)
-        extra(writer)
-        return finish(writer, tmp_path / name)
-
-    return make

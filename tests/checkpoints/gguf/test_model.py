@@ -44,6 +44,8 @@ FALCON_H1 = {"embedding_multiplier": 3.0, "lm_head_multiplier": 0.5, "key_multip
 FALCON_H1 |= {"attention_in_multiplier": 1.3, "attention_out_multiplier": 0.6, "ssm_in_multiplier": 1.2}
 FALCON_H1 |= {"ssm_out_multiplier": 0.8, "ssm_multipliers": [0.9, 1.1, 0.7, 1.3, 0.5], "mlp_multipliers": [0.8, 1.4]}
 FALCON_H1 |= {"mamba_rms_norm": True, "mamba_norm_before_gate": False}
+MSCALE = {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.25}
+JAMBA = {"attn_layer_period": 4, "attn_layer_offset": 1, "mamba_d_state": 5, "mamba_dt_rank": 3}
 HYBRID = ["linear_attention", "full_attention"] * 2
 GRANITE = {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22}
 GRANITE |= {"attention_multiplier": 0.0625, "shared_intermediate_size": 24}
@@ -121,6 +123,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "nemotron_h moe": NEMOTRON | {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
     "qwen3_next": DELTA | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "qwen3_5_text": DELTA,
+    "mamba": {"state_size": 5, "time_step_rank": 3, "use_bias": True, "tie_word_embeddings": False},
+    "falcon_mamba": {"state_size": 5, "time_step_rank": 3, "intermediate_size": 64, "mixer_rms_eps": 1e-5},
+    "jamba": JAMBA | {"expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 3},
+    "jamba without experts": JAMBA | {"num_experts": 1, "attn_layer_offset": 3},
+    "ministral3": {"head_dim": 16, "rope_parameters": YARN | MSCALE},
+    "llama4_text": {"head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 3, "num_experts_per_tok": 2}
+    | {"interleave_moe_layer_step": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "qwen3_5_moe_text": DELTA | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 
@@ -190,31 +199,83 @@ def test_a_file_has_the_logits_of_its_folder(tmp_path: Path, write: Write, name:
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "falcon_h1", "granitemoehybrid", "nemotron_h moe", "qwen3_5_text"])
-def test_a_quantised_file_is_the_model_of_its_rounded_weights(tmp_path: Path, write: Write, name: str) -> None:
+def test_a_quantised_file_is_the_model_of_its_rounded_weights(write: Write, name: str) -> None:
     """As the gguf package dequantises them: written as floats, they are the same model."""
     path = write(tiny(name), Kind.Q8_0)
-    found = dict(open_gguf(path).stream())
-    theirs = gguf.GGUFReader(path)
-    assert Kind.Q8_0 in {tensor.tensor_type for tensor in theirs.tensors}
-    metadata, plain = read_gguf(path).metadata, tmp_path / "plain.gguf"
-    writer = gguf.GGUFWriter(plain, metadata["general.architecture"])
+    assert Kind.Q8_0 in {tensor.tensor_type for tensor in gguf.GGUFReader(path).tensors}
+    assert_same_tensors(path, rewritten(path, lambda tensors: tensors))
+
+
+Arrays = dict[str, np.ndarray]
+
+
+def rewritten(path: Path, change: Callable[[Arrays], Arrays]) -> Path:
+    """Another file with the same metadata, and what `change` makes of the tensors, dequantised."""
+    theirs, other = gguf.GGUFReader(path), path.with_name("other.gguf")
+    writer = gguf.GGUFWriter(other, read_gguf(path).metadata["general.architecture"])
     for key, field in theirs.fields.items():
         if not key.startswith(("GGUF.", "general.")):
             kind, *entries = field.types
             writer.add_key_value(key, field.contents(), kind, entries[-1] if entries else None)
-    for tensor in theirs.tensors:
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
-    finish(writer)
-    expected = dict(open_gguf(plain).stream())
-    assert set(found) == set(expected)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-
-
-def finish(writer: gguf.GGUFWriter) -> None:
+    tensors = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in theirs.tensors}
+    for name, tensor in change(tensors).items():
+        writer.add_tensor(name, np.ascontiguousarray(tensor))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return other
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    found, expected = (dict(open_gguf(path).stream()) for path in (one, other))
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def _unsplit(tensors: Arrays) -> Arrays:
+    """Keys and values of DeepSeek's latents as converters wrote them before 2025: as the model has them."""
+    found = {}
+    for name, tensor in tensors.items():
+        if ".attn_v_b." in name:
+            keys = tensors[name.replace("attn_v_b", "attn_k_b")].swapaxes(1, 2)
+            both = np.concatenate((keys, tensor), axis=1)
+            found[name.replace("attn_v_b", "attn_kv_b")] = both.reshape(-1, both.shape[-1])
+        elif ".attn_k_b." not in name:
+            found[name] = tensor
+    return found
+
+
+def _fused(tensors: Arrays) -> Arrays:
+    """Queries, keys and values as one, as the converter writes them with --fuse-qkv."""
+    found = {name: tensor for name, tensor in tensors.items() if not any(f".attn_{part}." in name for part in "qkv")}
+    for name in tensors:
+        if ".attn_q." in name:
+            parts = [tensors[name.replace("attn_q", f"attn_{part}")] for part in "qkv"]
+            found[name.replace("attn_q", "attn_qkv")] = np.concatenate(parts)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("deepseek_v2", _unsplit),
+        ("deepseek_v3", _unsplit),
+        ("llama", _fused),
+        ("qwen2", _fused),
+        ("qwen3", _fused),
+        ("mixtral", _fused),
+        ("ministral3", _fused),
+        ("jamba", _fused),
+        ("llama4_text", _fused),
+        ("gpt_oss", _fused),
+    ],
+)
+def test_older_and_fused_forms_are_the_same_model(write: Write, name: str, change: Callable[[Arrays], Arrays]) -> None:
+    path = write(tiny(name), extra=add_ends)
+    other = rewritten(path, change)
+    assert {t.name for t in gguf.GGUFReader(other).tensors} != {t.name for t in gguf.GGUFReader(path).tensors}
+    assert_same_tensors(path, other)
 
 
 def test_biases_of_queries_keys_and_values_alone_are_kept(tmp_path: Path, write: Write, qwen2: Any) -> None:

@@ -7,8 +7,9 @@ from twotower.checkpoints.gguf.dense import DENSE
 from twotower.checkpoints.gguf.hybrids import BAMBA, HYBRIDS, is_bamba
 from twotower.checkpoints.gguf.mixtures import MIXTURES
 from twotower.checkpoints.gguf.reader import GgufFile, shown
+from twotower.checkpoints.gguf.selective import SELECTIVE
 
-_ARCHITECTURES: Mapping[str, Architecture] = {**DENSE, **MIXTURES, **HYBRIDS}
+_ARCHITECTURES: Mapping[str, Architecture] = {**DENSE, **MIXTURES, **HYBRIDS, **SELECTIVE}
 
 
 def find_architecture(file: GgufFile) -> Architecture:

@@ -25,19 +25,20 @@ from twotower.checkpoints.gguf.reader import GgufFile
 _ANY_LENGTH = 2**20
 
 
-def _logarithm(name: str) -> Undo:
+def logarithm(name: str, *, flattened: bool = True) -> Undo:
     """Rates of decay, which the model stores as logarithms of what is negated here."""
 
     def undo(tensor: Tensor, suffix: str, raw: Mapping[str, Any]) -> dict[str, Tensor]:
         if not tensor.is_meta and not (tensor < 0).all():
             raise ValueError("it must be below 0 everywhere")
         # In float64, so that the model's exponential gives the file's number, to the rounding of float32.
-        return {name: tensor.double().neg().log().to(tensor.dtype).flatten()}
+        found = tensor.double().neg().log().to(tensor.dtype)
+        return {name: found.flatten() if flattened else found}
 
     return undo
 
 
-def _taps(name: str) -> Undo:
+def taps(name: str) -> Undo:
     """A convolution's taps (c, k), each channel by itself, which the model stores as (c, 1, k)."""
     return lambda tensor, suffix, raw: {f"{name}.{suffix}": tensor.unsqueeze(1) if suffix == "weight" else tensor}
 
@@ -45,9 +46,9 @@ def _taps(name: str) -> Undo:
 def _mamba(prefix: str) -> dict[str, Undo]:
     return {
         "ssm_in": f"{prefix}.in_proj",
-        "ssm_conv1d": _taps(f"{prefix}.conv1d"),
+        "ssm_conv1d": taps(f"{prefix}.conv1d"),
         "ssm_dt": whole(f"{prefix}.dt_bias"),
-        "ssm_a": _logarithm(f"{prefix}.A_log"),
+        "ssm_a": logarithm(f"{prefix}.A_log"),
         "ssm_d": flat(f"{prefix}.D", suffixed=False),
         "ssm_norm": flat(f"{prefix}.norm"),
         "ssm_out": f"{prefix}.out_proj",
@@ -59,7 +60,7 @@ def _weight(name: str) -> Undo:
     return lambda tensor, suffix, raw: {f"{name}.weight": tensor}
 
 
-def _with_gate(gate: str, name: str) -> Joined:
+def with_gate(gate: str, name: str) -> Joined:
     """Rows of `up`, or of all experts', behind those of the gate."""
     return Joined(gate, lambda up, gated, raw: {f"{name}.weight": torch.cat((gated, up), dim=-2)})
 
@@ -85,12 +86,12 @@ def _sizes(file: GgufFile) -> tuple[int, int]:
     return heads, inner // heads
 
 
-def _positions(raw: Mapping[str, Any]) -> int | None:
+def positions(raw: Mapping[str, Any]) -> int | None:
     count: int | None = raw["max_position_embeddings"]
     return None if count == _ANY_LENGTH else count
 
 
-def _biased(file: GgufFile, stem: str) -> bool:
+def biased(file: GgufFile, stem: str) -> bool:
     return any(f"blk.{i}.{stem}.bias" in file.tensors for i in blocks(file, stem))
 
 
@@ -104,9 +105,9 @@ def _mamba2(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
         "state_size": file.count("ssm.state_size", least=1),
         "n_groups": file.count("ssm.group_count", least=1),
         "conv_kernel": file.count("ssm.conv_kernel", least=1),
-        "use_conv_bias": _biased(file, "ssm_conv1d"),
-        "use_bias": _biased(file, "ssm_in"),
-        "max_position_embeddings": _positions(raw),
+        "use_conv_bias": biased(file, "ssm_conv1d"),
+        "use_bias": biased(file, "ssm_in"),
+        "max_position_embeddings": positions(raw),
     }
 
 
@@ -120,9 +121,9 @@ def _mamba_beside_attention(file: GgufFile) -> dict[str, Any]:
         "mamba_d_state": file.count("ssm.state_size", least=1),
         "mamba_n_groups": file.count("ssm.group_count", least=1),
         "mamba_d_conv": file.count("ssm.conv_kernel", least=1),
-        "mamba_conv_bias": _biased(file, "ssm_conv1d"),
-        "mamba_proj_bias": _biased(file, "ssm_in"),
-        "mlp_bias": _biased(file, "ffn_up"),
+        "mamba_conv_bias": biased(file, "ssm_conv1d"),
+        "mamba_proj_bias": biased(file, "ssm_in"),
+        "mlp_bias": biased(file, "ffn_up"),
     }
 
 
@@ -138,7 +139,7 @@ def _bamba(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
     return _mamba_beside_attention(file) | {
         "model_type": "bamba",
         "attn_layer_indices": [i for i, kind in enumerate(kinds) if kind == "attention"],
-        "attention_bias": _biased(file, "attn_q"),
+        "attention_bias": biased(file, "attn_q"),
         "rope_parameters": raw["rope_parameters"] | {"partial_rotary_factor": 0.5},
     }
 
@@ -154,9 +155,9 @@ def _granite_hybrid(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
             "model_type": "granitemoehybrid",
             "layer_types": _kinds(file, raw, attn_q="attention", ssm_in="mamba"),
             "position_embedding_type": "rope" if file.flag("rope.scaling.finetuned", True) else "nope",
-            "attention_bias": _biased(file, "attn_q"),
+            "attention_bias": biased(file, "attn_q"),
             "shared_intermediate_size": shared_width(file) if mixed["num_local_experts"] else raw["intermediate_size"],
-            "max_position_embeddings": _positions(raw),
+            "max_position_embeddings": positions(raw),
         }
     )
 
@@ -179,16 +180,16 @@ def _nemotron_h(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
         "model_type": "nemotron_h",
         "hybrid_override_pattern": pattern,
         "layer_norm_epsilon": raw.get("rms_norm_eps", raw.get("layer_norm_eps")),
-        "attention_bias": _biased(file, "attn_q"),
-        "mlp_bias": _biased(file, "ffn_up"),
+        "attention_bias": biased(file, "attn_q"),
+        "mlp_bias": biased(file, "ffn_up"),
         "mamba_num_heads": heads,
         "mamba_head_dim": width,
         "ssm_state_size": file.count("ssm.state_size", least=1),
         "n_groups": file.count("ssm.group_count", least=1),
         "conv_kernel": file.count("ssm.conv_kernel", least=1),
-        "use_conv_bias": _biased(file, "ssm_conv1d"),
-        "use_bias": _biased(file, "ssm_in"),
-        "max_position_embeddings": _positions(raw),
+        "use_conv_bias": biased(file, "ssm_conv1d"),
+        "use_bias": biased(file, "ssm_in"),
+        "max_position_embeddings": positions(raw),
     }
     if "E" not in pattern:
         return found
@@ -218,7 +219,7 @@ def _delta_net(file: GgufFile, raw: Mapping[str, Any], model_type: str) -> dict[
         "linear_num_key_heads": file.count("ssm.group_count", least=1, most=heads),
         "linear_key_head_dim": file.count("ssm.state_size", least=1),
         "linear_conv_kernel_dim": file.count("ssm.conv_kernel", least=1),
-        "attention_bias": _biased(file, "attn_q"),
+        "attention_bias": biased(file, "attn_q"),
     }
 
 
@@ -261,14 +262,14 @@ _BAMBA: dict[str, Undo] = {
 }
 _GRANITE: dict[str, Undo] = {
     "ffn_gate": nothing,
-    "ffn_up": _with_gate("ffn_gate", "shared_mlp.input_linear"),
+    "ffn_up": with_gate("ffn_gate", "shared_mlp.input_linear"),
     "ffn_down": "shared_mlp.output_linear",
     "ffn_gate_shexp": nothing,
-    "ffn_up_shexp": _with_gate("ffn_gate_shexp", "shared_mlp.input_linear"),
+    "ffn_up_shexp": with_gate("ffn_gate_shexp", "shared_mlp.input_linear"),
     "ffn_down_shexp": "shared_mlp.output_linear",
     "ffn_gate_inp": "block_sparse_moe.router.layer",
     "ffn_gate_exps": nothing,
-    "ffn_up_exps": _with_gate("ffn_gate_exps", "block_sparse_moe.input_linear"),
+    "ffn_up_exps": with_gate("ffn_gate_exps", "block_sparse_moe.input_linear"),
     "ffn_gate_up_exps": "block_sparse_moe.input_linear",
     "ffn_down_exps": "block_sparse_moe.output_linear",
 }
@@ -306,9 +307,9 @@ _DELTA: dict[str, Undo] = {
     "ssm_ba": "linear_attn.in_proj_ba",
     "ssm_beta": "linear_attn.in_proj_b",
     "ssm_alpha": "linear_attn.in_proj_a",
-    "ssm_conv1d": _taps("linear_attn.conv1d"),
+    "ssm_conv1d": taps("linear_attn.conv1d"),
     "ssm_dt": whole("linear_attn.dt_bias"),
-    "ssm_a": _logarithm("linear_attn.A_log"),
+    "ssm_a": logarithm("linear_attn.A_log"),
     "ssm_norm": "linear_attn.norm",
     "ssm_out": "linear_attn.out_proj",
 }

@@ -21,6 +21,8 @@ from twotower.checkpoints.gguf.dense import granite
 from twotower.checkpoints.gguf.names import Joined, Undo, blocks, each, nothing, row, whole
 from twotower.checkpoints.gguf.reader import GgufFile
 
+# Experts of the Llama 4 without norms of queries and keys
+_NOT_NORMED = 128
 _SOFTMAX, _SIGMOID = 1, 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_*
 
 
@@ -32,6 +34,30 @@ def _llama(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
         return {"model_type": "mistral", "sliding_window": file.count("attention.sliding_window")}
     half_biased = raw["attention_bias"] and "blk.0.attn_output.bias" not in file.tensors
     return {"model_type": "qwen2" if half_biased else "llama"}
+
+
+def _mistral3(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Ministral 3, whose queries grow with a text; without that a Llama or Mixtral."""
+    growth = file.number("attention.temperature_scale", 0.0)
+    if not growth:
+        return _llama(file, raw)
+    period = file.count("rope.scaling.original_context_length", least=1)
+    own = {"llama_4_scaling_beta": growth, "original_max_position_embeddings": period}
+    return {"model_type": "ministral3", "sliding_window": None, "rope_parameters": {**raw["rope_parameters"], **own}}
+
+
+def _llama4(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp knows the chunks, what queries grow by and which layers have no RoPE, and by the number of experts
+    whether queries and keys have norms."""
+    if file.setting("attention.sliding_window") is not None:
+        raise file.wrong("attention.sliding_window", "left out", "take the model's Hugging Face folder instead")
+    found = experts(file)
+    return found | {
+        "model_type": "llama4_text",
+        "intermediate_size_mlp": raw["intermediate_size"],
+        "moe_layers": blocks(file, "ffn_gate_inp"),
+        "use_qk_norm": found["num_local_experts"] != _NOT_NORMED,
+    }
 
 
 def qwen_experts(file: GgufFile, raw: Mapping[str, Any], *, normalise: bool) -> dict[str, Any]:
@@ -132,6 +158,11 @@ def _keys_and_values(values: Tensor, keys: Tensor, raw: Mapping[str, Any]) -> di
     return {"self_attn.kv_b_proj.weight": torch.cat((keys.transpose(1, 2), values), dim=1).flatten(0, 1)}
 
 
+def _inputs_first(ups: Tensor, gates: Tensor, raw: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Gates and ups (e, f, d) as one tensor (e, d, 2f)."""
+    return {"feed_forward.experts.gate_up_proj": torch.cat((gates, ups), dim=-2).mT}
+
+
 EXPERTS: dict[str, Undo] = {
     "ffn_gate_inp": "mlp.gate",
     "ffn_gate_exps": each("mlp.experts.{}.gate_proj"),
@@ -178,8 +209,27 @@ _DEEPSEEK: dict[str, Undo] = {
     "exp_probs_b": whole("mlp.gate.e_score_correction_bias"),
 }
 
+_LLAMA4: dict[str, Undo] = {
+    "ffn_gate": "feed_forward.gate_proj",
+    "ffn_up": "feed_forward.up_proj",
+    "ffn_down": "feed_forward.down_proj",
+    "ffn_gate_inp": "feed_forward.router",
+    "ffn_gate_exps": nothing,
+    "ffn_up_exps": Joined("ffn_gate_exps", _inputs_first),
+    "ffn_down_exps": lambda tensor, suffix, raw: {"feed_forward.experts.down_proj": tensor.mT},
+    "ffn_gate_shexp": "feed_forward.shared_expert.gate_proj",
+    "ffn_up_shexp": "feed_forward.shared_expert.up_proj",
+    "ffn_down_shexp": "feed_forward.shared_expert.down_proj",
+}
+
 MIXTURES: Mapping[str, Architecture] = {
     "llama": Architecture(settings=_llama, block=BLOCK | TURNED | EXPERTS | _MIXTRAL, reads=WINDOW + MIXES),
+    "mistral3": Architecture(
+        settings=_mistral3,
+        block=BLOCK | TURNED | EXPERTS | _MIXTRAL,
+        reads=("attention.temperature_scale", *MIXES),
+    ),
+    "llama4": Architecture(settings=_llama4, block=BLOCK | _LLAMA4, reads=MIXES),
     "qwen2moe": Architecture(settings=_qwen2_moe, block=BLOCK | EXPERTS, reads=MIXES),
     "qwen3moe": Architecture(settings=_qwen3_moe, block=BLOCK | EXPERTS, reads=MIXES),
     "olmoe": Architecture(settings=_olmoe, block=BLOCK | EXPERTS, reads=MIXES),
