@@ -96,6 +96,31 @@ def test_one_large_request_is_not_passed_for_ever(tiny: Callable) -> None:
     assert 5 < i < 150
 
 
+@pytest.mark.parametrize("pattern", ["llama", "M*-E"])
+@pytest.mark.parametrize("length", [1, 16, 17, 28, 32, 40])
+def test_a_text_that_needs_all_pages_is_written_again(pattern: str, length: int, tiny: Callable) -> None:
+    """The cached pages of its prompt are the ones that it lacks."""
+    model = tiny(pattern)
+    pool = engine(model)._pool
+    params = SamplingParams(mode="ar", max_new_tokens=3, block_size=16)
+    room = pool.pages_for(length + 3 + 16 + 1) + 1
+    e = engine(
+        model,
+        max_num_requests=2,
+        state_bytes=room * pool.page_bytes + 2 * pool.slot_bytes + (1 << 16),
+        snapshot_bytes=1 << 16,
+    )
+    assert e._pool.num_pages == room
+    [expected] = generate(model, [[5] * length], params)
+    for _ in range(2):
+        for _ in range(2):
+            e.add([5] * length, params)
+        found = []
+        for _ in range(100):
+            found += [event.result.token_ids for event in e.step() if event.result is not None]
+        assert found == [expected.token_ids] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ar", "verified"])
 def test_the_youngest_is_preempted_and_all_end(mode: str, tiny: Callable) -> None:

@@ -58,7 +58,9 @@ class Intake:
         for job in list(self.waiting):
             if num_decoding + len(self.absorbing) >= self._config.max_num_requests:
                 break
-            if self._open(job):
+            alone = num_decoding + len(self.absorbing) == 0
+            # Held for a while by who goes on from them, cached pages may be those that one text lacks.
+            if self._open(job) or (alone and self._open(job, from_cache=False)):
                 job.record.leave_queue(job.num_absorbed)
                 self.waiting.remove(job)
                 self.absorbing.append(job)
@@ -77,12 +79,14 @@ class Intake:
         if job in self.absorbing:
             self.absorbing.remove(job)
 
-    def _open(self, job: Job) -> bool:
-        """Gives a job its state, starting from the prefix cache; returns False if there are too few free pages."""
+    def _open(self, job: Job, *, from_cache: bool = True) -> bool:
+        """Gives a job its state, starting from the prefix cache or anew; returns False if there are too few free
+        pages. Anew there are enough for any job that is alone, for nothing that is cached is held."""
         ids = job.context_ids
         match = Match(0, (), None, 0)
         if self._config.snapshot_room:
-            match = self._cache.match(ids, self._tree(job), needs_logits=_needs_logits(job))
+            if from_cache:
+                match = self._cache.match(ids, self._tree(job), needs_logits=_needs_logits(job))
             job.points = self._cache.points(match, len(ids))
         whole = match.length // PAGE_SIZE
         self._pool.extend_(job.table, match.pages[:whole])
