@@ -134,9 +134,40 @@ def test_reasoning_that_is_switched_off_is_content(client, stream, variables):
     assert (thought, len(content), reason) == (None, 5, "length")
 
 
-def test_an_answer_that_must_match_has_no_reasoning_also_where_the_prompt_opened_it(client):
-    opened = {"chat_template_kwargs": {"opened": True}}
-    assert ask(client, guided_json={"const": 7}, **opened) == (None, "7", "stop")
+CHAIN = "</think>7"
+# What makes a model write CHAIN behind ">": no other pairs of its letters, and < where both that and 7 may come.
+CHAINED = {
+    "allowed_token_ids": [2, *(ord(c) + 4 for c in sorted(set(CHAIN)))],
+    "bad_words": sorted({a + b for a in CHAIN for b in CHAIN if a + b != "><" and a + b not in CHAIN}),
+    "logit_bias": {str(ord("<") + 4): 100},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("mode", ["ar", "verified"])
+def test_what_an_answer_must_match_comes_behind_the_reasoning_that_the_prompt_opened(client, mode, stream):
+    opened = {"chat_template_kwargs": {"opened": True}, "mode": mode, **CHAINED}
+    assert ask(client, stream, guided_json={"const": 7}, **opened) == (None, "7", "stop")
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion"])
+@pytest.mark.parametrize("variables", [{"enable_thinking": False}, {}])
+def test_an_answer_that_must_match_has_no_reasoning_where_it_is_off_or_not_begun(client, variables, mode):
+    sevens = {"allowed_token_ids": [2, ord("7") + 4], "chat_template_kwargs": variables, "mode": mode}
+    for asked in ({"guided_regex": "7{3}"}, {"guided_choice": ["777"]}, {"guided_grammar": 'start: "777"'}):
+        assert ask(client, **asked, **sevens) == (None, "777", "stop")
+
+
+def test_a_structure_behind_reasoning_is_named_where_it_is_wrong(client):
+    for opened in (True, False):
+        with pytest.raises(openai.BadRequestError, match=r'guided_json is "{", must be JSON') as caught:
+            ask(client, guided_json="{", chat_template_kwargs={"opened": opened})
+        assert caught.value.param == "guided_json"
+        with pytest.raises(
+            openai.BadRequestError, match='guided_grammar is "start: x", must be a constraint'
+        ) as caught:
+            ask(client, guided_grammar="start: x", chat_template_kwargs={"opened": opened})
+        assert caught.value.param == "guided_grammar"
 
 
 @pytest.mark.parametrize(("begun", "thought"), [("<think>Hm", "ddddd"), ("<think>Hm</think>", None), ("Hm", None)])

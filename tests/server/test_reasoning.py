@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from twotower.checkpoints.chat_template import ChatTemplate
-from twotower.server.reasoning import Thought, ThoughtFormat, Thoughts, begins_in_thought, thought_format
+from twotower.decoding.constraint import behind
+from twotower.server.reasoning import Thought, ThoughtFormat, Thoughts, thought_at_start, thought_format, thought_rules
 
 THINK = ThoughtFormat("<think>", "</think>")
 # What an answer is -> its reasoning and the rest: of one that begins with a mark, and of one that is open already.
@@ -100,16 +101,74 @@ def test_the_template_says_the_marks_unless_a_parser_is_named(template, parser, 
 @pytest.mark.parametrize(
     ("prompt", "continued", "thinks", "marked", "implied"),
     [
-        ("[user]hi[assistant]", None, True, False, True),
-        ("[user]hi[assistant]", None, False, False, False),
-        ("[user]hi[assistant]<think>\n", None, True, True, True),
-        ("[user]hi[assistant]<think>\n\n</think>\n\n", None, True, False, False),
-        ("[user]what is <think>?[assistant]", None, True, False, True),
-        ("[assistant]<think>I wo", "<think>I wo", True, True, True),
-        ("[assistant]<think>I</think>He", "<think>I</think>He", True, False, False),
-        ("[assistant]He", "He", True, False, False),
+        ("[user]hi[assistant]", None, True, "possible", "open"),
+        ("[user]hi[assistant]", None, False, "over", "over"),
+        ("[user]hi[assistant]<think>\n", None, True, "open", "open"),
+        ("[user]hi[assistant]<think>\n\n</think>\n\n", None, True, "over", "over"),
+        ("[user]what is <think>?[assistant]", None, True, "possible", "open"),
+        ("[assistant]<think>I wo", "<think>I wo", True, "open", "open"),
+        ("[assistant]<think>I</think>He", "<think>I</think>He", True, "over", "over"),
+        ("[assistant]He", "He", True, "over", "over"),
     ],
 )
 def test_the_end_of_the_prompt_says_whether_the_answer_begins_in_reasoning(prompt, continued, thinks, marked, implied):
-    for format, begins in ((THINK, marked), (THINK._replace(implied=True), implied)):
-        assert begins_in_thought(format, prompt, continued, thinks=thinks) == begins
+    for format, start in ((THINK, marked), (THINK._replace(implied=True), implied)):
+        assert thought_at_start(format, prompt, continued, thinks=thinks) == start
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("json_schema", '{"const": 7}'),
+        ("regex", "7/?"),
+        ("grammar", 'start: seven\nseven: "7"'),
+        ("grammar", 'root ::= "7"'),
+        ("grammar", 'start: %json {"const": 7}'),
+    ],
+)
+@pytest.mark.parametrize("own_tokens", [False, True])
+def test_what_is_held_comes_behind_the_reasoning(kind, text, own_tokens):
+    """`{` and `}` stand for tokens of their own, as of a tokenizer that has the marks as control tokens."""
+    llguidance = pytest.importorskip("llguidance")
+    vocabulary = [bytes([i]) for i in range(256)]
+    added = {"<think>": 256, "</think>": 257} if own_tokens else {}
+    tokens = llguidance.LLTokenizer(
+        llguidance.TokenizerWrapper(_Bytes([*vocabulary, b"\xff<think>", b"\xff</think>", b"\xff<end>"]))
+    )
+    marks = {"<think>": [256], "</think>": [257]} if own_tokens else {m: list(m.encode()) for m in THINK[:2]}
+    opening, closing = marks.values()
+
+    def matches(start, *parts):
+        grammar = behind(kind, text, thought_rules(THINK, start, added))
+        matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        ids = [i for part in parts for i in (part if isinstance(part, list) else part.encode())] + [_Bytes.eos_token_id]
+        return matcher.validate_tokens(ids) == len(ids)
+
+    assert matches("over", "7")
+    assert not matches("over", opening, "why", closing, "7")
+    assert matches("possible", "7")
+    assert matches("possible", opening, "why\n7 é… <thin", closing, "\n\n7")
+    assert matches("possible", opening, closing, "7")
+    assert not matches("possible", "why", closing, "7")
+    assert not matches("possible", opening, "why")
+    assert not matches("possible", opening, "why", closing, "8")
+    assert not matches("possible", opening, "why", closing, "why", closing, "7")
+    assert matches("open", "why\n", closing, "7")
+    assert matches("open", closing, "7")
+    assert not matches("open", "7")
+    assert not matches("open", "why", closing, "8")
+
+
+class _Bytes:
+    """A vocabulary as llguidance reads it."""
+
+    eos_token_id = 258
+    bos_token_id = None
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+        self.special_token_ids = [256, 257, 258]
+
+    def __call__(self, text):
+        return list(text if isinstance(text, bytes) else text.encode())

@@ -180,19 +180,7 @@ def _matcher(vocabulary: "LLTokenizer", kind: str, text: str) -> "LLMatcher":
     """A matcher before its first token; callers copy it before use. Raises SettingError for an invalid constraint."""
     from llguidance import LLMatcher
 
-    if kind == "json_schema":
-        try:
-            json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise SettingError(kind, text, f"JSON, which it is not ({error})", "correct it") from error
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(text, defaults=_JSON_STYLE)
-        except ValueError as error:  # it reads no JSON that is nested more than a hundred levels deep
-            raise _unfollowable(kind, text, str(error)) from error
-    elif kind == "regex":
-        grammar = LLMatcher.grammar_from_regex(text)
-    else:
-        grammar = LLMatcher.grammar_from_lark(_lark(text))
+    grammar = _compiled(kind, text)
     problem = LLMatcher.validate_grammar(grammar, vocabulary)
     if not problem:
         first = LLMatcher(vocabulary, grammar, log_level=0)
@@ -201,6 +189,31 @@ def _matcher(vocabulary: "LLTokenizer", kind: str, text: str) -> "LLMatcher":
     if problem:
         raise _unfollowable(kind, text, problem)
     return LLMatcher(vocabulary, grammar, log_level=0)
+
+
+def behind(kind: str, text: str, before: str) -> str:
+    """A `grammar` whose texts begin as the rules `before` say, in Lark with a rule `start`, and go on, where these have
+    `@held`, with what matches a constraint. Raises SettingError for a constraint that can't be read."""
+    [held, *parts] = json.loads(_compiled(kind, text))["grammars"]
+    return json.dumps({"grammars": [{"lark_grammar": before}, {**held, "name": "held"}, *parts]})
+
+
+def _compiled(kind: str, text: str) -> str:
+    """A constraint as llguidance's JSON, which a `grammar` may be already. Raises SettingError if it can't be read."""
+    from llguidance import LLMatcher
+
+    if kind == "json_schema":
+        try:
+            json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise SettingError(kind, text, f"JSON, which it is not ({error})", "correct it") from error
+        try:
+            return LLMatcher.grammar_from_json_schema(text, defaults=_JSON_STYLE)
+        except ValueError as error:  # it reads no JSON that is nested more than a hundred levels deep
+            raise _unfollowable(kind, text, str(error)) from error
+    if kind == "regex":
+        return LLMatcher.grammar_from_regex(text)
+    return text if text.startswith("{") else json.dumps({"grammars": [{"lark_grammar": _lark(text)}]})
 
 
 def _unfollowable(kind: str, text: str, problem: str) -> SettingError:

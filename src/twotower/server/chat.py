@@ -23,7 +23,7 @@ from twotower.server.fields import logged
 from twotower.server.logprobs import chat_logprobs
 from twotower.server.messages import Message, turns
 from twotower.server.protocol import ChatRequest, Templating
-from twotower.server.reasoning import Thought, begins_in_thought
+from twotower.server.reasoning import AtStart, Thought, thought_at_start
 from twotower.server.reply import LogprobOptions, ReplyPlan, reply
 from twotower.server.service import Service
 from twotower.server.structure import Structure
@@ -152,10 +152,10 @@ async def prepare_chat(service: Service, body: ChatRequest) -> PreparedChat:
     """Checks a chat and makes its prompt. Raises ApiError and SettingError for what can't be done."""
     prompt = render(service, body.messages, body)
     tools = body.tool_use
-    structure = _structure(service, body, tools)
-    # an answer that must match something is held to it from its first token on
-    thinks = structure is None and _begins_in_thought(service, body, prompt)
-    answers = AnswerFormat(service.control, service.tool_marks, tools, service.thoughts, thinks)
+    structure, start = _structure(service, body, tools), _thought_at_start(service, body, prompt)
+    answers = AnswerFormat(service.control, service.tool_marks, tools, service.thoughts, start == "open")
+    if structure is not None:
+        structure = await asyncio.to_thread(service.behind_thought, structure, start)
     settings = body.model_copy(update={"skip_special_tokens": False}) if answers.shows_control else body
     # no special tokens by default: templates write the control tokens that a prompt begins with
     special, count = bool(body.add_special_tokens), body.num_written
@@ -170,15 +170,15 @@ async def prepare_chat(service: Service, body: ChatRequest) -> PreparedChat:
     return PreparedChat(tuple(requests), answers)
 
 
-def _begins_in_thought(service: Service, body: ChatRequest, prompt: str) -> bool:
+def _thought_at_start(service: Service, body: ChatRequest, prompt: str) -> AtStart:
     """Whether the answer begins in the model's reasoning."""
     if service.thoughts is None:
-        return False
+        return "over"
     continued = None
     if _goes_on(body.messages, body):
         [last] = turns(body.messages[-1:], knows_developer=False)
         continued = last.content
-    return begins_in_thought(service.thoughts, prompt, continued, thinks=body.thinks)
+    return thought_at_start(service.thoughts, prompt, continued, thinks=body.thinks)
 
 
 def _goes_on(messages: Sequence[Message], asked: Templating) -> bool:

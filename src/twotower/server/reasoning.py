@@ -1,11 +1,16 @@
 """Splits an answer, as it comes, into the model's reasoning and what it answers."""
 
+import json
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from twotower.checkpoints.chat_template import ChatTemplate
 
 # "auto" goes by the template; the others are called as in vLLM.
 ReasoningParser = Literal["auto", "none", "deepseek_r1", "qwen3", "mistral", "seed_oss"]
+
+# Whether an answer begins in reasoning, may begin with the mark that opens it, or comes behind it.
+AtStart = Literal["open", "possible", "over"]
 
 
 class Thought(NamedTuple):
@@ -42,16 +47,31 @@ def thought_format(parser: ReasoningParser, template: ChatTemplate | None) -> Th
     return next(known, None)
 
 
-def begins_in_thought(format: ThoughtFormat, prompt: str, continued: str | None, *, thinks: bool) -> bool:
-    """Whether an answer to a prompt is reasoning from its first token on.
+def thought_at_start(format: ThoughtFormat, prompt: str, continued: str | None, *, thinks: bool) -> AtStart:
+    """Whether an answer to a prompt is reasoning from its first token on, may begin it with a mark, or is behind it.
 
     Templates open it at the end of the prompt, or close it there where no reasoning is wanted. `continued` is the
     message that the answer goes on with, and `thinks` is False where the request switches reasoning off.
     """
     if continued is not None:
-        return continued.rfind(format.open) > continued.rfind(format.close)
+        return "open" if continued.rfind(format.open) > continued.rfind(format.close) else "over"
     end = prompt.rstrip()
-    return end.endswith(format.open) or (format.implied and thinks and not end.endswith(format.close))
+    if end.endswith(format.open):
+        return "open"
+    if end.endswith(format.close) or not thinks:
+        return "over"
+    return "open" if format.implied else "possible"
+
+
+def thought_rules(format: ThoughtFormat, start: AtStart, tokens: Mapping[str, int]) -> str:
+    """Rules in llguidance's Lark of answers that have reasoning where they begin with it, and go on with `@held`.
+
+    A mark that is among the `tokens` with ids of their own is that token, because it is not found by its text.
+    """
+    opening, closing = (f"<[{tokens[mark]}]>" if mark in tokens else json.dumps(mark) for mark in format[:2])
+    thought = f"thought: /(?s:.*)/ {closing}" if format.close in tokens else f"thought[suffix={closing}]: /(?s:.*)/"
+    begins = {"open": r"thought /\n{0,2}/", "possible": rf"({opening} thought /\n{{0,2}}/)?", "over": ""}[start]
+    return f"start: {begins} @held\n{thought}\n"
 
 
 class Thoughts:

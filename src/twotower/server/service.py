@@ -5,11 +5,13 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import tokenizers
 
 from twotower.checkpoints.chat_template import ChatTemplate
+from twotower.decoding.constraint import behind
 from twotower.decoding.modes import MODES
 from twotower.decoding.output import StepOutput
 from twotower.decoding.prompt import Prompt, prompt_ids, text_ids
@@ -19,7 +21,7 @@ from twotower.errors import SettingError
 from twotower.server.config import MAX_CONTEXT, ServerConfig
 from twotower.server.errors import ApiError
 from twotower.server.metrics import Metrics
-from twotower.server.reasoning import thought_format
+from twotower.server.reasoning import AtStart, thought_format, thought_rules
 from twotower.server.sampling import Sampling
 from twotower.server.structure import Structure
 from twotower.server.token_names import TokenNames
@@ -185,6 +187,20 @@ class Service:
         # A whole book takes seconds.
         async with self._long_texts if len(text) > _LONG_TEXT else nullcontext():
             return await asyncio.to_thread(text_ids, self.engine.model, text, "prompt", special=special)
+
+    def behind_thought(self, structure: Structure, start: AtStart) -> Structure:
+        """What an answer must match that may begin with reasoning, of which nothing is demanded, unless the structure
+        itself has a mark of it. Raises ApiError for a constraint that can't be read."""
+        format = self.thoughts
+        if format is None or start == "over" or find_spec("llguidance") is None:
+            return structure
+        if format.open in structure.text or format.close in structure.text:
+            return structure
+        try:
+            text = behind(structure.kind, structure.text, thought_rules(format, start, self._added))
+        except SettingError as error:
+            raise structure.refused(error) from None
+        return structure._replace(kind="grammar", text=text)
 
     def tool_grammar(self, tools: ToolUse, answer: Mapping[str, Any] | None = None) -> str:
         """The grammar of calls of the tools, or if a JSON schema is given of JSON that it describes too."""
