@@ -26,11 +26,15 @@ BOOKKEEPING = frozenset(
         "guided_decoding_backend",
         *("context_management", "cache_control", "diagnostics", "inference_geo", "user_profile_id", "workspace_id"),
         "max_tool_calls",
+        # what the chat page of Open WebUI says of itself
+        *("id", "chat_id", "parent_id", "user_message", "parent_message", "background_tasks", "model_item"),
+        "variables",
         # what belongs to samplers of other servers that are off below
         *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_range", "dry_sequence_breakers"),
         *("mirostat_tau", "mirostat_eta", "xtc_threshold", "dynatemp_low", "dynatemp_high", "dynatemp_exponent"),
         *("repeat_last_n", "repetition_penalty_range", "rep_pen_range", "penalty_last_n", "penalize_nl"),
-        *("samplers", "sampler_order", "sampler_priority", "temperature_last", "smoothing_curve", "repeat_last_n"),
+        *("samplers", "sampler_order", "sampler_priority", "temperature_last", "smoothing_curve", "rep_pen_slope"),
+        "adaptive_decay",
         *("threads", "n_threads", "num_thread", "num_ctx", "max_context_length", "truncation_length", "min_keep"),
     )
 )
@@ -66,6 +70,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (),
     "skip_reading_prefix_cache": (),
     "watermark": (),
+    "add_bos_token": (True,),
+    "encoder_repetition_penalty": (1,),
+    "encoder_rep_pen": (1,),
+    "adaptive_target": (-0.01, -1),
+    "top_n_sigma": (-1,),
+    "nsigma": (-1,),
     "detokenize": (True,),
     "speed": ("standard",),
     "truncation": ("disabled",),
@@ -75,7 +85,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "conversation": (),
     "top_logprobs": (),
 }
-# What other servers call settings of this one.
+# What other servers call settings of this one. Clients of several servers send a setting under all of its names.
 _OURS = {
     "repeat_penalty": "repetition_penalty",
     "rep_pen": "repetition_penalty",
@@ -88,6 +98,9 @@ _OURS = {
     "num_return_sequences": "n",
     "functions": "tools",
     "function_call": "tool_choice",
+    "stopping_strings": "stop",
+    "stop_sequence": "stop",
+    "sampler_seed": "seed",
 }
 # What to do instead of what other fields ask for.
 _INSTEAD = dict.fromkeys(("previous_response_id", "conversation"), "send the earlier items in input, for none are kept")
@@ -139,18 +152,20 @@ class Body(Strict):
     def _without_what_asks_for_nothing(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        return {name: value for name, value in raw.items() if not cls._asks_for_nothing(name, value)}
+        return {name: value for name, value in raw.items() if not cls._asks_for_nothing(name, value, raw)}
 
     @classmethod
-    def _asks_for_nothing(cls, name: str, value: Any) -> bool:
+    def _asks_for_nothing(cls, name: str, value: Any, raw: dict[str, Any]) -> bool:
         if name in _EMPTY_SAYS_SOMETHING:
             return value is None
         if name in cls.model_fields:
             return any(_equal(value, empty) for empty in _EMPTY)
-        if name not in NEUTRAL:
-            return name in BOOKKEEPING or is_empty(value)
-        if is_empty(value) or any(_equal(value, neutral) for neutral in NEUTRAL[name]):
+        if _OURS.get(name) in raw and _equal(value, raw[_OURS[name]]):
             return True
+        if is_empty(value) or any(_equal(value, neutral) for neutral in NEUTRAL.get(name, ())):
+            return True
+        if name not in NEUTRAL and _OURS.get(name) not in cls.model_fields:
+            return name in BOOKKEEPING
         raise ApiError(400, unsupported(name), param=name, code="unsupported_parameter")
 
 
@@ -161,8 +176,10 @@ def unsupported(name: str) -> str:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value asks for nothing wherever it stands: null, false, 0, or an empty text, list or object."""
-    return value is None or any(_equal(value, empty) for empty in (*_EMPTY, False, 0))
+    """Whether a value asks for nothing wherever it stands: null, false, 0, an empty text, list or object, or an object
+    that has only such values, as of features that are all off."""
+    inner = value.values() if isinstance(value, dict) else (value,)
+    return all(one is None or any(_equal(one, empty) for empty in (*_EMPTY, False, 0)) for one in inner)
 
 
 def logged(text: str | None) -> str | None:
