@@ -104,7 +104,7 @@ def test_depth_must_be_the_patterns() -> None:
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0, must be at least 1"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 must be a multiple of num_key_value_heads 3"),
         ({"head_dim": 0}, "head_dim is 0, must be at least 1"),
-        ({"head_dim": 7, "use_rope": True}, "RoPE turns 7 of head_dim 7, must be an even number"),
+        ({"head_dim": 7, "use_rope": True}, "RoPE turns pairs, 8 of head_dim 7, must be some"),
         ({"intermediate_size": 0}, "intermediate_size is 0, must be at least 1"),
         ({"mlp_hidden_act": "swish"}, "mlp_hidden_act is 'swish', must be one of relu2, relu, silu, gelu"),
         ({"mlp_hidden_act": "xielu"}, "mlp_hidden_act is 'xielu', must be another with gated_mlp or experts"),

@@ -43,9 +43,13 @@ class Rope:
             return 0
         return {"longrope": self.original_max_position_embeddings + 1, "dynamic": length}.get(self.rope_type, 0)
 
-    def turned(self, head_dim: int) -> int:
-        """How many numbers of a head of width `head_dim` turn."""
+    def part(self, head_dim: int) -> int:
+        """`partial_rotary_factor` of a head of width `head_dim`, the n of the frequencies."""
         return int(head_dim * self.partial_rotary_factor)
+
+    def turned(self, head_dim: int) -> int:
+        """How many numbers of a head of width `head_dim` turn: pairs, so that of an odd part one more does."""
+        return 2 * -(-self.part(head_dim) // 2)
 
     def problems(self, head_dim: int) -> Iterator[str]:
         """One sentence for each value that is not allowed beside heads of width `head_dim`."""
@@ -54,8 +58,8 @@ class Rope:
             yield f"rope_type is {self.rope_type!r}, must be one of {', '.join(ROPE_TYPES)}"
         if not self.rope_theta > 0:
             yield f"rope_theta is {self.rope_theta}, must be above 0"
-        if turned % 2 or not 0 < turned <= head_dim:
-            yield f"RoPE turns {turned} of head_dim {head_dim}, must be an even number of them"
+        if not 0 < turned <= head_dim:
+            yield f"RoPE turns pairs, {turned} of head_dim {head_dim}, must be some of them and at most all"
         if self.rope_type in ("dynamic", "yarn", "llama3", "longrope") and self.original_max_position_embeddings < 1:
             yield f"original_max_position_embeddings is {self.original_max_position_embeddings}, must be at least 1"
         if not self.factor > 0:

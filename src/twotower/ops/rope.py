@@ -63,7 +63,7 @@ def frequencies(rope: Rope, head_dim: int, length: int) -> Tensor:
     ramp between; "longrope" (arXiv 2402.13753) each by its own, `short_factor` for texts up to the original length and
     `long_factor` for longer ones; "dynamic" raises theta for texts longer than the original length.
     """
-    n = rope.turned(head_dim)
+    n = rope.part(head_dim)
     exponents = torch.arange(0, n, 2, dtype=torch.float32) / n
     theta, factor, original = rope.rope_theta, rope.factor, rope.original_max_position_embeddings
     if rope.rope_type == "dynamic" and length > original:
@@ -103,5 +103,5 @@ def _yarn(periods: Tensor, rope: Rope, n: int) -> Tensor:
     low, high = max(low, 0), min(high, n - 1)
     if low == high:
         high += 0.001
-    kept = 1 - ((torch.arange(n // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ((torch.arange(len(periods), dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     return 1.0 / (rope.factor * periods) * (1 - kept) + 1.0 / periods * kept

@@ -25,6 +25,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
         ("cohere", {"attention_bias": True, "rope_parameters": LINEAR}),
         ("cohere2", {"sliding_window": WINDOW, "num_hidden_layers": 5, "attention_bias": True}),
         ("cohere2", {"sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention"] * 2}),
+        ("nemotron", {"head_dim": 20, "partial_rotary_factor": 0.75}),
         ("nemotron", {"attention_bias": True, "mlp_bias": True, "partial_rotary_factor": 1.0, "norm_eps": 1e-2}),
         ("apertus", {"attention_bias": True, "num_key_value_heads": 1, "tie_word_embeddings": True}),
         ("phi", {"partial_rotary_factor": 0.25, "tie_word_embeddings": True, "num_key_value_heads": 1}),

@@ -40,6 +40,7 @@ SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW}
         ("seed_oss", {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
         ("granite", {"attention_multiplier": 0.2, "tie_word_embeddings": True}),
         ("phi3", {"sliding_window": None, "head_dim": 10, "num_key_value_heads": 1}),
+        ("phi3", {"sliding_window": None, "hidden_size": 40, "partial_rotary_factor": 0.5}),  # 5 of 10: 3 pairs
         (
             "ministral3",
             {"head_dim": 10, "num_key_value_heads": 1, "rope_parameters": GROWING | {"rope_type": "default"}},

@@ -30,6 +30,7 @@ GEMMA = {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 20}
         ("gemma3_text", GEMMA | {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0}),
         ("gemma3_text", GEMMA | {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": YARN}}),
         ("glm4", {"head_dim": 16, "attention_bias": False, "partial_rotary_factor": 1.0}),
+        ("glm4", {"head_dim": 12, "partial_rotary_factor": 0.25}),
         ("glm4", {"head_dim": 16, "partial_rotary_factor": 0.25, "tie_word_embeddings": True}),
     ],
 )
