@@ -8,8 +8,9 @@ for attention to be sharp and for every norm and bias to count, as float32:
 - `difference`: the largest between its logits and the context tower's over 2 texts of 48 tokens, as a part of the
   largest logit, by PyTorch; and `native`, by the C backend, or what that lacks.
 - `verified is ar`: whether mode `verified` writes the 24 tokens that `ar` writes, after 5 and after 40 tokens.
-- `gguf`: whether a GGUF file of the same weights, written as llama.cpp's converter writes it, gives the same logits, to
-  the same difference; "no" where `init` does not open the architecture, or the tests' writer can't write it.
+- `gguf`: the difference of a GGUF file of the same weights, written as llama.cpp's converter writes it; where the
+  format has no words for a setting, of a model with another one (`IN_FILES`). "no" where `init` does not open the
+  architecture.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,14 +158,34 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "RecurrentGemma": ("recurrent_gemma", {"attention_window_size": WINDOW, "lru_width": 96}),
     "Qwen3-Next": ("qwen3_next", EXPERTS | LINEAR | {"head_dim": 16, "shared_expert_intermediate_size": 48}),
 }
-# Settings that the format has no words for, or that the tests' writer leaves out
-NOT_WRITTEN = ("Llama 3", "Llama, dynamic RoPE", "Qwen 2, windows", "Phi 3, LongRoPE")
-COLUMNS = ("family", "model_type", "form", "difference", "verified is ar", "native", "gguf")
+# Settings that the format has no words for; without a model of others there is no file
+NOT_WRITTEN = ("Llama, dynamic RoPE", "Qwen 2, windows")
+IN_FILES: dict[str, dict[str, Any]] = {
+    "Mistral": {"sliding_window": None},
+    "Starcoder 2": {"sliding_window": None},
+    "Falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "FalconMamba": {"mixer_rms_eps": 1e-5},  # one epsilon for all norms
+    "GLM": {"head_dim": 16, "rms_norm_eps": 1e-5},
+    "Phi 3, LongRoPE": {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 32}}
+    | {"original_max_position_embeddings": 32},
+    "Qwen 3 MoE": {"norm_topk_prob": True},
+    "Llama 4": {"attention_chunk_size": 8192, "floor_scale": 8192},
+}
+# What a row has -> the column of the table
+COLUMNS = {
+    "family": "family",
+    "model_type": "`model_type`",
+    "difference": "difference",
+    "verified is ar": "`verified` = `ar`",
+    "native": "C backend",
+    "gguf": "GGUF",
+}
 
 
-def make(name: str, folder: Path) -> Any:
-    """transformers' model, saved to a folder."""
+def make(name: str, folder: Path, others: Mapping[str, Any]) -> Any:
+    """transformers' model, with other settings than the usual ones if there are any, saved to a folder."""
     model_type, settings = MODELS[name]
+    settings = settings | others
     own_names = ("gpt2", "gpt_bigcode", "gptj", "codegen", "mpt")
     sizes = {key: value for key, value in SIZES.items() if model_type not in own_names or key == "vocab_size"}
     config = transformers.AutoConfig.for_model(model_type, **json.loads(json.dumps(sizes | settings)))
@@ -182,8 +203,8 @@ def make(name: str, folder: Path) -> Any:
 
 def compare(name: str, folder: Path) -> dict[str, Any]:
     """One line of the table."""
-    row: dict[str, Any] = {"family": name, "model_type": MODELS[name][0], "form": "folder"}
-    theirs = make(name, folder / "theirs")
+    row: dict[str, Any] = {"family": name, "model_type": MODELS[name][0]}
+    theirs = make(name, folder / "theirs", {})
     ids = torch.randint(3, SIZES["vocab_size"], (2, TOKENS), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(ids, use_cache=False).logits
@@ -196,7 +217,12 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
     row["verified is ar"] = all(verified_is_ar(model, ids[0, :n].tolist()) for n in (5, 40))
     fastest = twotower.load(folder / "ours")
     choice = fastest.backends["context tower"]
-    row["native"] = difference(fastest, ids, expected) if choice.name == "native" else choice.reason.split(": ")[-1]
+    lacks = choice.reason.partition("native lacks ")[2].partition(" (")[0]
+    row["native"] = difference(fastest, ids, expected) if choice.name == "native" else lacks or choice.reason
+    if name in IN_FILES:
+        theirs = make(name, folder / "others", IN_FILES[name])
+        with torch.no_grad():
+            expected = theirs(ids, use_cache=False).logits
     row["gguf"] = "no" if name in NOT_WRITTEN else from_gguf(theirs, folder, ids, expected)
     return row
 
@@ -209,8 +235,12 @@ def difference(model: twotower.TwoTower, ids: Tensor, expected: Tensor) -> float
 
 
 def verified_is_ar(model: twotower.TwoTower, prompt: list[int]) -> bool:
-    modes = (twotower.SamplingParams(mode=mode, max_new_tokens=24, ignore_eos=True) for mode in ("ar", "verified"))
-    one, other = (twotower.generate(model, [prompt], params)[0].token_ids for params in modes)
+    # Dynamic RoPE is for texts past the model's positions.
+    params = [
+        twotower.SamplingParams(mode=mode, max_new_tokens=24, ignore_eos=True, past_positions=True)
+        for mode in ("ar", "verified")
+    ]
+    one, other = (twotower.generate(model, [prompt], p)[0].token_ids for p in params)
     return one == other
 
 
@@ -237,10 +267,13 @@ def rows(wanted: list[str]) -> Iterator[dict[str, Any]]:
                 yield compare(name, Path(folder))
 
 
-def in_table(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.0e}"
-    return {True: "yes", False: "no", None: ""}.get(value, str(value)) if not isinstance(value, str) else value
+def in_table(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {row['family']} | `{row['model_type']}` | not opened | | | |"
+    cells = [f"{value:.0e}" if isinstance(value, float) else value for value in map(row.get, COLUMNS)]
+    cells[1], cells[3] = f"`{cells[1]}`", "yes" if cells[3] else "no"
+    cells[4] = cells[4] if isinstance(row["native"], float) else f"PyTorch: {cells[4]}"
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main() -> None:
@@ -252,14 +285,12 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     if arguments.markdown:
-        print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
+        print("| " + " | ".join(COLUMNS.values()) + " |\n|" + "---|" * len(COLUMNS))
     for row in rows(arguments.names):
         if not arguments.markdown:
             print(json.dumps(row), flush=True)
-        elif "error" in row:
-            print(f"| {row['family']} | {row['model_type']} | {row['form']} | not opened | | | |", flush=True)
         else:
-            print("| " + " | ".join(in_table(row.get(column)) for column in COLUMNS) + " |", flush=True)
+            print(in_table(row), flush=True)
 
 
 if __name__ == "__main__":
