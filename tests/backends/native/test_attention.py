@@ -21,6 +21,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"chunk": 11},
     {"softcap": 1.5},
     {"sinks": True},
+    {"slopes": True},
+    {"window": 9, "slopes": True, "sinks": True},
     {"window": 40, "chunk": 64, "softcap": 4.0, "sinks": True, "scale": 0.7},
 ]
 
@@ -32,6 +34,7 @@ class Case(NamedTuple):
     key: Tensor
     value: Tensor
     sinks: Tensor
+    slopes: Tensor
     starts: list[int]
     widths: list[int]
     s: int
@@ -41,10 +44,10 @@ def make(starts: list[int], s: int, heads: int, kv: int, p: int, widths: list[in
     torch.manual_seed(0)
     b, t = len(starts), max(starts) + s
     query, key, value = (torch.randn(b, t, n, p) for n in (heads, kv, kv))
-    return Case(query, key, value, torch.randn(heads), starts, widths or [s] * b, s)
+    return Case(query, key, value, torch.randn(heads), torch.rand(heads), starts, widths or [s] * b, s)
 
 
-def expected(case: Case, causal: bool, scale: float, window: int, chunk: int, softcap: float, sinks: bool) -> Tensor:
+def expected(case: Case, causal: bool, scale: float, window: int, chunk: int, softcap: float, **more: bool) -> Tensor:
     """(b, s, heads, p) in float64, one query at a time."""
     heads, kv, p = case.query.shape[2], case.key.shape[2], case.query.shape[3]
     out = torch.zeros(len(case.starts), case.s, heads, p, dtype=torch.float64)
@@ -62,7 +65,9 @@ def expected(case: Case, causal: bool, scale: float, window: int, chunk: int, so
                 score = key[visible] @ case.query[row, at, head].double() * scale
                 if softcap:
                     score = softcap * (score / softcap).tanh()
-                if sinks:
+                if more["slopes"]:
+                    score = score - case.slopes[head].double() * (place[visible] - at).abs()
+                if more["sinks"]:
                     score = torch.cat((score, case.sinks[head : head + 1].double()))
                 weights = score.softmax(0)[: int(visible.sum())]
                 out[row, i, head] = weights @ value[visible]
@@ -76,6 +81,7 @@ def attention(
     pages: bool = False,
     threads: int = 1,
     sinks: bool = False,
+    slopes: bool = False,
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Tensor:
@@ -112,7 +118,8 @@ def attention(
         sizes |= {f"{name}_batch": tensor.stride(0), f"{name}_token": tensor.stride(1)}
     sizes |= dict(zip(("past_batch", "past_head", "past_token"), past[0].stride(), strict=False))
     what = filled("AttentionPass", **sizes, **{name: tensor.data_ptr() for name, tensor in given.items()})
-    options = {"scale": p**-0.5, "sinks": case.sinks.data_ptr() if sinks else None} | options
+    rules = {"sinks": case.sinks.data_ptr() if sinks else None, "slopes": case.slopes.data_ptr() if slopes else None}
+    options = {"scale": p**-0.5} | rules | options
     how = filled("AttentionOptions", **options)
     function("tt_attention")(ctypes.addressof(what), ctypes.addressof(how))
     return out
@@ -123,7 +130,7 @@ def check(
 ) -> None:
     """Both layouts of the keys give the same bits, and those are the loop's up to `tolerance`."""
     p = case.query.shape[3]
-    told = {"scale": p**-0.5, "window": 0, "chunk": 0, "softcap": 0.0, "sinks": False} | options
+    told = {"scale": p**-0.5, "window": 0, "chunk": 0, "softcap": 0.0, "sinks": False, "slopes": False} | options
     key, value = (x.to(dtype).float() for x in (case.key, case.value))
     query = case.query.to(dtype).float() if has_bf16_pairs() else case.query
     want = expected(Case(query, key, value, *case[3:]), causal, **told)
@@ -167,6 +174,7 @@ LONG: list[dict[str, Any]] = [
     {},
     {"window": 600, "softcap": 2.0},
     {"chunk": 520, "sinks": True, "scale": 0.7},
+    {"window": 700, "slopes": True, "softcap": 2.0},
 ]
 either_cache = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 

@@ -123,6 +123,7 @@ SIZES += [
     ("GMG", {"mamba_state_size": 33, "mamba_num_groups": 4, "mamba_head_dim": 7, "time_step_limit": (0.1, 0.5)}),
     ("G-", {"mamba_state_size": 128, "parallel": "G-"}),
     ("**", {"attention_gate": True, "hidden_size": 33} | BIASES),
+    ("*-*", {"alibi_slopes": (0.5, 0.03, 0.1, 0.7), "num_key_value_heads": 4, "clip_qkv": 1.5}),
     ("**", LATENTS),
     ("**", LATENTS | {"q_lora_rank": 6, "hidden_size": 33, "attention_gate": True} | BIASES),
     ("**", LATENTS | {"head_dim": 18, "v_head_dim": 18, "qk_rope_head_dim": 6, "q_lora_rank": 300}),

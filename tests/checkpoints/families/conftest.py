@@ -100,7 +100,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
 }
 NAMES_OF_ITS_OWN = ("gpt2", "gpt_bigcode", "gptj", "codegen", "mpt")  # for what SIZES has
-NOT_IN_C = ("bloom", "mpt")  # ALiBi
 Edit = Callable[[dict[str, Any]], Any]
 
 
@@ -181,12 +180,6 @@ def family(request: pytest.FixtureRequest, open_family: Callable[..., Opened]) -
 @pytest.fixture(scope="session", params=[name for name in FAMILIES if name != "gpt_neo"])
 def maskable_family(request: pytest.FixtureRequest, open_family: Callable[..., Opened]) -> Opened:
     """Each family but GPT-Neo, whose layers in transformers make their masks themselves."""
-    return open_family(request.param, **FAMILIES[request.param])
-
-
-@pytest.fixture(scope="session", params=[name for name in FAMILIES if name not in NOT_IN_C])
-def native_family(request: pytest.FixtureRequest, open_family: Callable[..., Opened]) -> Opened:
-    """Each family that the C kernels run."""
     return open_family(request.param, **FAMILIES[request.param])
 
 

@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 
-import twotower
 from twotower.checkpoints.families.known import find_family
-from twotower.errors import SettingError
 
 BLOOM = {"n_layer": 2, "n_head": 4}
 MPT = {"d_model": 48, "n_heads": 4, "n_layers": 2}
@@ -49,10 +47,3 @@ def test_a_bias_of_another_size_makes_other_slopes() -> None:
     """As in MPT's own code: transformers reads `alibi_bias_max` and goes on with 8."""
     raw = MPT | {"model_type": "mpt", "attn_config": {"alibi_bias_max": 4}}
     assert find_family(raw).fields(raw)["alibi_slopes"] == (0.5, 0.25, 0.125, 0.0625)
-
-
-def test_c_says_that_it_lacks_alibi(open_family: Callable) -> None:
-    opened = open_family("bloom", **BLOOM)
-    assert "ALiBi" in opened.fastest.backends["context tower"].reason
-    with pytest.raises(SettingError, match=r"native lacks ALiBi \(alibi_slopes\)"):
-        twotower.load(opened.folder, backend="native")

@@ -79,8 +79,7 @@ def test_an_untrained_denoiser_is_the_backbone_that_sees_a_block_both_ways(
 
 
 @pytest.mark.skipif(library() is None, reason="this machine has no C compiler")
-def test_c_computes_what_the_reference_does(native_family: Any, close: Callable) -> None:
-    family = native_family
+def test_c_computes_what_the_reference_does(family: Any, close: Callable) -> None:
     choice = family.fastest.backends["context tower"]
     assert choice.name == "native", choice.reason
     start = 25

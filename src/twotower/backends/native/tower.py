@@ -71,8 +71,6 @@ def missing(config: TwoTowerConfig) -> str | None:
     """What a tower of this config needs that the C kernels don't have, None if they have everything."""
     kinds = {"S": "Mamba-1 layers", "R": "RG-LRU layers"}
     lacking = [f"{name} (layers of kind {kind})" for kind, name in kinds.items() if kind in config.pattern]
-    if config.alibi_slopes and "*" in config.pattern:
-        lacking.append("ALiBi (alibi_slopes)")
     return ", ".join(lacking) or None
 
 
@@ -326,7 +324,7 @@ def _tensors(config: TwoTowerConfig, layer: Layer, experts: dict[str, Tensor]) -
         turned = 0 if kind.rope_parameters is None else kind.rope_parameters.turned(config.head_dim)
         numbers |= {"positioning": mixer.index, "turned": turned, "attention_scale": mixer.scale}
         numbers |= {"window": kind.window or 0, "chunk": kind.chunk or 0}
-        found |= {"sinks": mixer.sinks}
+        found |= {"sinks": mixer.sinks, "slopes": torch.tensor(mixer.slopes) if mixer.slopes else None}
     elif isinstance(mixer, MLP):
         products = {"first": mixer.up_proj, "second": mixer.down_proj}
         found["alphas"] = None if mixer.alphas is None else F.softplus(mixer.alphas)

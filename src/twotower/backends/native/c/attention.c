@@ -52,6 +52,16 @@ static float scores(const float *q, float scale, const Segment *seg, long p, flo
     return top;
 }
 
+/* Scores of n keys side by side less slope * |distance|, where the query is `ahead` of the first; the largest of them */
+static float lean(float *scores, long n, float slope, long ahead) {
+    float top = -INFINITY;
+    for (long j = 0; j < n; j++) {
+        scores[j] -= slope * (float)labs(ahead - j);
+        top = scores[j] > top ? scores[j] : top;
+    }
+    return top;
+}
+
 /* `nv` vectors of the output, from float `first` on */
 INLINE void mix(const Segment *seg, long num, const float *weights, float inverse, long first, int nv, float *out) {
     vf acc[8];
@@ -68,8 +78,10 @@ INLINE void mix(const Segment *seg, long num, const float *weights, float invers
     for (int v = 0; v < nv; v++) store(out + first + v * VL, acc[v] * inverse);
 }
 
-static void attend(const float *q, const AttentionOptions *how, const float *sink, const Segment *seg, long num, long p,
+/* A query of a head, `ahead` of the first key that it sees */
+static void attend(const float *q, const AttentionOptions *how, long head, long ahead, const Segment *seg, long num, long p,
                    float *room, float *out) {
+    const float *sink = how->sinks ? how->sinks + head : 0;
     float top = -INFINITY;
     long total = 0;
     for (long k = 0; k < num; k++) {
@@ -87,6 +99,7 @@ static void attend(const float *q, const AttentionOptions *how, const float *sin
         }
         top = how->softcap * vtanh(splat(top / how->softcap))[0];
     }
+    if (how->slopes) top = lean(room, total, how->slopes[head], ahead);
     if (sink && *sink > top) top = *sink;
     vf mass = {0};
     for (long j = 0; j < total; j += VL) {
@@ -124,8 +137,8 @@ static int attend_alone(const AttentionPass *in, const AttentionOptions *how, lo
             const Span span = seen(in, how, row, i);
             if (!ready || is_tiled(in, span)) continue;
             const long num = segments(in, span, row, group, seg);
-            attend(in->query + row * in->query_batch + i * in->query_token + head * p, how,
-                   how->sinks ? how->sinks + head : 0, seg, num, p, room, in->out + ((row * s + i) * h + head) * p);
+            attend(in->query + row * in->query_batch + i * in->query_token + head * p, how, head,
+                   in->starts[row] + i - span.from, seg, num, p, room, in->out + ((row * s + i) * h + head) * p);
         }
         free(room);
         free(seg);

@@ -31,7 +31,7 @@ typedef struct {
                             * shared expert, if any */
     const float *taps, *conv_bias, *dt_bias, *A, *D, *gate_norm, *scales; /* M, G; the last two may be null */
     Norm q_norm, k_norm;                                         /* * */
-    const float *sinks;
+    const float *sinks, *slopes;
     long positioning, turned, window, chunk; /* which Positioning, RoPE's n, and as in AttentionOptions */
     double attention_scale, latent_eps;
     Product gate, q_latent, kv_latent, kv_expand; /* without weights where there is no gate, and no such latent */
@@ -91,11 +91,11 @@ typedef struct {
 /* How a layer's queries see keys. With a `window`, the query at position i sees the keys at distances below it, with a
  * `chunk` those of positions with the same i / chunk; 0 is for neither. Its scores are query . key * scale, and with a
  * `softcap` c that is not 0, c tanh(score / c). `sinks` (heads), which may be null, are scores that join the softmax
- * without a value. */
+ * without a value; with `slopes` (heads), unless null, slope * |distance| is subtracted from a score. */
 typedef struct {
     long window, chunk;
     float scale, softcap;
-    const float *sinks;
+    const float *sinks, *slopes;
 } AttentionOptions;
 
 /* Queries (b, s, heads, p) over past keys and values (b, kv heads, t, p) and, unless causal, over a block's own

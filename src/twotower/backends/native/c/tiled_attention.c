@@ -147,8 +147,12 @@ INLINE void pack_values(const Plan *plan, const Tile *tile, long n, int bf16) {
 /* `what` is one of the two above; constants make a loop for each type */
 #define PACK(what, plan, tile, n) (plan)->in->bf16 ? what(plan, tile, n, 1) : what(plan, tile, n, 0)
 
-/* A lane's scores become weights, zeros outside of [from, to) of n; returns the mass and the largest score */
-static void weigh(float *scores, long n, long from, long to, const AttentionOptions *how, float *mass, float *top) {
+INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
+
+/* A lane's scores become weights, zeros outside of [from, to) of n; returns the mass and the largest score. The query is
+ * `ahead` of the first place, and `slope` is ALiBi's or 0. */
+static void weigh(float *scores, long n, long from, long to, const AttentionOptions *how, float slope, long ahead, float *mass,
+                  float *top) {
     const long first = from / VL * VL, last = (to + VL - 1) / VL * VL;
     vi place;
     for (int i = 0; i < VL; i++) place[i] = i;
@@ -156,6 +160,7 @@ static void weigh(float *scores, long n, long from, long to, const AttentionOpti
     for (long j = first; j < last; j += VL) {
         vf x = load(scores + j) * how->scale;
         if (how->softcap) x = how->softcap * vtanh(x / how->softcap);
+        if (slope != 0) x -= slope * magnitude((float)(ahead - j) - __builtin_convertvector(place, vf));
         if (j < from || j + VL > to) {
             const vi is = (place + (int)j >= (int)from) & (place + (int)j < (int)to);
             x = (vf)(((vi)x & is) | ((vi)splat(-INFINITY) & ~is));
@@ -220,6 +225,7 @@ static int mix(const Plan *plan, Tile *tile, long n, float *parts) {
 static int attend_to(const Plan *plan, Tile *tile, long index, float *parts) {
     const long p = plan->in->p, lanes = tile->num_lanes;
     const long low = index * KEYS, high = low + KEYS;
+    const float *slopes = plan->how->slopes;
     long from = high, to = low;
     for (long m = 0; m < lanes; m++) {
         const Span span = tile->lanes[m].span;
@@ -238,7 +244,8 @@ static int attend_to(const Plan *plan, Tile *tile, long index, float *parts) {
         const long first = span.from > base ? span.from - base : 0, last = span.to < end ? span.to - base : n;
         float *scores = tile->scores + m * KEYS, *part = parts + m * (p + 2);
         if (first < last)
-            weigh(scores, n, first, last, plan->how, part + p, part + p + 1);
+            weigh(scores, n, first, last, plan->how, slopes ? slopes[tile->lanes[m].head] : 0,
+                  plan->in->starts[tile->row] + tile->lanes[m].query - base, part + p, part + p + 1);
         else
             memset(scores, 0, n * sizeof(float));
     }

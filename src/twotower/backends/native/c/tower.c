@@ -174,7 +174,7 @@ static int attention(const TowerShape *t, const LayerWeights *l, const TowerPass
         .starts = in->starts, .ends = in->widths, .out = room->widest,
     };
     const AttentionOptions how = {
-        .window = l->window, .chunk = l->chunk, .scale = (float)l->attention_scale, .softcap = (float)t->softcap, .sinks = l->sinks,
+        .window = l->window, .chunk = l->chunk, .scale = (float)l->attention_scale, .softcap = (float)t->softcap, .sinks = l->sinks, .slopes = l->slopes,
     };
     return tt_attention(&pass, &how) || leave_attention(t, l, in, room);
 }
