@@ -127,18 +127,32 @@ def test_an_answer_that_may_be_a_call_is_that_or_follows_its_format(client, byte
     assert choice.finish_reason == ("stop" if content else "tool_calls")
 
 
-def test_a_thousand_tools_are_told_apart(client):
-    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": SHORT}} for i in range(1000)]
-    choice = {"type": "function", "function": {"name": "f517"}}
-    answer = client.chat.completions.create(
-        model="tiny",
-        messages=[USER],
-        tools=tools,
-        tool_choice=choice,
-        max_tokens=200,
-        extra_body={"truncate_prompt_tokens": 20},
+@pytest.mark.slow
+@pytest.mark.parametrize("parser", PARSERS)
+def test_a_thousand_tools_are_told_apart(clients, parser):
+    names = [f"f{i}" for i in range(1000)]
+    tools = [{"type": "function", "function": {"name": name, "parameters": SHORT}} for name in names]
+    named = {"type": "function", "function": {"name": "f517"}}
+    for choice, possible in ((named, ["f517"]), ("required", names)):
+        extra = {"truncate_prompt_tokens": 20, "mode": "ar", "seed": 3}
+        settings = {"tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 400, "extra_body": extra}
+        answer = clients[parser].chat.completions.create(model="tiny", messages=[USER], tools=tools, **settings)
+        [call] = answer.choices[0].message.tool_calls
+        assert call.function.name in possible
+
+
+@pytest.mark.slow
+def test_more_tools_than_a_grammar_has_room_for_are_refused_in_a_sentence(client):
+    def schema(i):
+        return {"type": "object", "properties": {f"p{i}_{k}": {"type": "string"} for k in range(12)}}
+
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": schema(i)}} for i in range(1000)]
+    body = {"messages": [USER], "tools": tools, "tool_choice": "required", "truncate_prompt_tokens": 20}
+    error = httpx.post(f"{client.base_url}chat/completions", json=body, timeout=60).json()["error"]
+    assert error["param"] == "tool_choice"
+    assert error["message"] == (
+        'tool_choice is "required", must be a constraint that llguidance can follow (it is too large); correct it'
     )
-    assert [call.function.name for call in answer.choices[0].message.tool_calls] == ["f517"]
 
 
 def test_a_schema_may_refer_to_itself(client):

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 # Allow only one spacing: an unsure model would fill its answer with the optional blanks of JSON.
 _JSON_STYLE: "JsonCompileOptions" = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_TOO_LARGE = "panic: assertion failed: grammar.symbols.len() < u16::MAX as usize - 10"
 # What llguidance says -> what it means
-_PROBLEMS = {"NoExtensionBias": "no text matches it"}
+_PROBLEMS = {"NoExtensionBias": "no text matches it", _TOO_LARGE: "it is too large"}
 # Most characters that an error shows of what llguidance says, which may have the whole constraint in it.
 _MOST_SAID = 300
 # Most characters of a grammar in GBNF, which are translated in Python, about a million a second.

@@ -49,6 +49,7 @@ HERMES = [
     ('<tool_call>{"name": "add", "arguments": "{\\"x\\": 1}"}</tool_call>', "", [ADD]),
     ('<tool_call>{"name": "add", "parameters": {"x": 1}}</tool_call>', "", [ADD]),
     ('<tool_call>{"name": "find"}</tool_call>', "", [FIND]),
+    ('<tool_call>[{"name": "find"}, {"name": "add", "arguments": {"x": 1}}]</tool_call>', "", [FIND, ADD]),
     ('<tool_call>{"name": "other", "arguments": {}}</tool_call>', "", [Call("other", "{}")]),
     (
         '<tool_call>{"name": "add", "arguments": {"x": "}</tool_call>\\"{é🎉"}}</tool_call>',

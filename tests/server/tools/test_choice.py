@@ -45,7 +45,7 @@ def test_a_name_is_enough():
     ("name", "written", "forced"),
     [
         ("mistral", "[TOOL_CALLS]", 'calls: "[TOOL_CALLS]" "["'),
-        ("mistral", "[TOOL_CALLS] [ARGS]", 'call0: "f" "[ARGS]"'),
+        ("mistral", "[TOOL_CALLS] [ARGS]", 'call: "[TOOL_CALLS]" ("f" "[ARGS]" arguments0)'),
         ("json", "<TOOLCALL>", 'calls: "<TOOLCALL>" "["'),
         ("json", "tools", 'calls: "["'),
     ],

@@ -1,7 +1,7 @@
 """Grammars in llguidance's Lark that hold an answer to calls of given functions."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twotower.server.tools.calls import Functions
@@ -44,12 +44,23 @@ def grammar(calls: str, schema: Mapping[str, Any] | None) -> str:
 
 def json_call(functions: Functions, key: str) -> str:
     """The rule `call`, a JSON object with a function's name and, under `key`, its arguments."""
-    rules = [f"call: {' | '.join(f'call{i}' for i in range(len(functions)))}\n"]
-    for i, (name, schema) in enumerate(functions.items()):
+    arguments, rules = distinct("arguments", functions, lambda rule, own: schema_rule(rule, arguments_schema(own)))
+    calls = []
+    for name, rule in arguments.items():
         opening = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": '
-        rules.append(f"call{i}: {literal(opening)} arguments{i} {literal('}')}\n")
-        rules.append(schema_rule(f"arguments{i}", arguments_schema(schema)))
-    return "".join(rules)
+        calls.append(f"{literal(opening)} {rule} {literal('}')}")
+    return f"call: {' | '.join(calls)}\n{rules}"
+
+
+def distinct(
+    rule: str, functions: Functions, make: Callable[[str, Mapping[str, Any]], str]
+) -> tuple[dict[str, str], str]:
+    """The name of each function's rule and the rules, which `make` makes of a name and a schema: one for all functions
+    of the same schema, because a grammar has room for some thousand."""
+    texts = {name: json.dumps(schema) for name, schema in functions.items()}
+    rules = {text: f"{rule}{i}" for i, text in enumerate(dict.fromkeys(texts.values()))}
+    made = {rules[text]: make(rules[text], functions[name]) for name, text in texts.items()}
+    return {name: rules[text] for name, text in texts.items()}, "".join(made.values())
 
 
 def repeated(call: str, between: str, *, many: bool) -> str:

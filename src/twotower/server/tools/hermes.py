@@ -30,7 +30,7 @@ class Hermes:
         start = skip_blanks(text, len(OPEN))
         if start == len(text):
             return None
-        end = brackets.end(text, start) if text[start] == "{" else start
+        end = brackets.end(text, start) if text[start] in "{[" else start
         if end is None:
             return None
         calls = calls_in(load(text[start:end]))

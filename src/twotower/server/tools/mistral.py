@@ -15,7 +15,7 @@ from twotower.server.tools.calls import (
     skip_blanks,
     written,
 )
-from twotower.server.tools.grammar import arguments_schema, json_call, literal, repeated, schema_rule
+from twotower.server.tools.grammar import arguments_schema, distinct, json_call, literal, repeated, schema_rule
 
 _OPEN, _ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 # What stands between the first mark and the arguments.
@@ -64,12 +64,9 @@ class Mistral:
         if not self._named:
             calls = f"{literal('[')} {repeated('call', ', ', many=many)} {literal(']')}"
             return f"calls: {mark(_OPEN)} {calls}\n{json_call(functions, 'arguments')}"
-        calls = " | ".join(f"call{i}" for i in range(len(functions)))
-        rules = [f"calls: call{'+' if many else ''}\n", f"call: {mark(_OPEN)} ({calls})\n"]
-        for i, (name, schema) in enumerate(functions.items()):
-            rules.append(f"call{i}: {literal(name)} {mark(ARGS)} arguments{i}\n")
-            rules.append(schema_rule(f"arguments{i}", arguments_schema(schema)))
-        return "".join(rules)
+        arguments, rules = distinct("arguments", functions, lambda rule, own: schema_rule(rule, arguments_schema(own)))
+        calls = " | ".join(f"{literal(name)} {mark(ARGS)} {rule}" for name, rule in arguments.items())
+        return f"calls: call{'+' if many else ''}\ncall: {mark(_OPEN)} ({calls})\n{rules}"
 
     def write(self, calls: Sequence[Call]) -> str:
         if self._named:

@@ -19,7 +19,7 @@ from twotower.server.tools.calls import (
     load,
     skip_blanks,
 )
-from twotower.server.tools.grammar import literal, repeated, schema_rule
+from twotower.server.tools.grammar import distinct, literal, repeated, schema_rule
 from twotower.server.tools.hermes import CLOSE, OPEN
 
 _FUNCTION, _END = "<function=", "</function>"
@@ -58,12 +58,12 @@ class FunctionXml:
         return None if last is None else Found(found.calls, last)
 
     def grammar(self, functions: Functions, mark: Mark, *, many: bool) -> str:
-        calls = " | ".join(f"call{i}" for i in range(len(functions)))
-        rules = [f"calls: {repeated('marked', _LINE, many=many)}\n", f"marked: {mark(OPEN)} ({calls}) {mark(CLOSE)}\n"]
-        rules.append(f"text[suffix={literal(_LINE + _PARAMETER_END)}]: /(?s:.*)/\n")
-        for i, (name, schema) in enumerate(functions.items()):
-            rules += _call_rules(f"call{i}", name, schema)
-        return "".join(rules)
+        bodies, rules = distinct("body", functions, _body_rules)
+        calls = " | ".join(f"{literal(f'{_FUNCTION}{name}>')} {body}" for name, body in bodies.items())
+        start = f"calls: {repeated('marked', _LINE, many=many)}\n"
+        marked = f"marked: {mark(OPEN)} {_NEWLINE} ({calls}) {_NEWLINE} {mark(CLOSE)}\n"
+        text = f"text[suffix={literal(_LINE + _PARAMETER_END)}]: /(?s:.*)/\n"
+        return start + marked + text + rules
 
     def write(self, calls: Sequence[Call]) -> str:
         return "\n".join(f"{OPEN}\n{_written(call)}\n{CLOSE}" for call in calls)
@@ -162,8 +162,8 @@ def _value(written: str, types: frozenset[str]) -> Any:
     return value if fits and kind != "string" and dump(value) is not None else written
 
 
-def _call_rules(rule: str, name: str, schema: Mapping[str, Any]) -> list[str]:
-    """Rules for a call of a function, its parameters in the schema's order."""
+def _body_rules(rule: str, schema: Mapping[str, Any]) -> str:
+    """Rules for what is behind a function's name: its parameters in the schema's order."""
     properties, required = schema.get("properties"), schema.get("required")
     parts, rules = [], []
     for i, (key, own) in enumerate(properties.items() if isinstance(properties, Mapping) else ()):
@@ -171,9 +171,7 @@ def _call_rules(rule: str, name: str, schema: Mapping[str, Any]) -> list[str]:
         rules.append(f"{part}: {literal(f'{_PARAMETER}{key}>')} {_NEWLINE} {part}v {_NEWLINE}\n")
         rules.append(_value_rule(f"{part}v", own, schema))
         parts.append(part if isinstance(required, list) and key in required else f"{part}?")
-    opening, closing = literal(f"{_FUNCTION}{name}>"), literal(_END)
-    body = " ".join((_NEWLINE, opening, _NEWLINE, *parts, closing, _NEWLINE))
-    return [f"{rule}: {body}\n", *rules]
+    return f"{rule}: {' '.join((_NEWLINE, *parts, literal(_END)))}\n{''.join(rules)}"
 
 
 def _value_rule(rule: str, schema: Any, root: Mapping[str, Any]) -> str:
