@@ -35,10 +35,18 @@ _ANTHROPIC_KINDS = {
     413: "request_too_large",
     429: "rate_limit_error",
 }
-# Where the protocol of a path has other names for fields of chats.
+# Where the protocol of a path has other names for fields of chats, as regular expressions.
 _OTHER_NAMES = {
-    "/v1/responses": {"max_tokens": "max_output_tokens", "response_format": "text.format", "messages": "input"},
-    _ANTHROPIC_PATH: {"response_format": "output_config.format"},
+    "/v1/responses": (
+        ("max_tokens", "max_output_tokens"),
+        ("response_format", "text.format"),
+        ("messages", "input"),
+        (r"(tools\.\d+)\.function\.parameters", r"\1.parameters"),
+    ),
+    _ANTHROPIC_PATH: (
+        ("response_format", "output_config.format"),
+        (r"(tools\.\d+)\.function\.parameters", r"\1.input_schema"),
+    ),
 }
 # Most characters of a value that a message shows.
 _SHOWN = 200
@@ -87,9 +95,11 @@ def error_response(
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """An error of a request to `path`."""
-    other = next((names.get(param or "") for part, names in _OTHER_NAMES.items() if part in path), None)
-    if other is not None:
-        message, param = re.sub(rf"\b{param}\b", other, message, count=1), other
+    names = next((names for part, names in _OTHER_NAMES.items() if part in path), ())
+    for name, other in names:
+        if re.fullmatch(name, param or ""):
+            message, param = re.sub(rf"\b{name}\b", other, message, count=1), re.sub(name, other, param or "")
+            break
     is_anthropic = _ANTHROPIC_PATH in path
     made = anthropic_body(status, message) if is_anthropic else body(status, message, param, code)
     return JSONResponse(made, status, headers)

@@ -90,6 +90,11 @@ def test_a_message_of_the_assistant_at_the_end_is_gone_on_with(claude):
     assert claude.messages.create(**ask(messages=said, max_tokens=2)).content[0].text == "ab"
 
 
+def test_the_model_is_listed(claude):
+    assert [model.id for model in claude.models.list()] == ["tiny"]
+    assert claude.models.retrieve("tiny").id == "tiny"
+
+
 def test_tokens_are_counted(claude):
     said = {"model": "tiny", "messages": [USER], "system": "be kind"}
     count = claude.messages.count_tokens(**said).input_tokens

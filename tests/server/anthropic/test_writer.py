@@ -67,6 +67,27 @@ def test_a_choice_says_what_may_be_called(claude, settings, found):
     assert blocks(claude.messages.create(**asked(f"{ADD}{FIND}", tools=TOOLS, **settings))) == found
 
 
+SHORT = {"type": "object", "properties": {"unit": {"enum": ["°C", "K"]}}, "required": ["unit"]}
+NAMED = {"type": "tool", "name": "measure"}
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, NAMED, {"type": "any", "disable_parallel_tool_use": True}])
+def test_a_call_may_be_demanded(claude, choice):
+    tools = [{"name": "measure", "input_schema": SHORT}]
+    request = {"model": "tiny", "max_tokens": 500, "messages": [USER], "tools": tools, "tool_choice": choice}
+    message = claude.messages.create(**request, extra_body={"mode": "ar"})
+    assert message.content[0].name == "measure"
+    assert message.content[0].input["unit"] in ("°C", "K")
+    if choice != {"type": "any"}:  # where several calls may come, a random model makes them until it is cut
+        assert (len(message.content), message.stop_reason) == (1, "tool_use")
+
+
+def test_a_schema_that_no_call_can_follow_is_named(claude):
+    tools = [{"name": "measure", "input_schema": {"type": "object", "properties": {"x": {"type": "no"}}}}]
+    with pytest.raises(anthropic.BadRequestError, match=r"'tools\.0\.input_schema is"):
+        claude.messages.create(model="tiny", max_tokens=9, messages=[USER], tools=tools, tool_choice={"type": "any"})
+
+
 def test_an_answer_cut_in_a_call_ends_with_max_tokens(claude):
     message = claude.messages.create(**asked(ADD, tools=TOOLS) | {"max_tokens": 20})
     assert (blocks(message), message.stop_reason) == ([("text", ADD[:20])], "max_tokens")

@@ -92,6 +92,29 @@ def test_a_choice_says_what_may_be_called(client, settings, found):
     assert [tool.name for tool in response.tools] == ["add", "find"]
 
 
+SHORT = {"type": "object", "properties": {"unit": {"enum": ["°C", "K"]}}, "required": ["unit"]}
+NAMED = {"type": "function", "name": "measure"}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED, {"type": "allowed_tools", "mode": "required", "tools": [NAMED]}])
+def test_a_call_may_be_demanded(client, choice):
+    tools = [{"type": "function", "name": "measure", "parameters": SHORT}]
+    request = {"model": "tiny", "input": "hi", "tools": tools, "tool_choice": choice, "max_output_tokens": 500}
+    response = client.responses.create(**request, parallel_tool_calls=False, extra_body={"mode": "ar"})
+    [call] = response.output
+    assert (response.status, call.name) == ("completed", "measure")
+    assert json.loads(call.arguments)["unit"] in ("°C", "K")
+
+
+def test_a_schema_that_no_call_can_follow_is_named(client):
+    schema = {"type": "object", "properties": {"x": {"type": "no"}}}
+    tools = [{"type": "function", "name": "measure", "parameters": schema}]
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.responses.create(model="tiny", input="hi", tools=tools, tool_choice="required")
+    assert raised.value.param == "tools.0.parameters"
+    assert raised.value.body["message"].startswith("tools.0.parameters is")
+
+
 def test_a_response_and_the_outputs_of_its_calls_are_sent_back(client):
     said = [{"role": "user", "content": "hi"}]
     first = client.responses.create(**asked(f"<think>hm</think>ok{ADD}", input=said))
