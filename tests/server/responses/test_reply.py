@@ -85,7 +85,13 @@ class City(pydantic.BaseModel):
 def test_an_answer_is_parsed(obedient_url):
     pytest.importorskip("llguidance")
     client = openai.OpenAI(base_url=f"{obedient_url}/v1", api_key="none", max_retries=0)
-    request = {"model": "tiny", "input": "a", "max_output_tokens": 200, "temperature": 0}
+    request = {
+        "model": "tiny",
+        "input": "a",
+        "max_output_tokens": 200,
+        "temperature": 0,
+        "reasoning": {"effort": "none"},
+    }
     schema = {"type": "object", "properties": {"name": {"enum": ["Ulm"]}}, "required": ["name"]}
     format = {"type": "json_schema", "name": "city", "schema": schema | {"additionalProperties": False}}
     answer = client.responses.create(**request, text={"format": format})
