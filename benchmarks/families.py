@@ -9,8 +9,8 @@ for attention to be sharp and for every norm and bias to count, as float32:
   largest logit, by PyTorch; and `native`, by the C backend, or what that lacks.
 - `verified is ar`: whether mode `verified` writes the 24 tokens that `ar` writes, after 5 and after 40 tokens.
 - `gguf`: the difference of a GGUF file of the same weights, written as llama.cpp's converter writes it; where the
-  format has no words for a setting, of a model with another one (`IN_FILES`). "no" where `init` does not open the
-  architecture.
+  format has no words for a setting, of a model with another one (`IN_FILES`). "no" where llama.cpp does not have the
+  family or the setting.
 """
 
 import argparse

@@ -130,6 +130,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "ministral3": {"head_dim": 16, "rope_parameters": YARN | MSCALE},
     "llama4_text": {"head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 3, "num_experts_per_tok": 2}
     | {"interleave_moe_layer_step": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "phi": {"partial_rotary_factor": 0.5, "num_key_value_heads": 4, "intermediate_size": 128},
+    "bloom": {"n_layer": 2, "n_head": 4, "seq_length": 32},
+    "bloom six": {"n_layer": 2, "n_head": 6, "hidden_size": 48, "seq_length": 48},
+    "mpt": {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 64, "attn_config": {"clip_qkv": 0.5}},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 3, "moe_topk": 2},
     "qwen3_5_moe_text": DELTA | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 

@@ -128,6 +128,31 @@ def _starcoder2(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
     return own | {"model_type": "starcoder2", "sliding_window": None}
 
 
+def _bloom(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = {"n_layer": raw["num_hidden_layers"], "n_head": raw["num_attention_heads"]}
+    return {"model_type": "bloom", "layer_norm_epsilon": raw["layer_norm_eps"]} | sizes
+
+
+def _mpt(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
+    width = raw["hidden_size"]
+    if raw["intermediate_size"] % width:
+        raise file.wrong("feed_forward_length", f"a multiple of the width {width}")
+    attention = {
+        "alibi": file.number("attention.max_alibi_bias", 0.0) > 0,
+        "alibi_bias_max": file.number("attention.max_alibi_bias", 0.0) or None,
+        "clip_qkv": file.number("attention.clamp_kqv", 0.0) or None,
+    }
+    return {
+        "model_type": "mpt",
+        "d_model": width,
+        "n_heads": raw["num_attention_heads"],
+        "n_layers": raw["num_hidden_layers"],
+        "expansion_ratio": raw["intermediate_size"] // width,
+        "layer_norm_epsilon": raw["layer_norm_eps"],
+        "attn_config": attention,
+    }
+
+
 def _falcon(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
     """All have their KV heads as the newer models do, and blocks with one norm or two."""
     return {
@@ -237,6 +262,42 @@ _FALCON_REST: dict[str, Undo] = {
     "output_norm": "transformer.ln_f",
     "output": "lm_head",
 }
+_BLOOM: dict[str, Undo] = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": side_by_side("self_attention.query_key_value"),
+    "attn_output": "self_attention.dense",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
+_BLOOM_REST: dict[str, Undo] = {
+    "token_embd": "transformer.word_embeddings",
+    "token_embd_norm": "transformer.word_embeddings_layernorm",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+}
+_MPT: dict[str, Undo] = {
+    "attn_norm": "norm_1",
+    "attn_qkv": "attn.Wqkv",
+    "attn_output": "attn.out_proj",
+    "ffn_norm": "norm_2",
+    "ffn_up": "ffn.up_proj",
+    "ffn_down": "ffn.down_proj",
+}
+_MPT_REST: dict[str, Undo] = {
+    "token_embd": "transformer.wte",
+    "output_norm": "transformer.norm_f",
+    "output": "lm_head",
+}
+_PHI: dict[str, Undo] = {
+    "attn_output": "self_attn.dense",
+    "ffn_up": "mlp.fc1",
+    "ffn_down": "mlp.fc2",
+}
+HUNYUAN: dict[str, Undo] = {
+    "attn_q_norm": "self_attn.query_layernorm",
+    "attn_k_norm": "self_attn.key_layernorm",
+}
 _STABLELM: dict[str, Undo] = {
     "attn_q_norm": each("self_attn.q_layernorm.norms.{}"),
     "attn_k_norm": each("self_attn.k_layernorm.norms.{}"),
@@ -255,6 +316,7 @@ _STARCODER2: dict[str, Undo] = {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 _APERTUS: dict[str, Undo] = {"attn_norm": "attention_layernorm", "ffn_norm": "feedforward_layernorm"}
 _GEMMA1: dict[str, Undo] = _GEMMA | {"ffn_norm": less_one("post_attention_layernorm")}
 _LESS_ONE_REST: dict[str, Undo] = REST | {"output_norm": less_one("model.norm")}
+_ALIBI = ("attention.max_alibi_bias", "attention.clamp_kqv")
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 DENSE: Mapping[str, Architecture] = {
@@ -284,6 +346,14 @@ DENSE: Mapping[str, Architecture] = {
     "nemotron": Architecture(settings=_nemotron, block=BLOCK | _NEMOTRON, rest=_LESS_ONE_REST, reads=PARTIAL),
     "starcoder": Architecture(settings=_gpt_bigcode, block=_GPT_BIGCODE, rest=_GPT2_REST, layers="transformer.h"),
     "starcoder2": Architecture(settings=_starcoder2, block=BLOCK | _STARCODER2),
+    "bloom": Architecture(settings=_bloom, block=_BLOOM, rest=_BLOOM_REST, layers="transformer.h", rotates=False),
+    "mpt": Architecture(
+        settings=_mpt, block=_MPT, rest=_MPT_REST, layers="transformer.blocks", reads=_ALIBI, rotates=False
+    ),
+    "phi2": Architecture(
+        settings=plain("phi"), block=BLOCK | _PHI, rest=REST | {"output_norm": "model.final_layernorm"}, reads=PARTIAL
+    ),
+    "hunyuan-dense": Architecture(settings=plain("hunyuan_v1_dense"), block=BLOCK | HUNYUAN),
     "falcon": Architecture(settings=_falcon, block=_FALCON, rest=_FALCON_REST, layers="transformer.h"),
     "gpt2": Architecture(settings=_gpt2, block=_GPT2_BLOCK, rest=_GPT2_REST, layers="transformer.h"),
     "gptneox": Architecture(

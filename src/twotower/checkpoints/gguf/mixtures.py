@@ -17,7 +17,7 @@ from twotower.checkpoints.gguf.architecture import (
     experts,
     windows,
 )
-from twotower.checkpoints.gguf.dense import granite
+from twotower.checkpoints.gguf.dense import HUNYUAN, granite
 from twotower.checkpoints.gguf.names import Joined, Undo, blocks, each, nothing, row, whole
 from twotower.checkpoints.gguf.reader import GgufFile
 
@@ -58,6 +58,13 @@ def _llama4(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
         "moe_layers": blocks(file, "ffn_gate_inp"),
         "use_qk_norm": found["num_local_experts"] != _NOT_NORMED,
     }
+
+
+def _hunyuan(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
+    found = experts(file)
+    if shared_width(file) != found["intermediate_size"]:
+        raise file.wrong("expert_shared_feed_forward_length", f"{found['intermediate_size']}, as wide as other experts")
+    return found | {"model_type": "hunyuan_v1_moe", "moe_topk": found["num_experts_per_tok"]}
 
 
 def qwen_experts(file: GgufFile, raw: Mapping[str, Any], *, normalise: bool) -> dict[str, Any]:
@@ -221,6 +228,12 @@ _LLAMA4: dict[str, Undo] = {
     "ffn_up_shexp": "feed_forward.shared_expert.up_proj",
     "ffn_down_shexp": "feed_forward.shared_expert.down_proj",
 }
+_HUNYUAN: dict[str, Undo] = {
+    "ffn_gate_inp": "mlp.gate.wg",
+    "ffn_gate_shexp": "mlp.shared_mlp.gate_proj",
+    "ffn_up_shexp": "mlp.shared_mlp.up_proj",
+    "ffn_down_shexp": "mlp.shared_mlp.down_proj",
+}
 
 MIXTURES: Mapping[str, Architecture] = {
     "llama": Architecture(settings=_llama, block=BLOCK | TURNED | EXPERTS | _MIXTRAL, reads=WINDOW + MIXES),
@@ -229,6 +242,7 @@ MIXTURES: Mapping[str, Architecture] = {
         block=BLOCK | TURNED | EXPERTS | _MIXTRAL,
         reads=("attention.temperature_scale", *MIXES),
     ),
+    "hunyuan-moe": Architecture(settings=_hunyuan, block=BLOCK | EXPERTS | HUNYUAN | _HUNYUAN, reads=MIXES),
     "llama4": Architecture(settings=_llama4, block=BLOCK | _LLAMA4, reads=MIXES),
     "qwen2moe": Architecture(settings=_qwen2_moe, block=BLOCK | EXPERTS, reads=MIXES),
     "qwen3moe": Architecture(settings=_qwen3_moe, block=BLOCK | EXPERTS, reads=MIXES),
