@@ -68,7 +68,7 @@ class Served(NamedTuple):
 @contextlib.contextmanager
 def serving(app: FastAPI) -> Iterator[Served]:
     """Serves on a free port of loopback until left."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=20))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_config=None, timeout_graceful_shutdown=20))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

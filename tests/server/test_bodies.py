@@ -9,6 +9,8 @@ import pytest
 
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
+from twotower.server.config import ServerConfig
+from twotower.server.lifecycle import uvicorn_settings
 
 ASK = {"model": "tiny", "prompt": "ab", "max_tokens": 6, "temperature": 0, "mode": "ar"}
 SENT = json.dumps(ASK).encode()
@@ -75,20 +77,29 @@ def chunks(body):
     [
         (b"1.0", b"Content-Length: %d" % len(SENT), SENT),
         (b"1.1", b"Transfer-Encoding: chunked", chunks(SENT) + b"0\r\n\r\n"),
+        (
+            b"1.1",
+            b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\nTransfer-Encoding: chunked",
+            chunks(SENT) + b"0\r\n\r\n",
+        ),
         (b"1.1", b"Expect: 100-continue\r\nContent-Length: %d" % len(SENT), SENT),
     ],
 )
-def test_http_as_old_and_plain_clients_speak_it(url, http, version, headers, body):
+def test_http_as_all_kinds_of_clients_speak_it(url, http, version, headers, body):
+    """The third is Java's, which offers HTTP/2 in every request."""
     expected = text(http.post("/v1/completions", json=ASK))
     host, port = url.removeprefix("http://").split(":")
-    head = (
-        b"POST /v1/completions HTTP/%s\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n" % version
-    )
+    head = b"POST /v1/completions HTTP/%s\r\nHost: x\r\nContent-Type: application/json\r\n" % version
+    head += b"Connection: close%s\r\n" % (b", Upgrade, HTTP2-Settings" if b"h2c" in headers else b"")
     with socket.create_connection((host, int(port)), timeout=30) as sent:
         sent.sendall(head + headers + b"\r\n\r\n" + body)
         answer = b"".join(iter(lambda: sent.recv(1 << 16), b""))
     assert b" 200 OK\r\n" in answer
     assert json.loads(answer[answer.index(b"{") :])["choices"][0]["text"] == expected
+
+
+def test_the_parser_that_loses_bodies_is_not_taken_where_it_is_installed(app):
+    assert uvicorn_settings(app, ServerConfig()).http == "h11"
 
 
 @pytest.mark.parametrize(

@@ -84,18 +84,25 @@ def run(app: FastAPI, engine: AsyncEngine, config: ServerConfig) -> None:
     if config.host not in _LOOPBACK and not config.api_keys:
         message = "%s is reachable from other machines and there is no API key: anyone may use this server"
         logger.warning(message, config.host)
-    settings = uvicorn.Config(
+    engine.start()
+    try:
+        _AnnouncedServer(uvicorn_settings(app, config), engine, config.default_mode).run()
+    finally:
+        engine.close()
+
+
+def uvicorn_settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    return uvicorn.Config(
         app,
         host=config.host,
         port=config.port,
+        # Where httptools is installed, uvicorn would take that, which loses the body of a request that offers HTTP/2,
+        # as every one of Java's HttpClient does.
+        http="h11",
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=config.shutdown_seconds,
     )
-    engine.start()
-    try:
-        _AnnouncedServer(settings, engine, config.default_mode).run()
-    finally:
-        engine.close()
