@@ -227,3 +227,33 @@ def test_a_forced_call_is_written_with_the_control_tokens(marked):
     ).choices[0]
     assert choice.model_extra["token_ids"][:6] == [260, *(4 + byte for byte in b"find"), 261]
     assert choice.message.tool_calls[0].function.name == "find"
+
+
+@pytest.fixture(scope="module")
+def thinking(tiny, byte_tokenizer, serve):
+    """A client of a model that thinks before it answers, until token 261."""
+    tokenizer = tokenizers.Tokenizer.from_str(byte_tokenizer.to_str())
+    tokenizer.add_special_tokens(["<think>", "</think>"])
+    model = tiny("M*-E", vocab_size=262, eos_token_id=2, block_size=8)
+    model.tokenizer = tokenizer
+    engine = AsyncEngine(model).start()
+    template = ChatTemplate("{{ messages[-1].content }}{{ tools | tojson if tools }}<think>{#</think><tool_call>#}", {})
+    with serve(make_app(engine, ServerConfig(model_names=("tiny",), max_context=1000), template)) as served:
+        yield openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    engine.close()
+
+
+def test_a_call_that_must_be_made_comes_behind_the_reasoning(thinking):
+    settings = {"tools": [FIND], "tool_choice": "required", "parallel_tool_calls": False, "logit_bias": {261: 2}}
+    answer = thinking.chat.completions.create(model="tiny", messages=[USER], seed=1, max_tokens=800, **settings)
+    message = answer.choices[0].message
+    assert message.model_extra["reasoning_content"]
+    assert [call.function.name for call in message.tool_calls] == ["find"]
+    assert message.content is None
+
+
+def test_a_schema_is_named_behind_reasoning_too(thinking):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"allOf": 3}}}]
+    body = {"messages": [USER], "tools": tools, "tool_choice": "required"}
+    response = httpx.post(f"{thinking.base_url}chat/completions", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tools.0.function.parameters")

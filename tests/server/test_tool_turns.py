@@ -67,13 +67,16 @@ def test_tools_are_described_even_before_an_answer_alone():
     assert (described.role, answer.content) == ("user", "a")
 
 
-def test_mistrals_templates_see_ids_of_nine_characters():
+@pytest.mark.parametrize("check", ["!= 9", "< 9"])
+def test_mistrals_templates_see_ids_of_nine_characters(check):
     turns = [
         Turn("assistant", "", {"tool_calls": [CALL, {"function": {"name": "f"}}, CALL | {"id": "abcDEF123"}]}),
         Turn("tool", "2", {"tool_call_id": "call_1"}),
         Turn("tool", "2"),
     ]
-    [answer, result, other] = with_short_ids(turns, ChatTemplate("{% if tool_call.id|length != 9 %}{% endif %}", {}))
+    [answer, result, other] = with_short_ids(
+        turns, ChatTemplate("{% if tool_call.id|length " + check + " %}{% endif %}", {})
+    )
     first, second, third = (call["id"] for call in answer.more["tool_calls"])
     assert len(first) == len(second) == 9
     assert third == "abcDEF123"

@@ -17,8 +17,8 @@ _TOLD = (
     "Its result comes between <tool_response> and </tool_response>."
 )
 _EXAMPLE = Call("NAME", '{"PARAMETER": "VALUE"}')
-# What Mistral's templates check of the ids of calls.
-_NINE = "length != 9"
+# How Mistral's templates check the ids of calls.
+_NINE = ("length != 9", "length < 9")
 _SHORT_ID = re.compile("[A-Za-z0-9]{9}")
 
 
@@ -60,7 +60,9 @@ def _with_calls_as_text(turn: Turn, format: ToolFormat) -> Turn:
 
 def with_short_ids(turns: Sequence[Turn], template: ChatTemplate) -> Sequence[Turn]:
     """The turns with ids of calls that Mistral's templates accept, which refuse all that are not nine characters."""
-    return [turn._replace(more=_shortened(turn.more)) for turn in turns] if template.reads(_NINE) else turns
+    if not any(map(template.reads, _NINE)):
+        return turns
+    return [turn._replace(more=_shortened(turn.more)) for turn in turns]
 
 
 def _shortened(more: Mapping[str, Any]) -> Mapping[str, Any]:

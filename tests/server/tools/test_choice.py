@@ -44,7 +44,7 @@ def test_a_name_is_enough():
 @pytest.mark.parametrize(
     ("name", "written", "forced"),
     [
-        ("mistral", "[TOOL_CALLS]", 'calls: "[TOOL_CALLS]" "["'),
+        ("mistral", "[TOOL_CALLS]", 'calls: "[TOOL_CALLS]" " "? "["'),
         ("mistral", "[TOOL_CALLS] [ARGS]", 'call: "[TOOL_CALLS]" ("f" "[ARGS]" arguments0)'),
         ("json", "<TOOLCALL>", 'calls: "<TOOLCALL>" "["'),
         ("json", "tools", 'calls: "["'),

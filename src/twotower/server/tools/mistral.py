@@ -62,7 +62,7 @@ class Mistral:
 
     def grammar(self, functions: Functions, mark: Mark, *, many: bool) -> str:
         if not self._named:
-            calls = f"{literal('[')} {repeated('call', ', ', many=many)} {literal(']')}"
+            calls = f"{literal(' ')}? {literal('[')} {repeated('call', ', ', many=many)} {literal(']')}"
             return f"calls: {mark(_OPEN)} {calls}\n{json_call(functions, 'arguments')}"
         arguments, rules = distinct("arguments", functions, lambda rule, own: schema_rule(rule, arguments_schema(own)))
         calls = " | ".join(f"{literal(name)} {mark(ARGS)} {rule}" for name, rule in arguments.items())
