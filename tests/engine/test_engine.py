@@ -121,6 +121,11 @@ def test_a_text_that_needs_all_pages_is_written_again(pattern: str, length: int,
         assert found == [expected.token_ids] * 2
 
 
+def test_a_budget_that_the_machine_has_not_is_refused(tiny: Callable) -> None:
+    with pytest.raises(ValueError, match=r"MiB .* can't be allocated on cpu; lower state_bytes"):
+        engine(tiny("llama"), state_bytes=1 << 60)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ar", "verified"])
 def test_the_youngest_is_preempted_and_all_end(mode: str, tiny: Callable) -> None:

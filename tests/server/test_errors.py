@@ -121,6 +121,12 @@ def test_a_nested_field_has_its_path(http, body):
     refused(http.post(path, json={"model": "tiny", "stream": True} | PATHS[path] | body), 400, param)
 
 
+@pytest.mark.parametrize("given", [{"n": 17}, {"best_of": 17}, {"prompt": ["a"] * 9, "n": 2}])
+def test_more_texts_than_the_engine_ever_takes_are_not_asked_for_again(http, given):
+    """It runs 4 and lets 12 wait: a 429 would have the client come back for ever."""
+    assert "the limit is 16" in refused(http.post("/v1/completions", json={"prompt": "a"} | given), 400, "n")
+
+
 @pytest.mark.parametrize(
     ("prompt", "param"),
     [

@@ -68,7 +68,7 @@ def test_the_version_and_the_health_are_told(http):
 
 def test_a_model_says_its_limits_and_modes(http):
     card = http.get("/v1/models/tiny").json()
-    assert (card["max_model_len"], card["max_choices"], card["default_mode"]) == (2000, 64, "diffusion")
+    assert (card["max_model_len"], card["max_choices"], card["default_mode"]) == (2000, 16, "diffusion")
     assert {"ar", "diffusion", "verified", "auto"} <= set(card["modes"])
 
 

@@ -36,8 +36,14 @@ class StatePool:
         shapes = [(self.num_pages, PAGE_SIZE, k.shape[1], k.shape[3]) for k in empty]
         # zeros instead of uninitialised memory: masked places are multiplied by 0 and must be finite
         make = tower.embeddings.new_zeros
-        self._keys = [make(s, dtype=empty[0].dtype).transpose(1, 2) for s in shapes]
-        self._values = [make(s, dtype=empty[0].dtype).transpose(1, 2) for s in shapes]
+        try:
+            self._keys = [make(s, dtype=empty[0].dtype).transpose(1, 2) for s in shapes]
+            self._values = [make(s, dtype=empty[0].dtype).transpose(1, 2) for s in shapes]
+        except RuntimeError as error:  # PyTorch's, of every device
+            raise ValueError(
+                f"{budget / MIB:.0f} MiB for the states of running requests can't be allocated on "
+                f"{tower.embeddings.device}; lower state_bytes (--state-mib)"
+            ) from error
         self._free = list(range(self.num_pages - 1, 0, -1))
         self._uses = [0] * self.num_pages
         self._num_tables = [0] * self.num_pages  # that hold a page

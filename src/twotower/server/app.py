@@ -80,9 +80,9 @@ class _Api(FastAPI):
         schema = super().openapi()
         room = self.service.max_context - 1
         last = self.service.engine.model.config.vocab_size - 1
-        most = {"prompt": last, "allowed_token_ids": last, "stop_token_ids": last, "n": self.service.config.max_choices}
+        most = {"prompt": last, "allowed_token_ids": last, "stop_token_ids": last, "n": self.service.max_choices}
         most |= {"max_tokens": room, "max_completion_tokens": room, "max_output_tokens": room, "min_tokens": room}
-        most |= {"best_of": self.service.config.max_choices}
+        most |= {"best_of": self.service.max_choices}
         most |= {"tokens": last}
         writing = (CompletionRequest, ChatRequest, ResponsesRequest, MessagesRequest, WatchRequest)
         for request in (*writing, TokenizeRequest, DetokenizeRequest):

@@ -47,6 +47,8 @@ class Service:
         self.model_names = config.model_names or ("twotower",)
         self.model_name = self.model_names[0]
         self.max_context = _most_tokens(engine, config)
+        # what the engine never has room for at once would be asked for again and again
+        self.max_choices = min(config.max_choices, engine.config.max_num_requests + engine.config.max_num_waiting)
         self.template = template
         self.tokenizer: tokenizers.Tokenizer = engine.model.tokenizer
         self.metrics = Metrics(engine, self.model_name, config.default_mode)
@@ -64,7 +66,7 @@ class Service:
         """The model as /v1/models shows it under one of its names, with the server's limits and modes; `root` is its
         first name."""
         card = {"id": name, "object": "model", "created": self.started, "owned_by": "twotower", "root": self.model_name}
-        limits = {"max_model_len": self.max_context, "max_choices": self.config.max_choices}
+        limits = {"max_model_len": self.max_context, "max_choices": self.max_choices}
         return card | limits | {"modes": [*MODES, "auto"], "default_mode": self.config.default_mode}
 
     def token_names(self, skip_special_tokens: bool | None) -> TokenNames:
@@ -83,7 +85,7 @@ class Service:
 
         Entering it raises Overloaded if the server is full.
         """
-        most = self.config.max_choices
+        most = self.max_choices
         if count > most:
             message = (
                 f"the request asks for {count} texts, prompts times n, and the limit is {most}; send fewer at once"
