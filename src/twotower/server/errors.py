@@ -79,10 +79,13 @@ def body(status: int, message: str, param: str | None = None, code: str | None =
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def anthropic_body(status: int, message: str) -> dict[str, Any]:
+def anthropic_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
     """The error object of a response of Anthropic's protocol, or of an event in a stream."""
     kind = _ANTHROPIC_KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    if code == "context_length_exceeded":
+        message = f"prompt is too long: {message}"  # by these words clients know it
+    details = {} if code is None else {"details": {"error_code": code}}
+    return {"type": "error", "error": {"type": kind, "message": message, **details}}
 
 
 def error_response(
@@ -101,7 +104,7 @@ def error_response(
             message, param = re.sub(rf"\b{name}\b", other, message, count=1), re.sub(name, other, param or "")
             break
     is_anthropic = _ANTHROPIC_PATH in path
-    made = anthropic_body(status, message) if is_anthropic else body(status, message, param, code)
+    made = anthropic_body(status, message, code) if is_anthropic else body(status, message, param, code)
     return JSONResponse(made, status, headers)
 
 

@@ -105,7 +105,9 @@ def test_tokens_are_counted(claude):
 def test_the_tokens_of_more_than_fits_are_counted(claude):
     said = [{"role": "user", "content": "a" * 5000}]
     assert claude.messages.count_tokens(model="tiny", messages=said).input_tokens == len("[user]a") + 5000
-    with pytest.raises(anthropic.BadRequestError, match="maximum context length is 2000 tokens"):
+    with pytest.raises(
+        anthropic.BadRequestError, match="prompt is too long: this model's maximum context length is 2000 tokens"
+    ):
         claude.messages.create(model="tiny", messages=said, max_tokens=1)
 
 
@@ -142,6 +144,7 @@ def test_what_claude_code_sends_is_taken(http):
         ({"tools": [{"name": "a b"}]}, 400, "invalid_request_error", "tools.0.name is \"a b\", must be 1 to 128"),
         ({"tools": [{"type": "bash", "name": "bash"}]}, 400, "invalid_request_error", "tools.0.type is \"bash"),
         ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "tool_choice.name is missing"),
+        ({"thread": {"type": "stop"}}, 400, "invalid_request_error", "thread.type is \"stop\", must be one of"),
         ({"container": "c"}, 400, "invalid_request_error", "container is not supported"),
         (
             {"messages": [USER, {"role": "user", "content": [{"type": "image", "source": {}}]}]},

@@ -16,7 +16,7 @@ ADDED = ("tool_use", "add", {"x": 1, "y": "é🎉"})
 FOUND = ("tool_use", "find", {})
 
 # A random model would reason where it may.
-PLAIN = {"mode": "ar", "chat_template_kwargs": {"enable_thinking": False}}
+PLAIN = {"mode": "ar", "seed": 0, "chat_template_kwargs": {"enable_thinking": False}}
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,10 @@ def asked(text, **settings):
     """A request whose answer is a text, its reasoning included."""
     extra = {"regex": re.escape(text), **PLAIN}
     return {"model": "tiny", "max_tokens": 500, "messages": [USER], "extra_body": extra, **settings}
+
+
+def prompt_tokens(usage):
+    return usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens
 
 
 def blocks(message):
@@ -105,6 +109,28 @@ def test_an_answer_and_the_results_of_its_calls_are_sent_back(claude):
     rendered = f"[user]hi[assistant]okhm{[call]}[tool]2"
     assert claude.messages.count_tokens(model="tiny", messages=said).input_tokens == len(rendered.encode())
     assert blocks(claude.messages.create(**asked("3", messages=said, tools=TOOLS))) == [("text", "3")]
+
+
+def test_the_clients_loop_over_tools_sends_everything_again(claude):
+    """It wants the server to hold the conversation, and replays it where none is held."""
+
+    @anthropic.beta_tool
+    def add(x: bool) -> str:
+        """Adds."""
+        return str(x)
+
+    asking = asked("") | {"tools": [add], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
+    runner = claude.beta.messages.tool_runner(**asking | {"extra_body": PLAIN, "max_iterations": 2})
+    first, second = runner
+    assert [block.name for block in first.content] == ["add"]
+    assert prompt_tokens(second.usage) > prompt_tokens(first.usage)
+
+
+def test_a_thread_that_is_not_held_is_told_as_anthropics_clients_expect(http):
+    thread = {"type": "continue", "previous_message_id": "msg_1"}
+    answer = http.post("/v1/messages", json={"max_tokens": 1, "messages": [USER], "thread": thread})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["details"] == {"error_code": "thread_not_found"}
 
 
 def test_thinking_may_be_asked_for_where_the_model_reasons(claude):

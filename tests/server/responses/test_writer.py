@@ -19,7 +19,7 @@ FIND = '<tool_call>\n{"name": "find", "arguments": {}}\n</tool_call>'
 ADDED, FOUND = ("function_call", "add", ARGUMENTS), ("function_call", "find", "{}")
 
 # A random model would reason where it may.
-PLAIN = {"mode": "ar", "chat_template_kwargs": {"enable_thinking": False}}
+PLAIN = {"mode": "ar", "seed": 0, "chat_template_kwargs": {"enable_thinking": False}}
 
 
 @pytest.fixture(scope="module")

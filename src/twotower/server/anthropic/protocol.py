@@ -32,6 +32,14 @@ class Thinking(Strict):
     display: str | None = None
 
 
+class HeldThread(Strict):
+    """Anthropic's servers hold a conversation that is begun with "create", so that "continue" sends only what is new.
+    This one holds none, and clients send everything again when it says so."""
+
+    type: Literal["create", "continue"]
+    previous_message_id: str | None = None
+
+
 class OutputSchema(Strict):
     """JSON that a schema describes."""
 
@@ -83,6 +91,7 @@ class MessagesRequest(Sampling, TemplateVariables):
     stream: bool | None = None
     metadata: dict[str, Any] | None = None
     thinking: Thinking | None = None
+    thread: HeldThread | None = None
     output_config: OutputConfig | None = None
 
     def chat(self) -> ChatRequest:

@@ -22,6 +22,9 @@ async def messages(service: Service, body: MessagesRequest, request: Request) ->
     if body.thinking is not None and body.thinking.type == "enabled" and service.thoughts is None:
         message = 'thinking.type is "enabled", and this model marks no reasoning; leave thinking out'
         raise ApiError(400, message, param="thinking.type", code="unsupported_parameter")
+    if body.thread is not None and body.thread.type == "continue":
+        message = "this server holds no conversations; send all messages"
+        raise ApiError(404, message, param="thread", code="thread_not_found")
     with ExitStack() as held:
         admission = held.enter_context(service.admit(1))
         chat = await prepare_chat(service, body.chat())
