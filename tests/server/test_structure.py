@@ -9,6 +9,7 @@ from twotower.server.structure import Structured
 
 SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}}}
 TEXT = '{"type": "object", "properties": {"ok": {"type": "boolean"}}}'
+HELD = TEXT[:-1] + ', "additionalProperties": false}'
 ANY_OBJECT = '{"type": "object"}'
 
 
@@ -16,22 +17,22 @@ ANY_OBJECT = '{"type": "object"}'
     ("asked", "field", "kind", "text"),
     [
         ({"response_format": {"type": "json_object"}}, "response_format", "json_schema", ANY_OBJECT),
-        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, "response_format", "json_schema", TEXT),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, "response_format", "json_schema", HELD),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
             "response_format",
             "json_schema",
-            TEXT,
+            HELD,
         ),
-        ({"structured_outputs": {"json": SCHEMA}}, "structured_outputs.json", "json_schema", TEXT),
-        ({"structured_outputs": {"json": TEXT}}, "structured_outputs.json", "json_schema", TEXT),
+        ({"structured_outputs": {"json": SCHEMA}}, "structured_outputs.json", "json_schema", HELD),
+        ({"structured_outputs": {"json": TEXT}}, "structured_outputs.json", "json_schema", HELD),
         ({"structured_outputs": {"json_object": True}}, "structured_outputs.json_object", "json_schema", ANY_OBJECT),
         ({"structured_outputs": {"regex": "a+"}}, "structured_outputs.regex", "regex", "a+"),
         ({"structured_outputs": {"choice": ["a.b", "c"]}}, "structured_outputs.choice", "regex", r"a\.b|c"),
         ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice", "regex", "()"),
         ({"structured_outputs": {"grammar": 'start: "a"'}}, "structured_outputs.grammar", "grammar", 'start: "a"'),
-        ({"guided_json": SCHEMA}, "guided_json", "json_schema", TEXT),
-        ({"guided_json": TEXT}, "guided_json", "json_schema", TEXT),
+        ({"guided_json": SCHEMA}, "guided_json", "json_schema", HELD),
+        ({"guided_json": TEXT}, "guided_json", "json_schema", HELD),
         ({"guided_json": {}}, "guided_json", "json_schema", "{}"),
         ({"structured_outputs": {"json": {}}}, "structured_outputs.json", "json_schema", "{}"),
         ({"guided_regex": "a+"}, "guided_regex", "regex", "a+"),

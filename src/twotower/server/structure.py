@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from twotower.errors import SettingError
 from twotower.server.errors import ApiError, in_json
 from twotower.server.fields import Body, Many, Strict, shown
+from twotower.server.schemas import closed
 
 _Text = Annotated[str, shown(minLength=1)]
 _Regex = Annotated[str, shown(minLength=1, format="regex")]
@@ -143,4 +144,14 @@ def _structure(field: str, spelling: str, value: Any) -> Structure:
         text = "|".join(map(re.escape, value)) or "()"  # an empty text alone is a choice too
     else:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = _closed(text) if _KINDS[spelling] == "json_schema" else text
     return Structure(_KINDS[spelling], text, field, value)
+
+
+def _closed(text: str) -> str:
+    """The text of a JSON schema with its objects closed; what is none stays as it is, for the library to refuse."""
+    try:
+        schema = json.loads(text)
+        return json.dumps(closed(schema), ensure_ascii=False) if isinstance(schema, dict) else text
+    except (ValueError, RecursionError):
+        return text

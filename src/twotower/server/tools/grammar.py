@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from twotower.server.schemas import closed
 from twotower.server.tools.calls import Functions
 
 # One spacing, as models write it: an unsure one would fill its answer with the optional blanks of JSON.
@@ -31,8 +32,8 @@ def arguments_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     named = (
         isinstance(properties, Mapping) and isinstance(required, list) and {*map(str, required)} <= properties.keys()
     )
-    closed = {"additionalProperties": False} if named and not _OPENED & schema.keys() else {}
-    return {**schema, "type": "object", **closed}
+    others = {"additionalProperties": False} if named and not _OPENED & schema.keys() else {}
+    return dict(closed({**schema, "type": "object", **others}))
 
 
 def grammar(calls: str, schema: Mapping[str, Any] | None) -> str:
