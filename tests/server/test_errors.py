@@ -281,7 +281,8 @@ def test_a_full_server_says_when_to_come_again(model, serve, wait_until):
                 openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0).completions.create(
                     model="tiny", prompt="a"
                 )
-            assert refused(httpx.post(place, json=body | {"n": 4}), 429)
+            assert refused(httpx.post(place, json=body | {"n": 3}), 429)
+            refused(httpx.post(place, json=body | {"n": 4}), 400, "n")
         wait_until(lambda: engine.stats().num_running == 0)
         assert httpx.post(place, json=body | {"max_tokens": 1, "stream": False, "n": 3}).status_code == 200
     engine.close()
