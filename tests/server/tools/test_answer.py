@@ -190,6 +190,9 @@ JSON = [
     (f"<|tool_call|>{JSON_ADD}", "", [ADD]),
     (f"<tool_calls>\n{JSON_ADD}\n</tool_calls>", "", [ADD]),
     (f"functools{JSON_ADD}", "", [ADD]),
+    (f"I add.\n```json\n{JSON_ADD}\n```\n", "I add.", [ADD]),
+    (f"```json\n{JSON_ADD}", "", [ADD]),
+    ('```json\n[{"name": "other", "arguments": {}}]\n```', '```json\n[{"name": "other", "arguments": {}}]\n```', []),
     (
         '<|START_ACTION|>[{"tool_call_id": "0", "tool_name": "add", "parameters": {"x": 1}}]<|END_ACTION|>',
         "",
@@ -279,6 +282,8 @@ FRAGMENTS = [
         "<TOOLCALL>",
         "</TOOLCALL>",
         "functools[",
+        "```json",
+        "```",
         "\n",
         " ",
     ),

@@ -25,6 +25,7 @@ PAIRS = {
     "<|START_ACTION|>": "<|END_ACTION|>",
 }
 _PREFIX = "functools["
+_FENCE, _FENCE_END = "```json", "```"  # Markdown's
 
 
 class JsonList:
@@ -33,29 +34,28 @@ class JsonList:
     Without a mark it begins a line and must have calls of given functions alone, for it may be any JSON.
     """
 
-    starts, line_starts = tuple(PAIRS), ("[", "{", _PREFIX)
+    starts, line_starts = tuple(PAIRS), ("[", "{", _PREFIX, _FENCE)
     marks = frozenset((*PAIRS, *PAIRS.values()))
 
     def __init__(self, mark: str = "") -> None:
         self._mark = mark
 
     def read(self, text: str, functions: Functions, brackets: Brackets, *, final: bool) -> Found | None:
-        mark = next((mark for mark in PAIRS if text.startswith(mark)), "")
-        start = skip_blanks(text, len(mark))
-        if text.startswith(_PREFIX):
-            start = len(_PREFIX) - 1
+        mark = next((mark for mark in (*PAIRS, _FENCE) if text.startswith(mark)), "")
+        closing = PAIRS.get(mark, _FENCE_END)
+        start = len(_PREFIX) - 1 if text.startswith(_PREFIX) else skip_blanks(text, len(mark))
         no_call = Found((), len(mark) or 1)
         if start == len(text):
             return None
-        if text[start] not in "[{" or not (mark or may_be_call(text[start:])):
+        if text[start] not in "[{" or not (mark in PAIRS or may_be_call(text[start:])):
             return no_call
         end = brackets.end(text, start)
         if end is None:
             return None
-        calls = calls_in(load(text[start:end]), None if mark else functions)
+        calls = calls_in(load(text[start:end]), None if mark in PAIRS else functions)
         if not calls:
             return no_call
-        last = behind(text, end, PAIRS[mark], final=final) if mark else end
+        last = behind(text, end, closing, final=final) if mark else end
         return None if last is None else Found(calls, last)
 
     def grammar(self, functions: Functions, mark: Mark, *, many: bool) -> str:
