@@ -109,7 +109,7 @@ def test_options_says_the_methods(http, path, methods):
 @pytest.mark.parametrize(
     ("method", "path", "status", "message"),
     [
-        ("POST", "/chat/completions", 404, "there is nothing at /chat/completions; base URLs of clients end in /v1"),
+        ("POST", "/chat/completions", 404, "there is nothing at /chat/completions; base URLs end in /v1"),
         ("OPTIONS", "/nowhere", 404, "there is nothing at /nowhere"),
         ("HEAD", "/nowhere", 404, ""),
         ("DELETE", "/v1/models", 405, "DELETE is not answered at /v1/models; OPTIONS says which methods are"),

@@ -100,7 +100,8 @@ def error_response(
     """An error of a request to `path`."""
     names = next((names for part, names in _OTHER_NAMES.items() if part in path), ())
     for name, other in names:
-        if re.fullmatch(name, param or ""):
+        # what was refused by its name has that name
+        if re.fullmatch(name, param or "") and code != "unsupported_parameter":
             message, param = re.sub(rf"\b{name}\b", other, message, count=1), re.sub(name, other, param or "")
             break
     is_anthropic = _ANTHROPIC_PATH in path
@@ -203,7 +204,7 @@ def _no_route(request: Request, error: HTTPException) -> str:
     """What is wrong with a path or method that the application doesn't have. A client with a wrong base URL gets it."""
     path = request.url.path
     if error.status_code == 404:
-        return f"there is nothing at {path}; base URLs of clients end in /v1, and /openapi.json has all paths"
+        return f"there is nothing at {path}; base URLs end in /v1, for Anthropic's clients before it, and /openapi.json has all paths"
     if error.status_code == 405:
         return f"{request.method} is not answered at {path}; OPTIONS says which methods are"
     return error.detail

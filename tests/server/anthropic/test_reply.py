@@ -144,6 +144,12 @@ def test_what_claude_code_sends_is_taken(http):
         ({"tools": [{"name": "a b"}]}, 400, "invalid_request_error", "tools.0.name is \"a b\", must be 1 to 128"),
         ({"tools": [{"type": "bash", "name": "bash"}]}, 400, "invalid_request_error", "tools.0.type is \"bash"),
         ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "tool_choice.name is missing"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "tool_use"}]}]},
+            400,
+            "invalid_request_error",
+            "messages.1.content.1.name is missing",
+        ),
         ({"thread": {"type": "stop"}}, 400, "invalid_request_error", "thread.type is \"stop\", must be one of"),
         ({"container": "c"}, 400, "invalid_request_error", "container is not supported"),
         (

@@ -148,6 +148,7 @@ def test_what_clients_send_by_themselves_is_taken(http):
         ),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "send the earlier items in input"),
         ({"conversation": "conv_1"}, "conversation", "send the earlier items in input"),
+        ({"max_tokens": 5}, "max_tokens", "max_tokens is not supported"),
         ({"background": True}, "background", "background is not supported"),
         ({"truncation": "auto"}, "truncation", "truncation is not supported"),
         ({"prompt": {"id": "x"}}, "prompt", "prompt is not supported"),

@@ -150,7 +150,10 @@ def _parts(message: AnthropicMessage, place: str) -> list[Message]:
             result = {"role": "tool", "content": content, "tool_call_id": given.get("tool_use_id")}
             made.append(Message.model_validate(result))
         elif block.type == "tool_use":
-            function = {"name": given.get("name"), "arguments": given.get("input")}
+            if not isinstance(given.get("name"), str):
+                where = f"{place}.{i}.name"
+                raise ApiError(400, f"{where} is missing", param=where, code="missing_required_parameter")
+            function = {"name": given["name"], "arguments": given.get("input")}
             calls.append({"id": given.get("id"), "type": "function", "function": function})
     text, thoughts = read_content(message.content, place, without=("tool_result", "tool_use", "redacted_thinking"))
     if text or calls or not made:

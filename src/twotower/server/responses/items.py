@@ -97,9 +97,10 @@ def _plain(parts: Any) -> Any:
 def _join(last: dict[str, Any], more: dict[str, Any]) -> None:
     """Adds to a message of the assistant what it said next."""
     last["content"] = "\n".join(filter(None, (last["content"], more["content"])))
-    thoughts = "\n".join(filter(None, (last.get("reasoning_content"), more.get("reasoning_content"))))
-    calls = [*last.get("tool_calls", ()), *more.get("tool_calls", ())]
-    last |= ({"reasoning_content": thoughts} if thoughts else {}) | ({"tool_calls": calls} if calls else {})
+    if "reasoning_content" in more:
+        last["reasoning_content"] = "\n".join(filter(None, (last.get("reasoning_content"), more["reasoning_content"])))
+    if "tool_calls" in more:
+        last.setdefault("tool_calls", []).extend(more["tool_calls"])
 
 
 def _text(keys: dict[str, Any], name: str, place: str) -> str:
