@@ -204,7 +204,8 @@ def _no_route(request: Request, error: HTTPException) -> str:
     """What is wrong with a path or method that the application doesn't have. A client with a wrong base URL gets it."""
     path = request.url.path
     if error.status_code == 404:
-        return f"there is nothing at {path}; base URLs end in /v1, for Anthropic's clients before it, and /openapi.json has all paths"
+        bases = "base URLs end in /v1, for Anthropic's clients before it"
+        return f"there is nothing at {path}; {bases}, and /openapi.json has all paths"
     if error.status_code == 405:
         return f"{request.method} is not answered at {path}; OPTIONS says which methods are"
     return error.detail

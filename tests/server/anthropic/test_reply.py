@@ -145,7 +145,7 @@ def test_what_claude_code_sends_is_taken(http):
         ({"tools": [{"type": "bash", "name": "bash"}]}, 400, "invalid_request_error", "tools.0.type is \"bash"),
         ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "tool_choice.name is missing"),
         (
-            {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "tool_use"}]}]},
+            {"messages": [USER, {"role": "assistant", "content": ["a", {"type": "tool_use"}]}]},
             400,
             "invalid_request_error",
             "messages.1.content.1.name is missing",
