@@ -140,6 +140,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "MPT": ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 3, "attn_config": {"clip_qkv": 6.0}}),
     "HunYuan": ("hunyuan_v1_dense", {"head_dim": 24}),
     "HunYuan MoE": ("hunyuan_v1_moe", {"head_dim": 24, "num_experts": 4, "moe_topk": 2}),
+    "DBRX": (
+        "dbrx",
+        {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 128}
+        | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 6.0, "rope_theta": 10000.0}}
+        | {"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
+    ),
     "Nemotron-H": ("nemotron_h", NEMOTRON | {"layers_block_type": ["mamba", "mlp", "attention", "moe"]}),
     # Drawn as others are: these draw weights five times as large
     "Mamba": ("mamba", {"state_size": 16, "initializer_range": 0.02}),
@@ -186,7 +192,7 @@ def make(name: str, folder: Path, others: Mapping[str, Any]) -> Any:
     """transformers' model, with other settings than the usual ones if there are any, saved to a folder."""
     model_type, settings = MODELS[name]
     settings = settings | others
-    own_names = ("gpt2", "gpt_bigcode", "gptj", "codegen", "mpt")
+    own_names = ("gpt2", "gpt_bigcode", "gptj", "codegen", "mpt", "dbrx")
     sizes = {key: value for key, value in SIZES.items() if model_type not in own_names or key == "vocab_size"}
     config = transformers.AutoConfig.for_model(model_type, **json.loads(json.dumps(sizes | settings)))
     torch.manual_seed(0)

@@ -98,8 +98,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
 }
-NAMES_OF_ITS_OWN = ("gpt2", "gpt_bigcode", "gptj", "codegen", "mpt")  # for what SIZES has
+NAMES_OF_ITS_OWN = ("gpt2", "gpt_bigcode", "gptj", "codegen", "mpt", "dbrx")  # for what SIZES has
 Edit = Callable[[dict[str, Any]], Any]
 
 

@@ -35,6 +35,12 @@ LLAMA3 |= {"original_max_position_embeddings": 16}
 LLAMA4 = {"head_dim": 16, "intermediate_size_mlp": 56, "attention_chunk_size": 24, "floor_scale": 20, "attn_scale": 0.4}
 LLAMA4 |= {"no_rope_layer_interval": 3, "interleave_moe_layer_step": 2}
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2}
+DBRX: dict[str, Any] = {"d_model": 48, "n_heads": 4, "n_layers": 3}
+DBRX |= {
+    "attn_config": {"rope_theta": 500.0, "kv_n_heads": 1, "clip_qkv": 0.5},
+    "rope_parameters": {"rope_theta": 500.0},
+}
+DBRX |= {"ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 6, "moe_top_k": 3}}
 NEMOTRON = {
     "layers_block_type": ["mamba", "moe", "attention", "mlp", "moe"],
     "head_dim": 12,
@@ -85,6 +91,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama4_text", LLAMA4 | LOCAL | {"use_qk_norm": False, "no_rope_layers": [0, 1, 0], "moe_layers": [0]}),
     ("llama4_text", LLAMA4 | LOCAL | {"attention_chunk_size": None, "attn_temperature_tuning": False}),
     ("llama4_text", LLAMA4 | LOCAL | {"layer_types": ["full_attention", "chunked_attention", "chunked_attention"]}),
+    ("dbrx", DBRX),
+    (
+        "dbrx",
+        DBRX | {"ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 6, "moe_normalize_expert_weights": None}},
+    ),
     ("granitemoe", LOCAL | GRANITE),
     ("granitemoeshared", LOCAL | GRANITE | {"shared_intermediate_size": 56, "tie_word_embeddings": True}),
     ("granitemoeshared", LOCAL | GRANITE),

@@ -45,6 +45,10 @@ def changed(c: Any, name: str, value: np.ndarray) -> Iterator[tuple[str, np.ndar
         value = value.T
     if kind == "bloom":
         name = name.replace("transformer.", "")
+    if kind == "dbrx" and ".experts.mlp." in name:
+        stacked = value.reshape(c.ffn_config.moe_num_experts, -1, c.hidden_size)
+        yield name + ".weight", stacked.swapaxes(1, 2) if name.endswith("w2") else stacked
+        return
     if "query_key_value" in name:  # GPT-NeoX' and BLOOM's lie by heads, Falcon's by KV heads
         kv = getattr(c, "num_kv_heads", c.num_attention_heads)
         groups = value.reshape(kv, c.num_attention_heads // kv + 2, -1, *value.shape[1:])

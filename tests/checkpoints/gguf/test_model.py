@@ -134,6 +134,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4, "seq_length": 32},
     "bloom six": {"n_layer": 2, "n_head": 6, "hidden_size": 48, "seq_length": 48},
     "mpt": {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 64, "attn_config": {"clip_qkv": 0.5}},
+    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2, "attn_config": {"clip_qkv": 0.5, "rope_theta": 500.0}}
+    | {"ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 3, "moe_top_k": 2}},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 3, "moe_topk": 2},
     "qwen3_5_moe_text": DELTA | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16},

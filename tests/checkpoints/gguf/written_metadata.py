@@ -96,6 +96,13 @@ def own_metadata(c: Any) -> dict[str, Any]:
             own = c.attn_config
             bounds = {"attention.clamp_kqv": own.clip_qkv, "attention.max_alibi_bias": float(own.alibi_bias_max)}
             return bounds | {"context_length": c.max_seq_len, "attention.layer_norm_epsilon": 1e-5}
+        case "dbrx":
+            attention, mixture = c.attn_config, c.ffn_config
+            counts = {"expert_count": mixture.moe_num_experts, "expert_used_count": mixture.moe_top_k}
+            sizes = {"attention.head_count_kv": attention.kv_n_heads, "feed_forward_length": mixture.ffn_hidden_size}
+            norm = {"attention.layer_norm_epsilon": 1e-5, "context_length": c.max_seq_len}
+            bases = {"rope.freq_base": attention.rope_theta, "attention.clamp_kqv": attention.clip_qkv}
+            return counts | sizes | norm | bases
         case "hunyuan_v1_moe":
             width = c.intermediate_size
             return {"expert_shared_feed_forward_length": width, "expert_used_count": c.moe_topk}

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from twotower.checkpoints.families import (
     alibi,
+    dbrx,
     delta,
     gpt,
     latent,
@@ -27,6 +28,7 @@ FAMILIES: tuple[Family, ...] = (
     *older.FAMILIES,
     *mixture.FAMILIES,
     *latent.FAMILIES,
+    *dbrx.FAMILIES,
     *mamba.FAMILIES,
     *delta.FAMILIES,
     *mamba1.FAMILIES,

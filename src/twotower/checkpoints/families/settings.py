@@ -68,8 +68,8 @@ _WORDS: tuple[tuple[_Rule, str], ...] = (
     ),
     (
         _whole(1, _MOST_PARTS),
-        "num_attention_heads n_head num_heads n_heads num_key_value_heads num_kv_heads mamba_n_heads mamba_n_groups "
-        "n_groups linear_num_value_heads linear_num_key_heads",
+        "num_attention_heads n_head num_heads n_heads num_key_value_heads num_kv_heads kv_n_heads mamba_n_heads "
+        "mamba_n_groups n_groups linear_num_value_heads linear_num_key_heads",
     ),
     # Where they count, families ask for more than 0
     (
@@ -80,7 +80,8 @@ _WORDS: tuple[tuple[_Rule, str], ...] = (
     ),
     (
         _PARTS,
-        "num_local_experts n_routed_experts num_experts_per_tok experts_per_token n_group topk_group",
+        "num_local_experts n_routed_experts moe_num_experts moe_top_k num_experts_per_tok experts_per_token n_group "
+        "topk_group",
     ),
     (_LISTED, "num_experts moe_topk"),
     (_either(_whole(1, _MOST), "auto"), "mamba_d_head time_step_rank mamba_dt_rank"),
@@ -88,10 +89,10 @@ _WORDS: tuple[tuple[_Rule, str], ...] = (
         _POSITIVE,
         "layer_norm_eps layer_norm_epsilon rms_norm_eps norm_eps norm_epsilon mixer_rms_eps rope_theta "
         "rotary_emb_base rope_local_base_freq factor query_pre_attn_scalar logits_scaling alibi_bias_max "
-        "low_freq_factor high_freq_factor beta_fast beta_slow attention_factor swiglu_limit softmax_scale logit_scale "
-        "attn_logit_softcapping final_logit_softcapping logits_soft_cap embedding_multiplier residual_multiplier "
-        "attention_multiplier lm_head_multiplier attention_in_multiplier attention_out_multiplier key_multiplier "
-        "ssm_in_multiplier ssm_out_multiplier routed_scaling_factor alpha",
+        "low_freq_factor high_freq_factor beta_fast beta_slow attention_factor swiglu_limit softmax_scale "
+        "moe_normalize_expert_weights logit_scale attn_logit_softcapping final_logit_softcapping logits_soft_cap "
+        "embedding_multiplier residual_multiplier attention_multiplier lm_head_multiplier attention_in_multiplier "
+        "attention_out_multiplier key_multiplier ssm_in_multiplier ssm_out_multiplier routed_scaling_factor alpha",
     ),
     (_SHARE, "partial_rotary_factor rotary_pct"),
     (_FACTOR, "clip_qkv mscale mscale_all_dim llama_4_scaling_beta attn_scale"),
@@ -108,7 +109,7 @@ _WORDS: tuple[tuple[_Rule, str], ...] = (
         "model_type hidden_act hidden_activation activation_function activation hybrid_override_pattern "
         "position_embedding_type topk_method rope_type type dtype torch_dtype",
     ),
-    (_OBJECT, "rope_scaling rope_parameters attn_config full_attention sliding_attention"),
+    (_OBJECT, "rope_scaling rope_parameters attn_config ffn_config ffn_act_fn full_attention sliding_attention"),
     (_TEXTS, "layer_types layers_block_type block_types _block_types"),
     (_listed(_LAYER, "whole numbers"), "no_rope_layers mlp_only_layers attn_layer_indices moe_layers"),
     (_listed(_FACTOR, "finite numbers"), "ssm_multipliers mlp_multipliers short_factor long_factor"),
@@ -127,6 +128,7 @@ _NULLS = frozenset(
         "head_dim",
         "logits_soft_cap",
         "mamba_d_ssm",
+        "moe_normalize_expert_weights",
         "n_shared_experts",
         "num_key_value_heads",
         "pad_token_id",

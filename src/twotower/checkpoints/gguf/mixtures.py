@@ -67,6 +67,24 @@ def _hunyuan(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"model_type": "hunyuan_v1_moe", "moe_topk": found["num_experts_per_tok"]}
 
 
+def _dbrx(file: GgufFile, raw: Mapping[str, Any]) -> dict[str, Any]:
+    if abs(raw["layer_norm_eps"] - 1e-5) > 1e-9:
+        raise file.wrong("attention.layer_norm_epsilon", "1e-05")
+    found = experts(file)
+    counts = {"moe_num_experts": found["num_experts"], "moe_top_k": found["num_experts_per_tok"]}
+    return {
+        "model_type": "dbrx",
+        "d_model": raw["hidden_size"],
+        "n_heads": raw["num_attention_heads"],
+        "n_layers": raw["num_hidden_layers"],
+        "attn_config": {
+            "kv_n_heads": raw["num_key_value_heads"],
+            "clip_qkv": file.number("attention.clamp_kqv", 0.0) or None,
+        },
+        "ffn_config": counts | {"ffn_hidden_size": found["intermediate_size"]},
+    }
+
+
 def qwen_experts(file: GgufFile, raw: Mapping[str, Any], *, normalise: bool) -> dict[str, Any]:
     """llama.cpp knows by the architecture whether the weights of the chosen experts are made to sum to 1."""
     mixed = blocks(file, "ffn_gate_inp")
@@ -228,6 +246,21 @@ _LLAMA4: dict[str, Undo] = {
     "ffn_up_shexp": "feed_forward.shared_expert.up_proj",
     "ffn_down_shexp": "feed_forward.shared_expert.down_proj",
 }
+_DBRX: dict[str, Undo] = {
+    "attn_norm": "norm_attn_norm.norm_1",
+    "attn_qkv": "norm_attn_norm.attn.Wqkv",
+    "attn_output": "norm_attn_norm.attn.out_proj",
+    "attn_output_norm": "norm_attn_norm.norm_2",
+    "ffn_gate_inp": "ffn.router.layer",
+    "ffn_gate_exps": lambda tensor, suffix, raw: {"ffn.experts.mlp.w1": tensor.flatten(0, 1)},
+    "ffn_up_exps": lambda tensor, suffix, raw: {"ffn.experts.mlp.v1": tensor.flatten(0, 1)},
+    "ffn_down_exps": lambda tensor, suffix, raw: {"ffn.experts.mlp.w2": tensor.mT.flatten(0, 1)},
+}
+_DBRX_REST: dict[str, Undo] = {
+    "token_embd": "transformer.wte",
+    "output_norm": "transformer.norm_f",
+    "output": "lm_head",
+}
 _HUNYUAN: dict[str, Undo] = {
     "ffn_gate_inp": "mlp.gate.wg",
     "ffn_gate_shexp": "mlp.shared_mlp.gate_proj",
@@ -241,6 +274,13 @@ MIXTURES: Mapping[str, Architecture] = {
         settings=_mistral3,
         block=BLOCK | TURNED | EXPERTS | _MIXTRAL,
         reads=("attention.temperature_scale", *MIXES),
+    ),
+    "dbrx": Architecture(
+        settings=_dbrx,
+        block=_DBRX,
+        rest=_DBRX_REST,
+        layers="transformer.blocks",
+        reads=("attention.clamp_kqv", *MIXES),
     ),
     "hunyuan-moe": Architecture(settings=_hunyuan, block=BLOCK | EXPERTS | HUNYUAN | _HUNYUAN, reads=MIXES),
     "llama4": Architecture(settings=_llama4, block=BLOCK | _LLAMA4, reads=MIXES),
