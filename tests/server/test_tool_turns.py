@@ -26,12 +26,12 @@ def prompt(engine, template, **body):
 
 def test_a_template_without_tools_has_them_described(engine):
     said = prompt(engine, LINES, tools=[ADD])
-    assert said.startswith("user: You may call functions.")
+    assert said.startswith("user: You can call these functions:\n")
     assert '\n{"name": "add", "parameters": {"type": "object", "properties": {}}}\n' in said
-    assert '<tool_call>\n{"name": "NAME", "arguments": {"PARAMETER": "VALUE"}}\n</tool_call>' in said
+    assert '<tool_call>\n{"name": "name", "arguments": {"parameter": "value"}}\n</tool_call>' in said
     assert said.endswith("\n\n1 + 1?\n")
     system = {"role": "system", "content": "Be kind."}
-    assert prompt(engine, LINES, tools=[ADD], messages=[system, USER]).startswith("system: Be kind.\n\nYou may call")
+    assert prompt(engine, LINES, tools=[ADD], messages=[system, USER]).startswith("system: Be kind.\n\nYou can call")
     assert prompt(engine, LINES, tools=[ADD], tool_choice="none") == "user: 1 + 1?\n"
     assert prompt(engine, LINES) == "user: 1 + 1?\n"
 

@@ -11,12 +11,9 @@ from twotower.checkpoints.chat_template import ChatTemplate, Turn
 from twotower.server.tools.calls import Call, ToolFormat
 
 _RESULT = "<tool_response>\n{}\n</tool_response>"
-_TOLD = (
-    "You may call functions. These are the functions, one on each line:\n{functions}\n"
-    "To call a function, write:\n{example}\n"
-    "Its result comes between <tool_response> and </tool_response>."
-)
-_EXAMPLE = Call("NAME", '{"PARAMETER": "VALUE"}')
+# Short: models without a template for tools may have little room.
+_TOLD = "You can call these functions:\n{functions}\nTo call one, write:\n{example}"
+_EXAMPLE = Call("name", '{"parameter": "value"}')
 # How Mistral's templates check the ids of calls.
 _NINE = ("length != 9", "length < 9")
 _SHORT_ID = re.compile("[A-Za-z0-9]{9}")

@@ -46,6 +46,7 @@ HERMES = [
     (f"I add.\n{HERMES_ADD}\n{HERMES_FIND}", "I add.", [ADD, FIND]),
     (f"{HERMES_ADD} and {HERMES_FIND}.", " and .", [ADD, FIND]),
     ('<tool_call>{"name": "add", "arguments": {"x": 1}}', "", [ADD]),  # ended without closing it
+    (f"{HERMES_ADD[:-3]}", "", [ADD]),  # cut while it closed it
     ('<tool_call>{"name": "add", "arguments": "{\\"x\\": 1}"}</tool_call>', "", [ADD]),
     ('<tool_call>{"name": "add", "parameters": {"x": 1}}</tool_call>', "", [ADD]),
     ('<tool_call>{"name": "find"}</tool_call>', "", [FIND]),

@@ -131,12 +131,14 @@ def skip_blanks(text: str, at: int) -> int:
 
 
 def behind(text: str, at: int, closing: str, *, final: bool) -> int | None:
-    """The place behind a closing mark, which blanks may precede; `at` where something else stands there, and None while
-    the text that comes next decides it."""
+    """The place behind a closing mark, which blanks may precede and the end of the text may cut; `at` where something
+    else stands there, and None while the text that comes next decides it."""
     place = skip_blanks(text, at)
     if text.startswith(closing, place):
         return place + len(closing)
-    return None if closing.startswith(text[place:]) and not final else at
+    if not closing.startswith(text[place:]):
+        return at
+    return len(text) if final else None
 
 
 def _call(value: Any, known: Collection[str] | None) -> Call | None:
