@@ -51,10 +51,17 @@ def test_a_setting_may_come_under_all_of_its_names(http, field):
         ({"features": {"web_search": True}}, "features is not supported"),
         ({"features": {"more": {"web_search": True}}}, "features is not supported"),
         ({"adaptive_target": 0.5}, "adaptive_target is not supported"),
+        # settings of samplers that are off are taken, as the bodies show
+        ({"suffix": "b"}, "suffix is not supported"),
+        ({"dry_multiplier": 0.8, "dry_base": 1.75}, "dry_multiplier is not supported"),
+        ({"xtc_probability": 0.5, "xtc_threshold": 0.1}, "xtc_probability is not supported"),
+        ({"mirostat": 2, "mirostat_tau": 5}, "mirostat is not supported"),
+        ({"dynamic_temperature": True, "dynatemp_low": 0.5}, "dynamic_temperature is not supported"),
+        ({"use_beam_search": True}, "use_beam_search is not supported"),
     ],
     ids=str,
 )
-def test_another_name_with_a_value_of_its_own_is_refused(http, field, told):
+def test_what_asks_for_something_else_is_refused(http, field, told):
     response = http.post("/v1/completions", json=ASK | field)
     assert response.status_code == 400
     assert told in response.json()["error"]["message"]
