@@ -99,8 +99,9 @@ def ask(client, stream=False, **settings):
     )
     if not stream:
         [choice] = answer.choices
-        assert choice.message.reasoning == choice.message.reasoning_content
-        return choice.message.reasoning_content, choice.message.content, choice.finish_reason
+        thought = getattr(choice.message, "reasoning_content", None)
+        assert getattr(choice.message, "reasoning", None) == thought
+        return thought, choice.message.content, choice.finish_reason
     choices = [chunk.choices[0] for chunk in answer]
     thought = "".join((c.delta.model_extra or {}).get("reasoning_content") or "" for c in choices)
     return thought or None, "".join(c.delta.content or "" for c in choices), choices[-1].finish_reason
@@ -117,6 +118,15 @@ def ask(client, stream=False, **settings):
 )
 def test_reasoning_is_apart_whole_and_streamed(client, stream, text, thought, content):
     assert ask(client, stream, regex=re.escape(text)) == (thought, content, "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "content"),
+    [({"include_reasoning": False}, "hello"), ({"separate_reasoning": False}, "<think>why</think>\n\nhello")],
+)
+def test_reasoning_is_left_out_or_left_in_on_request(client, stream, settings, content):
+    assert ask(client, stream, regex="<think>why</think>\n\nhello", **settings) == (None, content, "stop")
 
 
 @pytest.mark.parametrize("stream", [False, True])

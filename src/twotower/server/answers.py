@@ -15,7 +15,8 @@ class AnswerFormat(NamedTuple):
     """How to read the answers to a request.
 
     `tools` are those that an answer may call, written between the `marks`; `thoughts` is how reasoning is marked, and
-    `begins_in_thought` whether an answer begins in it. `control` are the tokenizer's control tokens.
+    `begins_in_thought` whether an answer begins in it; without `shows_thoughts` it is left out. `control` are the
+    tokenizer's control tokens.
     """
 
     control: frozenset[str]
@@ -23,6 +24,7 @@ class AnswerFormat(NamedTuple):
     tools: ToolUse | None
     thoughts: ThoughtFormat | None
     begins_in_thought: bool
+    shows_thoughts: bool = True
 
     @property
     def shows_control(self) -> bool:
@@ -36,7 +38,7 @@ class AnswerFormat(NamedTuple):
         calls = None
         if self.tools is not None:
             calls = Answer(self.marks, self.tools.functions, one_call=self.tools.one_call)
-        return Reading(dropped, thoughts, calls)
+        return Reading(dropped, thoughts, calls, shows_thoughts=self.shows_thoughts)
 
     @property
     def _marks(self) -> frozenset[str]:
@@ -48,7 +50,10 @@ class Reading:
     """Reads an answer of which pieces come, and gives its parts in their order; content is a plain text. What the
     pieces are makes no difference to what their parts join to."""
 
-    def __init__(self, dropped: "ControlTokens | None", thoughts: Thoughts | None, calls: Answer | None) -> None:
+    def __init__(
+        self, dropped: "ControlTokens | None", thoughts: Thoughts | None, calls: Answer | None, *, shows_thoughts: bool
+    ) -> None:
+        self._shows_thoughts = shows_thoughts
         self._dropped = dropped
         self._thoughts = thoughts
         self._calls = calls
@@ -78,7 +83,10 @@ class Reading:
         """The parts with the calls found in content."""
         found: list[Thought | str | Call] = []
         for part in parts:
-            found += [part] if self._calls is None or isinstance(part, Thought) else self._calls.push(part)
+            if isinstance(part, Thought):
+                found += [part] if self._shows_thoughts else []
+            else:
+                found += [part] if self._calls is None else self._calls.push(part)
         return found
 
 

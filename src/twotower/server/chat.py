@@ -153,7 +153,14 @@ async def prepare_chat(service: Service, body: ChatRequest) -> PreparedChat:
     prompt = render(service, body.messages, body)
     tools = body.tool_use
     structure, start = _structure(service, body, tools), _thought_at_start(service, body, prompt)
-    answers = AnswerFormat(service.control, service.tool_marks, tools, service.thoughts, start == "open")
+    answers = AnswerFormat(
+        service.control,
+        service.tool_marks,
+        tools,
+        None if body.separate_reasoning is False else service.thoughts,
+        start == "open",
+        body.include_reasoning is not False,
+    )
     if structure is not None:
         structure = await asyncio.to_thread(service.behind_thought, structure, start)
     settings = body.model_copy(update={"skip_special_tokens": False}) if answers.shows_control else body

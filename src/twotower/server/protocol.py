@@ -133,13 +133,16 @@ class Templating(TemplateVariables):
 
 
 class ChatRequest(Settings, ToolSettings, Templating):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. Without `separate_reasoning` the model's reasoning stays in the content, without
+    `include_reasoning` it is left out."""
 
     messages: Annotated[Many[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[Integer, shown(minimum=-1)] | None = None
     logprobs: bool | None = None
     top_logprobs: _Alternatives | None = None
     add_special_tokens: bool | None = None
+    separate_reasoning: bool | None = None
+    include_reasoning: bool | None = None
 
     @property
     def num_top(self) -> int:
