@@ -216,6 +216,24 @@ def test_bytes_of_tokens_are_the_text(byte_tokenizer, text):
         assert [offsets.push(i) for i in ids] == expected
 
 
+@pytest.mark.parametrize("text", ["a b", "ab", "  a", "é a"])
+def test_names_of_an_echoed_prompt_are_its_text_where_a_decoder_takes_its_first_space(text):
+    tokenizer = fallback_tokenizer()
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    steps = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    tokenizer.decoder = tokenizers.decoders.Sequence([*steps, tokenizers.decoders.Strip(" ", 1, 0)])
+    names, ids = TokenNames(tokenizer), tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == text
+    tokens = [TokenScore(i, -1.0, False, ((i, -1.0), (2, -2.0))) for i in ids]
+    shown = completion_logprobs(names, tokens, TextOffsets(names, echo=text), with_top=True)
+    assert "".join(shown["tokens"]) == text.replace("é", r"bytes:\xc3bytes:\xa9")
+    places = [text.encode()[:n].decode(errors="ignore") for n in range(len(text.encode()))]
+    assert shown["text_offset"] == [0, *map(len, places)]
+    assert all(token in top for token, top in zip(shown["tokens"], shown["top_logprobs"], strict=True))
+
+
 @pytest.mark.parametrize(
     ("written", "expected"),
     [

@@ -25,19 +25,23 @@ def completion_logprobs(
     among them, as one more where it isn't one of them.
     """
     tops: list[dict[str, float] | None] = []
+    shown, places = [], []
     for token in tokens:
+        first = offsets.at_start
+        places.append(offsets.push(token.id))
+        shown.append(names.name(token.id, first=first))
         top: dict[str, float] = {}
         for i, value in token.top:
             # of two tokens with the same text, the likelier comes first
-            top.setdefault(names.name(i), max(value, _LEAST))
+            top.setdefault(names.name(i, first=first), max(value, _LEAST))
         if token.logprob is not None:
-            top.setdefault(names.name(token.id), max(token.logprob, _LEAST))
+            top.setdefault(shown[-1], max(token.logprob, _LEAST))
         tops.append(None if token.logprob is None else top)
     return {
-        "tokens": [names.name(token.id) for token in tokens],
+        "tokens": shown,
         "token_logprobs": [None if t.logprob is None else max(t.logprob, _LEAST) for t in tokens],
         "top_logprobs": tops if with_top else None,
-        "text_offset": [offsets.push(token.id) for token in tokens],
+        "text_offset": places,
     }
 
 

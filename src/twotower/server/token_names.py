@@ -31,10 +31,10 @@ class TokenNames:
         found._skip = False
         return found
 
-    def text(self, token: int) -> str | None:
+    def text(self, token: int, *, first: bool = False) -> str | None:
         """The token's own text; None for control tokens that are left out and for tokens that are only a part of a
-        character."""
-        piece = self._decode([*self._anchor, token])[self._alone :]
+        character. `first` says that it begins the text: some decoders take a space from it then."""
+        piece = self._decode([token]) if first else self._decode([*self._anchor, token])[self._alone :]
         return piece if piece and "\ufffd" not in piece else None
 
     def bytes(self, token: int, *, first: bool = False) -> bytes:
@@ -42,8 +42,8 @@ class TokenNames:
 
         The bytes of all tokens joined are the text in UTF-8, also where a token is only a part of a character.
         """
-        text = self._decode([token]) if first else self.text(token)
-        if text and "\ufffd" not in text:
+        text = self.text(token, first=first)
+        if text is not None:
             return text.encode()
         if not self._decode([token]):
             return b""
@@ -51,21 +51,23 @@ class TokenNames:
         found = _BYTE_TOKEN.fullmatch(name)
         if self._falls_back and found is not None:
             return bytes([int(found[1], 16)])
-        return bytes(self._byte_of[c] for c in name) if self._byte_of.keys() >= set(name) else (text or "").encode()
+        return bytes(self._byte_of[c] for c in name) if self._byte_of.keys() >= set(name) else b""
 
     def is_control(self, token: int) -> bool:
         """Whether the token has no text but its name."""
-        return not self._tokenizer.decode([token])
+        return not self._tokenizer.decode([*self._anchor, token])[self._alone :]
 
-    def name(self, token: int) -> str:
+    def name(self, token: int, *, first: bool = False) -> str:
         """The token's text; its bytes, as OpenAI writes them, where it is a part of a character; its name in the
         vocabulary where it has no text."""
-        text = self.text(token)
+        text = self.text(token, first=first)
         if text is not None:
             return text
-        own = self.bytes(token)
+        own = self.bytes(token, first=first)
         if own:
             return "bytes:" + "".join(rf"\x{byte:02x}" for byte in own)
+        if first and not self.is_control(token):
+            return ""  # a space that the decoder takes
         return self._tokenizer.id_to_token(token) or f"<{token}>"
 
     def _decode(self, ids: list[int]) -> str:
@@ -81,17 +83,17 @@ class TextOffsets:
         and its tokens are the first. Control tokens are counted there where the echo has their names."""
         self._names = names
         self._offset = start
-        self._at_start = bool(echo)
+        self.at_start = bool(echo)  # whether the next token begins the text
         self._echo = echo
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> int:
         """The offset of the next token."""
-        own = self._names.bytes(token, first=self._at_start)
+        own = self._names.bytes(token, first=self.at_start)
         if self._offset < len(self._echo) and self._names.is_control(token):
             name = self._names.name(token)
             own = name.encode() if self._echo.startswith(name, self._offset) else b""
-        self._at_start = self._at_start and not own
+        self.at_start = self.at_start and self._names.is_control(token)
         begin, held = self._offset, self._decoder.getstate()[0]
         if held and own and not _begins_character(held + own[:1]):
             begin += len(held.decode(errors="replace"))  # it never became a character
