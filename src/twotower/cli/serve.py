@@ -1,4 +1,4 @@
-"""`twotower serve`: an HTTP server for OpenAI's clients, with every decoding mode behind one port."""
+"""`twotower serve`: an HTTP server for OpenAI's and Anthropic's clients, with every decoding mode behind one port."""
 
 import dataclasses
 from pathlib import Path
@@ -55,7 +55,7 @@ def command(
     ] = None,
     recipe: RecipeOption = None,
 ) -> None:
-    """Serve OpenAI's completions and chat API, and a page at / that shows the modes at work.
+    """Serve OpenAI's and Anthropic's APIs, and a page at / that shows the modes at work.
 
     SIGTERM or Ctrl-C lets running requests finish.
     """

@@ -79,7 +79,8 @@ def _message(item: InputItem, place: str) -> dict[str, Any]:
         thoughts = read_result(_plain(parts), place)  # empty where they are encrypted
         return {"role": "assistant", "content": ""} | ({"reasoning_content": thoughts} if thoughts else {})
     if item.type == _REFERENCE:
-        message = f"{place} refers to an item of an earlier response, and this server keeps none; send the item itself"
+        remedy = "send the item itself, as clients do with store: false"
+        message = f"{place} refers to an item of an earlier response, and this server keeps none; {remedy}"
         raise ApiError(400, message, param=place, code="unsupported_content")
     kind = json.dumps(item.type[:40], ensure_ascii=False)
     message = f"{place} is an item of type {kind}, which this server can't read; leave it out"
