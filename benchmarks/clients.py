@@ -1,6 +1,6 @@
 """Runs the clients that people use against a server, each unmodified and from its own installation.
 
-    python benchmarks/clients.py [--environments clients-env] [--model stories] [--only NAME …] [--url URL]
+    python benchmarks/clients.py [--environments FOLDER] [--model stories] [--only NAME …] [--url URL]
 
 Installs what is missing with pip and npm into a folder for each client, which stays there for the next time. Starts
 `twotower serve` on a free port, unless there is an address, runs the scripts of clients/ one after the other, and
@@ -76,7 +76,8 @@ def command_of(client: Client, folder: Path) -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
         if not done.exists():
             (folder / "package.json").write_text("{}")
-            subprocess.run(["npm", "install", "--no-audit", "--no-fund", *client.packages], cwd=folder, check=True)
+            command = ["npm", "install", "--no-audit", "--no-fund", *client.packages]
+            subprocess.run(command, cwd=folder, stdout=sys.stderr, check=True)
         for source in SCRIPTS.glob("*.mjs"):  # Node looks for packages beside the script
             shutil.copy(source, folder)
         command = ["node", client.script]
@@ -151,7 +152,8 @@ def _answers(address: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--environments", type=Path, default=Path("clients-env"), help="a folder for the clients")
+    kept = Path.home() / ".cache" / "twotower-clients"
+    parser.add_argument("--environments", type=Path, default=kept, help="a folder for the clients (%(default)s)")
     parser.add_argument("--model", default="stories", help="what to serve, and the model's name in requests")
     parser.add_argument("--url", help="a server that runs already, without /v1")
     names = sorted({client.name for client in CLIENTS})

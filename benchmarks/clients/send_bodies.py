@@ -1,6 +1,7 @@
 """Bodies as programs send them that can't be installed or run here: chat pages, editors, benchmarks.
 
-bodies.json has what each program's source code puts together with its defaults, for a short text and without `model`.
+bodies.json has what each program puts together with its defaults, as its source code and its users' reports show it,
+for a short text and without `model`.
 """
 
 import functools

@@ -50,7 +50,7 @@ def schema() -> str:
     return str(json.loads(_llm("-m", "served", "--schema", json.dumps(SCHEMA), QUESTION)))
 
 
-def T_() -> str:
+def tools() -> str:
     return shown(_llm("-m", "served", "-T", "llm_version", "-T", "llm_time", QUESTION))
 
 
@@ -58,5 +58,5 @@ def responses() -> str:
     return shown(_llm("-m", "responding", QUESTION))
 
 
-report(named(completion, chat, chat_stream, second_turn, schema, T_, responses))
+report(named(completion, chat, chat_stream, second_turn, schema, responses) | {"-T": tools})
 folder.cleanup()
