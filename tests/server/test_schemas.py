@@ -44,6 +44,7 @@ def test_objects_are_closed_wherever_a_schema_has_them(put):
         {"not": NAMED, "anyOf": [NAMED]},
         NAMED | {"anyOf": [{"properties": {"b": {}}}]},
         NAMED | {"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"b": {}}}}},
+        {"$ref": "#/$defs/x", "required": ["c"], "$defs": {"x": NAMED}},
         # no schemas at all
         {"properties": 1, "items": [], "anyOf": {}},
         {"enum": [{"properties": {"a": 1}}], "default": {"properties": {"a": 1}}},

@@ -10,7 +10,7 @@ _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "additionalItems")
 # Where one of these is, what a part of a schema takes depends on other parts.
 _JOINS = ("allOf", "if", "not", "contains", "dependentSchemas", "unevaluatedProperties", "unevaluatedItems")
-_BESIDE_PROPERTIES = ("$ref", "$dynamicRef", "anyOf", "oneOf")
+_ELSEWHERE, _OF_OBJECTS = ("$ref", "$dynamicRef", "anyOf", "oneOf"), ("properties", "required", "minProperties")
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -53,7 +53,7 @@ def _is_joined(part: Mapping[str, Any]) -> bool:
     # "exactly one of": with objects that are told apart by a property it is "any of"
     if "oneOf" in part and "discriminator" not in part:
         return True
-    return "properties" in part and any(key in part for key in _BESIDE_PROPERTIES)
+    return any(key in part for key in _OF_OBJECTS) and any(key in part for key in _ELSEWHERE)
 
 
 def _names_all(part: Mapping[str, Any]) -> bool:
