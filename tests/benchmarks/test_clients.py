@@ -13,9 +13,11 @@ import sys
 from calls import given, named, report, shown
 def good(): return shown(" ".join(given()))
 def none(): return shown(" ")
+texts = ["", "at last"]
+def by_chance(): return shown(texts.pop(0))
 def bad_call(): raise ValueError("first\\nsecond")
 print("a line of the client's own")
-report(named(good, none, bad_call))
+report(named(good, none, by_chance, bad_call))
 """
 
 
@@ -37,7 +39,8 @@ def test_each_call_is_a_row(clients, tmp_path):
     command = [sys.executable, "-P", "-c", SCRIPT]
     assert list(clients.run(command, tmp_path, "http://a", "tiny")) == [
         ("good", "“http://a tiny”", True),
-        ("none", "AssertionError: the answer has no text", False),
+        ("none", "NoText: the answer has no text", False),
+        ("by chance", "“at last”", True),
         ("bad call", "ValueError: first", False),
     ]
 
