@@ -29,11 +29,12 @@ await report({
     return JSON.stringify((await generateText(asked)).output);
   },
   tools: async () => {
-    const answer = await generateText({ model, prompt: QUESTION, tools: { greet }, toolChoice: "required" });
+    const toolChoice = { type: "tool", toolName: "greet" }; // one call; any number may fill the context
+    const answer = await generateText({ model, prompt: QUESTION, tools: { greet }, toolChoice });
     return `${JSON.stringify(answer.toolCalls[0].input)} → ${answer.toolResults[0].output}`;
   },
   "tools in a stream": async () => {
-    const toolChoice = { type: "tool", toolName: "greet" };
+    const toolChoice = "required";
     const [call] = await streamText({ model, prompt: QUESTION, tools: { greet }, toolChoice }).toolCalls;
     return JSON.stringify(call.input);
   },
