@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from twotower.cli.load_test.plan import Mixes, Share, Shot, parse_mix, plan
-from twotower.cli.load_test.report import Goal, Reading, report, row
+from twotower.cli.load_test.report import Goal, LoadReading, report, row
 
 fastapi = pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
@@ -184,9 +184,9 @@ def test_a_value_without_a_weight_counts_once():
 
 def test_waiting_counts_from_when_a_request_was_due():
     shot = Shot("a", 4, None, 1.0)
-    late = Reading(shot, due=1.0, sent=3.0, chunks=[3.5, 4.5], ended=5.0, prompt_tokens=1, tokens=3)
-    failed = Reading(shot, due=1.0, sent=1.0, ended=2.0, error="429")
-    at_once = Reading(shot, due=1.0, sent=1.0, chunks=[2.0], ended=2.0, tokens=16)
+    late = LoadReading(shot, due=1.0, sent=3.0, chunks=[3.5, 4.5], ended=5.0, prompt_tokens=1, tokens=3)
+    failed = LoadReading(shot, due=1.0, sent=1.0, ended=2.0, error="429")
+    at_once = LoadReading(shot, due=1.0, sent=1.0, chunks=[2.0], ended=2.0, tokens=16)
     assert row(late)["ttft"] == 2.5
     assert row(late)["tpot"] == 0.5
     assert row(at_once)["tpot"] is None

@@ -9,7 +9,7 @@ import pytest
 from twotower.cli import sweep as module
 from twotower.decoding.output import GenerationStats
 from twotower.eval import sweep as eval_sweep
-from twotower.eval.answering import Answer
+from twotower.eval.answering import ScoredAnswer
 from twotower.eval.evaluate import TaskResult
 from twotower.eval.throughput import Quartiles, Speed
 
@@ -63,8 +63,8 @@ def test_distances_and_batches_are_conditions(run, checkpoint, task, tmp_path):
 def test_the_table_says_what_is_uncertain_what_does_not_count_and_what_is_not_timed(
     run, checkpoint, task, tmp_path, monkeypatch
 ):
-    right, wrong = ([Answer(text, score, not text, STATS, [])] * 40 for text, score in (("a", 1.0), ("b", 0.0)))
-    loops = [Answer("", 0.0, True, STATS, [])] * 40
+    right, wrong = ([ScoredAnswer(text, score, not text, STATS, [])] * 40 for text, score in (("a", 1.0), ("b", 0.0)))
+    loops = [ScoredAnswer("", 0.0, True, STATS, [])] * 40
     answers = {
         "ar": right,
         "diffusion γ 0.2 S 8 T 16": wrong,

@@ -10,7 +10,7 @@ from rich.console import Console
 from twotower.decoding.output import GenerationStats
 from twotower.decoding.params import SamplingParams
 from twotower.eval import evaluate as module
-from twotower.eval.answering import Answer
+from twotower.eval.answering import ScoredAnswer
 from twotower.eval.evaluate import SpeedConfig, TaskResult, evaluate
 from twotower.eval.report import group_scores, quality_table, speed_table, to_json, tokens_per_call, total_gain
 from twotower.eval.tasks import Example, Task
@@ -26,7 +26,7 @@ def reply(score=1.0, text="a", degenerate=False, tokens=8, nfe=4, context=3):
     stats = GenerationStats(
         denoiser_calls=nfe, context_calls=context, seconds_to_first_token=0, seconds_total=1, num_tokens=tokens
     )
-    return Answer(text, score, degenerate, stats, [])
+    return ScoredAnswer(text, score, degenerate, stats, [])
 
 
 def speed(gain):

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from twotower.eval import retention as module
-from twotower.eval.answering import Answer
+from twotower.eval.answering import ScoredAnswer
 from twotower.eval.retention import Interval, mean_retention, not_counted, retention
 
 
 def replies(*scores, text=""):
-    return [Answer(text, score, False, None, []) for score in scores]
+    return [ScoredAnswer(text, score, False, None, []) for score in scores]
 
 
 def pairs(generator, count, share, ar_share):

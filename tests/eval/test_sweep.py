@@ -7,7 +7,7 @@ import pytest
 
 from twotower.decoding.params import SamplingParams
 from twotower.eval import sweep as module
-from twotower.eval.answering import Answer
+from twotower.eval.answering import ScoredAnswer
 from twotower.eval.evaluate import SpeedConfig
 from twotower.eval.plots import draw, front
 from twotower.eval.retention import Interval
@@ -105,7 +105,7 @@ def test_every_condition_has_its_own_ar(model, asking):
 
 def test_what_is_not_timed_has_no_speed(model, asking, monkeypatch):
     settings = grid(SweepConfig(block_sizes=(model.config.block_size,)), 0.0)
-    answers = {name: [Answer("", 0.0, False, None, [])] * 10 for name in settings}
+    answers = {name: [ScoredAnswer("", 0.0, False, None, [])] * 10 for name in settings}
     monkeypatch.setattr(module, "evaluate", lambda *_: module.TaskResult(asking("exact"), settings, answers, {}, timed))
     timed = {}
     monkeypatch.setattr(module, "tokens_per_call", lambda _: (None, None))
@@ -130,7 +130,7 @@ def test_filler_goes_where_the_prompt_wants_it(model, asking):
 
 
 def test_commits_are_counted_by_step_and_place():
-    answers = [Answer("", 1.0, False, None, [0, 1, 1, 0]), Answer("", 0.0, True, None, [5, 5])]
+    answers = [ScoredAnswer("", 1.0, False, None, [0, 1, 1, 0]), ScoredAnswer("", 0.0, True, None, [5, 5])]
     assert commits(answers, 2) == [[1, 1], [1, 1]]
     assert commits(answers[:1], 3) == [[2, 0, 0], [0, 1, 1]]
     assert commits(answers[1:], 2) == []

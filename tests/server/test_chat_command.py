@@ -3,7 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
-from twotower.cli.conversation.answering import Said, Settings
+from twotower.cli.conversation.answering import AnswerSettings, Said
 from twotower.cli.conversation.remote import RemoteModel
 from twotower.cli.main import app as command
 from twotower.decoding.generate import generate
@@ -16,7 +16,9 @@ def test_the_blocks_of_a_server_of_ours_are_seen(url, model):
     params = SamplingParams(max_new_tokens=20, temperature=0.0)
     remote = RemoteModel(url, None, None)
     assert not remote.is_plain
-    moments = list(remote.moments([Said("user", "é")], Settings(params, frozenset({"max_new_tokens", "temperature"}))))
+    moments = list(
+        remote.moments([Said("user", "é")], AnswerSettings(params, frozenset({"max_new_tokens", "temperature"})))
+    )
     expected = generate(model, ["[user]éa"], params)[0]
     assert "".join(moment.text for moment in moments) == expected.text
     seen = [moment.places for moment in moments if moment.places]

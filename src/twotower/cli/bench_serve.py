@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twotower.cli.load_test.plan import LoadTest, Mixes, Target, parse_mix, plan
-from twotower.cli.load_test.report import Goal, Reading, report, row
+from twotower.cli.load_test.report import Goal, LoadReading, report, row
 from twotower.training.corpus.text import read_lines
 
 
@@ -110,7 +110,7 @@ def command(
         _write(out, test, results, figures)
 
 
-async def _measured(test: LoadTest, api_key: str | None, timeout: float) -> dict[str, list[Reading]]:
+async def _measured(test: LoadTest, api_key: str | None, timeout: float) -> dict[str, list[LoadReading]]:
     """Every load's readings, one load after the other; a progress bar on stderr where that is a terminal."""
     from twotower.cli.load_test.client import client, run_closed, run_open
 
@@ -131,7 +131,7 @@ async def _measured(test: LoadTest, api_key: str | None, timeout: float) -> dict
 
 
 def _write(
-    out: Path, test: LoadTest, results: Mapping[str, Sequence[Reading]], figures: Sequence[dict[str, Any]]
+    out: Path, test: LoadTest, results: Mapping[str, Sequence[LoadReading]], figures: Sequence[dict[str, Any]]
 ) -> None:
     """requests.jsonl with one line per request, and load.png."""
     from twotower.cli.load_test.plot import draw

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from twotower.checkpoints.hf import resolve
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
-from twotower.cli.conversation.answering import Answering, Settings
+from twotower.cli.conversation.answering import Answering, AnswerSettings
 from twotower.cli.conversation.history import Conversation
 from twotower.cli.conversation.remote import RemoteModel
 from twotower.cli.conversation.session import ChatSession
@@ -75,7 +75,7 @@ def command(
         answering = _local(model, opened, state_mib)
     else:
         answering = RemoteModel(url, model, api_key)
-    session = ChatSession(answering, conversation, Settings(params, chosen), Console(), Console(stderr=True))
+    session = ChatSession(answering, conversation, AnswerSettings(params, chosen), Console(), Console(stderr=True))
     session.show_loaded()
     session.run()
 

@@ -29,7 +29,7 @@ class Step(NamedTuple):
     seconds: float
 
 
-class Place(NamedTuple):
+class FixedPlace(NamedTuple):
     """A fixed place of a block: its token's text, and the probability that it had when it was fixed."""
 
     text: str
@@ -45,10 +45,10 @@ class BlockReader:
         # Some decoders drop the first space of a text: pieces are decoded after this.
         self._anchor = tokenizer.encode("a", add_special_tokens=False).ids
 
-    def places(self, block: BlockView) -> tuple[Place | None, ...]:
+    def places(self, block: BlockView) -> tuple[FixedPlace | None, ...]:
         """A block's places, None where it is masked; bytes of a character are dots, control tokens have their names."""
         return tuple(
-            None if token == self._mask_token_id else Place(self._shown(token), confidence)
+            None if token == self._mask_token_id else FixedPlace(self._shown(token), confidence)
             for token, confidence in zip(block.ids, block.confidences, strict=True)
         )
 
@@ -58,7 +58,7 @@ class BlockReader:
         return piece.replace("\ufffd", "·") or f" {self._tokenizer.id_to_token(token) or '·'}"
 
 
-def draw_block(places: Sequence[Place | None], before: Sequence[Place | None], console: Console) -> Text:
+def draw_block(places: Sequence[FixedPlace | None], before: Sequence[FixedPlace | None], console: Console) -> Text:
     """A block in progress as rich text: masks, and tokens in the colours of their probabilities, those reversed that
     were masked in `before`, the same block one step earlier (empty at its first step)."""
     mask = _MASK if console.encoding.startswith("utf") else _ASCII_MASK
@@ -82,8 +82,8 @@ class StoryView:
         self.reader = BlockReader(tokenizer, mask_token_id)
         self.settled = ""  # text of all blocks before the one in view
         self.newest = ""  # text that came with the last piece
-        self.before: tuple[Place | None, ...] = ()
-        self.places: tuple[Place | None, ...] = ()
+        self.before: tuple[FixedPlace | None, ...] = ()
+        self.places: tuple[FixedPlace | None, ...] = ()
         self.step = 0  # of the block in view, 0 without one
         self.num_tokens = 0
 

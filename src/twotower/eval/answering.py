@@ -19,7 +19,7 @@ _MOST_ROWS, _MOST_TOKENS = 8, 8192
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class ScoredAnswer:
     """A reply to one question: its score in [0, 1], what it cost, and at which step each token was committed."""
 
     text: str
@@ -42,7 +42,7 @@ def request(example: Example, params: SamplingParams, index: int) -> SamplingPar
     )
 
 
-def answer(model: TwoTower, task: Task, params: SamplingParams) -> list[Answer]:
+def answer(model: TwoTower, task: Task, params: SamplingParams) -> list[ScoredAnswer]:
     """The answers to all questions of a task, in its order. `params` must have a seed.
 
     Raises ValueError for a model without a tokenizer.
@@ -51,7 +51,7 @@ def answer(model: TwoTower, task: Task, params: SamplingParams) -> list[Answer]:
         raise ValueError("the checkpoint has no tokenizer.json to read tasks with; add one")
     prompts = [prompt_ids(example, model) for example in task.examples]
     settings = [request(example, params, i) for i, example in enumerate(task.examples)]
-    answers: dict[int, Answer] = {}
+    answers: dict[int, ScoredAnswer] = {}
     for batch in _batches([len(prompt) for prompt in prompts]):
         replies = generate(model, [prompts[i] for i in batch], [settings[i] for i in batch])
         answers |= {
@@ -71,14 +71,14 @@ def _batches(lengths: list[int]) -> list[list[int]]:
     return batches
 
 
-def _judged(model: TwoTower, example: Example, prompt: list[int], done: Generation) -> Answer:
+def _judged(model: TwoTower, example: Example, prompt: list[int], done: Generation) -> ScoredAnswer:
     assert done.text is not None
     own = (
         likelihood_score(model, prompt, done.token_ids, done.text)
         if example.scorer == "likelihood"
         else example.score(done.text)
     )
-    return Answer(done.text, own, is_degenerate(done.text), done.stats, done.commit_steps)
+    return ScoredAnswer(done.text, own, is_degenerate(done.text), done.stats, done.commit_steps)
 
 
 def likelihood_score(model: TwoTower, prompt: Sequence[int], new: Sequence[int], text: str) -> float:
@@ -92,6 +92,6 @@ def likelihood_score(model: TwoTower, prompt: Sequence[int], new: Sequence[int],
     return math.exp(found.total / len(new))
 
 
-def mean_score(answers: Sequence[Answer]) -> float:
+def mean_score(answers: Sequence[ScoredAnswer]) -> float:
     """The mean score of at least one answer."""
     return statistics.mean(a.score for a in answers)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from twotower.decoding.params import SamplingParams
 from twotower.errors import SettingError, check_integer
-from twotower.eval.answering import Answer, answer, mean_score, request
+from twotower.eval.answering import ScoredAnswer, answer, mean_score, request
 from twotower.eval.tasks import Task, prompt_ids
 from twotower.eval.throughput import Speed, Work, speeds
 from twotower.model.two_tower import TwoTower
@@ -46,7 +46,7 @@ class TaskResult:
 
     task: Task
     settings: Mapping[str, SamplingParams]
-    answers: dict[str, list[Answer]]
+    answers: dict[str, list[ScoredAnswer]]
     speeds: dict[int, dict[str, Speed]]
     timed: dict[int, list[int]]
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from twotower.decoding.modes import MODES
 from twotower.decoding.params import SamplingParams
-from twotower.eval.answering import Answer, mean_score
+from twotower.eval.answering import ScoredAnswer, mean_score
 from twotower.eval.evaluate import TaskResult
 from twotower.eval.retention import Interval, mean_retention, not_counted, retention
 
@@ -70,7 +70,7 @@ def gain_counts(result: TaskResult, name: str) -> bool:
     return not left_out([result]) and kept is not None and kept >= _LEAST_KEPT
 
 
-def tokens_per_call(answers: Sequence[Answer]) -> tuple[float | None, float | None]:
+def tokens_per_call(answers: Sequence[ScoredAnswer]) -> tuple[float | None, float | None]:
     """New tokens per NFE, and per context call after prefill, of answers that don't loop; None without such calls."""
     counted = [a.stats for a in answers if not a.degenerate]
     tokens = sum(s.num_tokens for s in counted)

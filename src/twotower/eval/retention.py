@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from twotower.eval.answering import Answer, mean_score
+from twotower.eval.answering import ScoredAnswer, mean_score
 
 _RESAMPLES = 2000
 # The interval is undefined if ar scores 0 in more than this share of the resamples.
@@ -24,7 +24,7 @@ class Interval(NamedTuple):
     high: float | None
 
 
-def not_counted(ar: Sequence[Answer]) -> str | None:
+def not_counted(ar: Sequence[ScoredAnswer]) -> str | None:
     """Why a task is left out of means over tasks, given ar's answers; None if it counts.
 
     A share of a score means little if that score is uncertain itself: its standard error must be at most a quarter of
@@ -39,7 +39,7 @@ def not_counted(ar: Sequence[Answer]) -> str | None:
     return f"ar scores {mean:.3f} with a standard error of {error:.0%} of that, more than {_MOST_UNCERTAIN:.0%}"
 
 
-def retention(mode: Sequence[Answer], ar: Sequence[Answer], *, exact: bool = False) -> Interval:
+def retention(mode: Sequence[ScoredAnswer], ar: Sequence[ScoredAnswer], *, exact: bool = False) -> Interval:
     """score(mode)/score(ar) on one task, whose examples both answer in the same order; undefined where ar scores 0.
 
     The interval is made by a percentile bootstrap over the examples:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from twotower.decoding.modes import MODES, Mode
 from twotower.decoding.params import SamplingParams
 from twotower.errors import SettingError
-from twotower.eval.answering import Answer, mean_score
+from twotower.eval.answering import ScoredAnswer, mean_score
 from twotower.eval.evaluate import SpeedConfig, TaskResult, evaluate, timed_work
 from twotower.eval.report import gain_counts, task_retention, tokens_per_call
 from twotower.eval.retention import Interval
@@ -140,7 +140,7 @@ def grid(config: SweepConfig, temperature: float) -> dict[str, SamplingParams]:
     return found
 
 
-def commits(answers: Sequence[Answer], block_size: int) -> list[list[int]]:
+def commits(answers: Sequence[ScoredAnswer], block_size: int) -> list[list[int]]:
     """How many tokens each step committed at each place of a block, (steps, block_size), without degenerate answers."""
     pairs = [(step, i % block_size) for a in answers if not a.degenerate for i, step in enumerate(a.commit_steps)]
     table = [[0] * block_size for _ in range(max((step for step, _ in pairs), default=-1) + 1)]

@@ -3,7 +3,7 @@
 from collections.abc import Generator, Sequence
 from typing import NamedTuple, Protocol
 
-from twotower.cli.live import Place
+from twotower.cli.live import FixedPlace
 from twotower.decoding.params import SamplingParams
 
 
@@ -14,7 +14,7 @@ class Said(NamedTuple):
     content: str
 
 
-class Settings(NamedTuple):
+class AnswerSettings(NamedTuple):
     """How to answer. `chosen` are the fields of `params` that the user has set; a server gets no others."""
 
     params: SamplingParams
@@ -37,7 +37,7 @@ class Moment(NamedTuple):
     """A piece of an answer: text that became certain, the block in progress behind it, and at last the end."""
 
     text: str
-    places: tuple[Place | None, ...] = ()
+    places: tuple[FixedPlace | None, ...] = ()
     end: AnswerEnd | None = None
 
 
@@ -58,7 +58,7 @@ class Answering(Protocol):
         """Whether there is no chat template, so that messages are written in a plain form."""
         ...
 
-    def moments(self, messages: Sequence[Said], settings: Settings) -> Generator[Moment, None, None]:
+    def moments(self, messages: Sequence[Said], settings: AnswerSettings) -> Generator[Moment, None, None]:
         """The answer to the messages, piece by piece; closing the iterator stops it.
 
         Raises ValueError for what can't be answered, AnswerFailed if the answer breaks off, KeyboardInterrupt for

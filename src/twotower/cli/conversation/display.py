@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from twotower.cli.conversation.answering import AnswerEnd, Moment
-from twotower.cli.live import Place, draw_block, speeds, tail
+from twotower.cli.live import FixedPlace, draw_block, speeds, tail
 
 _CONTROLS = {code: "·" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
@@ -19,8 +19,8 @@ class AnswerView:
 
     def __init__(self) -> None:
         self.text = ""
-        self.places: tuple[Place | None, ...] = ()
-        self.before: tuple[Place | None, ...] = ()
+        self.places: tuple[FixedPlace | None, ...] = ()
+        self.before: tuple[FixedPlace | None, ...] = ()
         self.end: AnswerEnd | None = None
         self.seconds = 0.0
 

@@ -13,9 +13,9 @@ from twotower.cli.conversation.answering import (
     PLAIN_STOP,
     AnswerEnd,
     AnswerFailed,
+    AnswerSettings,
     Moment,
     Said,
-    Settings,
     plain_form,
 )
 from twotower.cli.live import BlockReader
@@ -50,7 +50,7 @@ class LocalModel:
     def is_plain(self) -> bool:
         return self._template is None
 
-    def moments(self, messages: Sequence[Said], settings: Settings) -> Generator[Moment, None, None]:
+    def moments(self, messages: Sequence[Said], settings: AnswerSettings) -> Generator[Moment, None, None]:
         params = settings.params
         if self._template is None:
             ids = text_ids(self._model, plain_form(messages), "prompt", special=True)

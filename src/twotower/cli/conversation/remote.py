@@ -12,12 +12,12 @@ from twotower.cli.conversation.answering import (
     PLAIN_STOP,
     AnswerEnd,
     AnswerFailed,
+    AnswerSettings,
     Moment,
     Said,
-    Settings,
     plain_form,
 )
-from twotower.cli.live import Place
+from twotower.cli.live import FixedPlace
 
 # The longest wait for a byte: a large prompt may take a while before the first token.
 _SECONDS = 600.0
@@ -49,7 +49,7 @@ class RemoteModel:
     def about(self) -> str:
         return f"{self.name} at {self._api}"
 
-    def moments(self, messages: Sequence[Said], settings: Settings) -> Generator[Moment, None, None]:
+    def moments(self, messages: Sequence[Said], settings: AnswerSettings) -> Generator[Moment, None, None]:
         body = _fields(settings)
         if self.is_plain:
             asked: dict[str, Any] = {"prompt": plain_form(messages), "stop": [*body.pop("stop", ()), PLAIN_STOP]}
@@ -185,12 +185,12 @@ def _message(body: Any) -> str | None:
     return None if message is None else str(message)
 
 
-def _place(place: dict[str, Any] | None) -> Place | None:
+def _place(place: dict[str, Any] | None) -> FixedPlace | None:
     # the server gives no text for control tokens and parts of characters
-    return None if place is None else Place(place["text"] or "·", place["confidence"])
+    return None if place is None else FixedPlace(place["text"] or "·", place["confidence"])
 
 
-def _fields(settings: Settings) -> dict[str, Any]:
+def _fields(settings: AnswerSettings) -> dict[str, Any]:
     """The fields of a request for what the user has set; servers may not know the others."""
     names = {"max_new_tokens": "max_tokens"}
     fields = {names.get(name, name): getattr(settings.params, name) for name in sorted(settings.chosen)}

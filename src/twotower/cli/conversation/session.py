@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from twotower.cli.conversation.answering import Answering, Settings
+from twotower.cli.conversation.answering import Answering, AnswerSettings
 from twotower.cli.conversation.assigning import described, listed, setting_names, with_setting
 from twotower.cli.conversation.display import AnswerView, draw_answer
 from twotower.cli.conversation.entry import complete, read_message
@@ -37,7 +37,7 @@ class ChatSession:
     """One chat: answers go to `out`, all else that it says to `notes`."""
 
     def __init__(
-        self, model: Answering, conversation: Conversation, settings: Settings, out: Console, notes: Console
+        self, model: Answering, conversation: Conversation, settings: AnswerSettings, out: Console, notes: Console
     ) -> None:
         self.model = model
         self.conversation = conversation
@@ -147,7 +147,7 @@ class ChatSession:
             self.say(described(self.settings.params, name))
         else:
             params = with_setting(self.settings.params, name, value.strip())
-            self.settings = Settings(params, self.settings.chosen | {name})
+            self.settings = AnswerSettings(params, self.settings.chosen | {name})
             self.say(described(params, name).partition("\n")[0])
 
     def change_system(self, text: str) -> None:

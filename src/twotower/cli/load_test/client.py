@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from twotower.cli.load_test.plan import Shot, Target
-from twotower.cli.load_test.report import Reading
+from twotower.cli.load_test.report import LoadReading
 
 
 def client(api_key: str | None, timeout: float) -> httpx.AsyncClient:
@@ -36,7 +36,7 @@ def _headers(api_key: str | None) -> dict[str, str]:
 
 async def run_open(
     client: httpx.AsyncClient, target: Target, shots: Sequence[Shot], done: Callable[[], None]
-) -> list[Reading]:
+) -> list[LoadReading]:
     """Sends every request when it is due, however many are unfinished; `done` is called after each answer."""
     began = time.perf_counter()
     tasks = []
@@ -49,12 +49,12 @@ async def run_open(
 
 async def run_closed(
     client: httpx.AsyncClient, target: Target, shots: Sequence[Shot], concurrency: int, done: Callable[[], None]
-) -> list[Reading]:
+) -> list[LoadReading]:
     """Keeps `concurrency` requests unfinished until all are sent; `done` is called after each answer."""
     began = time.perf_counter()
     left = iter(shots)
 
-    async def user() -> list[Reading]:
+    async def user() -> list[LoadReading]:
         return [await _send(client, target, shot, began, done) for shot in left]
 
     return [reading for own in await asyncio.gather(*(user() for _ in range(concurrency))) for reading in own]
@@ -62,9 +62,9 @@ async def run_closed(
 
 async def _send(
     client: httpx.AsyncClient, target: Target, shot: Shot, began: float, done: Callable[[], None]
-) -> Reading:
+) -> LoadReading:
     now = time.perf_counter() - began
-    reading = Reading(shot, now if shot.due is None else shot.due, now)
+    reading = LoadReading(shot, now if shot.due is None else shot.due, now)
     path = "chat/completions" if target.endpoint == "chat" else "completions"
     try:
         async with client.stream("POST", f"{target.url}/{path}", json=_body(target, shot)) as answer:
@@ -79,7 +79,7 @@ async def _send(
     return reading
 
 
-async def _read(answer: httpx.Response, reading: Reading, began: float) -> None:
+async def _read(answer: httpx.Response, reading: LoadReading, began: float) -> None:
     """Reads the events of a stream until its [DONE]; the error is "cut" if the stream ends before."""
     async for line in answer.aiter_lines():
         if not line.startswith("data:"):

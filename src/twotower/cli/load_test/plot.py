@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from twotower.cli.load_test.report import Reading
+from twotower.cli.load_test.report import LoadReading
 
 
-def draw(runs: Mapping[str, Sequence[Reading]], figures: Sequence[dict[str, Any]], axis: str, path: Path) -> None:
+def draw(runs: Mapping[str, Sequence[LoadReading]], figures: Sequence[dict[str, Any]], axis: str, path: Path) -> None:
     """Draws one picture: the distribution of waiting times at each load, and throughput and goodput over the loads."""
     canvas = Figure(figsize=(12, 3.6), layout="constrained")
     first, each, speed = canvas.subplots(1, 3)

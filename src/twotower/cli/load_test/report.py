@@ -11,7 +11,7 @@ from twotower.cli.load_test.plan import Shot
 
 
 @dataclasses.dataclass
-class Reading:
+class LoadReading:
     """One request: seconds since the run began. `due` is when it should have been sent.
 
     `chunks` are the times at which text came. `error` is None for a complete answer, otherwise the reason: an
@@ -49,7 +49,7 @@ class Goal(NamedTuple):
     first_token: float
     per_token: float
 
-    def met(self, reading: Reading) -> bool:
+    def met(self, reading: LoadReading) -> bool:
         """Whether the answer is complete and came fast enough; an answer of one token has no time per token."""
         first, each = reading.first_token_seconds, reading.seconds_per_token
         if reading.error is not None or first is None:
@@ -57,7 +57,7 @@ class Goal(NamedTuple):
         return first <= self.first_token and (each is None or each <= self.per_token)
 
 
-def report(readings: Sequence[Reading], goal: Goal) -> dict[str, Any]:
+def report(readings: Sequence[LoadReading], goal: Goal) -> dict[str, Any]:
     """The figures of one run, and of each of its modes if it has several."""
     figures = _figures(readings, goal, max((r.ended for r in readings), default=0.0))
     modes = sorted({r.shot.mode for r in readings if r.shot.mode is not None})
@@ -67,7 +67,7 @@ def report(readings: Sequence[Reading], goal: Goal) -> dict[str, Any]:
     return figures
 
 
-def _figures(readings: Sequence[Reading], goal: Goal, seconds: float) -> dict[str, Any]:
+def _figures(readings: Sequence[LoadReading], goal: Goal, seconds: float) -> dict[str, Any]:
     whole = [r for r in readings if r.error is None]
     good = sum(goal.met(r) for r in readings)
     tokens = [r.tokens for r in whole if r.tokens is not None]
@@ -103,7 +103,7 @@ def _percentiles(seconds: Sequence[float | None]) -> dict[str, float] | None:
     return {"mean": float(np.mean(known)), "p50": p50, "p95": p95, "p99": p99, "max": max(known)}
 
 
-def row(reading: Reading) -> dict[str, Any]:
+def row(reading: LoadReading) -> dict[str, Any]:
     """One request as a JSON object."""
     found = dataclasses.asdict(reading)
     found |= {"prompt_words": len(reading.shot.prompt.split()), "new_tokens": reading.shot.new_tokens}
