@@ -22,6 +22,7 @@ FIND = {"type": "function", "function": {"name": "find"}}
 USER = {"role": "user", "content": "hi"}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
 OTHER = '<tool_call>\n{"name": "find", "arguments": {}}\n</tool_call>'
+UNCLOSED = CALL.removesuffix("</tool_call>")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def accumulated(client, **settings):
         return stream.get_final_completion()
 
 
-@pytest.mark.parametrize("text", ["hello", CALL, f"I add.\n{CALL}\n{OTHER}", "<tool_call>{no}"])
+@pytest.mark.parametrize("text", ["hello", CALL, f"I add.\n{CALL}\n{OTHER}", UNCLOSED, "<tool_call>{no}"])
 def test_a_stream_accumulates_to_the_whole_answer(client, text):
     whole = client.chat.completions.create(**asked(text)).choices[0]
     streamed = accumulated(client, **asked(text)).choices[0]
@@ -68,7 +69,7 @@ def test_a_stream_accumulates_to_the_whole_answer(client, text):
         for message in (whole.message, streamed.message)
     )
     assert found == again
-    assert len(found) == text.count("</tool_call>")
+    assert len(found) == text.count('"name"')
 
 
 def test_a_call_has_an_id_and_the_answer_no_content(client):

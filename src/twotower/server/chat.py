@@ -75,8 +75,8 @@ class ChatFormat:
         return [first | {"logprobs": shown, **more}, *others]
 
     def end(self, index: int, result: Generation) -> list[dict[str, Any]]:
-        last = _chunk(index, {}) | {"finish_reason": self._finish_reason(index, result)}
-        return [*self._chunks(index, self._reading(index).end()), last]
+        rest = self._chunks(index, self._reading(index).end())  # first: the last call may be sure only now
+        return [*rest, _chunk(index, {}) | {"finish_reason": self._finish_reason(index, result)}]
 
     def _reading(self, index: int) -> Reading:
         if index not in self._readings:
