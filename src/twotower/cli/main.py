@@ -28,7 +28,7 @@ _COMMANDS = {
     "train": "Train a denoiser for a checkpoint on text or a corpus of tokens.",
     "eval": "Measure what each mode keeps of ar's quality, and its speed.",
     "sweep": "Measure both over a grid of settings, with tables and pictures.",
-    "serve": "Serve OpenAI's API and a page, every mode behind one port.",
+    "serve": "Serve OpenAI's and Anthropic's APIs and a page, in every mode.",
     "doctor": "Show this machine, the backend chosen, and what slows it down.",
     "bench": "Measure the speed of the decoding modes, or of a server.",
 }

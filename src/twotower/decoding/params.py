@@ -40,14 +40,15 @@ class SamplingParams:
     2. `logit_bias`: l + bias.
     3. `repetition_penalty` r: l / r where l > 0, else l·r, for tokens of the prompt and those with n > 0.
     4. `frequency_penalty` f and `presence_penalty` p: l − f·n − p·[n > 0].
-    5. At a `temperature` above 0: l / temperature, then the filters `min_p`, `top_k`, `top_p` and `typical_p` in turn.
+    5. A constraint: l = −∞ for what the format doesn't allow there.
+    6. At a `temperature` above 0: l / temperature, then the filters `min_p`, `top_k`, `top_p` and `typical_p` in turn.
 
     In `verified`, the text before a place has the draft's tokens before it, so that its output is distributed as that
     of `ar`. In `diffusion` and `simulated_ar` it has what is committed anywhere in the block. Confidences, and
     the log-probabilities that `logprobs` asks for, are the model's own, without all of these.
 
-    At most one of `json_schema` (its text), `regex` and `grammar` (llguidance's Lark) is given. The text must match it,
-    and `constraint` is its name and value.
+    At most one of `json_schema` (its text), `regex` and `grammar` (llguidance's Lark, or llama.cpp's GBNF) is given.
+    The text must match it, and `constraint` is its name and value.
 
     With mode `auto` an engine chooses the mode of every step: `ar` or `verified`, whose outputs have the same
     distribution, and with `allow_loss` also `diffusion`, whose output has another one.

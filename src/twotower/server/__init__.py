@@ -1,1 +1,1 @@
-"""An HTTP server for all modes: OpenAI's protocol over the engine, and a page that shows blocks being denoised."""
+"""An HTTP server for all modes: OpenAI's and Anthropic's protocols over the engine, and pages to chat and to watch."""
