@@ -61,7 +61,7 @@ def command(
     """Chat in the terminal; the block in progress is drawn while the denoiser fills it.
 
     /help lists the commands, such as /mode, /set, /retry and /save. Ctrl-C ends an answer, Ctrl-D the chat. Without a
-    terminal every line of stdin is a message, and stdout has the answers alone.
+    terminal every line of stdin is a message or a command, and stdout has only answers.
     """
     conversation = Conversation() if file is None else Conversation.load(file)
     conversation.system = system or conversation.system

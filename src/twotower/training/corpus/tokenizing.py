@@ -74,9 +74,9 @@ class Encoder:
             ids.append(np.array(own, np.int32))
         return ids
 
-    def cut(self, text: str, start: int, limit: int) -> int:
-        """Where to end the piece of `text` that begins at `start`: at most at `limit`, and where what is behind it is
-        tokenised as without the cut, judged by _WINDOW characters on both sides.
+    def cut(self, text: str, limit: int) -> int:
+        """Where to end a piece of `text` that begins _PIECE before `limit`: at most there, and where what is behind it
+        is tokenised as without the cut, judged by _WINDOW characters on both sides.
 
         Where a text has no such place in sight, as in a word of thousands of letters, it is cut at `limit`.
         """
@@ -133,7 +133,7 @@ def _cut(text: str | LongText, context: str, encoder: Encoder) -> Iterator[tuple
         rest += chunk
         start = 0
         while len(rest) - start > 2 * _PIECE:
-            end = encoder.cut(rest, start, start + _PIECE)
+            end = encoder.cut(rest, start + _PIECE)
             yield context, rest[start:end]
             context, start = rest[end - 1], end
         rest = rest[start:]
