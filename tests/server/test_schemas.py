@@ -55,6 +55,40 @@ def test_what_says_more_stays_as_it_is(schema):
     assert closed(schema) == schema
 
 
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({"type": "string", "format": "binary"}, {"type": "string"}),
+        ({"type": ["integer", "null"], "format": "int64"}, {"type": ["integer", "null"]}),
+        ({"type": "string", "format": "date-time"}, {"type": "string", "format": "date-time"}),
+        ({"type": "array", "uniqueItems": False}, {"type": "array"}),
+        ({"type": "array", "uniqueItems": True}, {"type": "array", "uniqueItems": True}),
+        ({"type": "object", "propertyNames": {"type": "string"}}, {"type": "object"}),
+        ({"propertyNames": {"pattern": "^x"}}, {"propertyNames": {"pattern": "^x"}}),
+        ({"properties": {"format": {"const": 1}}, "minProperties": 1},) * 2,
+        ({"allOf": [{"type": "string", "format": "path"}]}, {"allOf": [{"type": "string"}]}),
+    ],
+    ids=json.dumps,
+)
+def test_keys_that_demand_nothing_are_left_out(given, left):
+    assert closed(given) == left
+
+
+def test_what_other_tools_call_a_format_is_no_error(obedient_url):
+    """OpenAPI's, pydantic's and zod's schemas have formats that JSON Schema doesn't know."""
+    pytest.importorskip("llguidance")
+    path = {"type": "string", "format": "path", "enum": ["a/b"]}
+    schema = {"type": "object", "properties": {"where": path}, "required": ["where"]}
+    body = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"enable_thinking": False}}
+    url = f"{obedient_url}/v1/chat/completions"
+    answer = httpx.post(url, json=body | {"guided_json": schema}).json()["choices"][0]["message"]
+    assert json.loads(answer["content"]) == {"where": "a/b"}
+    tool = {"type": "function", "function": {"name": "open", "parameters": schema}}
+    forced = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    [call] = httpx.post(url, json=body | forced).json()["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"where": "a/b"}
+
+
 def test_a_deep_schema_is_closed():
     schema: dict = NAMED
     for _ in range(300):

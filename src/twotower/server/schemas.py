@@ -10,22 +10,28 @@ _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "additionalItems")
 # Where one of these is, what a part of a schema takes depends on other parts.
 _JOINS = ("allOf", "if", "not", "contains", "dependentSchemas", "unevaluatedProperties", "unevaluatedItems")
+# Formats of texts that a grammar holds. To JSON Schema any other is a remark.
+_FORMATS = frozenset(
+    ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
+)
 _ELSEWHERE, _OF_OBJECTS = ("$ref", "$dynamicRef", "anyOf", "oneOf"), ("properties", "required", "minProperties")
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema with objects that have no other properties than it names, unless it says that they may.
+    """The schema with objects that have no other properties than it names, unless it says that they may, and without
+    keys that demand nothing, some of which llguidance refuses.
 
     To JSON Schema an object may have any others, but hardly any client means that, and vLLM, llama.cpp and SGLang
     read them in this way: a model that isn't sure would go on with properties of its own. What matches the new schema
-    matches the old one. A schema in which several parts describe one object together is returned as it is.
+    matches the old one. Where several parts of a schema describe one object together, its objects stay as they are.
     """
     copy = json.loads(json.dumps(schema))
     parts = list(_parts(copy))
-    if any(map(_is_joined, parts)):
-        return schema
+    joined = any(map(_is_joined, parts))
     for part in parts:
-        if _names_all(part):
+        for key in [key for key in part if _demands_nothing(key, part[key])]:
+            del part[key]
+        if not joined and _names_all(part):
             part["additionalProperties"] = False
     return copy
 
@@ -45,6 +51,15 @@ def _parts(schema: Any) -> Iterator[dict[str, Any]]:
             if isinstance(part.get(key), list):
                 waiting += part[key]
         waiting += [part[key] for key in _SINGLE if key in part]
+
+
+def _demands_nothing(key: str, value: Any) -> bool:
+    if key == "format":
+        return isinstance(value, str) and value not in _FORMATS
+    if key == "uniqueItems":
+        return value is False
+    # the names of properties are always texts
+    return key == "propertyNames" and value in (True, {}, {"type": "string"})
 
 
 def _is_joined(part: Mapping[str, Any]) -> bool:
