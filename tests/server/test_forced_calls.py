@@ -168,6 +168,35 @@ def test_a_schema_may_refer_to_itself(client):
     assert json.loads(call.function.arguments)["first"] is not None
 
 
+ONE = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+@pytest.mark.parametrize(
+    ("schema", "arguments"),
+    [
+        ({"$ref": "#/$defs/One", "$defs": {"One": ONE}}, {"a": 1}),
+        ({"anyOf": [ONE, ONE]}, {"a": 1}),
+        (
+            {"patternProperties": {"^x$": {"const": 1}}, "additionalProperties": False, "minProperties": 1},
+            {"x": 1},
+        ),
+        (
+            {"properties": {'a"b': {"const": 1}, "c\nd>e": {"const": 2}}, "required": ['a"b', "c\nd>e"]},
+            {'a"b': 1, "c\nd>e": 2},
+        ),
+        ({"properties": {"très 🎉": {"const": "日本"}}, "required": ["très 🎉"]}, {"très 🎉": "日本"}),
+    ],
+    ids=["a reference", "any of", "a pattern", "marks", "Unicode"],
+)
+def test_arguments_follow_any_schema_in_every_format(clients, parser, schema, arguments):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    settings = {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 300}
+    made = clients[parser].chat.completions.create(model="tiny", messages=[USER], **settings)
+    [call] = made.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == arguments
+
+
 def test_arguments_that_are_required_but_not_described_may_be_anything(client):
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"required": ["anything"]}}}]
     body = {"messages": [USER], "tools": tools, "tool_choice": "required", "max_tokens": 40}

@@ -19,7 +19,7 @@ from twotower.server.tools.calls import (
     load,
     skip_blanks,
 )
-from twotower.server.tools.grammar import distinct, literal, repeated, schema_rule
+from twotower.server.tools.grammar import arguments_schema, distinct, literal, repeated, schema_rule
 from twotower.server.tools.hermes import CLOSE, OPEN
 
 _FUNCTION, _END = "<function=", "</function>"
@@ -58,7 +58,7 @@ class FunctionXml:
         return None if last is None else Found(found.calls, last)
 
     def grammar(self, functions: Functions, mark: Mark, *, many: bool) -> str:
-        bodies, rules = distinct("body", functions, _body_rules)
+        bodies, rules = distinct("body", functions, lambda rule, own: _body_rules(rule, arguments_schema(own)))
         calls = " | ".join(f"{literal(f'{_FUNCTION}{name}>')} {body}" for name, body in bodies.items())
         start = f"calls: {repeated('marked', _LINE, many=many)}\n"
         marked = f"marked: {mark(OPEN)} {_NEWLINE} ({calls}) {_NEWLINE} {mark(CLOSE)}\n"
@@ -163,15 +163,27 @@ def _value(written: str, types: frozenset[str]) -> Any:
 
 
 def _body_rules(rule: str, schema: Mapping[str, Any]) -> str:
-    """Rules for what is behind a function's name: its parameters in the schema's order."""
-    properties, required = schema.get("properties"), schema.get("required")
+    """Rules for what is behind a function's name: its parameters in the schema's order, or a JSON object where marks
+    can't say them."""
+    if not _fits_marks(schema):
+        return f"{rule}: {rule}j {literal(_END)}\n{schema_rule(f'{rule}j', schema)}"
+    properties, required = schema.get("properties", {}), schema.get("required")
     parts, rules = [], []
-    for i, (key, own) in enumerate(properties.items() if isinstance(properties, Mapping) else ()):
+    for i, (key, own) in enumerate(properties.items()):
         part = f"{rule}p{i}"
         rules.append(f"{part}: {literal(f'{_PARAMETER}{key}>')} {_NEWLINE} {part}v {_NEWLINE}\n")
         rules.append(_value_rule(f"{part}v", own, schema))
         parts.append(part if isinstance(required, list) and key in required else f"{part}?")
     return f"{rule}: {' '.join((_NEWLINE, *parts, literal(_END)))}\n{''.join(rules)}"
+
+
+def _fits_marks(schema: Mapping[str, Any]) -> bool:
+    """Whether a schema names the arguments, and so that the names can stand in marks."""
+    properties = schema.get("properties", {})
+    takes_others = schema.get("additionalProperties") is not False or "patternProperties" in schema
+    if not isinstance(properties, Mapping) or (takes_others and not properties):
+        return False
+    return all(key and key == key.strip() and not {">", "\n"} & {*key} for key in properties)
 
 
 def _value_rule(rule: str, schema: Any, root: Mapping[str, Any]) -> str:
