@@ -8,6 +8,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -227,11 +228,17 @@ class Terminal:
             stdout=child,
             stderr=child,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=self._take_terminal,
             env={**os.environ, "TERM": "xterm-256color", **environment},
         )
         os.close(child)
         self.seen = ""
+
+    @staticmethod
+    def _take_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        # Tests that a shell runs in the background ignore Ctrl-C, and so would their children.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def expect(self, text, seconds=60):
         """Reads until a text has come; what came up to there is returned and forgotten."""
