@@ -1,6 +1,7 @@
 """Calls in texts of every format, and what only looks like one; in whatever pieces a text comes."""
 
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -307,3 +308,20 @@ def test_pieces_make_no_difference_to_any_text(text, places, one_call):
         assert parts(pieces, marks, one_call=one_call) == whole
         assert parts(list(text), marks, one_call=one_call) == whole
         assert whole[1] or whole[0] == text
+
+
+@pytest.mark.parametrize(
+    ("marks", "unit"),
+    [
+        (Marks(Hermes()), "<tool_call>{"),
+        (Marks(Mistral(named=True)), "[TOOL_CALLS]find[ARGS]{"),
+        (Marks(JsonList()), '\n```json\n{"name":'),
+        (Marks(FunctionXml()), "<function=find>\n<parameter=x>\n"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_text_that_begins_calls_again_and_again_is_read_in_linear_time(marks, unit):
+    text = f"a{unit * 20_000}".rstrip()
+    began = time.process_time()
+    assert parts([text], marks) == (text, [])
+    assert time.process_time() - began < 10  # 0.2 s each; in the square of the length it is minutes

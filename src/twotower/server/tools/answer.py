@@ -4,6 +4,10 @@ import re
 
 from twotower.server.tools.calls import Brackets, Call, Functions, ToolFormat
 
+# Most characters that are read in vain, of texts that begin like calls and are none. One inside the other, they would
+# take the square of their length; behind them all is content.
+_MOST_IN_VAIN = 2_000_000
+
 
 class Marks:
     """What the text of an answer must be searched for: what calls in a format begin with."""
@@ -32,6 +36,7 @@ class Answer:
         self._blanks = ""  # blanks that are content only if other text follows them
         self._brackets: Brackets | None = None  # of the call that `_held` begins with
         self._line_begins = True
+        self._in_vain = 0  # characters that were read as calls and are none
         self.num_calls = 0
 
     def push(self, text: str) -> list[str | Call]:
@@ -48,7 +53,8 @@ class Answer:
         given: list[str | Call] = []
         while self._held:
             if self._brackets is None:
-                start, length = self._next_mark(final=final)
+                searched = self._in_vain < _MOST_IN_VAIN
+                start, length = self._next_mark(final=final) if searched else (len(self._held), 0)
                 given += self._content(start)
                 if not length:
                     break
@@ -56,8 +62,9 @@ class Answer:
             found = self._marks.format.read(self._held, self._functions, self._brackets, final=final)
             if found is None and not final:
                 break
-            self._brackets = None
+            num_read, self._brackets = self._brackets.num_read, None
             if found is None or not found.calls:
+                self._in_vain += len(self._held) if found is None else num_read
                 given += self._content(1 if found is None else found.end)
             else:
                 calls = found.calls[: max(1 - self.num_calls, 0)] if self._one_call else found.calls

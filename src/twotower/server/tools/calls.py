@@ -73,6 +73,11 @@ class Brackets:
         self._in_string = False
         self._end: int | None = None
 
+    @property
+    def num_read(self) -> int:
+        """How many characters of the text have been read."""
+        return self._at or 0
+
     def end(self, text: str, start: int) -> int | None:
         """The place behind the bracket that closes the one at `start`, None if there is none yet."""
         if self._end is not None:
