@@ -28,7 +28,7 @@ _DROPPED = (
 
 
 class Open(BaseModel):
-    """Takes unknown keys, and keeps them."""
+    """Nulls are absent, and unknown keys are kept."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 

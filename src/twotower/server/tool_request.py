@@ -3,10 +3,11 @@
 import re
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from twotower.server.errors import ApiError
 from twotower.server.fields import Body, Many
+from twotower.server.messages import Open
 from twotower.server.tools.calls import Functions
 
 # Names that every way of writing calls can say. OpenAI allows fewer; the names of some tool servers have these.
@@ -14,15 +15,10 @@ _NAME = re.compile(r"[\w.:/-]{1,128}")
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
-class _Lenient(BaseModel):
-    """Nulls are absent, and keys that are not known change nothing."""
+class _Lenient(Open):
+    """Keys that are not known change nothing."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, raw: Any) -> Any:
-        return {key: value for key, value in raw.items() if value is not None} if isinstance(raw, dict) else raw
+    model_config = ConfigDict(extra="ignore")
 
 
 class FunctionName(_Lenient):
