@@ -235,5 +235,5 @@ def _lark(grammar: str) -> str:
         raise SettingError("grammar", grammar, f"at most {_MOST_GBNF} characters in GBNF", "write it in Lark")
     try:
         return gbnf_to_lark(grammar)
-    except Exception as error:  # what it raises for a wrong grammar is Exception itself
+    except Exception as error:  # for a wrong grammar it raises Exception itself, IndexError and RecursionError, too
         raise _unfollowable("grammar", grammar, str(error)) from error
