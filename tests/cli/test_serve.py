@@ -146,7 +146,6 @@ def test_a_file_has_the_options_under_other_servers_names(checkpoint, tmp_path, 
         f"chat_template: {tmp_path / 'chat.jinja'}\n"
         f"ssl-certfile: {certificate[0]}\n"
         f"ssl_keyfile: {certificate[1]}\n"
-        "model: hybrid\n"
     )
     command = [*COMMAND, "--model", str(checkpoint), "--port", "0", "--config", str(tmp_path / "serve.yaml")]
     with process(checkpoint, 0, tmp_path, command=command) as (_, url, log):
@@ -210,6 +209,15 @@ def test_a_bad_option_is_named(run, checkpoint, options, message):
     result = run("serve", "--model", checkpoint, *options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("spelling", [[], ["--model"]])
+def test_the_model_of_a_file_gives_way_to_the_one_of_the_command_line(run, checkpoint, tmp_path, spelling):
+    (tmp_path / "serve.yaml").write_text("model: nowhere")
+    refused = ["--state-mib", "1", "--max-requests", "100000"]  # by the engine, when the model is open
+    result = run("serve", *spelling, checkpoint, "--config", tmp_path / "serve.yaml", *refused)
+    assert result.exit_code == 2
+    assert "state_bytes" in result.stderr
 
 
 def test_a_model_without_tokenizer_cannot_be_served(run, model, tmp_path):
