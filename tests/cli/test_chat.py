@@ -301,8 +301,10 @@ def test_in_a_terminal_blocks_are_drawn_and_ctrl_c_ends_an_answer_but_not_the_ch
     assert "Stopped" in shown.expect("/retry asks again)")
     shown.expect("> ")
     shown.interrupt("Ctrl-D or /exit leaves")
+    shown.expect("> ")
     shown.send("/mo\tver\t\n")
     shown.expect("mode = verified")
+    shown.expect("> ")  # before the prompt, Ctrl-D would be one for the terminal, which forgets it with the next prompt
     shown.send("\x04")
     assert shown.process.wait(20) == 0
 
