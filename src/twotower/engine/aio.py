@@ -29,11 +29,17 @@ class EngineFailed(RuntimeError):
     """The engine's thread has ended, by an internal error or by `close`; no request runs any more."""
 
 
+class Draining(RuntimeError):
+    """The engine is about to be closed, so that it did not take the request or has given it up; send it elsewhere."""
+
+
 @dataclasses.dataclass
 class Admission:
-    """Places reserved for requests, of which no stream has taken `num_left` yet."""
+    """Places reserved for requests, of which no stream has taken `num_left` yet; `has_begun` says whether one of the
+    requests has had an output."""
 
     num_left: int
+    has_begun: bool = False
 
 
 class _Client(NamedTuple):
@@ -44,10 +50,11 @@ class _Client(NamedTuple):
 
     number: str
     request_id: str
+    admission: Admission
     loop: asyncio.AbstractEventLoop
-    outputs: "asyncio.Queue[StepOutput | EngineFailed | None]"
+    outputs: "asyncio.Queue[StepOutput | EngineFailed | Draining | None]"
 
-    def put(self, output: "StepOutput | EngineFailed | None") -> None:
+    def put(self, output: "StepOutput | EngineFailed | Draining | None") -> None:
         """Queues an output; called from the engine's thread."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.outputs.put_nowait, output)
@@ -66,7 +73,7 @@ class AsyncEngine:
         self._numbers: dict[str, str] = {}  # by request id
         self._num_streams = 0
         self._num_reserved = 0  # places of admissions that no stream has taken yet
-        self._closing = False
+        self._closing = self._draining = False
         self._failure: BaseException | None = None
         self._stats = self._engine.stats()
         self._thread: threading.Thread | None = None
@@ -97,10 +104,30 @@ class AsyncEngine:
             self._thread.join()
         self._fail(EngineFailed("the engine was closed"))
 
+    def drain(self) -> None:
+        """Takes no more requests, and ends those that have to wait; what runs goes on. Returns at once, in any thread.
+
+        `admit` raises Draining from now on. After the round in progress so does the stream of each request that has no
+        state yet, unless another request of its admission has begun: the texts of one answer belong together.
+        """
+        with self._wake:
+            self._draining = True
+
+    def abandon(self, reason: str = "the engine is shutting down and did not finish this request") -> None:
+        """Ends all unfinished requests: their streams raise Draining with `reason`. Returns at once, in any thread."""
+        with self._wake:
+            for number in list(self._clients):
+                self._end(number, Draining(reason))
+
     def stats(self) -> EngineStats:
         """The counts after the last round; requests that haven't reached the engine yet count as waiting."""
         with self._wake:
             return self._stats._replace(num_waiting=self._stats.num_waiting + len(self._arrived))
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether `drain` was called."""
+        return self._draining
 
     @property
     def num_unfinished(self) -> int:
@@ -112,15 +139,16 @@ class AsyncEngine:
     def admit(self, count: int = 1) -> Iterator[Admission]:
         """Reserves places for `count` requests; places that no stream has taken are given back on exit.
 
-        Raises Overloaded if they exceed the limit of unfinished requests, EngineFailed if the engine isn't running.
+        Raises Overloaded if they exceed the limit of unfinished requests, Draining after `drain`, and EngineFailed if
+        the engine isn't running.
         """
+        admission = Admission(count)
         with self._wake:
-            self._check_runs()
+            self._check_takes(admission)
             unfinished, limit = self.num_unfinished, self.config.max_num_requests + self.config.max_num_waiting
             if unfinished + count > limit:
                 raise Overloaded(f"{unfinished} requests are unfinished, the limit is {limit}; try again later")
             self._num_reserved += count
-        admission = Admission(count)
         try:
             yield admission
         finally:
@@ -141,7 +169,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[StepOutput, None]:
         """The outputs of one request as they come; the last has its result. Closing the iterator aborts the request.
 
-        Raises ValueError for a bad request, Overloaded if the queue is full, EngineFailed if the engine is not running.
+        Raises ValueError for a bad request, Overloaded if the queue is full, Draining if the engine shuts down, and
+        EngineFailed if it is not running.
         """
         with self.admit() as admission:
             request = await asyncio.to_thread(self.prepare, prompt, params)
@@ -160,7 +189,7 @@ class AsyncEngine:
                 output = await client.outputs.get()
                 if output is None:
                     return
-                if isinstance(output, EngineFailed):
+                if isinstance(output, EngineFailed | Draining):
                     raise output
                 yield output
                 if output.result is not None:
@@ -170,17 +199,24 @@ class AsyncEngine:
 
     async def abort(self, request_id: str) -> None:
         """Ends a request: its stream stops without a result. Does nothing if it is finished or unknown."""
-        client = self._leave(self._numbers.get(request_id, ""))
-        if client is not None:
-            client.put(None)
+        with self._wake:
+            self._end(self._numbers.get(request_id, ""), None)
 
-    def _check_runs(self) -> None:
+    def _end(self, number: str, last: Draining | None) -> None:
+        """Aborts a request, if it is unfinished, and ends its stream with `last`."""
+        client = self._leave(number)
+        if client is not None:
+            client.put(last)
+
+    def _check_takes(self, admission: Admission) -> None:
         if not self.is_running:
             raise EngineFailed("the engine does not run: it was never started, was closed or failed") from self._failure
+        if self._draining and not admission.has_begun:
+            raise Draining("the engine is shutting down and takes no more requests")
 
     def _enter(self, request: Request, admission: Admission, request_id: str | None, watch: bool) -> _Client:
         with self._wake:
-            self._check_runs()
+            self._check_takes(admission)
             assert admission.num_left > 0, "all places of this admission are taken"
             self._num_streams += 1
             number = str(self._num_streams)
@@ -188,7 +224,7 @@ class AsyncEngine:
             if request_id in self._numbers:
                 raise ValueError(f"request_id is {request_id!r}, which an unfinished request has; choose another")
             self._numbers[request_id] = number
-            client = _Client(number, request_id, asyncio.get_running_loop(), asyncio.Queue())
+            client = _Client(number, request_id, admission, asyncio.get_running_loop(), asyncio.Queue())
             self._clients[number] = client
             admission.num_left -= 1
             self._num_reserved -= 1
@@ -210,6 +246,8 @@ class AsyncEngine:
         try:
             while self._take_in():
                 self._give_out(self._engine.step())
+                if self._draining:
+                    self._refuse_waiting()
         except BaseException as error:
             logger.exception("the engine's thread ended")
             self._fail(error)
@@ -233,11 +271,22 @@ class AsyncEngine:
             self._stats = self._engine.stats()
             known = [(self._clients[o.request_id], o) for o in outputs if o.request_id in self._clients]
             for client, output in known:
+                client.admission.has_begun = True
                 if output.result is not None:
                     del self._clients[output.request_id]
                     del self._numbers[client.request_id]
         for client, output in known:
             client.put(dataclasses.replace(output, request_id=client.request_id))
+
+    def _refuse_waiting(self) -> None:
+        """Ends the requests that the round which is over had no place for."""
+        with self._wake:
+            waiting = set(self._engine.queued())
+            running = [client.admission for number, client in self._clients.items() if number not in waiting]
+            for number in waiting & self._clients.keys():
+                admission = self._clients[number].admission
+                if not admission.has_begun and not any(admission is other for other in running):
+                    self._end(number, Draining("the engine is shutting down and had not begun this request"))
 
     def _fail(self, error: BaseException) -> None:
         with self._wake:

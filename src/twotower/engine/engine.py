@@ -140,6 +140,10 @@ class Engine:
         if job is not None:
             self._withdraw(job)
 
+    def queued(self) -> list[str]:
+        """The ids of the requests that have never had a state; one that has lost its state to others is not queued."""
+        return [job.id for job in self._intake.waiting if job.record.seconds_queued is None]
+
     def step(self) -> list[StepOutput]:
         """One round: absorbs some prompt tokens, takes one step of every decoding request, and returns the outputs.
 
