@@ -9,7 +9,7 @@ import pytest
 from twotower.errors import SettingError
 from twotower.server.app import make_app
 from twotower.server.config import ServerConfig
-from twotower.server.lifecycle import JsonLines
+from twotower.server.logs import JsonLines
 
 ASK = {"model": "tiny", "prompt": "a secret story", "max_tokens": 2, "user": "someone"}
 
@@ -86,17 +86,6 @@ def test_each_response_has_an_id_and_a_line_without_texts(http, caplog, wait_unt
     assert done["seconds"] > done["seconds_queued"] >= 0
     assert lost["status"] == 404
     assert "secret" not in json.dumps(done)
-
-
-def test_a_record_with_an_exception_is_one_line():
-    try:
-        raise RuntimeError("no\nway")
-    except RuntimeError as error:
-        record = logging.LogRecord("n", logging.ERROR, "f", 1, "bad %s", ("luck",), (type(error), error, None))
-    line = JsonLines().format(record)
-    assert "\n" not in line
-    assert json.loads(line)["message"] == "bad luck"
-    assert "no" in json.loads(line)["exception"]
 
 
 def test_metrics_count_texts_tokens_and_calls(http):

@@ -66,7 +66,8 @@ def command(
     try:
         from twotower.checkpoints.chat_template import ChatTemplate
         from twotower.server.app import make_app
-        from twotower.server.lifecycle import check_certificate, log_to_stderr, run
+        from twotower.server.lifecycle import check_certificate, run
+        from twotower.server.logs import log_to_stderr
     except ModuleNotFoundError as error:
         raise ValueError(f"the server needs the package {error.name}; pip install 'twotower[serve]'") from error
     if api_key_file is not None:
@@ -80,8 +81,8 @@ def command(
     config = dataclasses.replace(config, model_names=config.model_names or (_name(model, folder),))
     engine = AsyncEngine(opened, limits)
     server = make_app(engine, config, template)
-    log_to_stderr(config.log_level)
-    run(server, engine, config)
+    with log_to_stderr(config.log_level):
+        run(server, engine, config)
 
 
 def _name(model: str | None, folder: Path) -> str:

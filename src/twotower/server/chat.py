@@ -19,7 +19,6 @@ from twotower.decoding.step import Request as TextRequest
 from twotower.errors import SettingError
 from twotower.server.answers import AnswerFormat, Reading
 from twotower.server.errors import ApiError, in_json
-from twotower.server.fields import logged
 from twotower.server.logprobs import chat_logprobs
 from twotower.server.messages import Message, turns
 from twotower.server.protocol import ChatRequest, Templating
@@ -119,7 +118,7 @@ def _tool_call(call: Call) -> dict[str, Any]:
 async def chat(service: Service, body: ChatRequest, request: Request) -> Response:
     """Writes the next message of a chat `n` times. Raises ApiError for what can't be done."""
     service.check_model(body.model)
-    request.state.log["user"] = logged(body.user)
+    request.state.log["user"] = body.user
     n, written = body.num_choices, body.num_written
     if body.top_logprobs and not body.logprobs:
         message = "top_logprobs needs logprobs: true; set it or leave top_logprobs out"

@@ -9,7 +9,6 @@ from fastapi.responses import Response
 
 from twotower.decoding.output import Generation
 from twotower.decoding.scoring import TokenScore
-from twotower.server.fields import logged
 from twotower.server.logprobs import completion_logprobs
 from twotower.server.protocol import CompletionRequest
 from twotower.server.reply import LogprobOptions, ReplyPlan, reply
@@ -70,7 +69,7 @@ class CompletionFormat:
 async def complete(service: Service, body: CompletionRequest, request: Request) -> Response:
     """Continues every prompt of a request `n` times. Raises ApiError for what can't be done."""
     service.check_model(body.model)
-    request.state.log["user"] = logged(body.user)
+    request.state.log["user"] = body.user
     prompts, n, written = body.prompts(), body.num_choices, body.num_written
     with ExitStack() as held:
         admission = held.enter_context(service.admit(len(prompts) * written))

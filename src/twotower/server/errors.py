@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from twotower.decoding.params import SamplingParams
 from twotower.engine.aio import EngineFailed, Overloaded
 from twotower.errors import SettingError
+from twotower.server.logs import cut
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ _OTHER_NAMES = {
         (r"(tools\.\d+)\.function\.parameters", r"\1.input_schema"),
     ),
 }
-# Most characters of a value that a message shows.
-_SHOWN = 200
+# Most characters of a value that a message shows, of a message, which may name what a client has sent, and of a param.
+_SHOWN, _MESSAGE, _PARAM = 200, 2000, 200
 
 
 class ApiError(HTTPException):
@@ -76,7 +77,8 @@ class ClientGone(Exception):
 def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The error object of a response or of an event in a stream."""
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    param = None if param is None else cut(param, _PARAM)
+    return {"error": {"message": cut(message, _MESSAGE), "type": kind, "param": param, "code": code}}
 
 
 def anthropic_body(status: int, message: str, code: str | None = None) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def anthropic_body(status: int, message: str, code: str | None = None) -> dict[s
     if code == "context_length_exceeded":
         message = f"prompt is too long: {message}"  # by these words clients know it
     details = {} if code is None else {"details": {"error_code": code}}
-    return {"type": "error", "error": {"type": kind, "message": message, **details}}
+    return {"type": "error", "error": {"type": kind, "message": cut(message, _MESSAGE), **details}}
 
 
 def error_response(

@@ -12,9 +12,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from twotower.server.errors import ApiError
 
-# Most characters of a client's own text in a line of the log.
-MAX_LOGGED = 100
-
 # Fields that change no answer: names for billing, caching and tracing, and hints for speed.
 BOOKKEEPING = frozenset(
     (
@@ -180,11 +177,6 @@ def is_empty(value: Any) -> bool:
     that has only such values, as of features that are all off."""
     inner = value.values() if isinstance(value, dict) else (value,)
     return all(one is None or any(_equal(one, empty) for empty in (*_EMPTY, False, 0)) for one in inner)
-
-
-def logged(text: str | None) -> str | None:
-    """A client's own text for the log, cut if it is long."""
-    return text if text is None or len(text) <= MAX_LOGGED else text[:MAX_LOGGED] + "…"
 
 
 def _equal(value: Any, other: Any) -> bool:

@@ -1,47 +1,19 @@
-"""Runs a server as a process: its log, its socket, and a shutdown that lets running requests finish."""
+"""Runs a server as a process: its socket, and a shutdown that lets running requests finish."""
 
-import json
 import logging
 import socket
 import ssl
-import time
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from twotower.decoding.modes import Mode
 from twotower.engine.aio import AsyncEngine
-from twotower.server.config import LogLevel, ServerConfig
+from twotower.server.config import ServerConfig
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 logger = logging.getLogger(__name__)
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object per record: time, level, logger, message and the record's `fields`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, Any] = {
-            "time": f"{moment}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        fields: dict[str, Any] = getattr(record, "fields", {})
-        line |= {name: value for name, value in fields.items() if value is not None}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
-
-
-def log_to_stderr(level: LogLevel) -> None:
-    """Writes all log records of this process, from `level` on, to stderr as lines of JSON."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 class _AnnouncedServer(uvicorn.Server):

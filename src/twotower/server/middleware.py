@@ -12,6 +12,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twotower.server.errors import ApiError, error_response
+from twotower.server.logs import cut_fields
 from twotower.server.metrics import Metrics
 from twotower.server.tracing import record_span
 
@@ -65,7 +66,7 @@ class RequestLog:
             seconds = time.perf_counter() - began
             logger.info("request", extra={"fields": known | {"seconds": round(seconds, 4)} | log})
             if self._tracer is not None and scope["method"] == "POST":
-                record_span(self._tracer, scope, known | log, seconds)
+                record_span(self._tracer, scope, cut_fields(known | log), seconds)
 
 
 class RootPath:

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from twotower.checkpoints.chat_template import ChatTemplate
+if TYPE_CHECKING:
+    from twotower.checkpoints.chat_template import ChatTemplate
 
 # "auto" goes by the template; the others are called as in vLLM.
 ReasoningParser = Literal["auto", "none", "deepseek_r1", "qwen3", "mistral", "seed_oss"]
@@ -35,7 +36,7 @@ _FORMATS = {
 }
 
 
-def thought_format(parser: ReasoningParser, template: ChatTemplate | None) -> ThoughtFormat | None:
+def thought_format(parser: ReasoningParser, template: "ChatTemplate | None") -> ThoughtFormat | None:
     """The format of a name; for "auto" the one whose marks the chat template writes, and None if it has none."""
     if parser == "none":
         return None

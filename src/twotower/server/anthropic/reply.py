@@ -10,7 +10,6 @@ from twotower.server.anthropic.writer import MessageWriter
 from twotower.server.chat import prepare_chat, render
 from twotower.server.dialect import reply_as
 from twotower.server.errors import ApiError
-from twotower.server.fields import logged
 from twotower.server.service import Service
 
 
@@ -18,7 +17,7 @@ async def messages(service: Service, body: MessagesRequest, request: Request) ->
     """Writes the next message of a conversation. Raises ApiError for what can't be done."""
     service.check_model(body.model)
     user = (body.metadata or {}).get("user_id")
-    request.state.log["user"] = logged(user) if isinstance(user, str) else None
+    request.state.log["user"] = user if isinstance(user, str) else None
     if body.thinking is not None and body.thinking.type == "enabled" and service.thoughts is None:
         message = 'thinking.type is "enabled", and this model marks no reasoning; leave thinking out'
         raise ApiError(400, message, param="thinking.type", code="unsupported_parameter")

@@ -9,7 +9,6 @@ from fastapi.responses import Response
 from twotower.decoding.params import SamplingParams
 from twotower.server.chat import prepare_chat
 from twotower.server.dialect import reply_as
-from twotower.server.fields import logged
 from twotower.server.responses.protocol import ResponsesRequest
 from twotower.server.responses.writer import ResponseWriter
 from twotower.server.service import Service
@@ -18,7 +17,7 @@ from twotower.server.service import Service
 async def respond(service: Service, body: ResponsesRequest, request: Request) -> Response:
     """Writes what comes next after the items of a request. Raises ApiError for what can't be done."""
     service.check_model(body.model)
-    request.state.log["user"] = logged(body.user)
+    request.state.log["user"] = body.user
     with ExitStack() as held:
         admission = held.enter_context(service.admit(1))
         chat = await prepare_chat(service, body.chat())

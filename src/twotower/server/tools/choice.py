@@ -1,14 +1,16 @@
 """Which way of writing calls a model knows."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.server.tools.calls import ToolFormat
 from twotower.server.tools.hermes import OPEN, Hermes
 from twotower.server.tools.json_list import PAIRS, JsonList
 from twotower.server.tools.llama3 import Llama3
 from twotower.server.tools.mistral import ARGS, Mistral
 from twotower.server.tools.xml import FunctionXml
+
+if TYPE_CHECKING:
+    from twotower.checkpoints.chat_template import ChatTemplate
 
 # "auto" goes by the template; the others are called as in vLLM.
 ToolParser = Literal["auto", "hermes", "llama3_json", "mistral", "qwen3_coder", "json"]
@@ -25,7 +27,7 @@ _TEACHES: tuple[tuple[str, ToolParser], ...] = (
 )
 
 
-def tool_format(parser: ToolParser, template: ChatTemplate | None) -> ToolFormat:
+def tool_format(parser: ToolParser, template: "ChatTemplate | None") -> ToolFormat:
     """The format of a name; for "auto" the one that the chat template teaches, by the marks that it writes. A model
     whose template knows no tools is told of Hermes' format."""
 
