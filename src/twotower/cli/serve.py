@@ -1,6 +1,7 @@
 """`twotower serve`: an HTTP server for OpenAI's and Anthropic's clients, with every decoding mode behind one port."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,8 @@ from twotower.cli.settings import with_settings
 from twotower.engine.aio import AsyncEngine
 from twotower.engine.config import EngineConfig
 from twotower.errors import SettingError
-from twotower.server.config import ServerConfig, read_keys
+from twotower.integrations.ray.config import Launch, ReplicaConfig
+from twotower.server.config import ServerConfig, read_keys, served_name
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -37,6 +39,7 @@ def command(
     ] = None,
     config: ServerConfig,
     limits: EngineConfig,
+    replicas: ReplicaConfig,
     device: DeviceOption = "cpu",
     context_device: ContextDeviceOption = None,
     denoiser_device: DenoiserDeviceOption = None,
@@ -57,7 +60,7 @@ def command(
 ) -> None:
     """Serve OpenAI's and Anthropic's APIs, and a page at / that shows the modes at work.
 
-    SIGTERM or Ctrl-C lets running requests finish.
+    SIGTERM or Ctrl-C lets running requests finish. With --replicas, Ray runs several servers behind this address.
     """
     source = context.get_parameter_source("model")
     if named_model is not None and source is not None and source.name == "COMMANDLINE":
@@ -73,19 +76,39 @@ def command(
     if api_key_file is not None:
         config = dataclasses.replace(config, api_keys=config.api_keys + read_keys(api_key_file))
     check_certificate(config)
+    config = dataclasses.replace(config, model_names=config.model_names or (served_name(model),))
+    if replicas.replicas is not None:
+        launch = Launch(
+            model=model,
+            server=config,
+            limits=limits,
+            device=device,
+            context_device=context_device,
+            denoiser_device=denoiser_device,
+            dtype=dtype,
+        )
+        _serve_replicas(launch.with_template(chat_template), replicas)
+        return
     folder = DEFAULT_CHECKPOINT if model is None else resolve(model)
     template = ChatTemplate.load(folder, chat_template)
     opened = open_model(
         model, device=device, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
     )
-    config = dataclasses.replace(config, model_names=config.model_names or (_name(model, folder),))
     engine = AsyncEngine(opened, limits)
     server = make_app(engine, config, template)
     with log_to_stderr(config.log_level):
         run(server, engine, config)
 
 
-def _name(model: str | None, folder: Path) -> str:
-    if model is None:
-        return "stories"
-    return folder.resolve().name if Path(model).is_dir() else model
+def _serve_replicas(launch: Launch, replicas: ReplicaConfig) -> None:
+    from twotower.server.logs import log_to_stderr
+
+    # Ray reads them when it is imported: it would merge log lines that differ in numbers alone, and colour them.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    try:
+        from twotower.integrations.ray.run import run_replicas
+    except ModuleNotFoundError as error:
+        raise ValueError(f"replicas need the package {error.name}; pip install 'twotower[ray]'") from error
+    with log_to_stderr(launch.server.log_level):
+        run_replicas(launch, replicas)

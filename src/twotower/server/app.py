@@ -4,14 +4,16 @@ import codecs
 import re
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
+from prometheus_client import Counter
 from pydantic_core import from_json
+from starlette.applications import Starlette
 
 import twotower
 from twotower.checkpoints.chat_template import ChatTemplate
@@ -36,6 +38,9 @@ from twotower.server.service import Service
 from twotower.server.tokens import detokenize, tokenize
 from twotower.server.tracing import note_parent, open_tracer
 from twotower.server.watch import about, watch
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 # What pydantic's parser says of an escape such as \ud83c that its other half doesn't follow.
 _HALF = re.compile("surrogate|unexpected end of hex escape")
@@ -68,7 +73,7 @@ def _why_no_json(sent: bytes, error: ValueError) -> str:
     return f"the body is not JSON: {error}"
 
 
-class _Api(FastAPI):
+class Api(FastAPI):
     """An application whose OpenAPI schema is narrowed to this server's model and limits.
 
     Clients and fuzz tests that are generated from the schema then send requests that this server accepts.
@@ -122,21 +127,13 @@ class _JsonRoute(APIRoute):
 
 _PAGE = Path(__file__).parent / "page"
 _PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'"}
-_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate | None = None) -> FastAPI:
-    """The server's application. The caller starts and closes the engine.
-
-    Without a `template`, chats are refused. Raises ValueError for a model without a tokenizer.
-    """
-    service = Service(engine, config, template)
-    app = _Api(title="twotower", docs_url=None, redoc_url=None)
-    app.service = service
-    app.router.route_class = _JsonRoute
-    install(app)
+def add_layers(app: Starlette, config: ServerConfig, responses: Counter, tracer: "Tracer | None") -> None:
+    """Puts around an application what every request passes: the log, which counts `responses` by path and status, the
+    root path, origins, keys and the limit of bodies."""
     # The last one added is the outermost.
-    app.add_middleware(HeadAndOptions)
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
     if config.api_keys:
         app.add_middleware(ApiKeys, keys=config.api_keys)
@@ -146,7 +143,22 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
         )
     if config.root_path:
         app.add_middleware(RootPath, root=config.root_path)
-    app.add_middleware(RequestLog, metrics=service.metrics, tracer=open_tracer())
+    app.add_middleware(RequestLog, responses=responses, tracer=tracer)
+
+
+def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate | None = None) -> Api:
+    """The server's application. The caller starts and closes the engine.
+
+    Without a `template`, chats are refused. Raises ValueError for a model without a tokenizer.
+    """
+    service = Service(engine, config, template)
+    app = Api(title="twotower", docs_url=None, redoc_url=None)
+    app.service = service
+    app.router.route_class = _JsonRoute
+    install(app)
+    # The last one added is the outermost.
+    app.add_middleware(HeadAndOptions)
+    add_layers(app, config, service.metrics.responses, open_tracer())
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -197,7 +209,7 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.exposition(), media_type=_METRICS_TYPE)
+        return Response(service.metrics.exposition(), media_type=METRICS_TYPE)
 
     @app.get("/twotower/about")
     async def about_server() -> dict[str, Any]:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from twotower.checkpoints.load import DEFAULT_CHECKPOINT
 from twotower.decoding.modes import Mode
 from twotower.errors import SettingError
 from twotower.options import check_options, option
@@ -102,6 +103,13 @@ class ServerConfig:
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             fix = "give --ssl-certfile too"
             raise SettingError("ssl_keyfile", self.ssl_keyfile, "the key of a certificate", fix)
+
+
+def served_name(model: str | None) -> str:
+    """What requests call a model where the settings have no name: its directory's name, or its hub id."""
+    if model is None:
+        return DEFAULT_CHECKPOINT.name
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def is_key(text: str) -> bool:

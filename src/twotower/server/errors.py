@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 
 from twotower.decoding.params import SamplingParams
@@ -90,6 +91,11 @@ def anthropic_body(status: int, message: str, code: str | None = None) -> dict[s
     return {"type": "error", "error": {"type": kind, "message": cut(message, _MESSAGE), **details}}
 
 
+def is_anthropic(path: str) -> bool:
+    """Whether a path is one of Anthropic's protocol."""
+    return _ANTHROPIC_PATH in path
+
+
 def error_response(
     path: str,
     status: int,
@@ -106,12 +112,11 @@ def error_response(
         if re.fullmatch(name, param or "") and code != "unsupported_parameter":
             message, param = re.sub(rf"\b{name}\b", other, message, count=1), re.sub(name, other, param or "")
             break
-    is_anthropic = _ANTHROPIC_PATH in path
-    made = anthropic_body(status, message, code) if is_anthropic else body(status, message, param, code)
+    made = anthropic_body(status, message, code) if is_anthropic(path) else body(status, message, param, code)
     return JSONResponse(made, status, headers)
 
 
-def install(app: FastAPI) -> None:
+def install(app: Starlette) -> None:
     """Installs a handler for every exception that a request can raise."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)

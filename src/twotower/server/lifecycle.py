@@ -3,11 +3,13 @@
 import logging
 import socket
 import ssl
+from collections.abc import Mapping
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
-from twotower.decoding.modes import Mode
 from twotower.engine.aio import AsyncEngine
 from twotower.server.config import ServerConfig
 
@@ -17,22 +19,19 @@ logger = logging.getLogger(__name__)
 
 
 class _AnnouncedServer(uvicorn.Server):
-    """Logs the address, the default mode and what runs each tower, once it takes requests."""
+    """Logs the address with further fields once it takes requests."""
 
-    def __init__(self, settings: uvicorn.Config, engine: AsyncEngine, default_mode: Mode) -> None:
+    def __init__(self, settings: uvicorn.Config, fields: Mapping[str, Any]) -> None:
         super().__init__(settings)
-        self._engine = engine
-        self._default_mode = default_mode
+        self._fields = fields
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             scheme = "https" if self.config.is_ssl else "http"
-            fields = {"url": f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}", "mode": self._default_mode}
-            for tower, backend in self._engine.model.backends.items():
-                fields[tower.replace(" ", "_")] = f"{backend.name} ({backend.reason})"
-            logger.info("serving", extra={"fields": fields})
+            url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+            logger.info("serving", extra={"fields": {"url": url, **self._fields}})
 
 
 def check_certificate(config: ServerConfig) -> None:
@@ -49,21 +48,30 @@ def check_certificate(config: ServerConfig) -> None:
 
 
 def run(app: FastAPI, engine: AsyncEngine, config: ServerConfig) -> None:
-    """Serves until SIGINT or SIGTERM, then takes no more requests and returns when the running ones have finished.
-
-    It waits for them for `shutdown_seconds` at most; a second signal ends the server at once.
-    """
-    if config.host not in _LOOPBACK and not config.api_keys:
-        message = "%s is reachable from other machines and there is no API key: anyone may use this server"
-        logger.warning(message, config.host)
+    """`run_app` with an engine that works until then."""
+    fields: dict[str, str] = {"mode": config.default_mode}
+    for tower, backend in engine.model.backends.items():
+        fields[tower.replace(" ", "_")] = f"{backend.name} ({backend.reason})"
     engine.start()
     try:
-        _AnnouncedServer(uvicorn_settings(app, config), engine, config.default_mode).run()
+        run_app(app, config, fields)
     finally:
         engine.close()
 
 
-def uvicorn_settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+def run_app(app: ASGIApp, config: ServerConfig, fields: Mapping[str, Any]) -> None:
+    """Serves until SIGINT or SIGTERM, then takes no more requests and returns when the running ones have finished.
+
+    It waits for them for `shutdown_seconds` at most; a second signal ends the server at once. The log has `fields` with
+    the address once requests are taken.
+    """
+    if config.host not in _LOOPBACK and not config.api_keys:
+        message = "%s is reachable from other machines and there is no API key: anyone may use this server"
+        logger.warning(message, config.host)
+    _AnnouncedServer(uvicorn_settings(app, config), fields).run()
+
+
+def uvicorn_settings(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
     """How uvicorn runs the application."""
     return uvicorn.Config(
         app,

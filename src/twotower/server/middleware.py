@@ -13,11 +13,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twotower.server.errors import ApiError, error_response
 from twotower.server.logs import cut_fields
-from twotower.server.metrics import Metrics
 from twotower.server.tracing import record_span
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
+    from prometheus_client import Counter
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +29,29 @@ _DRAINED = 32
 
 
 class RequestLog:
-    """Gives each request an id, counts its response, and logs one line when the response has been sent.
+    """Gives each request an id, counts its response in `responses`, and logs one line when the response has been sent.
+
+    The id is `request.state.request_id`. One that is there already has been given, and told to the client, by what
+    stands in front.
 
     Each POST also becomes a span if there is a tracer. Handlers add fields to the line through `request.state.log`.
     Prompts and texts are never logged.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, tracer: "Tracer | None") -> None:
+    def __init__(self, app: ASGIApp, responses: "Counter", tracer: "Tracer | None") -> None:
         self._app = app
-        self._metrics = metrics
+        self._responses = responses
         self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = secrets.token_hex(8)
+        state = scope.setdefault("state", {})
+        is_own = "request_id" not in state
+        request_id = state.setdefault("request_id", secrets.token_hex(8))
         log: dict[str, Any] = {}
-        scope.setdefault("state", {})["log"] = log
+        state["log"] = log
         status = 499  # stays if the client leaves before the response begins
         began = time.perf_counter()
 
@@ -54,14 +59,15 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message).append("X-Request-Id", request_id)
+                if is_own:
+                    MutableHeaders(scope=message).append("X-Request-Id", request_id)
             await send(message)
 
         try:
             await self._app(scope, receive, observed)
         finally:
             route = scope.get("route")
-            self._metrics.responses.labels(getattr(route, "path", "other"), status).inc()
+            self._responses.labels(getattr(route, "path", "other"), status).inc()
             known = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             seconds = time.perf_counter() - began
             logger.info("request", extra={"fields": known | {"seconds": round(seconds, 4)} | log})

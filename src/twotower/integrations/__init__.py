@@ -1,0 +1,1 @@
+"""Two towers on others' engines and clusters."""

@@ -1,0 +1,74 @@
+"""One replica: an engine with a whole server on a port of its own, which answers its routers alone."""
+
+import contextlib
+import dataclasses
+import socket
+import threading
+
+import uvicorn
+
+import twotower
+from twotower.checkpoints.chat_template import ChatTemplate
+from twotower.checkpoints.hf import resolve
+from twotower.checkpoints.hf.special_tokens import read_special_tokens
+from twotower.checkpoints.load import DEFAULT_CHECKPOINT
+from twotower.engine.aio import AsyncEngine
+from twotower.integrations.ray.choice import Member
+from twotower.integrations.ray.config import Launch
+from twotower.integrations.ray.trust import TakenId
+from twotower.server.app import make_app
+from twotower.server.lifecycle import uvicorn_settings
+from twotower.server.logs import log_to_stderr
+
+
+class ReplicaServer:
+    """Loads the model and serves it at `host` from when it is made until `close`.
+
+    Raises ValueError for a model or a template that can't be used.
+    """
+
+    def __init__(self, launch: Launch, host: str) -> None:
+        folder = DEFAULT_CHECKPOINT if launch.model is None else resolve(launch.model)
+        if launch.template is None:
+            template = ChatTemplate.load(folder)
+        else:
+            template = ChatTemplate(launch.template, read_special_tokens(folder))
+        model = twotower.load(
+            folder,
+            device=launch.device,
+            dtype=launch.dtype,
+            context_device=launch.context_device,
+            denoiser_device=launch.denoiser_device,
+        )
+        self._log = contextlib.ExitStack()
+        self._log.enter_context(log_to_stderr(launch.server.log_level))
+        self.engine = AsyncEngine(model, launch.limits)
+        # The router's own, which stands between the replica and clients
+        config = dataclasses.replace(launch.server, cors_origins=(), ssl_certfile=None, ssl_keyfile=None)
+        app = make_app(self.engine, config, template)
+        self.metrics = app.service.metrics
+        self._socket = socket.create_server((host, 0), backlog=2048)
+        self._server = uvicorn.Server(uvicorn_settings(TakenId(app, launch.secret), config))
+        self.engine.start()
+        sockets = [self._socket]
+        self._thread = threading.Thread(target=self._server.run, args=(sockets,), name="twotower-http", daemon=True)
+        self._thread.start()
+
+    def member(self, name: str) -> Member:
+        """Where the server answers, and how many requests it takes."""
+        host, port = self._socket.getsockname()[:2]
+        room = self.engine.config.max_num_requests + self.engine.config.max_num_waiting
+        return Member(name, f"http://{f'[{host}]' if ':' in host else host}:{port}", room)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it takes requests."""
+        return self._thread.is_alive() and self.engine.is_running and not self._server.should_exit
+
+    def close(self) -> None:
+        """Takes no more requests, and returns when the running ones have ended, for which they have
+        `shutdown_seconds`."""
+        self._server.should_exit = True
+        self._thread.join()
+        self.engine.close()
+        self._log.close()

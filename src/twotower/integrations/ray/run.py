@@ -1,0 +1,54 @@
+"""`twotower serve --replicas`: replicas under Ray, and in this process the router in front of them."""
+
+import logging
+import re
+
+import ray
+from ray import serve
+
+from twotower.errors import SettingError
+from twotower.integrations.ray.config import Launch, ReplicaConfig
+from twotower.integrations.ray.deployments import looking, replicas_of
+from twotower.integrations.ray.router import make_router
+from twotower.server.lifecycle import run_app
+
+logger = logging.getLogger(__name__)
+
+
+def run_replicas(launch: Launch, config: ReplicaConfig) -> None:
+    """Serves until SIGINT or SIGTERM, then takes no more requests and returns when the running ones have finished.
+
+    The replicas run on the cluster that this machine belongs to or RAY_ADDRESS names, or else under a Ray that is
+    started on this machine and ends with this process. Raises SettingError where a machine of its own hasn't the CPUs
+    and GPUs, and ValueError for a model that the replicas can't open.
+    """
+    application = replicas_of(launch, config)
+    ray.init(include_dashboard=False, log_to_driver=True, configure_logging=False)
+    name = "twotower-" + re.sub(r"\W+", "-", launch.server.model_names[0])
+    try:
+        _check_room(launch, config)
+        serve.start(proxy_location="Disabled")
+        handle = serve.run(application, name=name, route_prefix=None)
+        router = make_router(launch.server, launch.secret, looking(handle))
+        try:
+            run_app(router, launch.server, {"mode": launch.server.default_mode, "replicas": config.least})
+        finally:
+            serve.delete(name)
+    finally:
+        ray.shutdown()
+
+
+def _check_room(launch: Launch, config: ReplicaConfig) -> None:
+    """Raises SettingError where Ray has one machine, this one, and the least number of replicas don't fit on it."""
+    launch, num_gpus = launch.reserving(config)
+    there = ray.cluster_resources()
+    if len(ray.nodes()) > 1:
+        return
+    for kind, each, setting, value in (
+        ("GPU", num_gpus, *(("device", launch.device) if config.replica_gpus is None else ("replica_gpus", num_gpus))),
+        ("CPU", config.replica_cpus, "replica_cpus", config.replica_cpus),
+    ):
+        needed, found = each * config.least, there.get(kind, 0)
+        if needed > found:
+            rule = f"what this machine has room for: {config.least} replicas need {needed:g} {kind}s"
+            raise SettingError(setting, value, rule, f"Ray finds {found:g} here")
