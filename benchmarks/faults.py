@@ -266,6 +266,7 @@ def long_text(bench: Bench) -> Seen:
     with bench.server() as server:
         server.start()
         answer = ask(server, user="u" * 1_000_000)
+        httpx.get(f"{server.url}/{'p' * 60_000}", timeout=60, trust_env=False)
         longest = max(map(len, server.log.read_text().splitlines()))
         return Seen(answer, f"longest line of the log: {longest} characters", None)
 
@@ -278,7 +279,9 @@ def many_scored(bench: Bench) -> Seen:
         answers = several(server, 4, prompt=[5] * 1500, n=64, logprobs=1, max_tokens=4, echo=True, seconds=300)
         while not all(answer.done() for answer in answers):
             most = max(most, server.memory_mb())
-            found = re.search(r"twotower_state_bytes (\S+)", httpx.get(f"{server.url}/metrics", timeout=60).text)
+            found = re.search(
+                r"^twotower_state_bytes (\S+)", httpx.get(f"{server.url}/metrics", timeout=120).text, re.MULTILINE
+            )
             state = max(state, float(found[1]) if found else 0.0)
             time.sleep(0.05)
         return Seen(summed(answers), f"memory {before:.0f} → {most:.0f} MB, states {state / 1e6:.1f} MB", None)
@@ -309,7 +312,7 @@ FAULTS: dict[str, Callable[[Bench], Seen]] = {
     "silent connections": silent,
     "the port is in use": port_in_use,
     "a request while it loads": loading,
-    "a user of 1 MB": long_text,
+    "a user of 1 MB and a path of 60 KB": long_text,
     "4 requests of 64 texts with log-probabilities": many_scored,
     "full disk under the log": full_disk,
 }
