@@ -6,11 +6,13 @@ import os
 
 import pytest
 
+from twotower.backends import choose
+from twotower.backends.native.build import Kernels
 from twotower.cli import doctor
 
 HEALTHY = {
     "cpu": {"cores": 8, "usable_cores": 8, "instructions": ["avx2"]},
-    "backend": {"compiler": "/usr/bin/gcc", "kernels": "kernels.so"},
+    "backend": {"compiler": "/usr/bin/gcc", "kernels": "kernels.so", "slowed_by": None},
     "threads": {
         "torch_threads": 8,
         "OMP_NUM_THREADS": None,
@@ -36,7 +38,9 @@ def test_the_text_shows_every_fact_and_the_json_says_the_same(run):
 
 def test_a_machine_that_tells_nothing_is_no_defect(run, monkeypatch):
     monkeypatch.setattr(doctor, "_read", lambda file: "")
-    monkeypatch.setattr(doctor, "native_build", lambda: (None, None))
+    monkeypatch.setattr(
+        choose, "kernels", lambda: Kernels(None, problem="there is no C compiler", remedy="install gcc")
+    )
     monkeypatch.delattr(os, "sched_getaffinity")
     result = run("doctor", "--json")
     assert result.exit_code == 0, result.output
@@ -68,8 +72,7 @@ def test_a_healthy_machine_needs_no_advice():
 @pytest.mark.parametrize(
     ("section", "facts", "advice"),
     [
-        ("backend", {"compiler": None, "kernels": None}, "no C compiler (cc, gcc, clang)"),
-        ("backend", {"kernels": None}, "/usr/bin/gcc can't build the C kernels"),
+        ("backend", {"slowed_by": "there is no C compiler; install gcc"}, "there is no C compiler"),
         ("threads", {"torch_threads": 1, "OMP_NUM_THREADS": "1"}, "OMP_NUM_THREADS is 1 of 8 cores; set it to 8"),
         ("threads", {"torch_threads": 64}, "torch runs 64 threads on 8 usable cores"),
         ("threads", {"cores_used_by_others": 1.0}, "other processes take 1.0 of 8 cores, most of all init (1)"),

@@ -2,12 +2,14 @@
 
 import functools
 import logging
+import warnings
 from typing import NamedTuple
 
 import torch
 
 from twotower.backends import native
-from twotower.backends.native.build import find_compiler, library
+from twotower.backends.native.build import kernels
+from twotower.backends.native.compile import find_compilers
 from twotower.backends.protocol import Backend, BackendChoice
 from twotower.config import TwoTowerConfig
 from twotower.errors import SettingError
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # "reference" is PyTorch on any device and dtype; "native" C on a CPU, with float32 activations.
 BACKENDS = ("reference", "native")
+# What a CPU loses without the C kernels, by docs/measured.md
+SLOWDOWN = "3 to 5 times slower"
 
 
 def choose_backend(
@@ -47,14 +51,16 @@ def choose_backend(
             rule = f"a backend that runs this model: native lacks {lacks}"
             raise SettingError("backend", wanted, rule, "use 'reference' or leave it out")
         choice = BackendChoice("reference", f"{what}: native lacks {lacks}")
-    elif library() is None:
+    elif kernels().library is None:
         if wanted == "native":
-            rule = "a backend that can run here: native needs a C compiler"
-            raise SettingError("backend", wanted, rule, "install cc, gcc or clang, or leave backend out")
-        needs = "a C compiler (cc, gcc or clang) that builds it, and a cache that it can be loaded from"
-        choice = BackendChoice("reference", f"{what}: native needs {needs}")
+            rule = f"a backend that can run here, and the C kernels can't: {kernels().problem}"
+            raise SettingError("backend", wanted, rule, f"{kernels().remedy}, or leave backend out")
+        why = f"the C kernels can't run here: {kernels().problem}"
+        advice = f"decoding on this CPU is {SLOWDOWN}, because {why}; {kernels().remedy}"
+        choice = BackendChoice("reference", f"{what}; {why}", advice)
     else:
-        choice = BackendChoice("native", "asked for" if wanted else f"{what}: the C kernels are built, and faster")
+        why = "asked for" if wanted else f"{what}: the C kernels are faster"
+        choice = BackendChoice("native", f"{why}; {kernels().origin}")
     _log_choice(choice)
     return choice
 
@@ -65,23 +71,23 @@ def _log_choice(choice: BackendChoice) -> None:
 
 
 class NativeBuild(NamedTuple):
-    """The C compiler and the library that it built, as paths; None for what is not there."""
+    """The first C compiler that was found, and the kernels' library, as paths; None for what is not there."""
 
     compiler: str | None
     library: str | None
 
 
 def native_build() -> NativeBuild:
-    """What the native backend has on this machine; compiles it where that wasn't done before."""
-    built = library()
-    return NativeBuild(find_compiler(), None if built is None else built._name)
+    """What the native backend has on this machine; compiles it where that is needed and wasn't done before."""
+    opened = kernels().library
+    return NativeBuild(next(iter(find_compilers()), None), None if opened is None else opened._name)
 
 
 def pack_(model: TwoTower, wanted: str | None = None) -> None:
     """Gives every constant weight the layout that is fastest on its device; afterwards the model is for inference only.
 
     Each tower gets `wanted`, or the fastest backend for its device, and `model.backends` says which and why. Raises
-    SettingError where `wanted` can't run.
+    SettingError where `wanted` can't run. Warns, once in a process, where something that can be mended makes it slow.
     """
     dtype = model.context_tower.embeddings.dtype
     context = choose_backend(model.context_device.type, dtype, wanted, model.config)
@@ -90,6 +96,15 @@ def pack_(model: TwoTower, wanted: str | None = None) -> None:
     _pack_side_(context, model.context_tower, [model.context_lm_head])
     _pack_side_(denoiser, model.denoiser_tower, [model.lm_head, model.time_conditioning])
     model.backends = {"context tower": context, "denoiser tower": denoiser}
+    for choice in (context, denoiser):
+        if choice.advice:
+            _advise(choice.advice)
+
+
+@functools.cache
+def _advise(advice: str) -> None:
+    """Warns once in a process, however many towers and models it opens and whatever filters of warnings say."""
+    warnings.warn(advice, stacklevel=4)  # where `load` was called
 
 
 def _pack_side_(choice: BackendChoice, tower: Tower, others: list[Head | TimeConditioning]) -> None:

@@ -43,10 +43,14 @@ from twotower.ops.unmask import Best, BlockPlaces
 
 @dataclasses.dataclass(frozen=True)
 class BackendChoice:
-    """What runs a tower, "reference" or a backend's name, and why: "asked for", or such as "float64 on cpu: …"."""
+    """What runs a tower, "reference" or a backend's name, and why: "asked for", or such as "float64 on cpu: …".
+
+    `advice` says what makes it slow on this machine and what to do about it; "" where nothing does.
+    """
 
     name: str
     reason: str
+    advice: str = ""
 
 
 class Backend(Protocol):

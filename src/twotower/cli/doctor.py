@@ -30,7 +30,6 @@ _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "a
 _DTYPES = (torch.float32, torch.bfloat16)
 _WATCHED_SECONDS = 0.3
 _BUSY_CORES = 0.3  # less than this, used by other processes, is not worth a word
-_WITHOUT_KERNELS = "decoding takes 3 to 5 times as long"
 
 
 @app.command("doctor")
@@ -85,10 +84,8 @@ def advise(found: Facts) -> list[str]:
     cpu, backend, threads, devices = (found[name] for name in ("cpu", "backend", "threads", "devices"))
     cores, used = cpu["usable_cores"], threads["torch_threads"]
     lines = []
-    if backend["compiler"] is None:
-        lines.append(f"no C compiler (cc, gcc, clang): {_WITHOUT_KERNELS}; install gcc")
-    elif backend["kernels"] is None:
-        lines.append(f"{backend['compiler']} can't build the C kernels: {_WITHOUT_KERNELS}; install a current gcc")
+    if backend["slowed_by"]:
+        lines.append(backend["slowed_by"])
     if used < cores and threads["OMP_NUM_THREADS"]:  # by itself torch takes one thread for each physical core
         lines.append(f"OMP_NUM_THREADS is {threads['OMP_NUM_THREADS']} of {cores} cores; set it to {cores}")
     if used > cores:
@@ -142,11 +139,13 @@ def _cgroup_cores() -> float | None:
 
 def _backend() -> dict[str, Any]:
     compiler, library = native_build()
+    choices = {dtype: choose_backend("cpu", dtype) for dtype in _DTYPES}
     return {
         "compiler": compiler,
         "compiler_version": None if compiler is None else _first_line(compiler, "--version"),
         "kernels": library,
-        **{f"on_cpu_in_{str(d).removeprefix('torch.')}": _told(choose_backend("cpu", d)) for d in _DTYPES},
+        **{f"on_cpu_in_{str(dtype).removeprefix('torch.')}": _told(choice) for dtype, choice in choices.items()},
+        "slowed_by": next((choice.advice for choice in choices.values() if choice.advice), None),
     }
 
 

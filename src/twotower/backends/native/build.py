@@ -1,51 +1,73 @@
-"""Compiles the C sources in c/ and opens the library; once per user and machine, in a few seconds."""
+"""Opens the kernels' library: the one that a wheel has for this CPU, or one that this machine's C compiler makes in
+seconds, once per user and machine."""
 
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
-import shutil
 import stat
-import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-logger = logging.getLogger(__name__)
+from twotower.backends.native.compile import (
+    COMPILERS,
+    FLAGS,
+    NATIVE,
+    SHARED,
+    SOURCES,
+    compile_library,
+    cpu_features,
+    find_compilers,
+    levels_of,
+)
 
-COMPILERS = ("cc", "gcc", "clang")
-# O2, not O3: the vectors are written out, and O3 takes three times as long to compile for the same speed.
-# No ffast-math: it would reorder sums, and every row must give the same bits in every batch.
-FLAGS = ("-O2", "-march=native", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-SHARED = ("-fPIC", "-shared", "-fvisibility=hidden", "-fopenmp")
-
-SOURCES = Path(__file__).parent / "c"
+# Bytes that must be free before a compiler is called: ten times what it writes
+_ROOM = 4 << 20
 
 
-def find_compiler() -> str | None:
-    """The path of this machine's C compiler."""
-    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
+class Kernels(NamedTuple):
+    """The opened library and where it is from; without one, why there is none and what to do about it."""
+
+    library: ctypes.CDLL | None
+    origin: str = ""
+    problem: str = ""
+    remedy: str = ""
+
+
+def library() -> ctypes.CDLL | None:
+    """The opened kernels, None where `kernels` has a problem instead."""
+    return kernels().library
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, None where this machine has no C compiler that builds them; the reason is logged once."""
-    compiler = find_compiler()
-    if compiler is None:
-        logger.info("no C compiler (%s): the CPU path is plain PyTorch, 3 to 5 times slower", ", ".join(COMPILERS))
-        return None
-    for find in (_cache_folder, _temporary_folder):
+def kernels() -> Kernels:
+    """This machine's kernels. They are compiled where the wheel has none for this CPU and no earlier process did it."""
+    problems: dict[str, None] = {}  # in order, each once
+    levels = levels_of(platform.machine(), cpu_features())
+    built_in = next((level for level in levels if level.file.exists()), None)
+    if built_in is not None:
         try:
-            return ctypes.CDLL(str(compiled(compiler, find())))
-        except subprocess.CalledProcessError as error:
-            problem = error.stderr
-            break
+            return Kernels(ctypes.CDLL(str(built_in.file)), f"built in for {built_in.name}")
         except OSError as error:
-            problem = str(error)
-    need = "they need a C compiler, and a folder that this user can write and load programs from (XDG_CACHE_HOME)"
-    logger.warning("the C kernels don't build or load here (%s), so the CPU path is plain PyTorch; %s", problem, need)
-    return None
+            problems[str(error)] = None
+    compilers = find_compilers()
+    for compiler in compilers:
+        for find in (_cache_folder, _temporary_folder):
+            try:
+                return Kernels(ctypes.CDLL(str(compiled(compiler, find()))), f"compiled by {compiler}")
+            except OSError as error:
+                problems[str(error)] = None
+            except RuntimeError as error:  # the compiler's fault, in whatever folder
+                problems[str(error)] = None
+                break
+    if compilers:
+        remedy = "they need gcc or clang, and a folder that this user can write and load programs from (XDG_CACHE_HOME)"
+    else:
+        problems[f"there is no C compiler ({', '.join(COMPILERS)})"] = None
+        remedy = "install gcc or clang, or a wheel of twotower with kernels built in"
+    return Kernels(None, problem="; ".join(problems), remedy=remedy)
 
 
 def _cache_folder() -> Path:
@@ -55,9 +77,12 @@ def _cache_folder() -> Path:
     if Path(named).is_absolute():  # others are to be ignored: https://specifications.freedesktop.org/basedir
         return Path(named) / "twotower"
     try:
-        return Path.home() / ".cache" / "twotower"
+        home = Path.home()
     except RuntimeError as error:  # HOME is not set, and the user id is not in the list of users: some containers
         raise FileNotFoundError("this user has no home folder; set HOME or XDG_CACHE_HOME") from error
+    if not home.is_dir():  # such as /nonexistent, which is not to be made
+        raise FileNotFoundError(f"the home folder {home} doesn't exist; set HOME or XDG_CACHE_HOME")
+    return home / ".cache" / "twotower"
 
 
 def _temporary_folder() -> Path:
@@ -74,31 +99,28 @@ def _temporary_folder() -> Path:
 
 
 def compiled(compiler: str, folder: Path) -> Path:
-    """The library's file in `folder`, compiled unless it is there: its name has a hash of sources, flags, compiler and
-    CPU.
+    """The library's file in `folder`, compiled unless a whole one is there. Its name has a hash of sources, flags,
+    compiler and CPU, and one of its content: a file that was cut short by a full disk or a crash is never taken.
 
-    Raises OSError where the folder can't be written, CalledProcessError where the compiler fails.
+    Raises OSError where the folder can't be written or is full, RuntimeError where the compiler fails.
     """
-    sources = sorted(SOURCES.glob("*.c"))
     digest = hashlib.sha256()
-    for source in (*sources, *sorted(SOURCES.glob("*.h"))):
+    for source in (*sorted(SOURCES.glob("*.c")), *sorted(SOURCES.glob("*.h"))):
         digest.update(source.read_bytes())
-    digest.update(" ".join((compiler, *FLAGS, *SHARED, _cpu())).encode())
-    file = folder / f"kernels-{digest.hexdigest()[:16]}.so"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as building:
-            partial = Path(building) / file.name
-            command = [compiler, *FLAGS, *SHARED, "-o", str(partial), *map(str, sources), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            os.replace(partial, file)  # several processes may build at once; each finds a whole file
-    return file
+    digest.update(" ".join((compiler, *FLAGS, *NATIVE, *SHARED, cpu_features())).encode())
+    name = f"kernels-{digest.hexdigest()[:16]}"
+    for file in folder.glob(f"{name}-*.so"):
+        if file.name == _full_name(name, file):
+            return file
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as room:  # a compiler takes seconds to find a full disk, at every start
+        room.write(bytes(_ROOM))
+    with tempfile.TemporaryDirectory(dir=folder) as building:
+        partial = Path(building) / "partial.so"
+        compile_library(compiler, NATIVE, partial)
+        # Several processes may build at once; each finds a whole file.
+        return partial.rename(folder / _full_name(name, partial))
 
 
-def _cpu() -> str:
-    """What -march=native depends on: a home folder may be shared by machines of several kinds."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-    return f"{platform.machine()} {platform.processor()}"
+def _full_name(name: str, file: Path) -> str:
+    return f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.so"

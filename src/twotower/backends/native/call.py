@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from twotower.backends.native.build import SOURCES, library
+from twotower.backends.native.build import kernels
+from twotower.backends.native.compile import SOURCES
 
 _TYPES: dict[str, Any] = {
     "long": ctypes.c_long,
@@ -85,10 +86,10 @@ def _field_names(name: str) -> frozenset[str]:
 @functools.cache
 def function(name: str) -> Callable[..., Any]:
     """The C function `name`. One that returns an int raises MemoryError where that is not 0: it found no memory."""
-    opened = library()
-    if opened is None:
-        raise RuntimeError("the C kernels need a C compiler (cc, gcc or clang); install one or use backend='reference'")
-    found = getattr(opened, name)
+    opened = kernels()
+    if opened.library is None:
+        raise RuntimeError(f"the C kernels can't run here: {opened.problem}; {opened.remedy}")
+    found = getattr(opened.library, name)
     found.restype, found.argtypes = _header().functions[name]
     if found.restype is ctypes.c_int:
         found.errcheck = _check
