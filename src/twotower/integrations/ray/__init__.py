@@ -7,8 +7,8 @@ if TYPE_CHECKING:
 
 
 def app(arguments: dict[str, Any]) -> "serve.Application":
-    """The application that `serve run twotower.integrations.ray:app KEY=VALUE …`, `serve build` and configuration files
-    of Ray Serve start.
+    """The application that `serve run twotower.integrations.ray:app KEY=VALUE …` and configuration files of Ray Serve
+    start.
 
     The arguments are those of `twotower serve`, by name or spelling, with `replicas` and `max_replicas` among them.
     Raises ValueError for one that is unknown, and SettingError for a value that is not allowed.

@@ -1,6 +1,7 @@
 """What Ray Serve runs: replicas, and where its own proxies are in front, routers behind them."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from twotower.integrations.ray.config import Launch, ReplicaConfig
 from twotower.integrations.ray.replica import ReplicaServer
 from twotower.integrations.ray.router import Look, make_router
 from twotower.integrations.ray.trust import TakenId
+from twotower.server.logs import log_to_stderr
 
 _SECONDS_BETWEEN_CHECKS = 5
 # Between a server's own limit for running requests at its end and when Ray kills it
@@ -78,6 +80,11 @@ class Router:
     def __init__(self, launch: Launch, replicas: DeploymentHandle) -> None:
         self._launch = launch
         self._replicas = replicas
+        self._log = contextlib.ExitStack()
+        self._log.enter_context(log_to_stderr(launch.server.log_level))
+
+    def __del__(self) -> None:
+        self._log.close()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return TakenId(make_router(self._launch.server, self._launch.secret, looking(self._replicas)))
@@ -124,7 +131,10 @@ def replicas_of(launch: Launch, config: ReplicaConfig) -> serve.Application:
 
 def behind_proxy(launch: Launch, config: ReplicaConfig) -> serve.Application:
     """The replicas behind a router, which Ray's proxies send requests to."""
-    deployment = serve.deployment(**_common(launch), max_ongoing_requests=_MAX_OF_ROUTER)
+    # It reserves no CPU, as Ray's own proxies don't.
+    deployment = serve.deployment(
+        **_common(launch), max_ongoing_requests=_MAX_OF_ROUTER, ray_actor_options={"num_cpus": 0}
+    )
     return deployment(Router).bind(launch, replicas_of(launch, config))
 
 

@@ -28,7 +28,10 @@ def run_replicas(launch: Launch, config: ReplicaConfig) -> None:
     try:
         _check_room(launch, config)
         serve.start(proxy_location="Disabled")
-        handle = serve.run(application, name=name, route_prefix=None)
+        try:
+            handle = serve.run(application, name=name, route_prefix=None)
+        except RuntimeError as error:
+            raise ValueError(f"the replicas don't start: {_why(name)}") from error
         router = make_router(launch.server, launch.secret, looking(handle))
         try:
             run_app(router, launch.server, {"mode": launch.server.default_mode, "replicas": config.least})
@@ -36,6 +39,12 @@ def run_replicas(launch: Launch, config: ReplicaConfig) -> None:
             serve.delete(name)
     finally:
         ray.shutdown()
+
+
+def _why(name: str) -> str:
+    """The error of a replica that doesn't start, which ends what Ray says of its deployment."""
+    [deployment] = serve.status().applications[name].deployments.values()
+    return str(deployment.message).rstrip().splitlines()[-1]
 
 
 def _check_room(launch: Launch, config: ReplicaConfig) -> None:
