@@ -1,7 +1,13 @@
 """A tiny checkpoint with every kind of layer, and the command run in this process."""
 
-from collections.abc import Callable
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import tokenizers
@@ -42,3 +48,46 @@ def run() -> Run:
         return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
 
     return call
+
+
+class Process(NamedTuple):
+    """`twotower serve` as a process that answers at `url`, and the file of its log."""
+
+    running: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def wait_for(self, message: str) -> dict[str, object]:
+        """The first line of the log with this message, once it is there."""
+        return logged(self.running, self.log, message)
+
+
+def logged(running: subprocess.Popen[bytes], log: Path, message: str) -> dict[str, object]:
+    while True:
+        ended = running.poll() is not None
+        for line in log.read_text().splitlines():
+            if line.startswith("{") and json.loads(line)["message"] == message:
+                return json.loads(line)
+        assert not ended, log.read_text()
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def process(checkpoint: Path, tmp_path: Path) -> Callable[..., contextlib.AbstractContextManager[Process]]:
+    """process(*options) runs a server, which answers requests or, with until="loading", 503; it is killed when left."""
+
+    @contextlib.contextmanager
+    def serving(*options: object, until: str = "serving", named: bool = True, **more: object) -> Iterator[Process]:
+        log = tmp_path / f"log-{time.monotonic_ns()}"
+        command = [sys.executable, "-c", "from twotower.cli.main import app; app()", "serve", "--model", checkpoint]
+        command += ["--name", "tiny", "--max-requests", "2"] if named else []
+        with log.open("w") as stderr:
+            arguments = [str(part) for part in (*command, *options)]
+            running = subprocess.Popen(arguments, stderr=stderr, stdout=subprocess.DEVNULL, **more)
+            try:
+                yield Process(running, str(logged(running, log, until)["url"]), log)
+            finally:
+                running.kill()
+                running.wait()
+
+    return serving

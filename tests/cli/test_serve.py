@@ -1,6 +1,5 @@
 """`twotower serve` as a process: it answers, it is killed under load and comes back, and it stops cleanly."""
 
-import contextlib
 import json
 import os
 import re
@@ -8,7 +7,6 @@ import shutil
 import signal
 import ssl
 import subprocess
-import sys
 import threading
 import time
 
@@ -16,46 +14,13 @@ import httpx
 import openai
 import pytest
 
-COMMAND = [sys.executable, "-c", "from twotower.cli.main import app; app()", "serve"]
-
-
-@contextlib.contextmanager
-def process(checkpoint, port, tmp_path, *options, command=None):
-    """A server that answers, and its address; killed at the end if it still runs."""
-    log = tmp_path / f"log-{time.monotonic_ns()}"
-    command = command or [
-        *COMMAND,
-        "--model",
-        str(checkpoint),
-        "--name",
-        "tiny",
-        "--port",
-        str(port),
-        "--max-requests",
-        "2",
-        *options,
-    ]
-    with log.open("w") as stderr:
-        running = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL)
-        try:
-            url = None
-            while url is None:
-                assert running.poll() is None, log.read_text()
-                found = re.search(r"running on (https?://\S+)", log.read_text())
-                url = found and found[1]
-                time.sleep(0.02)
-            yield running, url, log
-        finally:
-            running.kill()
-            running.wait()
-
 
 def client(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=30)
 
 
 @pytest.mark.slow
-def test_killed_under_load_clients_see_clean_errors_and_it_comes_back(checkpoint, tmp_path):
+def test_killed_under_load_clients_see_clean_errors_and_it_comes_back(checkpoint, tmp_path, process):
     outcomes = []
     settings = {"model": "tiny", "prompt": "a", "max_tokens": 3000, "extra_body": {"mode": "ar", "ignore_eos": True}}
 
@@ -70,7 +35,7 @@ def test_killed_under_load_clients_see_clean_errors_and_it_comes_back(checkpoint
             outcomes.append(type(error).__name__)
 
     begun = threading.Semaphore(0)
-    with process(checkpoint, 0, tmp_path) as (running, url, _):
+    with process("--port", "0") as (running, url, _):
         # half of them run, the others wait; some stream and some do not
         clients = [threading.Thread(target=ask, args=(url, i % 2 == 0)) for i in range(8)]
         clients[0].start()
@@ -86,7 +51,7 @@ def test_killed_under_load_clients_see_clean_errors_and_it_comes_back(checkpoint
     assert len(outcomes) == 8
     assert "finished" not in outcomes
     port = url.rsplit(":", 1)[1]
-    with process(checkpoint, port, tmp_path) as (running, again, log):
+    with process("--port", port) as (running, again, log):
         assert again == url
         assert httpx.get(f"{url}/health").json() == {"status": "ready"}
         done = client(url).completions.create(model="tiny", prompt="a", max_tokens=4)
@@ -103,9 +68,9 @@ def test_killed_under_load_clients_see_clean_errors_and_it_comes_back(checkpoint
 
 
 @pytest.mark.slow
-def test_options_reach_the_server(checkpoint, tmp_path):
+def test_options_reach_the_server(checkpoint, tmp_path, process):
     options = ("--mode", "ar", "--max-context", "50", "--api-key", "k", "--max-waiting", "0")
-    with process(checkpoint, 0, tmp_path, *options) as (_, url, log):
+    with process("--port", "0", *options) as (_, url, log):
         headers = {"Authorization": "Bearer k"}
         about = httpx.get(f"{url}/twotower/about", headers=headers).json()
         assert (about["default_mode"], about["max_context"], about["model"]) == ("ar", 50, "tiny")
@@ -134,7 +99,7 @@ def certificate(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_file_has_the_options_under_other_servers_names(checkpoint, tmp_path, certificate):
+def test_a_file_has_the_options_under_other_servers_names(checkpoint, tmp_path, certificate, process):
     (tmp_path / "keys").write_text("one\n\n  two\n")
     (tmp_path / "chat.jinja").write_text("{{ bos_token }}{% for m in messages %}<{{ m.content }}>{% endfor %}")
     (tmp_path / "serve.yaml").write_text(
@@ -147,8 +112,7 @@ def test_a_file_has_the_options_under_other_servers_names(checkpoint, tmp_path, 
         f"ssl-certfile: {certificate[0]}\n"
         f"ssl_keyfile: {certificate[1]}\n"
     )
-    command = [*COMMAND, "--model", str(checkpoint), "--port", "0", "--config", str(tmp_path / "serve.yaml")]
-    with process(checkpoint, 0, tmp_path, command=command) as (_, url, log):
+    with process("--port", "0", "--config", str(tmp_path / "serve.yaml"), named=False) as (_, url, log):
         assert url.startswith("https://")
         trust = ssl.create_default_context(cafile=certificate[0])
         with httpx.Client(base_url=url, verify=trust, headers={"Authorization": "Bearer two"}) as http:

@@ -19,7 +19,7 @@ from twotower.cli.options import (
 )
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
-from twotower.engine.aio import AsyncEngine
+from twotower.engine.aio import AsyncEngine, EngineFailed
 from twotower.engine.config import EngineConfig
 from twotower.errors import SettingError
 from twotower.integrations.ray.config import Launch, ReplicaConfig
@@ -60,7 +60,8 @@ def command(
 ) -> None:
     """Serve OpenAI's and Anthropic's APIs, and a page at / that shows the modes at work.
 
-    SIGTERM or Ctrl-C lets running requests finish. With --replicas, Ray runs several servers behind this address.
+    SIGTERM, SIGHUP or Ctrl-C lets running requests finish, and a second one ends the server at once. With --replicas,
+    Ray runs several servers behind this address.
     """
     source = context.get_parameter_source("model")
     if named_model is not None and source is not None and source.name == "COMMANDLINE":
@@ -68,9 +69,9 @@ def command(
     model = named_model or model  # of which the second may be a recipe's
     try:
         from twotower.checkpoints.chat_template import ChatTemplate
-        from twotower.server.app import make_app
-        from twotower.server.lifecycle import check_certificate, run
+        from twotower.server.lifecycle import Loaded, of_engine, run
         from twotower.server.logs import log_to_stderr
+        from twotower.server.startup import check_certificate, end_at_once, listen, on_signals
     except ModuleNotFoundError as error:
         raise ValueError(f"the server needs the package {error.name}; pip install 'twotower[serve]'") from error
     if api_key_file is not None:
@@ -89,15 +90,20 @@ def command(
         )
         _serve_replicas(launch.with_template(chat_template), replicas)
         return
-    folder = DEFAULT_CHECKPOINT if model is None else resolve(model)
-    template = ChatTemplate.load(folder, chat_template)
-    opened = open_model(
-        model, device=device, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
-    )
-    engine = AsyncEngine(opened, limits)
-    server = make_app(engine, config, template)
-    with log_to_stderr(config.log_level):
-        run(server, engine, config)
+
+    def load() -> Loaded:
+        folder = DEFAULT_CHECKPOINT if model is None else resolve(model)
+        template = ChatTemplate.load(folder, chat_template)
+        opened = open_model(
+            model, device=device, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
+        )
+        return of_engine(AsyncEngine(opened, limits), config, template)
+
+    with on_signals(end_at_once), log_to_stderr(config.log_level):
+        try:
+            run(load, config, listen(config))
+        except EngineFailed:
+            raise typer.Exit(1) from None  # the log has said why
 
 
 def _serve_replicas(launch: Launch, replicas: ReplicaConfig) -> None:

@@ -83,6 +83,15 @@ class ServerConfig:
     shutdown_seconds: int = option(
         30, "How long running requests may take to finish when the server is stopped.", least=0
     )
+    idle_seconds: int = option(
+        75,
+        "How long a connection may be silent before it is closed, or take to send a request.",
+        least=1,
+        other_flag="--timeout-keep-alive",
+    )
+    unread_seconds: int = option(
+        300, "How long a client may take none of the bytes of its answer before its connection is closed.", least=1
+    )
     log_level: LogLevel = option("info", "Least level of log lines.")
 
     def __post_init__(self) -> None:

@@ -1,0 +1,89 @@
+"""`twotower serve` and signals: the first lets requests finish, the second ends it at once."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import httpx
+import pytest
+
+ASK = {"model": "tiny", "prompt": "a", "mode": "ar", "ignore_eos": True, "stream": True}
+STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+def events(response):
+    return [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_lets_a_stream_finish_and_the_status_is_0(process, number):
+    with process("--port", "0") as started:
+        body = ASK | {"max_tokens": 300}
+        with httpx.stream("POST", f"{started.url}/v1/completions", json=body, timeout=30) as response:
+            idle = httpx.Client(base_url=started.url)
+            assert idle.get("/health").status_code == 200
+            started.running.send_signal(number)
+            chunks = events(response)
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert started.running.wait(10) == 0
+        assert "Traceback" not in started.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGHUP)])
+def test_a_second_signal_ends_at_once(process, numbers):
+    with process("--port", "0") as started:
+        body = ASK | {"max_tokens": 3000}
+        with httpx.stream("POST", f"{started.url}/v1/completions", json=body, timeout=30) as response:
+            lines = response.iter_lines()
+            next(lines)
+            started.running.send_signal(numbers[0])
+            started.wait_for("stopping")
+            time.sleep(0.3)
+            assert started.running.poll() is None
+            began = time.monotonic()
+            started.running.send_signal(numbers[1])
+            assert started.running.wait(5) == -numbers[1]
+            assert time.monotonic() - began < 1.5
+            with pytest.raises(httpx.HTTPError):
+                list(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.skip("until streams say so")
+def test_what_has_not_finished_in_time_is_told_so(process):
+    with process("--port", "0", "--shutdown-seconds", "1", "--max-context", "100000") as started:
+        body, last = ASK | {"max_tokens": 90_000}, []
+
+        def read():
+            with httpx.stream("POST", f"{started.url}/v1/completions", json=body, timeout=30) as response:
+                last.append(events(response)[-1])
+
+        with httpx.stream("POST", f"{started.url}/v1/completions", json=body, timeout=30) as response:
+            lines = response.iter_lines()
+            next(lines)
+            reader = threading.Thread(target=read)
+            reader.start()
+            time.sleep(0.3)
+            started.running.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line.startswith("data: {")]
+        reader.join()
+        assert "shutting down" in json.loads(rest[-1][6:])["error"]["message"]
+        assert "shutting down" in last[0]["error"]["message"]
+        assert started.running.wait(5) == 0
+
+
+@pytest.mark.slow
+def test_nohup_still_means_that_a_closed_terminal_changes_nothing(process):
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with process("--port", "0", preexec_fn=ignore) as started:
+        started.running.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert httpx.get(f"{started.url}/health").status_code == 200
+        os.kill(started.running.pid, signal.SIGTERM)
+        assert started.running.wait(10) == 0
