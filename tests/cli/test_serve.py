@@ -166,7 +166,8 @@ def test_what_a_file_lacks_is_said(run, checkpoint, tmp_path, files, message):
         (["--root-path", "llm/"], "--root-path is 'llm/', must be a path such as /llm"),
         (["--context-device", "cuda:97"], "cuda:97"),
         (["--denoiser-device", "cuda:98"], "cuda:98"),
-        (["--state-mib", "1", "--max-requests", "100000"], "state_bytes"),
+        (["--state-mib", "1", "--memory-fraction", "0.5"], "--memory-fraction is 0.5, must be left out"),
+        (["--memory-fraction", "1e-9"], "raise memory_fraction"),
     ],
 )
 def test_a_bad_option_is_named(run, checkpoint, options, message):
@@ -178,10 +179,10 @@ def test_a_bad_option_is_named(run, checkpoint, options, message):
 @pytest.mark.parametrize("spelling", [[], ["--model"]])
 def test_the_model_of_a_file_gives_way_to_the_one_of_the_command_line(run, checkpoint, tmp_path, spelling):
     (tmp_path / "serve.yaml").write_text("model: nowhere")
-    refused = ["--state-mib", "1", "--max-requests", "100000"]  # by the engine, when the model is open
+    refused = ["--memory-fraction", "1e-9"]  # by the engine, when the model is open
     result = run("serve", *spelling, checkpoint, "--config", tmp_path / "serve.yaml", *refused)
     assert result.exit_code == 2
-    assert "state_bytes" in result.stderr
+    assert "raise memory_fraction" in result.stderr
 
 
 def test_a_model_without_tokenizer_cannot_be_served(run, model, tmp_path):

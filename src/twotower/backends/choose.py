@@ -10,7 +10,7 @@ import torch
 from twotower.backends import native
 from twotower.backends.native.build import kernels
 from twotower.backends.native.compile import find_compilers
-from twotower.backends.protocol import Backend, BackendChoice
+from twotower.backends.protocol import Backend, BackendChoice, StateDtypes
 from twotower.config import TwoTowerConfig
 from twotower.errors import SettingError
 from twotower.model.head import Head
@@ -81,6 +81,15 @@ def native_build() -> NativeBuild:
     """What the native backend has on this machine; compiles it where that is needed and wasn't done before."""
     opened = kernels().library
     return NativeBuild(next(iter(find_compilers()), None), None if opened is None else opened._name)
+
+
+def state_dtypes(choice: BackendChoice, device_type: str, dtype: torch.dtype, config: TwoTowerConfig) -> StateDtypes:
+    """What the states of a packed tower are made of, which `choice` runs on a device with weights of `dtype`."""
+    if choice.name == "native":
+        backend: Backend = native
+        return backend.state_dtypes(config, dtype)
+    reference = activation_dtype(device_type, dtype)
+    return StateDtypes(reference, reference)
 
 
 def pack_(model: TwoTower, wanted: str | None = None) -> None:

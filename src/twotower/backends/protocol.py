@@ -31,10 +31,12 @@ other results than its layers (a forward hook, a replaced module) is a RuntimeEr
 """
 
 import dataclasses
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from twotower.config import TwoTowerConfig
 from twotower.model.passes import CausalPass, PassInputs
 from twotower.model.tower import Tower
 from twotower.ops.linear import PackedWeight
@@ -53,6 +55,13 @@ class BackendChoice:
     advice: str = ""
 
 
+class StateDtypes(NamedTuple):
+    """What a tower's activations and convolution rows have, and what its cached keys and values have."""
+
+    activations: torch.dtype
+    keys: torch.dtype
+
+
 class Backend(Protocol):
     """A backend's package."""
 
@@ -63,6 +72,9 @@ class Backend(Protocol):
         experts of an `E` layer (`mixer.up`, `mixer.down`, both (e, f, d)) are the backend's to store: it packs and
         deletes them before. What was packed can't be trained or saved any more.
         """
+
+    def state_dtypes(self, config: TwoTowerConfig, dtype: torch.dtype, /) -> StateDtypes:
+        """What `take_tower_` gives a tower of this config with weights of `dtype`."""
 
     def pack_weight(self, weight: Tensor, /) -> PackedWeight:
         """A constant weight (o, i) as a function of x (…, i) in the activation dtype and a bias (o,) or None, which

@@ -56,7 +56,7 @@ def command(
     dtype: DtypeOption = None,
     context_device: ContextDeviceOption = None,
     denoiser_device: DenoiserDeviceOption = None,
-    state_mib: Annotated[int, like(EngineConfig, "state_bytes")] = EngineConfig.state_bytes // MIB,
+    state_mib: Annotated[int | None, like(EngineConfig, "state_bytes")] = None,
 ) -> None:
     """Chat in the terminal; the block in progress is drawn while the denoiser fills it.
 
@@ -80,7 +80,7 @@ def command(
     session.run()
 
 
-def _local(model: str | None, opened: TwoTower, state_mib: int) -> Answering:
+def _local(model: str | None, opened: TwoTower, state_mib: int | None) -> Answering:
     try:
         from twotower.cli.conversation.local import LocalModel
     except ModuleNotFoundError as error:
@@ -88,6 +88,6 @@ def _local(model: str | None, opened: TwoTower, state_mib: int) -> Answering:
     folder = DEFAULT_CHECKPOINT if model is None else resolve(model)
     limits = EngineConfig(
         max_num_requests=1,
-        state_bytes=state_mib * MIB,
+        state_bytes=None if state_mib is None else state_mib * MIB,
     )
     return LocalModel(opened, folder, model or folder.name, limits)

@@ -66,8 +66,11 @@ def command(
         int, typer.Option(help="With --out: prompts at a time, 1 or more.")
     ] = _LIMITS.max_num_requests,
     state_mib: Annotated[
-        int, typer.Option(help="With --out: MiB for the states of those prompts, 1 or more.")
-    ] = _LIMITS.state_bytes // MIB,
+        int | None,
+        typer.Option(
+            help="With --out: MiB for the states of those prompts, 1 or more.", show_default="a share of what is free"
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per prompt, and nothing else on stdout.")
     ] = False,
@@ -92,7 +95,7 @@ def command(
     if out is not None:
         limits = EngineConfig(
             max_num_requests=max_num_requests,
-            state_bytes=state_mib * MIB,
+            state_bytes=None if state_mib is None else state_mib * MIB,
         )
         write_batch(opened, jobs, out, limits)
         return

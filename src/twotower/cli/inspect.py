@@ -20,6 +20,7 @@ from twotower.checkpoints.load import DEFAULT_CHECKPOINT
 from twotower.cli.options import ModelArgument
 from twotower.config import TwoTowerConfig
 from twotower.planning.footprint import PARTS, Place, parameters, released_tensors, state_bytes
+from twotower.planning.machine import in_words
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -169,13 +170,13 @@ def _memory_table(config: TwoTowerConfig, lengths: list[int]) -> Table:
     table.add_column("memory")
     for name in _DTYPES:
         table.add_column(name, justify="right")
-    table.add_row("weights of both towers", *(_size(n) for n in _weight_bytes(config).values()))
+    table.add_row("weights of both towers", *(in_words(n) for n in _weight_bytes(config).values()))
     fixed = [state_bytes(config, 0, dtype).recurrent for dtype in _DTYPES.values()]
     if any(fixed):
-        table.add_row("recurrent state of a sequence", *map(_size, fixed))
+        table.add_row("recurrent state of a sequence", *map(in_words, fixed))
     for length in lengths if "*" in config.pattern else []:
         sizes = [state_bytes(config, length, dtype).keys_and_values for dtype in _DTYPES.values()]
-        table.add_row(f"keys and values of {length:,} tokens", *map(_size, sizes))
+        table.add_row(f"keys and values of {length:,} tokens", *map(in_words, sizes))
     return table
 
 
@@ -184,10 +185,3 @@ def _difference_lines(differences: Differences) -> list[str]:
     lines += [f"unexpected: {name}" for name in differences.unexpected]
     shapes = differences.wrong_shape.items()
     return lines + [f"wrong shape: {name} is {stored}, must be {asked}" for name, (stored, asked) in shapes]
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

@@ -78,6 +78,7 @@ def command(
         config = dataclasses.replace(config, api_keys=config.api_keys + read_keys(api_key_file))
     check_certificate(config)
     config = dataclasses.replace(config, model_names=config.model_names or (served_name(model),))
+    limits = dataclasses.replace(limits, max_context=config.max_context)
     if replicas.replicas is not None:
         launch = Launch(
             model=model,

@@ -57,7 +57,7 @@ def _parameter(name: str, field: dataclasses.Field[Any], what: Option) -> inspec
         kind, default = list[str] | None, None
     elif is_tuple(field.type):
         kind, default = str, ",".join(f"{value:g}" for value in default or ())
-    elif what.unit > 1:
+    elif what.unit > 1 and default is not None:
         default //= what.unit
     annotation = Annotated[kind, _declared(name, what)]
     return inspect.Parameter(_key(name, what), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -86,7 +86,7 @@ def _read(value: Any, field: dataclasses.Field[Any], what: Option) -> Any:
     if what.parse is not None:
         return what.parse(value)
     if not is_tuple(field.type):
-        return value * what.unit if what.unit > 1 else value
+        return value if value is None else value * what.unit if what.unit > 1 else value
     kind = value_type(field.type)
     if kind is str:
         return tuple(value or ())

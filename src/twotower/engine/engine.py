@@ -1,7 +1,9 @@
 """The scheduler: runs one step of every request per round; requests join and leave between rounds."""
 
 import collections
+import dataclasses
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,11 +21,14 @@ from twotower.engine.auto import AutoRow, Chooser
 from twotower.engine.config import EngineConfig
 from twotower.engine.intake import Intake
 from twotower.engine.job import Job, ModeBatch
+from twotower.engine.memory_plan import places_of, plan_memory
 from twotower.engine.pool import StatePool
 from twotower.engine.prefix_cache import PrefixCache
 from twotower.errors import SettingError
 from twotower.model.state import join
 from twotower.model.two_tower import TwoTower
+
+logger = logging.getLogger(__name__)
 
 
 class EngineStats(NamedTuple):
@@ -67,14 +72,17 @@ class Engine:
 
     def __init__(self, model: TwoTower, config: EngineConfig | None = None) -> None:
         self.model = model
-        self.config = config or EngineConfig()
-        budget = self.config.state_bytes - self.config.snapshot_room
-        self._pool = StatePool(model, budget, self.config.max_num_requests)
+        asked = config or EngineConfig()
+        self.plan = plan_memory(model.config, places_of(model), asked)
+        for warning in self.plan.warnings:
+            logger.warning(warning)
+        self.config = dataclasses.replace(asked, max_num_requests=self.plan.max_num_requests)
+        self._pool = StatePool(model, self.plan.pool_bytes, self.config.max_num_requests)
         self._chooser = Chooser()
-        self._cache = PrefixCache(self._pool, self.config.snapshot_room)
+        self._cache = PrefixCache(self._pool, self.plan.snapshot_bytes)
         self._jobs: dict[str, Job] = {}
         self._num_added = 0
-        self._intake = Intake(model, self.config, self._pool, self._cache)
+        self._intake = Intake(model, self.plan, self._pool, self._cache)
         self._batches: dict[str, ModeBatch] = {}
         apart = self.config.commits_apart
         self._commits_apart = model.context_device != model.denoiser_device if apart is None else apart
@@ -105,7 +113,7 @@ class Engine:
                 f"enough for the {needed} pages of keys that a prompt of {len(request.prompt_ids)} tokens with "
                 f"max_new_tokens {request.max_new_tokens} needs (it gives {there})"
             )
-            raise SettingError("state_bytes", self.config.state_bytes, rule, "raise it, or shorten the prompt")
+            raise SettingError("state_bytes", self.plan.state_bytes, rule, "raise it, or shorten the prompt")
         return request
 
     def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, watch: bool = False) -> str:
@@ -227,7 +235,7 @@ class Engine:
             num_running=len(self._jobs) - len(self._intake.waiting),
             num_waiting=len(self._intake.waiting),
             bytes_used=self._pool.bytes_used + self._cache.bytes_of_snapshots,
-            bytes_budget=self.config.state_bytes,
+            bytes_budget=self.plan.state_bytes,
             usage=self._pool.usage,
             cache_query_tokens=self._intake.num_looked_up_tokens,
             cache_hit_tokens=self._intake.num_hit_tokens,

@@ -1,11 +1,12 @@
 """The intake: admits waiting requests and absorbs their prompts, a chunk per round."""
 
+import collections
 from collections import deque
 
 import torch
 
-from twotower.engine.config import EngineConfig
 from twotower.engine.job import Job
+from twotower.engine.memory_plan import MemoryPlan
 from twotower.engine.pool import StatePool
 from twotower.engine.prefix_cache import Match, PrefixCache, Snapshot, Tree
 from twotower.model.pages import PAGE_SIZE
@@ -24,9 +25,9 @@ class Intake:
     A job in `absorbing` holds its own state.
     """
 
-    def __init__(self, model: TwoTower, config: EngineConfig, pool: StatePool, cache: PrefixCache) -> None:
+    def __init__(self, model: TwoTower, plan: MemoryPlan, pool: StatePool, cache: PrefixCache) -> None:
         self._model = model
-        self._config = config
+        self._plan = plan
         self._pool = pool
         self._cache = cache
         self.waiting: deque[Job] = deque()
@@ -56,7 +57,7 @@ class Intake:
             self.waiting.remove(job)
         passed: list[Job] = []
         for job in list(self.waiting):
-            if num_decoding + len(self.absorbing) >= self._config.max_num_requests:
+            if num_decoding + len(self.absorbing) >= self._plan.max_num_requests:
                 break
             alone = num_decoding + len(self.absorbing) == 0
             # Held for a while by who goes on from them, cached pages may be those that one text lacks.
@@ -84,7 +85,7 @@ class Intake:
         pages. Anew there are enough for any job that is alone, for nothing that is cached is held."""
         ids = job.context_ids
         match = Match(0, (), None, 0)
-        if self._config.snapshot_room:
+        if self._plan.snapshot_bytes:
             if from_cache:
                 match = self._cache.match(ids, self._tree(job), needs_logits=_needs_logits(job))
             job.points = self._cache.points(match, len(ids))
@@ -121,8 +122,9 @@ class Intake:
         return self._pool.grow_(job.table, length)
 
     def absorb(self) -> None:
-        """Absorbs up to `prompt_chunk` tokens in one pass, shared evenly among the jobs."""
-        counts = _shares([len(job.context_ids) - job.num_absorbed for job in self.absorbing], self._config.prompt_chunk)
+        """Absorbs up to `prompt_chunk` tokens in one pass, fewer for long texts, shared evenly among the jobs."""
+        most = self._plan.chunk_at(max((job.num_absorbed for job in self.absorbing), default=0))
+        counts = _shares([len(job.context_ids) - job.num_absorbed for job in self.absorbing], most)
         chosen = [(job, n) for job, n in zip(self.absorbing, counts, strict=True) if n > 0]
         if chosen:
             self._absorb_chunks([job for job, _ in chosen], tuple(n for _, n in chosen))
@@ -145,9 +147,10 @@ class Intake:
         for row, (job, first, n) in enumerate(zip(jobs, firsts, counts, strict=True)):
             table[row, :n] = torch.tensor(job.context_ids[first : first + n])
         states = [job.context for job in jobs if job.context is not None]
-        inside = {p - f for job, f, n in zip(jobs, firsts, counts, strict=True) for p in job.points if f < p < f + n}
+        wanted = [p - f for job, f, n in zip(jobs, firsts, counts, strict=True) for p in job.points if f < p < f + n]
         joined = states[0] if len(states) == 1 else join(states)
-        scored = self._model.score(to_device(table, self._model.context_device), joined, tuple(sorted(inside)))
+        marks = _marks(wanted, self._plan.most_marks(len(jobs)))
+        scored = self._model.score(to_device(table, self._model.context_device), joined, marks)
         ends = any(f + n == len(job.context_ids) for job, f, n in zip(jobs, firsts, counts, strict=True))
         state = self._model.keep(scored, counts, with_logits=ends)
         for row, (job, first, n) in enumerate(zip(jobs, firsts, counts, strict=True)):
@@ -155,7 +158,7 @@ class Intake:
             job.was_read = True
             ids, snapshots = job.context_ids[: first + n], {}
             for point in job.points:
-                if first < point < first + n:
+                if point - first in scored.marks:
                     mamba = scored.marks[point - first]
                     rows = (MambaState(m.conv[row : row + 1].clone(), m.ssm[row : row + 1].clone()) for m in mamba)
                     snapshots[point] = Snapshot(tuple(rows), None)
@@ -169,6 +172,13 @@ class Intake:
 def _needs_logits(job: Job) -> bool:
     """Whether the first step reads the logits after the last of the job's `context_ids`."""
     return job.mode.starts_from_logits and not job.record.tokens
+
+
+def _marks(wanted: list[int], most: int) -> tuple[int, ...]:
+    """The places in a pass that rows want a snapshot at, ascending; if they are too many, those that most rows want,
+    and of these the last."""
+    counts = collections.Counter(wanted)
+    return tuple(sorted(sorted(counts, key=lambda place: (counts[place], place))[-most:]))
 
 
 def _shares(wanted: list[int], budget: int) -> list[int]:

@@ -1,7 +1,10 @@
 """Memory for the states of all running requests, within one byte budget."""
 
+import math
+import mmap
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from twotower.engine.config import MIB
@@ -24,25 +27,18 @@ class StatePool:
         self.slot_bytes = sum(t.nbytes for m in self._initial.mamba for t in m)
         empty = self._initial.buffer.keys
         self.page_bytes = 2 * sum(k.shape[1] * PAGE_SIZE * k.shape[3] * k.element_size() for k in empty)
-        least = num_slots * self.slot_bytes + 2 * self.page_bytes
-        if budget < least:
-            raise ValueError(
-                f"{budget / MIB:.2f} MiB are left for the states of running requests, must be at least "
-                f"{least / MIB:.2f} MiB for {num_slots} requests of this model at a time; raise state_bytes "
-                "(--state-mib), of which a quarter is for the prefix cache, or lower max_num_requests (--max-requests)"
-            )
+        assert budget >= num_slots * self.slot_bytes + 2 * self.page_bytes, "`plan_memory` gives a pool enough"
         # A model without attention has no pages; its tables stay empty.
         self.num_pages = (budget - num_slots * self.slot_bytes) // self.page_bytes if self.page_bytes else 1
         shapes = [(self.num_pages, PAGE_SIZE, k.shape[1], k.shape[3]) for k in empty]
-        # zeros instead of uninitialised memory: masked places are multiplied by 0 and must be finite
-        make = tower.embeddings.new_zeros
+        device = tower.embeddings.device
         try:
-            self._keys = [make(s, dtype=empty[0].dtype).transpose(1, 2) for s in shapes]
-            self._values = [make(s, dtype=empty[0].dtype).transpose(1, 2) for s in shapes]
-        except RuntimeError as error:  # PyTorch's, of every device
+            self._keys = [_zeros(s, empty[0].dtype, device).transpose(1, 2) for s in shapes]
+            self._values = [_zeros(s, empty[0].dtype, device).transpose(1, 2) for s in shapes]
+        except (RuntimeError, OSError, OverflowError) as error:  # PyTorch's, of every device, and the system's
             raise ValueError(
                 f"{budget / MIB:.0f} MiB for the states of running requests can't be allocated on "
-                f"{tower.embeddings.device}; lower state_bytes (--state-mib)"
+                f"{device}; lower state_bytes (--state-mib)"
             ) from error
         self._free = list(range(self.num_pages - 1, 0, -1))
         self._uses = [0] * self.num_pages
@@ -146,3 +142,14 @@ class StatePool:
     def num_uses(self, page: int) -> int:
         """The number of tables and prefix cache nodes that hold a page."""
         return self._uses[page]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, for masked places are multiplied by 0 and must be finite.
+
+    On a CPU they take no memory until they are written, unlike `torch.zeros`, which writes them all.
+    """
+    if device.type != "cpu" or 0 in shape or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(shape)

@@ -16,7 +16,8 @@ from twotower.engine.pool import StatePool
 from twotower.model.pages import PAGE_SIZE
 from twotower.model.state import MambaState
 
-# Snapshot every _GRID tokens; the spacing is doubled until a prompt has at most _MOST_POINTS of them.
+# Snapshot every _GRID tokens; the spacing is doubled until a prompt has at most _MOST_POINTS of them, or fewer if the
+# room is small.
 _GRID, _MOST_POINTS = 32, 16
 
 
@@ -77,6 +78,8 @@ class PrefixCache:
     def __init__(self, pool: StatePool, snapshot_bytes: int) -> None:
         self._pool = pool
         self._budget = snapshot_bytes
+        # Of large states one prompt may fill half of the room, not all of it.
+        self._most_points = min(_MOST_POINTS, max(snapshot_bytes // 2 // max(pool.slot_bytes, 1), 1))
         self._roots: dict[Tree, _Node] = {}
         self._clock = 0
         self.bytes_of_snapshots = 0
@@ -107,7 +110,7 @@ class PrefixCache:
         wanted = {match.shared}
         if self._pool.slot_bytes:  # without recurrent layers every page is one anyway
             spacing = _GRID
-            while length > spacing * _MOST_POINTS:
+            while length > spacing * self._most_points:
                 spacing *= 2
             wanted |= set(range(spacing, length, spacing))
         return sorted({n for n in wanted if match.length < n < length} | {length})

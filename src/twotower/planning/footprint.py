@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
+from twotower.model.pages import PAGE_SIZE
 from twotower.model.recurrent import RECURRENT_KINDS
+from twotower.model.tower import Tower
 from twotower.model.two_tower import TwoTower
 
 TowerName = Literal["context", "denoiser"]
@@ -37,6 +39,30 @@ class StateBytes(NamedTuple):
 
     keys_and_values: int
     recurrent: int
+
+
+class StateSizes(NamedTuple):
+    """Bytes of a sequence's recurrent state (`slot`, 0 without recurrent layers), of the keys and values of PAGE_SIZE
+    tokens (`page`, 0 without attention layers), and of the logits after its last token (`logits`)."""
+
+    slot: int
+    page: int
+    logits: int
+
+    @property
+    def snapshot(self) -> int:
+        """What the prefix cache keeps for the end of a prompt beside its keys."""
+        return self.slot + self.logits
+
+
+class Weights(NamedTuple):
+    """Bytes of each tower's weights with its head, and of the denoiser's time conditioning; of these the bytes of the
+    context tower's layers, and how many parameters of those one token is multiplied with."""
+
+    context: int
+    denoiser: int
+    layers: int
+    active: int
 
 
 def released_tensors(config: TwoTowerConfig, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -82,6 +108,41 @@ def state_bytes(config: TwoTowerConfig, length: int, dtype: torch.dtype) -> Stat
         channels, numbers = recurrent_sizes(c, kind)
         recurrent += (c.conv_kernel - 1) * channels * dtype.itemsize + numbers * torch.float32.itemsize
     return StateBytes(per_token * length * dtype.itemsize, recurrent)
+
+
+def state_sizes(config: TwoTowerConfig, activations: torch.dtype, keys: torch.dtype) -> StateSizes:
+    """The sizes of a context state with activations and cached keys of these dtypes."""
+    wide = torch.promote_types(activations, torch.float32).itemsize
+    sizes = [recurrent_sizes(config, kind) for kind in config.pattern if kind in RECURRENT_KINDS]
+    slot = sum((config.conv_kernel - 1) * c * activations.itemsize + n * wide for c, n in sizes)
+    page = state_bytes(config, PAGE_SIZE, keys).keys_and_values
+    return StateSizes(slot, page, config.vocab_size * wide)
+
+
+def weights(config: TwoTowerConfig, dtype: torch.dtype) -> Weights:
+    """The sizes of both towers' weights of `dtype`, as they are loaded."""
+    with torch.device("meta"):
+        model = TwoTower(config, dtype=dtype)
+    c, tower = config, model.context_tower
+    used = c.num_experts_per_tok / c.num_experts if c.num_experts else 1.0
+    layers = [(name, p) for layer in tower.layers for name, p in layer.named_parameters()]
+    experts = sum(p.numel() for name, p in layers if name.startswith(("mixer.up", "mixer.down")) and p.ndim == 3)
+    every = sum(p.numel() for _, p in layers)
+    return Weights(
+        context=sum(p.nbytes for part in (tower, model.context_lm_head) for p in _own(part, tower)),
+        denoiser=sum(
+            p.nbytes
+            for part in (model.denoiser_tower, model.lm_head, model.time_conditioning)
+            for p in _own(part, model.denoiser_tower)
+        ),
+        layers=sum(p.nbytes for _, p in layers),
+        active=int(every - experts * (1 - used)),
+    )
+
+
+def _own(part: nn.Module, tower: Tower) -> Iterator[Tensor]:
+    """The parameters of a part, without the embeddings where it is a head that is tied to them."""
+    return (p for p in part.parameters() if part is tower or p is not tower.embeddings)
 
 
 def recurrent_sizes(c: TwoTowerConfig, kind: str) -> tuple[int, int]:

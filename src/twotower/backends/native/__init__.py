@@ -6,6 +6,6 @@ every sum depends on the length of the sum alone.
 """
 
 from twotower.backends.native.pack import pack_weight
-from twotower.backends.native.tower import missing, take_tower_
+from twotower.backends.native.tower import missing, state_dtypes, take_tower_
 
-__all__ = ["missing", "pack_weight", "take_tower_"]
+__all__ = ["missing", "pack_weight", "state_dtypes", "take_tower_"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from twotower.backends.native import unmask
 from twotower.backends.native.call import filled, function, structure, threads
 from twotower.backends.native.pack import PanelWeight, pack_panels, pack_weight
+from twotower.backends.protocol import StateDtypes
 from twotower.config import TwoTowerConfig
 from twotower.config_rules import ACTIVATIONS
 from twotower.model.attention import Attention
@@ -54,17 +55,18 @@ class LayerTensors(NamedTuple):
 def take_tower_(tower: Tower) -> None:
     """Packs the weights of a tower of bfloat16 or float32 for C and puts a guest into it that runs its passes."""
     experts = [_take_experts(layer.mixer) for layer in tower.stack]
-    if tower.embeddings.dtype == torch.bfloat16 and _is_for_long_contexts(tower.config):
-        tower.key_dtype = torch.bfloat16
-    tower.pack_(torch.float32, pack_weight)
+    dtypes = state_dtypes(tower.config, tower.embeddings.dtype)
+    tower.key_dtype = dtypes.keys
+    tower.pack_(dtypes.activations, pack_weight)
     weights = [_tensors(tower.config, layer, taken) for layer, taken in zip(tower.stack, experts, strict=True)]
     tower.guest = NativeTower(tower.config, tower.stack, weights, tower.norm_f)
 
 
-def _is_for_long_contexts(config: TwoTowerConfig) -> bool:
-    """Whether keys and values may outweigh the layers, so that it pays to cache them in the dtype of the weights. A
-    model for short contexts gains nothing by that rounding."""
-    return int(config.carried.get("max_position_embeddings") or 0) > LONG_CONTEXT
+def state_dtypes(config: TwoTowerConfig, dtype: torch.dtype) -> StateDtypes:
+    """What a tower of weights of `dtype` gets: float32, but keys in bfloat16 where keys and values may outweigh the
+    layers. A model for short contexts gains nothing by that rounding."""
+    is_long = int(config.carried.get("max_position_embeddings") or 0) > LONG_CONTEXT
+    return StateDtypes(torch.float32, torch.bfloat16 if dtype == torch.bfloat16 and is_long else torch.float32)
 
 
 def missing(config: TwoTowerConfig) -> str | None:

@@ -42,7 +42,8 @@ class ReplicaServer:
         )
         self._log = contextlib.ExitStack()
         self._log.enter_context(log_to_stderr(launch.server.log_level))
-        self.engine = AsyncEngine(model, launch.limits)
+        limits = dataclasses.replace(launch.limits, max_context=launch.server.max_context)
+        self.engine = AsyncEngine(model, limits)
         # The router's own, which stands between the replica and clients
         config = dataclasses.replace(launch.server, cors_origins=(), ssl_certfile=None, ssl_keyfile=None)
         app = make_app(self.engine, config, template)
