@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from twotower.decoding.output import BlockView, Generation, GenerationStats, StepOutput, Token
     from twotower.decoding.params import SamplingParams
     from twotower.decoding.scoring import Scores, score
-    from twotower.engine.aio import AsyncEngine, EngineFailed, Overloaded
+    from twotower.engine.aio import AsyncEngine, Draining, EngineFailed, Overloaded, RequestFailed
     from twotower.engine.config import EngineConfig
     from twotower.engine.engine import Engine, EngineStats
     from twotower.errors import SettingError
@@ -34,6 +34,7 @@ __all__ = [
     "BlockView",
     "ContextState",
     "DenoisingConfig",
+    "Draining",
     "Engine",
     "EngineConfig",
     "EngineFailed",
@@ -41,6 +42,7 @@ __all__ = [
     "Generation",
     "GenerationStats",
     "Overloaded",
+    "RequestFailed",
     "Rope",
     "SamplingParams",
     "Scores",
@@ -68,6 +70,7 @@ _HOMES = {
     "BlockView": "twotower.decoding.output",
     "ContextState": "twotower.model.state",
     "DenoisingConfig": "twotower.training.config",
+    "Draining": "twotower.engine.aio",
     "Engine": "twotower.engine.engine",
     "EngineConfig": "twotower.engine.config",
     "EngineFailed": "twotower.engine.aio",
@@ -75,6 +78,7 @@ _HOMES = {
     "Generation": "twotower.decoding.output",
     "GenerationStats": "twotower.decoding.output",
     "Overloaded": "twotower.engine.aio",
+    "RequestFailed": "twotower.engine.aio",
     "Rope": "twotower.rope",
     "SamplingParams": "twotower.decoding.params",
     "Scores": "twotower.decoding.scoring",

@@ -1,6 +1,7 @@
 """The engine's thread, as asyncio sees it."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from twotower.decoding.generate import generate
 from twotower.decoding.modes import MODES
 from twotower.decoding.output import StepOutput
 from twotower.decoding.params import SamplingParams
-from twotower.engine.aio import AsyncEngine, EngineFailed, Overloaded
+from twotower.engine.aio import AsyncEngine, EngineFailed, Overloaded, RequestFailed
 from twotower.engine.config import EngineConfig
 from twotower.model.two_tower import TwoTower
 
@@ -168,12 +169,14 @@ def test_a_closed_engine_ends_its_streams(model: TwoTower) -> None:
     assert not engine.is_running
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_error_of_ours_reaches_every_stream(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = AsyncEngine(model, EngineConfig(state_bytes=1 << 21, snapshot_bytes=0)).start()
+def test_an_error_outside_of_rounds_reaches_every_stream_and_who_asked(
+    model: TwoTower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = threading.Event()
+    engine = AsyncEngine(model, EngineConfig(state_bytes=1 << 21, snapshot_bytes=0)).start(told.set)
 
     def broken(*_: Any, **__: Any) -> torch.Tensor:
-        raise RuntimeError("out of memory")
+        raise SystemError("out of order")
 
     async def main() -> None:
         monkeypatch.setattr(engine._engine, "step", broken)
@@ -183,4 +186,55 @@ def test_an_error_of_ours_reaches_every_stream(model: TwoTower, monkeypatch: pyt
 
     asyncio.run(main())
     assert not engine.is_running
+    assert told.wait(10)
+    assert isinstance(engine.failure, SystemError)
     engine.close()
+    assert isinstance(engine.failure, SystemError)
+
+
+def test_an_exception_in_a_round_ends_its_requests_and_no_others(
+    model: TwoTower, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two texts fail in a pass of the denoiser, beside one that needs none; the log has one line, with the traceback."""
+    params = SamplingParams(max_new_tokens=8, block_size=4)
+    [alone] = generate(model, [[5, 6]], params)
+
+    def broken(*_: Any) -> torch.Tensor:
+        raise RuntimeError("no denoiser")
+
+    async def main() -> None:
+        other = asyncio.create_task(last(engine.stream([7], SamplingParams(mode="ar", max_new_tokens=300))))
+        with monkeypatch.context() as patched:
+            patched.setattr(model, "denoiser_logits", broken)
+            with engine.admit(2) as admission:
+                request = engine.prepare([5, 6], params)
+                streams = [last(engine.stream_prepared(request, admission)) for _ in range(2)]
+                failed = await asyncio.gather(*streams, return_exceptions=True)
+        assert [str(error) for error in failed] == ["the engine failed on this request: RuntimeError: no denoiser"] * 2
+        for error in failed:
+            assert isinstance(error, RequestFailed)
+            assert isinstance(error.__cause__, RuntimeError)
+        assert (await last(engine.stream([5, 6], params))).token_ids == tuple(alone.token_ids[-4:])
+        assert (await other).result is not None
+        await idle(engine)
+
+    asyncio.run(main())
+    records = [record for record in caplog.records if record.name == "twotower.engine.aio"]
+    assert sum(int(record.getMessage().split()[0]) for record in records) == 2
+    assert all(record.exc_info is not None for record in records)
+    assert engine.failure is None
+
+
+def test_a_request_that_cannot_be_added_ends_alone(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise TypeError("no such request")
+
+    async def main() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(engine._engine, "add_request", broken)
+            with pytest.raises(RequestFailed, match="TypeError: no such request"):
+                await last(engine.stream([5], LONG))
+        assert (await last(engine.stream([5], SamplingParams(max_new_tokens=2)))).result is not None
+        await idle(engine)
+
+    asyncio.run(main())

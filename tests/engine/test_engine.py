@@ -153,7 +153,7 @@ def test_a_request_that_would_start_anew_keeps_its_draft(tiny: Callable) -> None
     e.add([4, 1], SamplingParams(mode="verified", max_new_tokens=60), request_id="a")
     for _ in range(12):
         e.step()
-        [batch] = e._batches.values()
+        [batch] = e._batches.of_mode.values()
         assert e._jobs["a"].request.draft == batch.rows.requests[0].draft
         lengths.add(batch.rows.requests[0].draft)
     assert len(lengths) > 1

@@ -88,7 +88,8 @@ class StepOutput:
     """What one decoding step gave one request; `str()` of it is its text.
 
     `text` is the text that became certain, `tokens` are the new tokens. `block` shows the block in progress, where the
-    caller asked for every step and the mode fills blocks. `result` is there in a request's last output only.
+    caller asked for every step and the mode fills blocks. `result` is there in a request's last output only. The last
+    output of a request of an engine that failed has in its place the `error`, the exception on which it failed.
     `request_id` is the one that the engine knows the request by, empty outside an engine, and `seconds_queued` is how
     long the request waited until the engine took it up.
     """
@@ -99,6 +100,12 @@ class StepOutput:
     block: BlockView | None
     result: Generation | None
     seconds_queued: float
+    error: BaseException | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the request has ended."""
+        return self.result is not None or self.error is not None
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -135,13 +135,21 @@ class Record:
 
     def end_without_tokens(self) -> StepOutput:
         """The only output of a request that asks for no new tokens."""
+        return self._without_tokens(self._result("length", None), None)
+
+    def fail(self, error: BaseException) -> StepOutput:
+        """The last output of a request that failed."""
+        return self._without_tokens(None, error)
+
+    def _without_tokens(self, result: Generation | None, error: BaseException | None) -> StepOutput:
         return StepOutput(
             request_id=self.id,
             text="",
             tokens=(),
             block=None,
-            result=self._result("length", None),
+            result=result,
             seconds_queued=self.seconds_queued or 0.0,
+            error=error,
         )
 
     def _new_text(self, end: int | None, *, final: bool) -> str:

@@ -1,14 +1,15 @@
 """`AsyncEngine`: an engine on its own thread, for asyncio."""
 
 import asyncio
+import collections
 import dataclasses
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeAlias
 
 from twotower.decoding.output import StepOutput
 from twotower.decoding.params import SamplingParams
@@ -16,6 +17,7 @@ from twotower.decoding.prompt import Prompt
 from twotower.decoding.step import Request
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine, EngineStats
+from twotower.engine.failures import forget_values
 from twotower.model.two_tower import TwoTower
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,10 @@ class Overloaded(RuntimeError):
 
 class EngineFailed(RuntimeError):
     """The engine's thread has ended, by an internal error or by `close`; no request runs any more."""
+
+
+class RequestFailed(RuntimeError):
+    """A request ended on an exception, its cause, which struck the engine while it ran; others go on."""
 
 
 class Draining(RuntimeError):
@@ -52,12 +58,16 @@ class _Client(NamedTuple):
     request_id: str
     admission: Admission
     loop: asyncio.AbstractEventLoop
-    outputs: "asyncio.Queue[StepOutput | EngineFailed | Draining | None]"
+    outputs: "asyncio.Queue[StepOutput | _Ended]"
 
-    def put(self, output: "StepOutput | EngineFailed | Draining | None") -> None:
+    def put(self, output: "StepOutput | _Ended") -> None:
         """Queues an output; called from the engine's thread."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.outputs.put_nowait, output)
+
+
+# What ends a stream in the place of a result: an exception, or None where the request was aborted.
+_Ended: TypeAlias = EngineFailed | RequestFailed | Draining | None
 
 
 class AsyncEngine:
@@ -75,6 +85,7 @@ class AsyncEngine:
         self._num_reserved = 0  # places of admissions that no stream has taken yet
         self._closing = self._draining = False
         self._failure: BaseException | None = None
+        self._on_failure: Callable[[], None] | None = None
         self._stats = self._engine.stats()
         self._thread: threading.Thread | None = None
 
@@ -88,9 +99,15 @@ class AsyncEngine:
         """Whether the worker thread takes requests."""
         return self._thread is not None and self._failure is None and not self._closing
 
-    def start(self) -> Self:
-        """Starts the worker thread."""
+    @property
+    def failure(self) -> BaseException | None:
+        """The exception that ended the engine, if one did."""
+        return None if isinstance(self._failure, EngineFailed) else self._failure
+
+    def start(self, on_failure: Callable[[], None] | None = None) -> Self:
+        """Starts the worker thread, which calls `on_failure` if an exception ends the engine, after its streams."""
         assert self._thread is None, "this engine was started before"
+        self._on_failure = on_failure
         self._thread = threading.Thread(target=self._run, name="twotower-engine", daemon=True)
         self._thread.start()
         return self
@@ -169,8 +186,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[StepOutput, None]:
         """The outputs of one request as they come; the last has its result. Closing the iterator aborts the request.
 
-        Raises ValueError for a bad request, Overloaded if the queue is full, Draining if the engine shuts down, and
-        EngineFailed if it is not running.
+        Raises ValueError for a bad request, Overloaded if the queue is full, Draining if the engine shuts down,
+        RequestFailed if it ends on an exception, and EngineFailed if the engine is not running.
         """
         with self.admit() as admission:
             request = await asyncio.to_thread(self.prepare, prompt, params)
@@ -189,7 +206,7 @@ class AsyncEngine:
                 output = await client.outputs.get()
                 if output is None:
                     return
-                if isinstance(output, EngineFailed | Draining):
+                if isinstance(output, Exception):
                     raise output
                 yield output
                 if output.result is not None:
@@ -202,7 +219,7 @@ class AsyncEngine:
         with self._wake:
             self._end(self._numbers.get(request_id, ""), None)
 
-    def _end(self, number: str, last: Draining | None) -> None:
+    def _end(self, number: str, last: _Ended) -> None:
         """Aborts a request, if it is unfinished, and ends its stream with `last`."""
         client = self._leave(number)
         if client is not None:
@@ -249,9 +266,11 @@ class AsyncEngine:
                 if self._draining:
                     self._refuse_waiting()
         except BaseException as error:
-            logger.exception("the engine's thread ended")
+            # not raised again, for the log has it now
+            logger.critical("the engine ended on an exception", exc_info=error)
             self._fail(error)
-            raise
+            if self._on_failure is not None:
+                self._on_failure()
 
     def _take_in(self) -> bool:
         """Waits for work and hands new requests and aborts to the engine; returns False when closing."""
@@ -260,23 +279,38 @@ class AsyncEngine:
                 self._wake.wait()
             while self._arrived:
                 number, request, watch, arrived = self._arrived.popleft()
-                self._engine.add_request(request, request_id=number, watch=watch, arrived=arrived)
+                try:
+                    self._engine.add_request(request, request_id=number, watch=watch, arrived=arrived)
+                except Exception as error:  # of any kind, as in `Engine.step`: it must not end the other requests
+                    self._report({error: 1})
+                    self._end(number, _failed(error))
             while self._aborted:
                 self._engine.abort(self._aborted.popleft())
             self._stats = self._engine.stats()
             return not self._closing
 
     def _give_out(self, outputs: list[StepOutput]) -> None:
+        self._report(collections.Counter(output.error for output in outputs if output.error is not None))
         with self._wake:
             self._stats = self._engine.stats()
             known = [(self._clients[o.request_id], o) for o in outputs if o.request_id in self._clients]
             for client, output in known:
                 client.admission.has_begun = True
-                if output.result is not None:
+                if output.is_last:
                     del self._clients[output.request_id]
                     del self._numbers[client.request_id]
         for client, output in known:
-            client.put(dataclasses.replace(output, request_id=client.request_id))
+            if output.error is None:
+                client.put(dataclasses.replace(output, request_id=client.request_id))
+            else:
+                client.put(_failed(output.error))
+
+    def _report(self, errors: Mapping[BaseException, int]) -> None:
+        """Logs each exception once, however many requests it ended, and lets go of what it holds."""
+        for error, count in errors.items():
+            fields = {"texts": count, "error": _shown(error)}
+            logger.error("%d texts failed", count, exc_info=error, extra={"fields": fields})
+            forget_values(error)
 
     def _refuse_waiting(self) -> None:
         """Ends the requests that the round which is over had no place for."""
@@ -290,9 +324,19 @@ class AsyncEngine:
 
     def _fail(self, error: BaseException) -> None:
         with self._wake:
-            self._failure = error
+            self._failure = self._failure or error
             clients = list(self._clients.values())
             self._clients.clear()
             self._numbers.clear()
         for client in clients:
             client.put(EngineFailed("the engine does not run any more"))
+
+
+def _failed(error: BaseException) -> RequestFailed:
+    failed = RequestFailed(f"the engine failed on this request: {_shown(error)}")
+    failed.__cause__ = error
+    return failed
+
+
+def _shown(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

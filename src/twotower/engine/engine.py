@@ -11,21 +11,22 @@ from typing import NamedTuple
 
 import torch
 
-from twotower.decoding.modes import EXACT_MODES, MODES, DecodingMode
+from twotower.decoding.modes import EXACT_MODES, MODES
 from twotower.decoding.output import Generation, StepOutput
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.prompt import Prompt, per_prompt
 from twotower.decoding.record import Record, make_request, warn_about_block_size
-from twotower.decoding.step import BatchStep, LaunchedStep, Request, read
+from twotower.decoding.step import Request
 from twotower.engine.auto import AutoRow, Chooser
+from twotower.engine.batches import Batches, Launch
 from twotower.engine.config import EngineConfig
+from twotower.engine.failures import MOST_FAILED_ROUNDS, forget_values, is_final, is_out_of_memory
 from twotower.engine.intake import Intake
-from twotower.engine.job import Job, ModeBatch
+from twotower.engine.job import Job
 from twotower.engine.memory_plan import places_of, plan_memory
 from twotower.engine.pool import StatePool
 from twotower.engine.prefix_cache import PrefixCache
 from twotower.errors import SettingError
-from twotower.model.state import join
 from twotower.model.two_tower import TwoTower
 
 logger = logging.getLogger(__name__)
@@ -55,15 +56,6 @@ class EngineStats(NamedTuple):
     context_calls: int
 
 
-class _Launch(NamedTuple):
-    """A launched step of one mode's batch, and the seconds that the launch took."""
-
-    mode: DecodingMode
-    batch: ModeBatch
-    launched: LaunchedStep
-    seconds: float
-
-
 class Engine:
     """Runs many requests at once, each with its own mode and settings; only one thread may use it.
 
@@ -83,16 +75,18 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._num_added = 0
         self._intake = Intake(model, self.plan, self._pool, self._cache)
-        self._batches: dict[str, ModeBatch] = {}
+        self._batches = Batches(model, self._pool, self._chooser)
         apart = self.config.commits_apart
         self._commits_apart = model.context_device != model.denoiser_device if apart is None else apart
         self._load = 0  # decoding requests, plus those that take over freed places this round
-        self._num_rounds = self._num_preemptions = self._denoiser_calls = self._context_calls = 0
+        self._num_rounds = self._num_preemptions = 0
+        self._num_failed_rounds = 0  # since the last step that was done
+        self._unsaid: list[StepOutput] = []  # outputs of a round that raised
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self._jobs)
+        return bool(self._jobs or self._unsaid)
 
     def longest_text(self, block_size: int) -> int | None:
         """The most tokens of a prompt and its answer, in blocks of `block_size`, that the state budget has room for;
@@ -155,37 +149,88 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """One round: absorbs some prompt tokens, takes one step of every decoding request, and returns the outputs.
 
-        A step that gives a request no token and no text has no output, unless the request is watched.
+        A step that gives a request no token and no text has no output, unless the request is watched. Requests on which
+        an exception strikes have it in their last output, and the others go on: those whose batch or chunk of prompts
+        it struck or, where that is not known, all that run. Raises what must end the engine: SystemError, MemoryError
+        in the engine itself, the 16th round in a row that fails while no step is done; and KeyboardInterrupt, after
+        which the engine may be used again.
         """
-        if not self._jobs:
+        if not self.has_work:
             return []
         self._num_rounds += 1
-        began = time.perf_counter()
-        with torch.inference_mode():
-            self._make_room()
-            self._choose_modes()
-            if self._commits_apart:
-                self._set_aside()
-            num_decoding = sum(len(batch.jobs) for batch in self._batches.values())
-            done = self._intake.admit(num_decoding)
-            outputs = [job.record.end_without_tokens() for job in done]
-            if not self._commits_apart:
-                self._intake.absorb()
-            started = self._intake.start()
-            launches: list[_Launch] = []
-            # `verified` first: its two passes depend on each other, and later launches fill its idle time.
-            for mode in reversed(MODES.values()):
-                launches += self._launch_mode(mode, [job for job in started if job.mode is mode])
-            if self._commits_apart:
-                self._intake.absorb()
-            num_rows = sum(len(launch.batch.jobs) for launch in launches)
-            finished, seconds_of_steps = self._finish(launches)
-            outputs += finished
+        outputs, self._unsaid = self._unsaid, []
+        num_rows = 0
+        final: BaseException | None = None
+        try:
+            with torch.inference_mode():
+                num_rows = self._round(outputs)
+        except BaseException as error:  # of any kind, for the same reason as in `failing`
+            final = error if is_final(error) else None
+            waiting = {job.id for job in self._intake.waiting}
+            for job in self._jobs.values():
+                if job.id not in waiting or job.has_slot or job.table:
+                    job.error = job.error or error
         for output in outputs:
-            if output.result is not None:
-                del self._jobs[output.request_id]
-        if launches:
-            self._chooser.observe_round(num_rows, time.perf_counter() - began - seconds_of_steps)
+            if output.is_last:
+                self._jobs.pop(output.request_id, None)
+        failed = self._drop_failed()
+        outputs += failed
+        if failed and not num_rows:
+            self._num_failed_rounds += 1
+        elif num_rows:
+            self._num_failed_rounds = 0
+        if self._num_failed_rounds == MOST_FAILED_ROUNDS:
+            final = failed[-1].error
+        if final is not None:
+            self._unsaid = outputs
+            raise final
+        return outputs
+
+    def _round(self, outputs: list[StepOutput]) -> int:
+        """The round itself: adds to `outputs`, and returns how many rows took a step."""
+        began = time.perf_counter()
+        self._make_room()
+        self._choose_modes()
+        if self._commits_apart:
+            self._set_aside()
+        done = self._intake.admit(len(self._batches.jobs))
+        outputs += [job.record.end_without_tokens() for job in done]
+        if not self._commits_apart:
+            self._intake.absorb()
+        started = self._intake.start()
+        launches: list[Launch] = []
+        # `verified` first: its two passes depend on each other, and later launches fill its idle time.
+        for mode in reversed(MODES.values()):
+            launches += self._batches.launch(mode, [job for job in started if job.mode is mode])
+        if self._commits_apart:
+            self._intake.absorb()
+        finished = self._batches.finish(launches)
+        outputs += finished.outputs
+        if finished.num_rows:
+            self._chooser.observe_round(finished.num_rows, time.perf_counter() - began - finished.seconds)
+        return finished.num_rows
+
+    def _drop_failed(self) -> list[StepOutput]:
+        """Drops the requests that failed, with all that they held, and returns their last outputs."""
+        outputs: list[StepOutput] = []
+        # in a loop, because what is left of a batch may be more than there is memory for
+        while failed := [(job, job.error) for job in self._jobs.values() if job.error is not None]:
+            for job, error in failed:
+                outputs.append(job.record.fail(error))
+                del self._jobs[job.id]
+                job.table.clear()
+                job.context, job.has_slot = None, False
+            self._intake.drop_failed()
+            self._batches.drop_failed()
+        if outputs:
+            short = [output.error for output in outputs if output.error and is_out_of_memory(output.error)]
+            if short or not self._cache.is_whole:
+                self._cache.forget()
+            jobs = self._jobs.values()
+            self._pool.recount_([job.table for job in jobs], self._cache.pages(), sum(job.has_slot for job in jobs))
+            for error in short:
+                forget_values(error)
+                torch.cuda.empty_cache()
         return outputs
 
     def generate(
@@ -203,7 +248,8 @@ class Engine:
         """Runs any number of requests from `prepare` and yields their results in order.
 
         Requests are taken from the iterable as there is room for them. Raises ValueError if other requests are
-        unfinished; closing the iterator early aborts the requests that it has taken.
+        unfinished, and the exception on which one of its own fails; then, and when the iterator is closed early, it
+        aborts the requests that it has taken.
         """
         if self._jobs:
             raise ValueError(f"{len(self._jobs)} requests are unfinished; step until they are done, or abort them")
@@ -221,6 +267,8 @@ class Engine:
                 if not order:
                     return
                 for output in self.step():
+                    if output.error is not None:
+                        raise output.error
                     if output.result is not None:
                         results[output.request_id] = output.result
                 while order and order[0] in results:
@@ -241,8 +289,8 @@ class Engine:
             cache_hit_tokens=self._intake.num_hit_tokens,
             num_rounds=self._num_rounds,
             num_preemptions=self._num_preemptions,
-            denoiser_calls=self._denoiser_calls,
-            context_calls=self._context_calls + self._intake.context_calls,
+            denoiser_calls=self._batches.denoiser_calls,
+            context_calls=self._batches.context_calls + self._intake.context_calls,
         )
 
     def clear_cache(self) -> None:
@@ -251,7 +299,7 @@ class Engine:
 
     def _choose_modes(self) -> None:
         """Chooses modes for requests of mode `auto`; those between two blocks change over and keep their state."""
-        jobs = [job for batch in self._batches.values() for job in batch.jobs]
+        jobs = self._batches.jobs
         most = self.config.max_num_requests
         waiting = list(itertools.islice(self._intake.waiting, most - len(jobs)))
         beginning = [job.auto for job in waiting if job.auto is not None]
@@ -266,41 +314,38 @@ class Engine:
         if self._chooser.due(self._load):
             others = [job.mode.name for job in (*(job for job in jobs if job.auto is None), *coming)]
             self._chooser.choose(choosing, collections.Counter(others))
-        for name, batch in list(self._batches.items()):
+        for name, batch in list(self._batches.of_mode.items()):
             if all(job.auto is None or job.auto.mode == job.auto.wanted for job in batch.jobs):
                 continue
-            for job, rests in zip(tuple(batch.jobs), batch.rows.rests, strict=True):
-                if job.auto is not None and rests and job.auto.mode != job.auto.wanted:
+            for job, rests in zip(batch.jobs, batch.rows.rests, strict=True):
+                if job.auto is not None and rests and job.auto.mode != job.auto.wanted and job.error is None:
                     job.auto.mode = job.auto.wanted
-                    self._take_out(name, batch, job)
+                    self._take_out(name, job)
 
     def _set_aside(self) -> None:
         """Moves every request with a finished block to the intake, which absorbs it before the next block starts."""
-        for name, batch in list(self._batches.items()):
+        for name, batch in list(self._batches.of_mode.items()):
             if MODES[name].fills_blocks:
-                for job in [job for job, rests in zip(batch.jobs, batch.rows.rests, strict=True) if rests]:
-                    self._take_out(name, batch, job)
+                for job, rests in zip(batch.jobs, batch.rows.rests, strict=True):
+                    if rests and job.error is None:
+                        self._take_out(name, job)
 
-    def _take_out(self, name: str, batch: ModeBatch, job: Job) -> None:
+    def _take_out(self, name: str, job: Job) -> None:
         """Moves a job from its batch to the intake, which absorbs the ids that its context lacks."""
-        place = batch.jobs.index(job)
-        job.context = batch.rows.context.select([place])
-        self._keep(name, batch, [i for i in range(len(batch.jobs)) if i != place])
-        job.points = []
-        self._intake.absorbing.append(job)
+        self._batches.take_out(name, job)
+        if job.error is None:
+            job.points = []
+            self._intake.absorbing.append(job)
 
     def _make_room(self) -> None:
         """Gives every decoding row pages for its next step, by priority and age; preempts the last if needed."""
-        decoding = [(job, batch) for batch in self._batches.values() for job in batch.jobs]
-        for job, batch in sorted(decoding, key=lambda pair: pair[0].rank):
-            if job not in batch.jobs:  # preempted for an older one
-                continue
+        for job in sorted(self._batches.jobs, key=lambda job: job.rank):
             # room for the tokens that its context still lacks, and then for a step of any mode
             length = len(job.record.request.prompt_ids) + len(job.record.tokens)
             wanted = length + job.record.request.block_size + 1
-            while job in batch.jobs and not self._intake.grow(job, wanted):
-                running = [*self._intake.absorbing, *(j for b in self._batches.values() for j in b.jobs)]
-                self._preempt(max(running, key=lambda j: j.rank))
+            # one that was preempted for an older one has no slot any more
+            while job.has_slot and job.error is None and not self._intake.grow(job, wanted):
+                self._preempt(max((*self._intake.absorbing, *self._batches.jobs), key=lambda job: job.rank))
 
     def _preempt(self, job: Job) -> None:
         """Drops a job's state and puts it back in the queue; later it absorbs its prompt and its own tokens again."""
@@ -311,92 +356,7 @@ class Engine:
     def _withdraw(self, job: Job) -> None:
         """Removes a job from the intake and its batch, and frees its state."""
         self._intake.remove(job)
-        for name, batch in list(self._batches.items()):
-            if job in batch.jobs:
-                keep = [i for i, other in enumerate(batch.jobs) if other is not job]
-                self._keep(name, batch, keep)
+        self._batches.remove(job)
         if job.has_slot:
             self._pool.close_(job.table)
         job.context, job.has_slot, job.silent_steps = None, False, 0
-
-    def _keep(self, name: str, batch: ModeBatch, keep: list[int]) -> None:
-        """Keeps only some rows of a batch; an empty batch is dropped."""
-        if not keep:
-            self._batches.pop(name, None)
-            batch.jobs = []
-        elif len(keep) < len(batch.jobs):
-            batch.rows = batch.rows.select(keep)
-            batch.jobs = [batch.jobs[i] for i in keep]
-
-    def _launch_mode(self, mode: DecodingMode, started: list[Job]) -> list[_Launch]:
-        """Launches one step of a mode's rows; starting jobs join its batch before the step if they can, else after."""
-        alone = []
-        # jobs without any token form a batch of their own, because they have no newest token
-        for fresh in ([job for job in started if job.record.tokens], [job for job in started if not job.record.tokens]):
-            if not fresh:
-                continue
-            contexts = [job.context for job in fresh if job.context is not None]
-            state = contexts[0] if len(contexts) == 1 else join(contexts)
-            new = ModeBatch(fresh, mode.steps.start(self.model, tuple(job.request for job in fresh), state))
-            for job in fresh:
-                job.context = None
-            if not new.rows.joins:
-                alone.append(new)
-            elif mode.name in self._batches:
-                self._batches[mode.name].join(new)
-            else:
-                self._batches[mode.name] = new
-        joined = [self._batches[mode.name]] if mode.name in self._batches else []
-        return [self._launch(mode, batch) for batch in joined + alone]
-
-    def _launch(self, mode: DecodingMode, batch: ModeBatch) -> _Launch:
-        began = time.perf_counter()
-        launched = mode.steps.launch(self.model, batch.rows)
-        return _Launch(mode, batch, launched, time.perf_counter() - began)
-
-    def _finish(self, launches: list[_Launch]) -> tuple[list[StepOutput], float]:
-        """Waits for the devices, once per round; returns the outputs of all steps and the seconds they took."""
-        if not launches:
-            return [], 0.0
-        began = time.perf_counter()
-        values = read([launch.launched for launch in launches])
-        # device time per step is unknown: divide the wait in proportion to launch time
-        waited = (time.perf_counter() - began) / sum(launch.seconds for launch in launches)
-        outputs, total = [], 0.0
-        for launch, found in zip(launches, values, strict=True):
-            began = time.perf_counter()
-            stepped = launch.launched.finish(found)
-            seconds = launch.seconds * (1 + waited) + time.perf_counter() - began
-            total += seconds
-            self._chooser.observe(launch.mode.name, len(launch.batch.jobs), seconds)
-            outputs += self._take(launch.mode.name, launch.batch, stepped)
-        return outputs, total
-
-    def _take(self, name: str, batch: ModeBatch, stepped: BatchStep) -> list[StepOutput]:
-        """Hands a step's tokens to its requests; unfinished requests stay in the batch of their mode."""
-        batch.rows = stepped.rows
-        self._denoiser_calls += sum(stepped.denoiser_calls)
-        self._context_calls += sum(stepped.context_calls)
-        outputs, keep = [], []
-        for place, job in enumerate(batch.jobs):
-            output = job.record.take(stepped, place)
-            job.silent_steps += 1
-            if job.auto is not None:
-                job.auto.took_step()
-            if stepped.tokens[place]:
-                self._chooser.observe_yield(name, job.auto, len(stepped.tokens[place]), job.silent_steps)
-                job.silent_steps = 0
-            if output.result is None:
-                keep.append(place)
-            else:
-                self._pool.close_(job.table)
-            if job.record.watch or output.text or output.tokens or output.result is not None:
-                outputs.append(output)
-        joined = self._batches.get(name)
-        if joined is batch or joined is None:
-            self._batches[name] = batch
-            self._keep(name, batch, keep)
-        elif keep:
-            rows = batch.rows if len(keep) == len(batch.jobs) else batch.rows.select(keep)
-            joined.join(ModeBatch([batch.jobs[i] for i in keep], rows))
-        return outputs

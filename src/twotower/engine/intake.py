@@ -5,6 +5,7 @@ from collections import deque
 
 import torch
 
+from twotower.engine.failures import failing
 from twotower.engine.job import Job
 from twotower.engine.memory_plan import MemoryPlan
 from twotower.engine.pool import StatePool
@@ -22,7 +23,7 @@ class Intake:
     """The waiting jobs, by priority and of one priority in the order of arrival with preempted ones first, and the jobs
     that absorb their prompts.
 
-    A job in `absorbing` holds its own state.
+    A job in `absorbing` holds its own state. A job that fails has its `error` set and is no longer in either.
     """
 
     def __init__(self, model: TwoTower, plan: MemoryPlan, pool: StatePool, cache: PrefixCache) -> None:
@@ -59,9 +60,13 @@ class Intake:
         for job in list(self.waiting):
             if num_decoding + len(self.absorbing) >= self._plan.max_num_requests:
                 break
-            alone = num_decoding + len(self.absorbing) == 0
-            # Held for a while by who goes on from them, cached pages may be those that one text lacks.
-            if self._open(job) or (alone and self._open(job, from_cache=False)):
+            alone, opened = num_decoding + len(self.absorbing) == 0, False
+            with failing([job]):
+                # Held for a while by who goes on from them, cached pages may be those that one text lacks.
+                opened = self._open(job) or (alone and self._open(job, from_cache=False))
+            if job.error is not None:
+                self.waiting.remove(job)
+            elif opened:
                 job.record.leave_queue(job.num_absorbed)
                 self.waiting.remove(job)
                 self.absorbing.append(job)
@@ -79,6 +84,12 @@ class Intake:
             self.waiting.remove(job)
         if job in self.absorbing:
             self.absorbing.remove(job)
+
+    def drop_failed(self) -> None:
+        """Removes the jobs that failed."""
+        self.absorbing = [job for job in self.absorbing if job.error is None]
+        for job in [job for job in self.waiting if job.error is not None]:
+            self.waiting.remove(job)
 
     def _open(self, job: Job, *, from_cache: bool = True) -> bool:
         """Gives a job its state, starting from the prefix cache or anew; returns False if there are too few free
@@ -127,7 +138,9 @@ class Intake:
         counts = _shares([len(job.context_ids) - job.num_absorbed for job in self.absorbing], most)
         chosen = [(job, n) for job, n in zip(self.absorbing, counts, strict=True) if n > 0]
         if chosen:
-            self._absorb_chunks([job for job, _ in chosen], tuple(n for _, n in chosen))
+            with failing([job for job, _ in chosen]):
+                self._absorb_chunks([job for job, _ in chosen], tuple(n for _, n in chosen))
+            self.drop_failed()
 
     def start(self) -> list[Job]:
         """Removes and returns the jobs that have absorbed all their ids; they may start to decode."""

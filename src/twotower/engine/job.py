@@ -18,6 +18,7 @@ class Job:
     absorbed; afterwards the state is in the batch of its mode. `points` are the prefix lengths at which it leaves a
     snapshot in the prefix cache. `was_read` says whether a context pass has absorbed ids of it since it last decoded.
     `auto` holds the possible modes of a request of mode `auto`. `silent_steps` counts the steps since its last tokens.
+    `error` is what it failed on; a job that has one is dropped at the end of the round.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Job:
     was_read: bool = False
     auto: AutoRow | None = None
     silent_steps: int = 0
+    error: BaseException | None = None
 
     @property
     def mode(self) -> DecodingMode:
@@ -73,5 +75,11 @@ class ModeBatch:
 
     def join(self, others: "ModeBatch") -> None:
         """Adds the jobs of another batch of the same mode."""
-        self.rows = self.rows.join(others.rows)
-        self.jobs = self.jobs + others.jobs
+        # both or neither, where the rows can't be joined
+        self.rows, self.jobs = self.rows.join(others.rows), self.jobs + others.jobs
+
+    def of(self, jobs: list[Job]) -> "ModeBatch":
+        """The batch with some of its jobs alone, in their order; itself where these are all."""
+        if len(jobs) == len(self.jobs):
+            return self
+        return ModeBatch(jobs, self.rows.select([place for place, job in enumerate(self.jobs) if job in jobs]))

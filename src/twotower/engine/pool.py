@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -89,9 +89,10 @@ class StatePool:
         `mamba` and `logits` are the state's recurrent part and next logits; at length 0 `mamba` is ignored.
         `rope_length` is that of the text that it is planned to become.
         """
-        self._num_slots_used += 1
         keys = PagedKeys(self._keys, self._values, (table,), (length,)) if self._keys else KeyBuffer([], [], (length,))
-        return ContextState((length,), mamba if length else self._initial.mamba, keys, logits, (rope_length,))
+        state = ContextState((length,), mamba if length else self._initial.mamba, keys, logits, (rope_length,))
+        self._num_slots_used += 1
+        return state
 
     def close_(self, table: list[int]) -> None:
         """Frees a slot and the pages of `table`, and empties the table."""
@@ -138,6 +139,21 @@ class StatePool:
         self._uses[page] -= 1
         if self._uses[page] == 0:
             self._free.append(page)
+
+    def recount_(self, tables: Sequence[Sequence[int]], cached: Iterable[int], num_slots: int) -> None:
+        """Counts anew what is in use: the pages of `tables` and those of the prefix cache's nodes, and `num_slots`.
+
+        For when an exception may have struck between two counts that belong together.
+        """
+        self._num_tables = [0] * self.num_pages
+        for page in (page for table in tables for page in table):
+            self._num_tables[page] += 1
+        self._uses = list(self._num_tables)
+        for page in cached:
+            self._uses[page] += 1
+        self._num_in_tables = sum(count > 0 for count in self._num_tables)
+        self._free = [page for page in range(self.num_pages - 1, 0, -1) if self._uses[page] == 0]
+        self._num_slots_used = num_slots
 
     def num_uses(self, page: int) -> int:
         """The number of tables and prefix cache nodes that hold a page."""

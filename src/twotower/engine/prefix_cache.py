@@ -83,6 +83,7 @@ class PrefixCache:
         self._roots: dict[Tree, _Node] = {}
         self._clock = 0
         self.bytes_of_snapshots = 0
+        self.is_whole = True  # False where an exception has struck while it was being changed
 
     def match(self, ids: Sequence[int], tree: Tree, *, needs_logits: bool) -> Match:
         """The longest cached prefix of ids; it is all ids only if their next logits are cached or not needed."""
@@ -120,6 +121,7 @@ class PrefixCache:
 
         May be called again as more ids of a prompt are absorbed.
         """
+        self.is_whole = False
         self._clock += 1
         path = [self._roots.setdefault(tree, _root(tree))]
         for first in range(0, len(ids) - PAGE_SIZE + 1, PAGE_SIZE):
@@ -133,6 +135,7 @@ class PrefixCache:
         self._clock += 1
         for node in sorted(path, key=_length, reverse=True):
             self._prune(node)
+        self.is_whole = True
 
     def free_pages(self, count: int) -> None:
         """Drops leaves that no request uses until the pool has `count` free pages or no such leaf is left."""
@@ -143,13 +146,25 @@ class PrefixCache:
             leaves = [node for node, page in held if not node.children and self._pool.num_uses(page) == ours[page]]
             if not leaves:
                 return
+            self.is_whole = False
             self._remove(min(leaves, key=_used))
+            self.is_whole = True
 
     def clear(self) -> None:
         """Drops everything."""
         for node in list(self._nodes()):
             node.children.clear()
             self._remove(node)
+
+    def pages(self) -> list[int]:
+        """The page of every node that has one."""
+        return [node.page for node in self._nodes() if node.page is not None]
+
+    def forget(self) -> None:
+        """Drops everything and leaves the pool as it is, which then must count anew what is in use."""
+        self._roots.clear()
+        self.bytes_of_snapshots = 0
+        self.is_whole = True
 
     def _is_usable(self, node: _Node, length: int, needs_logits: bool) -> bool:
         """Whether a request of `length` tokens can continue from this node."""

@@ -67,6 +67,8 @@ class LocalModel:
                     if interrupted.is_set():
                         raise KeyboardInterrupt
                     for output in self._engine.step():
+                        if output.error is not None:
+                            raise output.error
                         yield self._moment(output, len(ids))
             finally:
                 self._engine.abort(running)
