@@ -195,7 +195,7 @@ def test_an_error_outside_of_rounds_reaches_every_stream_and_who_asked(
 def test_an_exception_in_a_round_ends_its_requests_and_no_others(
     model: TwoTower, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two texts fail in a pass of the denoiser, beside one that needs none; the log has one line, with the traceback."""
+    """Two texts fail in a pass of the denoiser, beside one that needs none; the log has the traceback once."""
     params = SamplingParams(max_new_tokens=8, block_size=4)
     [alone] = generate(model, [[5, 6]], params)
 

@@ -34,11 +34,10 @@ def test_closing_a_run_frees_it_within_two_rounds(engine):
 
     async def leave() -> int:
         with service.admit(2) as admission:
-            run = service.run([request, request], admission, {})
-            for _ in range(6):
-                await anext(run)
-            assert engine.num_unfinished == 2
-            await run.aclose()
+            async with service.run([request, request], admission, {}) as outputs:
+                for _ in range(6):
+                    await anext(outputs)
+                assert engine.num_unfinished == 2
             assert engine.num_unfinished == 0
             before = engine.stats().num_rounds
         while engine.stats().num_running + engine.stats().num_waiting:

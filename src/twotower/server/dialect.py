@@ -8,8 +8,9 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from twotower.decoding.output import Generation
-from twotower.engine.aio import Admission, EngineFailed
+from twotower.engine.aio import Admission
 from twotower.server.chat import PreparedChat
+from twotower.server.errors import Failure
 from twotower.server.reasoning import Thought
 from twotower.server.service import Service
 from twotower.server.streaming import EventStream, unless_gone
@@ -36,8 +37,8 @@ class AnswerWriter(Protocol):
 
     def end(self, result: Generation) -> list[Event]: ...
 
-    def failed(self, message: str) -> list[Event]:
-        """The events after which no others come, because the engine failed."""
+    def failed(self, failure: Failure) -> list[Event]:
+        """The events after which no others come, because something failed."""
         ...
 
 
@@ -56,7 +57,7 @@ async def reply_as(
     log |= {"id": writer.id, "mode": text.params.mode, "texts": 1}
     events = _events(service, chat, writer, admission, log)
     if stream:
-        return EventStream(_until_failure(events, writer), held.pop_all(), named=True)
+        return EventStream(events, held.pop_all(), writer.failed, named=True)
     await unless_gone(request, _exhaust(events))
     return JSONResponse(writer.whole)
 
@@ -64,11 +65,13 @@ async def reply_as(
 async def _events(
     service: Service, chat: PreparedChat, writer: AnswerWriter, admission: Admission, log: dict[str, Any]
 ) -> AsyncGenerator[Event, None]:
-    for event in writer.begin():
-        yield event
-    reading = chat.answers.reading()
-    async with aclosing(service.run(chat.requests, admission, log)) as outputs:
+    reading, begun = chat.answers.reading(), False
+    async with service.run(chat.requests, admission, log) as outputs:
         async for _, output in outputs:
+            # only now, for an answer that the engine never takes up has no beginning
+            for event in [] if begun else writer.begin():
+                yield event
+            begun = True
             parts = reading.push(output.text)
             if output.result is not None:
                 parts += reading.end()
@@ -85,13 +88,3 @@ async def _exhaust(events: AsyncGenerator[Event, None]) -> None:
     async with aclosing(events):
         async for _ in events:
             pass
-
-
-async def _until_failure(events: AsyncGenerator[Event, None], writer: AnswerWriter) -> AsyncGenerator[Event, None]:
-    async with aclosing(events):
-        try:
-            async for event in events:
-                yield event
-        except EngineFailed as error:
-            for event in writer.failed(str(error)):
-                yield event

@@ -8,16 +8,17 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twotower.decoding.params import SamplingParams
-from twotower.engine.aio import EngineFailed, Overloaded
+from twotower.engine.aio import Draining, EngineFailed, Overloaded, RequestFailed
 from twotower.errors import SettingError
 from twotower.server.logs import cut
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 # What a request sets: the library's names -> the protocol's. Other settings, such as state_bytes, are the server's own.
 _NAMES = {field.name: field.name for field in dataclasses.fields(SamplingParams)}
 _NAMES |= {"prompt": "prompt", "max_new_tokens": "max_tokens"}
-# How long clients of a full server are told to wait; a request takes about a second.
+# How long clients of a full server, or of one that stops, are told to wait; a request takes about a second.
 _RETRY_SECONDS = "1"
 # What requests of Anthropic's protocol have in their path, and its names of errors.
 _ANTHROPIC_PATH = "/v1/messages"
@@ -91,6 +92,32 @@ def anthropic_body(status: int, message: str, code: str | None = None) -> dict[s
     return {"type": "error", "error": {"type": kind, "message": cut(message, _MESSAGE), **details}}
 
 
+class Failure(NamedTuple):
+    """Why a request that was right got no answer, or only a part of one."""
+
+    status: int
+    message: str
+    code: str
+    headers: dict[str, str]
+
+
+def failure_of(error: Exception, log: dict[str, Any]) -> Failure:
+    """What to tell a client whose request ended on an exception, which is noted in the request's line of log.
+
+    What no one expected goes to the log with its traceback; that of a RequestFailed is there already.
+    """
+    log["error"] = f"{type(error).__name__}: {error}"
+    if isinstance(error, Draining):
+        return Failure(503, str(error), "shutting_down", {"Retry-After": _RETRY_SECONDS, "Connection": "close"})
+    if isinstance(error, EngineFailed):
+        return Failure(503, str(error), "engine_failed", {"Retry-After": _RETRY_SECONDS})
+    if isinstance(error, RequestFailed):
+        kind = type(error.__cause__).__name__
+        return Failure(500, f"the server failed on this request ({kind}); try again", "internal_error", {})
+    logger.error("a request failed on a defect of the server", exc_info=error)
+    return Failure(500, "the server failed on this request", "internal_error", {})
+
+
 def is_anthropic(path: str) -> bool:
     """Whether a path is one of Anthropic's protocol."""
     return _ANTHROPIC_PATH in path
@@ -122,9 +149,36 @@ def install(app: Starlette) -> None:
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(SettingError, _setting)
     app.add_exception_handler(Overloaded, _full)
-    app.add_exception_handler(EngineFailed, _failed)
+    for kind in (Draining, EngineFailed, RequestFailed):
+        app.add_exception_handler(kind, _failed)
     app.add_exception_handler(ClientGone, _gone)
-    app.add_exception_handler(Exception, _defect)
+    app.add_middleware(_Defects)
+
+
+class _Defects:
+    """Answers 500 where an exception that has no handler strikes before the response has begun.
+
+    A handler of Exception would stand around all other layers, so that the request's line of log had no status.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:  # of any kind: the client must be answered
+            if begun or scope["type"] != "http":
+                raise
+            response = await _failed(Request(scope, receive), error)
+            await response(scope, receive, send)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
@@ -246,13 +300,9 @@ async def _full(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _failed(request: Request, error: Exception) -> JSONResponse:
-    return error_response(request.url.path, 503, str(error), code="engine_failed")
+    status, message, code, headers = failure_of(error, request.state.log)
+    return error_response(request.url.path, status, message, code=code, headers=headers)
 
 
 async def _gone(_: Request, __: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it; the log does
-
-
-async def _defect(request: Request, error: Exception) -> JSONResponse:
-    logger.error("a request failed on a defect of the server", exc_info=error)
-    return error_response(request.url.path, 500, "the server failed on this request", code="internal_error")

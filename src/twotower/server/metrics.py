@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from typing import Self
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -51,19 +51,14 @@ class Metrics:
         self.per_call = histogram("tokens_per_nfe", "New tokens per denoiser call, per text.", _PER_CALL)
         self.prompt_length = histogram("tokens_per_prompt", "Tokens of the prompt, per text.", _LENGTHS)
         self.text_length = histogram("tokens_per_text", "New tokens, per text.", _LENGTHS)
-        for outcome in ("stop", "length", "cancelled"):
+        for outcome in ("stop", "length", "cancelled", "failed"):
             self.texts.labels(default_mode, outcome)
         for count in (self.prompt_tokens, self.new_tokens):
             count.labels(default_mode)
 
-    @contextmanager
-    def observe(self, mode: str) -> Iterator["Observed"]:
-        """Counts one text by its outcome when the context ends: "cancelled" unless its result came before."""
-        observed = Observed(self, mode)
-        try:
-            yield observed
-        finally:
-            self.texts.labels(mode, observed.outcome).inc()
+    def observed(self, mode: str) -> "Observed":
+        """One text, to be entered while it is written."""
+        return Observed(self, mode)
 
     def exposition(self) -> bytes:
         """All counts in the text format, under the names of this server and then under vLLM's."""
@@ -71,7 +66,11 @@ class Metrics:
 
 
 class Observed:
-    """One text while it is written: `take` counts each of its outputs."""
+    """One text while it is written: `take` counts each of its outputs.
+
+    It is counted by its outcome when it is exited: "failed" on an exception, or where `fail` was called because another
+    text of the same answer or what is made of them failed, and "cancelled" unless its result came before.
+    """
 
     def __init__(self, metrics: Metrics, mode: str) -> None:
         self._metrics = metrics
@@ -81,6 +80,19 @@ class Observed:
         self._latest = 0.0
         self._seen = False
         self.outcome = "cancelled"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Exception):
+            self.fail()
+        self._metrics.texts.labels(self._mode, self.outcome).inc()
+
+    def fail(self) -> None:
+        """Makes the outcome "failed" if there is no result yet."""
+        if self.outcome == "cancelled":
+            self.outcome = "failed"
 
     def take(self, output: StepOutput, num_prompt: int) -> None:
         metrics, mode = self._metrics, self._mode

@@ -5,7 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol, Self
 
 from fastapi import Request
@@ -19,7 +19,7 @@ from twotower.server.errors import ApiError
 from twotower.server.logprobs import committed, prompt_logprobs
 from twotower.server.protocol import StreamOptions
 from twotower.server.service import Service
-from twotower.server.streaming import EventStream, unless_gone
+from twotower.server.streaming import EventStream, openai_events, unless_gone
 
 # Tokens scored at once, which bounds the memory of their logits.
 _SCORED_TOKENS = 64
@@ -141,7 +141,8 @@ async def reply(
     log = request.state.log
     log |= {"id": head["id"], "mode": plan.requests[0].params.mode, "texts": len(plan.requests)}
     if stream:
-        return EventStream(_chunks(service, plan, admission, head, log), held.pop_all(), done="[DONE]")
+        chunks = _chunks(service, plan, admission, head, log)
+        return EventStream(chunks, held.pop_all(), openai_events, done="[DONE]")
     return JSONResponse(await unless_gone(request, _whole(service, plan, admission, head, log)))
 
 
@@ -151,7 +152,7 @@ async def _whole(
     """The body of a reply that is not streamed."""
     results: dict[int, Generation] = {}
     tokens: dict[int, list[Token]] = {i: [] for i in range(len(plan.requests))}
-    async with aclosing(service.run(plan.requests, admission, log)) as outputs:
+    async with service.run(plan.requests, admission, log) as outputs:
         async for index, output in outputs:
             tokens[index] += output.tokens
             if output.result is not None:
@@ -193,14 +194,19 @@ async def _chunks(
             return made | {"usage": plan.usage(counts)}
         return made | {"usage": None} if options.include_usage else made
 
+    beginnings = []
     for i, text in enumerate(plan.requests):
         echoed = None
         if plan.logprobs is not None and plan.logprobs.echo:
             echoed = await _prompt_scores(service, text, plan.logprobs.num_top)
         for beginning in plan.format.beginning(i, echoed):
-            yield chunk(beginning | ({"prompt_token_ids": text.prompt_ids} if plan.token_ids else {}))
-    async with aclosing(service.run(plan.requests, admission, log)) as outputs:
+            beginnings.append(beginning | ({"prompt_token_ids": text.prompt_ids} if plan.token_ids else {}))
+    async with service.run(plan.requests, admission, log) as outputs:
         async for index, output in outputs:
+            # only now, for texts that the engine never takes up have no beginning
+            for beginning in beginnings:
+                yield chunk(beginning)
+            beginnings.clear()
             logprobs = None if plan.logprobs is None else committed(output.tokens)
             counts[index] = Counts(counts[index].tokens + len(output.tokens))
             if output.result is not None:

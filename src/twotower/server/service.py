@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractContextManager, aclosing, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -130,29 +130,29 @@ class Service:
         except SettingError as error:
             raise error if structure is None else structure.refused(error) from None
 
+    @asynccontextmanager
     async def run(
         self, requests: Sequence[Request], admission: Admission, log: dict[str, Any], *, watch: bool = False
-    ) -> AsyncGenerator[tuple[int, StepOutput], None]:
+    ) -> AsyncIterator[AsyncIterator[tuple[int, StepOutput]]]:
         """The outputs of all requests as they come, each with the index of its request.
 
-        Closing the iterator aborts what is unfinished. The texts are written at their own pace, however slowly the
-        outputs are taken. The longest time that a text had to wait is written to `log`. Raises EngineFailed if the
-        engine stops.
+        Leaving the context aborts what is unfinished, which counts as failed if an exception is why, and else as
+        cancelled. The texts are written at their own pace, however slowly the outputs are taken. The longest time that
+        a text had to wait is written to `log`. Iterating raises what ended one of the texts early: RequestFailed,
+        Draining or EngineFailed.
         """
         queue: asyncio.Queue[tuple[int, StepOutput] | asyncio.Task[None]] = asyncio.Queue()
+        seen = [self.metrics.observed(request.params.mode) for request in requests]
 
         async def pump(index: int, request: Request) -> None:
-            with self.metrics.observe(request.params.mode) as observed:
-                async with aclosing(self.engine.stream_prepared(request, admission, watch=watch)) as outputs:
-                    async for output in outputs:
+            with seen[index] as observed:
+                async with aclosing(self.engine.stream_prepared(request, admission, watch=watch)) as stream:
+                    async for output in stream:
                         observed.take(output, len(request.prompt_ids))
                         log["seconds_queued"] = max(log.get("seconds_queued", 0.0), round(output.seconds_queued, 4))
                         queue.put_nowait((index, output))
 
-        tasks = [asyncio.create_task(pump(i, request)) for i, request in enumerate(requests)]
-        for task in tasks:
-            task.add_done_callback(queue.put_nowait)
-        try:
+        async def taken() -> AsyncGenerator[tuple[int, StepOutput]]:
             left = len(tasks)
             while left:
                 item = await queue.get()
@@ -161,6 +161,17 @@ class Service:
                 else:
                     item.result()  # raises what ended the task early
                     left -= 1
+
+        tasks = [asyncio.create_task(pump(i, request)) for i, request in enumerate(requests)]
+        for task in tasks:
+            task.add_done_callback(queue.put_nowait)
+        try:
+            async with aclosing(taken()) as outputs:
+                yield outputs
+        except Exception:
+            for observed in seen:
+                observed.fail()
+            raise
         finally:
             for task in tasks:
                 task.cancel()

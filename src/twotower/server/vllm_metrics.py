@@ -28,7 +28,7 @@ _NAMES = {
     "twotower_tokens_per_prompt": ("request_prompt_tokens",),
     "twotower_tokens_per_text": ("request_generation_tokens",),
 }
-_REASONS = {"cancelled": "abort"}  # the rest have vLLM's names
+_REASONS = {"cancelled": "abort", "failed": "error"}  # the rest have vLLM's names
 
 
 class VllmNames(Collector):

@@ -1,8 +1,8 @@
 """POST /twotower/watch: one text as a stream with an event for every step, which the page draws."""
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack
 from typing import Any, Literal, get_args, get_origin
 
 from fastapi import Request
@@ -16,7 +16,7 @@ from twotower.server.chat import render
 from twotower.server.errors import ApiError
 from twotower.server.protocol import WatchRequest
 from twotower.server.service import Service
-from twotower.server.streaming import EventStream
+from twotower.server.streaming import EventStream, openai_events
 
 # New tokens of a request that does not say how many; fewer if the context has room for fewer.
 _MAX_TOKENS = 128
@@ -77,16 +77,19 @@ async def watch(service: Service, body: WatchRequest, request: Request) -> Respo
         log = request.state.log
         log |= {"mode": prepared.params.mode, "prompt_tokens": len(prepared.prompt_ids)}
         began = time.perf_counter()
-        outputs = service.run([prepared], admission, log, watch=True)
-        return EventStream(_steps(service, outputs, len(prepared.prompt_ids), began), held.pop_all())
+        run = service.run([prepared], admission, log, watch=True)
+        return EventStream(_steps(service, run, len(prepared.prompt_ids), began), held.pop_all(), openai_events)
 
 
 async def _steps(
-    service: Service, outputs: AsyncGenerator[tuple[int, StepOutput], None], num_prompt: int, began: float
+    service: Service,
+    run: AbstractAsyncContextManager[AsyncIterator[tuple[int, StepOutput]]],
+    num_prompt: int,
+    began: float,
 ) -> AsyncGenerator[dict[str, Any], None]:
     """An event per step: seconds since `began`, the text that it made certain, the tokens that it committed, and the
     block if it is unfinished."""
-    async with aclosing(outputs):
+    async with run as outputs:
         async for _, output in outputs:
             step: dict[str, Any] = {
                 "seconds": round(time.perf_counter() - began, 4),

@@ -185,8 +185,11 @@ def test_an_engine_that_fails_ends_a_stream_with_a_failed_response(model, serve,
         events = client.responses.create(**ask(max_output_tokens=1900), stream=True)
         assert next(events).type == "response.created"
         engine.close()
-        *_, last = events
-        assert last.type == "response.failed"
-        assert last.response.error.message.startswith("the engine ")
+        seen = []
+        with pytest.raises(openai.APIError, match="the engine ") as caught:
+            seen.extend(events)
+        assert caught.value.code == "engine_failed"
+        assert seen[-1].type == "response.failed"
+        assert seen[-1].response.error.message.startswith("the engine ")
         with pytest.raises(openai.InternalServerError, match="the engine"):
             client.responses.create(**ask())

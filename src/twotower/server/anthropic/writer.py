@@ -6,7 +6,7 @@ from typing import Any
 
 from twotower.decoding.output import Generation
 from twotower.server.dialect import Event
-from twotower.server.errors import anthropic_body
+from twotower.server.errors import Failure, anthropic_body
 from twotower.server.reasoning import Thought
 from twotower.server.reply import Counts
 from twotower.server.tools.calls import Call
@@ -50,8 +50,8 @@ class MessageWriter:
         told = {"type": "message_delta", "delta": self._stop, "usage": self._usage()}
         return [*self._close(), told, {"type": "message_stop"}]
 
-    def failed(self, message: str) -> list[Event]:
-        return [anthropic_body(503, message)]
+    def failed(self, failure: Failure) -> list[Event]:
+        return [anthropic_body(failure.status, failure.message, failure.code)]
 
     def _call(self, call: Call) -> list[Event]:
         block = {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": call.name, "input": {}}

@@ -9,6 +9,7 @@ from typing import Any
 
 from twotower.decoding.output import Generation
 from twotower.server.dialect import Event
+from twotower.server.errors import Failure, body
 from twotower.server.reasoning import Thought
 from twotower.server.reply import Counts
 from twotower.server.tools.calls import Call
@@ -61,9 +62,13 @@ class ResponseWriter:
         self._status = last
         return [*events, self._event(last, response=self.whole)]
 
-    def failed(self, message: str) -> list[Event]:
-        self._status, self._error = "failed", {"code": "server_error", "message": message}
-        return [self._event("failed", response=self.whole)]
+    def failed(self, failure: Failure) -> list[Event]:
+        self._status, self._error = "failed", {"code": "server_error", "message": failure.message}
+        ended = self._event("failed", response=self.whole)
+        # as OpenAI documents it, and with the `error` on which its client raises
+        told = {"type": "error", "code": failure.code, "message": failure.message, "param": None}
+        made = body(failure.status, failure.message, code=failure.code)
+        return [ended, told | {"sequence_number": next(self._numbers)} | made]
 
     def _open(self, kind: str) -> list[Event]:
         """Begins an item of text."""
