@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import NamedTuple, Self, TypeAlias
 
@@ -85,7 +85,6 @@ class AsyncEngine:
         self._num_reserved = 0  # places of admissions that no stream has taken yet
         self._closing = self._draining = False
         self._failure: BaseException | None = None
-        self._on_failure: Callable[[], None] | None = None
         self._stats = self._engine.stats()
         self._thread: threading.Thread | None = None
 
@@ -101,13 +100,12 @@ class AsyncEngine:
 
     @property
     def failure(self) -> BaseException | None:
-        """The exception that ended the engine, if one did."""
+        """The exception that ended the engine, if one did; whoever runs it looks at `is_running` now and then."""
         return None if isinstance(self._failure, EngineFailed) else self._failure
 
-    def start(self, on_failure: Callable[[], None] | None = None) -> Self:
-        """Starts the worker thread, which calls `on_failure` if an exception ends the engine, after its streams."""
+    def start(self) -> Self:
+        """Starts the worker thread."""
         assert self._thread is None, "this engine was started before"
-        self._on_failure = on_failure
         self._thread = threading.Thread(target=self._run, name="twotower-engine", daemon=True)
         self._thread.start()
         return self
@@ -269,8 +267,6 @@ class AsyncEngine:
             # not raised again, for the log has it now
             logger.critical("the engine ended on an exception", exc_info=error)
             self._fail(error)
-            if self._on_failure is not None:
-                self._on_failure()
 
     def _take_in(self) -> bool:
         """Waits for work and hands new requests and aborts to the engine; returns False when closing."""

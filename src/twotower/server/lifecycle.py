@@ -155,7 +155,8 @@ class _Process(uvicorn.Server):
         if self._loading is not None and self._loading.done():
             self._loading.result()
         if self._failed:
-            raise EngineFailed("the engine has failed, and the server has stopped")
+            cause = None if self._engine is None else self._engine.failure
+            raise EngineFailed("the engine has failed, and the server has stopped") from cause
 
 
 def run(load: Callable[[], Loaded], config: ServerConfig, listening: Sequence[socket.socket]) -> None:
