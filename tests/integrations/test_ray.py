@@ -40,7 +40,7 @@ def serving(tmp_path, *options):
             found, began = None, time.monotonic()
             while found is None:
                 assert running.poll() is None, log.read_text()
-                assert time.monotonic() - began < 120, log.read_text()
+                assert time.monotonic() - began < 240, log.read_text()
                 found = re.search(r'"serving", "url": "([^"]+)"', log.read_text())
                 time.sleep(0.1)
             yield running, found[1], log

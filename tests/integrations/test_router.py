@@ -9,14 +9,15 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="needs pip install 'twotower[ray]'")
 
-from twotower.integrations.ray.choice import Member
-from twotower.integrations.ray.router import make_router
+from twotower.integrations.ray.choice import Fleet, Member
+from twotower.integrations.ray.router import Relay, make_router
 from twotower.server.config import ServerConfig
 
 JSON = b"content-type: application/json\r\n"
 EVENTS = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 EVENT = b"data: {}\n\n"
 NOTHING = b""
+HANGS = b"and hangs"
 GOOD = b"HTTP/1.1 200 OK\r\n" + JSON + b"content-length: 2\r\n\r\n{}"
 FULL = b"HTTP/1.1 429 Too Many\r\nretry-after: 1\r\n" + JSON + b"content-length: 4\r\n\r\nfull"
 HALF = b"HTTP/1.1 200 OK\r\n" + JSON + b"content-length: 200\r\n\r\n{"
@@ -38,8 +39,10 @@ async def routing(*answers, room=10, **settings):
                 lengths = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")]
                 body = await reader.readexactly(int(lengths[0].split(b":")[1])) if lengths else b""
                 seen.setdefault(name, []).append((head.decode(), body))
-                writer.write(answer)
+                writer.write(answer.removesuffix(HANGS))
                 await writer.drain()
+                if answer.endswith(HANGS):
+                    await reader.read()  # until the router leaves
                 writer.close()
 
             server = await asyncio.start_server(handle, "127.0.0.1", 0)
@@ -51,12 +54,13 @@ async def routing(*answers, room=10, **settings):
         async def look():
             return members
 
-        app = make_router(ServerConfig(**settings), "secret", look)
+        relay = Relay(Fleet(), "secret")
+        app = make_router(relay, ServerConfig(**settings), look)
         await held.enter_async_context(app.router.lifespan_context(app))
         await asyncio.sleep(0)  # the first look
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         client = await held.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://router"))
-        client.seen = seen
+        client.seen, client.relay = seen, relay
         yield client
 
 
@@ -140,6 +144,38 @@ def test_a_stream_whose_replica_dies_ends_with_the_error_of_its_protocol(path, k
         assert (name, error["error"]["code"]) == ("", "replica_failed")
     else:
         assert (name, error["type"]) == ("event: error\n", "error")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_is_abandoned_ends_with_an_error_that_says_so(begun):
+    answer = EVENTS + b"a\r\n" + EVENT + b"\r\n" + HANGS if begun else HANGS
+
+    async def run():
+        async with routing(answer, answer) as client:
+            asking = asyncio.create_task(client.post("/v1/completions", content=b'{"prompt": "a"}'))
+            while not client.seen:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            client.relay.abandon()
+            return await asyncio.wait_for(asking, 5)
+
+    ended = asyncio.run(run())
+    assert ended.status_code == (200 if begun else 503)
+    error = json.loads(ended.text.split("data: ")[-1])["error"]
+    assert error["code"] == "shutting_down"
+
+
+def test_a_client_that_leaves_ends_its_request_at_the_replica():
+    async def run():
+        async with routing(HANGS) as client:
+            asking = asyncio.create_task(client.post("/v1/completions", content=b'{"prompt": "a"}'))
+            while not client.relay.fleet.num_running:
+                await asyncio.sleep(0.01)
+            asking.cancel()
+            while client.relay.fleet.num_running:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(run(), 5))
 
 
 def test_keys_and_limits_are_checked_before_a_replica_is_asked():

@@ -109,6 +109,7 @@ def command(
 
 def _serve_replicas(launch: Launch, replicas: ReplicaConfig) -> None:
     from twotower.server.logs import log_to_stderr
+    from twotower.server.startup import end_at_once, on_signals
 
     # Ray reads them when it is imported: it would merge log lines that differ in numbers alone, and colour them.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
@@ -117,5 +118,5 @@ def _serve_replicas(launch: Launch, replicas: ReplicaConfig) -> None:
         from twotower.integrations.ray.run import run_replicas
     except ModuleNotFoundError as error:
         raise ValueError(f"replicas need the package {error.name}; pip install 'twotower[ray]'") from error
-    with log_to_stderr(launch.server.log_level):
+    with on_signals(end_at_once), log_to_stderr(launch.server.log_level):
         run_replicas(launch, replicas)

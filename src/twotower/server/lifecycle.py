@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import uvicorn
 from fastapi.responses import JSONResponse
@@ -22,7 +22,7 @@ from twotower.server.app import make_app
 from twotower.server.config import ServerConfig
 from twotower.server.connections import Acceptor, TimedConnection, raise_descriptor_limit
 from twotower.server.errors import error_response
-from twotower.server.startup import end_at_once, listen, on_signals
+from twotower.server.startup import end_at_once, on_signals
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # How long clients are told to wait while the model loads.
@@ -33,13 +33,33 @@ _LAST_EVENTS_SECONDS, _LAST_THREADS_SECONDS = 2, 2
 logger = logging.getLogger(__name__)
 
 
+class Worker(Protocol):
+    """What writes the texts of an application: an engine, whose words these are, or others that have engines."""
+
+    @property
+    def is_running(self) -> bool: ...
+
+    @property
+    def failure(self) -> BaseException | None: ...
+
+    @property
+    def num_unfinished(self) -> int: ...
+
+    def start(self) -> Self: ...
+
+    def drain(self) -> None: ...
+
+    def abandon(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Loaded(NamedTuple):
-    """An application, what the log says of it when it answers, and its engine, which is not started yet, if it has one
-    of its own."""
+    """An application, what the log says of it when it answers, and its engine, which is not started yet."""
 
     app: Starlette
     fields: Mapping[str, Any]
-    engine: AsyncEngine | None
+    engine: Worker
 
 
 def of_engine(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate | None) -> Loaded:
@@ -81,7 +101,7 @@ class _Process(uvicorn.Server):
         self._settings = config
         self._listening = listening
         self._acceptor = Acceptor(self, raise_descriptor_limit())
-        self._engine: AsyncEngine | None = None
+        self._engine: Worker | None = None
         self._loading: asyncio.Task[None] | None = None
         self._watchdog: threading.Timer | None = None
         self._failed = False
@@ -107,8 +127,7 @@ class _Process(uvicorn.Server):
 
     async def _open(self) -> None:
         app, fields, engine = await asyncio.to_thread(self._load)
-        if engine is not None:
-            self._engine = engine.start()
+        self._engine = engine.start()
         await self._held.enter_async_context(app.router.lifespan_context(app))
         self._entrance.app = app
         logger.info("serving", extra={"fields": {"url": self._url(), **fields}})
@@ -132,7 +151,7 @@ class _Process(uvicorn.Server):
         async with self._held:
             await (super().shutdown() if self._engine is None else self._drain(self._engine))
 
-    async def _drain(self, engine: AsyncEngine) -> None:
+    async def _drain(self, engine: Worker) -> None:
         most = self._settings.shutdown_seconds
         logger.info("stopping", extra={"fields": {"unfinished": engine.num_unfinished, "most_seconds": most}})
         # a round of the engine, or a thread that reads a long prompt, may be stuck
@@ -175,12 +194,6 @@ def run(load: Callable[[], Loaded], config: ServerConfig, listening: Sequence[so
             server.run()
         finally:
             server.end()
-
-
-def run_app(app: Starlette, config: ServerConfig, fields: Mapping[str, Any]) -> None:
-    """`run` with an application that is there, and without an engine in this process. Raises SettingError for a port or
-    a host that can't be listened on."""
-    run(lambda: Loaded(app, fields, None), config, listen(config))
 
 
 def uvicorn_settings(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:

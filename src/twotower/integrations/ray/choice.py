@@ -46,6 +46,11 @@ class Fleet:
         """The replicas, by name."""
         return [self._members[name] for name in sorted(self._members)]
 
+    @property
+    def num_running(self) -> int:
+        """The requests that all replicas have."""
+        return self._running.total()
+
     def running(self, member: Member) -> int:
         """The requests that a replica has."""
         return self._running[member.name]

@@ -15,10 +15,10 @@ from ray.serve.metrics import Gauge
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
-from twotower.integrations.ray.choice import Member
+from twotower.integrations.ray.choice import Fleet, Member
 from twotower.integrations.ray.config import Launch, ReplicaConfig
 from twotower.integrations.ray.replica import ReplicaServer
-from twotower.integrations.ray.router import Look, make_router
+from twotower.integrations.ray.router import Look, Relay, make_router
 from twotower.integrations.ray.trust import TakenId
 from twotower.server.logs import log_to_stderr
 
@@ -87,7 +87,8 @@ class Router:
         self._log.close()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return TakenId(make_router(self._launch.server, self._launch.secret, looking(self._replicas)))
+        relay = Relay(Fleet(), self._launch.secret)
+        return TakenId(make_router(relay, self._launch.server, looking(self._replicas)))
 
 
 def looking(replicas: DeploymentHandle) -> Look:

@@ -15,8 +15,9 @@ from twotower.checkpoints.load import DEFAULT_CHECKPOINT
 from twotower.engine.aio import AsyncEngine
 from twotower.integrations.ray.choice import Member
 from twotower.integrations.ray.config import Launch
-from twotower.integrations.ray.trust import TakenId
+from twotower.integrations.ray.trust import IDLE_SECONDS, TakenId
 from twotower.server.app import make_app
+from twotower.server.connections import raise_descriptor_limit
 from twotower.server.lifecycle import uvicorn_settings
 from twotower.server.logs import log_to_stderr
 
@@ -44,8 +45,12 @@ class ReplicaServer:
         self._log.enter_context(log_to_stderr(launch.server.log_level))
         limits = dataclasses.replace(launch.limits, max_context=launch.server.max_context)
         self.engine = AsyncEngine(model, limits)
-        # The router's own, which stands between the replica and clients
-        config = dataclasses.replace(launch.server, cors_origins=(), ssl_certfile=None, ssl_keyfile=None)
+        # What stands between the router and clients is the router's.
+        config = dataclasses.replace(
+            launch.server, cors_origins=(), ssl_certfile=None, ssl_keyfile=None, idle_seconds=IDLE_SECONDS
+        )
+        self._most_seconds = config.shutdown_seconds
+        raise_descriptor_limit()
         app = make_app(self.engine, config, template)
         self.metrics = app.service.metrics
         self._socket = socket.create_server((host, 0), backlog=2048)
@@ -69,7 +74,12 @@ class ReplicaServer:
     def close(self) -> None:
         """Takes no more requests, and returns when the running ones have ended, for which they have
         `shutdown_seconds`."""
+        self.engine.drain()
+        ending = threading.Timer(self._most_seconds, self.engine.abandon)
+        ending.daemon = True
+        ending.start()
         self._server.should_exit = True
         self._thread.join()
+        ending.cancel()
         self.engine.close()
         self._log.close()

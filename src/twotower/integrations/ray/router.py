@@ -21,7 +21,7 @@ from yarl import URL
 from twotower.engine.aio import Overloaded
 from twotower.integrations.ray.choice import Fleet, Member, affinity
 from twotower.integrations.ray.exposition import with_replicas
-from twotower.integrations.ray.trust import REQUEST_ID, SECRET
+from twotower.integrations.ray.trust import IDLE_SECONDS, REQUEST_ID, SECRET
 from twotower.server.app import METRICS_TYPE, add_layers
 from twotower.server.config import ServerConfig
 from twotower.server.errors import anthropic_body, body, error_response, install, is_anthropic
@@ -41,8 +41,11 @@ _MAX_LOST = 2
 _MAX_FULL = 3
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_CONNECT = 5.0
-# Below the 5 s after which a replica closes a connection, so that none is used just then.
-_SECONDS_KEPT_ALIVE = 3.0
+# Less than the seconds after which a replica closes a connection, so that none is used just then
+_SECONDS_KEPT_ALIVE = IDLE_SECONDS / 2
+# What clients are told whose requests end early
+_LOST_CODE = "replica_failed"
+_STOPPED, _STOPPED_CODE = "the server is shutting down and did not finish this request", "shutting_down"
 
 # Finds the replicas; None where that fails, and those known before are kept
 Look = Callable[[], Awaitable[list[Member] | None]]
@@ -52,9 +55,12 @@ class Relay:
     """Sends requests to the replicas of a fleet and gives back what they answer."""
 
     def __init__(self, fleet: Fleet, secret: str) -> None:
-        self._fleet = fleet
+        self.fleet = fleet
         self._secret = secret
         self._session: aiohttp.ClientSession | None = None
+        self._streams: set[aiohttp.ClientResponse] = set()
+        self._is_abandoned = False
+        self._abandoning: asyncio.Task[None] | None = None
         self.registry = CollectorRegistry()
         self.responses = Counter(
             "twotower_router_responses", "HTTP responses.", ("path", "status"), registry=self.registry
@@ -82,6 +88,14 @@ class Relay:
         assert self._session is not None, "open comes first"
         await self._session.close()
 
+    def abandon(self) -> None:
+        """Ends all requests, streams with an error event and others with 503. Called in the loop that runs."""
+        self._is_abandoned = True
+        assert self._session is not None, "open comes first"
+        for reply in self._streams:
+            reply.close()
+        self._abandoning = asyncio.create_task(self._session.close())
+
     async def answer(self, request: Request, sent: bytes) -> Response:
         """The answer of the first replica that gives one to a request with that body.
 
@@ -89,13 +103,15 @@ class Relay:
         is full is asked only once. Raises Overloaded if all are full.
         """
         key = affinity(request.headers, sent) if request.method == "POST" else None
-        order = self._fleet.order(key)
-        if not order and self._fleet.members:
+        order = self.fleet.order(key)
+        if not order and self.fleet.members:
             raise Overloaded(
-                f"all {len(self._fleet.members)} replicas have as many requests as they take; try again later"
+                f"all {len(self.fleet.members)} replicas have as many requests as they take; try again later"
             )
         lost, refused = 0, []
         for member in order:
+            if self._is_abandoned:
+                break
             try:
                 response = await self._try(request, sent, member)
             except aiohttp.ClientError as error:
@@ -111,14 +127,14 @@ class Relay:
                 break
         if refused:
             return refused[0]
-        message = f"{lost} replicas ended while they had this request" if lost else "no replica is ready yet"
-        path, told = request.url.path, {"Retry-After": "1"}
-        return error_response(path, 503, f"{message}; try again", code="replica_failed", headers=told)
+        failure = f"{lost} replicas ended while they had this request" if lost else "no replica is ready yet"
+        message, code = (_STOPPED, _STOPPED_CODE) if self._is_abandoned else (f"{failure}; try again", _LOST_CODE)
+        return error_response(request.url.path, 503, message, code=code, headers={"Retry-After": "1"})
 
     async def _try(self, request: Request, sent: bytes, member: Member) -> Response:
         """A replica's answer, whole or as a stream that has begun. Raises aiohttp.ClientError if it doesn't come."""
         async with contextlib.AsyncExitStack() as held:
-            held.enter_context(self._fleet.carry(member))
+            held.enter_context(self.fleet.carry(member))
             reply = await held.enter_async_context(self._send(request, sent, member))
             request.state.log |= {"replica": member.name, "tries": request.state.log.get("tries", 0) + 1}
             headers = [(name.lower(), value) for name, value in reply.raw_headers if name.lower() not in _OWN_HEADERS]
@@ -150,6 +166,7 @@ class Relay:
         Where the replica ends in the middle the last one is an error. Raises aiohttp.ClientError if there is no first.
         """
         rest, began = b"", False
+        self._streams.add(reply)
         try:
             async for chunk in reply.content.iter_any():
                 whole, mark, rest = (rest + chunk).rpartition(b"\n\n")
@@ -159,13 +176,18 @@ class Relay:
         except aiohttp.ClientError as error:
             if not began:
                 raise
+            if self._is_abandoned:
+                yield _cut(path, _STOPPED, _STOPPED_CODE)
+                return
             self._lose(member, error)
-            yield _cut(path, "the replica that wrote this ended; send the request again")
+            yield _cut(path, "the replica that wrote this ended; send the request again", _LOST_CODE)
+        finally:
+            self._streams.discard(reply)
 
     def _lose(self, member: Member, error: Exception) -> None:
         self._tries.labels(member.name, "lost").inc()
         logger.warning("a replica is gone", extra={"fields": {"replica": member.name, "why": repr(error)}})
-        self._fleet.lose(member)
+        self.fleet.lose(member)
 
     async def metrics(self, request: Request) -> bytes:
         """The metrics of all replicas, each sample with its replica as a label, and this router's own."""
@@ -174,7 +196,7 @@ class Relay:
             async with self._send(request, b"", member) as reply:
                 return member.name, await reply.text()
 
-        read_all = await asyncio.gather(*map(read, self._fleet.members), return_exceptions=True)
+        read_all = await asyncio.gather(*map(read, self.fleet.members), return_exceptions=True)
         texts = dict(one for one in read_all if not isinstance(one, BaseException))
         return await asyncio.to_thread(with_replicas, texts, self.registry)
 
@@ -196,26 +218,25 @@ class _Relayed(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _cut(path: str, message: str) -> bytes:
+def _cut(path: str, message: str, code: str) -> bytes:
     """The event that ends a stream which can't go on, as the path's protocol has it."""
     if is_anthropic(path):
-        made, name = anthropic_body(503, message, "replica_failed"), "event: error\n"
+        made, name = anthropic_body(503, message, code), "event: error\n"
     elif path.endswith("/v1/responses"):
-        error = body(503, message, code="replica_failed")["error"]
+        error = body(503, message, code=code)["error"]
         made, name = {"type": "error", "code": error["code"], "message": message, "param": None}, "event: error\n"
     else:
-        made, name = body(503, message, code="replica_failed"), ""
+        made, name = body(503, message, code=code), ""
     return f"{name}data: {json.dumps(made)}\n\n".encode()
 
 
-def make_router(config: ServerConfig, secret: str, look: Look) -> Starlette:
+def make_router(relay: Relay, config: ServerConfig, look: Look) -> Starlette:
     """The application in front of the replicas that `look` finds, which it does every second.
 
     It answers `/health`, `/ping` and `/metrics` for all of them. Keys, limits of bodies, a root path and origins are
     checked here, and so needn't be by the replicas.
     """
-    fleet = Fleet()
-    relay = Relay(fleet, secret)
+    fleet = relay.fleet
 
     async def watch() -> None:
         while True:

@@ -1,4 +1,4 @@
-"""What a router and its replicas know each other by."""
+"""What a router and its replicas know of each other."""
 
 import hmac
 
@@ -9,6 +9,8 @@ from twotower.server.errors import error_response
 
 SECRET = "x-twotower-secret"
 REQUEST_ID = "x-request-id"
+# After which a replica closes a router's connection
+IDLE_SECONDS = 30
 # Most characters of an id that isn't the router's own
 _LONGEST_ID = 64
 
