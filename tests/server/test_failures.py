@@ -1,8 +1,10 @@
 """What clients see when something fails while their texts are written."""
 
+import asyncio
 import concurrent.futures
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from twotower.engine.config import EngineConfig
 from twotower.server import answers, completions, watch
 from twotower.server.app import make_app
 from twotower.server.config import ServerConfig
+from twotower.server.service import Service
 
 USER = [{"role": "user", "content": "a"}]
 PATHS = {
@@ -221,3 +224,23 @@ def test_the_texts_of_an_answer_of_which_one_fails_count_as_failed(url, model, m
         patched.setattr(model, "score", strike(9, model.score, RuntimeError("a secret")))
         assert ask(url, "/v1/completions", n=5).status_code == 500
     assert texts(url)["failed"] == 5
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
+def test_what_the_server_has_not_given_to_the_engine_when_it_stops_gets_503(path, own, app, serve, monkeypatch):
+    begun = threading.Event()
+
+    async def slow(*_: Any, **__: Any) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Service, "tokens", slow)
+    made = make_app(own, ServerConfig(model_names=("tiny",), max_context=2000), app.service.template)
+    with serve(made) as served, concurrent.futures.ThreadPoolExecutor() as pool:
+        served.server.config.timeout_graceful_shutdown = 1
+        answer = pool.submit(streamed, served.url, path)
+        assert begun.wait(10)
+        served.server.should_exit = True
+        response = answer.result()
+    assert response.status_code == 503
+    assert "did not finish this request" in message(path, response.json())

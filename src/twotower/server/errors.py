@@ -3,6 +3,7 @@
 Where the path is one of Anthropic's protocol, it is in Anthropic's: {"type": "error", "error": {"type", "message"}}.
 """
 
+import asyncio
 import dataclasses
 import json
 import logging
@@ -156,7 +157,8 @@ def install(app: Starlette) -> None:
 
 
 class _Defects:
-    """Answers 500 where an exception that has no handler strikes before the response has begun.
+    """Answers 500 where an exception that has no handler strikes before the response has begun, and 503 where the
+    server stops before it has.
 
     A handler of Exception would stand around all other layers, so that the request's line of log had no status.
     """
@@ -177,8 +179,12 @@ class _Defects:
         except Exception as error:  # of any kind: the client must be answered
             if begun or scope["type"] != "http":
                 raise
-            response = await _failed(Request(scope, receive), error)
-            await response(scope, receive, send)
+            await (await _failed(Request(scope, receive), error))(scope, receive, send)
+        except asyncio.CancelledError:  # only a server that stops cancels a request, here one outside the engine
+            if not begun and scope["type"] == "http":
+                late = Draining("the server is shutting down and did not finish this request")
+                await (await _failed(Request(scope, receive), late))(scope, receive, send)
+            raise
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
