@@ -75,7 +75,10 @@ def test_options_reach_the_server(checkpoint, tmp_path, process):
         about = httpx.get(f"{url}/twotower/about", headers=headers).json()
         assert (about["default_mode"], about["max_context"], about["model"]) == ("ar", 50, "tiny")
         assert httpx.get(f"{url}/twotower/about").status_code == 401
-        [line] = [line for line in map(json.loads, log.read_text().splitlines()) if line["message"] == "serving"]
+        lines = list(map(json.loads, log.read_text().splitlines()))
+        [memory] = [line for line in lines if line["message"] == "memory"]
+        assert (memory["max_context"], memory["tokens_of_each"], memory["device"]) == (50, 50, "cpu")
+        [line] = [line for line in lines if line["message"] == "serving"]
         assert (line["url"], line["mode"]) == (url, "ar")
         for tower in ("context_tower", "denoiser_tower"):
             assert re.fullmatch(r"(native|reference) \(.+\)", line[tower])

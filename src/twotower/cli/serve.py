@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 import typer
 
@@ -13,17 +13,29 @@ from twotower.cli.options import (
     ContextDeviceOption,
     DenoiserDeviceOption,
     DeviceOption,
+    Dtype,
     DtypeOption,
     ModelArgument,
     open_model,
 )
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
+from twotower.cli.start_table import plan_for, print_plan, show_memory
 from twotower.engine.aio import AsyncEngine, EngineFailed
 from twotower.engine.config import EngineConfig
 from twotower.errors import SettingError
 from twotower.integrations.ray.config import Launch, ReplicaConfig
 from twotower.server.config import ServerConfig, read_keys, served_name
+
+
+class _Placement(TypedDict):
+    """The options that say where the towers run, and in which dtype."""
+
+    device: str
+    context_device: str | None
+    denoiser_device: str | None
+    dtype: Dtype | None
+
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -56,6 +68,17 @@ def command(
             exists=True, dir_okay=False, help="File with the jinja template of chats.", show_default="the checkpoint's"
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only say what the memory would be used for: a table, or JSON where stdout is no terminal.",
+        ),
+    ] = False,
+    device_memory: Annotated[
+        float | None,
+        typer.Option(help="With --dry-run: GB that each device has.", show_default="what is free here"),
+    ] = None,
     recipe: RecipeOption = None,
 ) -> None:
     """Serve OpenAI's and Anthropic's APIs, and a page at / that shows the modes at work.
@@ -79,26 +102,29 @@ def command(
     check_certificate(config)
     config = dataclasses.replace(config, model_names=config.model_names or (served_name(model),))
     limits = dataclasses.replace(limits, max_context=config.max_context)
+    where: _Placement = {
+        "device": device,
+        "context_device": context_device,
+        "denoiser_device": denoiser_device,
+        "dtype": dtype,
+    }
+    if dry_run:
+        folder = DEFAULT_CHECKPOINT if model is None else resolve(model)
+        print_plan(plan_for(folder, limits, **where, gigabytes=device_memory))
+        return
+    if device_memory is not None:
+        raise SettingError("--device-memory", device_memory, "left out without --dry-run")
     if replicas.replicas is not None:
-        launch = Launch(
-            model=model,
-            server=config,
-            limits=limits,
-            device=device,
-            context_device=context_device,
-            denoiser_device=denoiser_device,
-            dtype=dtype,
-        )
+        launch = Launch(model=model, server=config, limits=limits, **where)
         _serve_replicas(launch.with_template(chat_template), replicas)
         return
 
     def load() -> Loaded:
         folder = DEFAULT_CHECKPOINT if model is None else resolve(model)
         template = ChatTemplate.load(folder, chat_template)
-        opened = open_model(
-            model, device=device, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
-        )
-        return of_engine(AsyncEngine(opened, limits), config, template)
+        engine = AsyncEngine(open_model(model, **where), limits)
+        show_memory(engine.plan)
+        return of_engine(engine, config, template)
 
     with on_signals(end_at_once), log_to_stderr(config.log_level):
         try:

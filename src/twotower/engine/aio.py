@@ -18,6 +18,7 @@ from twotower.decoding.step import Request
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine, EngineStats
 from twotower.engine.failures import forget_values
+from twotower.engine.memory_plan import MemoryPlan
 from twotower.model.two_tower import TwoTower
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,11 @@ class AsyncEngine:
     def model(self) -> TwoTower:
         """The model that the engine runs."""
         return self._engine.model
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """What the engine's memory is for."""
+        return self._engine.plan
 
     @property
     def is_running(self) -> bool:

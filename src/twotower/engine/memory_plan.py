@@ -104,6 +104,12 @@ class MemoryPlan:
         """How many ends of prompts the prefix cache has room for."""
         return self.snapshot_bytes // self.places.sizes.snapshot
 
+    @property
+    def computed_bytes(self) -> int:
+        """The most that passes need on the way, with every page in use."""
+        passes = self.passes
+        return passes.fixed + self.prompt_chunk * passes.row + self.num_pages * PAGE_SIZE * passes.key
+
     def num_fitting(self, length: int) -> int:
         """How many requests of `length` tokens, prompt and answer, have room at a time."""
         pages = _pages(length + _LONGEST_BLOCK + 1)

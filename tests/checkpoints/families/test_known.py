@@ -13,6 +13,8 @@ import twotower
 from twotower import SamplingParams
 from twotower.backends.native.build import library
 from twotower.checkpoints import load_model, save
+from twotower.engine.memory_plan import places_before_loading, plan_memory
+from twotower.planning.machine import DeviceMemory
 
 
 def test_a_prompt_has_transformers_logits(family: Any, same_logits: Callable) -> None:
@@ -45,6 +47,23 @@ def test_verified_writes_what_ar_writes(prompt_length: int, by: str, family: Any
         for mode in ("ar", "verified")
     )
     assert one.token_ids == other.token_ids
+
+
+@pytest.mark.parametrize("by", ["ours", "fastest"])
+def test_an_engine_has_memory_for_it_by_itself_and_finds_a_prefix(by: str, family: Any) -> None:
+    model, prompt = getattr(family, by), family.ids[0].tolist()
+    engine = twotower.Engine(model)
+    for text in (prompt, prompt):
+        engine.generate([text], SamplingParams(mode="ar", max_new_tokens=2, ignore_eos=True))
+    assert engine.stats().cache_hit_tokens >= len(prompt)
+    assert engine.plan.places.sizes[:2] == (engine._pool.slot_bytes, engine._pool.page_bytes)
+    for cards in ((80,), (141,), (80, 80)):
+        memory = [DeviceMemory(f"cuda:{i}", size * 10**9, size * 10**9) for i, size in enumerate(cards)]
+        places = places_before_loading(model.config, torch.bfloat16, *memory)
+        plan = plan_memory(model.config, places, twotower.EngineConfig())
+        assert plan.warnings == ()
+        assert plan.num_fitting(plan.max_context) == plan.max_num_requests == 16
+        assert plan.num_snapshots >= 1
 
 
 def test_an_untrained_denoiser_is_the_backbone_that_sees_a_block_both_ways(

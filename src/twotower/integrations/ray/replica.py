@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import socket
 import threading
 
@@ -13,6 +14,7 @@ from twotower.checkpoints.hf import resolve
 from twotower.checkpoints.hf.special_tokens import read_special_tokens
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
 from twotower.engine.aio import AsyncEngine
+from twotower.engine.memory_report import memory_fields
 from twotower.integrations.ray.choice import Member
 from twotower.integrations.ray.config import Launch
 from twotower.integrations.ray.trust import IDLE_SECONDS, TakenId
@@ -20,6 +22,8 @@ from twotower.server.app import make_app
 from twotower.server.connections import raise_descriptor_limit
 from twotower.server.lifecycle import uvicorn_settings
 from twotower.server.logs import log_to_stderr
+
+logger = logging.getLogger(__name__)
 
 
 class ReplicaServer:
@@ -45,6 +49,7 @@ class ReplicaServer:
         self._log.enter_context(log_to_stderr(launch.server.log_level))
         limits = dataclasses.replace(launch.limits, max_context=launch.server.max_context)
         self.engine = AsyncEngine(model, limits)
+        logger.info("memory", extra={"fields": memory_fields(self.engine.plan)})
         # What stands between the router and clients is the router's.
         config = dataclasses.replace(
             launch.server, cors_origins=(), ssl_certfile=None, ssl_keyfile=None, idle_seconds=IDLE_SECONDS
