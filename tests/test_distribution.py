@@ -1,5 +1,8 @@
-"""The built package holds what it needs: data, C sources and pages in the wheel, tests and examples in the sdist."""
+"""The built package holds what it needs: data, C sources and pages in the wheel, tests and examples in the sdist, and
+compiled kernels in a wheel that is asked for them."""
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -8,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from twotower.backends.native.compile import LEVELS, find_compilers
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "twotower"
@@ -20,14 +25,21 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist and the wheel, built from a copy, offline."""
-    copy, out = tmp_path_factory.mktemp("copy") / "twotower", tmp_path_factory.mktemp("dist")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources."""
+    copy = tmp_path_factory.mktemp("copy") / "twotower"
     unwanted = shutil.ignore_patterns(
         ".git", ".venv*", ".*_cache", "__pycache__", "*.egg-info", "build", "dist", "site"
     )
     shutil.copytree(ROOT, copy, ignore=unwanted)
-    subprocess.run([sys.executable, "-c", BUILD, out], cwd=copy, check=True, capture_output=True)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def built(copied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist and the wheel, built offline."""
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-c", BUILD, out], cwd=copied, check=True, capture_output=True)
     return out
 
 
@@ -47,3 +59,24 @@ def test_the_sdist_can_be_tested(built: Path) -> None:
         files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
         assert {name for name in files if "__pycache__" not in name} <= names
     assert {"Makefile", "CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "pyproject.toml"} <= names
+
+
+@pytest.mark.skipif(not find_compilers(), reason="this machine has no C compiler")
+def test_a_wheel_that_is_asked_for_kernels_has_every_level_of_this_machine_and_says_so(
+    built: Path, copied: Path, tmp_path: Path
+) -> None:
+    """After the plain wheel, of which nothing may be left in this one, nor of this one in the next plain wheel."""
+    sources = copied / "src" / "twotower" / "backends" / "native" / "c"
+    for file in sources.glob("*.c"):
+        file.write_text("")
+    (sources / "linear.c").write_text("int answer(void) { return 42; }\n")  # the real ones take half a minute
+    for kernels, out in (("1", tmp_path / "kernels"), ("", tmp_path / "plain")):
+        environment = {**os.environ, "TWOTOWER_BUILD_KERNELS": kernels}
+        subprocess.run([sys.executable, "-c", BUILD, out], cwd=copied, env=environment, check=True, capture_output=True)
+    [wheel] = (tmp_path / "kernels").glob("*.whl")
+    [plain] = (tmp_path / "plain").glob("*.whl")
+    assert "-py3-none-" in wheel.name
+    assert not wheel.name.endswith("-any.whl")
+    assert plain.name.endswith("-py3-none-any.whl")
+    names, plain_names = ({Path(name).name for name in zipfile.ZipFile(one).namelist()} for one in (wheel, plain))
+    assert names - plain_names == {level.file.name for level in LEVELS if platform.machine() in level.machines}

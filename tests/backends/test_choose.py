@@ -77,7 +77,8 @@ def test_a_process_is_told_once_that_it_decodes_slowly_and_what_to_do(tiny: Call
             choose.pack_(tiny("llama"))
     [warning] = caught
     assert str(warning.message) == (
-        f"decoding on this CPU is {choose.SLOWDOWN}, because the C kernels can't run here: "
+        f"decoding on this CPU is {choose.SLOWDOWN}, and verified is ar up to rounding alone, because the C kernels "
+        "can't run here: "
         "there is no C compiler (cc, gcc, clang); install gcc"
     )
 

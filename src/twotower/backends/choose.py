@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 # "reference" is PyTorch on any device and dtype; "native" C on a CPU, with float32 activations.
 BACKENDS = ("reference", "native")
-# What a CPU loses without the C kernels, by docs/measured.md
-SLOWDOWN = "3 to 5 times slower"
+# What a CPU loses without the C kernels, see docs/hardware.md
+SLOWDOWN = "3 to 9 times slower"
 
 
 def choose_backend(
@@ -56,7 +56,8 @@ def choose_backend(
             rule = f"a backend that can run here, and the C kernels can't: {kernels().problem}"
             raise SettingError("backend", wanted, rule, f"{kernels().remedy}, or leave backend out")
         why = f"the C kernels can't run here: {kernels().problem}"
-        advice = f"decoding on this CPU is {SLOWDOWN}, because {why}; {kernels().remedy}"
+        loss = f"decoding on this CPU is {SLOWDOWN}, and verified is ar up to rounding alone"
+        advice = f"{loss}, because {why}; {kernels().remedy}"
         choice = BackendChoice("reference", f"{what}; {why}", advice)
     else:
         why = "asked for" if wanted else f"{what}: the C kernels are faster"

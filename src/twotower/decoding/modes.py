@@ -75,7 +75,8 @@ MODES: dict[str, DecodingMode] = {
         ),
         DecodingMode(
             name="verified",
-            summary="The denoiser drafts several tokens, and the context tower keeps those that it would have written.",
+            summary="The denoiser drafts several tokens, and the context tower keeps those that it would have written: "
+            "exactly with the C kernels, elsewhere up to rounding.",
             module="verified",
             settings=("block_size", "adaptive_draft"),
             exact=True,
