@@ -28,6 +28,31 @@ def metric(http, name):
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
+@pytest.mark.parametrize(
+    ("trained", "asked", "most", "by"),
+    [
+        (None, None, 4096, "default"),
+        (600, None, 600, "checkpoint"),
+        (600, 200, 200, "max_context"),
+        (None, 900, 900, "max_context"),
+        (600, 601, 601, "max_context"),
+    ],
+)
+def test_what_limits_a_text_is_told_and_a_limit_beyond_the_checkpoint_is_warned_of(
+    tiny, byte_tokenizer, caplog, trained, asked, most, by
+):
+    carried = {} if trained is None else {"max_position_embeddings": trained}
+    made = tiny("*-M", vocab_size=260, carried=carried)
+    made.tokenizer = byte_tokenizer
+    service = Service(AsyncEngine(made), ServerConfig(max_context=asked), None)
+    card = service.model_card("twotower")
+    assert (card["max_model_len"], card["limited_by"]) == (most, by)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [("--max-context" in text, f"trained for {trained}" in text) for text in warned] == (
+        [(True, True)] if asked == 601 else []
+    )
+
+
 def test_closing_a_run_frees_it_within_two_rounds(engine):
     service = Service(engine, ServerConfig(model_names=("tiny",)), None)
     request = engine.prepare([97], SamplingParams(mode="ar", max_new_tokens=100_000, ignore_eos=True))

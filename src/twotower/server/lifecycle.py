@@ -64,10 +64,12 @@ class Loaded(NamedTuple):
 
 def of_engine(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate | None) -> Loaded:
     """The server's application on an engine. Raises ValueError for a model without a tokenizer."""
-    fields: dict[str, Any] = {"mode": config.default_mode}
+    app = make_app(engine, config, template)
+    fields: dict[str, Any] = {"mode": config.default_mode, "max_context": app.service.max_context}
+    fields["limited_by"] = app.service.limited_by
     for tower, backend in engine.model.backends.items():
         fields[tower.replace(" ", "_")] = f"{backend.name} ({backend.reason})"
-    return Loaded(make_app(engine, config, template), fields, engine)
+    return Loaded(app, fields, engine)
 
 
 class Entrance:

@@ -46,7 +46,7 @@ class Service:
         self.config = config
         self.model_names = config.model_names or ("twotower",)
         self.model_name = self.model_names[0]
-        self.max_context = _most_tokens(engine, config)
+        self.max_context, self.limited_by = _most_tokens(engine, config)
         # what the engine never has room for at once would be asked for again and again
         self.max_choices = min(config.max_choices, engine.config.max_num_requests + engine.config.max_num_waiting)
         self.template = template
@@ -66,7 +66,7 @@ class Service:
         """The model as /v1/models shows it under one of its names, with the server's limits and modes; `root` is its
         first name."""
         card = {"id": name, "object": "model", "created": self.started, "owned_by": "twotower", "root": self.model_name}
-        limits = {"max_model_len": self.max_context, "max_choices": self.max_choices}
+        limits = {"max_model_len": self.max_context, "limited_by": self.limited_by, "max_choices": self.max_choices}
         return card | limits | {"modes": [*MODES, "auto"], "default_mode": self.config.default_mode}
 
     def token_names(self, skip_special_tokens: bool | None) -> TokenNames:
@@ -247,12 +247,20 @@ class Service:
         return ApiError(400, message, param="prompt" if num_new == 0 else "max_tokens", code="context_length_exceeded")
 
 
-def _most_tokens(engine: AsyncEngine, config: ServerConfig) -> int:
-    """The most tokens of a prompt and its answer: those configured, or the checkpoint's, as far as there is memory."""
-    wanted = config.max_context or engine.model.config.trained_positions or MAX_CONTEXT
+def _most_tokens(engine: AsyncEngine, config: ServerConfig) -> tuple[int, str]:
+    """The most tokens of a prompt and its answer, and what says so: the setting, the checkpoint, nobody ("default"), or
+    the memory where it has no room for as many."""
+    trained = engine.model.config.trained_positions
+    said = [(config.max_context, "max_context"), (trained, "checkpoint"), (MAX_CONTEXT, "default")]
+    wanted, by = next((most, by) for most, by in said if most is not None)
+    if trained is not None and wanted > trained:
+        message = (
+            "texts may have %d tokens by --max-context, but the checkpoint was trained for %d: longer ones get worse"
+        )
+        logger.warning(message, wanted, trained)
     fitting = engine.longest_text(engine.model.config.block_size)
     if fitting is None or wanted <= fitting:
-        return wanted
-    message = "texts are limited to %d tokens, not %d: --state-mib has no room for the keys of more; raise it"
-    (logger.warning if config.max_context else logger.info)(message, fitting, wanted)
-    return fitting
+        return wanted, by
+    message = "texts are limited to %d tokens, not %d: there is no memory for the keys of more; raise --state-mib"
+    logger.warning(message, fitting, wanted)
+    return fitting, "memory"
