@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from twotower.decoding.generate import generate
+from twotower.decoding.output import TokenScore
 from twotower.decoding.params import SamplingParams
-from twotower.decoding.scoring import ContextScorer, Scores, TokenScore, score
+from twotower.decoding.scoring import PromptScores, Scores, score
 from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
 
@@ -58,18 +59,53 @@ def test_strings_are_tokenized_apart(tiny: Callable, byte_tokenizer: object) -> 
     assert score(model, ["é"], ["ab"]) == score(model, [[4 + byte for byte in "é".encode()]], [[4 + 97, 4 + 98]])
 
 
-def test_tokens_that_come_piece_by_piece_are_scored_alike(tiny: Callable) -> None:
+@torch.inference_mode()
+def test_a_prompt_is_scored_by_the_passes_that_absorb_it(tiny: Callable) -> None:
     model, ids = tiny("M*-E"), [4 + i * 7 % 36 for i in range(50)]
-    scorer, whole = ContextScorer(model, num_top=2), []
-    for first, last in ((0, 1), (1, 2), (2, 20), (20, 50)):
-        for [tokens] in scorer.push([ids[first:last]], chunk=8):
-            whole += tokens
+    scores = PromptScores(ids, 2)
+    for pieces in ((1, 1, 18), (7, 20, 23)):  # from the start again, as after a preemption
+        state = model.context_tower.initial_state(1, len(ids))
+        for n in pieces:
+            [first] = state.lengths
+            passed = model.score(torch.tensor([ids[first : first + n]]), state)
+            scores.take(model, passed.hidden[0], first)
+            state = model.accept(passed, (n,))
+        assert scores.is_complete == (sum(pieces) == len(ids))
+    whole = scores.tokens()
     assert whole[0] == TokenScore(ids[0])
     assert [token.id for token in whole] == ids
     [expected] = score(model, [ids[1:]], [ids[:1]], num_top=2)
     # chunks of other lengths round differently
     assert [token.logprob for token in whole[1:]] == pytest.approx(expected.logprobs, abs=2e-5)
     assert [token.is_greedy for token in whole[1:]] == list(expected.is_greedy)
+    assert [[i for i, _ in token.top] for token in whole[1:]] == [[i for i, _ in top] for top in expected.top]
+
+
+def test_texts_of_one_prompt_absorb_it_once(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("M*-E")
+    prompts, texts = [[5] * 60, [6] * 40, [5] * 60, [5] * 60], [[7, 8], [9], [], [8, 9, 4]]
+    alone = [score(model, [text], [prompt], num_top=2) for text, prompt in zip(texts, prompts, strict=True)]
+    taken, causal = [], model.context_tower.causal
+    monkeypatch.setattr(model.context_tower, "causal", lambda ids, *rest: taken.append(ids.shape) or causal(ids, *rest))
+    together = score(model, texts, prompts, num_top=2)
+    # both prompts, and then of each text what stands before its last token
+    assert taken == [(2, 60), (4, 2)]
+    for found, [expected] in zip(together, alone, strict=True):
+        assert found.token_ids == expected.token_ids
+        assert found.logprobs == pytest.approx(expected.logprobs, abs=2e-5)  # other batches round differently
+        assert found.is_greedy == expected.is_greedy
+
+
+def test_only_some_logits_exist_at_a_time(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a pass are (b, s, v): with a large vocabulary far more than the states of its texts."""
+    model = tiny("*-", vocab_size=9000)
+    most, made = (1 << 21) // 9000, []
+    head = model.context_lm_head.forward
+    monkeypatch.setattr(model.context_lm_head, "forward", lambda x: made.append(x.shape[:-1].numel()) or head(x))
+    score(model, [[5] * 200] * 3)
+    assert max(made) == most
+    # the prompts' last places, the texts of 1, and the 199 tokens behind the first of each text
+    assert sum(made) == 1 + 3 * 199
 
 
 def test_what_can_not_be_scored_is_refused_by_name(tiny: Callable) -> None:

@@ -1,48 +1,16 @@
 """Log-probabilities: of the decoder's choice, of the context tower's pass, and what evaluation clients read."""
 
-import asyncio
 import math
-import time
 
 import pytest
 import tokenizers
 
 from twotower.decoding.generate import generate
 from twotower.decoding.modes import MODES
-from twotower.decoding.output import Token
+from twotower.decoding.output import Token, TokenScore
 from twotower.decoding.params import SamplingParams
-from twotower.decoding.scoring import TokenScore
-from twotower.server.config import ServerConfig
 from twotower.server.logprobs import chat_logprobs, committed, completion_logprobs
-from twotower.server.reply import _score
-from twotower.server.service import Service
 from twotower.server.token_names import TextOffsets, TokenNames
-
-
-class EndlessScorer:
-    """Scores chunks until nobody takes them any more."""
-
-    num_chunks = 0
-
-    def push(self, ids, *, chunk):
-        while True:
-            time.sleep(0.01)
-            self.num_chunks += 1
-            yield [[]]
-
-
-def test_scoring_stops_when_nobody_waits(engine):
-    async def leave(scorer):
-        service = Service(engine, ServerConfig(), None)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(_score(service, scorer, [5, 6, 7]), 0.1)
-        taken = scorer.num_chunks
-        await asyncio.sleep(0.1)
-        assert taken > 0
-        assert scorer.num_chunks <= taken + 1
-        assert not service.scoring.locked()
-
-    asyncio.run(leave(EndlessScorer()))
 
 
 @pytest.mark.slow
@@ -159,6 +127,34 @@ def test_echo_gives_what_evaluation_clients_read(client, model, byte_tokenizer):
     assert True in greedy
     assert False in greedy
     assert shown.text_offset[:7] == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_texts_of_a_prompt_share_its_log_probabilities(client, stream):
+    """Only the first text reads the prompt to score it: the others are cached, and would be ahead of it."""
+    ask = {"model": "tiny", "max_tokens": 5, "logprobs": 2, "temperature": 0, "extra_body": {"mode": "ar"}}
+    prompts = ["xé z" * 40, "ab"]
+    alone = [client.completions.create(**ask, prompt=prompt, echo=True).choices[0] for prompt in prompts]
+    answer = client.completions.create(**ask, prompt=prompts, n=3, echo=True, stream=stream)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    for index in range(6):
+        mine, expected = [choice for choice in choices if choice.index == index], alone[index // 3]
+        assert "".join(choice.text for choice in mine) == expected.text
+        shown = [choice.logprobs for choice in mine if choice.logprobs is not None]
+        for name in ("tokens", "text_offset"):
+            assert [value for part in shown for value in getattr(part, name)] == getattr(expected.logprobs, name)
+        # float32 sums in another order, where what is cached begins elsewhere
+        values = [value for part in shown for value in part.token_logprobs]
+        assert values[0] is None
+        assert values[1:] == pytest.approx(expected.logprobs.token_logprobs[1:], abs=1e-4)
+
+
+def test_prompt_logprobs_and_those_of_an_echo_have_each_their_number_of_tops(http):
+    ask = {"model": "tiny", "prompt": "xab", "max_tokens": 1, "n": 2, "echo": True, "logprobs": 1, "prompt_logprobs": 3}
+    for choice in http.post("/v1/completions", json=ask).json()["choices"]:
+        # and the token itself, where it isn't one of them
+        assert [len(top) in (1, 2) for top in choice["logprobs"]["top_logprobs"][1:3]] == [True, True]
+        assert [len(entry) in (3, 4) for entry in choice["prompt_logprobs"][1:]] == [True, True]
 
 
 def test_echo_without_new_tokens_is_the_prompt(client, http):

@@ -64,7 +64,7 @@ def _refuse_auto(params: Sequence[SamplingParams]) -> None:
 def _drive(model: TwoTower, steps: ModeSteps[Any], records: list[Record]) -> Iterator[StepOutput]:
     """Steps one mode's batch until every request is finished; finished ones leave the batch between steps."""
     active = [record for record in records if record.request.max_new_tokens > 0]
-    yield from (record.end_without_tokens() for record in records if record not in active)
+    yield from (record.begin() for record in records if record not in active)
     if not active:
         return
     with torch.inference_mode():

@@ -29,6 +29,19 @@ class Token(NamedTuple):
         return math.log(self.confidence) if self.confidence > 0 else -math.inf
 
 
+class TokenScore(NamedTuple):
+    """A token and its log-probability given all tokens before it, None for a first token that nothing stands before.
+
+    `is_greedy` says whether it is the likeliest token at its place; `top` are the likeliest tokens there with their
+    log-probabilities, best first, as many as were asked for.
+    """
+
+    id: int
+    logprob: float | None = None
+    is_greedy: bool = False
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class BlockView(NamedTuple):
     """One row's block after a denoising step: its `ids` (s), mask tokens included, and `confidences` (s), the
     probability of each fixed token.
@@ -87,11 +100,12 @@ class Generation:
 class StepOutput:
     """What one decoding step gave one request; `str()` of it is its text.
 
-    `text` is the text that became certain, `tokens` are the new tokens. `block` shows the block in progress, where the
-    caller asked for every step and the mode fills blocks. `result` is there in a request's last output only. The last
-    output of a request of an engine that failed has in its place the `error`, the exception on which it failed.
-    `request_id` is the one that the engine knows the request by, empty outside an engine, and `seconds_queued` is how
-    long the request waited until the engine took it up.
+    `text` is the text that became certain, `tokens` are the new tokens. `prompt_scores` are those of the prompt's own
+    tokens, in one output before the first token, where the request asks an engine for them. `block` shows the block in
+    progress, where the caller asked for every step and the mode fills blocks. `result` is there in a request's last
+    output only. The last output of a request of an engine that failed has in its place the `error`, the exception on
+    which it failed. `request_id` is the one that the engine knows the request by, empty outside an engine, and
+    `seconds_queued` is how long the request waited until the engine took it up.
     """
 
     request_id: str
@@ -101,6 +115,7 @@ class StepOutput:
     result: Generation | None
     seconds_queued: float
     error: BaseException | None = None
+    prompt_scores: tuple[TokenScore, ...] = ()
 
     @property
     def is_last(self) -> bool:

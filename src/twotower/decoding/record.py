@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Sequence
 
 from twotower.decoding.constraint import check_constraint
-from twotower.decoding.output import FinishReason, Generation, GenerationStats, StepOutput, Token
+from twotower.decoding.output import FinishReason, Generation, GenerationStats, StepOutput, Token, TokenScore
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.prompt import Prompt, prompt_ids
+from twotower.decoding.scoring import PromptScores
 from twotower.decoding.shape_checks import check_shape
 from twotower.decoding.step import BatchStep, Request
 from twotower.decoding.stops import FoundStop, StopFinder
@@ -62,7 +63,7 @@ class Record:
 
     `id` is the id that its outputs carry, `watch` whether they show the block in progress. `began` is when the request
     came, by time.perf_counter; `seconds_queued` is how long it waited, None while it does, and `num_cached` how many of
-    the prompt's tokens were cached then.
+    the prompt's tokens were cached then. `prompt_scores` are those that the request asks for, until they are told.
     """
 
     def __init__(self, model: TwoTower, request: Request, began: float, id: str = "", watch: bool = False) -> None:
@@ -75,6 +76,8 @@ class Record:
         self.seconds_queued: float | None = None
         self.num_cached = 0
         self.first: float | None = None
+        num_top = request.prompt_logprobs
+        self.prompt_scores = None if num_top is None else PromptScores(request.prompt_ids, num_top)
         params = request.params
         self.ends = (() if params.ignore_eos else model.config.eos_token_ids) + params.stop_token_ids
         skip, self.include = params.skip_special_tokens, params.include_stop_str_in_output
@@ -133,15 +136,21 @@ class Record:
             seconds_queued=self.seconds_queued or 0.0,
         )
 
-    def end_without_tokens(self) -> StepOutput:
-        """The only output of a request that asks for no new tokens."""
-        return self._without_tokens(self._result("length", None), None)
+    def begin(self) -> StepOutput:
+        """An output without tokens: it has the scores of the prompt, if the request asks for them, and it is the last
+        of a request that asks for no new tokens."""
+        scores = () if self.prompt_scores is None else self.prompt_scores.tokens()
+        self.prompt_scores = None
+        result = None if self.request.max_new_tokens else self._result("length", None)
+        return self._without_tokens(result, scores=scores)
 
     def fail(self, error: BaseException) -> StepOutput:
         """The last output of a request that failed."""
-        return self._without_tokens(None, error)
+        return self._without_tokens(None, error=error)
 
-    def _without_tokens(self, result: Generation | None, error: BaseException | None) -> StepOutput:
+    def _without_tokens(
+        self, result: Generation | None, error: BaseException | None = None, scores: tuple[TokenScore, ...] = ()
+    ) -> StepOutput:
         return StepOutput(
             request_id=self.id,
             text="",
@@ -150,6 +159,7 @@ class Record:
             result=result,
             seconds_queued=self.seconds_queued or 0.0,
             error=error,
+            prompt_scores=scores,
         )
 
     def _new_text(self, end: int | None, *, final: bool) -> str:

@@ -1,30 +1,23 @@
-"""Log-probabilities of given texts under the context tower. Letters: b rows, t tokens, c tokens of a chunk,
-v vocabulary."""
+"""Log-probabilities of given texts under the context tower. Letters: b rows, n places, d width, v vocabulary, k of the
+likeliest tokens."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from twotower.decoding.likeliest import top_tokens
+from twotower.decoding.output import TokenScore
 from twotower.decoding.prompt import Prompt, check_prompts, prompt_ids, text_ids
 from twotower.errors import check_integer
+from twotower.model.state import ContextState
 from twotower.model.two_tower import PREFILL_CHUNK, TwoTower
+from twotower.ops.transfer import to_device
 
-
-class TokenScore(NamedTuple):
-    """A token and its log-probability given all tokens before it, None for a first token that nothing stands before.
-
-    `is_greedy` says whether it is the likeliest token at its place; `top` are the likeliest tokens there with their
-    log-probabilities, best first, as many as were asked for.
-    """
-
-    id: int
-    logprob: float | None = None
-    is_greedy: bool = False
-    top: tuple[tuple[int, float], ...] = ()
+# Logits that exist at a time: 8 MiB of float32, 16 places of a vocabulary of 131,072.
+_LOGITS = 1 << 21
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +51,8 @@ def score(
     """How likely the context tower finds each text, a string or token ids, after its prompt; by default after BOS.
 
     Strings are tokenized apart, a prompt with the tokenizer's special tokens and a text without. `num_top` likeliest
-    tokens are given at each place. `batch_size` texts are scored at once: their logits take batch_size × 256 × v
-    float32. Raises SettingError for texts or prompts that are not of this model, before anything runs.
+    tokens are given at each place. `batch_size` texts are scored at once: there are states of so many, and those of one
+    prompt absorb it once. Raises SettingError for texts or prompts that are not of this model, before anything runs.
     """
     check_integer("num_top", num_top, 0, model.config.vocab_size)
     check_integer("batch_size", batch_size, 1)
@@ -78,93 +71,133 @@ def score(
     return found
 
 
+@torch.inference_mode()
 def _score_batch(model: TwoTower, pairs: list[tuple[tuple[int, ...], tuple[int, ...]]], num_top: int) -> list[Scores]:
     """The scores of each pair's second part after its first."""
-    longest = max(len(prompt) + len(text) for prompt, text in pairs)
-    table = torch.zeros(len(pairs), longest, dtype=torch.long)  # padding comes after everything that a row reads
-    for row, (prompt, text) in zip(table, pairs, strict=True):
-        row[: len(prompt) + len(text)] = torch.tensor(prompt + text)
-    skip = min(len(prompt) for prompt, _ in pairs)
-    scored: list[list[TokenScore]] = [[] for _ in pairs]
+    texts, device = [text for _, text in pairs], model.context_device
+    state = _after_prompts(model, pairs)
+    found: list[list[TokenScore]] = [[] for _ in pairs]
+    rows = [row for row, text in enumerate(texts) if text]
+    if rows:
+        assert state.next_logits is not None
+        firsts = _read(model, state.next_logits[to_device(rows, device)], [texts[row][0] for row in rows], num_top)
+        for row, token in zip(rows, firsts.tokens(), strict=True):
+            found[row].append(token)
+    read = _table([text[:-1] for text in texts])  # nothing comes after a last token
+    for first in range(0, read.shape[1], PREFILL_CHUNK):
+        chunk = read[:, first : first + PREFILL_CHUNK].to(device)
+        counts = tuple(min(max(len(text) - 1 - first, 0), chunk.shape[1]) for text in texts)
+        passed = model.score(chunk, state)
+        rows = [row for row, n in enumerate(counts) for _ in range(n)]
+        places = [row * chunk.shape[1] + i for row, n in enumerate(counts) for i in range(n)]
+        ids = [i for text, n in zip(texts, counts, strict=True) for i in text[first + 1 : first + 1 + n]]
+        scored = score_places(model, passed.hidden.flatten(0, 1)[to_device(places, device)], ids, num_top)
+        for row, token in zip(rows, scored.tokens(), strict=True):
+            found[row].append(token)
+        state = model.accept(passed, counts)
+    return [_scores(tokens) for tokens in found]
+
+
+def _after_prompts(model: TwoTower, pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> ContextState:
+    """The state after each pair's first part, with room for its second; parts that are the same are absorbed once."""
     planned = [len(prompt) + len(text) for prompt, text in pairs]
-    scorer = ContextScorer(model, len(pairs), num_top=num_top, capacity=longest, planned=planned)
-    for chunk in scorer.push(table, skip=skip):
-        for row, tokens in zip(scored, chunk, strict=True):
-            row += tokens
-    found = []
-    for row, (prompt, text) in zip(scored, pairs, strict=True):
-        own = row[len(prompt) - skip : len(prompt) - skip + len(text)]
-        logprobs = tuple(token.logprob for token in own if token.logprob is not None)
-        tops = tuple(token.top for token in own)
-        found.append(
-            Scores(token_ids=text, logprobs=logprobs, is_greedy=tuple(token.is_greedy for token in own), top=tops)
-        )
-    return found
+    # a prompt is another one where RoPE turns it otherwise
+    keys = [(prompt, model.config.rope_length(n)) for (prompt, _), n in zip(pairs, planned, strict=True)]
+    distinct = dict(zip(keys, planned, strict=True))
+    order = list(distinct)
+    lengths = [len(prompt) for prompt, _ in order]
+    # a pass has room for its padding, too
+    room = max(planned) + min(PREFILL_CHUNK, max(len(text) for _, text in pairs))
+    state = model.prefill(
+        _table([prompt for prompt, _ in order]), lengths, capacity=room, planned=list(distinct.values())
+    )
+    return state if len(order) == len(pairs) else state.select([order.index(key) for key in keys])
 
 
-class ContextScorer:
-    """Scores rows of tokens that may come piece by piece: each token given all before it in its row.
+def _table(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of ids as (b, the longest row's length) int64, padded at their ends."""
+    table = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for padded, row in zip(table, rows, strict=True):
+        padded[: len(row)] = torch.tensor(row, dtype=torch.long)
+    return table
 
-    `num_top` likeliest tokens are given at each place; `capacity` is how many tokens a row is expected to have, and
-    `planned` how many each will, as in `TwoTower.prefill`.
-    """
 
-    def __init__(
-        self,
-        model: TwoTower,
-        num_rows: int = 1,
-        *,
-        num_top: int = 0,
-        capacity: int = 0,
-        planned: Sequence[int] | None = None,
-    ) -> None:
-        self._model = model
-        self._num_top = num_top
-        self._state = model.context_tower.initial_state(num_rows, capacity, planned)
-        self._logits: Tensor | None = None  # (b, 1, v) after the last token taken
+def _scores(tokens: Sequence[TokenScore]) -> Scores:
+    return Scores(
+        token_ids=tuple(token.id for token in tokens),
+        logprobs=tuple(token.logprob for token in tokens if token.logprob is not None),
+        is_greedy=tuple(token.is_greedy for token in tokens),
+        top=tuple(token.top for token in tokens),
+    )
 
-    def push(
-        self, ids: Tensor | Sequence[Sequence[int]], *, skip: int = 0, chunk: int = PREFILL_CHUNK
-    ) -> Iterator[list[list[TokenScore]]]:
-        """Takes the rows' next ids (b, t) and yields each row's scores, `chunk` tokens at a time.
 
-        The first `skip` ids are read but not scored. A caller that stops between two chunks has lost the rest: the
-        scorer can't go on.
-        """
-        table = torch.as_tensor(ids, dtype=torch.long).to(self._model.context_device)
-        for first in range(0, table.shape[1], chunk):
-            yield self._take(table[:, first : first + chunk], max(skip - first, 0))
+class PlaceScores(NamedTuple):
+    """The scores of ids (n,) int64 as tensors of (n,), not read on the host yet: their log-probabilities, whether they
+    are the likeliest, and the ids and log-probabilities (n, k) of the likeliest."""
 
-    @torch.inference_mode()
-    def _take(self, ids: Tensor, skip: int) -> list[list[TokenScore]]:
-        """The scores of ids (b, c) from place `skip` on."""
-        b, c = ids.shape
-        passed = self._model.score(ids, self._state)
-        self._state = self._model.accept(passed, (c,) * b)
-        start = min(max(skip - 1, 0), c - 1)  # the logits at place i are of the token at i + 1
-        after = self._model.scored_logits(passed._replace(hidden=passed.hidden[:, start:]))
-        logits, before = after[:, :-1], self._logits
-        self._logits = after[:, -1:]
-        if skip == 0 and before is not None:
-            logits = torch.cat((before, logits), dim=1)
-        found = self._read(ids[:, c - logits.shape[1] :], logits)
-        if skip == 0 and before is None:
-            found = [[TokenScore(first), *row] for first, row in zip(ids[:, 0].tolist(), found, strict=True)]
-        return found
+    ids: Tensor
+    logprobs: Tensor
+    is_greedy: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
 
-    def _read(self, ids: Tensor, logits: Tensor) -> list[list[TokenScore]]:
-        """The scores of ids (b, c) under the logits of their places (b, c, v)."""
-        if ids.shape[1] == 0:
-            return [[] for _ in ids]
-        best = self._model.context_tower.logit_ops.best(logits)
-        logprobs = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - best.log_sum
-        top = top_tokens(logits, self._num_top)
-        tops = top.logits - best.log_sum.unsqueeze(-1)
-        columns = (ids, logprobs, ids == best.tokens, top.ids, tops)
+    def tokens(self) -> list[TokenScore]:
+        """The scores as numbers; waits for the device."""
+        columns = zip(*(column.tolist() for column in self), strict=True)
         return [
-            [
-                TokenScore(i, logprob, is_greedy, tuple(zip(likeliest, their, strict=True)))
-                for i, logprob, is_greedy, likeliest, their in zip(*row, strict=True)
-            ]
-            for row in zip(*(column.tolist() for column in columns), strict=True)
+            TokenScore(i, logprob, is_greedy, tuple(zip(likeliest, their, strict=True)))
+            for i, logprob, is_greedy, likeliest, their in columns
         ]
+
+
+def score_places(model: TwoTower, hidden: Tensor, ids: Sequence[int], num_top: int) -> PlaceScores:
+    """Scores ids by the context tower's hidden states (n, d) at the places before them; n is at least 1.
+
+    All logits of a pass would take more memory than the states of its texts, so only some of them exist at a time.
+    """
+    size = max(_LOGITS // model.config.vocab_size, 1)
+    pieces = [
+        _read(model, model.context_lm_head(hidden[first : first + size]), ids[first : first + size], num_top)
+        for first in range(0, len(ids), size)
+    ]
+    return PlaceScores(*(torch.cat(columns) for columns in zip(*pieces, strict=True)))
+
+
+def _read(model: TwoTower, logits: Tensor, ids: Sequence[int], num_top: int) -> PlaceScores:
+    """The scores of ids under the logits (n, v) of their places."""
+    index = to_device(ids, logits.device)
+    best = model.context_tower.logit_ops.best(logits)
+    logprobs = logits.gather(-1, index[:, None])[:, 0] - best.log_sum
+    top = top_tokens(logits, num_top)
+    return PlaceScores(index, logprobs, index == best.tokens, top.ids, top.logits - best.log_sum[:, None])
+
+
+class PromptScores:
+    """The scores of a prompt's own tokens, which come piece by piece with the passes that absorb it, each with the
+    `num_top` likeliest tokens at its place."""
+
+    def __init__(self, ids: Sequence[int], num_top: int) -> None:
+        self._ids = ids
+        self._num_top = num_top
+        self._pieces: list[PlaceScores] = []
+        self._num_scored = 0  # without the first, which nothing stands before
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all tokens are scored."""
+        return self._num_scored == len(self._ids) - 1
+
+    def take(self, model: TwoTower, hidden: Tensor, first: int) -> None:
+        """Scores what the hidden states (n, d) at the places from `first` on say about the tokens behind them. Takes
+        nothing of places that were taken before, in a pass whose states have been dropped."""
+        begin, end = self._num_scored, min(first + hidden.shape[0], len(self._ids) - 1)
+        assert first <= begin, "places come in order"
+        if begin < end:
+            ids = self._ids[begin + 1 : end + 1]
+            self._pieces.append(score_places(model, hidden[begin - first : end - first], ids, self._num_top))
+            self._num_scored = end
+
+    def tokens(self) -> tuple[TokenScore, ...]:
+        """The scores of all tokens, the first among them; waits for the device."""
+        assert self.is_complete
+        return (TokenScore(self._ids[0]), *(token for piece in self._pieces for token in piece.tokens()))

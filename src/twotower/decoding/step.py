@@ -25,7 +25,8 @@ class Request(NamedTuple):
 
     `produced` are tokens generated already, where the request restarts from a rebuilt context. `draft` is the length of
     the next draft of mode `verified`, which depends on how many tokens of earlier drafts were kept; the first draft is
-    long enough for a short answer.
+    long enough for a short answer. `prompt_logprobs` asks an engine for the log-probabilities of the prompt's own
+    tokens under the context tower, and of so many likeliest ones at each place; None asks for none.
     """
 
     prompt_ids: tuple[int, ...]
@@ -33,6 +34,7 @@ class Request(NamedTuple):
     seed: int
     produced: tuple[int, ...] = ()
     draft: int = 8
+    prompt_logprobs: int | None = None
 
     @property
     def max_new_tokens(self) -> int:

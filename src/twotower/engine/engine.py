@@ -20,7 +20,7 @@ from twotower.decoding.step import Request
 from twotower.engine.auto import AutoRow, Chooser
 from twotower.engine.batches import Batches, Launch
 from twotower.engine.config import EngineConfig
-from twotower.engine.failures import MOST_FAILED_ROUNDS, forget_values, is_final, is_out_of_memory
+from twotower.engine.failures import MOST_FAILED_ROUNDS, failing, forget_values, is_final, is_out_of_memory
 from twotower.engine.intake import Intake
 from twotower.engine.job import Job
 from twotower.engine.memory_plan import places_of, plan_memory
@@ -194,17 +194,24 @@ class Engine:
         if self._commits_apart:
             self._set_aside()
         done = self._intake.admit(len(self._batches.jobs))
-        outputs += [job.record.end_without_tokens() for job in done]
+        outputs += [job.record.begin() for job in done]
         if not self._commits_apart:
             self._intake.absorb()
         started = self._intake.start()
+        scored = [job for job in started if job.record.prompt_scores is not None]
+        for job in scored:
+            if job.is_empty:
+                self._withdraw(job)
         launches: list[Launch] = []
         # `verified` first: its two passes depend on each other, and later launches fill its idle time.
         for mode in reversed(MODES.values()):
-            launches += self._batches.launch(mode, [job for job in started if job.mode is mode])
+            launches += self._batches.launch(mode, [job for job in started if job.mode is mode and job.has_slot])
         if self._commits_apart:
             self._intake.absorb()
         finished = self._batches.finish(launches)
+        for job in scored:
+            with failing([job]):  # behind the launches, because it waits for the device
+                outputs.append(job.record.begin())
         outputs += finished.outputs
         if finished.num_rows:
             self._chooser.observe_round(finished.num_rows, time.perf_counter() - began - finished.seconds)

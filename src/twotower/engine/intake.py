@@ -50,9 +50,10 @@ class Intake:
         """Admits waiting jobs while there are slots, and pages for all ids of the job.
 
         Later jobs may overtake one that needs more pages than are free, but at most `_MOST_PASSED` of them, and none
-        may overtake a preempted job. Returns the jobs that ask for no new tokens, which are done.
+        may overtake a preempted job. Returns the jobs that ask neither for new tokens nor for the scores of their
+        prompt, which are done.
         """
-        done = [job for job in self.waiting if job.record.request.max_new_tokens == 0]
+        done = [job for job in self.waiting if job.is_empty and job.record.prompt_scores is None]
         for job in done:
             job.record.leave_queue()
             self.waiting.remove(job)
@@ -99,6 +100,8 @@ class Intake:
         if self._plan.snapshot_bytes:
             if from_cache:
                 match = self._cache.match(ids, self._tree(job), needs_logits=_needs_logits(job))
+            if job.must_read_all:
+                match = Match(0, (), None, match.shared)
             job.points = self._cache.points(match, len(ids))
         whole = match.length // PAGE_SIZE
         self._pool.extend_(job.table, match.pages[:whole])
@@ -115,7 +118,7 @@ class Intake:
         mamba, logits = match.snapshot or Snapshot((), None)
         job.context = self._pool.open(job.table, match.length, mamba, logits, self._rope_length(job))
         job.has_slot = True
-        self.num_looked_up_tokens += len(ids)
+        self.num_looked_up_tokens += 0 if job.must_read_all else len(ids)
         self.num_hit_tokens += match.length
         return True
 
@@ -169,6 +172,8 @@ class Intake:
         for row, (job, first, n) in enumerate(zip(jobs, firsts, counts, strict=True)):
             job.context = state if len(jobs) == 1 else state.select([row])
             job.was_read = True
+            if job.record.prompt_scores is not None:
+                job.record.prompt_scores.take(self._model, scored.hidden[row, :n], first)
             ids, snapshots = job.context_ids[: first + n], {}
             for point in job.points:
                 if point - first in scored.marks:

@@ -61,6 +61,17 @@ class Job:
         return self.context.lengths[0]
 
     @property
+    def is_empty(self) -> bool:
+        """Whether it asks for no new tokens."""
+        return self.record.request.max_new_tokens == 0
+
+    @property
+    def must_read_all(self) -> bool:
+        """Whether it can't start from a cached prefix, which says nothing about the tokens in it."""
+        scores = self.record.prompt_scores
+        return scores is not None and not scores.is_complete
+
+    @property
     def request(self) -> Request:
         """The request with the tokens produced so far, from which it could start again."""
         return self.record.request._replace(produced=tuple(t.id for t in self.record.tokens))

@@ -12,9 +12,8 @@ from fastapi.responses import Response
 
 from twotower.checkpoints.chat_template import Turn
 from twotower.decoding.constraint import check_constraint
-from twotower.decoding.output import Generation
+from twotower.decoding.output import Generation, TokenScore
 from twotower.decoding.params import SamplingParams
-from twotower.decoding.scoring import TokenScore
 from twotower.decoding.step import Request as TextRequest
 from twotower.errors import SettingError
 from twotower.server.answers import AnswerFormat, Reading
@@ -44,7 +43,13 @@ class ChatFormat:
         self._readings: dict[int, Reading] = {}
         self._num_streamed: dict[int, int] = {}
 
-    def choice(self, index: int, result: Generation, logprobs: Sequence[TokenScore] | None) -> dict[str, Any]:
+    def choice(
+        self,
+        index: int,
+        result: Generation,
+        logprobs: Sequence[TokenScore] | None,
+        echoed: Sequence[TokenScore] | None,
+    ) -> dict[str, Any]:
         assert result.text is not None
         reading = self._reading(index)
         parts = reading.push(result.text) + reading.end()
@@ -60,7 +65,7 @@ class ChatFormat:
             "finish_reason": self._finish_reason(index, result),
         }
 
-    def beginning(self, index: int, logprobs: Sequence[TokenScore] | None) -> list[dict[str, Any]]:
+    def beginning(self, index: int, echoed: Sequence[TokenScore] | None) -> list[dict[str, Any]]:
         return [_chunk(index, {"role": "assistant", "content": ""})]
 
     def chunk(

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from twotower.decoding.output import Token
-from twotower.decoding.scoring import TokenScore
+from twotower.decoding.output import Token, TokenScore
 from twotower.server.token_names import TextOffsets, TokenNames
 
 # The least log-probability that is shown: JSON has no infinity.

@@ -1,18 +1,15 @@
 """The reply to a completion or a chat: writes several texts and sends them whole or as a stream of chunks."""
 
-import asyncio
 import secrets
-import threading
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol, Self
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from twotower.decoding.output import Generation, Token
-from twotower.decoding.scoring import ContextScorer, TokenScore
+from twotower.decoding.output import Generation, StepOutput, Token, TokenScore
 from twotower.decoding.step import Request as TextRequest
 from twotower.engine.aio import Admission
 from twotower.server.errors import ApiError
@@ -20,9 +17,6 @@ from twotower.server.logprobs import committed, prompt_logprobs
 from twotower.server.protocol import StreamOptions
 from twotower.server.service import Service
 from twotower.server.streaming import EventStream, openai_events, unless_gone
-
-# Tokens scored at once, which bounds the memory of their logits.
-_SCORED_TOKENS = 64
 
 
 class LogprobOptions(NamedTuple):
@@ -45,12 +39,19 @@ class ReplyFormat(Protocol):
     @property
     def chunk_suffix(self) -> str: ...
 
-    def choice(self, index: int, result: Generation, logprobs: Sequence[TokenScore] | None) -> dict[str, Any]:
-        """A whole choice."""
+    def choice(
+        self,
+        index: int,
+        result: Generation,
+        logprobs: Sequence[TokenScore] | None,
+        echoed: Sequence[TokenScore] | None,
+    ) -> dict[str, Any]:
+        """A whole choice with the log-probabilities of the text's tokens and, if it is echoed, of the prompt's."""
         ...
 
-    def beginning(self, index: int, logprobs: Sequence[TokenScore] | None) -> list[dict[str, Any]]:
-        """The choices of the chunks that precede the text; `logprobs` are those of an echoed prompt."""
+    def beginning(self, index: int, echoed: Sequence[TokenScore] | None) -> list[dict[str, Any]]:
+        """The choices of the chunks that precede the text, with the log-probabilities of the tokens of an echoed
+        prompt."""
         ...
 
     def chunk(
@@ -97,9 +98,25 @@ class ReplyPlan(NamedTuple):
     prompt_logprobs: int | None
     token_ids: bool
 
+    @property
+    def num_written(self) -> int:
+        """The texts of each prompt."""
+        return len(self.requests) // self.num_prompts
+
+    @property
+    def echo_top(self) -> int | None:
+        """How many likeliest tokens to give at each place of an echoed prompt; None for no log-probabilities there."""
+        return self.logprobs.num_top if self.logprobs is not None and self.logprobs.echo else None
+
+    def to_run(self) -> tuple[TextRequest, ...]:
+        """The requests for the engine: the first of each prompt gives the prompt's log-probabilities for all others."""
+        num_top = max((num for num in (self.echo_top, self.prompt_logprobs) if num is not None), default=None)
+        places = enumerate(self.requests)
+        return tuple(r if i % self.num_written else r._replace(prompt_logprobs=num_top) for i, r in places)
+
     def given(self, results: Mapping[int, Generation]) -> list[int]:
         """The places of the texts to give: for each prompt the likeliest by the mean log-probability of a token."""
-        written = len(self.requests) // self.num_prompts
+        written = self.num_written
         if written == self.num_choices:
             return [*range(len(self.requests))]
         places = [range(k * written, (k + 1) * written) for k in range(self.num_prompts)]
@@ -108,7 +125,7 @@ class ReplyPlan(NamedTuple):
 
     def usage(self, counts: Sequence[Counts]) -> dict[str, Any]:
         """Tokens and calls of all texts; a prompt counts once, however many texts continue it."""
-        per_prompt = len(self.requests) // self.num_prompts
+        per_prompt = self.num_written
         prompt = sum(len(request.prompt_ids) for request in self.requests[::per_prompt])
         new, denoiser_calls, context_calls, _ = (sum(column) for column in zip(*counts, strict=True))
         return {
@@ -152,24 +169,27 @@ async def _whole(
     """The body of a reply that is not streamed."""
     results: dict[int, Generation] = {}
     tokens: dict[int, list[Token]] = {i: [] for i in range(len(plan.requests))}
-    async with service.run(plan.requests, admission, log) as outputs:
+    echoed: dict[int, list[TokenScore]] = {}  # by prompt, as the next
+    of_prompts: dict[int, list[dict[str, Any] | None]] = {}
+    async with service.run(plan.to_run(), admission, log) as outputs:
         async for index, output in outputs:
             tokens[index] += output.tokens
             if output.result is not None:
                 results[index] = output.result
+            if output.prompt_scores and plan.echo_top is not None:
+                echoed[index // plan.num_written] = _with_top(output.prompt_scores, plan.echo_top)
+            if output.prompt_scores and plan.prompt_logprobs is not None:
+                scores = _with_top(output.prompt_scores, plan.prompt_logprobs)
+                of_prompts[index // plan.num_written] = prompt_logprobs(service.names, scores)
     choices = []
     for place, i in enumerate(plan.given(results)):
-        logprobs = None
-        if plan.logprobs is not None:
-            logprobs = committed(tokens[i])
-            if plan.logprobs.echo:
-                logprobs = await _prompt_scores(service, plan.requests[i], plan.logprobs.num_top) + logprobs
-        choice = plan.format.choice(place, results[i], logprobs)
+        prompt = i // plan.num_written
+        logprobs = None if plan.logprobs is None else committed(tokens[i])
+        choice = plan.format.choice(place, results[i], logprobs, echoed.get(prompt))
         if plan.token_ids:
             choice |= {"token_ids": results[i].token_ids, "prompt_token_ids": plan.requests[i].prompt_ids}
         if plan.prompt_logprobs is not None:
-            scores = await _prompt_scores(service, plan.requests[i], plan.prompt_logprobs)
-            choice["prompt_logprobs"] = prompt_logprobs(service.names, scores)
+            choice["prompt_logprobs"] = of_prompts[prompt]
         choices.append(choice)
     usage = plan.usage([Counts.of(results[i]) for i in range(len(plan.requests))])
     log |= usage
@@ -194,19 +214,26 @@ async def _chunks(
             return made | {"usage": plan.usage(counts)}
         return made | {"usage": None} if options.include_usage else made
 
-    beginnings = []
-    for i, text in enumerate(plan.requests):
-        echoed = None
-        if plan.logprobs is not None and plan.logprobs.echo:
-            echoed = await _prompt_scores(service, text, plan.logprobs.num_top)
-        for beginning in plan.format.beginning(i, echoed):
-            beginnings.append(beginning | ({"prompt_token_ids": text.prompt_ids} if plan.token_ids else {}))
-    async with service.run(plan.requests, admission, log) as outputs:
+    def beginnings(first: int, count: int, echoed: Sequence[TokenScore] | None) -> list[dict[str, Any]]:
+        made = []
+        for i in range(first, first + count):
+            ids = {"prompt_token_ids": plan.requests[i].prompt_ids} if plan.token_ids else {}
+            made += [chunk(beginning | ids) for beginning in plan.format.beginning(i, echoed)]
+        return made
+
+    begun = False
+    async with service.run(plan.to_run(), admission, log) as running:
+        outputs = running if plan.echo_top is None else _behind_scores(running, plan.num_written)
         async for index, output in outputs:
             # only now, for texts that the engine never takes up have no beginning
-            for beginning in beginnings:
-                yield chunk(beginning)
-            beginnings.clear()
+            if plan.echo_top is None and not begun:
+                begun = True
+                for made in beginnings(0, len(plan.requests), None):
+                    yield made
+            if output.prompt_scores:
+                echoed = _with_top(output.prompt_scores, plan.echo_top or 0)
+                for made in beginnings(index - index % plan.num_written, plan.num_written, echoed):
+                    yield made
             logprobs = None if plan.logprobs is None else committed(output.tokens)
             counts[index] = Counts(counts[index].tokens + len(output.tokens))
             if output.result is not None:
@@ -223,30 +250,25 @@ async def _chunks(
         yield chunk()
 
 
-async def _prompt_scores(service: Service, text: TextRequest, num_top: int) -> list[TokenScore]:
-    """The log-probabilities of a prompt's tokens under the context tower, and the `num_top` likeliest at each place."""
-    model, ids = service.engine.model, text.prompt_ids
-    scorer = ContextScorer(model, num_top=min(num_top, model.config.vocab_size), capacity=len(ids))
-    return await _score(service, scorer, ids)
+async def _behind_scores(
+    outputs: AsyncIterator[tuple[int, StepOutput]], per_prompt: int
+) -> AsyncIterator[tuple[int, StepOutput]]:
+    """The outputs, of which those of a prompt's texts wait for the one that has the scores of the prompt: a text whose
+    prompt was cached may be ahead of the one that reads all of it."""
+    held: dict[int, list[tuple[int, StepOutput]]] = {}
+    known = set()
+    async for index, output in outputs:
+        prompt = index // per_prompt
+        if output.prompt_scores:
+            known.add(prompt)
+        if prompt not in known:
+            held.setdefault(prompt, []).append((index, output))
+            continue
+        yield index, output
+        for one in held.pop(prompt, ()):
+            yield one
 
 
-async def _score(service: Service, scorer: ContextScorer, ids: Sequence[int]) -> list[TokenScore]:
-    """The log-probabilities of a text's tokens.
-
-    Only one text is scored at a time, beside decoding. Cancelling stops it after the chunk that is under way.
-    """
-    cancelled = threading.Event()
-
-    def push() -> list[TokenScore]:
-        scored: list[TokenScore] = []
-        for [tokens] in scorer.push([ids], chunk=_SCORED_TOKENS):
-            scored += tokens
-            if cancelled.is_set():
-                break
-        return scored
-
-    async with service.scoring:
-        try:
-            return await asyncio.to_thread(push)
-        finally:
-            cancelled.set()
+def _with_top(scores: Sequence[TokenScore], num_top: int) -> list[TokenScore]:
+    """Scores with so many of the likeliest tokens."""
+    return [score._replace(top=score.top[:num_top]) for score in scores]

@@ -59,7 +59,6 @@ class Service:
         self.tool_marks = Marks(tool_format(config.tool_parser, template))
         self.thoughts = thought_format(config.reasoning_parser, template)
         self.started = int(time.time())
-        self.scoring = asyncio.Lock()
         self._long_texts = asyncio.Lock()
 
     def model_card(self, name: str) -> dict[str, Any]:

@@ -87,6 +87,13 @@ class TextOffsets:
         self._echo = echo
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
+    def copy(self) -> Self:
+        """Offsets that go on from here on their own."""
+        found = copy.copy(self)
+        found._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        found._decoder.setstate(self._decoder.getstate())
+        return found
+
     def push(self, token: int) -> int:
         """The offset of the next token."""
         own = self._names.bytes(token, first=self.at_start)
