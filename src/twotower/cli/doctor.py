@@ -17,6 +17,7 @@ from rich.text import Text
 
 from twotower.backends.choose import choose_backend, native_build
 from twotower.backends.protocol import BackendChoice
+from twotower.cli.threads import allowed_cores, core_limit
 from twotower.eval.provenance import cpu_model
 from twotower.ops.linear import cpu_has_bf16_matmul
 
@@ -114,8 +115,7 @@ def _versions() -> dict[str, Any]:
 def _cpu() -> dict[str, Any]:
     flags = next((line for line in _read("/proc/cpuinfo").splitlines() if line.startswith(("flags", "Features"))), "")
     cores = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    limit = _cgroup_cores()
+    allowed, limit = allowed_cores(), core_limit()
     return {
         "model": cpu_model(),
         "cores": cores,
@@ -126,15 +126,6 @@ def _cpu() -> dict[str, Any]:
         "bf16_products_in_hardware": cpu_has_bf16_matmul(),
         "cgroup_limit_memory_bytes": _number(_read("/sys/fs/cgroup/memory.max")),
     }
-
-
-def _cgroup_cores() -> float | None:
-    """Cores that the container's quota allows, from version 2 or 1 of cgroups; None without a quota."""
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    if not quota:
-        quota, period = (_read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))
-    allowed, every = _number(quota), _number(period)
-    return round(allowed / every, 2) if allowed and every else None
 
 
 def _backend() -> dict[str, Any]:

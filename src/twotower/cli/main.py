@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 import twotower
+from twotower.cli.threads import settle_threads
 from twotower.errors import SettingError
 
 # Sub-command -> the line that `twotower --help` shows for it; its file has the same name.
@@ -46,6 +48,7 @@ class _LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
+        settle_threads(os.environ)
         module = importlib.import_module(f"twotower.cli.{name}")
         command = ctx.meta[_COMMAND] = typer.main.get_command(module.app)
         return name, command, rest

@@ -17,7 +17,7 @@ COMPILERS = ("cc", "gcc", "clang")
 # O2, not O3: the vectors are written out, and O3 takes three times as long to compile for the same speed.
 # No ffast-math: it would reorder sums, and every row must give the same bits in every batch.
 FLAGS = ("-O2", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-SHARED = ("-fPIC", "-shared", "-fvisibility=hidden", "-fopenmp")
+SHARED = ("-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 NATIVE = ("-march=native",)
 
 SOURCES = Path(__file__).parent / "c"

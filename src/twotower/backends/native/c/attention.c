@@ -122,27 +122,36 @@ static void attend(const float *q, const AttentionOptions *how, long head, long 
     }
 }
 
-static int attend_alone(const AttentionPass *in, const AttentionOptions *how, long longest) {
-    const long b = in->b, s = in->s, h = in->heads, p = in->p;
-    int failed = 0;
-#pragma omp parallel num_threads(in->threads) if (in->threads > 1 && b * s * h * longest * p >= 65536)
-    {
-        float *room = malloc((FEW + 1) * sizeof(float));
-        Segment *seg = malloc((in->num_pages + 2) * sizeof(Segment));
-        const int ready = room && seg;
-        if (!ready) FAIL(failed);
-#pragma omp for
-        for (long item = 0; item < b * h * s; item++) {
-            const long row = item / (h * s), head = item / s % h, i = item % s, group = head / (h / in->kv_heads);
-            const Span span = seen(in, how, row, i);
-            if (!ready || is_tiled(in, span)) continue;
-            const long num = segments(in, span, row, group, seg);
-            attend(in->query + row * in->query_batch + i * in->query_token + head * p, how, head,
-                   in->starts[row] + i - span.from, seg, num, p, room, in->out + ((row * s + i) * h + head) * p);
-        }
-        free(room);
-        free(seg);
+typedef struct {
+    const AttentionPass *in;
+    const AttentionOptions *how;
+    float *room; /* of each thread (FEW + 1) */
+    Segment *segments; /* of each thread (num_pages + 2) */
+} Alone;
+
+static void attend_some(void *job, long from, long to, int slot) {
+    const AttentionPass *in = ((Alone *)job)->in;
+    const AttentionOptions *how = ((Alone *)job)->how;
+    const long s = in->s, h = in->heads, p = in->p;
+    float *room = ((Alone *)job)->room + slot * (FEW + 1);
+    Segment *seg = ((Alone *)job)->segments + slot * (in->num_pages + 2);
+    for (long item = from; item < to; item++) {
+        const long row = item / (h * s), head = item / s % h, i = item % s, group = head / (h / in->kv_heads);
+        const Span span = seen(in, how, row, i);
+        if (is_tiled(in, span)) continue;
+        const long num = segments(in, span, row, group, seg);
+        attend(in->query + row * in->query_batch + i * in->query_token + head * p, how, head, in->starts[row] + i - span.from,
+               seg, num, p, room, in->out + ((row * s + i) * h + head) * p);
     }
+}
+
+static int attend_alone(const AttentionPass *in, const AttentionOptions *how, long longest) {
+    const long items = in->b * in->s * in->heads, threads = items * longest * in->p >= 65536 ? in->threads : 1;
+    Alone job = {in, how, malloc(threads * (FEW + 1) * sizeof(float)), malloc(threads * (in->num_pages + 2) * sizeof(Segment))};
+    const int failed = !job.room || !job.segments;
+    if (!failed) in_parallel(attend_some, &job, items, 1, (int)threads);
+    free(job.room);
+    free(job.segments);
     return failed;
 }
 

@@ -31,9 +31,6 @@
 #define BF16_PAIRS 0
 #endif
 
-/* For a thread of a parallel region that found no memory: every other thread goes on, and the caller returns `failed`. */
-#define FAIL(failed) _Pragma("omp atomic write") failed = 1
-
 #define INLINE static inline __attribute__((always_inline))
 #define API __attribute__((visibility("default")))
 

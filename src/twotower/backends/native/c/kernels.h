@@ -3,6 +3,7 @@
 #pragma once
 #include "activation.h"
 #include "calls.h"
+#include "parallel.h"
 
 /* norm.c */
 void tt_norm(const float *x, long r, long d, const Norm *norm, int layer, float eps, int order, const float *shift,

@@ -1,14 +1,13 @@
 #include "kernels.h"
 #include "linear.h"
 
-#include <omp.h>
-
 INLINE const void *panel_at(const Weight *w, long panel) {
     const long offset = panel * w->inputs * NR;
     return w->bf16 ? (const void *)((const uint16_t *)w->data + offset) : (const void *)((const float *)w->data + offset);
 }
 
-#define AHEAD 16384 /* how many bytes ahead of its reading a lone tile prefetches */
+#define AHEAD 16384  /* how many bytes ahead of its reading a lone tile prefetches */
+#define SHARED 32768 /* products of inputs, outputs and rows from which on threads gain more than sharing costs */
 
 /* What a tile prefetches while it computes: `step` bytes, from `from` on, for each of its inputs */
 typedef struct {
@@ -74,8 +73,28 @@ INLINE void add_pairs(Sums acc, long k, const void *const *p, int np, const void
     }
 }
 
-/* Rows of k floats rounded to bf16, with a zero behind an odd k, in room that the thread keeps; null without memory */
-static const void *const *rounded(const float *const *rows, long r, long k) {
+typedef struct {
+    const float *const *from;
+    const void **to;
+    uint16_t *values;
+    long k, width;
+} Rounding;
+
+/* Rows of k floats rounded to bf16, with zeros behind them */
+static void round_rows(void *job, long first, long last, int slot) {
+    const Rounding *in = job;
+    (void)slot;
+    for (long m = first; m < last; m++) {
+        uint16_t *to = in->values + m * in->width;
+        for (long i = 0; i < in->k; i += VL) {
+            const __m256bh part = _mm512_cvtneps_pbh((__m512)load_part(in->from[m] + i, in->k - i < VL ? in->k - i : VL));
+            memcpy(to + i, &part, sizeof part);
+        }
+        in->to[m] = to;
+    }
+}
+
+static const void *const *rounded(const float *const *rows, long r, long k, int threads) {
     static _Thread_local struct {
         uint16_t *values;
         const void **rows;
@@ -93,17 +112,19 @@ static const void *const *rounded(const float *const *rows, long r, long k) {
         room.num_rows = room.rows ? r : 0;
     }
     if (room.size < r * width || room.num_rows < r) return 0;
-    for (long m = 0; m < r; m++) {
-        uint16_t *to = room.values + m * width;
-        for (long i = 0; i < k; i += VL) {
-            const __m256bh part = _mm512_cvtneps_pbh((__m512)load_part(rows[m] + i, k - i < VL ? k - i : VL));
-            memcpy(to + i, &part, sizeof part);
-        }
-        room.rows[m] = to;
-    }
+    Rounding job = {rows, room.rows, room.values, k, width};
+    in_parallel(round_rows, &job, r, 1, r * k >= 262144 ? threads : 1);
     return room.rows;
 }
 #endif
+
+const void *const *prepared(const float *const *rows, long r, long k, int bf16, int threads) {
+#if BF16_PAIRS
+    if (bf16) return rounded(rows, r, k, threads);
+#endif
+    (void)k, (void)bf16, (void)r, (void)threads;
+    return (const void *const *)rows;
+}
 
 /* y[m][first ... ] = rows[m] . weight + bias for `mr` rows and `np` panels from `panel`; mr, np, bf16 are constants */
 INLINE void tile(const Weight *w, int bf16, long panel, int np, const void *const *rows, float *const *y, int mr,
@@ -157,12 +178,8 @@ INLINE void some_rows(const Weight *w, int bf16, long panel, int np, const void 
 #undef CASE
 }
 
-int panels(const Weight *w, long from, long to, const float *const *given, float *const *y, long r, const float *bias,
+void panels(const Weight *w, long from, long to, const void *const *rows, float *const *y, long r, const float *bias,
             int squared_relu) {
-    const void *const *rows = (const void *const *)given;
-#if BF16_PAIRS
-    if (w->bf16 && !(rows = rounded(given, r, w->inputs))) return 1;
-#endif
     const int step = PANELS_AT_ONCE(r);
     const long tiles = (r + MR - 1) / MR, height = tiles ? (r + tiles - 1) / tiles : 0; /* 8 rows: 4 + 4, not 6 + 2 */
     for (long panel = from; panel < to; panel += step) {
@@ -182,7 +199,6 @@ int panels(const Weight *w, long from, long to, const float *const *given, float
             ahead.from += ahead.step * w->inputs;
         }
     }
-    return 0;
 }
 
 API long tt_panel_width(void) { return NR; }
@@ -193,25 +209,56 @@ static void row_pointers(const float **rows, const float *x, long stride, long r
     for (long m = 0; m < r; m++) rows[m] = x + m * stride;
 }
 
+/* The panels of a product, as items of a job */
+typedef struct {
+    Weight weight;
+    const void *const *rows;
+    float *const *out;
+    long r;
+    const float *bias;
+    int squared_relu;
+} Panels;
+
+static void some_panels(void *job, long from, long to, int slot) {
+    const Panels *in = job;
+    (void)slot;
+    panels(&in->weight, from, to, in->rows, in->out, in->r, in->bias, in->squared_relu);
+}
+
+/* out[m] = rows[m] . weight + bias, then relu(.)^2 if asked; 1 where there is no memory, else 0 */
+static int multiply(const Weight *w, const float *const *rows, float *const *out, long r, const float *bias, int squared_relu,
+                    int threads) {
+    Panels job = {*w, prepared(rows, r, w->inputs, w->bf16, threads), out, r, bias, squared_relu};
+    if (!job.rows) return 1;
+    in_parallel(some_panels, &job, num_panels(w), PANELS_AT_ONCE(r), r * w->inputs * w->outputs >= SHARED ? threads : 1);
+    return 0;
+}
+
 /* y (r, o) = x (r, k; rows `stride` apart) . weight + bias */
 API int tt_linear(const float *x, long stride, long r, const void *weight, int bf16, long o, long k, const float *bias,
                    float *y, int threads) {
     const Weight w = {weight, o, k, bf16};
     if (r == 0) return 0;
     const float **rows = malloc(2 * r * sizeof *rows);
-    int failed = 0;
     if (!rows) return 1;
     float **out = (float **)rows + r;
     row_pointers(rows, x, stride, r);
     row_pointers((const float **)out, y, o, r);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        long from, to;
-        share(num_panels(&w), PANELS_AT_ONCE(r), omp_get_thread_num(), omp_get_num_threads(), &from, &to);
-        if (panels(&w, from, to, rows, out, r, bias, 0)) FAIL(failed);
-    }
+    const int failed = multiply(&w, rows, out, r, bias, 0, threads);
     free(rows);
     return failed;
+}
+
+typedef struct {
+    const Activation *by;
+    float *const *rows;
+    long r, inner;
+} Activating;
+
+static void activate(void *job, long from, long to, int slot) {
+    const Activating *in = job;
+    (void)slot;
+    for (long m = 0; m < in->r; m++) activate_row(in->by, in->rows[m], in->inner, from, to);
 }
 
 /* y (r, d) = down(activation(up(x))), see activation.h; x (r, d), `hidden` is room for (r, up's outputs) */
@@ -220,27 +267,15 @@ int tt_mlp(const float *x, long r, const void *up, int up_bf16, long f, const fl
     const long inner = by->gated ? f / 2 : f;
     const Weight wu = {up, f, d, up_bf16}, wd = {down, d, inner, down_bf16};
     const float **rows = malloc(3 * r * sizeof *rows);
-    int failed = 0;
     if (!rows) return 1;
     float **mid = (float **)rows + r, **out = (float **)rows + 2 * r;
     row_pointers(rows, x, d, r);
     row_pointers((const float **)mid, hidden, f, r);
     row_pointers((const float **)out, y, d, r);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const int me = omp_get_thread_num(), all = omp_get_num_threads();
-        long from, to;
-        share(num_panels(&wu), PANELS_AT_ONCE(r), me, all, &from, &to);
-        if (panels(&wu, from, to, rows, mid, r, up_bias, is_fused(by))) FAIL(failed);
-#pragma omp barrier
-        if (!is_fused(by)) {
-            share(inner, VL, me, all, &from, &to);
-            for (long m = 0; m < r; m++) activate_row(by, mid[m], inner, from, to);
-#pragma omp barrier
-        }
-        share(num_panels(&wd), PANELS_AT_ONCE(r), me, all, &from, &to);
-        if (panels(&wd, from, to, (const float *const *)mid, out, r, down_bias, 0)) FAIL(failed);
-    }
+    int failed = multiply(&wu, rows, mid, r, up_bias, is_fused(by), threads);
+    Activating job = {by, mid, r, inner};
+    if (!failed && !is_fused(by)) in_parallel(activate, &job, inner, VL, r * inner >= 8192 ? threads : 1);
+    failed = failed || multiply(&wd, (const float *const *)mid, out, r, down_bias, 0, threads);
     free(rows);
     return failed;
 }

@@ -19,15 +19,10 @@ INLINE long num_panels(const Weight *w) { return (w->outputs + NR - 1) / NR; }
 /* Few rows take several panels at once, or too few sums would be under way to hide the latency of each. */
 #define PANELS_AT_ONCE(r) ((r) == 1 ? 4 : (r) < 4 ? 2 : 1)
 
-/* Panels [from, to) of y[m] = rows[m] . weight + bias for r rows, then relu(.)^2 if asked; each thread runs its share.
- * 1 where there is no memory, else 0 */
-int panels(const Weight *w, long from, long to, const float *const *rows, float *const *y, long r, const float *bias,
-            int squared_relu);
+/* Rows of k floats as panels() reads them beside a weight: themselves, or beside bf16 where the CPU multiplies it, copies
+ * rounded to it. These lie in room that the calling thread keeps, until it calls again; null where there is no memory. */
+const void *const *prepared(const float *const *rows, long r, long k, int bf16, int threads);
 
-/* The share of `count` that thread `i` of `n` takes, in whole steps. */
-INLINE void share(long count, long step, int i, int n, long *from, long *to) {
-    long steps = (count + step - 1) / step;
-    *from = steps * i / n * step;
-    *to = steps * (i + 1) / n * step;
-    if (*to > count) *to = count;
-}
+/* Panels [from, to) of y[m] = rows[m] . weight + bias for r prepared rows, then relu(.)^2 if asked */
+void panels(const Weight *w, long from, long to, const void *const *rows, float *const *y, long r, const float *bias,
+            int squared_relu);

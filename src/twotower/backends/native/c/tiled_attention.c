@@ -10,36 +10,9 @@
  */
 #include "attention.h"
 #include "linear.h"
-#include "pairs.h"
+#include "tiles.h"
 
-#define KEYS 512 /* a tile's keys, values and scores lie in a core's second cache */
-#define LANES 96 /* queries times heads in a tile, about */
-
-typedef struct {
-    long query, head;
-    Span span;
-} Lane;
-
-/* What a query has of one or more tiles: the mixture (p) is not yet divided by the mass. Stored as p + 2 floats: mixture,
- * mass, top */
-typedef struct {
-    const AttentionPass *in;
-    const AttentionOptions *how;
-    const char *own_key, *own_value; /* a block's, of the cache's type */
-    long own_batch[2], own_token[2]; /* distances in bytes, of keys and values */
-    long queries, tiles, key_tiles;  /* queries in a tile; tiles of queries; most tiles of keys */
-    int pairs;                       /* products of bf16 */
-} Plan;
-
-/* One thread's room for a tile */
-typedef struct {
-    const void *key[2 * KEYS + AHEAD], **value; /* of each place, zeros where no query of the tile sees it; see AHEAD */
-    float *zeros;
-    Lane *lanes;
-    float *query, *keys, *values, *scores, *part, *total;
-    const float **rows;
-    long num_lanes, row, group;
-} Tile;
+#include <stdatomic.h>
 
 /* Floats, or pairs of bf16 with zeros behind them, of a query */
 static long query_width(const Plan *plan) { return plan->pairs ? ((plan->in->p + 1) / 2 + VL - 1) / VL * VL : plan->in->p; }
@@ -106,47 +79,6 @@ static void find_rows(const Plan *plan, long base, long from, long to, long end,
     list_rows(plan, tile, 0, end, end + AHEAD < all ? end + AHEAD : all, tile->value + n);
 }
 
-/* VL floats of a row of p from `first` on, zeros behind its end */
-INLINE vf part_of(const void *row, int bf16, long first, long p) {
-    const long n = p - first < VL ? p - first : VL;
-    if (n <= 0) return (vf){0};
-    return bf16 ? load_bf16((const uint16_t *)row + first, n) : load_part((const float *)row + first, n);
-}
-
-/* Keys as a weight of n outputs */
-INLINE void pack_keys(const Plan *plan, const Tile *tile, long n, int bf16) {
-    const long p = plan->in->p;
-    for (long j = 0; j < n; j += VL)
-        for (long first = 0; first < p; first += VL) {
-            float *to = tile->keys + (j / NR * p + first) * NR + j % NR;
-            vf rows[VL];
-#pragma GCC unroll 16
-            for (int k = 0; k < VL; k++) {
-                fetch(tile->key[j + k + AHEAD], first * (bf16 ? 2 : 4));
-                rows[k] = part_of(tile->key[j + k], bf16, first, p);
-            }
-            transpose(rows);
-#pragma GCC unroll 16
-            for (int i = 0; i < VL; i++)
-                if (first + i < p) store(to + i * NR, rows[i]);
-        }
-}
-
-/* Values as a weight of n inputs */
-INLINE void pack_values(const Plan *plan, const Tile *tile, long n, int bf16) {
-    const long p = plan->in->p;
-    float *to = tile->values;
-    for (long panel = 0; panel < p; panel += NR)
-        for (long j = 0; j < n; j++)
-            for (long first = panel; first < panel + NR; first += VL, to += VL) {
-                fetch(tile->value[j + AHEAD], first * (bf16 ? 2 : 4));
-                store(to, part_of(tile->value[j], bf16, first, p));
-            }
-}
-
-/* `what` is one of the two above; constants make a loop for each type */
-#define PACK(what, plan, tile, n) (plan)->in->bf16 ? what(plan, tile, n, 1) : what(plan, tile, n, 0)
-
 INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 /* A lane's scores become weights, zeros outside of [from, to) of n; returns the mass and the largest score. The query is
@@ -182,13 +114,13 @@ static void weigh(float *scores, long n, long from, long to, const AttentionOpti
     *mass = sum(all);
 }
 
-/* Each lane's scores of the tile's n places; returns 1 without memory */
-static int score(const Plan *plan, Tile *tile, long n) {
+/* Each lane's scores of the tile's n places */
+static void score(const Plan *plan, Tile *tile, long n) {
     const long p = plan->in->p, lanes = tile->num_lanes;
 #if BF16_PAIRS
     if (plan->pairs) {
         score_pairs((const int32_t *)tile->query, query_width(plan), lanes, tile->key, n, p, tile->scores, KEYS);
-        return 0;
+        return;
     }
 #endif
     float **out = (float **)tile->rows + lanes;
@@ -198,17 +130,17 @@ static int score(const Plan *plan, Tile *tile, long n) {
     }
     PACK(pack_keys, plan, tile, n);
     const Weight keys = {tile->keys, n, p, 0};
-    return panels(&keys, 0, n / NR, tile->rows, out, lanes, 0, 0);
+    panels(&keys, 0, n / NR, (const void *const *)tile->rows, out, lanes, 0, 0);
 }
 
-/* Each lane's mixture of the values, weighted by what its scores became; returns 1 without memory */
-static int mix(const Plan *plan, Tile *tile, long n, float *parts) {
+/* Each lane's mixture of the values, weighted by what its scores became */
+static void mix(const Plan *plan, Tile *tile, long n, float *parts) {
     const long p = plan->in->p, lanes = tile->num_lanes;
 #if BF16_PAIRS
     if (plan->pairs) {
         for (long m = 0; m < lanes; m++) round_pairs(tile->scores + m * KEYS, n, tile->scores + m * KEYS);
         mix_pairs(tile->scores, KEYS, lanes, tile->value, n, p, parts, p + 2);
-        return 0;
+        return;
     }
 #endif
     float **out = (float **)tile->rows + lanes;
@@ -218,11 +150,11 @@ static int mix(const Plan *plan, Tile *tile, long n, float *parts) {
     }
     PACK(pack_values, plan, tile, n);
     const Weight values = {tile->values, p, n, 0};
-    return panels(&values, 0, num_panels(&values), tile->rows, out, lanes, 0, 0);
+    panels(&values, 0, num_panels(&values), (const void *const *)tile->rows, out, lanes, 0, 0);
 }
 
-/* What each lane has of tile `index` of keys, in parts of p + 2 floats; returns 1 without memory */
-static int attend_to(const Plan *plan, Tile *tile, long index, float *parts) {
+/* What each lane has of tile `index` of keys, in parts of p + 2 floats */
+static void attend_to(const Plan *plan, Tile *tile, long index, float *parts) {
     const long p = plan->in->p, lanes = tile->num_lanes;
     const long low = index * KEYS, high = low + KEYS;
     const float *slopes = plan->how->slopes;
@@ -235,10 +167,10 @@ static int attend_to(const Plan *plan, Tile *tile, long index, float *parts) {
         from = first < from ? first : from;
         to = last > to ? last : to;
     }
-    if (from >= to) return 0;
+    if (from >= to) return;
     const long base = from / NR * NR, end = (to + NR - 1) / NR * NR, n = end - base;
     find_rows(plan, base, from, to, end, tile);
-    if (score(plan, tile, n)) return 1;
+    score(plan, tile, n);
     for (long m = 0; m < lanes; m++) {
         const Span span = tile->lanes[m].span;
         const long first = span.from > base ? span.from - base : 0, last = span.to < end ? span.to - base : n;
@@ -249,7 +181,7 @@ static int attend_to(const Plan *plan, Tile *tile, long index, float *parts) {
         else
             memset(scores, 0, n * sizeof(float));
     }
-    return mix(plan, tile, n, parts);
+    mix(plan, tile, n, parts);
 }
 
 /* Adds what a lane has of one more tile to what it has. A function of its own: two copies might be rounded differently. */
@@ -341,6 +273,53 @@ static int find_own(Plan *plan, uint16_t **rounded) {
     return 1;
 }
 
+typedef struct {
+    const Plan *plan;
+    Tile *tiles; /* of each thread; without room until it takes part */
+    float *kept; /* parts of every tile of keys, each `step` floats behind the one before; null where they are merged at once */
+    long step;
+    atomic_int failed;
+} Tiles;
+
+/* The thread's tile, with room; null where there is no memory */
+static Tile *own_tile(Tiles *job, int slot) {
+    Tile *tile = job->tiles + slot;
+    if (tile->query || take_room(job->plan, tile)) return tile;
+    job->failed = 1;
+    return 0;
+}
+
+/* Tiles of queries, or where `kept`, of queries and keys */
+static void attend_some_tiles(void *work, long from, long to, int slot) {
+    Tiles *job = work;
+    const Plan *plan = job->plan;
+    Tile *tile = own_tile(job, slot);
+    for (long item = from; tile && item < to; item++) {
+        if (job->kept) {
+            gather_queries(plan, item / plan->key_tiles, tile);
+            attend_to(plan, tile, item % plan->key_tiles, job->kept + item * job->step);
+            continue;
+        }
+        begin_tile(plan, item, tile);
+        for (long t = 0; t < plan->key_tiles; t++) {
+            attend_to(plan, tile, t, tile->part);
+            merge_parts(plan, tile, tile->part, 1, 0);
+        }
+        finish_tile(plan, tile);
+    }
+}
+
+static void merge_some_tiles(void *work, long from, long to, int slot) {
+    Tiles *job = work;
+    const Plan *plan = job->plan;
+    Tile *tile = own_tile(job, slot);
+    for (long item = from; tile && item < to; item++) {
+        begin_tile(plan, item, tile);
+        merge_parts(plan, tile, job->kept + item * plan->key_tiles * job->step, plan->key_tiles, job->step);
+        finish_tile(plan, tile);
+    }
+}
+
 int attend_in_tiles(const AttentionPass *in, const AttentionOptions *how) {
     const long share = in->heads / in->kv_heads;
     Plan plan = {.in = in, .how = how, .pairs = in->bf16 && BF16_PAIRS};
@@ -352,45 +331,21 @@ int attend_in_tiles(const AttentionPass *in, const AttentionOptions *how) {
         plan.key_tiles = tiles > plan.key_tiles ? tiles : plan.key_tiles;
     }
     /* Few tiles of queries: threads also share their tiles of keys, and what each has is kept until all are there */
-    const int split = in->threads > 1 && plan.tiles < 4 * in->threads;
-    const long step = plan.queries * share * (in->p + 2), items = split ? plan.tiles * plan.key_tiles : plan.tiles;
+    const int split = in->threads > 1 && plan.tiles < 4 * in->threads, threads = (int)in->threads;
+    const long items = split ? plan.tiles * plan.key_tiles : plan.tiles;
+    Tiles job = {.plan = &plan, .step = plan.queries * share * (in->p + 2)};
     uint16_t *rounded;
-    float *kept = split ? malloc(items * step * sizeof(float)) : 0;
-    const int begun = find_own(&plan, &rounded) && (kept || !split);
-    int failed = !begun;
-#pragma omp parallel num_threads(in->threads) if (in->threads > 1 && items > 1)
-    {
-        Tile tile;
-        const int ready = begun && take_room(&plan, &tile);
-        if (!ready) FAIL(failed);
-        /* Most of a thread's tiles follow one another, or it would not read memory in order */
-#pragma omp for schedule(guided)
-        for (long item = 0; item < items; item++) {
-            if (!ready) continue;
-            if (split) {
-                gather_queries(&plan, item / plan.key_tiles, &tile);
-                if (attend_to(&plan, &tile, item % plan.key_tiles, kept + item * step)) FAIL(failed);
-                continue;
-            }
-            begin_tile(&plan, item, &tile);
-            for (long t = 0; t < plan.key_tiles; t++) {
-                if (attend_to(&plan, &tile, t, tile.part)) FAIL(failed);
-                merge_parts(&plan, &tile, tile.part, 1, 0);
-            }
-            finish_tile(&plan, &tile);
-        }
-        if (split) {
-#pragma omp for
-            for (long index = 0; index < plan.tiles; index++) {
-                if (!ready) continue;
-                begin_tile(&plan, index, &tile);
-                merge_parts(&plan, &tile, kept + index * plan.key_tiles * step, plan.key_tiles, step);
-                finish_tile(&plan, &tile);
-            }
-        }
-        if (ready) free(tile.query);
+    job.tiles = calloc(threads, sizeof(Tile));
+    job.kept = split ? malloc(items * job.step * sizeof(float)) : 0;
+    if (!find_own(&plan, &rounded) || !job.tiles || (split && !job.kept))
+        job.failed = 1;
+    else {
+        in_parallel(attend_some_tiles, &job, items, 1, threads);
+        if (split && !job.failed) in_parallel(merge_some_tiles, &job, plan.tiles, 1, threads);
     }
+    for (int i = 0; job.tiles && i < threads; i++) free(job.tiles[i].query);
+    free(job.tiles);
     free(rounded);
-    free(kept);
-    return failed;
+    free(job.kept);
+    return job.failed;
 }

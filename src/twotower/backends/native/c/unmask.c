@@ -1,4 +1,5 @@
 #include "calls.h"
+#include "parallel.h"
 
 /* So many terms are summed in float, and these sums in double: then 131,072 terms lose no more than 64 do */
 #define SPAN (64 * VL)
@@ -27,18 +28,25 @@ static float maximum(const float *x, long v) {
     return found;
 }
 
-/* Of each of r rows of v logits: the place of the first of the largest ones; unless `values` is null also its value and
- * the log of the sum of all exp */
-API void tt_best(const float *logits, long r, long v, int64_t *tokens, float *values, float *log_sum, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && r * v >= 65536)
-    for (long m = 0; m < r; m++) {
-        const float *x = logits + m * v;
+typedef struct {
+    const float *logits;
+    long v;
+    int64_t *tokens;
+    float *values, *log_sum;
+} Finding;
+
+static void find_best(void *job, long from, long to, int slot) {
+    const Finding *in = job;
+    const long v = in->v;
+    (void)slot;
+    for (long m = from; m < to; m++) {
+        const float *x = in->logits + m * v;
         const float most = maximum(x, v);
         long at = 0;
         while (at < v && x[at] != most && (most == most || x[at] == x[at])) at++;
-        tokens[m] = at;
-        if (!values) continue;
-        values[m] = log_sum[m] = most;
+        in->tokens[m] = at;
+        if (!in->values) continue;
+        in->values[m] = in->log_sum[m] = most;
         if (!isfinite(most)) continue; /* -inf, inf and NaN are their own log of the sum */
         double total = 0;
         for (long start = 0; start < v; start += SPAN) {
@@ -47,8 +55,15 @@ API void tt_best(const float *logits, long r, long v, int64_t *tokens, float *va
             for (long i = start; i < end; i += VL) part += vexp(load_filled(x + i, end - i < VL ? end - i : VL, -INFINITY) - most);
             total += sum(part);
         }
-        log_sum[m] = most + (float)log(total);
+        in->log_sum[m] = most + (float)log(total);
     }
+}
+
+/* Of each of r rows of v logits: the place of the first of the largest ones; unless `values` is null also its value and
+ * the log of the sum of all exp */
+API void tt_best(const float *logits, long r, long v, int64_t *tokens, float *values, float *log_sum, int threads) {
+    Finding job = {logits, v, tokens, values, log_sum};
+    in_parallel(find_best, &job, r, 1, r * v >= 65536 ? threads : 1);
 }
 
 typedef struct {
