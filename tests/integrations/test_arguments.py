@@ -78,8 +78,24 @@ def test_a_broken_template_is_refused_by_its_file(tmp_path):
 )
 def test_a_replica_reserves_the_gpus_of_its_devices(devices, asked, device, reserved):
     launch = Launch(server=ServerConfig(), limits=EngineConfig(), **devices)
-    started, num_gpus = launch.reserving(ReplicaConfig(replicas=1, replica_gpus=asked))
-    assert (started.device, num_gpus) == (device, reserved)
+    started = launch.reserving(ReplicaConfig(replicas=1, replica_gpus=asked))
+    assert (started.device, started.gpus) == (device, reserved)
+
+
+@pytest.mark.parametrize(
+    ("devices", "limits", "config", "fraction"),
+    [
+        ({}, {}, {"replica_cpus": 2.0}, 0.25),
+        ({}, {}, {"replica_cpus": 8.0}, 0.5),
+        ({"device": "cuda"}, {}, {}, 0.9),
+        ({"device": "cuda"}, {}, {"replica_gpus": 0.5}, 0.45),
+        ({}, {"memory_fraction": 0.3}, {}, 0.3),
+        ({}, {"state_bytes": 1 << 30}, {}, None),
+    ],
+)
+def test_replicas_that_share_a_machine_share_its_memory(devices, limits, config, fraction):
+    launch = Launch(server=ServerConfig(), limits=EngineConfig(**limits), **devices)
+    assert launch.reserving(ReplicaConfig(replicas=1, **config)).memory_fraction(4) == fraction
 
 
 def test_fewer_gpus_than_the_devices_name_are_refused():
@@ -94,6 +110,6 @@ def test_the_recipe_for_kubernetes_has_arguments_that_are_read():
     [application] = serve["applications"]
     launch, config = read(application["args"])
     assert (launch.model, config.least, config.most) == ("/model", 2, 4)
-    assert launch.reserving(config)[1] == 1
+    assert launch.reserving(config).gpus == 1
     module, _, name = application["import_path"].partition(":")
     assert callable(getattr(pytest.importorskip(module), name))

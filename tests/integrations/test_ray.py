@@ -212,4 +212,4 @@ def drained(url, running):
     for stream in streams:
         stream.join(60)
     assert [stream.end for stream in streams] == ["length"] * 8
-    running.wait(30)
+    running.wait(90)

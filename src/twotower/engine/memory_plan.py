@@ -205,9 +205,13 @@ def _split(places: Places, passes: PassMemory, number: int, room: int, wanted: i
     return _Split(snapshots + number * slot + (pages + 1) * page * (page > 0), snapshots, pages, fits)
 
 
+def usual_fraction(kind: str) -> float:
+    """The `memory_fraction` that engines take by default on a kind of device, such as "cpu"."""
+    return 0.5 if kind == "cpu" else 0.9
+
+
 def _share(memory: DeviceMemory, limits: EngineConfig) -> int:
-    usual = 0.5 if memory.kind == "cpu" else 0.9
-    return int(memory.free * (limits.memory_fraction or usual))
+    return int(memory.free * (limits.memory_fraction or usual_fraction(memory.kind)))
 
 
 def _room(places: Places, passes: PassMemory, chunk: int, limits: EngineConfig) -> int:

@@ -25,7 +25,7 @@ def read(arguments: dict[str, Any]) -> tuple[Launch, ReplicaConfig]:
     """
     given = {name.removeprefix("--").replace("-", "_"): value for name, value in arguments.items()}
     server, limits, config = (_settings(made, given) for made in (ServerConfig, EngineConfig, ReplicaConfig))
-    places = {name: str(given.pop(name)) for name in _PLACES if name in given}
+    places: dict[str, Any] = {name: str(given.pop(name)) for name in _PLACES if name in given}
     files = {name: Path(given.pop(name)) for name in _FILES if name in given}
     if given:
         raise ValueError(f"unknown arguments {sorted(given)}; `twotower serve --help` has those that there are")

@@ -6,6 +6,7 @@ import secrets
 from pathlib import Path
 
 from twotower.engine.config import EngineConfig
+from twotower.engine.memory_plan import usual_fraction
 from twotower.errors import SettingError
 from twotower.options import check_options, option
 from twotower.server.config import ServerConfig
@@ -70,6 +71,8 @@ class Launch:
     denoiser_device: str | None = None
     dtype: str | None = None
     template: str | None = None
+    cpus: float = 1.0
+    gpus: float = 0.0
     secret: str = dataclasses.field(default_factory=lambda: secrets.token_hex(32), repr=False)
 
     def with_template(self, file: Path | None) -> "Launch":
@@ -93,8 +96,8 @@ class Launch:
         numbers = [int(name.partition(":")[2] or 0) for name in named if name.partition(":")[0] == "cuda"]
         return max(numbers, default=-1) + 1
 
-    def reserving(self, config: ReplicaConfig) -> tuple["Launch", float]:
-        """What a replica is started from, and the GPUs that it reserves.
+    def reserving(self, config: ReplicaConfig) -> "Launch":
+        """The same with what each replica reserves.
 
         Where GPUs are asked for and no device is, the device is `cuda`. Raises SettingError where fewer are asked for
         than the devices name.
@@ -103,10 +106,18 @@ class Launch:
         launch = dataclasses.replace(self, device="cuda") if asked and self.num_gpus == 0 else self
         needed = launch.num_gpus
         if asked is not None and math.ceil(asked) < needed:
-            raise SettingError(
-                "replica_gpus",
-                asked,
-                f"at least {needed}, the GPUs of the devices",
-                "leave it out, or use other devices",
-            )
-        return launch, float(needed) if asked is None else asked
+            rule = f"at least {needed}, the GPUs of the devices"
+            raise SettingError("replica_gpus", asked, rule, "leave it out, or use other devices")
+        return dataclasses.replace(launch, cpus=config.replica_cpus, gpus=float(needed) if asked is None else asked)
+
+    def memory_fraction(self, num_cpus: int) -> float | None:
+        """The share of a machine's free memory for states and keys, None where bytes are given.
+
+        By default it is that of a single server times the replica's part of the GPU or of the machine's CPUs, for
+        others may have the rest.
+        """
+        if self.limits.memory_fraction is not None or self.limits.state_bytes is not None:
+            return self.limits.memory_fraction
+        kind = (self.context_device or self.device).partition(":")[0]
+        part = self.cpus / num_cpus if kind == "cpu" else self.gpus
+        return usual_fraction(kind) * min(part or 1.0, 1.0)

@@ -113,7 +113,7 @@ def by_texts(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
 
 def replicas_of(launch: Launch, config: ReplicaConfig) -> serve.Application:
     """The replicas alone. Raises SettingError for GPUs that don't fit the devices."""
-    launch, num_gpus = launch.reserving(config)
+    launch = launch.reserving(config)
     options: dict[str, Any] = {"num_replicas": config.least}
     if config.most > config.least:
         policy = AutoscalingPolicy(policy_function=by_texts)
@@ -124,7 +124,7 @@ def replicas_of(launch: Launch, config: ReplicaConfig) -> serve.Application:
         options = {"autoscaling_config": scaling}
     deployment = serve.deployment(
         **_common(launch),
-        ray_actor_options={"num_cpus": config.replica_cpus, "num_gpus": num_gpus},
+        ray_actor_options={"num_cpus": launch.cpus, "num_gpus": launch.gpus},
         **options,
     )
     return deployment(Replica).bind(launch)

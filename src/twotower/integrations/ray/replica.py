@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import socket
 import threading
 
@@ -47,7 +48,8 @@ class ReplicaServer:
         )
         self._log = contextlib.ExitStack()
         self._log.enter_context(log_to_stderr(launch.server.log_level))
-        limits = dataclasses.replace(launch.limits, max_context=launch.server.max_context)
+        fraction = launch.memory_fraction(os.cpu_count() or 1)
+        limits = dataclasses.replace(launch.limits, max_context=launch.server.max_context, memory_fraction=fraction)
         self.engine = AsyncEngine(model, limits)
         logger.info("memory", extra={"fields": memory_fields(self.engine.plan)})
         # What stands between the router and clients is the router's.

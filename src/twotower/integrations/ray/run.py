@@ -90,13 +90,17 @@ def _why(name: str) -> str:
 
 def _check_room(launch: Launch, config: ReplicaConfig) -> None:
     """Raises SettingError where Ray has one machine, this one, and the least number of replicas don't fit on it."""
-    launch, num_gpus = launch.reserving(config)
+    launch = launch.reserving(config)
     there = ray.cluster_resources()
     if len(ray.nodes()) > 1:
         return
     for kind, each, setting, value in (
-        ("GPU", num_gpus, *(("device", launch.device) if config.replica_gpus is None else ("replica_gpus", num_gpus))),
-        ("CPU", config.replica_cpus, "replica_cpus", config.replica_cpus),
+        (
+            "GPU",
+            launch.gpus,
+            *(("device", launch.device) if config.replica_gpus is None else ("replica_gpus", launch.gpus)),
+        ),
+        ("CPU", launch.cpus, "replica_cpus", launch.cpus),
     ):
         needed, found = each * config.least, there.get(kind, 0)
         if needed > found:
