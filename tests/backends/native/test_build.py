@@ -204,7 +204,7 @@ def test_a_limit_on_files_is_told_before_a_compiler_is_called(monkeypatch: pytes
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert found.library is None
-    assert "File too large" in found.problem
+    assert f"File too large: '{kept}'" in found.problem
     assert not list(kept.iterdir())
 
 
@@ -251,6 +251,7 @@ def test_where_no_folder_serves_each_reason_is_told(
     found = build.kernels()
     assert found.library is None
     assert told in found.problem
+    assert str(place) in found.problem
     assert "a folder that this user can write and load programs from (XDG_CACHE_HOME)" in found.remedy
 
 

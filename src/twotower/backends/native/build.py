@@ -113,8 +113,11 @@ def compiled(compiler: str, folder: Path) -> Path:
         if file.name == _full_name(name, file):
             return file
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as room:  # a compiler takes seconds to find a full disk, at every start
-        room.write(bytes(_ROOM))
+    try:
+        with tempfile.TemporaryFile(dir=folder) as room:  # a compiler takes seconds to find a full disk, at every start
+            room.write(bytes(_ROOM))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
     with tempfile.TemporaryDirectory(dir=folder) as building:
         partial = Path(building) / "partial.so"
         compile_library(compiler, NATIVE, partial)
