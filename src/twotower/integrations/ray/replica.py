@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 
+import torch
 import uvicorn
 
 import twotower
@@ -39,6 +40,8 @@ class ReplicaServer:
             template = ChatTemplate.load(folder)
         else:
             template = ChatTemplate(launch.template, read_special_tokens(folder))
+        # Not the machine's, nor its container's: other replicas compute beside this one.
+        torch.set_num_threads(max(int(launch.cpus), 1))
         model = twotower.load(
             folder,
             device=launch.device,
