@@ -129,6 +129,7 @@ def test_settings_that_make_a_part_useless_are_said(released: TwoTowerConfig) ->
 
     assert "snapshot_bytes is 33554432, less than one recurrent state of 490" in warned(snapshot_bytes=32 << 20)
     assert "so the prefix cache stores nothing; set at least 496" in warned(snapshot_bytes=32 << 20)
+    assert "so the prefix cache stores no ends of prompts" in warned(snapshot_bytes=49_200_000)
     assert planned(released, card(141), snapshot_bytes=0).warnings == ()
     assert "more than the 4096 tokens that all 2 requests together may have" in warned(
         prompt_chunk=5000, max_num_requests=2, max_context=2048

@@ -258,10 +258,11 @@ def _warnings(plan: MemoryPlan, limits: EngineConfig) -> Iterator[str]:
             f"at most {plan.max_num_requests} requests run at a time, not {limits.max_num_requests}: each needs "
             f"{in_words(sizes.slot)} for its recurrent state, and {in_words(plan.state_bytes)} are for states and keys"
         )
-    if sizes.slot and 0 < plan.snapshot_bytes < sizes.slot:
+    if sizes.slot and 0 < plan.snapshot_bytes < sizes.snapshot:
+        what = "nothing" if plan.snapshot_bytes < sizes.slot else "no ends of prompts"
         yield (
-            f"snapshot_bytes is {plan.snapshot_bytes}, less than one recurrent state of {sizes.slot} bytes, so the "
-            f"prefix cache stores nothing; set at least {sizes.snapshot} (with logits), or 0 to turn it off"
+            f"snapshot_bytes is {plan.snapshot_bytes}, less than one recurrent state of {sizes.slot} bytes with logits,"
+            f" so the prefix cache stores {what}; set at least {sizes.snapshot}, or 0 to turn it off"
         )
     if limits.snapshot_bytes is None and not plan.snapshot_bytes:
         yield (

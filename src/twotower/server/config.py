@@ -7,6 +7,7 @@ from typing import Literal
 
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
 from twotower.decoding.modes import Mode
+from twotower.engine.memory_plan import USUAL_CONTEXT
 from twotower.errors import SettingError
 from twotower.options import check_options, option
 from twotower.server.reasoning import ReasoningParser
@@ -14,7 +15,7 @@ from twotower.server.tools.choice import ToolParser
 
 MIB = 1 << 20
 # Where neither the settings nor the checkpoint say how long a text may be.
-MAX_CONTEXT = 4096
+MAX_CONTEXT = USUAL_CONTEXT
 KEY_RULE = "printable ASCII, as HTTP headers carry it, without blanks around it"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 _ROOT_PATH = re.compile(r"(/[^/\s?#]+)+")

@@ -261,5 +261,6 @@ def _most_tokens(engine: AsyncEngine, config: ServerConfig) -> tuple[int, str]:
     if fitting is None or wanted <= fitting:
         return wanted, by
     message = "texts are limited to %d tokens, not %d: there is no memory for the keys of more; raise --state-mib"
-    logger.warning(message, fitting, wanted)
+    if engine.plan.max_context < wanted:  # else the engine has said it
+        logger.warning(message, fitting, wanted)
     return fitting, "memory"
