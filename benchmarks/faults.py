@@ -159,7 +159,7 @@ def signals(first: signal.Signals, second: signal.Signals | None) -> Callable[[B
         with bench.server("--shutdown-seconds", "30", "--max-context", "65536", "--state-mib", "1024") as server:
             server.start()
             ask(server)
-            new_tokens = 60_000 if second is not None else 2000
+            new_tokens = 60_000 if second is not None else 400
             running = several(server, 1, stream=True, max_tokens=new_tokens, mode="ar", seconds=GIVE_UP)
             time.sleep(0.5)
             began = time.perf_counter()
