@@ -17,6 +17,7 @@ from twotower.server.lifecycle import uvicorn_settings
 SIZE, NUM_CHUNKS = 1 << 16, 64
 GET = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
 ended = []
+running = []
 
 
 async def app(scope, receive, send):
@@ -42,13 +43,15 @@ async def app(scope, receive, send):
 
 @pytest.fixture(scope="module")
 def address():
-    """A server that waits for one second."""
-    server = uvicorn.Server(uvicorn_settings(app, ServerConfig(port=0, idle_seconds=1, unread_seconds=1)))
-    thread = threading.Thread(target=server.run)
+    """A server that waits for one second, and two for its answers to be taken."""
+    server = uvicorn.Server(uvicorn_settings(app, ServerConfig(port=0, idle_seconds=1, unread_seconds=2)))
+    listening = socket.create_server(("127.0.0.1", 0))  # as programs make them: without saying that it is TCP's
+    thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
+    running.append(server)
     while not server.started:
         time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()
+    yield listening.getsockname()
     server.should_exit = True
     thread.join(10)
 
@@ -148,12 +151,22 @@ def test_a_client_that_takes_nothing_of_its_answer(address, header):
     ended.clear()
     with connected(address, room=1 << 12) as client:
         client.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n%s\r\n" % header)
-        time.sleep(4)
+        time.sleep(5)
         assert ended == ["sent"]  # nothing holds the application any more
         size = 0
         with contextlib.suppress(ConnectionError):
             size = len(rest(client))
         assert size < SIZE * NUM_CHUNKS
+
+
+def test_small_writes_are_not_held_back(address):
+    """Else each answer of more than one write takes 40 ms longer."""
+    with connected(address) as client:
+        client.sendall(GET % b"late")
+        time.sleep(0.5)
+        [taken] = [one for one in running[0].server_state.connections if one.client == client.getsockname()]
+        option = taken.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert option != 0
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be():
