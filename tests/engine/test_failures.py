@@ -138,6 +138,13 @@ def strike(monkeypatch: pytest.MonkeyPatch, where: Any, name: str, number: int, 
     return lambda: calls >= number
 
 
+def strike_with(error: BaseException) -> Callable:
+    def struck(*_: Any) -> None:
+        raise error
+
+    return struck
+
+
 PLACES: dict[str, Callable[[Engine], Any]] = {
     **dict.fromkeys(("score", "keep", "denoiser_logits", "scored_logits", "absorb"), lambda e: e.model),
     **dict.fromkeys(("open", "close_", "grow_", "extend_", "copy_page_", "hold_", "drop_"), lambda e: e._pool),
@@ -294,6 +301,34 @@ def test_what_ends_the_process_is_raised(
     for name in list(e._jobs):
         e.abort(name)
     check_counts(e)
+
+
+def test_a_panic_of_rust_code_is_contained(model: TwoTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llguidance and tokenizers raise them as BaseException."""
+
+    class Panic(BaseException):
+        pass
+
+    e = small_engine(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(Record, "take", strike_with(Panic()))
+        e.add([5], SamplingParams(mode="ar"), request_id="a")
+        [output] = e.step()
+    assert isinstance(output.error, Panic)
+    check_counts(e)
+
+
+def test_an_abort_that_fails_ends_what_runs_and_not_the_engine(
+    model: TwoTower, asked: list[Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    e, params = small_engine(model), SamplingParams(mode="ar", max_new_tokens=30)
+    names = [e.add([5, i], params) for i in range(2)]
+    e.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(e._pool, "close_", strike_with(KeyError()))
+        e.abort(names[0])
+    assert {output.request_id for output in e.step() if output.error is not None} == set(names)
+    check_recovered(e, asked)
 
 
 def test_memory_errors_of_a_pass_are_contained_but_not_those_of_the_engine(

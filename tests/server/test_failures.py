@@ -72,7 +72,7 @@ def message(path: str, answer: Any) -> str:
     return str(answer["error"]["message"])
 
 
-def strike(number: int, real: Callable, error: Exception) -> Callable:
+def strike(number: int, real: Callable, error: BaseException) -> Callable:
     """A function that raises at call `number`."""
     calls = 0
 
@@ -138,15 +138,20 @@ def test_a_request_that_is_not_streamed_gets_500(path, url, model, monkeypatch):
         assert message(path, response.json()) == "the server failed on this request (RuntimeError); try again"
 
 
+class Panic(BaseException):
+    """As Rust code panics, that of tokenizers for instance."""
+
+
 @ENDPOINTS
 @pytest.mark.parametrize("number", [1, 3])
-def test_an_exception_in_what_writes_an_answer_ends_it_with_words(path, number, url, monkeypatch, caplog):
+@pytest.mark.parametrize("kind", [KeyError, Panic])
+def test_an_exception_in_what_writes_an_answer_ends_it_with_words(path, number, kind, url, monkeypatch, caplog):
     place, name = {
         "/v1/completions": (completions.CompletionFormat, "chunk"),
         "/twotower/watch": (watch, "_tokens"),
     }.get(path, (answers.Reading, "push"))
     with monkeypatch.context() as patched:
-        patched.setattr(place, name, strike(number, getattr(place, name), KeyError("a secret")))
+        patched.setattr(place, name, strike(number, getattr(place, name), kind("a secret")))
         response = streamed(url, path)
     assert "[DONE]" not in response.text
     found = events(response)[-1] if response.status_code == 200 else response.json()
@@ -195,6 +200,8 @@ def test_a_server_that_drains_refuses_what_waits_and_finishes_what_runs(path, ur
         waiting = [pool.submit(asked, url, path) for asked in (ask, streamed)]
         wait_until(lambda: own.stats().num_waiting == 2)
         own.drain()
+        health = httpx.get(f"{url}/health")
+        assert (health.status_code, health.json()) == (503, {"status": "stopping"})
         for refused in (*(one.result() for one in waiting), ask(url, path), streamed(url, path)):
             assert refused.status_code == 503
             assert "is shutting down" in message(path, refused.json())

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from typing import NamedTuple, Self, TypeAlias
 
 from twotower.decoding.output import StepOutput
@@ -63,7 +63,7 @@ class _Client(NamedTuple):
 
     def put(self, output: "StepOutput | _Ended") -> None:
         """Queues an output; called from the engine's thread."""
-        if not self.loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody waits for the output any more
             self.loop.call_soon_threadsafe(self.outputs.put_nowait, output)
 
 
@@ -283,7 +283,7 @@ class AsyncEngine:
                 number, request, watch, arrived = self._arrived.popleft()
                 try:
                     self._engine.add_request(request, request_id=number, watch=watch, arrived=arrived)
-                except Exception as error:  # of any kind, as in `Engine.step`: it must not end the other requests
+                except Exception as error:  # of any kind, as in `failing`: it must not end the other requests
                     self._report({error: 1})
                     self._end(number, _failed(error))
             while self._aborted:

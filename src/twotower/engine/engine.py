@@ -138,9 +138,11 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Drops a request and frees its state at once; does nothing if it is finished or unknown."""
-        job = self._jobs.pop(request_id, None)
+        job = self._jobs.get(request_id)
         if job is not None:
-            self._withdraw(job)
+            with failing([job, *self._batches.jobs, *self._intake.absorbing]):
+                self._withdraw(job)
+                del self._jobs[request_id]
 
     def queued(self) -> list[str]:
         """The ids of the requests that have never had a state; one that has lost its state to others is not queued."""

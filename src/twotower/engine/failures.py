@@ -15,6 +15,7 @@ from twotower.engine.job import Job
 
 # After so many rounds that failed, with no step of any request done between them, the engine gives up.
 MOST_FAILED_ROUNDS = 16
+_NEVER_HELD = (SystemError, KeyboardInterrupt, SystemExit)
 # What PyTorch's allocators say in a RuntimeError that is no torch.OutOfMemoryError.
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
@@ -27,9 +28,10 @@ def failing(jobs: Sequence[Job]) -> Iterator[None]:
     """
     try:
         yield
-    except SystemError:
+    except _NEVER_HELD:
         raise
-    except Exception as error:  # of any kind: it must end some requests, and not the engine with all of them
+    # of any kind, panics of Rust code among them, which are no Exception: it must not end the engine with all requests
+    except BaseException as error:
         for job in jobs:
             job.error = error
 
@@ -39,7 +41,7 @@ def is_final(error: BaseException) -> bool:
 
     Others than these end only what runs. Without memory for Python's own objects nothing there is certain.
     """
-    return not isinstance(error, Exception) or isinstance(error, SystemError | MemoryError)
+    return isinstance(error, (*_NEVER_HELD, MemoryError))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

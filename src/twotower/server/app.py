@@ -204,8 +204,8 @@ def make_app(engine: AsyncEngine, config: ServerConfig, template: ChatTemplate |
     @app.get("/health")
     @app.get("/ping")
     async def health() -> JSONResponse:
-        ready = engine.is_running
-        return JSONResponse({"status": "ready" if ready else "stopped"}, 200 if ready else 503)
+        status = "stopped" if not engine.is_running else "stopping" if engine.is_draining else "ready"
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

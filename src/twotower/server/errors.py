@@ -93,6 +93,11 @@ def anthropic_body(status: int, message: str, code: str | None = None) -> dict[s
     return {"type": "error", "error": {"type": kind, "message": cut(message, _MESSAGE), **details}}
 
 
+# What ends a task in order, or the process. Everything else is a failure, panics of Rust code among it, which are no
+# Exception.
+ENDINGS = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
+
+
 class Failure(NamedTuple):
     """Why a request that was right got no answer, or only a part of one."""
 
@@ -102,7 +107,7 @@ class Failure(NamedTuple):
     headers: dict[str, str]
 
 
-def failure_of(error: Exception, log: dict[str, Any]) -> Failure:
+def failure_of(error: BaseException, log: dict[str, Any]) -> Failure:
     """What to tell a client whose request ended on an exception, which is noted in the request's line of log.
 
     What no one expected goes to the log with its traceback; that of a RequestFailed is there already.
@@ -151,7 +156,7 @@ def install(app: Starlette) -> None:
     app.add_exception_handler(SettingError, _setting)
     app.add_exception_handler(Overloaded, _full)
     for kind in (Draining, EngineFailed, RequestFailed):
-        app.add_exception_handler(kind, _failed)
+        app.add_exception_handler(kind, _ended)
     app.add_exception_handler(ClientGone, _gone)
     app.add_middleware(_Defects)
 
@@ -176,15 +181,17 @@ class _Defects:
 
         try:
             await self._app(scope, receive, noted)
-        except Exception as error:  # of any kind: the client must be answered
-            if begun or scope["type"] != "http":
-                raise
-            await (await _failed(Request(scope, receive), error))(scope, receive, send)
         except asyncio.CancelledError:  # only a server that stops cancels a request, here one outside the engine
             if not begun and scope["type"] == "http":
                 late = Draining("the server is shutting down and did not finish this request")
-                await (await _failed(Request(scope, receive), late))(scope, receive, send)
+                await _failed(Request(scope, receive), late)(scope, receive, send)
             raise
+        except ENDINGS:
+            raise
+        except BaseException as error:  # of any kind: the client must be answered
+            if begun or scope["type"] != "http":
+                raise
+            await _failed(Request(scope, receive), error)(scope, receive, send)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
@@ -305,7 +312,11 @@ async def _full(request: Request, error: Exception) -> JSONResponse:
     return error_response(request.url.path, 429, message, code="rate_limit_exceeded", headers=told)
 
 
-async def _failed(request: Request, error: Exception) -> JSONResponse:
+async def _ended(request: Request, error: Exception) -> JSONResponse:
+    return _failed(request, error)
+
+
+def _failed(request: Request, error: BaseException) -> JSONResponse:
     status, message, code, headers = failure_of(error, request.state.log)
     return error_response(request.url.path, status, message, code=code, headers=headers)
 

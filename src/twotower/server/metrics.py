@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from twotower.decoding.modes import Mode
 from twotower.decoding.output import StepOutput
 from twotower.engine.aio import AsyncEngine
+from twotower.server.errors import ENDINGS
 from twotower.server.vllm_metrics import VllmNames
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -85,7 +86,7 @@ class Observed:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, Exception):
+        if kind is not None and not issubclass(kind, ENDINGS):
             self.fail()
         self._metrics.texts.labels(self._mode, self.outcome).inc()
 

@@ -19,7 +19,7 @@ from twotower.decoding.step import Request
 from twotower.engine.aio import Admission, AsyncEngine
 from twotower.errors import SettingError
 from twotower.server.config import MAX_CONTEXT, ServerConfig
-from twotower.server.errors import ApiError
+from twotower.server.errors import ENDINGS, ApiError
 from twotower.server.metrics import Metrics
 from twotower.server.reasoning import AtStart, thought_format, thought_rules
 from twotower.server.sampling import Sampling
@@ -167,8 +167,8 @@ class Service:
         try:
             async with aclosing(taken()) as outputs:
                 yield outputs
-        except Exception:
-            for observed in seen:
+        except BaseException as error:
+            for observed in [] if isinstance(error, ENDINGS) else seen:
                 observed.fail()
             raise
         finally:

@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from twotower.server.errors import ClientGone, Failure, body, failure_of
+from twotower.server.errors import ENDINGS, ClientGone, Failure, body, failure_of
 
 T = TypeVar("T")
 
@@ -61,7 +61,9 @@ class EventStream(StreamingResponse):
                 yield self._line(first)
             async for event in self._events:
                 yield self._line(event)
-        except Exception as error:  # of any kind: the client must be told
+        except ENDINGS:
+            raise
+        except BaseException as error:  # of any kind: the client must be told
             for event in self._failed(failure_of(error, self._log)):
                 yield self._line(event)
             return
