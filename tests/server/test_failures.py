@@ -195,7 +195,7 @@ def test_the_official_client_raises_the_message_at_every_endpoint(url, model, mo
 @ENDPOINTS
 def test_a_server_that_drains_refuses_what_waits_and_finishes_what_runs(path, url, own, wait_until):
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        running = [pool.submit(streamed, url, "/v1/completions", max_tokens=1500) for _ in range(2)]
+        running = [pool.submit(streamed, url, "/v1/completions", max_tokens=800) for _ in range(2)]
         wait_until(lambda: own.stats().num_running == 2)
         waiting = [pool.submit(asked, url, path) for asked in (ask, streamed)]
         wait_until(lambda: own.stats().num_waiting == 2)
