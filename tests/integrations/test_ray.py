@@ -148,12 +148,13 @@ def affinity(url):
 def spread(url):
     """What has nothing in common goes to both."""
     before = metric(url, "twotower_texts_total")
-    streams = [Stream(url, f"{name} was", max_tokens=60) for name in ("Tom", "Lily", "Sam", "Ben", "Mia", "Max")]
+    streams = [Stream(url, f"{number} bears", max_tokens=60) for number in range(10)]
     for stream in streams:
         stream.join()
     assert {stream.end for stream in streams} == {"length"}
     after = metric(url, "twotower_texts_total")
-    assert all(after[name] - before[name] >= 2 for name in after)
+    # that ten keys have one home, where none waits for another, happens once in 512 times
+    assert all(after[name] > before[name] for name in after)
 
 
 def full(url):
