@@ -108,6 +108,27 @@ def test_a_client_that_sends_half_of_a_body_is_told(address):
         assert b"the request took too long to arrive; send it again" in received
 
 
+def test_a_client_that_sends_a_large_body_slowly_but_steadily(address):
+    parts = 15  # of 0.2 s each: three times as long as a connection may be silent
+    with connected(address) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (parts * 2048))
+        for _ in range(parts):
+            time.sleep(0.2)
+            client.sendall(b"x" * 2048)
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_client_that_sends_a_byte_of_a_body_now_and_then(address):
+    with connected(address) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - began < 5:
+                client.sendall(b"x")
+                time.sleep(0.2)
+        assert time.monotonic() - began < 3
+
+
 def test_a_client_that_sends_nothing_after_its_answer(address):
     with connected(address) as client:
         client.sendall(GET % b"")

@@ -27,6 +27,9 @@ _OPENING_SECONDS = 0.1
 # At the limit, seconds until connections are taken again, for a refused client to go, and between two log lines.
 _PAUSE_SECONDS, _LEAVE_SECONDS, _SILENT_SECONDS = 1.0, 1.0, 60.0
 
+# A body that comes at so many bytes a second may take as long as it does.
+_LEAST_RATE = 4096
+
 # What is waited for: the first bytes of a request, the rest of it, or the client's taking of its answer.
 Awaited = Literal["nothing", "request", "answer"]
 
@@ -47,8 +50,9 @@ class TimedConnection(H11Protocol):
     """uvicorn's connection, which is closed when its client is silent or takes nothing.
 
     uvicorn's own limit, `timeout_keep_alive`, which is `idle_seconds` here, holds only between an answer and the next
-    byte. Here it also holds before the first request, and for a request from its first byte to its last. A client that
-    waits for its answer is never closed, nor one that takes it slowly: only one that has taken none of the bytes that
+    byte. Here it also holds before the first request, and for a request from its first byte to its last, without the
+    time that its body takes at `_LEAST_RATE`: a large one over a slow line is no silence, a byte now and then is. A
+    client that waits for its answer is never closed, nor one that takes it slowly: only one that has taken none of the bytes that
     wait for it in `unread_seconds`. Either may last a quarter longer, for it is looked at four times.
     """
 
@@ -74,6 +78,8 @@ class TimedConnection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._note()
+        if self._awaited == "request" and self.conn.their_state is h11.SEND_BODY:
+            self.since = min(self.since + len(data) / _LEAST_RATE, self.loop.time())
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
