@@ -52,8 +52,8 @@ class TimedConnection(H11Protocol):
     uvicorn's own limit, `timeout_keep_alive`, which is `idle_seconds` here, holds only between an answer and the next
     byte. Here it also holds before the first request, and for a request from its first byte to its last, without the
     time that its body takes at `_LEAST_RATE`: a large one over a slow line is no silence, a byte now and then is. A
-    client that waits for its answer is never closed, nor one that takes it slowly: only one that has taken none of the bytes that
-    wait for it in `unread_seconds`. Either may last a quarter longer, for it is looked at four times.
+    client that waits for its answer is never closed, nor one that takes it slowly: only one that has taken none of the
+    bytes that wait for it in `unread_seconds`. Either may last a quarter longer, for it is looked at four times.
     """
 
     def __init__(self, *, unread_seconds: float, **given: Any) -> None:
