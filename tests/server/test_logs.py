@@ -1,5 +1,6 @@
 """The log: short lines whatever clients send, and a server that goes on whatever is under its log."""
 
+import asyncio
 import json
 import logging
 import os
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 
-from twotower.server.logs import JsonLines, cut
+from twotower.server.logs import JsonLines, cut, is_no_cancellation
 
 MB = 1_000_000
 ASK = {"model": "tiny", "prompt": "a", "max_tokens": 2}
@@ -29,6 +30,13 @@ def test_a_record_with_an_exception_is_one_line():
     assert "\n" not in line
     assert json.loads(line)["message"] == "bad luck"
     assert "no" in json.loads(line)["exception"]
+
+
+@pytest.mark.parametrize(("error", "kept"), [(asyncio.CancelledError(), False), (RuntimeError(), True), (None, True)])
+def test_a_request_that_is_cut_when_the_server_stops_leaves_no_traceback(error, kept):
+    what = None if error is None else (type(error), error, None)
+    record = logging.LogRecord("uvicorn.error", logging.ERROR, "f", 1, "Exception in ASGI application", (), what)
+    assert is_no_cancellation(record) is kept
 
 
 @pytest.mark.parametrize("text", ["\u2028\u2029\x85\x0b\x1c", "\x9b31m\x1b[31m\x00", "\ud800", "\u202eabc", "日本 é"])

@@ -1,5 +1,6 @@
 """The log: lines of JSON on stderr, short whatever clients send, written so that nothing under the log can hold up."""
 
+import asyncio
 import json
 import logging
 import os
@@ -73,6 +74,7 @@ class _StderrLines(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.setFormatter(JsonLines())
+        self.addFilter(is_no_cancellation)
         self._lines: queue.Queue[bytes | None] = queue.Queue(_HELD)
         self._count = threading.Lock()
         self._num_lost = 0
@@ -118,6 +120,12 @@ class _StderrLines(logging.Handler):
             except OSError:
                 self._lose(lost + 1)
                 time.sleep(_RETRY_SECONDS)
+
+
+def is_no_cancellation(record: logging.LogRecord) -> bool:
+    """False for uvicorn's tracebacks of requests that a server cuts when it stops: these are no defects, and have their
+    own lines."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 @contextmanager
