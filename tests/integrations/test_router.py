@@ -5,6 +5,7 @@ import contextlib
 import json
 
 import httpx
+import openai
 import pytest
 
 pytest.importorskip("aiohttp", reason="needs pip install 'twotower[ray]'")
@@ -144,6 +145,18 @@ def test_a_stream_whose_replica_dies_ends_with_the_error_of_its_protocol(path, k
         assert (name, error["error"]["code"]) == ("", "replica_failed")
     else:
         assert (name, error["type"]) == ("event: error\n", "error")
+        assert error["error"]["message"] == "the replica that wrote this ended; send the request again"
+
+
+def test_openai_s_client_raises_where_the_replica_of_a_response_dies():
+    async def run():
+        async with routing(CUT_STREAM) as http:
+            client = openai.AsyncOpenAI(base_url="http://router/v1", api_key="k", http_client=http, max_retries=0)
+            async for _ in await client.responses.create(model="m", input="a", stream=True):
+                pass
+
+    with pytest.raises(openai.APIError, match="the replica that wrote this ended"):
+        asyncio.run(run())
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -157,7 +170,9 @@ def test_what_is_abandoned_ends_with_an_error_that_says_so(begun):
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)
             client.relay.abandon()
-            return await asyncio.wait_for(asking, 5)
+            told = await asyncio.wait_for(asking, 5)
+            assert len(client.relay.fleet.members) == 2  # neither is taken for dead
+            return told
 
     ended = asyncio.run(run())
     assert ended.status_code == (200 if begun else 503)
@@ -192,12 +207,13 @@ def test_keys_and_limits_are_checked_before_a_replica_is_asked():
     assert (answer.status_code, seen) == (413, {})
 
 
-def test_metrics_of_all_replicas_have_their_names():
+def test_metrics_of_all_replicas_have_their_names_and_one_that_hangs_holds_up_none(monkeypatch):
+    monkeypatch.setattr("twotower.integrations.ray.router._SECONDS_FOR_METRICS", 0.2)
     text = b"# HELP twotower_running Texts.\n# TYPE twotower_running gauge\ntwotower_running 3.0\n"
     plain = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: %d\r\n\r\n" % len(text) + text
 
     async def run():
-        async with routing(plain, plain, NOTHING) as client:
+        async with routing(plain, plain, NOTHING, HANGS) as client:
             return (await client.get("/metrics")).text
 
     lines = asyncio.run(run()).splitlines()
@@ -206,4 +222,4 @@ def test_metrics_of_all_replicas_have_their_names():
         'twotower_running{replica="r1"} 3.0',
     ]
     assert lines.count("# TYPE twotower_running gauge") == 1
-    assert "twotower_router_replicas 3.0" in lines
+    assert "twotower_router_replicas 4.0" in lines

@@ -23,6 +23,9 @@ from twotower.integrations.ray.trust import TakenId
 from twotower.server.logs import log_to_stderr
 
 _SECONDS_BETWEEN_CHECKS = 5
+# Ray replaces a replica that three times in a row takes longer to say how it is; its own default is 30 seconds, for
+# which requests would wait at one that hangs.
+_SECONDS_TO_SAY = 10
 # Between a server's own limit for running requests at its end and when Ray kills it
 _SECONDS_TO_END = 10
 _SECONDS_TO_LOOK = 5
@@ -142,6 +145,7 @@ def behind_proxy(launch: Launch, config: ReplicaConfig) -> serve.Application:
 def _common(launch: Launch) -> dict[str, Any]:
     return {
         "health_check_period_s": _SECONDS_BETWEEN_CHECKS,
+        "health_check_timeout_s": _SECONDS_TO_SAY,
         "graceful_shutdown_timeout_s": launch.server.shutdown_seconds + _SECONDS_TO_END,
         "graceful_shutdown_wait_loop_s": 0.1,
         # Servers write a log of their own.

@@ -41,6 +41,8 @@ _MAX_LOST = 2
 _MAX_FULL = 3
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_CONNECT = 5.0
+# Less than Prometheus waits by default, 10: a replica that hangs costs its own metrics, not the others'
+_SECONDS_FOR_METRICS = 5.0
 # Less than the seconds after which a replica closes a connection, so that none is used just then
 _SECONDS_KEPT_ALIVE = IDLE_SECONDS / 2
 # What clients are told whose requests end early
@@ -115,6 +117,8 @@ class Relay:
             try:
                 response = await self._try(request, sent, member)
             except aiohttp.ClientError as error:
+                if self._is_abandoned:  # which has closed the connection
+                    break
                 self._lose(member, error)
                 lost += not isinstance(error, aiohttp.ClientConnectorError)
                 if lost == _MAX_LOST:
@@ -193,7 +197,7 @@ class Relay:
         """The metrics of all replicas, each sample with its replica as a label, and this router's own."""
 
         async def read(member: Member) -> tuple[str, str]:
-            async with self._send(request, b"", member) as reply:
+            async with asyncio.timeout(_SECONDS_FOR_METRICS), self._send(request, b"", member) as reply:
                 return member.name, await reply.text()
 
         read_all = await asyncio.gather(*map(read, self.fleet.members), return_exceptions=True)
@@ -223,8 +227,9 @@ def _cut(path: str, message: str, code: str) -> bytes:
     if is_anthropic(path):
         made, name = anthropic_body(503, message, code), "event: error\n"
     elif path.endswith("/v1/responses"):
-        error = body(503, message, code=code)["error"]
-        made, name = {"type": "error", "code": error["code"], "message": message, "param": None}, "event: error\n"
+        # with the `error` on which OpenAI's client raises
+        told = {"type": "error", "code": code, "message": message, "param": None}
+        made, name = told | body(503, message, code=code), "event: error\n"
     else:
         made, name = body(503, message, code=code), ""
     return f"{name}data: {json.dumps(made)}\n\n".encode()
