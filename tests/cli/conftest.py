@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -50,6 +51,12 @@ def run() -> Run:
     return call
 
 
+def hearing_signals() -> None:
+    """What runs under nohup, or in the background of a script, ignores some signals, and so would what it starts."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Process(NamedTuple):
     """`twotower serve` as a process that answers at `url`, and the file of its log."""
 
@@ -83,6 +90,7 @@ def process(checkpoint: Path, tmp_path: Path) -> Callable[..., contextlib.Abstra
         command += ["--name", "tiny", "--max-requests", "2"] if named else []
         with log.open("w") as stderr:
             arguments = [str(part) for part in (*command, *options)]
+            more = {"preexec_fn": hearing_signals} | more
             running = subprocess.Popen(arguments, stderr=stderr, stdout=subprocess.DEVNULL, **more)
             try:
                 yield Process(running, str(logged(running, log, until)["url"]), log)

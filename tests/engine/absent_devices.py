@@ -21,8 +21,9 @@ from twotower.config import TwoTowerConfig
 from twotower.decoding.modes import MODES
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.step import LaunchedStep
-from twotower.engine import engine
+from twotower.engine import batches
 from twotower.engine.config import EngineConfig
+from twotower.engine.engine import Engine
 from twotower.model.two_tower import TwoTower
 
 
@@ -61,13 +62,13 @@ def made_up(launched: Sequence[LaunchedStep]) -> list[Any]:
 
 
 rng, reads = random.Random(0), []
-engine.read = made_up
+batches.read = made_up
 _setup_privateuseone_for_python_backend("absent")
 with FakeTensorMode(), Copies() as copies:
     config = TwoTowerConfig(**json.loads(sys.argv[1]))
     model = TwoTower(config, context_device="absent:0", denoiser_device="absent:1").eval()
     limits = EngineConfig(state_bytes=1 << 20, snapshot_bytes=1 << 16, prompt_chunk=64, max_num_requests=12)
-    made = engine.Engine(model, limits)
+    made = Engine(model, limits)
     for i, mode in enumerate([*MODES, *MODES]):
         lengths = {"max_new_tokens": 6 + i % 3, "block_size": 5, "steps_per_block": 3}
         params = SamplingParams(mode=mode, **lengths, temperature=i % 2, top_k=9, seed=i)

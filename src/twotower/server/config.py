@@ -86,7 +86,7 @@ class ServerConfig:
     )
     idle_seconds: int = option(
         75,
-        "How long a connection may be silent before it is closed, or take to send a request.",
+        "How long a connection may be silent before it is closed; a request whose bytes only trickle is silent, too.",
         least=1,
         other_flag="--timeout-keep-alive",
     )
