@@ -26,6 +26,8 @@ _HANDSHAKE_SECONDS = 10.0
 _OPENING_SECONDS = 0.1
 # At the limit, seconds until connections are taken again, for a refused client to go, and between two log lines.
 _PAUSE_SECONDS, _LEAVE_SECONDS, _SILENT_SECONDS = 1.0, 1.0, 60.0
+# A connection that was opened just now has its request on the way: only after so long does it make room for another.
+_SETTLED_SECONDS = 0.5
 
 # A body that comes at so many bytes a second may take as long as it does.
 _LEAST_RATE = 4096
@@ -205,7 +207,8 @@ class Acceptor:
     def _make_room(self) -> bool:
         """Closes the connection that has been silent for longest, if any is."""
         open_ones = [c for c in self._server.server_state.connections if isinstance(c, TimedConnection)]
-        silent = [c for c in open_ones if c.is_silent]
+        settled = asyncio.get_running_loop().time() - _SETTLED_SECONDS
+        silent = [c for c in open_ones if c.is_silent and c.since <= settled]
         if silent:
             min(silent, key=lambda c: c.since).close()
         return bool(silent)
