@@ -52,6 +52,18 @@ def test_a_second_signal_ends_at_once(process, numbers):
 
 
 @pytest.mark.slow
+def test_a_request_that_comes_on_a_kept_connection_when_the_server_stops_is_told_so(process):
+    with process("--port", "0") as started, httpx.Client(base_url=started.url, timeout=10) as kept:
+        assert kept.get("/health").status_code == 200
+        started.running.send_signal(signal.SIGTERM)
+        started.wait_for("stopping")
+        answer = kept.post("/v1/completions", json=ASK | {"stream": False})
+        assert answer.status_code == 503
+        assert answer.headers["connection"] == "close"
+        assert started.running.wait(10) == 0
+
+
+@pytest.mark.slow
 def test_what_has_not_finished_in_time_is_told_so(process):
     with process("--port", "0", "--shutdown-seconds", "1", "--max-context", "100000") as started:
         body = ASK | {"max_tokens": 90_000}

@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 
 from twotower.server.config import ServerConfig
-from twotower.server.connections import raise_descriptor_limit
+from twotower.server.connections import Acceptor, raise_descriptor_limit
 from twotower.server.lifecycle import uvicorn_settings
 
 SIZE, NUM_CHUNKS = 1 << 16, 64
@@ -200,3 +200,22 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be():
         assert raise_descriptor_limit() == most
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_the_system_has_taken_when_the_server_stops_is_answered():
+    async def stop():
+        server = uvicorn.Server(uvicorn_settings(app, ServerConfig(port=0)))
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
+        listening = socket.create_server(("127.0.0.1", 0))
+        listening.setblocking(False)
+        acceptor = Acceptor(server, 1000)
+        acceptor.start([listening])
+        # nothing takes them before the acceptor is closed
+        waiting = [socket.create_connection(listening.getsockname(), timeout=5) for _ in range(3)]
+        for one in waiting:
+            one.sendall(GET % b"")
+        await acceptor.close()
+        return [await asyncio.to_thread(one.recv, 12) for one in waiting]
+
+    assert asyncio.run(stop()) == [b"HTTP/1.1 200"] * 3

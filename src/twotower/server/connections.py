@@ -26,6 +26,8 @@ _HANDSHAKE_SECONDS = 10.0
 _OPENING_SECONDS = 0.1
 # At the limit, seconds until connections are taken again, for a refused client to go, and between two log lines.
 _PAUSE_SECONDS, _LEAVE_SECONDS, _SILENT_SECONDS = 1.0, 1.0, 60.0
+# When the server stops, seconds in which a connection that waits for a request may still bring one, and is told so.
+_LAST_REQUEST_SECONDS = 0.5
 # A connection that was opened just now has its request on the way: only after so long does it make room for another.
 _SETTLED_SECONDS = 0.5
 
@@ -91,6 +93,20 @@ class TimedConnection(H11Protocol):
         super().resume_writing()
         self._taken = self.loop.time()
         self._note()
+
+    def shutdown(self) -> None:
+        """Closes the connection because the server stops, after an answer that is under way.
+
+        One that waits for a request is kept for a moment: a request that is on its way would be lost with it.
+        """
+        if self.is_silent:
+            self.loop.call_later(_LAST_REQUEST_SECONDS, self._shut_down)
+        else:
+            super().shutdown()
+
+    def _shut_down(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()
 
     @property
     def awaited(self) -> Awaited:
@@ -165,6 +181,12 @@ class Acceptor:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
         for one in self._listening:
+            # The system has taken these already, and would reset them.
+            with suppress(OSError):
+                while True:
+                    taken, _ = one.accept()
+                    taken.setblocking(False)
+                    self._opening.add(asyncio.create_task(self._open(taken)))
             one.close()
         if self._opening:
             await asyncio.wait(self._opening, timeout=_OPENING_SECONDS)
