@@ -48,13 +48,16 @@ def test_what_waits_is_refused_and_what_runs_is_finished(model: TwoTower, engine
         engine.drain()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    *finished, third, fourth = asyncio.run(main())
-    for i, output in enumerate(finished):
-        assert isinstance(output, StepOutput)
+    ended = asyncio.run(main())
+    # which two of them run first is up to the threads that prepared them
+    finished = [(i, output) for i, output in enumerate(ended) if isinstance(output, StepOutput)]
+    assert len(finished) == 2
+    for i, output in finished:
         assert output.result is not None
         assert output.result.token_ids == generate(model, [[5, i]], LONG)[0].token_ids
-    assert isinstance(third, Draining)
-    assert "had not begun this request" in str(fourth)
+    refused = [output for output in ended if isinstance(output, Draining)]
+    assert len(refused) == 2
+    assert all("had not begun this request" in str(error) for error in refused)
     assert engine.is_draining
     assert engine.stats().bytes_used == engine.num_unfinished == 0
 
