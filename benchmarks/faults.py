@@ -85,7 +85,7 @@ def told(response: httpx.Response, *, stream: bool) -> str:
 
 def several(server: Server, count: int, **fields: object) -> "list[concurrent.futures.Future[str]]":
     pool = concurrent.futures.ThreadPoolExecutor(count)
-    return [pool.submit(ask, server, **fields) for _ in range(count)]  # type: ignore[arg-type]
+    return [pool.submit(ask, server, **fields) for _ in range(count)]
 
 
 def summed(answers: "Sequence[concurrent.futures.Future[str]]") -> str:

@@ -1,5 +1,6 @@
 """`twotower serve` and signals: the first lets requests finish, the second ends it at once."""
 
+import contextlib
 import json
 import os
 import signal
@@ -52,14 +53,21 @@ def test_a_second_signal_ends_at_once(process, numbers):
 
 
 @pytest.mark.slow
-def test_a_request_that_comes_on_a_kept_connection_when_the_server_stops_is_told_so(process):
-    with process("--port", "0") as started, httpx.Client(base_url=started.url, timeout=10) as kept:
-        assert kept.get("/health").status_code == 200
-        started.running.send_signal(signal.SIGTERM)
-        started.wait_for("stopping")
-        answer = kept.post("/v1/completions", json=ASK | {"stream": False})
-        assert answer.status_code == 503
-        assert answer.headers["connection"] == "close"
+def test_requests_that_come_on_kept_connections_when_the_server_stops_are_told_so(process):
+    with process("--port", "0") as started, contextlib.ExitStack() as opened:
+        idle, busy = (opened.enter_context(httpx.Client(base_url=started.url, timeout=10)) for _ in range(2))
+        assert idle.get("/health").status_code == 200
+        body = ASK | {"max_tokens": 200}
+        with busy.stream("POST", "/v1/completions", json=body) as response:
+            assert "connection" not in response.headers  # it could not know
+            started.running.send_signal(signal.SIGTERM)
+            started.wait_for("stopping")
+            late = [idle.post("/v1/completions", json=ASK)]
+            assert events(response)[-1]["choices"][0]["finish_reason"] == "length"
+        late.append(busy.post("/v1/completions", json=ASK))
+        for answer in late:
+            assert answer.status_code == 503
+            assert "close" in answer.headers["connection"]
         assert started.running.wait(10) == 0
 
 

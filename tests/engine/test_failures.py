@@ -207,7 +207,7 @@ def stepping(e: Engine, lines: _Lines) -> None:
         finally:
             sys.settrace(None)
 
-    e._round = traced  # type: ignore[method-assign]
+    e._round = traced
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_scores_come_before_the_text_whatever_else_is_absorbed(tiny: Callable, m
     model = tiny("M*-E")
     plain = engine(model, max_num_requests=3, prompt_chunk=16, commits_apart=apart)
     e = engine(model, max_num_requests=3, prompt_chunk=16, commits_apart=apart)
-    texts = plain.generate(PROMPTS, SamplingParams(mode=mode, max_new_tokens=9))  # type: ignore[arg-type]
+    texts = plain.generate(PROMPTS, SamplingParams(mode=mode, max_new_tokens=9))
     names = [add(e, prompt, 9, mode) for prompt in PROMPTS]
     found = outputs(e)
     for name, prompt, text in zip(names, PROMPTS, texts, strict=True):

@@ -88,7 +88,7 @@ def strike(number: int, real: Callable, error: BaseException) -> Callable:
 
 def lines(caplog: pytest.LogCaptureFixture, path: str) -> list[dict[str, Any]]:
     """The lines of log of the requests to a path; the last is written when its client has its answer already."""
-    found = [record.fields for record in caplog.records if record.getMessage() == "request"]  # type: ignore[attr-defined]
+    found = [record.fields for record in caplog.records if record.getMessage() == "request"]
     return [fields for fields in found if fields["path"] == path]
 
 

@@ -26,7 +26,7 @@ _HANDSHAKE_SECONDS = 10.0
 _OPENING_SECONDS = 0.1
 # At the limit, seconds until connections are taken again, for a refused client to go, and between two log lines.
 _PAUSE_SECONDS, _LEAVE_SECONDS, _SILENT_SECONDS = 1.0, 1.0, 60.0
-# When the server stops, seconds in which a connection that waits for a request may still bring one, and is told so.
+# When the server stops, seconds after an answer in which its connection may still bring a request, which is told so.
 _LAST_REQUEST_SECONDS = 0.5
 # A connection that was opened just now has its request on the way: only after so long does it make room for another.
 _SETTLED_SECONDS = 0.5
@@ -73,6 +73,7 @@ class TimedConnection(H11Protocol):
         self.since = self._taken = self.loop.time()
         self._awaited: Awaited = "nothing"
         self._unsent = 0
+        self._is_ending = False
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -88,6 +89,8 @@ class TimedConnection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._note()
+        if self._is_ending:
+            self._end_soon()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -95,16 +98,18 @@ class TimedConnection(H11Protocol):
         self._note()
 
     def shutdown(self) -> None:
-        """Closes the connection because the server stops, after an answer that is under way.
+        """Closes the connection because the server stops, a moment after its last answer.
 
-        One that waits for a request is kept for a moment: a request that is on its way would be lost with it.
+        A client that was not told that the connection ends sends its next request on it at once, which would be lost.
         """
-        if self.is_silent:
-            self.loop.call_later(_LAST_REQUEST_SECONDS, self._shut_down)
-        else:
-            super().shutdown()
+        self._is_ending = True
+        if self.cycle is None or self.cycle.response_complete:
+            self._end_soon()
 
-    def _shut_down(self) -> None:
+    def _end_soon(self) -> None:
+        self.loop.call_later(_LAST_REQUEST_SECONDS, self._end)
+
+    def _end(self) -> None:
         if not self.transport.is_closing():
             super().shutdown()
 

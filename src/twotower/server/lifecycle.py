@@ -150,6 +150,8 @@ class _Process(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._acceptor.close()
+        # of every answer that begins from now on
+        self.server_state.default_headers.append((b"connection", b"close"))
         async with self._held:
             await (super().shutdown() if self._engine is None else self._drain(self._engine))
 
