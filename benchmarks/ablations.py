@@ -48,10 +48,10 @@ from twotower.eval.provenance import provenance
 from twotower.model.two_tower import TwoTower
 from twotower.training.config import DenoisingConfig, Phase
 from twotower.training.corpus.shards import Corpus, CorpusBatch
-from twotower.training.corruption import Corrupted
-from twotower.training.denoising import Denoising, NoisyRows
 from twotower.training.forward.block_parallel import block_parallel_hidden
 from twotower.training.forward.layout import Layout, make_layout
+from twotower.training.masks.noise import Corrupted
+from twotower.training.objectives.denoising import Denoising, NoisyRows
 from twotower.training.run.trainer import TrainConfig, Trainer
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom, which are one less than the seeds

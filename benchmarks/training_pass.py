@@ -6,7 +6,7 @@ Prints one JSON line. The model: M*-EM*-E, d 512, 8/2 heads x 64, Mamba 16 x 64 
 of width 256 with 4 active, shared 512, MLP 1024, v 8192, float32, random weights. Batch 1, t 2048, block 16, half of
 the positions masked. A step is forward and backward, without the optimiser.
 
-- `seeded` is `training.losses.loss_sums`, and `recompute` the same with that option.
+- `seeded` is `training.objectives.sums.loss_sums`, and `recompute` the same with that option.
 - `boundary` does what released training code does. The context pass runs first and keeps the keys and values of every
   layer and, for `M`, the state and convolution rows at every block boundary. The denoiser folds blocks into the batch
   for `M` and adds a dense (t, 2t) mask in `*`. It has the same towers, applies the head to all masked rows at once, and
@@ -40,10 +40,10 @@ from twotower.model.state import MambaState
 from twotower.model.time_conditioning import Modulation
 from twotower.ops.attention import cached_attention
 from twotower.ops.rope import Positioning
-from twotower.training.corruption import Corrupted
 from twotower.training.forward.layout import Layout, make_layout
 from twotower.training.forward.seeded_mixers import MambaSeed, context_mixed, context_seed, make_plan
-from twotower.training.losses import loss_sums
+from twotower.training.masks.noise import Corrupted
+from twotower.training.objectives.sums import loss_sums
 
 CONFIG = TwoTowerConfig(
     vocab_size=8192,

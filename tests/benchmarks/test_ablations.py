@@ -13,8 +13,8 @@ import twotower
 from twotower.checkpoints import save
 from twotower.config import TwoTowerConfig
 from twotower.training.corpus.shards import CorpusBatch, CorpusRows, write_shard
-from twotower.training.corruption import Corrupted
 from twotower.training.forward.layout import make_layout
+from twotower.training.masks.noise import Corrupted
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "ablations.py"
 BOS, EOS, BLOCK = 1, 2, 4

@@ -9,7 +9,7 @@ from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.training.corpus.shards import Corpus, CorpusBatch, CorpusRows, write_shard
 from twotower.training.held_out import answer, measure, questions
-from twotower.training.objective import Measured
+from twotower.training.objectives.protocol import Measured
 from twotower.training.run.ranks import Ranks
 
 

@@ -25,7 +25,7 @@ from twotower.cli.training_run import (
 from twotower.config import TwoTowerConfig
 from twotower.model.one_tower import OneTower
 from twotower.training.config import NextTokenConfig, TrainConfig
-from twotower.training.next_token import NextToken
+from twotower.training.objectives.next_token import NextToken
 from twotower.training.run.checkpointing import read_progress
 from twotower.training.run.identity import check_same, config_identity
 from twotower.training.run.trainer import Trainer

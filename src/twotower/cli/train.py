@@ -36,7 +36,7 @@ from twotower.training.config import DenoisingConfig, TrainConfig
 from twotower.training.corpus.row_length import usual_length
 from twotower.training.corpus.shards import is_corpus
 from twotower.training.corpus.text import USUAL_LENGTH
-from twotower.training.denoising import Denoising
+from twotower.training.objectives.denoising import Denoising
 from twotower.training.run.checkpointing import read_progress
 from twotower.training.run.identity import check_same, denoising_config, model_identity
 from twotower.training.run.trainer import Trainer, check_run

@@ -18,7 +18,7 @@ from twotower.options import check_options, option
 from twotower.training.config import DenoisingConfig, NextTokenConfig, TrainConfig
 from twotower.training.corpus.row_length import check_row_length
 from twotower.training.corpus.shards import Corpus, is_corpus
-from twotower.training.objective import Objective
+from twotower.training.objectives.protocol import Objective
 from twotower.training.run.checkpointing import check_tensors, latest_state, stored_groups
 from twotower.training.run.estimate import estimate, lines
 from twotower.training.run.ranks import Ranks, joined

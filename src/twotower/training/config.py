@@ -31,8 +31,8 @@ def parse_phases(text: str) -> tuple[Phase, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenoisingConfig:
-    """What a denoiser learns and which tensors are trained. `training.losses.weigh` explains `reduction`,
-    `training.corruption.Noise` the options of the noise, `training.forward.block_parallel` `recompute`."""
+    """What a denoiser learns and which tensors are trained. `training.objectives.sums.weigh` explains `reduction`,
+    `training.masks.noise.Noise` the options of the noise, `training.forward.block_parallel` `recompute`."""
 
     reduction: Reduction = option(
         "masked_mean",

@@ -9,7 +9,7 @@ from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
 from twotower.training.corpus.shards import Corpus, CorpusBatch
-from twotower.training.objective import Measured
+from twotower.training.objectives.protocol import Measured
 from twotower.training.run.ranks import Ranks
 
 # The number of questions that are answered, and the most tokens of an answer that are compared.

@@ -8,7 +8,7 @@ import torch
 from twotower.model.two_tower import TwoTower
 from twotower.training.config import DenoisingConfig, TrainConfig
 from twotower.training.corpus.shards import Corpus
-from twotower.training.denoising import Denoising
+from twotower.training.objectives.denoising import Denoising
 from twotower.training.run.trainer import StepReport, Trainer
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from twotower.model.two_tower import TwoTower
 from twotower.training.corpus.shards import Corpus, CorpusRows, write_shard
-from twotower.training.denoising import Denoising, DenoisingConfig
+from twotower.training.objectives.denoising import Denoising, DenoisingConfig
 from twotower.training.run.trainer import StepReport, TrainConfig, Trainer
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from twotower.training.corpus.shards import CorpusBatch
-from twotower.training.denoising import Denoising, DenoisingConfig
+from twotower.training.objectives.denoising import Denoising, DenoisingConfig
 from twotower.training.run.compiling import compiled
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,8 @@ from twotower.config import TwoTowerConfig
 from twotower.model.one_tower import OneTower
 from twotower.model.two_tower import TwoTower
 from twotower.training.corpus.shards import CorpusBatch
-from twotower.training.denoising import Denoising, DenoisingConfig
-from twotower.training.next_token import NextToken, NextTokenConfig
+from twotower.training.objectives.denoising import Denoising, DenoisingConfig
+from twotower.training.objectives.next_token import NextToken, NextTokenConfig
 from twotower.training.run.estimate import estimate
 from twotower.training.run.trainer import TrainConfig, trained_parameters
 

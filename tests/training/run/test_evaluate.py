@@ -12,7 +12,7 @@ from twotower.model.two_tower import TwoTower
 from twotower.training import held_out
 from twotower.training.config import DenoisingConfig, Phase
 from twotower.training.corpus.shards import Corpus, CorpusBatch
-from twotower.training.denoising import Denoising
+from twotower.training.objectives.denoising import Denoising
 from twotower.training.run.trainer import StepReport, TrainConfig, Trainer
 
 

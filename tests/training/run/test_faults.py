@@ -8,8 +8,8 @@ import torch
 
 from twotower.model.two_tower import TwoTower
 from twotower.training.corpus.shards import Corpus, CorpusBatch
-from twotower.training.denoising import Denoising, DenoisingConfig, NoisyRows
-from twotower.training.objective import LossPart
+from twotower.training.objectives.denoising import Denoising, DenoisingConfig, NoisyRows
+from twotower.training.objectives.protocol import LossPart
 from twotower.training.run.trainer import StepReport, TrainConfig, Trainer
 
 

@@ -14,7 +14,7 @@ from twotower.checkpoints.hf import load_model, read_config, released_stream
 from twotower.model.two_tower import TwoTower
 from twotower.training.config import DenoisingConfig, Phase
 from twotower.training.corpus.shards import Corpus, CorpusRows, write_shard
-from twotower.training.denoising import Denoising
+from twotower.training.objectives.denoising import Denoising
 from twotower.training.run.checkpointing import latest_state, read_progress
 from twotower.training.run.identity import denoising_config, model_identity
 from twotower.training.run.trainer import TrainConfig, Trainer

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from twotower.training.corpus.shards import Corpus, CorpusRows, write_shard
-from twotower.training.denoising import Denoising, DenoisingConfig
+from twotower.training.objectives.denoising import Denoising, DenoisingConfig
 from twotower.training.run.trainer import TrainConfig, Trainer, trained_parameters
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from twotower.model.two_tower import TwoTower
 from twotower.training.corpus.shards import Corpus, CorpusBatch, CorpusRows, write_shard
-from twotower.training.denoising import Denoising, DenoisingConfig, NoisyRows
+from twotower.training.objectives.denoising import Denoising, DenoisingConfig, NoisyRows
 from twotower.training.run.checkpointing import latest_state, read_tensors_
 from twotower.training.run.ranks import Ranks, joined
 from twotower.training.run.trainer import TrainConfig, Trainer, trained_parameters

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from twotower.training.corpus.shards import Corpus
-from twotower.training.denoising import Denoising, DenoisingConfig
+from twotower.training.objectives.denoising import Denoising, DenoisingConfig
 from twotower.training.run.ranks import Ranks
 from twotower.training.run.trainer import TrainConfig, Trainer
 

@@ -11,7 +11,7 @@ from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
 from twotower.training.config import DenoisingConfig, Phase
 from twotower.training.corpus.shards import Corpus
-from twotower.training.denoising import Denoising
+from twotower.training.objectives.denoising import Denoising
 from twotower.training.run.trainer import StepReport, trained_parameters
 
 

@@ -16,8 +16,8 @@ from twotower.checkpoints.hf import load_model, read_config, released_stream
 from twotower.model.one_tower import OneTower
 from twotower.model.two_tower import TwoTower
 from twotower.training.corpus.shards import Corpus, CorpusRows, write_shard
-from twotower.training.denoising import Denoising, DenoisingConfig
-from twotower.training.next_token import NextToken, NextTokenConfig
+from twotower.training.objectives.denoising import Denoising, DenoisingConfig
+from twotower.training.objectives.next_token import NextToken, NextTokenConfig
 from twotower.training.run import weights
 from twotower.training.run.checkpointing import latest_state, read_tensor
 from twotower.training.run.ranks import Ranks, joined

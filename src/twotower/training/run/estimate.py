@@ -17,9 +17,9 @@ from twotower.model.recurrent import RECURRENT_KINDS
 from twotower.model.two_tower import TwoTower
 from twotower.planning.footprint import recurrent_sizes
 from twotower.training.config import DenoisingConfig, NextTokenConfig, TrainConfig
-from twotower.training.denoising import Denoising
-from twotower.training.losses import HEAD_ROWS
-from twotower.training.next_token import NextToken
+from twotower.training.objectives.denoising import Denoising
+from twotower.training.objectives.next_token import NextToken
+from twotower.training.objectives.sums import HEAD_ROWS
 from twotower.training.run.precision import coarse_parameters
 from twotower.training.run.trainer import trained_parameters
 

@@ -12,7 +12,7 @@ import numpy as np
 from twotower.config import TwoTowerConfig
 from twotower.training.config import DenoisingConfig, Phase
 from twotower.training.corpus.shards import Corpus
-from twotower.training.objective import Objective
+from twotower.training.objectives.protocol import Objective
 from twotower.training.run.weights import TensorStream, own_tensors
 
 # How many rows of a corpus, and how many numbers of each tensor, are hashed.

@@ -18,7 +18,7 @@ from twotower.training.config import TrainConfig
 from twotower.training.corpus.row_length import check_row_length
 from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.held_out import measure
-from twotower.training.objective import LossPart, Objective, ObjectiveConfig
+from twotower.training.objectives.protocol import LossPart, Objective, ObjectiveConfig
 from twotower.training.run.checkpointing import Checkpoints, latest_state, read_progress, read_tensors_, stored_groups
 from twotower.training.run.identity import check_same, corpus_identity, model_identity, settings_identity
 from twotower.training.run.optimiser import Optimiser, total_norm

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from twotower.model.one_tower import OneTower
 from twotower.model.time_conditioning import TimeConditioning, frequencies
 from twotower.model.two_tower import TwoTower
-from twotower.training.objective import Objective
+from twotower.training.objectives.protocol import Objective
 from twotower.training.run.checkpointing import read_tensor
 from twotower.training.run.low_rank import LowRank, plain_name
 from twotower.training.run.ranks import Ranks

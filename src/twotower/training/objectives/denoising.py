@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from twotower.model.two_tower import TwoTower
 from twotower.training.config import DenoisingConfig
 from twotower.training.corpus.shards import Corpus, CorpusBatch
-from twotower.training.corruption import Corrupted, Noise, corrupt
 from twotower.training.forward.block_parallel import Hidden, block_parallel_hidden
 from twotower.training.held_out import answer
-from twotower.training.losses import loss_sums, next_token_targets, weigh
-from twotower.training.objective import LossPart, Measured
+from twotower.training.masks.noise import Corrupted, Noise, corrupt
+from twotower.training.objectives.protocol import LossPart, Measured
+from twotower.training.objectives.sums import loss_sums, next_token_targets, weigh
 from twotower.training.run.compiling import compiled
 from twotower.training.run.low_rank import add_low_rank_
 from twotower.training.run.ranks import Ranks

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from twotower.model.two_tower import TwoTower
 from twotower.training.corpus.shards import Corpus, CorpusBatch, CorpusRows, write_shard
-from twotower.training.objective import LossPart, Measured, Objective
+from twotower.training.objectives.protocol import LossPart, Measured, Objective
 from twotower.training.run.ranks import Ranks
 from twotower.training.run.trainer import StepReport, TrainConfig, Trainer
 

@@ -15,8 +15,8 @@ from twotower.errors import SettingError
 from twotower.model.head import Head
 from twotower.model.two_tower import TwoTower
 from twotower.training.config import Reduction
-from twotower.training.corruption import MIN_LEVEL, Corrupted
 from twotower.training.forward.block_parallel import Hidden, block_parallel_hidden
+from twotower.training.masks.noise import MIN_LEVEL, Corrupted
 
 # The number of rows whose logits are in memory at once: 128 MB of float32 at a vocabulary of 131,072.
 HEAD_ROWS = 256

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from twotower.model.one_tower import OneTower
 from twotower.training.corpus.shards import Corpus, CorpusRows, write_shard
-from twotower.training.next_token import NextToken, NextTokenConfig
+from twotower.training.objectives.next_token import NextToken, NextTokenConfig
 from twotower.training.run.trainer import TrainConfig, Trainer
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from twotower.config import TwoTowerConfig
 from twotower.model.head import Head
 from twotower.model.two_tower import TwoTower
-from twotower.training import losses as objective
-from twotower.training.corruption import MIN_LEVEL, Corrupted, Noise, corrupt
 from twotower.training.forward.layout import make_layout
-from twotower.training.losses import Teacher, loss_sums, next_token_targets, token_sums, weigh
+from twotower.training.masks.noise import MIN_LEVEL, Corrupted, Noise, corrupt
+from twotower.training.objectives import sums as objective
+from twotower.training.objectives.sums import Teacher, loss_sums, next_token_targets, token_sums, weigh
 
 REDUCTIONS = ["masked_mean", "example_mean", "elbo"]
 

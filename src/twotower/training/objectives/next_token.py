@@ -16,8 +16,8 @@ from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.forward.causal_parallel import Causal, causal_hidden
 from twotower.training.forward.layout import Layout, make_layout
 from twotower.training.forward.seeded_mixers import CHUNK_SIZE
-from twotower.training.losses import next_token_targets, token_sums
-from twotower.training.objective import LossPart, Measured
+from twotower.training.objectives.protocol import LossPart, Measured
+from twotower.training.objectives.sums import next_token_targets, token_sums
 from twotower.training.run.compiling import compiled
 from twotower.training.run.ranks import Ranks
 

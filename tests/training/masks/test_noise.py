@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twotower.training.corruption import MIN_LEVEL, Corrupted, Noise, corrupt
+from twotower.training.masks.noise import MIN_LEVEL, Corrupted, Noise, corrupt
 
 MASK = 3
 

@@ -1,0 +1,1 @@
+"""Which places of a training row are masked, and what the denoiser is told of it."""

@@ -1,0 +1,1 @@
+"""What a tower learns: the protocol that the trainer knows, and a file for each objective."""
