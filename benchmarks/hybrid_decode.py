@@ -26,9 +26,9 @@ from torch import Tensor
 from twotower import TwoTower, TwoTowerConfig
 from twotower.backends.choose import choose_backend, pack_
 from twotower.backends.native.pack import has_bf16_pairs
-from twotower.eval.provenance import commit, cpu_model
 from twotower.model.moe import MixtureOfExperts
 from twotower.ops.linear import weight_layout
+from twotower.origin import commit, cpu_model
 
 CONFIG = TwoTowerConfig(
     vocab_size=8192,

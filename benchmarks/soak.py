@@ -27,7 +27,7 @@ from service.load import Question, Tally, run
 from service.process import Server
 
 import twotower
-from twotower.eval.provenance import commit, cpu_model
+from twotower.origin import commit, cpu_model
 
 STARTS = (
     "Once upon a time",

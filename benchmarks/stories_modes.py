@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import twotower
-from twotower.eval.provenance import commit, cpu_model
+from twotower.origin import commit, cpu_model
 
 PROMPTS = Path(__file__).with_name("stories_prompts.json")
 

@@ -33,13 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower import TwoTower, TwoTowerConfig
-from twotower.eval.provenance import commit, cpu_model
 from twotower.model.attention import Attention
 from twotower.model.mamba2 import Mamba2
 from twotower.model.state import MambaState
 from twotower.model.time_conditioning import Modulation
 from twotower.ops.attention import cached_attention
 from twotower.ops.rope import Positioning
+from twotower.origin import commit, cpu_model
 from twotower.training.forward.layout import Layout, make_layout
 from twotower.training.forward.seeded_mixers import MambaSeed, context_mixed, context_seed, make_plan
 from twotower.training.masks.noise import Corrupted

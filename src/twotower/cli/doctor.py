@@ -18,8 +18,8 @@ from rich.text import Text
 from twotower.backends.choose import choose_backend, native_build
 from twotower.backends.protocol import BackendChoice
 from twotower.cli.threads import allowed_cores, core_limit
-from twotower.eval.provenance import cpu_model
 from twotower.ops.linear import cpu_has_bf16_matmul
+from twotower.origin import cpu_model
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 

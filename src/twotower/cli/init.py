@@ -9,6 +9,7 @@ from rich.console import Console
 
 from twotower.checkpoints.initialise import init
 from twotower.cli.options import Dtype, check_out
+from twotower.training.run.lock import locked
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -48,7 +49,7 @@ def command(
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}, must be 0 to {2**63 - 1}; the default is 0")
     check_out(out)
-    with Console(stderr=True).status(f"Writing {out}"):
+    with locked(out), Console(stderr=True).status(f"Writing {out}"):
         init(
             backbone,
             out,

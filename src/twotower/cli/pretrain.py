@@ -11,12 +11,14 @@ import typer
 from twotower.checkpoints.families.nemotron_h import read_one_tower_config
 from twotower.checkpoints.hf import carried_documents, load_tokenizer, resolve, save_rounded
 from twotower.checkpoints.hf.config_file import as_dtype
+from twotower.cli.options import check_out
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
 from twotower.cli.training_run import (
     RunOptions,
     export_state,
     open_corpus,
+    own_rank,
     print_estimate,
     reporting,
     saved_state,
@@ -28,6 +30,7 @@ from twotower.training.config import NextTokenConfig, TrainConfig
 from twotower.training.objectives.next_token import NextToken
 from twotower.training.run.checkpointing import read_progress
 from twotower.training.run.identity import check_same, config_identity
+from twotower.training.run.lock import locked
 from twotower.training.run.trainer import Trainer
 from twotower.training.run.weights import TensorStream
 
@@ -73,7 +76,8 @@ def command(
     if run.dry_run:
         print_estimate(shapes, training, what, corpus, row_length=row_length, num_ranks=run.num_ranks)
         return
-    with torchrun_ranks(run.device) as ranks:
+    check_out(out)
+    with locked(out, own_rank()), torchrun_ranks(run.device) as ranks:
         if not run.export_only:
             rows = open_corpus(corpus, shapes.vocab_size, row_length)
             measured = None if held_out is None else open_corpus(held_out, shapes.vocab_size, row_length)

@@ -18,6 +18,7 @@ from twotower.cli.settings import with_settings
 from twotower.errors import SettingError
 from twotower.training.corpus.sampling import SampleConfig, check_prompt, keep_settings, sample_shard
 from twotower.training.corpus.shards import Corpus
+from twotower.training.run.lock import locked
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -77,14 +78,21 @@ def command(
         "length": length,
     }
     del settings["past_positions"]  # changes no shard
-    keep_settings(out, settings)
-    console = Console(stderr=True)
-    columns = (TextColumn("Sampling"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        for index in progress.track(range(count)):
-            file = sample_shard(opened, out, index, config, own)
-            if not console.is_terminal:
-                console.print(f"{file} ({index + 1} of {count})", soft_wrap=True, highlight=False)
+    with locked(out):
+        keep_settings(out, settings)
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("Sampling"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("shards"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            for index in progress.track(range(count)):
+                file = sample_shard(opened, out, index, config, own)
+                if not console.is_terminal:
+                    console.print(f"{file} ({index + 1} of {count})", soft_wrap=True, highlight=False)
     corpus = Corpus(out, vocab_size=opened.config.vocab_size)
     scored = sum(int(corpus.row(index).scored.sum()) for index in range(len(corpus)))
     print(

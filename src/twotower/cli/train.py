@@ -26,6 +26,7 @@ from twotower.cli.training_run import (
     export_state,
     num_processes,
     open_corpus,
+    own_rank,
     print_estimate,
     reporting,
     saved_state,
@@ -39,6 +40,7 @@ from twotower.training.corpus.text import USUAL_LENGTH
 from twotower.training.objectives.denoising import Denoising
 from twotower.training.run.checkpointing import read_progress
 from twotower.training.run.identity import check_same, denoising_config, model_identity
+from twotower.training.run.lock import locked
 from twotower.training.run.trainer import Trainer, check_run
 from twotower.training.run.weights import TensorStream
 
@@ -108,21 +110,22 @@ def command(
         open_device(run.device)
         check_run(config, what, num_processes(), has_held_out=held_out is not None)
     check_out(out)
-    model, folders = prepare(model, sources, out, row_length, config.past_positions)
-    folder = resolve(model)
-    with torchrun_ranks(run.device) as ranks:
-        if not run.export_only:
-            towers = _open(folder, ranks.device, config.shard)
-            size = towers.config.vocab_size
-            corpora = {name: open_corpus(place, size, row_length) for name, place in folders.items()}
-            rows, measured = corpora["corpus"], corpora.get("held_out")
-            weights = functools.partial(released_stream, folder) if config.shard else None
-            objective = Denoising(towers, what)
-            trainer = Trainer(objective, rows, config, out, ranks, held_out=measured, weights=weights)
-            with reporting(trainer, run, settings) as report:
-                trainer.run(report)
-        if ranks.rank == 0:
-            _export(folder, out, as_dtype(run.dtype))
+    with locked(out, own_rank()):
+        model, folders = prepare(model, sources, out, row_length, config.past_positions)
+        folder = resolve(model)
+        with torchrun_ranks(run.device) as ranks:
+            if not run.export_only:
+                towers = _open(folder, ranks.device, config.shard)
+                size = towers.config.vocab_size
+                corpora = {name: open_corpus(place, size, row_length) for name, place in folders.items()}
+                rows, measured = corpora["corpus"], corpora.get("held_out")
+                weights = functools.partial(released_stream, folder) if config.shard else None
+                objective = Denoising(towers, what)
+                trainer = Trainer(objective, rows, config, out, ranks, held_out=measured, weights=weights)
+                with reporting(trainer, run, settings) as report:
+                    trainer.run(report)
+            if ranks.rank == 0:
+                _export(folder, out, as_dtype(run.dtype))
 
 
 def _open(folder: Path, device: torch.device, shard: bool) -> TwoTower:

@@ -49,6 +49,11 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def own_rank() -> int:
+    """The number of this process among those that torchrun started; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def torchrun_ranks(device: str) -> Iterator[Ranks]:
     """Joins the ranks that torchrun started, each on its own GPU where `device` is cuda; without it this process is the
@@ -58,7 +63,7 @@ def torchrun_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks(device=open_device(device))
         return
     own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
-    with joined(int(os.environ["RANK"]), size, open_device(own)) as ranks:
+    with joined(own_rank(), size, open_device(own)) as ranks:
         yield ranks
 
 

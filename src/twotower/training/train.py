@@ -9,6 +9,7 @@ from twotower.model.two_tower import TwoTower
 from twotower.training.config import DenoisingConfig, TrainConfig
 from twotower.training.corpus.shards import Corpus
 from twotower.training.objectives.denoising import Denoising
+from twotower.training.run.lock import locked
 from twotower.training.run.trainer import StepReport, Trainer
 
 
@@ -31,7 +32,8 @@ def train(
     step; rows of `held_out` are measured every `config.evaluate_every` steps.
 
     Raises SettingError for a setting that is not allowed, and ValueError or FileNotFoundError, with what to change, for
-    a model that can't be trained, a corpus that can't be read, or an `out` that belongs to another run.
+    a model that can't be trained, a corpus that can't be read, or an `out` that belongs to another run or that another
+    call is writing to.
     """
     model.released_tensors()  # raises ValueError for a packed model
     dtype = model.denoiser_tower.embeddings.dtype
@@ -44,4 +46,5 @@ def train(
     rows = None if held_out is None else Corpus(held_out, vocab_size=size)
     objective = Denoising(model, denoising or DenoisingConfig())
     trainer = Trainer(objective, Corpus(corpus, vocab_size=size), config or TrainConfig(), out, held_out=rows)
-    trainer.run(report or (lambda done: None))
+    with locked(Path(out)):
+        trainer.run(report or (lambda done: None))

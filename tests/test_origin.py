@@ -6,7 +6,7 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
-from twotower.eval.provenance import command
+from twotower.origin import command
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,7 @@ from twotower.eval.provenance import command
     [
         (None, ["/usr/bin/twotower", "eval"], "twotower eval"),
         (None, ["benchmarks/ablations.py", "a b"], "python benchmarks/ablations.py 'a b'"),
+        (None, ["-c", "a"], "python -c a"),
         ("twotower.__main__", ["/src/twotower/__main__.py", "eval"], "python -m twotower eval"),
         ("twotower.eval.lm_eval", ["/src/twotower/eval/lm_eval.py"], "python -m twotower.eval.lm_eval"),
     ],
