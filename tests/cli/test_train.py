@@ -311,6 +311,15 @@ def test_a_full_disk_is_one_line_and_no_loss(run, backbone, corpus, tmp_path, nu
     assert run(*arguments).exit_code == 0
 
 
+def test_settings_that_would_do_nothing_are_a_mistake(run, backbone, corpus, tmp_path):
+    result = run("train", backbone, corpus, tmp_path, "--final-learning-rate", 1e-5)
+    assert result.exit_code == 2
+    assert "Error: --final-learning-rate is 1e-05, must be 0 without decay_steps, over which" in result.stderr
+    result = run("train", backbone, corpus, tmp_path, "--export-only", "--dry-run")
+    assert result.exit_code == 2
+    assert "Error: --export-only is True, must be left out with dry_run" in result.stderr
+
+
 def test_a_damaged_state_is_named(run, backbone, corpus, tmp_path):
     train_to(run, backbone, corpus, tmp_path, 1)
     (tmp_path / "state" / "step-00000001" / "progress.json").unlink()

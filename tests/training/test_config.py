@@ -38,6 +38,9 @@ def test_phases_are_read_from_text() -> None:
         ({"phases": (Phase(1, 8),)}, "of steps that start at 0 and rise"),
         ({"phases": (Phase(0, 8), Phase(0, 4))}, "of steps that start at 0 and rise"),
         ({"phases": (Phase(0, 0),)}, "of blocks of at least 1 token"),
+        ({"later_weight": 1.0, "full_mask_fraction": 1.0}, "0.0 with full_mask_fraction=1, where every block"),
+        ({"level_per": "example", "full_mask_fraction": 1.0}, "block with full_mask_fraction=1, where every block"),
+        ({"complementary": True, "full_mask_fraction": 1.0}, "False with full_mask_fraction=1, where every block"),
     ],
 )
 def test_bad_objectives_raise(changed: dict[str, Any], rule: str) -> None:
@@ -57,6 +60,11 @@ def test_bad_objectives_raise(changed: dict[str, Any], rule: str) -> None:
         ({"learning_rate": math.nan}, "a number above 0"),
         ({"final_learning_rate": 1.0}, "in [0, 0.001], which is learning_rate"),
         ({"warmup_steps": -1}, "an integer of at least 0"),
+        ({"final_learning_rate": 1e-5}, "0 without decay_steps, over which the rate falls to it"),
+        (
+            {"decay_steps": 5, "final_learning_rate": 1e-3},
+            "0 with final_learning_rate=0.001, which is learning_rate: nothing falls",
+        ),
         ({"decay_steps": 6, "steps": 5}, "in [0, 5], which is steps"),
         ({"seed": -1}, "an integer in [0, 2**63)"),
         ({"seed": 2**63}, "an integer in [0, 2**63)"),

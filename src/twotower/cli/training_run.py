@@ -42,6 +42,8 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.dry_run and self.export_only:
+            raise SettingError("export_only", True, "left out with dry_run, which writes nothing", "drop one of them")
 
 
 def num_processes() -> int:

@@ -89,6 +89,10 @@ class DenoisingConfig:
         if self.complementary and self.later_weight > 0:
             rule = "0 with complementary, whose two views of a row mask every position equally often"
             raise SettingError("later_weight", self.later_weight, rule, "drop one of them")
+        for name, unused in (("later_weight", 0.0), ("level_per", "block"), ("complementary", False)):
+            if self.full_mask_fraction == 1 and getattr(self, name) != unused:
+                rule = f"{unused} with full_mask_fraction=1, where every block is wholly masked"
+                raise SettingError(name, getattr(self, name), rule, "drop one of them")
         starts = [phase.start for phase in self.phases]
         if self.phases and (starts[0] != 0 or starts != sorted(set(starts))):
             raise SettingError("phases", self.phases, "of steps that start at 0 and rise")
@@ -120,7 +124,7 @@ class TrainConfig:
     batch_size: int = option(16, "Rows per step; under torchrun a multiple of the ranks.", least=1)
     learning_rate: float = option(1e-3, "Highest learning rate.", above=0)
     final_learning_rate: float = option(
-        0.0, "What the rate falls to over --decay-steps, at most --learning-rate.", least=0
+        0.0, "What the rate falls to over --decay-steps, which it needs; at most --learning-rate.", least=0
     )
     warmup_steps: int = option(100, "Steps over which the rate rises to its highest.", least=0)
     decay_steps: int = option(0, "Last steps, over which the rate falls, at most --steps.", least=0)

@@ -31,6 +31,12 @@ class RateSchedule:
         if self.final_learning_rate > self.learning_rate:
             rule = f"in [0, {self.learning_rate}], which is learning_rate"
             raise SettingError("final_learning_rate", self.final_learning_rate, rule)
+        if self.final_learning_rate > 0 and self.decay_steps == 0:
+            rule = "0 without decay_steps, over which the rate falls to it"
+            raise SettingError("final_learning_rate", self.final_learning_rate, rule, "give decay_steps too")
+        if self.decay_steps > 0 and self.final_learning_rate == self.learning_rate:
+            rule = f"0 with final_learning_rate={self.final_learning_rate}, which is learning_rate: nothing falls"
+            raise SettingError("decay_steps", self.decay_steps, rule, "lower final_learning_rate")
         if self.decay_steps > self.steps:
             raise SettingError("decay_steps", self.decay_steps, f"in [0, {self.steps}], which is steps")
 
