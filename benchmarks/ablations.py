@@ -46,7 +46,7 @@ from twotower.checkpoints.hf import resolve
 from twotower.config import TwoTowerConfig
 from twotower.eval.provenance import provenance
 from twotower.model.two_tower import TwoTower
-from twotower.training.config import DenoisingConfig, Phase
+from twotower.training.config import DenoisingConfig, Phase, Share
 from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.forward.block_parallel import block_parallel_hidden
 from twotower.training.forward.layout import Layout, make_layout
@@ -87,7 +87,7 @@ def variants(steps: int) -> dict[str, Variant]:
         "unseeded": Variant({}, unseeded),
         "untimed": Variant({}, untimed),
         "curriculum": Variant({"phases": (Phase(0, 32), Phase(2 * steps // 3, 16))}),
-        "distilled": Variant({"distil_weight": 1.0}),
+        "distilled": Variant({"objective": (Share("cross_entropy", 1.0), Share("distillation", 1.0))}),
     }
 
 

@@ -121,7 +121,7 @@ def seeded_step(model: TwoTower, case: Case, *, recompute: bool) -> None:
     train_only(model, context=False)
     weight = case.noisy.masked.float()
     sums = loss_sums(model, case.x0, case.noisy, weight, recompute=recompute)
-    (sums.denoising / weight.sum()).backward()
+    (sums.losses["cross_entropy"] / weight.sum()).backward()
 
 
 def ar_step(model: TwoTower, case: Case) -> None:

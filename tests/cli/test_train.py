@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import twotower
 from twotower.checkpoints import save
 from twotower.cli import train
-from twotower.training.config import DenoisingConfig, Phase
+from twotower.training.config import DenoisingConfig, Phase, Share
 from twotower.training.corpus.shards import CorpusRows, write_shard
 from twotower.training.run.lock import locked
 from twotower.training.run.trainer import TrainConfig
@@ -146,20 +146,23 @@ def test_every_setting_of_a_run_is_an_option_with_its_default(run, backbone, cor
         complementary=False,
         context="trained",
         ar_weight=0.75,
-        distil_weight=0.5,
         lora_rank=0,
         recompute=True,
         compile=True,
     )
+    masks = (Share("noise", 2.0), Share("trajectory", 0.5))
+    what = dataclasses.replace(what, objective=(Share("certainty", 1.0),), masks=masks)
+    what = dataclasses.replace(what, trajectory_passes=2, trajectory_threshold=0.5)
     flags = [
         part
         for config in (other, what)
         for name, value in dataclasses.asdict(config).items()
-        if name != "phases"
+        if name not in ("phases", "objective", "masks")
         for part in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [value]))
         if value is not False
     ]
-    run("train", backbone, corpus, tmp_path, *flags, "--phases", "0:32,4:16", "--held-out", corpus)
+    flags += ["--objective", "certainty", "--masks", "noise:2,trajectory:0.5", "--phases", "0:32,4:16"]
+    run("train", backbone, corpus, tmp_path, *flags, "--held-out", corpus)
     assert seen.pop() == (other, dataclasses.replace(what, phases=(Phase(0, 32), Phase(4, 16))), 12)
     run("train", backbone, corpus, tmp_path, "--complementary")
     assert seen.pop()[1] == DenoisingConfig(complementary=True)

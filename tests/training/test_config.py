@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from twotower.errors import SettingError
-from twotower.training.config import DenoisingConfig, Phase, TrainConfig, parse_phases
+from twotower.training.config import DenoisingConfig, Phase, Share, TrainConfig, parse_phases, parse_shares
 
 
 def test_phases_hold_from_their_first_step_on() -> None:
@@ -20,6 +20,13 @@ def test_phases_are_read_from_text() -> None:
     assert parse_phases("") == ()
 
 
+def test_shares_are_names_with_weights() -> None:
+    assert parse_shares("cross_entropy, certainty:0.5") == (Share("cross_entropy", 1.0), Share("certainty", 0.5))
+    assert parse_shares("") == ()
+    with pytest.raises(SettingError, match="certainty:x"):
+        parse_shares("certainty:x")
+
+
 @pytest.mark.parametrize(
     ("changed", "rule"),
     [
@@ -31,7 +38,25 @@ def test_phases_are_read_from_text() -> None:
         ({"full_mask_fraction": 0.25, "reduction": "elbo"}, "0 with reduction=elbo"),
         ({"context": "half"}, "one of frozen, trained, tied"),
         ({"ar_weight": -1.0, "context": "trained"}, "a number of at least 0"),
-        ({"distil_weight": math.nan}, "a number of at least 0"),
+        ({"objective": (Share("entropy", 1.0),)}, "of cross_entropy, certainty, consistency, distillation, acceptance"),
+        ({"objective": (Share("certainty", 1.0), Share("certainty", 2.0))}, "of cross_entropy, certainty, consistency"),
+        ({"objective": (Share("certainty", math.nan),)}, "of weights above 0"),
+        ({"objective": (Share("certainty", 0.0),)}, "of weights above 0"),
+        ({"objective": ("certainty",)}, "of cross_entropy"),
+        ({"masks": (Share("uniform", 1.0),)}, "of noise, drafting, prefix, trajectory, each at most once"),
+        (
+            {"masks": (Share("drafting", 1.0),), "reduction": "elbo", "full_mask_fraction": 0.0},
+            "noise with reduction=elbo",
+        ),
+        ({"trajectory_passes": 0}, "an integer of at least 1"),
+        ({"trajectory_threshold": 1.5}, "a number in [0, 1]"),
+        ({"complementary": True, "masks": (Share("drafting", 1.0),)}, "False with drafting"),
+        ({"complementary": True, "objective": (Share("consistency", 1.0),)}, "False with consistency"),
+        ({"trajectory_passes": 2}, "left out where masks has no trajectory"),
+        ({"trajectory_threshold": 0.5}, "left out where masks has no trajectory"),
+        ({"full_mask_fraction": 0.5, "masks": (Share("prefix", 1.0),)}, "left out where masks has no noise"),
+        ({"later_weight": 0.5, "masks": (Share("prefix", 1.0),)}, "left out where masks has no noise"),
+        ({"level_per": "example", "masks": (Share("prefix", 1.0),)}, "left out where masks has no noise"),
         ({"ar_weight": 0.5}, "0 for a frozen context tower"),
         ({"lora_rank": -1}, "an integer of at least 0"),
         ({"lora_rank": 2, "context": "tied"}, "0 with context=tied"),

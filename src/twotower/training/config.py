@@ -1,7 +1,7 @@
 """The settings of a training run, as the commands and recipes that train take them. Imports no torch."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from twotower.errors import SettingError
 from twotower.options import check_options, option
@@ -11,6 +11,8 @@ from twotower.training.run.schedule import Guard, RateSchedule
 Reduction = Literal["masked_mean", "example_mean", "elbo"]
 LevelPer = Literal["block", "example"]
 ContextTraining = Literal["frozen", "trained", "tied"]
+LossName = Literal["cross_entropy", "certainty", "consistency", "distillation", "acceptance"]
+MaskName = Literal["noise", "drafting", "prefix", "trajectory"]
 
 
 class Phase(NamedTuple):
@@ -29,11 +31,54 @@ def parse_phases(text: str) -> tuple[Phase, ...]:
         raise SettingError("phases", text, "steps and block sizes such as 0:32,2000:16") from error
 
 
+class Share(NamedTuple):
+    """A loss or a kind of masks by its name, and how much of it there is."""
+
+    name: str
+    weight: float
+
+
+def parse_shares(text: str) -> tuple[Share, ...]:
+    """ "cross_entropy,certainty:0.5" as two shares; one without a number has weight 1. Raises SettingError for a weight
+    that isn't a number."""
+    shares = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        name, _, weight = part.partition(":")
+        try:
+            shares.append(Share(name, float(weight or 1)))
+        except ValueError as error:
+            raise SettingError("weight", part, "a name and a number such as certainty:0.5") from error
+    return tuple(shares)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenoisingConfig:
-    """What a denoiser learns and which tensors are trained. `training.objectives.sums.weigh` explains `reduction`,
-    `training.masks.noise.Noise` the options of the noise, `training.forward.block_parallel` `recompute`."""
+    """What a denoiser learns and which tensors are trained. Each loss of `objective` is explained by the file of its
+    name in `training.objectives`, each kind of `masks` in `training.masks`, `reduction` by
+    `training.objectives.sums.weigh`, `recompute` by `training.forward.block_parallel`."""
 
+    objective: tuple[Share, ...] = option(
+        (),
+        "Losses and their weights, such as cross_entropy,certainty:0.5; of cross_entropy, certainty, consistency, "
+        "distillation and acceptance.",
+        shown_default="cross_entropy",
+        parse=parse_shares,
+    )
+    masks: tuple[Share, ...] = option(
+        (),
+        "How blocks are masked, in shares such as noise:2,trajectory:1; of noise, drafting, prefix and trajectory.",
+        shown_default="noise",
+        parse=parse_shares,
+    )
+    trajectory_passes: int = option(
+        3, "How many passes of the denoiser's own decoding --masks trajectory goes through.", least=1
+    )
+    trajectory_threshold: float = option(
+        0.8,
+        "The γ of that decoding: in each pass a block's surest place becomes known, and all surer than γ.",
+        least=0,
+        most=1,
+    )
     reduction: Reduction = option(
         "masked_mean",
         "Mean over the step's masked positions, mean of each row's mean, or the likelihood bound in nats per token, "
@@ -56,11 +101,6 @@ class DenoisingConfig:
         shown_default="the checkpoint's, throughout",
         parse=parse_phases,
     )
-    distil_weight: float = option(
-        0.0,
-        "Weight of the denoiser's divergence from the context tower's distribution of each masked token.",
-        least=0,
-    )
     context: ContextTraining = option(
         "frozen", "Keep the context tower as it is, train it through the seeding, or train one tower that is both."
     )
@@ -78,6 +118,8 @@ class DenoisingConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        _check_shares("objective", self.objective, get_args(LossName))
+        _check_shares("masks", self.masks, get_args(MaskName))
         if self.lora_rank > 0 and self.context != "frozen":
             raise SettingError("lora_rank", self.lora_rank, f"0 with context={self.context}", "or keep that frozen")
         if self.ar_weight > 0 and self.context == "frozen":
@@ -86,6 +128,7 @@ class DenoisingConfig:
             if self.reduction == "elbo" and getattr(self, name) != 0:
                 rule = "0 with reduction=elbo, a bound only where the noise level alone decides what is masked"
                 raise SettingError(name, getattr(self, name), rule)
+        self._check_masks()
         if self.complementary and self.later_weight > 0:
             rule = "0 with complementary, whose two views of a row mask every position equally often"
             raise SettingError("later_weight", self.later_weight, rule, "drop one of them")
@@ -99,9 +142,57 @@ class DenoisingConfig:
         if any(phase.block_size < 1 for phase in self.phases):
             raise SettingError("phases", self.phases, "of blocks of at least 1 token")
 
+    def _check_masks(self) -> None:
+        """Raises SettingError where kinds of masks and other settings contradict each other or do nothing."""
+        kinds, names = {share.name for share in self.mask_shares}, {loss.name for loss in self.losses}
+        if self.reduction == "elbo" and kinds != {"noise"}:
+            raise SettingError("masks", self.masks, "noise with reduction=elbo, a bound for uniform noise only")
+        made = sorted(kinds - {"noise"}) or sorted(names & {"consistency"})
+        if self.complementary and made:
+            rule = f"False with {made[0]}, which makes other versions of a row"
+            raise SettingError("complementary", True, rule, "drop one of them")
+        unused = {
+            "noise": ["later_weight", "level_per", "full_mask_fraction"],
+            "trajectory": ["trajectory_passes", "trajectory_threshold"],
+        }
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for kind in unused.keys() - kinds:
+            for name in unused[kind]:
+                if getattr(self, name) != defaults[name]:
+                    raise SettingError(
+                        name,
+                        getattr(self, name),
+                        f"left out where masks has no {kind}",
+                        f"add {kind} to it, or drop this",
+                    )
+
+    @property
+    def losses(self) -> tuple[Share, ...]:
+        """The losses of `objective`: the cross-entropy where it names none."""
+        return self.objective or (Share("cross_entropy", 1.0),)
+
+    @property
+    def mask_shares(self) -> tuple[Share, ...]:
+        """The kinds of `masks`: noise where it names none."""
+        return self.masks or (Share("noise", 1.0),)
+
+    @property
+    def num_views(self) -> int:
+        """How many versions of each row the denoiser sees."""
+        return 2 if self.complementary or any(loss.name == "consistency" for loss in self.losses) else 1
+
     def block_size(self, step: int, default: int) -> int:
         """The block size of a 0-based step; `default` is that of a run without phases, the model's own."""
         return next((phase.block_size for phase in reversed(self.phases) if phase.start <= step), default)
+
+
+def _check_shares(name: str, shares: tuple[Share, ...], allowed: tuple[str, ...]) -> None:
+    known = all(isinstance(share, Share) and share.name in allowed for share in shares)
+    if not known or len({share.name for share in shares}) < len(shares):
+        raise SettingError(name, shares, f"of {', '.join(allowed)}, each at most once")
+    for share in shares:
+        if not 0 < share.weight < float("inf"):
+            raise SettingError(name, shares, "of weights above 0", "leave out what should not count")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from twotower.model.two_tower import TwoTower
 from twotower.training.forward.layout import make_layout
 from twotower.training.masks.noise import MIN_LEVEL, Corrupted, Noise, corrupt
 from twotower.training.objectives import sums as objective
-from twotower.training.objectives.sums import Teacher, loss_sums, next_token_targets, token_sums, weigh
+from twotower.training.objectives.sums import Teacher, loss_sums, next_token_targets, token_losses, weigh
 
 REDUCTIONS = ["masked_mean", "example_mean", "elbo"]
 
@@ -29,7 +29,7 @@ def corrupted(x0: Tensor, first: int = 0, *, block_size: int = 4, **noise: Any) 
 
 def loss(model: TwoTower, x0: Tensor, noisy: Corrupted, reduction: Any) -> Tensor:
     weight, denominator = weigh(noisy, reduction)
-    return loss_sums(model, x0, noisy, weight).denoising / denominator
+    return loss_sums(model, x0, noisy, weight).losses["cross_entropy"] / denominator
 
 
 @pytest.mark.parametrize("complementary", [True, False])
@@ -75,7 +75,9 @@ def step(model: TwoTower, x0: Tensor, noisy: Corrupted, parts: list[slice], redu
     denominator = weigh(whole, reduction).denominator
     for part in parts:
         piece = noisy.rows(part)
-        (loss_sums(model, x0[part], piece, weigh(piece, reduction).weight).denoising / denominator).backward()
+        (
+            loss_sums(model, x0[part], piece, weigh(piece, reduction).weight).losses["cross_entropy"] / denominator
+        ).backward()
 
 
 @pytest.mark.slow
@@ -106,7 +108,7 @@ def rank_gradients(rank: int, model: TwoTower, x0: Tensor, folder: Path) -> None
     weight, denominator = weigh(noisy, "masked_mean")
     total = torch.tensor(denominator, dtype=torch.float64)
     torch.distributed.all_reduce(total)
-    (loss_sums(model, rows, noisy, weight).denoising / total).backward()
+    (loss_sums(model, rows, noisy, weight).losses["cross_entropy"] / total).backward()
     found = gradients(model)
     for gradient in found:
         torch.distributed.all_reduce(gradient)
@@ -195,7 +197,7 @@ def test_elbo_of_random_draws_converges_to_the_bound(level_per: Any, toy: TwoTow
     noisy = corrupt(many, scored, samples, seed=0, noise=noise, block_size=4, mask_token_id=3)
     weight, denominator = weigh(noisy, "elbo")
     with torch.no_grad():
-        drawn = loss_sums(toy, many, noisy, weight).denoising.item() / denominator
+        drawn = loss_sums(toy, many, noisy, weight).losses["cross_entropy"].item() / denominator
     # blocks of 4, or of 1 + 3, 2 + 2, 3 + 1, as the grid's offset has it
     bounds = [
         sum(sum(values) / len(values) for values in (any_order(toy, x0[0], a, b) for a, b in blocks)) / 4
@@ -209,7 +211,7 @@ def test_a_step_with_nothing_masked_costs_nothing(tiny: Callable, ids: Callable)
     model, x0 = tiny("M*"), ids(2, 8)
     scored = torch.zeros(2, 8, dtype=torch.bool)
     noisy = corrupt(x0, scored, torch.arange(2), seed=0, noise=Noise(), block_size=4, mask_token_id=3)
-    total = loss_sums(model, x0, noisy, weigh(noisy, "masked_mean").weight).denoising
+    total = loss_sums(model, x0, noisy, weigh(noisy, "masked_mean").weight).losses["cross_entropy"]
     total.backward()
     assert total == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -236,48 +238,6 @@ def test_the_context_towers_loss_is_that_of_the_next_token(tiny: Callable, ids: 
     assert loss_sums(model, x0, noisy, weight).ar is None
 
 
-def test_distilling_is_the_divergence_from_what_the_context_tower_expects(tiny: Callable, ids: Callable) -> None:
-    model, x0 = tiny("M*-E", dtype=torch.float64), ids(2, 15)
-    document = torch.tensor([[0] * 6 + [1] * 9, [0] * 15])
-    scored = torch.ones(2, 15, dtype=torch.bool)
-    noise = Noise(complementary=True)
-    noisy = corrupt(x0, scored, torch.arange(2), seed=0, noise=noise, block_size=4, mask_token_id=3, document=document)
-    weight, _ = weigh(noisy, "elbo")
-    expected = 0.0
-    for view in range(4):
-        row = view % 2
-        for start, end in [(0, 6), (6, 15)] if row == 0 else [(0, 15)]:
-            taught = model.context_logits(x0[row : row + 1, start:end])[0].log_softmax(-1)
-            for index in noisy.layout.block[row, start:end].unique():
-                place = (noisy.layout.block[row] == index).nonzero()[:, 0]
-                state = model.prefill(x0[row : row + 1, start : place[0]])
-                with torch.no_grad():
-                    logits = model.denoiser_logits(
-                        noisy.xt[view : view + 1, place], state, tuple(noisy.told[view, place[:1]].tolist())
-                    )
-                for at in place[noisy.masked[view, place]].tolist():
-                    if at > start:  # a document's first token has nothing before it
-                        log_q, log_p = logits[0, at - place[0]].log_softmax(-1), taught[at - 1 - start]
-                        expected += float(weight[view, at]) * float((log_p.exp() * (log_p - log_q)).nansum())
-    sums = loss_sums(model, x0, noisy, weight, with_distil=True)
-    assert sums.distil is not None
-    assert sums.distil.item() == pytest.approx(expected, rel=1e-5)  # both logits are rounded to float32 there
-    plain = loss_sums(model, x0, noisy, weight)
-    assert plain.distil is None
-    assert torch.equal(plain.denoising, sums.denoising)
-
-
-def test_a_teacher_gets_no_gradient_from_its_pupil(tiny: Callable, ids: Callable) -> None:
-    model, x0 = tiny("*-", dtype=torch.float64), ids(2, 8)
-    noisy = corrupted(x0, block_size=8)  # one block a row: the context tower is read by nothing but its own head
-    sums = loss_sums(model, x0, noisy, weigh(noisy, "masked_mean").weight, with_distil=True)
-    assert sums.distil is not None
-    sums.distil.backward()
-    assert model.lm_head.weight.grad.abs().max() > 0
-    assert all(p.grad is None for p in model.context_lm_head.parameters())
-    assert all(p.grad is None for p in [model.context_tower.norm_f.weight])
-
-
 def test_logits_exist_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, sizes: dict, close: Callable) -> None:
     monkeypatch.setattr(objective, "HEAD_ROWS", 8)
     torch.manual_seed(0)
@@ -290,15 +250,16 @@ def test_logits_exist_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch, size
 
     head.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v.numel()) or v, lambda v: v):
-        total = token_sums(head, rows, targets, factors).hard
+        total = (token_losses(head, rows, targets)["cross_entropy"] * factors).sum()
     assert seen == [8, 8, 5]
     assert max(kept, default=0) < 21 * 40
+    teacher = Teacher(head, torch.randn(21, 5), torch.ones(21, dtype=torch.bool))
     with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v.numel()) or v, lambda v: v):
-        taught = token_sums(head, rows, targets, factors, Teacher(head, torch.randn(21, 5), factors))
+        taught = token_losses(head, rows, targets, ("distillation", "certainty"), {"distillation": teacher})
     assert seen == [8, 8, 5, 8, 8, 8, 8, 5, 5]
     assert max(kept, default=0) < 21 * 40
-    assert torch.equal(taught.hard, total)
-    assert taught.soft > 0
+    assert torch.equal((taught["cross_entropy"] * factors).sum(), total)
+    assert taught["distillation"].min() > 0
     expected = (
         F.cross_entropy((rows @ weight.t()).index_fill(1, torch.tensor(3), -torch.inf), targets, reduction="none")
         * factors

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from twotower.config import TwoTowerConfig
 from twotower.model.one_tower import OneTower
 from twotower.model.two_tower import TwoTower
+from twotower.training.config import Share
 from twotower.training.corpus.shards import CorpusBatch
 from twotower.training.objectives.denoising import Denoising, DenoisingConfig
 from twotower.training.objectives.next_token import NextToken, NextTokenConfig
@@ -38,7 +39,7 @@ def test_counts_are_those_of_the_model(config):
     [
         NextTokenConfig(),
         DenoisingConfig(),  # here no layer reads the context tower
-        DenoisingConfig(distil_weight=1.0),
+        DenoisingConfig(objective=(Share("cross_entropy", 1.0), Share("distillation", 1.0))),
         DenoisingConfig(context="trained", ar_weight=1.0, complementary=True, level_per="example"),
     ],
 )
@@ -75,3 +76,31 @@ def test_what_saves_memory_saves_it(config):
     coarse = estimate(config, dataclasses.replace(run, bf16=True), what, row_length=512, num_ranks=2).memory
     assert coarse.activations < 0.6 * plain.activations
     assert coarse.moments == plain.moments
+
+
+def test_the_passes_of_a_trajectory_and_both_versions_of_a_row_are_counted():
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    config = TwoTowerConfig(vocab_size=50, hidden_size=128, pattern="*-", intermediate_size=256, block_size=16, **heads)
+    run = TrainConfig(steps=1, batch_size=8)
+    pair = (Share("cross_entropy", 1.0), Share("consistency", 1.0))
+    for what, fewer in (
+        (DenoisingConfig(masks=(Share("trajectory", 1.0),), trajectory_passes=3), DenoisingConfig()),
+        (DenoisingConfig(objective=pair), DenoisingConfig()),
+    ):
+        objective = Denoising(TwoTower(config), what)
+        for parameter in objective.parameters():
+            torch.nn.init.constant_(parameter, 0.01)
+        ids = torch.randint(4, 50, (8, 32))
+        batch = CorpusBatch(ids, torch.ones_like(ids).bool(), ids * 0, torch.arange(8))
+        learnt = [p for p in objective.parameters() if p.requires_grad]
+        with FlopCounterMode(display=False) as decoding:  # which can't follow what requires a gradient and gets none
+            objective.requires_grad_(False)
+            rows = objective.prepare(batch, 0, 0, torch.device("cpu"))
+        for parameter in learnt:
+            parameter.requires_grad_(True)
+        with FlopCounterMode(display=False) as counter:
+            objective(rows, slice(0, 8), rows.denominators).loss.backward()
+        found = estimate(config, run, what, row_length=32, num_ranks=1).flops
+        # torch doesn't count attention on a CPU, and the shares of masked places are rough
+        assert found == pytest.approx(counter.get_total_flops() + decoding.get_total_flops(), rel=0.15)
+        assert found > 1.4 * estimate(config, run, fewer, row_length=32, num_ranks=1).flops

@@ -1,6 +1,7 @@
 """The runs that may not resume from a state."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,23 @@ def test_a_model_is_known_however_it_is_opened(what: dict[str, Any], tiny: Calla
         empty = Denoising(TwoTower(read_config(tmp_path)), config)
     streamed = model_identity(empty, functools.partial(released_stream, tmp_path))
     assert model_identity(Denoising(load_model(tmp_path), config), None) == streamed
+
+
+def test_a_state_from_before_there_were_objectives_goes_on(
+    make: Callable, train: Callable, tiny: Callable, corpus: Corpus, tmp_path: Path
+) -> None:
+    """As 1744038 recorded a run: with the weight of a distillation that was off, without `objective` and `masks`."""
+    train(tiny("*", block_size=8), corpus, tmp_path, steps=2)
+    state = latest_state(tmp_path)
+    progress = json.loads((state / "progress.json").read_text())
+    for name in ("objective", "masks", "trajectory_passes", "trajectory_threshold"):
+        del progress["run"][name]
+    for weight, steps in ((0.5, 3), (0.0, 4)):
+        progress["run"]["distil_weight"] = weight
+        (state / "progress.json").write_text(json.dumps(progress))
+        if weight:
+            with pytest.raises(ValueError, match="another kind"):
+                train(tiny("*", block_size=8), corpus, tmp_path, steps=steps)
+        else:
+            assert len(train(tiny("*", block_size=8), corpus, tmp_path, steps=steps)) == 2
+            assert denoising_config(state, progress["run"]) == DenoisingConfig()

@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from twotower.model.two_tower import TwoTower
+from twotower.training.config import Share
 from twotower.training.corpus.shards import Corpus, CorpusBatch, CorpusRows, write_shard
 from twotower.training.objectives.denoising import Denoising, DenoisingConfig, NoisyRows
 from twotower.training.run.checkpointing import latest_state, read_tensors_
@@ -19,6 +20,8 @@ from twotower.training.run.trainer import TrainConfig, Trainer, trained_paramete
 
 pytestmark = pytest.mark.slow
 
+LOSSES = tuple(Share(n, 0.5) for n in ("certainty", "consistency", "distillation", "acceptance", "cross_entropy"))
+MASKS = tuple(Share(n, 1.0) for n in ("drafting", "trajectory", "prefix"))
 RUN = {
     "evaluate_every": 1,
     "batch_size": 4,
@@ -121,9 +124,9 @@ def noise(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({}, {"distil_weight": 0.5}),
+        ({}, {"objective": LOSSES, "masks": MASKS}),
         ({"micro_batch_size": 1}, {"context": "trained", "ar_weight": 0.5, "reduction": "example_mean"}),
-        ({"shard": True}, {"distil_weight": 0.5, "recompute": True}),
+        ({"shard": True}, {"objective": LOSSES, "masks": MASKS, "recompute": True}),
         ({"shard": True}, {"lora_rank": 2}),
         ({"shard": True}, {"context": "tied"}),
         ({"shard": True, "micro_batch_size": 1}, {"context": "trained", "ar_weight": 0.5, "complementary": True}),

@@ -9,10 +9,13 @@ import torch
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.model.two_tower import TwoTower
-from twotower.training.config import DenoisingConfig, Phase
+from twotower.training.config import DenoisingConfig, Phase, Share
 from twotower.training.corpus.shards import Corpus
 from twotower.training.objectives.denoising import Denoising
 from twotower.training.run.trainer import StepReport, trained_parameters
+
+LOSSES = tuple(Share(n, 0.5) for n in ("certainty", "consistency", "distillation", "acceptance", "cross_entropy"))
+MASKS = tuple(Share(n, 1.0) for n in ("drafting", "trajectory", "prefix"))
 
 
 def state(model: TwoTower) -> dict[str, torch.Tensor]:
@@ -83,7 +86,8 @@ def test_the_loss_goes_down_and_the_text_is_learnt(
         {"complementary": True, "level_per": "example"},
         {"later_weight": 0.1},
         {"context": "trained", "ar_weight": 0.5},
-        {"distil_weight": 0.5, "complementary": True},
+        {"objective": (Share("cross_entropy", 1.0), Share("distillation", 0.5)), "complementary": True},
+        {"objective": LOSSES, "masks": MASKS},
     ],
 )
 def test_micro_batches_change_no_step(
@@ -104,7 +108,8 @@ def test_micro_batches_change_no_step(
 @pytest.mark.parametrize("change", [
     {"reduction": "example_mean"}, {"level_per": "example"}, {"later_weight": 0.5}, {"complementary": True},
     {"context": "trained"}, {"context": "tied"}, {"context": "trained", "ar_weight": 1.0}, {"full_mask_fraction": 1.0},
-    {"distil_weight": 1.0},
+    {"objective": LOSSES[:1]}, {"objective": LOSSES[1:2]}, {"objective": LOSSES[2:3]}, {"objective": LOSSES[3:]},
+    {"masks": MASKS[:1]}, {"masks": MASKS[1:2]}, {"masks": MASKS[2:]}, {"masks": (Share("noise", 1.0), MASKS[2])},
     {"final_learning_rate": 1e-4, "decay_steps": 3}, {"phases": (Phase(0, 8), Phase(2, 4))},
 ])  # fmt: skip
 def test_every_choice_changes_what_is_learnt(

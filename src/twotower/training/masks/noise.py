@@ -97,7 +97,7 @@ def corrupt(
     b, t = x0.shape
     scored = scored & (x0 != mask_token_id)
     document = torch.zeros(b, t, dtype=torch.int64) if document is None else document
-    generators = [_generator(seed, sample) for sample in samples.tolist()]
+    generators = [generator_of(seed, sample) for sample in samples.tolist()]
     offsets = [int(torch.randint(block_size, (1,), generator=g)) for g in generators]
     layout = make_layout(document, block_size, torch.tensor(offsets))
     drawn = [
@@ -110,18 +110,26 @@ def corrupt(
     if noise.complementary:
         masked = torch.cat((masked, scored & ~masked))
         level = torch.cat((level, (1 - level).clamp(min=MIN_LEVEL)))
-    # A bf16 model multiplies t̂ by 1000 in bf16 (812.5 becomes 812). The time embedding's fast sinusoids differ between
-    # the two, so half of the blocks are told the rounded level, and the denoiser works in either dtype.
     coins = torch.stack(
         [(torch.rand(t, generator=g) < 0.5)[block] for g, block in zip(generators, layout.block, strict=True)]
     )
     views = level.shape[0] // b
-    told = torch.where(coins.repeat(views, 1), (level.bfloat16() * 1000).float() / 1000, level)
+    told = rounded_for_some(level, coins.repeat(views, 1))
     return Corrupted(x0.repeat(views, 1).masked_fill(masked, mask_token_id), masked, level, told, scored, layout)
 
 
-def _generator(seed: int, sample: int) -> torch.Generator:
-    (state,) = np.random.SeedSequence((seed, sample)).generate_state(1, np.uint64)
+def rounded_for_some(level: Tensor, chosen: Tensor) -> Tensor:
+    """The levels that the model is told, rounded as a bf16 model rounds them where `chosen`.
+
+    A bf16 model multiplies t̂ by 1000 in bf16 (812.5 becomes 812). The time embedding's fast sinusoids differ between
+    the two, so half of the blocks are told the rounded level, and the denoiser works in either dtype.
+    """
+    return torch.where(chosen, (level.bfloat16() * 1000).float() / 1000, level)
+
+
+def generator_of(*numbers: int) -> torch.Generator:
+    """A generator that depends on these numbers alone, such as a run's seed and a row's number."""
+    (state,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 

@@ -14,12 +14,17 @@ from twotower.training.config import DenoisingConfig
 from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.forward.block_parallel import Hidden, block_parallel_hidden
 from twotower.training.held_out import answer
+from twotower.training.masks.mixing import with_states
 from twotower.training.masks.noise import Corrupted, Noise, corrupt
+from twotower.training.masks.trajectory import known_from
 from twotower.training.objectives.protocol import LossPart, Measured
 from twotower.training.objectives.sums import loss_sums, next_token_targets, weigh
 from twotower.training.run.compiling import compiled
 from twotower.training.run.low_rank import add_low_rank_
 from twotower.training.run.ranks import Ranks
+
+# The number of rows that decode at once to find out in which order.
+_DECODED_ROWS = 8
 
 
 class NoisyRows(NamedTuple):
@@ -66,30 +71,41 @@ class Denoising(nn.Module):
 
     def prepare(self, batch: CorpusBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
         """Masks a rank's rows of a 0-based step; a row's noise depends on `seed` and its number in the run alone."""
-        noisy = self._corrupted(batch, step, seed, _noise(self.config))
-        weight, denominator = weigh(noisy, self.config.reduction)
+        c = self.config
+        noisy = self._corrupted(batch, step, seed, _noise(c))
+        later = any(share.name == "consistency" for share in c.losses)
+        if later or any(share.name != "noise" for share in c.mask_shares):
+            noisy = with_states(
+                noisy,
+                batch.ids,
+                batch.samples,
+                seed=seed,
+                shares=c.mask_shares,
+                mask_token_id=self.model.config.mask_token_id,
+                later=later,
+                known_from=lambda: self._known_from(batch.ids.to(device), noisy.to(device)).to(batch.ids.device),
+            )
+        weight, denominator = weigh(noisy, c.reduction)
         num_following = float(next_token_targets(batch.ids, noisy.scored, batch.document)[1].sum())
         views = weight.unflatten(0, (-1, len(batch.ids))).to(device)
         return NoisyRows(batch.ids.to(device), noisy.to(device), views, (denominator, num_following))
 
     def forward(self, rows: NoisyRows, part: slice, denominators: Sequence[float]) -> LossPart:
-        """The denoising loss of the rows in `part`, plus `distil_weight` and `ar_weight` times the other two."""
+        """The weighted losses of the rows in `part`, plus `ar_weight` times the context tower's."""
         c = self.config
         sums = loss_sums(
             self.model,
             rows.x0[part],
             rows.noisy.rows(part),
             rows.weight[:, part].flatten(0, 1),
+            losses=[share.name for share in c.losses],
             with_ar=c.ar_weight > 0,
-            with_distil=c.distil_weight > 0,
             recompute=c.recompute,
             towers=self.towers,
         )
         # A small batch may have no masked position: its loss is then 0 and not nan.
         masked, following = (max(d, 1) for d in denominators)
-        loss = sums.denoising / masked
-        if sums.distil is not None:
-            loss = loss + c.distil_weight * sums.distil / masked
+        loss = torch.stack([share.weight * sums.losses[share.name] / masked for share in c.losses]).sum()
         if sums.ar is not None:
             loss = loss + c.ar_weight * sums.ar / following
         return LossPart(loss, None)
@@ -107,11 +123,33 @@ class Denoising(nn.Module):
         x0, noisy, weight = batch.ids.to(device), noisy.to(device), weight.to(device)
         sums = loss_sums(self.model, x0, noisy, weight, with_ar=True, towers=self.towers)
         assert sums.ar is not None
-        return {"elbo": Measured(sums.denoising.item(), denominator), "ar": Measured(sums.ar.item(), count)}
+        return {
+            "elbo": Measured(sums.losses["cross_entropy"].item(), denominator),
+            "ar": Measured(sums.ar.item(), count),
+        }
 
     def decode(self, held_out: Corpus, step: int, ranks: Ranks) -> dict[str, float]:
         """Tokens per denoiser pass and exact matches of answers decoded at the step's block size, see `answer`."""
         return answer(self.model, held_out, self.config.block_size(step, self.model.config.block_size), ranks)
+
+    def _known_from(self, x0: Tensor, noisy: Corrupted) -> Tensor:
+        """The order in which decoding makes the places of x0 (b, t) known, a few rows at a time."""
+        c, found = self.config, []
+        for start in range(0, len(x0), _DECODED_ROWS):
+            part = slice(start, start + _DECODED_ROWS)
+            rows = noisy.rows(part)
+            found.append(
+                known_from(
+                    self.model,
+                    x0[part],
+                    rows.scored,
+                    rows.layout,
+                    passes=c.trajectory_passes,
+                    threshold=c.trajectory_threshold,
+                    towers=self.towers,
+                )
+            )
+        return torch.cat(found)
 
     def _corrupted(self, batch: CorpusBatch, step: int, seed: int, noise: Noise) -> Corrupted:
         model = self.model.config

@@ -17,7 +17,7 @@ from twotower.training.forward.causal_parallel import Causal, causal_hidden
 from twotower.training.forward.layout import Layout, make_layout
 from twotower.training.forward.seeded_mixers import CHUNK_SIZE
 from twotower.training.objectives.protocol import LossPart, Measured
-from twotower.training.objectives.sums import next_token_targets, token_sums
+from twotower.training.objectives.sums import next_token_targets, token_losses
 from twotower.training.run.compiling import compiled
 from twotower.training.run.ranks import Ranks
 
@@ -62,8 +62,8 @@ class NextToken(nn.Module):
         layout = Layout(rows.layout.block[part], rows.layout.document[part])
         hidden, loads = self.hidden(self.model.tower, rows.x0[part], layout, recompute=self.config.recompute)
         counts = rows.counts[part]
-        sums = token_sums(self.model.lm_head, hidden[counts], rows.following[part][counts], None)
-        return LossPart(sums.hard / max(denominators[0], 1), loads)
+        found = token_losses(self.model.lm_head, hidden[counts], rows.following[part][counts])
+        return LossPart(found["cross_entropy"].sum() / max(denominators[0], 1), loads)
 
     @torch.no_grad()
     def after_update_(self, loads: Tensor | None) -> None:

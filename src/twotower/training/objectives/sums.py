@@ -3,11 +3,11 @@
 Letters: b batch, v views (noisy versions of one row), t tokens, d width, m rows of hidden states, o vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +17,11 @@ from twotower.model.two_tower import TwoTower
 from twotower.training.config import Reduction
 from twotower.training.forward.block_parallel import Hidden, block_parallel_hidden
 from twotower.training.masks.noise import MIN_LEVEL, Corrupted
+from twotower.training.objectives.acceptance import acceptance
+from twotower.training.objectives.certainty import certainty
+from twotower.training.objectives.consistency import compared
+from twotower.training.objectives.cross_entropy import cross_entropy
+from twotower.training.objectives.distillation import divergence, taught
 
 # The number of rows whose logits are in memory at once: 128 MB of float32 at a vocabulary of 131,072.
 HEAD_ROWS = 256
@@ -31,28 +36,20 @@ class Weighted(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Weighted sums (scalars): the denoiser's cross-entropies, its divergences from the context tower, and the context
-    tower's next-token cross-entropies; None where not asked for."""
+    """Weighted sums (scalars): of each loss of the denoiser's, by name, and of the context tower's next-token
+    cross-entropies, None where not asked for."""
 
-    denoising: Tensor
-    distil: Tensor | None
+    losses: dict[str, Tensor]
     ar: Tensor | None
 
 
 class Teacher(NamedTuple):
-    """A distribution to learn at each of m positions besides the token there: the softmax of head(rows), with rows
-    (m, d) and a weight (m,) per position."""
+    """A distribution to learn at each of m positions: the softmax of head(rows), with rows (m, d), where `counts` (m,)
+    bool."""
 
     head: Head
     rows: Tensor
-    weight: Tensor
-
-
-class TokenSums(NamedTuple):
-    """`hard` is Σ weight · cross-entropy, `soft` is Σ weight · KL(teacher ‖ model), 0 without a teacher."""
-
-    hard: Tensor
-    soft: Tensor
+    counts: Tensor
 
 
 def weigh(noisy: Corrupted, reduction: Reduction) -> Weighted:
@@ -91,79 +88,82 @@ def loss_sums(
     noisy: Corrupted,
     weight: Tensor,
     *,
+    losses: Sequence[str] = ("cross_entropy",),
     with_ar: bool = False,
-    with_distil: bool = False,
     recompute: bool = False,
     towers: Callable[..., Hidden] = block_parallel_hidden,
 ) -> LossSums:
-    """The sums of one forward pass over rows x0 (b, t) and their noisy versions, weighted by `weight` (v·b, t).
+    """The sums of one forward pass over rows x0 (b, t) and their noisy versions: of each of `losses` Σ weight · loss
+    over masked positions, with `weight` (v·b, t), and Σ cross-entropy of the context tower's next-token predictions.
 
-    - `denoising`: Σ weight · cross-entropy of the denoiser at masked positions, whose target is the token in x0 there.
-    - `distil`: Σ weight · KL(p ‖ q) at masked positions, where q is the denoiser's distribution of the token and p the
-      context tower's, given all clean tokens before it. p gets no gradient. A document's first token has no p and is
-      left out.
-    - `ar`: Σ cross-entropy of the context tower's next-token predictions.
-
-    Heads run on these positions only, `HEAD_ROWS` at a time. `towers` is `block_parallel_hidden` or its compiled form,
-    `recompute` is explained there.
+    The losses are explained by the files of their names. Heads run on these positions only, `HEAD_ROWS` at a time.
+    `towers` is `block_parallel_hidden` or its compiled form, `recompute` is explained there.
     """
-    with_context = with_ar or with_distil
+    with_context = with_ar or "distillation" in losses
     hidden = towers(model, x0, noisy.xt, noisy.told, noisy.layout, recompute=recompute, with_context=with_context)
     row, place = noisy.masked.nonzero(as_tuple=True)  # (m,)
     clean = row % x0.shape[0]
-    weight, teacher = weight[row, place], None
-    if with_distil:
+    teachers = {}
+    if "distillation" in losses:
         assert hidden.context is not None
-        first = place == noisy.layout.document_start.expand_as(x0)[clean, place]
         before = hidden.context.detach()[clean, (place - 1).clamp(min=0)]
-        teacher = Teacher(model.context_lm_head, before, weight.masked_fill(first, 0.0))
-    found = token_sums(model.lm_head, hidden.denoiser[row, place], x0[clean, place], weight, teacher)
+        counts = taught(x0, noisy, model.config.eos_token_ids)[row, place]
+        teachers["distillation"] = Teacher(model.context_lm_head, before, counts)
+    if "consistency" in losses:
+        afterwards = hidden.denoiser.detach()[clean + x0.shape[0], place]
+        teachers["consistency"] = Teacher(model.lm_head, afterwards, compared(noisy.masked)[row, place])
+    names = tuple(name for name in losses if name not in ("cross_entropy", "acceptance"))
+    found = token_losses(model.lm_head, hidden.denoiser[row, place], x0[clean, place], names, teachers)
+    if "acceptance" in losses:
+        log_right = (
+            found["cross_entropy"].new_zeros(noisy.masked.shape).index_put((row, place), -found["cross_entropy"])
+        )
+        found["acceptance"] = acceptance(log_right, x0, noisy, model.config.eos_token_ids)[row, place]
+    sums = {name: (found[name] * weight[row, place]).sum() for name in losses}
     ar = None
     if with_ar:
         assert hidden.context is not None
         following, counts = next_token_targets(x0, noisy.scored, noisy.layout.document)
-        ar = token_sums(model.context_lm_head, hidden.context[counts], following[counts], None).hard
-    return LossSums(found.hard, found.soft if with_distil else None, ar)
+        ar = token_losses(model.context_lm_head, hidden.context[counts], following[counts])["cross_entropy"].sum()
+    return LossSums(sums, ar)
 
 
-def token_sums(
+def token_losses(
     head: Head,
     rows: Tensor,
     targets: Tensor,
-    weight: Tensor | None,
-    teacher: Teacher | None = None,
-) -> TokenSums:
-    """Weighted sums over hidden states `rows` (m, d) with targets (m,) and weight (m,), in float32 or wider.
+    names: tuple[str, ...] = (),
+    teachers: Mapping[str, Teacher] = MappingProxyType({}),
+) -> dict[str, Tensor]:
+    """The cross-entropy (m,) of hidden states `rows` (m, d) with targets (m,), and the losses `names`, in float32 or
+    wider; those that learn from a distribution need their teacher.
 
-    `weight` None is 1 for each row. No target is the mask token, whose probability is 0. Logits are recomputed in
-    backward, so that all (m, o) of them are never in memory.
+    No target is the mask token, whose probability is 0. Logits are recomputed in backward, so that all (m, o) of them
+    are never in memory.
     """
-    hard = soft = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
+    columns = []
     for start in range(0, max(rows.shape[0], 1), HEAD_ROWS):  # once even without rows, so that the sum has a gradient
         part = slice(start, start + HEAD_ROWS)
-        pieces = checkpoint(
-            _part_sums,
-            head,
-            rows[part],
-            targets[part],
-            None if weight is None else weight[part],
-            None if teacher is None else teacher._replace(rows=teacher.rows[part], weight=teacher.weight[part]),
-            use_reentrant=False,
-            preserve_rng_state=False,
+        own = {n: Teacher(t.head, t.rows[part], t.counts[part]) for n, t in teachers.items()}
+        columns.append(
+            checkpoint(
+                _part, head, rows[part], targets[part], names, own, use_reentrant=False, preserve_rng_state=False
+            )
         )
-        hard, soft = hard + pieces.hard, soft + pieces.soft
-    return TokenSums(hard, soft)
+    return dict(zip(("cross_entropy", *names), map(torch.cat, zip(*columns, strict=True)), strict=True))
 
 
-def _part_sums(head: Head, rows: Tensor, targets: Tensor, weight: Tensor | None, teacher: Teacher | None) -> TokenSums:
+def _part(
+    head: Head, rows: Tensor, targets: Tensor, names: tuple[str, ...], teachers: Mapping[str, Teacher]
+) -> tuple[Tensor, ...]:
     log_q = head(rows).log_softmax(-1)
-    losses = F.nll_loss(log_q, targets, reduction="none")
-    hard = losses.sum() if weight is None else (losses * weight).sum()
-    if teacher is None:
-        return TokenSums(hard, torch.zeros_like(hard))
-    with torch.no_grad():
-        log_p = teacher.head(teacher.rows).log_softmax(-1)
-    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True)
-    # 0 · (log 0 − log 0) is nan; the gradient, which is 0, passes autograd by as it does in `Head`
-    divergence.detach().select(-1, head.mask_token_id).zero_()
-    return TokenSums(hard, (divergence.sum(-1) * teacher.weight).sum())
+    found = [cross_entropy(log_q, targets)]
+    for name in names:
+        if name == "certainty":
+            found.append(certainty(log_q, targets, head.mask_token_id))
+        else:
+            teacher = teachers[name]
+            with torch.no_grad():
+                log_p = teacher.head(teacher.rows).log_softmax(-1)
+            found.append(divergence(log_q, log_p, head.mask_token_id) * teacher.counts)
+    return tuple(found)

@@ -106,7 +106,7 @@ def _activations(objective: Denoising | NextToken, tokens: int, width: int) -> i
     times this."""
     config, what = objective.model.config, objective.config
     denoises = isinstance(what, DenoisingConfig)
-    views = 2 if isinstance(what, DenoisingConfig) and what.complementary else 1
+    views = what.num_views if isinstance(what, DenoisingConfig) else 1
     residual = 4 if config.residual_in_fp32 else width
     inner = {kind: _saved_per_token(config, kind) for kind in set(config.pattern)}
     streams = config.num_layers * config.hidden_size * residual * (views + denoises)
@@ -139,12 +139,12 @@ def _flops_per_token(objective: Denoising | NextToken, length: int) -> float:
     if isinstance(objective, NextToken):
         return _learning(objective.model.tower.stack, config, length, what.recompute) + head
     assert isinstance(what, DenoisingConfig)
-    views = 2 if what.complementary else 1
-    masked = 0.5 * (1 - what.full_mask_fraction) + what.full_mask_fraction
+    views, names = what.num_views, {share.name for share in what.losses}
+    masked = _masked(what)
     again = 1 if what.recompute else 0
     denoiser = (3 + again) * sum(_forward(layer, config, length) for layer in objective.model.denoiser_tower.stack)
     top = max(map(config.pattern.rfind, RECURRENT_KINDS + "*"))
-    whole = what.ar_weight > 0 or what.distil_weight > 0
+    whole = what.ar_weight > 0 or "distillation" in names
     read = objective.model.context_tower.stack[: None if whole else top + 1]
     if what.context == "frozen":
         # What is recomputed is what seeds the denoiser
@@ -154,7 +154,21 @@ def _flops_per_token(objective: Denoising | NextToken, length: int) -> float:
     else:
         context = _learning(read, config, length, what.recompute)
     total = views * denoiser + views * masked * head + context
-    return total + (masked * views * head / 2 if what.distil_weight else 0) + (head if what.ar_weight else 0)
+    total += masked * head / 2 * (views * ("distillation" in names) + ("consistency" in names))
+    if any(share.name == "trajectory" for share in what.mask_shares):
+        decoded = sum(_forward(layer, config, length) for layer in objective.model.denoiser_tower.stack)
+        decoded += sum(_forward(layer, config, length) for layer in objective.model.context_tower.stack[: top + 1])
+        total += what.trajectory_passes * (decoded + masked * head / 4)
+    return total + (head if what.ar_weight else 0)
+
+
+def _masked(what: DenoisingConfig) -> float:
+    """The share of positions that are masked, about: of noise as its levels are drawn, of a draft all but the first of
+    many, of known beginnings and of trajectories, which mostly end early, half and more."""
+    noise = 0.5 * (1 - what.full_mask_fraction) + what.full_mask_fraction
+    of_kind = {"noise": noise, "drafting": 1.0, "prefix": 0.5, "trajectory": 0.6}
+    total = sum(share.weight for share in what.mask_shares)
+    return sum(share.weight / total * of_kind[share.name] for share in what.mask_shares)
 
 
 def _learning(layers: Sequence[Layer], config: TwoTowerConfig, length: int, recompute: bool) -> float:

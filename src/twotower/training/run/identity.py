@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from twotower.config import TwoTowerConfig
-from twotower.training.config import DenoisingConfig, Phase
+from twotower.training.config import DenoisingConfig, Phase, Share
 from twotower.training.corpus.shards import Corpus
 from twotower.training.objectives.protocol import Objective
 from twotower.training.run.weights import TensorStream, own_tensors
@@ -20,6 +20,8 @@ _ROWS = 16
 _NUMBERS = 16
 # Settings that change how a step is computed and not what it learns: they may differ when a run resumes.
 _FREE = ("recompute", "compile")
+# What the records of older runs lack, with the values that those runs had.
+_LATER_SETTINGS = {"objective": [], "masks": [], "trajectory_passes": 3, "trajectory_threshold": 0.8}
 
 
 def model_identity(objective: Objective[Any], weights: Callable[[], TensorStream] | None) -> dict[str, Any]:
@@ -56,14 +58,18 @@ def settings_identity(what: object) -> dict[str, Any]:
 def denoising_config(state: Path, run: dict[str, Any]) -> DenoisingConfig:
     """The settings of the denoising run recorded in `run`. Raises ValueError for a record of another kind of run."""
     names = [f.name for f in dataclasses.fields(DenoisingConfig) if f.name not in _FREE]
+    run = _as_now(run)
     if not run.keys() >= set(names):
         raise _another_kind(state)
-    return DenoisingConfig(**{n: run[n] for n in names} | {"phases": tuple(Phase(*phase) for phase in run["phases"])})
+    kinds = {"phases": Phase, "objective": Share, "masks": Share}
+    tuples = {name: tuple(kind(*parts) for parts in run[name]) for name, kind in kinds.items()}
+    return DenoisingConfig(**{n: run[n] for n in names} | tuples)
 
 
 def check_same(state: Path, was: dict[str, Any], now: dict[str, Any], step: int) -> None:
     """Raises ValueError where the record `was` of a state after `step` steps differs from the run that is to resume,
     `now`. Phases that begin after `step` may differ."""
+    was = _as_now(was)
     if was.keys() != now.keys():
         raise _another_kind(state)
     now = json.loads(json.dumps(now))  # `was` was read from JSON, where tuples have become lists
@@ -77,6 +83,13 @@ def check_same(state: Path, was: dict[str, Any], now: dict[str, Any], step: int)
                 f"{what} is {after!r}, but {state} is of a run with {before!r}; give that again, or another output "
                 "folder"
             )
+
+
+def _as_now(run: dict[str, Any]) -> dict[str, Any]:
+    """A record under today's names. One of a run that distilled stays as it is: that loss is another one now."""
+    if run.get("distil_weight") != 0.0:
+        return run
+    return {name: value for name, value in run.items() if name != "distil_weight"} | _LATER_SETTINGS
 
 
 def _another_kind(state: Path) -> ValueError:

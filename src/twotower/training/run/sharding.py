@@ -30,7 +30,8 @@ def shard_(
     for modules in groups:
         fully_shard(modules, mesh=mesh, mp_policy=policy, ignored_params=set(whole))
     fully_shard(root, mesh=mesh, mp_policy=policy, ignored_params=set(whole))
-    register_fsdp_forward_method(root, "measure")
+    for name in ("prepare", "measure"):  # what computes with the model beside its forward pass
+        register_fsdp_forward_method(root, name)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
