@@ -10,6 +10,7 @@ from twotower.training.run.schedule import Guard, RateSchedule
 
 Reduction = Literal["masked_mean", "example_mean", "elbo"]
 LevelPer = Literal["block", "example"]
+Grid = Literal["anywhere", "answers"]
 ContextTraining = Literal["frozen", "trained", "tied"]
 LossName = Literal["cross_entropy", "certainty", "consistency", "distillation", "acceptance"]
 MaskName = Literal["noise", "drafting", "prefix", "trajectory"]
@@ -85,6 +86,11 @@ class DenoisingConfig:
         "for which --full-mask-fraction and --later-weight must be 0.",
     )
     level_per: LevelPer = option("block", "Draw the noise level once per block or once per row (example).")
+    grid: Grid = option(
+        "anywhere",
+        "Where blocks begin: anywhere, by chance for each row, or at each document's first learnt token (answers), as "
+        "when a prompt is answered.",
+    )
     full_mask_fraction: float = option(0.25, "Fraction of the blocks that are wholly masked.", least=0, most=1)
     later_weight: float = option(
         0.0,

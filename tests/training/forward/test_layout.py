@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from twotower.training.forward.layout import Layout, make_layout
+from twotower.training.forward.layout import Layout, answer_offsets, make_layout
 
 DOCUMENT = torch.tensor([[0] * 5 + [1] * 6, [0] * 11])
 
@@ -22,6 +22,15 @@ def test_the_grid_starts_before_every_document(offset: int) -> None:
         for start in (0, 5) if row == 0 else (0,):
             assert layout.block_start[row, start] == start
             assert layout.block_end[row, start] == min(start + 4 - offset, 11 if start or row else 5)
+
+
+def test_blocks_begin_where_answers_do() -> None:
+    scored = torch.zeros_like(DOCUMENT, dtype=torch.bool)
+    scored[0, [3, 4, 6, 8, 9]] = True  # in the first document from its place 3 on, in the second from its place 1
+    offset = answer_offsets(DOCUMENT, scored, 4)
+    assert offset.tolist() == [[1] * 5 + [3] * 6, [0] * 11]
+    layout = make_layout(DOCUMENT, 4, offset)
+    assert layout.block.tolist() == [[0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 4], [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]]
 
 
 @pytest.mark.parametrize(

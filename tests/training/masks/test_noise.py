@@ -10,7 +10,7 @@ MASK = 3
 
 
 def run(x0: Tensor, scored: Tensor | None = None, *, first: int = 0, **changed: Any) -> Corrupted:
-    fields = {"level_per", "full_mask_fraction", "later_weight", "complementary"}
+    fields = {"level_per", "full_mask_fraction", "later_weight", "complementary", "grid"}
     noise = Noise(**{name: changed.pop(name) for name in fields & changed.keys()})
     settings: dict[str, Any] = {"block_size": 8, "mask_token_id": MASK, "seed": 0} | changed
     scored = torch.ones_like(x0, dtype=torch.bool) if scored is None else scored
@@ -49,6 +49,15 @@ def test_the_grid_starts_anywhere_and_levels_are_constant_within_a_block(length:
 
 def test_every_offset_of_the_grid_comes_up() -> None:
     assert set(run(tokens(200, 37)).layout.block_end[:, 0].tolist()) == set(range(1, 9))
+
+
+def test_a_block_begins_at_each_answer_if_the_grid_is_of_answers() -> None:
+    document = torch.tensor([[0] * 20 + [1] * 30])
+    scored = torch.zeros_like(document, dtype=torch.bool)
+    scored[0, 5:20] = scored[0, 31:] = True
+    for first in range(9):
+        layout = run(tokens(1, 50), scored, first=first, document=document, grid="answers").layout
+        assert layout.block_start[0, [5, 19, 31, 49]].tolist() == [5, 13, 31, 47]
 
 
 @pytest.mark.parametrize("level_per", ["block", "example"])
@@ -169,6 +178,7 @@ def test_blocks_never_cross_packed_documents() -> None:
     ("options", "message"),
     [
         ({"level_per": "token"}, "level_per is 'token', must be block or example"),
+        ({"grid": "prompts"}, "grid is 'prompts', must be anywhere or answers"),
         ({"full_mask_fraction": 1.5}, r"full_mask_fraction is 1.5, must be in \[0, 1\]"),
         ({"later_weight": -1.0}, "later_weight is -1.0, must be 0 or more"),
         ({"later_weight": float("nan")}, "later_weight is nan, must be 0 or more"),

@@ -121,17 +121,30 @@ class Layout:
 def make_layout(document: Tensor, block_size: int, offset: Tensor | int = 0) -> Layout:
     """Blocks of `block_size` tokens within each document of `document` (r, t) int64.
 
-    The grid of blocks starts `offset` tokens, an integer or (r,), before each document, so that a document's first
-    block is shorter by `offset`; its last may be short too. Raises ValueError for an offset outside [0, block_size).
+    The grid of blocks starts `offset` tokens before each document, so that a document's first block is shorter by
+    `offset`; its last may be short too. `offset` is an integer, or (r,), or (r, t), the same in all of a document.
+    Raises ValueError for an offset outside [0, block_size).
     """
     if block_size < 1:
         raise SettingError("block_size", block_size, "at least 1")
     offset = torch.as_tensor(offset, device=document.device)
     if bool(((offset < 0) | (offset >= block_size)).any()):
         raise ValueError(f"offset is {offset.tolist()}, must be in [0, block_size={block_size})")
-    place = torch.arange(document.shape[1], device=document.device) - _starts(document) + offset.view(-1, 1)
-    first = (place - offset.view(-1, 1) == 0) | (place % block_size == 0)
+    offset = offset if offset.ndim == 2 else offset.view(-1, 1)
+    place = torch.arange(document.shape[1], device=document.device) - _starts(document)
+    first = (place == 0) | ((place + offset) % block_size == 0)
     return Layout(first.long().cumsum(1) - 1, document.expand_as(first))
+
+
+def answer_offsets(document: Tensor, scored: Tensor, block_size: int) -> Tensor:
+    """(r, t): the offsets of `make_layout` with which a block begins at the first scored token of each document, where
+    decoding begins an answer to the tokens before it; 0 where a document has none. Both (r, t)."""
+    token = torch.arange(document.shape[1], device=document.device).expand_as(document)
+    start = _starts(document)
+    unset = document.shape[1]
+    first = torch.full_like(document, unset).scatter_reduce(1, start, token.masked_fill(~scored, unset), "amin")
+    first = first.gather(1, start)  # (r, t)
+    return torch.where(first < unset, (start - first) % block_size, 0)
 
 
 def _starts(index: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from twotower.errors import SettingError
-from twotower.training.config import LevelPer
-from twotower.training.forward.layout import Layout, make_layout
+from twotower.training.config import Grid, LevelPer
+from twotower.training.forward.layout import Layout, answer_offsets, make_layout
 
 MIN_LEVEL = 1e-3
 # 2^64 over the golden ratio: its multiples modulo 2^64 are spread evenly, however many are taken.
@@ -27,17 +27,21 @@ class Noise:
     row ("example"). `full_mask_fraction` of the blocks (or rows) get t̂ = 1, the state in which decoding starts every
     block. `later_weight` β masks later positions i of a block more often, in proportion to exp(β(1−t̂)i).
     `complementary` adds a second view of each row, at level 1−t̂, in which the other scored positions are masked; both
-    views share one pass of the context tower.
+    views share one pass of the context tower. With `grid` "answers" a block begins at the first scored token of each
+    document, as in decoding; with "anywhere" the grid of each row starts at a random offset.
     """
 
     level_per: LevelPer = "block"
     full_mask_fraction: float = 0.0
     later_weight: float = 0.0
     complementary: bool = False
+    grid: Grid = "anywhere"
 
     def __post_init__(self) -> None:
         if self.level_per not in ("block", "example"):
             raise SettingError("level_per", self.level_per, "block or example")
+        if self.grid not in ("anywhere", "answers"):
+            raise SettingError("grid", self.grid, "anywhere or answers")
         if not 0 <= self.full_mask_fraction <= 1:
             raise SettingError("full_mask_fraction", self.full_mask_fraction, "in [0, 1]")
         if not 0 <= self.later_weight < float("inf"):
@@ -87,7 +91,7 @@ def corrupt(
 
     t̂ is uniform on [1e-3, 1], by low-discrepancy draws (as in MDLM, arXiv 2406.07524): a row's n blocks get one t̂ in
     each of n equal strata, and the place inside the strata is spread evenly over consecutive samples. The grid of
-    blocks starts at a random offset, so a document's first and last block may be shorter.
+    blocks starts where `noise.grid` says, so a document's first and last block may be shorter.
 
     A row's noise depends on (seed, its number in `samples` (b,)) alone, not on the batch or rank that it is in.
     Positions where `scored` (b, t) bool is False, such as prompts and padding, are never masked, nor are tokens that
@@ -98,8 +102,10 @@ def corrupt(
     scored = scored & (x0 != mask_token_id)
     document = torch.zeros(b, t, dtype=torch.int64) if document is None else document
     generators = [generator_of(seed, sample) for sample in samples.tolist()]
-    offsets = [int(torch.randint(block_size, (1,), generator=g)) for g in generators]
-    layout = make_layout(document, block_size, torch.tensor(offsets))
+    offsets = torch.tensor([int(torch.randint(block_size, (1,), generator=g)) for g in generators])
+    if noise.grid == "answers":
+        offsets = answer_offsets(document, scored, block_size)
+    layout = make_layout(document, block_size, offsets)
     drawn = [
         _level(sample, seed, int(block[-1]) + 1, noise, g)[block]
         for sample, block, g in zip(samples.tolist(), layout.block, generators, strict=True)

@@ -117,7 +117,7 @@ class Denoising(nn.Module):
     def measure(self, batch: CorpusBatch, step: int, device: torch.device) -> dict[str, Measured]:
         """The negative log-likelihood of held-out rows: `elbo`, an upper bound for the denoiser at the step's block
         size and with the same noise at every call, and `ar`, exact, for the context tower."""
-        noisy = self._corrupted(batch, step, 0, Noise())
+        noisy = self._corrupted(batch, step, 0, Noise(grid=self.config.grid))
         weight, denominator = weigh(noisy, "elbo")
         count = float(next_token_targets(batch.ids, noisy.scored, batch.document)[1].sum())
         x0, noisy, weight = batch.ids.to(device), noisy.to(device), weight.to(device)
@@ -171,4 +171,5 @@ def _noise(config: DenoisingConfig) -> Noise:
         full_mask_fraction=config.full_mask_fraction,
         later_weight=config.later_weight,
         complementary=config.complementary,
+        grid=config.grid,
     )
