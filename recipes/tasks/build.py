@@ -20,6 +20,38 @@ THINGS = ("apples", "books", "coins", "stones", "pens", "cards", "shells", "eggs
 WORDS = ("red", "moon", "fish", "table", "green", "cloud", "seven", "river", "lamp", "north", "salt", "bird", "glass")
 OBJECTS = ("lamp", "table", "boat", "clock", "drum", "ladder", "basket", "kite")
 CITIES = ("Paris", "Oslo", "Lima", "Cairo", "Delhi", "Rome")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+FEW = ("two", "three", "four", "five", "six")
+# An order in a customer's words: what is filled in is what the task asks for
+ORDERS = (
+    "{name} from {city} wants {count} {item} by {day} and pays {price} euros.",
+    "By {day}, please send {count} {item} to {name} in {city}; the price of {price} euros is fine.",
+    "This is {name}. I offer {price} euros for {count} {item}. I am in {city} until {day}.",
+    "We sold {count} {item} for {price} euros to {name}, who comes to {city} on {day}.",
+    "On {day} a parcel with {count} {item} goes to {city}. {name} has paid {price} euros.",
+    "For {price} euros {name} gets {count} {item}. They must be in {city} on {day}.",
+)
+# What a function returns, in words and in Python
+FUNCTIONS = {
+    "the sum of {a} and {b}": "{a} + {b}",
+    "the difference of {a} and {b}": "{a} - {b}",
+    "the product of {a} and {b}": "{a} * {b}",
+    "the larger of {a} and {b}": "max({a}, {b})",
+    "the smaller of {a} and {b}": "min({a}, {b})",
+    "whether {a} is larger than {b}": "{a} > {b}",
+    "whether {a} is smaller than {b}": "{a} < {b}",
+    "whether {a} is equal to {b}": "{a} == {b}",
+    "whether {a} is a multiple of {b}": "{a} % {b} == 0",
+    "the rest of {a} divided by {b}": "{a} % {b}",
+    "{n} times the sum of {a} and {b}": "{n} * ({a} + {b})",
+    "the square of {a} plus {b}": "{a} ** 2 + {b}",
+    "the sum of {a}, {b} and {n}": "{a} + {b} + {n}",
+    "the product of {a} and {b}, less {n}": "{a} * {b} - {n}",
+    "a list of {a}, {b} and {n}": "[{a}, {b}, {n}]",
+    "a sorted list of {a} and {b}": "sorted([{a}, {b}])",
+    "the larger of {a} and {n} times {b}": "max({a}, {n} * {b})",
+    "{a} as text followed by {b} as text": "str({a}) + str({b})",
+}
 
 Line = dict[str, Any]
 
@@ -133,6 +165,61 @@ def dialogue(draw: random.Random) -> list[Line]:
     return lines
 
 
+def sums(draw: random.Random) -> list[Line]:
+    """Sums of two numbers of two digits, to be written with their working, as at school."""
+    lines = []
+    for _ in range(48):
+        a, b = draw.randint(10, 99), draw.randint(10, 99)
+        tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
+        working = f"{a // 10 * 10} + {b // 10 * 10} + {a % 10} + {b % 10} = {tens} + {ones} = {a + b}"
+        lines.append(short(f"{a} + {b} =", working, "exact"))
+    return list({line["prompt"]: line for line in lines}.values())  # two numbers may come up twice
+
+
+def extraction(draw: random.Random) -> list[Line]:
+    """What customers ordered, in their words, whose fields are to be written in a fixed order."""
+    lines = []
+    for i in range(48):
+        fact = {"name": draw.choice(NAMES), "item": draw.choice(THINGS), "count": str(draw.randint(2, 99))}
+        fact |= {"city": draw.choice(CITIES), "day": draw.choice(DAYS), "price": str(draw.randint(10, 999))}
+        text = ORDERS[i % len(ORDERS)].format(**fact)
+        fields = "; ".join(f"{field}={value}" for field, value in fact.items())
+        lines.append(short(f"Order: {text}\nFields:", fields, "exact", length=48))
+    return lines
+
+
+def appointments(draw: random.Random) -> list[Line]:
+    """Conversations in which a user tells who comes when and brings what, and then asks about one of them."""
+    lines = []
+    for turns in (1, 2, 3, 4, 6):
+        for _ in range(8):
+            names = draw.sample(NAMES, turns)
+            visits = [
+                f"{name} comes on {draw.choice(DAYS)} at {draw.randint(1, 12)} and brings {draw.choice(FEW)} "
+                f"{draw.choice(WORDS[:1] + WORDS[4:5])} {draw.choice(THINGS)}."
+                for name in names
+            ]
+            told = "".join(f"User: {visit}\nAssistant: I will remember that.\n" for visit in visits)
+            asked = draw.randrange(turns)
+            prompt = f"{told}User: What about {names[asked]}?\nAssistant:"
+            group = f"{turns} turns" if turns > 1 else "1 turn"
+            lines.append(short(prompt, visits[asked], "exact", group=group))
+    return lines
+
+
+def functions(draw: random.Random) -> list[Line]:
+    """Python functions of one expression with a docstring, to be written from what they return."""
+    lines = []
+    for _ in range(40):
+        what, expression = draw.choice(list(FUNCTIONS.items()))
+        a, b = draw.sample("abcdefghkmnpqrstuvwxyz", 2)
+        n, name = draw.randint(2, 99), draw.choice(WORDS)
+        said, value = what.format(a=a, b=b, n=n), expression.format(a=a, b=b, n=n)
+        written = f'def {name}({a}, {b}):\n    """Returns {said}."""\n    return {value}'
+        lines.append(short(f"# {name}({a}, {b}) returns {said}.\n", written, "exact", stop=["\n\n"], length=64))
+    return lines
+
+
 def short(
     prompt: str,
     answer: str,
@@ -150,12 +237,16 @@ def short(
 
 
 TASKS = {
+    "appointments": appointments,
     "arithmetic": arithmetic,
     "dialogue": dialogue,
+    "extraction": extraction,
+    "functions": functions,
     "json": to_json,
     "lists": lists,
     "recall": recall,
     "stories": stories,
+    "sums": sums,
 }
 
 

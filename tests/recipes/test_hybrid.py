@@ -1,15 +1,19 @@
 """The hybrid's texts: no held-out question in them, answers that are right, and a tokenizer that loses nothing."""
 
 import importlib.util
-import random
+import json
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from twotower.eval.tasks import Example
+from twotower.eval.tasks import SHIPPED, Example, shipped_tasks
 
 FILE = Path(__file__).parents[2] / "recipes" / "hybrid" / "build.py"
+
+
+def shipped_lines(task):
+    return [json.loads(line) for line in (SHIPPED / f"{task}.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -20,37 +24,46 @@ def recipe():
     return module
 
 
-@pytest.mark.parametrize("task", ["lists", "json", "arithmetic", "dialogue", "sums", "python"])
-def test_banned_questions_are_not_asked(recipe, byte_tokenizer, task):
-    asked = list(islice(recipe.documents(task, 0, set(), byte_tokenizer), 30))
+def test_every_task_has_its_shares(recipe):
+    assert set(recipe.SHARES) == set(recipe.ANSWER_SHARES) <= set(shipped_tasks())
+    assert sum(recipe.SHARES.values()) + recipe.ENGLISH_SHARE == sum(recipe.ANSWER_SHARES.values()) == 100
+
+
+@pytest.mark.parametrize("task", ["lists", "json", "extraction", "functions", "sums", "appointments"])
+def test_banned_questions_are_not_asked(recipe, task):
+    asked = list(islice(recipe.documents(task, 0, set()), 30))
     banned = {recipe.question(task, asked[0].prompt)}
-    again = list(islice(recipe.documents(task, 0, banned, byte_tokenizer, most=8), 60))
+    again = list(islice(recipe.documents(task, 0, banned, most=8), 60))
     assert not any(question in document.prompt + document.answer for question in banned for document in again)
 
 
-def test_several_questions_are_answered_but_the_last(recipe, byte_tokenizer):
-    many = max(islice(recipe.documents("sums", 0, set(), byte_tokenizer, most=8), 20), key=lambda d: len(d.prompt))
+def test_several_questions_are_answered_but_the_last(recipe):
+    many = max(islice(recipe.documents("sums", 0, set(), most=8), 20), key=lambda d: len(d.prompt))
     *solved, last = many.prompt.split("\n")
     assert len(solved) == 7
     for line in (*solved, last + many.answer.rstrip("\n")):
-        left, right = line.split(" = ")
-        assert eval(left) == int(right)
-    assert all("\n" not in d.prompt for d in islice(recipe.documents("sums", 0, set(), byte_tokenizer), 20))
+        assert len({eval(part) for part in line.split(" = ")}) == 1
+    assert all("\n" not in d.prompt for d in islice(recipe.documents("sums", 0, set()), 20))
+
+
+@pytest.mark.parametrize("task", ["lists", "json", "extraction", "functions", "sums", "appointments"])
+def test_what_is_learnt_is_the_right_answer_and_its_end(recipe, task):
+    for line in shipped_lines(task):
+        reply = recipe.written(line)
+        assert reply.endswith(line["stop"][0])
+        example = Example.from_dict(line)
+        assert example.score(reply.removesuffix(line["stop"][0])) == 1
+        assert example.score("no") == 0
 
 
 @pytest.mark.slow
-def test_python_answers_pass_their_own_tests(recipe):
-    for line in recipe.python(random.Random(0))[:5]:
-        example = Example.from_dict({key: value for key, value in line.items() if key != "written"})
-        assert example.score(f" {line['written']}\n") == 1
-        assert example.score(" None\n") == 0
-
-
-def test_recall_stays_within_a_row(recipe, byte_tokenizer):
-    for document in islice(recipe.documents("recall", 0, set(), byte_tokenizer), 5):
-        told, _, asked = document.prompt.split("\n")
-        assert document.answer.strip() in told
-        assert asked.split(" is")[0] in told
+def test_functions_compute_what_they_say(recipe):
+    for line in shipped_lines("functions"):
+        found = {}
+        exec(line["answer"], found)
+        (name,) = found.keys() - {"__builtins__"}
+        assert found[name](12, 5) is not None
+        assert f"# {name}(" in line["prompt"]
 
 
 def test_the_tokenizer_keeps_digits_apart_and_loses_nothing(recipe):
