@@ -47,7 +47,14 @@ def test_a_released_file_read_and_written_is_the_same_bytes(case: str, tmp_path:
 def test_every_field_survives_a_file(tmp_path: Path) -> None:
     config = TwoTowerConfig(
         **VALID
-        | {"use_rope": True, "eos_token_id": (2, 7), "block_size": 8, "time_step_limit": (0.1, 2.0), "mask_token_id": 5}
+        | {
+            "use_rope": True,
+            "denoiser_layers": (1, 3),
+            "eos_token_id": (2, 7),
+            "block_size": 8,
+            "time_step_limit": (0.1, 2.0),
+            "mask_token_id": 5,
+        }
     )
     config.to_json(tmp_path / "config.json")
     assert TwoTowerConfig.from_json(tmp_path / "config.json") == config
@@ -99,6 +106,13 @@ def test_depth_must_be_the_patterns() -> None:
         ({"pattern": "MX*"}, r"hybrid_override_pattern has \['X'\], allowed are \['M', 'G', 'S', 'R', "),
         ({"mask_token_id": 40}, r"mask_token_id is 40, must be in \[0, 40\)"),
         ({"mask_token_id": -1}, r"mask_token_id is -1, must be in \[0, 40\)"),
+        ({"denoiser_layers": ()}, r"denoiser_layers is \[\], must be null or ascending, different indices"),
+        ({"denoiser_layers": (1, 0)}, r"denoiser_layers is \[1, 0\], must be null or ascending"),
+        ({"denoiser_layers": (1, 1)}, r"denoiser_layers is \[1, 1\], must be null or ascending"),
+        ({"denoiser_layers": (0, 4)}, r"denoiser_layers is \[0, 4\], must be .* of layers in \[0, 3\]"),
+        ({"denoiser_layers": (-1, 0)}, r"denoiser_layers is \[-1, 0\], must be .* of layers in \[0, 3\]"),
+        ({"denoiser_layers": (2, 3)}, r"denoiser_layers is \[2, 3\], must have one of \[0, 1\], the layers that read"),
+        ({"denoiser_layers": (True,)}, r"denoiser_layers is \(True,\), must be a list or null"),
         ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon is 0.0, must be above 0"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, must be at least 1"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0, must be at least 1"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from twotower.config_rules import FILE_KEYS, config_problems
+from twotower.config_rules import FILE_KEYS, SEEDED_KINDS, config_problems
 from twotower.rope import AttentionType, Rope
 
 # Keys of released and Hugging Face configs that change nothing about inference. They are kept and written back, so
@@ -54,6 +54,9 @@ CARRIED_KEYS = frozenset(
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoTowerConfig:
     """Shapes and switches of a two-tower model; both towers have the same (arXiv 2606.26493; layers as Nemotron-H's).
+
+    `denoiser_layers`, ascending indices into the pattern, are the layers that the denoiser has; None, the released
+    form, are all. Each is seeded by the context tower's layer of the same index. A layer that is left out adds nothing.
 
     Of the whole tower: `vocab_size`, the width `hidden_size`, and `pattern`, which has one character per layer: `M`
     Mamba-2, `G` gated delta net, `S` Mamba-1, `R` RG-LRU, `*` attention, `-` MLP, `E` experts. `layer_norm_epsilon` is
@@ -122,6 +125,7 @@ class TwoTowerConfig:
     eos_token_id: int | tuple[int, ...] | None = 2
     mask_token_id: int = 3
     block_size: int = 16
+    denoiser_layers: tuple[int, ...] | None = None
     embedding_norm: bool = False
     norm_type: str = "rms"
     norm_bias: bool = False
@@ -214,6 +218,17 @@ class TwoTowerConfig:
     def num_layers(self) -> int:
         """Layers of one tower."""
         return len(self.pattern)
+
+    @property
+    def denoiser_indices(self) -> tuple[int, ...]:
+        """For each layer of the denoiser in order the index in the pattern of the context tower's layer that seeds
+        it."""
+        return tuple(range(self.num_layers)) if self.denoiser_layers is None else self.denoiser_layers
+
+    @property
+    def last_seeding_layer(self) -> int:
+        """The index of the last layer through which the denoiser reads the context, -1 without any."""
+        return max([-1, *(i for i in self.denoiser_indices if self.pattern[i] in SEEDED_KINDS)])
 
     def layer_scale(self, kind: str) -> float:
         """What multiplies the output of a layer of this kind before it is added to the residual stream."""

@@ -13,6 +13,8 @@ _MOST = 2**40
 _MOST_EXPERTS = 2**16
 
 LAYER_KINDS = "MGSR*-E"
+# The kinds through which a denoiser reads the context
+SEEDED_KINDS = "MGSR*"
 # How hidden values of MLPs are computed and how experts are chosen, see `ops.mlp.Activation` and `ops.moe.route`
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu", "gelu_tanh", "quick_gelu", "xielu")
 ROUTERS = ("sigmoid", "softmax")
@@ -65,6 +67,7 @@ def config_problems(c: "TwoTowerConfig") -> list[str]:
         need(value is None or value > 0, f"{name} is {value}, must be above 0")
     strange = sorted(set(c.parallel) - set(LAYER_KINDS))
     need(not strange and len(c.parallel) != 1, f"parallel is {c.parallel!r}, must be two or more of {LAYER_KINDS}")
+    found += _denoiser_problems(c)
     if "*" in c.pattern:
         found += _attention_problems(c)
         positive("num_attention_heads", "num_key_value_heads", "head_dim")
@@ -118,6 +121,20 @@ def _words(kind: Any) -> str:
     if get_origin(kind) is UnionType:
         return " or ".join(map(_words, get_args(kind)))
     return names.get(kind, "a list" if get_origin(kind) is tuple else "an object")
+
+
+def _denoiser_problems(c: "TwoTowerConfig") -> list[str]:
+    layers, last = c.denoiser_layers, len(c.pattern) - 1
+    if layers is None:
+        return []
+    shown = list(layers)
+    if not layers or shown != sorted(set(layers)) or shown[0] < 0 or shown[-1] > last:
+        return [f"denoiser_layers is {shown}, must be null or ascending, different indices of layers in [0, {last}]"]
+    kinds = {c.pattern[i] for i in layers}
+    if set(SEEDED_KINDS) & set(c.pattern) and not set(SEEDED_KINDS) & kinds:
+        reading = [i for i, kind in enumerate(c.pattern) if kind in SEEDED_KINDS]
+        return [f"denoiser_layers is {shown}, must have one of {reading}, the layers that read the context"]
+    return []
 
 
 def _attention_problems(c: "TwoTowerConfig") -> list[str]:

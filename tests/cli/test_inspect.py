@@ -61,6 +61,17 @@ def test_a_tied_head_has_no_parameters_of_its_own(run, tiny, tmp_path):
     assert "the embeddings" in run("inspect", tmp_path).stdout
 
 
+def test_the_layers_of_a_shorter_denoiser_are_told(run, tiny, tmp_path):
+    model = tiny("M*-E*-", denoiser_layers=(1, 3))
+    save(model, tmp_path)
+    found = report(run, tmp_path)
+    assert found["denoiser_layers"] == [1, 3]
+    assert "attention layers" in found["parameters"]["denoiser"]
+    assert "MLP layers" not in found["parameters"]["denoiser"]
+    assert found["total_parameters"] == sum(p.numel() for p in model.parameters())
+    assert "of them the denoiser has 2, *E: 1, 3" in run("inspect", tmp_path).stdout
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_is_that_of_a_loaded_model_and_its_state(run, checkpoint, dtype):
     loaded = twotower.load(checkpoint, dtype=getattr(torch, dtype), pack=False)

@@ -65,10 +65,16 @@ def same_state(model: TwoTower, ours: ContextState, tokens: list[int], close: Ca
 
 
 @pytest.mark.parametrize("adaptive_draft", [True, False])
-@pytest.mark.parametrize("pattern", ["M", "*", "G*-", "S*-", "R*-", "M*-E", "MEM*MEM*E", "llama"])
-def test_greedy_is_ar_token_for_token(pattern: str, adaptive_draft: bool, tiny: Callable) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "layers"),
+    [(p, None) for p in ("M", "*", "G*-", "S*-", "R*-", "M*-E", "MEM*MEM*E", "llama")]
+    + [("MEM*MEM*E", (0, 3, 7, 8)), ("llama", (2, 3))],
+)
+def test_greedy_is_ar_token_for_token(
+    pattern: str, layers: tuple[int, ...] | None, adaptive_draft: bool, tiny: Callable
+) -> None:
     """Six words, so that drafts are often right; ragged rows, so that they are right at different places."""
-    model, accepted = tiny(pattern, vocab_size=6, seed=1), 0
+    model, accepted = tiny(pattern, vocab_size=6, seed=1, denoiser_layers=layers), 0
     prompts = [[4], [5, 0, 1], [2] * 9, [4, 1, 5, 2, 0] * 4]
     ar = generate(model, prompts, SamplingParams(mode="ar", max_new_tokens=24))
     for block_size in (1, 2, 5, 16):
@@ -80,6 +86,14 @@ def test_greedy_is_ar_token_for_token(pattern: str, adaptive_draft: bool, tiny: 
             assert ours.confidences == pytest.approx(theirs.confidences, rel=1e-4)
             accepted += 24 - ours.stats.denoiser_calls
     assert accepted > 0
+
+
+@pytest.mark.parametrize("mode", ["verified", "diffusion", "simulated_ar", "mock_ar"])
+def test_a_denoiser_of_all_layers_by_name_is_the_usual_one(mode: Any, tiny: Callable) -> None:
+    prompts, params = [[4], [5, 0, 1] * 4], SamplingParams(mode=mode, max_new_tokens=16, block_size=5)
+    usual, named = tiny("M*-E", vocab_size=6), tiny("M*-E", vocab_size=6, denoiser_layers=(0, 1, 2, 3))
+    for ours, theirs in zip(generate(named, prompts, params), generate(usual, prompts, params), strict=True):
+        assert (ours.token_ids, ours.confidences) == (theirs.token_ids, theirs.confidences)
 
 
 @pytest.mark.slow

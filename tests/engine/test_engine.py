@@ -20,8 +20,9 @@ def engine(model: TwoTower, **config: int) -> Engine:
     return Engine(model, EngineConfig(**{"state_bytes": 1 << 20, "snapshot_bytes": 1 << 16, **config}))
 
 
-def test_results_are_those_of_generate_in_order(tiny: Callable) -> None:
-    model = tiny("M*-E")
+@pytest.mark.parametrize(("pattern", "layers"), [("M*-E", None), ("ME*M*-", (1, 3, 4))])
+def test_results_are_those_of_generate_in_order(pattern: str, layers: tuple[int, ...] | None, tiny: Callable) -> None:
+    model = tiny(pattern, denoiser_layers=layers)
     prompts = [[4 + (i * 7 + j) % 30 for j in range(1 + 9 * i)] for i in range(2 * len(MODES))]
     params = [
         SamplingParams(mode=mode, max_new_tokens=9 + i, block_size=6, temperature=temperature, seed=i)

@@ -37,6 +37,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("**", {"num_key_value_heads": 4}),
     ("**", {"num_key_value_heads": 1, "use_rope": True, "rope_theta": 100.0}),
     ("llama", {}),
+    ("MEM*-*", {"denoiser_layers": (1, 2, 5)}),
+    ("*-*-*-", {"denoiser_layers": (2, 3), "use_rope": True, "attention_scale_by_depth": True}),
     ("llama", {"tie_word_embeddings": False, "mlp_bias": True}),
     ("**", LATENTS),
     ("*", LATENTS | {"q_lora_rank": 0, "v_head_dim": 8, "attention_bias": True}),
@@ -201,7 +203,7 @@ class Reference:
         x = torch.cat((angles.cos(), angles.sin()))
         hidden = self.project("t_embedder.mlp.2", F.silu(self.project("t_embedder.mlp.0", x)))
         shared = self.project("t_block.1", F.silu(hidden)).view(3, -1)
-        return [shared + w[f"scale_shift_tables.{i}"] for i in range(self.c.num_layers)]
+        return [shared + w.get(f"scale_shift_tables.{i}", 0) for i in range(self.c.num_layers)]
 
     def tower(self, tower: str, ids: list[int], seeds: list | None, t: float | None) -> tuple[Tensor, list]:
         """Hidden (t, d) and each layer's state; a block seeded by the context's states where `seeds` is given."""
@@ -209,6 +211,8 @@ class Reference:
         x = self.norm(x, self.w[f"{tower}.embedding_norm.weight"]) if self.c.embedding_norm else x
         modulations = [None] * self.c.num_layers if t is None else self.modulations(t)
         for i, kind in enumerate(self.c.pattern):
+            if tower == "denoiser_tower" and i not in self.c.denoiser_indices:
+                continue
             name, m = f"{tower}.layers.{i}", modulations[i]
             weight = self.w[f"{name}.norm.weight"]
             shift, scale, gate = (0, 0, 1) if m is None else m

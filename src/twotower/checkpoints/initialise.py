@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoints.backbone import Backbone, tower_shapes
+from twotower.checkpoints.cut import cut
+from twotower.checkpoints.denoiser_layers import chosen_layers
 from twotower.checkpoints.families.family import open_family
 from twotower.checkpoints.families.known import find_family, text_settings
 from twotower.checkpoints.families.nemotron_h import open_nemotron_h
@@ -33,7 +35,7 @@ from twotower.checkpoints.hf.tokenizer_file import (
     read_tokenizer_text,
     replaced_files,
 )
-from twotower.checkpoints.hf.two_towers import released_shapes
+from twotower.checkpoints.hf.two_towers import holds_two_towers, released_shapes
 from twotower.checkpoints.llama2c import open_llama2c
 from twotower.checkpoints.vocabulary import append_mask, fit, trim
 from twotower.config import TwoTowerConfig
@@ -41,6 +43,7 @@ from twotower.errors import SettingError
 
 # The tensors with one row per token of the vocabulary.
 _ROW_TENSORS = ("embeddings.weight", "lm_head.weight", "lm_head.bias")
+_BLOCK_SIZE = 16
 # DiT's initialisation of the time embedder (arXiv 2212.09748).
 _TIME_INIT_STD = 0.02
 
@@ -60,8 +63,9 @@ def init(
     *,
     dtype: str | torch.dtype | None = None,
     mask_token_id: int | None = None,
-    block_size: int = 16,
+    block_size: int | None = None,
     keep_tokens: Sequence[int] | None = None,
+    denoiser_layers: str | Sequence[int] | None = None,
     seed: int = 0,
 ) -> None:
     """Writes the two-tower checkpoint directory `out` from a single-tower model, one tensor at a time.
@@ -72,20 +76,40 @@ def init(
 
     `backbone` is a directory or hub id of a family in docs/families.md, a GGUF file or a llama2.c file. `dtype`, such
     as "bfloat16" or torch.bfloat16, is what weights are rounded to (routers keep theirs); None keeps each tensor's
-    stored dtype. `block_size` is the number of tokens that the denoiser fills at a time. `mask_token_id` is the id of
-    the token that stands for a masked position; by default the one that the family keeps free, else a new last token
-    whose row starts as a copy of row 0. `keep_tokens` cuts the vocabulary down to these ids, see `vocabulary.trim`; the
-    mask token then comes after the special tokens.
+    stored dtype. `block_size` is the number of tokens that the denoiser fills at a time, by default 16.
+    `mask_token_id` is the id of the token that stands for a masked position; by default the one that the family keeps
+    free, else a new last token whose row starts as a copy of row 0. `keep_tokens` cuts the vocabulary down to these
+    ids, see `vocabulary.trim`; the mask token then comes after the special tokens. `denoiser_layers` are those of the
+    model's layers that the denoiser has, by default all: "first:K", "spread:K", "last:K" or indices, see
+    `chosen_layers`.
+
+    `backbone` may be a two-tower checkpoint too. Its denoiser is then cut down to `denoiser_layers`, and all else stays
+    as it is; only `dtype` and `block_size` may be given beside them.
 
     Raises SettingError for a value that is not allowed, and FileNotFoundError or ValueError, naming the file or tensor,
     for a model that cannot be read or that computes something other than these towers do. `out` is complete or as it
     was before.
     """
     dtype = None if dtype is None else as_dtype(dtype)
-    source = open_backbone(backbone)
     out = Path(out)
     if out.exists() and Path(backbone).exists() and out.samefile(backbone):
         raise ValueError(f"out is {out}, the backbone's own directory; give another, the backbone would be overwritten")
+    if holds_two_towers(backbone):
+        if denoiser_layers is None:
+            raise ValueError(
+                f"{backbone} holds two towers already; give a single-tower model, or the denoiser_layers "
+                "(--denoiser-layers) that are to stay of its denoiser, such as spread:2"
+            )
+        for name, given, usual in (
+            ("mask_token_id", mask_token_id, None),
+            ("keep_tokens", keep_tokens, None),
+            ("seed", seed, 0),
+        ):
+            if given != usual:
+                raise SettingError(name, given, "left out for a checkpoint of two towers, which keeps its own")
+        cut(backbone, out, denoiser_layers, dtype=dtype, block_size=block_size)
+        return
+    source = open_backbone(backbone)
     if "lm_head.weight" not in source.specs and not source.config.tie_word_embeddings:
         raise ValueError(
             f"{backbone} has no lm_head.weight, and its config.json does not say that the embedding is the head; take "
@@ -101,7 +125,12 @@ def init(
             stacklevel=2,
         )
     vocabulary = _vocabulary(source, mask_token_id, keep_tokens)
-    config = dataclasses.replace(source.config, block_size=block_size, **vocabulary.changes)
+    config = dataclasses.replace(
+        source.config,
+        block_size=_BLOCK_SIZE if block_size is None else block_size,
+        denoiser_layers=None if denoiser_layers is None else chosen_layers(source.config, denoiser_layers),
+        **vocabulary.changes,
+    )
     model_dtype = dtype or source.specs["embeddings.weight"].dtype
     config = with_stored_dtype(config, model_dtype)
     specs = _specs(config, source, dtype, model_dtype)
@@ -218,6 +247,8 @@ def _tensors(
             tensor = tensor[index]
         in_towers = (f"context_tower.{name}", f"denoiser_tower.{name}")
         for copy in (f"context_{name}", name) if name.startswith("lm_head.") else in_towers:
+            if copy not in specs:  # a layer that the denoiser hasn't
+                continue
             yield copy, tensor.to(specs[copy].dtype)
     yield from _time_modules(specs, seed)
 

@@ -1,4 +1,4 @@
-"""`twotower init`: a two-tower checkpoint from a single-tower model."""
+"""`twotower init`: a two-tower checkpoint from a single-tower model, or from another with a longer denoiser."""
 
 import json
 from pathlib import Path
@@ -19,11 +19,25 @@ def command(
     backbone: Annotated[
         str,
         typer.Argument(
-            help="Directory or Hugging Face id of a model of a family in docs/families.md; a GGUF or llama2.c file."
+            help="Directory or Hugging Face id of a model of a family in docs/families.md; a GGUF or llama2.c file; "
+            "or, with --denoiser-layers, a checkpoint of two towers, whose denoiser is cut."
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Directory to write; weights already there are replaced.")],
-    block_size: Annotated[int, typer.Option(help="Block length the denoiser is to be trained at, 1 or more.")] = 16,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Block length the denoiser is to be trained at, 1 or more.", show_default="16, or the checkpoint's"
+        ),
+    ] = None,
+    denoiser_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers that the denoiser has: all, or indices such as 0,1,10,11, or first:K, spread:K or last:K, "
+            "which count layers that read the context, each with the MLPs or experts behind it.",
+            show_default="all",
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Type of the written weights.", show_default="each tensor's own")
     ] = None,
@@ -45,7 +59,7 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seeds the time embedder, the only random part; 0 to 2^63 - 1.")] = 0,
 ) -> None:
-    """Make a two-tower checkpoint whose towers both start as the given single-tower model."""
+    """Make a two-tower checkpoint whose towers both start as a single-tower model, or cut the denoiser of one."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}, must be 0 to {2**63 - 1}; the default is 0")
     check_out(out)
@@ -57,6 +71,7 @@ def command(
             mask_token_id=mask_token_id,
             block_size=block_size,
             keep_tokens=None if keep_tokens is None else _token_ids(keep_tokens),
+            denoiser_layers=denoiser_layers,
             seed=seed,
         )
     print(f"wrote {out}; make a corpus to train it on with: twotower tokenize {out} TEXT CORPUS")

@@ -109,6 +109,7 @@ def _report(
     return {
         "path": directory,
         "pattern": config.pattern,
+        "denoiser_layers": list(config.denoiser_indices),
         "block_size": config.block_size,
         "parameters": {
             tower: {where.part: count for where, count in counts.items() if where.tower == tower}
@@ -137,6 +138,10 @@ def _print(
     console.print(Text(directory, "bold"), soft_wrap=True)
     stored = ", ".join(f"{count:,} parameters in {name}" for name, count in _stored(files).items())
     console.print(Text(f"{config.num_layers} layers {config.pattern}, blocks of {config.block_size}; stored: {stored}"))
+    if config.denoiser_layers is not None:
+        own = config.denoiser_layers
+        kinds, numbers = "".join(config.pattern[i] for i in own), ", ".join(map(str, own))
+        console.print(Text(f"of them the denoiser has {len(own)}, {kinds}: {numbers}"))
     console.print(_parameter_table(config))
     console.print(_memory_table(config, lengths))
     for dtype in _DTYPES.values():

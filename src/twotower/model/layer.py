@@ -14,6 +14,7 @@ from twotower.model.mamba2 import Mamba2
 from twotower.model.mlp import MLP
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.norm import Norm
+from twotower.model.recurrent import RECURRENT_KINDS
 from twotower.model.selective import SelectiveMixer
 from twotower.model.time_conditioning import Modulation
 from twotower.ops.norm import modulate, residual_sum
@@ -25,13 +26,18 @@ RecurrentMixer = Mamba2 | DeltaNet | SelectiveMixer
 class Layer(nn.Module):
     """y = x + post_norm(mixer(norm(x))), with the denoiser's modulation where one is given.
 
-    Either norm may be missing. A layer that `joins` reads the x that the layer before it has read.
+    Either norm may be missing. A layer that `joins` reads the x that the layer before it has read. `index` is its place
+    in the config's pattern, and `memory` says which of a context state's recurrent states, or of its keys and values,
+    are those of the layer of this index.
     """
 
-    def __init__(self, config: TwoTowerConfig, index: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: TwoTowerConfig, index: int, dtype: torch.dtype, *, joins: bool) -> None:
         super().__init__()
+        self.index = index
         self.kind = kind = config.pattern[index]
-        self.joins = config.joins[index]
+        self.joins = joins
+        alike = RECURRENT_KINDS if kind in RECURRENT_KINDS else kind
+        self.memory = sum(other in alike for other in config.pattern[:index])
         self.scale = config.layer_scale(kind)
         self.norm = Norm(config, config.hidden_size, dtype=dtype) if config.pre_norm else None
         self.post_norm = Norm(config, config.hidden_size, dtype=dtype) if config.post_norm else None
@@ -43,7 +49,7 @@ class Layer(nn.Module):
         elif kind in "SR":
             self.mixer = SelectiveMixer(config, kind, dtype)
         elif kind == "*":
-            self.mixer = Attention(config, config.pattern[:index].count("*"), dtype)
+            self.mixer = Attention(config, self.memory, dtype)
         elif kind == "-":
             self.mixer = MLP(config, config.intermediate_size, dtype)
         else:

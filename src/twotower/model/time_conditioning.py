@@ -40,7 +40,8 @@ class TimeConditioning(nn.Module):
         self.embed_in = Linear(2 * NUM_FREQUENCIES, d, bias=True, dtype=dtype)
         self.embed_out = Linear(d, d, bias=True, dtype=dtype)
         self.block = Linear(d, 3 * d, bias=True, dtype=dtype)
-        self.tables = nn.Parameter(torch.empty(config.num_layers, 3, d, dtype=dtype))
+        self.indices = config.denoiser_indices  # of the layers, by which the released tables are named
+        self.tables = nn.Parameter(torch.empty(len(self.indices), 3, d, dtype=dtype))
         self.released_dtype = dtype
         self.constant = False  # true once the weights no longer change
         self._known: dict[float, Tensor] = {}
@@ -87,4 +88,5 @@ class TimeConditioning(nn.Module):
         for name, layer in (("t_embedder.mlp.0", self.embed_in), ("t_embedder.mlp.2", self.embed_out)):
             found |= layer.released_tensors((name,), (self.hidden_size,))
         found |= self.block.released_tensors(("t_block.1",), (3 * self.hidden_size,))
-        return found | {f"scale_shift_tables.{i}": table for i, table in enumerate(self.tables.data)}
+        tables = zip(self.indices, self.tables.data, strict=True)
+        return found | {f"scale_shift_tables.{i}": table for i, table in tables}

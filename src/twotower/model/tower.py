@@ -4,6 +4,7 @@ Letters: b batch, s tokens, t cached tokens rounded up, d width, i layers, h hea
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -72,11 +73,14 @@ def positionings(
 class Tower(nn.Module):
     """Embedding, layers and last norm; the head belongs to `TwoTower`.
 
+    `indices`, ascending, say which layers of the config's pattern it has, None all of them. The others add nothing to
+    the residual stream. Layers keep their indices in the names of tensors.
+
     `guest`, where a backend has put one, runs the passes in the place of the layers here, which then only hold the
     weights.
     """
 
-    def __init__(self, config: TwoTowerConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, indices: Sequence[int] | None = None) -> None:
         super().__init__()
         self.config = config
         self.embeddings = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype))
@@ -85,7 +89,11 @@ class Tower(nn.Module):
             table = torch.empty(config.num_positions, config.hidden_size, dtype=dtype)
             self.position_embeddings = nn.Parameter(table)
         self.embedding_norm = Norm(config, config.hidden_size, dtype=dtype) if config.embedding_norm else None
-        self.layers = nn.ModuleList(Layer(config, i, dtype) for i in range(config.num_layers))
+        indices = range(config.num_layers) if indices is None else indices
+        # Of parallel layers, the first one that is there is the one that the others join.
+        pairs = itertools.pairwise((-1, *indices))
+        joins = [all(config.joins[before + 1 : i + 1]) for before, i in pairs]
+        self.layers = nn.ModuleList(Layer(config, i, dtype, joins=j) for i, j in zip(indices, joins, strict=True))
         self.norm_f = Norm(config, config.hidden_size, dtype=dtype)
         self.activation_dtype = dtype
         self.key_dtype: torch.dtype | None = None  # of cached keys and values, if it isn't the activations'
@@ -179,8 +187,8 @@ class Tower(nn.Module):
             found["position_embeddings.weight"] = self.position_embeddings.data
         if self.embedding_norm is not None:
             found |= self.embedding_norm.released_tensors("embedding_norm")
-        for i, layer in enumerate(self.stack):
-            found |= {f"layers.{i}.{k}": v for k, v in layer.released_tensors().items()}
+        for layer in self.stack:
+            found |= {f"layers.{layer.index}.{k}": v for k, v in layer.released_tensors().items()}
         return found | self.norm_f.released_tensors("norm_f")
 
     def _reaches(self) -> list[dict[str, Any]]:
@@ -213,20 +221,19 @@ class Tower(nn.Module):
         ]
         replays: list[Replay] = []
         marked: list[tuple[MambaState, ...]] = []
-        num_attention, read = 0, x
+        read = x
         for layer in self.stack:
             read = read if layer.joins else x
             entered = layer.enter(read, None, dtype)
             if isinstance(layer.mixer, RecurrentMixer):
-                mixed, replay, states = self._causal_recurrent(layer.mixer, entered, state.mamba[len(replays)], marks)
+                mixed, replay, states = self._causal_recurrent(layer.mixer, entered, state.mamba[layer.memory], marks)
                 replays.append(replay)
                 marked.append(states)
             elif isinstance(layer.mixer, Attention):
                 index = layer.mixer.index
                 projected = layer.mixer.project(entered, positioning[index])
-                state.buffer.append_(num_attention, state.lengths, places, projected.key, projected.value)
-                mixed = layer.mixer.causal(projected, past.layer(num_attention), masks[index])
-                num_attention += 1
+                state.buffer.append_(layer.memory, state.lengths, places, projected.key, projected.value)
+                mixed = layer.mixer.causal(projected, past.layer(layer.memory), masks[index])
             else:
                 mixed = layer.mixer(entered)
             x = layer.leave(x, mixed, None)
@@ -252,22 +259,19 @@ class Tower(nn.Module):
             block_mask(seed.lengths, widths, s, t, dtype, device, **reach)
             for reach in (self._reaches() if past.keys else ())
         ]
-        num_mamba = num_attention = 0
         read = x
         for i, layer in enumerate(self.stack):
             own = None if modulation is None else Modulation(*modulation[i].unbind(1))
             read = read if layer.joins else x
             entered = layer.enter(read, own, dtype)
             if isinstance(layer.mixer, RecurrentMixer):
-                start = seed.mamba[num_mamba]
+                start = seed.mamba[layer.memory]
                 mixer: Recurrent = layer.mixer
                 mixed = mixer.outputs(mixer.prepare(entered, start.conv), start, dtype)
-                num_mamba += 1
             elif isinstance(layer.mixer, Attention):
                 index = layer.mixer.index
                 projected = layer.mixer.project(entered, positioning[index])
-                mixed = layer.mixer.block(projected, past.layer(num_attention), masks[index])
-                num_attention += 1
+                mixed = layer.mixer.block(projected, past.layer(layer.memory), masks[index])
             else:
                 mixed = layer.mixer(entered)
             x = layer.leave(x, mixed, own)

@@ -25,7 +25,8 @@ PREFILL_CHUNK = 256
 
 
 class TwoTower(nn.Module):
-    """A frozen causal context tower and a denoiser tower with the same shapes.
+    """A frozen causal context tower and a denoiser tower with the same shapes, of all layers or of the config's
+    `denoiser_layers`.
 
     Decoding is made of four calls: `absorb` takes tokens into the context tower's state, `denoiser_logits` is one pass
     of the denoiser over a block, and `score` runs the context tower over tokens of which `accept` keeps a prefix.
@@ -59,7 +60,7 @@ class TwoTower(nn.Module):
             self.context_tower = Tower(config, dtype)
             self.context_lm_head = Head(config, dtype)
         with torch.device("meta" if meta else denoiser_device):
-            self.denoiser_tower = Tower(config, dtype)
+            self.denoiser_tower = Tower(config, dtype, config.denoiser_indices)
             self.lm_head = Head(config, dtype)
             self.time_conditioning = TimeConditioning(config, dtype)
         if config.tie_word_embeddings:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from twotower.model import moe
+from twotower.model.layer import Layer
 from twotower.model.two_tower import TwoTower
 from twotower.ops.moe import ExpertWeights, Routing, apply_experts
 from twotower.rope import AttentionType, Rope
@@ -36,6 +37,10 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
         "*-*-",
         {"post_norm": True, "norm_offset": 1.0, "qk_norm": "head", "attention_softcap": 2.0, "embedding_scale": 3.0},
     ),
+    ("MG*-M*E-", {"denoiser_layers": (0, 5, 6), "attention_scale_by_depth": True}),
+    ("S*-RM", {"denoiser_layers": (2, 3)}),
+    ("*-*-*-", {"parallel": "*-", "denoiser_layers": (1, 2, 3, 5)}),
+    ("M*-M*-", {"parallel": "M*-", "denoiser_layers": (1, 2, 5)}),
     ("G*-", {"attention_gate": True, "norm_offset": 1.0, "qk_norm": "head", "gated_mlp": True}),
     ("S*-SE", {"mamba_inner_epsilon": 0.1, "use_bias": True, "mamba_state_size": 5}),
     ("SRS", {"use_conv_bias": False, "conv_kernel": 2}),
@@ -178,6 +183,27 @@ def test_the_context_tower_computes_what_it_does_alone(
             close(ours[row : row + 1, place], alone, 1e-6)  # `context_logits` rounds to float32
 
 
+def test_context_layers_above_the_last_that_is_read_do_not_run(
+    tiny: Callable, ids: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x0, layout = tiny("*-*-*-", denoiser_layers=(0, 2, 5)), ids(1, 16), one_document(16, 4)
+    freeze(model)
+    xt, t = noisy(x0, layout)
+    ran: list[int] = []
+
+    def enter(self: Layer, *arguments: Any) -> Tensor:
+        ran.extend([self.index] if any(self is layer for layer in model.context_tower.stack) else [])
+        return entered(self, *arguments)
+
+    entered = Layer.enter
+    monkeypatch.setattr(Layer, "enter", enter)
+    block_parallel_hidden(model, x0, xt, t, layout)
+    assert ran == [0, 1, 2]
+    ran.clear()
+    block_parallel_hidden(model, x0, xt, t, layout, with_context=True)
+    assert ran == [0, 1, 2, 3, 4, 5]
+
+
 def silence(model: TwoTower, keep: str) -> None:
     """Closes all ways from clean tokens to the denoiser of pattern M* but one: SSM state, convolution or keys."""
     with torch.no_grad():
@@ -274,6 +300,40 @@ def test_levels_of_other_blocks_do_not_matter(tiny: Callable, ids: Callable) -> 
     other = torch.where(layout.block == 1, 0.123, t)
     after = moved(logits(model, x0, xt, t, layout), logits(model, x0, xt, other, layout))
     assert after == (layout.block[0] == 1).tolist()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "layers"), [("MEM*-*E", (0, 1, 3)), ("*-*-*-", (2, 3, 5)), ("M*-E", None), ("SG-R", (1, 2))]
+)
+def test_gradients_are_those_of_decoding_block_by_block(
+    pattern: str, layers: tuple[int, ...] | None, trained: bool, tiny: Callable, ids: Callable, close: Callable
+) -> None:
+    """Plain autograd through a causal pass and the denoiser over one block at a time, as cached decoding runs them."""
+    x0, layout = ids(1, 22), one_document(22, 4)
+    xt, t = noisy(x0, layout)
+    models = [tiny(pattern, dtype=torch.float64, denoiser_layers=layers) for _ in range(2)]
+    for model in models:
+        model.context_tower.requires_grad_(trained)
+    hidden = block_parallel_hidden(models[0], x0, xt, t, layout, with_context=True)
+    (hidden.denoiser.sin().sum() + hidden.context.cos().sum() * trained).backward()
+    context, denoiser = models[1].context_tower, models[1].denoiser_tower
+    whole = context.causal(x0, context.initial_state(1, 32)).hidden
+    loss = whole.cos().sum() * trained
+    for block in range(6):
+        place = (layout.block[0] == block).nonzero()[:, 0]
+        state = context.initial_state(1, 32)
+        if block:
+            state = context.causal(x0[:, : place[0]], state).commit((int(place[0]),), None)
+        modulation = models[1].time_conditioning(t[0, place[:1]])
+        loss = loss + denoiser.block(xt[:, place], state, modulation).sin().sum()
+    loss.backward()
+    # float64, sums reordered; some gradients are sums of terms that cancel
+    gradients = [{n: p.grad for n, p in model.named_parameters() if p.grad is not None} for model in models]
+    largest = max(gradient.abs().max() for gradient in gradients[1].values())
+    for name, gradient in gradients[1].items():
+        assert (gradients[0].pop(name) - gradient).abs().max() <= 1e-9 * largest, name
+    assert all(not gradient.any() for gradient in gradients[0].values())
 
 
 def freeze(model: TwoTower) -> None:

@@ -16,6 +16,8 @@ from twotower.training.objectives.next_token import NextToken, NextTokenConfig
 from twotower.training.run.estimate import estimate
 from twotower.training.run.trainer import TrainConfig, trained_parameters
 
+RUN = {"row_length": 128, "num_ranks": 1}
+
 
 @pytest.fixture(scope="module")
 def config(tiny):
@@ -43,9 +45,11 @@ def test_counts_are_those_of_the_model(config):
         DenoisingConfig(context="trained", ar_weight=1.0, complementary=True, level_per="example"),
     ],
 )
-def test_flops_are_those_that_torch_counts(what, recompute):
+@pytest.mark.parametrize("layers", [None, (1,)])
+def test_flops_are_those_that_torch_counts(what, recompute, layers):
     """For towers of projections alone, where nothing is approximate."""
-    config = TwoTowerConfig(vocab_size=50, hidden_size=32, pattern="--", intermediate_size=64)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64}
+    config = TwoTowerConfig(**sizes, pattern="--", denoiser_layers=layers)
     what = dataclasses.replace(what, recompute=recompute)
     if isinstance(what, NextTokenConfig):
         objective = NextToken(OneTower(config), what)
@@ -61,6 +65,23 @@ def test_flops_are_those_that_torch_counts(what, recompute):
         objective(rows, slice(0, 8), rows.denominators).loss.backward()
     found = estimate(config, TrainConfig(steps=1, batch_size=8), what, row_length=129, num_ranks=1)
     assert found.flops == pytest.approx(counter.get_total_flops(), rel=0.02)  # the last of 129 tokens has no next one
+
+
+def test_a_denoiser_of_few_layers_costs_less_and_so_does_its_context_tower(tiny):
+    """Without what distillation reads, the context tower runs up to the last layer that seeds the denoiser."""
+    sizes = {"hidden_size": 64, "vocab_size": 400, "intermediate_size": 400}
+    layers = {"all": None, "last": (2, 3), "first": (0, 1)}
+    plain, distilled = (
+        {
+            name: estimate(tiny("*-*-", **sizes, denoiser_layers=of).config, TrainConfig(), what, **RUN)
+            for name, of in layers.items()
+        }
+        for what in (DenoisingConfig(), DenoisingConfig(objective=(Share("distillation", 1.0),)))
+    )
+    assert plain["first"].flops < plain["last"].flops < plain["all"].flops
+    assert distilled["first"].flops == distilled["last"].flops
+    assert plain["first"].memory.activations < plain["all"].memory.activations
+    assert plain["first"].trained < plain["all"].trained
 
 
 def test_what_saves_memory_saves_it(config):

@@ -89,13 +89,16 @@ def same_runs(
         ("llama", {}, {"bf16": True}),
         ("*E", {"lora_rank": 2}, {"bf16": True}),
         ("M*-", {"context": "tied"}, {}),
+        ("M*-E*-", {}, {"bf16": True}),
     ],
 )
 def test_shards_filled_from_files_are_those_of_a_whole_model(
     pattern: str, what: dict[str, Any], settings: dict[str, Any], tiny: Callable, corpus: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
-    save(tiny(pattern, block_size=4, hidden_size=33, vocab_size=41), folder, max_shard_bytes=10_000)
+    some = (1, 3, 4) if pattern == "M*-E*-" else None
+    model = tiny(pattern, block_size=4, hidden_size=33, vocab_size=41, denoiser_layers=some)
+    save(model, folder, max_shard_bytes=10_000)
     config = DenoisingConfig(**what)
     whole = Denoising(load_model(folder, dtype=torch.float32), config)
     empty = Denoising(without_weights(TwoTower, read_config(folder)), config)

@@ -141,19 +141,23 @@ class NativeTower:
         for i, watched in enumerate(self._watched):
             what = "a forward hook" if any(watched.hooks) else "a module in it that was replaced"
             if any(watched.hooks) or any(now != then for now, then in watched.children):
+                layer = self.stack[i]
                 raise RuntimeError(
-                    f"layer {i} ({self.stack[i].kind!r}) has {what}, which the C kernels would pass over; "
+                    f"layer {layer.index} ({layer.kind!r}) has {what}, which the C kernels would pass over; "
                     'load the model with load(..., backend="reference")'
                 )
 
     def _memory(self, state: ContextState, past: Past) -> "tuple[list[MambaState], array[int]]":
         """The recurrent layers' states without gaps, and the addresses of what every layer remembers, two per layer."""
         dense = [MambaState(m.conv.contiguous(), m.ssm.contiguous()) for m in state.mamba]
-        mamba, keys = iter(dense), zip(past.keys, past.values, strict=True)
         memory = array("Q")
         for layer in self.stack:
-            pair = next(mamba) if layer.kind in RECURRENT_KINDS else next(keys) if layer.kind == "*" else None
-            memory.extend((0, 0) if pair is None else (pair[0].data_ptr(), pair[1].data_ptr()))
+            if layer.kind in RECURRENT_KINDS:
+                memory.extend(tensor.data_ptr() for tensor in dense[layer.memory])
+            elif layer.kind == "*":
+                memory.extend((past.keys[layer.memory].data_ptr(), past.values[layer.memory].data_ptr()))
+            else:
+                memory.extend((0, 0))
         return dense, memory
 
     def _run(self, inputs: PassInputs, memory: "array[int]", saved: list[Tensor], **more: Any) -> Tensor:

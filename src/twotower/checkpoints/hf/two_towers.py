@@ -64,7 +64,7 @@ def load_model(
     number of tensors loaded and their total. Raises ValueError or FileNotFoundError, naming tensors and files, before
     the model is allocated.
     """
-    config, files = _open(path)
+    config, files = open_two_towers(path)
     if dtype is None:
         dtype = stored_dtype(config) or files.specs[_EMBEDDING].dtype
     model = TwoTower(config, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device)
@@ -82,12 +82,14 @@ def released_stream(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
     Raises what `load_model` raises.
     """
-    _, files = _open(directory)
+    _, files = open_two_towers(directory)
     yield from files.stream(files.specs)
 
 
-def _open(path: str | Path) -> tuple[TwoTowerConfig, FloatTensors]:
-    """The config, and the tensors in the released order, of which only the headers are read."""
+def open_two_towers(path: str | Path) -> tuple[TwoTowerConfig, FloatTensors]:
+    """The config, and the tensors in the released order, of which only the headers are read.
+
+    Raises ValueError or FileNotFoundError for a directory that doesn't hold what its config asks for."""
     directory = resolve(path)
     if _EMBEDDING not in scan(directory).specs:
         raise ValueError(f"{path} holds a single tower; make two of it with: twotower init {path} OUT")

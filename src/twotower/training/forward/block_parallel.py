@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.config_rules import SEEDED_KINDS
 from twotower.model.attention import Attention
 from twotower.model.layer import Layer, RecurrentMixer
-from twotower.model.recurrent import RECURRENT_KINDS
 from twotower.model.time_conditioning import Modulation
 from twotower.model.two_tower import TwoTower
 from twotower.training.forward.layout import Layout
@@ -20,6 +20,7 @@ from twotower.training.forward.seeded_mixers import (
     CHUNK_SIZE,
     Plan,
     block_mixed,
+    causal_mixed,
     context_mixed,
     context_seed,
     make_plan,
@@ -70,19 +71,26 @@ def block_parallel_hidden(
     with torch.set_grad_enabled(learns):
         clean: Tensor | None = context.embed(x0, layout.position)
     noisy = denoiser.embed(xt, layout.position.repeat(xt.shape[0] // layout.position.shape[0], 1))
-    read = _Streams(noisy, clean)
     # The number of layers after which the context tower's residual stream is still read: above the last layer that
     # seeds the denoiser it is read by nothing but its own head.
-    top = len(config.pattern) if with_context else max(map(config.pattern.rfind, RECURRENT_KINDS + "*"))
+    top = config.num_layers if with_context else config.last_seeding_layer
     shared = model.time_conditioning.shared(levels)
-    for i, (below, layer) in enumerate(zip(context.stack, denoiser.stack, strict=True)):
-        step = _LayerPair(below, layer, plan, dtype, learns, i < top)
-        time = (model.time_conditioning.tables[i], shared, index)
-        # `Layer.forward` only calls the function it is given. The pair runs inside both layers' forward, below's and
-        # layer's, because FSDP gathers a module's shards in hooks around it.
-        read = read if layer.joins else _Streams(noisy, clean)
-        earlier = read if layer.joins else None
-        noisy, clean = below(layer, step.run, noisy, clean, earlier, *time, recompute and torch.is_grad_enabled())
+    recompute = recompute and torch.is_grad_enabled()
+    noisy_read, clean_read = noisy, clean
+    number = dict(zip(config.denoiser_indices, range(len(denoiser.stack)), strict=True))
+    # `Layer.forward` only calls the function it is given. A pair runs inside both layers' forward, below's and layer's,
+    # because FSDP gathers a module's shards in hooks around it.
+    for i, below in enumerate(context.stack):
+        clean_read = clean_read if below.joins else clean
+        if i in number:
+            layer, table = denoiser.stack[number[i]], model.time_conditioning.tables[number[i]]
+            noisy_read = noisy_read if layer.joins else noisy
+            step = _LayerPair(below, layer, plan, dtype, learns, i < top)
+            read = _Streams(noisy_read, clean_read)
+            noisy, clean = below(layer, step.run, noisy, clean, read, table, shared, index, recompute)
+        elif i < top:
+            with torch.set_grad_enabled(learns):
+                clean = below(maybe_recomputed, recompute and learns, _alone, below, clean, clean_read, plan, dtype)
     with torch.set_grad_enabled(learns):
         finished = context.finish(clean) if with_context and clean is not None else None
     return Hidden(denoiser.finish(noisy), finished)
@@ -119,7 +127,7 @@ class _LayerPair(NamedTuple):
         self,
         noisy: Tensor,
         clean: Tensor | None,
-        earlier: _Streams | None,
+        read: _Streams,
         table: Tensor,
         shared: Tensor,
         index: Tensor,
@@ -127,11 +135,11 @@ class _LayerPair(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """The residual streams after this layer: noisy (v·b, t, d) and clean (b, t, d), None once nothing reads it.
 
-        `earlier` are the streams that a parallel layer reads; others read `noisy` and `clean`. `table`, `shared` and
+        `read` are the streams that the layers read, `noisy` and `clean` but for parallel ones. `table`, `shared` and
         `index` are the arguments of `_modulation`."""
         time = (table, shared, index)
-        noisy_read, clean_read = earlier or (noisy, clean)
-        if self.layer.kind in RECURRENT_KINDS + "*":
+        noisy_read, clean_read = read
+        if self.layer.kind in SEEDED_KINDS:
             return maybe_recomputed(recompute, self._seeded, noisy, clean, noisy_read, clean_read, *time)
         if self.needs_clean:
             assert clean is not None
@@ -175,6 +183,11 @@ class _LayerPair(NamedTuple):
         assert not isinstance(mixer, RecurrentMixer | Attention)
         own = _modulation(table, shared, index)
         return self.layer.leave(noisy, mixer(self.layer.enter(read, own, self.dtype)), own)
+
+
+def _alone(below: Layer, clean: Tensor, read: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """The context tower's residual stream clean (b, t, d) after a layer that seeds nothing, and reads `read`."""
+    return below.leave(clean, causal_mixed(below.mixer, below.enter(read, None, dtype), plan, dtype), None)
 
 
 def _modulation(table: Tensor, shared: Tensor, index: Tensor) -> Modulation:

@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.model.attention import Attention
-from twotower.model.layer import Layer, RecurrentMixer
+from twotower.model.layer import Layer
 from twotower.model.moe import MixtureOfExperts
 from twotower.model.tower import Tower
 from twotower.training.forward.layout import Layout
 from twotower.training.forward.recompute import maybe_recomputed
-from twotower.training.forward.seeded_mixers import CHUNK_SIZE, Plan, context_mixed, context_seed, make_plan
+from twotower.training.forward.seeded_mixers import CHUNK_SIZE, Plan, causal_mixed, make_plan
 
 
 class Causal(NamedTuple):
@@ -47,10 +46,7 @@ def causal_hidden(
 def _layer(layer: Layer, x: Tensor, read: Tensor, plan: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The residual stream x (b, t, d) after the layer, which reads `read` (b, t, d), and the loads of its experts."""
     entered, load = layer.enter(read, None, dtype), None
-    if isinstance(layer.mixer, RecurrentMixer | Attention):
-        mixed = context_mixed(layer.mixer, context_seed(layer.mixer, entered, plan), plan, dtype)
-    else:
-        mixed = layer.mixer(entered)
+    mixed = causal_mixed(layer.mixer, entered, plan, dtype)
     if isinstance(layer.mixer, MixtureOfExperts):
         load = _load(layer.mixer, entered)
     return layer.leave(x, mixed, None), load

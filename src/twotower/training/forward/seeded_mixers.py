@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
 from twotower.model.attention import Attention, Projected
@@ -136,6 +136,14 @@ def context_mixed(mixer: RecurrentMixer | Attention, seed: Seed, plan: Plan, dty
     assert isinstance(seed, MambaSeed)
     y = _recomputed(context_output, seed.inputs, seed.A, mixer.D, seed.states, plan.chunks)
     return mixer.output(take(y.flatten(1, 2), plan.chunks.place), seed.z, dtype)
+
+
+def causal_mixed(mixer: nn.Module, x: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """The output (b, t, d) of a layer's mixer of any kind for its normed inputs x (b, t, d), causal in a document."""
+    if isinstance(mixer, RecurrentMixer | Attention):
+        return context_mixed(mixer, context_seed(mixer, x, plan), plan, dtype)
+    mixed: Tensor = mixer(x)
+    return mixed
 
 
 def block_mixed(mixer: RecurrentMixer | Attention, x: Tensor, seed: Seed, plan: Plan, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
 from twotower.training.config import DenoisingConfig
 from twotower.training.corpus.shards import Corpus, CorpusBatch
@@ -48,6 +49,9 @@ class Denoising(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         if config.context == "tied":
+            if model.config.denoiser_layers is not None:
+                rule = f"'frozen' or 'trained' for a denoiser of layers {list(model.config.denoiser_layers)}"
+                raise SettingError("context", config.context, rule)
             model.context_tower, model.context_lm_head = model.denoiser_tower, model.lm_head
         model.requires_grad_(False)
         trained: list[nn.Module] = [model.time_conditioning]
@@ -65,9 +69,10 @@ class Denoising(nn.Module):
         )
 
     def layer_groups(self) -> list[list[nn.Module]]:
-        """Each layer of the denoiser together with the same layer of the context tower, which seeds it."""
-        pairs = zip(self.model.context_tower.stack, self.model.denoiser_tower.stack, strict=True)
-        return [list(dict.fromkeys(pair)) for pair in pairs]
+        """Each layer of the context tower, together with the layer of the denoiser that it seeds, if there is one."""
+        own = {layer.index: layer for layer in self.model.denoiser_tower.stack}
+        stack = self.model.context_tower.stack
+        return [list(dict.fromkeys((below, own.get(below.index, below)))) for below in stack]
 
     def prepare(self, batch: CorpusBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
         """Masks a rank's rows of a 0-based step; a row's noise depends on `seed` and its number in the run alone."""

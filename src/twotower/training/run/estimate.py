@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from twotower.config import TwoTowerConfig
+from twotower.config_rules import SEEDED_KINDS
 from twotower.model.attention import Attention
 from twotower.model.layer import Layer, RecurrentMixer
 from twotower.model.moe import MixtureOfExperts
@@ -105,12 +106,16 @@ def _activations(objective: Denoising | NextToken, tokens: int, width: int) -> i
     of one layer and the logits of one chunk. Peaks of the stories and hybrid recipes' models were 0.95 to 1.6
     times this."""
     config, what = objective.model.config, objective.config
-    denoises = isinstance(what, DenoisingConfig)
     views = what.num_views if isinstance(what, DenoisingConfig) else 1
     residual = 4 if config.residual_in_fp32 else width
     inner = {kind: _saved_per_token(config, kind) for kind in set(config.pattern)}
-    streams = config.num_layers * config.hidden_size * residual * (views + denoises)
-    layers = [inner[kind] * width * views for kind in config.pattern]
+    pattern, context = config.pattern, 0
+    if isinstance(what, DenoisingConfig):
+        pattern = "".join(pattern[i] for i in config.denoiser_indices)
+        # A frozen layer that seeds nothing leaves nothing behind
+        context = len(pattern) if what.context == "frozen" else config.num_layers
+    streams = (len(pattern) * views + context) * config.hidden_size * residual
+    layers = [inner[kind] * width * views for kind in pattern]
     kept = max(layers) if what.recompute else sum(layers)
     logits = 4 * HEAD_ROWS * config.vocab_size * 4
     return tokens * (streams + kept + 2 * max(layers)) + logits
@@ -143,13 +148,13 @@ def _flops_per_token(objective: Denoising | NextToken, length: int) -> float:
     masked = _masked(what)
     again = 1 if what.recompute else 0
     denoiser = (3 + again) * sum(_forward(layer, config, length) for layer in objective.model.denoiser_tower.stack)
-    top = max(map(config.pattern.rfind, RECURRENT_KINDS + "*"))
+    top = config.last_seeding_layer
     whole = what.ar_weight > 0 or "distillation" in names
     read = objective.model.context_tower.stack[: None if whole else top + 1]
     if what.context == "frozen":
         # What is recomputed is what seeds the denoiser
         context = sum(_forward(layer, config, length) for layer in read)
-        seeds = [layer for layer in read if layer.kind in RECURRENT_KINDS + "*"]
+        seeds = [layer for layer in read if layer.index in config.denoiser_indices and layer.kind in SEEDED_KINDS]
         context += again * sum(_forward(layer, config, length) - _output(layer) for layer in seeds)
     else:
         context = _learning(read, config, length, what.recompute)
