@@ -14,6 +14,7 @@ from twotower.checkpoints.hf.config_file import as_dtype
 from twotower.cli.options import check_out
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
+from twotower.cli.stopping import end_if_stopped, stop_request
 from twotower.cli.training_run import (
     RunOptions,
     export_state,
@@ -86,8 +87,9 @@ def command(
             weights = initial if training.shard else None
             trainer = Trainer(NextToken(model, what), rows, training, out, ranks, held_out=measured, weights=weights)
             settings = {"corpus": str(corpus), **dataclasses.asdict(training), **dataclasses.asdict(what)}
-            with reporting(trainer, run, settings) as report:
-                trainer.run(report)
+            with reporting(trainer, run, settings) as report, stop_request(trainer) as request:
+                is_done = trainer.run(report, request.is_there)
+            end_if_stopped(trainer, request, is_done=is_done)
         if ranks.rank == 0:
             _export(folder, out, as_dtype(run.dtype))
 

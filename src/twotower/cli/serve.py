@@ -26,6 +26,7 @@ from twotower.engine.config import EngineConfig
 from twotower.errors import SettingError
 from twotower.integrations.ray.config import Launch, ReplicaConfig
 from twotower.server.config import ServerConfig, read_keys, served_name
+from twotower.signals import end_at_once, on_signals
 
 
 class _Placement(TypedDict):
@@ -94,7 +95,7 @@ def command(
         from twotower.checkpoints.chat_template import ChatTemplate
         from twotower.server.lifecycle import Loaded, of_engine, run
         from twotower.server.logs import log_to_stderr
-        from twotower.server.startup import check_certificate, end_at_once, listen, on_signals
+        from twotower.server.startup import check_certificate, listen
     except ModuleNotFoundError as error:
         raise ValueError(f"the server needs the package {error.name}; pip install 'twotower[serve]'") from error
     if api_key_file is not None:
@@ -135,7 +136,6 @@ def command(
 
 def _serve_replicas(launch: Launch, replicas: ReplicaConfig) -> None:
     from twotower.server.logs import log_to_stderr
-    from twotower.server.startup import end_at_once, on_signals
 
     # Ray reads them when it is imported: it would merge log lines that differ in numbers alone, and colour them.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")

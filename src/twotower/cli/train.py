@@ -21,6 +21,7 @@ from twotower.cli.options import check_out, open_device, open_model
 from twotower.cli.prepare import prepare, towers_config
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
+from twotower.cli.stopping import end_if_stopped, stop_request
 from twotower.cli.training_run import (
     RunOptions,
     export_state,
@@ -122,8 +123,9 @@ def command(
                 weights = functools.partial(released_stream, folder) if config.shard else None
                 objective = Denoising(towers, what)
                 trainer = Trainer(objective, rows, config, out, ranks, held_out=measured, weights=weights)
-                with reporting(trainer, run, settings) as report:
-                    trainer.run(report)
+                with reporting(trainer, run, settings) as report, stop_request(trainer) as request:
+                    is_done = trainer.run(report, request.is_there)
+                end_if_stopped(trainer, request, is_done=is_done)
             if ranks.rank == 0:
                 _export(folder, out, as_dtype(run.dtype))
 

@@ -22,7 +22,7 @@ from twotower.server.app import make_app
 from twotower.server.config import ServerConfig
 from twotower.server.connections import Acceptor, TimedConnection, raise_descriptor_limit
 from twotower.server.errors import error_response
-from twotower.server.startup import end_at_once, on_signals
+from twotower.signals import end_at_once, on_signals
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # How long clients are told to wait while the model loads.

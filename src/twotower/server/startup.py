@@ -1,25 +1,15 @@
-"""What a server does before it loads a model: it looks at its certificate, takes its port and listens to signals."""
+"""What a server does before it loads a model: it looks at its certificate and takes its port."""
 
 import errno
-import os
-import signal
 import socket
 import ssl
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import FrameType
+from contextlib import ExitStack
 
 from twotower.errors import SettingError
 from twotower.server.config import ServerConfig
 
 # How many connections may wait to be taken.
 _BACKLOG = 2048
-# What stops a server. The third comes when its terminal is closed.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_STDERR = 2
-# For the last lines of the log, and for a signal to come.
-_LAST_SECONDS = 0.05
 
 
 def check_certificate(config: ServerConfig) -> None:
@@ -84,28 +74,3 @@ def _refused(config: ServerConfig, error: OSError) -> ValueError:
         fix = "those below 1024 are often for root alone: choose one above, and let a proxy listen there"
         return SettingError("port", config.port, "a port on which this user may listen", fix)
     return SettingError("host", config.host, f"an address to listen on ({error.strerror})", _HOSTS)
-
-
-@contextmanager
-def on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Calls `handler` for SIGINT, SIGTERM and SIGHUP, until it is left."""
-    # nohup has had SIGHUP ignored
-    caught = [one for one in _SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
-    before = {one: signal.signal(one, handler) for one in caught}
-    try:
-        yield
-    finally:
-        for one, earlier in before.items():
-            signal.signal(one, earlier)
-
-
-def end_at_once(number: int, _: FrameType | None = None) -> None:
-    """Ends the process by a signal, as a shell or a supervisor expects of it, without waiting for anything."""
-    time.sleep(_LAST_SECONDS)
-    if os.isatty(_STDERR):
-        os.write(_STDERR, b"\x1b[?25h\n")  # a progress bar hides the cursor
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-    # The first process of a container isn't ended by signals.
-    time.sleep(_LAST_SECONDS)
-    os._exit(128 + number)

@@ -22,6 +22,7 @@ def train(
     *,
     held_out: str | Path | None = None,
     report: Callable[[StepReport], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> None:
     """Trains the denoiser of `model`, in place, on the rows of a corpus, as `twotower train` does.
 
@@ -29,7 +30,8 @@ def train(
     and `held_out` are folders of shards that `twotower tokenize` or `twotower sample` made for this model's tokenizer.
     `out` keeps metrics.jsonl and the last saved state: a call with the same arguments resumes from it, and more
     `config.steps` go on with it. None for `config` or `denoising` means their defaults. `report` is called after every
-    step; rows of `held_out` are measured every `config.evaluate_every` steps.
+    step; rows of `held_out` are measured every `config.evaluate_every` steps. `stop` is asked
+    after every step: once it is true, the state of that step is saved and the call returns.
 
     Raises SettingError for a setting that is not allowed, and ValueError or FileNotFoundError, with what to change, for
     a model that can't be trained, a corpus that can't be read, or an `out` that belongs to another run or that another
@@ -47,4 +49,4 @@ def train(
     objective = Denoising(model, denoising or DenoisingConfig())
     trainer = Trainer(objective, Corpus(corpus, vocab_size=size), config or TrainConfig(), out, held_out=rows)
     with locked(Path(out)):
-        trainer.run(report or (lambda done: None))
+        trainer.run(report or (lambda done: None), stop or (lambda: False))

@@ -98,18 +98,19 @@ class Checkpoints:
         # Rank 0 writes the index, after every rank has written its tensors, so its write ends last.
         if self.ranks.rank == 0:
             (self._partial(step) / PROGRESS_FILE).write_text(json.dumps(progress))
-            whole = self._whole(step)
+            whole = self.place(step)
             shutil.rmtree(whole, ignore_errors=True)  # a damaged state of the same step
             os.replace(self._partial(step), whole)
             for other in self.folder.glob("step-*"):
                 if other != whole:
                     shutil.rmtree(other)
 
-    def _whole(self, step: int) -> Path:
+    def place(self, step: int) -> Path:
+        """Where the state of a step is, or will be, when it is complete."""
         return self.folder / f"step-{step:08d}"
 
     def _partial(self, step: int) -> Path:
-        return self._whole(step).with_suffix(".partial")
+        return self.place(step).with_suffix(".partial")
 
 
 def latest_state(folder: Path) -> Path | None:

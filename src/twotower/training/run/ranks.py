@@ -40,6 +40,10 @@ class Ranks:
         dist.all_reduce(summed)
         return summed.tolist()
 
+    def any(self, found: bool) -> bool:
+        """Whether `found` is true on any rank."""
+        return self.total([float(found)])[0] > 0
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by its sum over the ranks. Sharded ones are left out: FSDP has summed them already."""
         if self.size > 1:

@@ -96,10 +96,12 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder, self.ranks)
         self.step = self.samples = 0
 
-    def run(self, report: Callable[[StepReport], None]) -> None:
+    def run(self, report: Callable[[StepReport], None], stop: Callable[[], bool] = lambda: False) -> bool:
         """Trains up to `config.steps`, from the saved state in `folder` if there is one; `report` gets every step.
 
         Writes `metrics.jsonl`, one step a line, and a state every `config.checkpoint_every` steps and after the last.
+        `stop` is asked after every step: once it is true on any rank, all save the state of that step and return.
+        Returns whether all steps are done.
         Raises ValueError where the state belongs to a run with another model, corpus, seed or objective, where a state
         can't be written, and where too many of the last steps had to be skipped.
         """
@@ -115,7 +117,8 @@ class Trainer:
             _drop_later_metrics(self.folder / "metrics.jsonl", self.step)
         try:
             with (self.folder / "metrics.jsonl").open("a") as metrics:
-                while self.step < self.config.steps:
+                stopping = self.ranks.any(stop())
+                while not stopping and self.step < self.config.steps:
                     done = self.train_step()
                     if self._due(self.config.evaluate_every):
                         done = done._replace(held_out=self.evaluate())
@@ -124,11 +127,13 @@ class Trainer:
                         metrics.flush()
                     report(done)
                     self.checkpoints.poll()
-                    if self._due(self.config.checkpoint_every):
+                    stopping = self.ranks.any(stop())
+                    if stopping or self._due(self.config.checkpoint_every):
                         self.checkpoints.save(self.step, self.optimiser.tensors(), self._progress())
         finally:
             self.checkpoints.finish()
         self.ranks.wait()
+        return self.step >= self.config.steps
 
     def train_step(self) -> StepReport:
         """One optimiser step. Its rows and their noise depend on the seed and the number of rows seen alone."""
