@@ -24,7 +24,8 @@ def test_calls_and_blocks_are_as_the_table_says(name: Any, tiny: Callable) -> No
     )
     steps = list(stream(tiny("M*-E"), [5, 6], params, every_step=True))
     [result] = generate(tiny("M*-E"), [[5, 6]], params)
-    assert result.stats.denoiser_calls == (len(steps) if mode.uses_denoiser else 0)
+    # a draft for the last token would be of no use
+    assert result.stats.denoiser_calls == (len(steps) - (name == "verified") if mode.uses_denoiser else 0)
     # the prompt's call; ar's first token comes from it, and the last block is not absorbed
     assert result.stats.context_calls == {True: 3, False: len(steps) + (name != "ar")}[mode.fills_blocks]
     assert all((step.block is not None) == mode.fills_blocks for step in steps)

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from twotower.decoding import verified
+from twotower.decoding.drafting.draft import Draft, VerifiedRows
+from twotower.decoding.drafting.propose import propose_draft
+from twotower.decoding.drafting.written import Written
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import distribution, temper
 from twotower.decoding.shaping import shaping
 from twotower.decoding.step import Request, read, step
-from twotower.decoding.verified import Draft, Verdict, VerifiedRows
+from twotower.decoding.verified import Verdict
 from twotower.model.sampling_defaults import SamplingDefaults
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
@@ -37,7 +40,18 @@ def rows(
     requests = tuple(Request(tuple(p), params, seed) for seed, p in enumerate(prompts))
     settings = temper((params,) * len(prompts), model.config.vocab_size, CPU)
     shape = shaping(model, requests, CPU)
-    return VerifiedRows(requests, context, settings, shape, (len(newest) and 1,) * len(prompts), tuple(newest))
+    written = tuple(Written.of([*p, *newest[row : row + 1]]) for row, p in enumerate(prompts))
+    return VerifiedRows(requests, context, settings, shape, (len(newest) and 1,) * len(prompts), written, tuple(newest))
+
+
+def greedy_draft(ids: Tensor) -> Draft:
+    b, s = ids.shape
+    return Draft(ids, (s,) * b, ("denoiser",) * b)
+
+
+def drawn_draft(ids: Tensor, probabilities: Tensor) -> Draft:
+    b, s = ids.shape
+    return Draft(ids, (s,) * b, ("denoiser",) * b, tuple(range(b)), probabilities)
 
 
 class Verified(NamedTuple):
@@ -107,7 +121,7 @@ def test_rejection_at_every_offset(pattern: str, known: bool, tiny: Callable, cl
         draft = torch.tensor([ar[:16]])
         if offset < 16:
             draft[0, offset] = (draft[0, offset] + 1) % 40
-        verdict, context = verify(model, batch, Draft(draft, None))
+        verdict, context = verify(model, batch, greedy_draft(draft))
         assert verdict.accepted == (offset,)
         assert verdict.bonus == (ar[offset],)
         same_state(model, context, PROMPT + ar[:offset], close)
@@ -124,15 +138,15 @@ def test_a_draft_grows_with_what_was_accepted(tiny: Callable) -> None:
     model, params = tiny("M*-E", vocab_size=6, seed=2), SamplingParams(mode="verified", max_new_tokens=200)
     batch, lengths = rows(model, [[4], [5, 0, 1], [2] * 9], params, []), []
     for _ in range(12):
-        widths, stepped = batch.widths, step(verified, model, batch)
+        widths, stepped = propose_draft(model, batch).widths, step(verified, model, batch)
         batch = stepped.rows
-        for width, tokens, draft in zip(widths, stepped.tokens, batch.widths, strict=True):
+        for width, tokens, draft in zip(widths, stepped.tokens, propose_draft(model, batch).widths, strict=True):
             expected = 2 * width if len(tokens) >= width else len(tokens) + 2
             assert draft == min(expected, 16)
             lengths.append(draft)
     assert len(set(lengths)) > 2, "some drafts were kept, some not"
     fixed = dataclasses.replace(params, adaptive_draft=False)
-    assert rows(model, [[4]], fixed, [5]).widths == (16,)
+    assert propose_draft(model, rows(model, [[4]], fixed, [5])).widths == (16,)
 
 
 def test_a_request_made_anew_goes_on_with_its_draft(tiny: Callable) -> None:
@@ -162,7 +176,7 @@ def test_rows_reject_at_their_own_offsets(tiny: Callable, close: Callable) -> No
     draft = torch.tensor([c[:8] for c in continuations])
     for row, offset in ((0, 0), (1, 5)):
         draft[row, offset] = (draft[row, offset] + 1) % 40
-    verdict, context = verify(model, rows(model, prompts, params, []), Draft(draft, None))
+    verdict, context = verify(model, rows(model, prompts, params, []), greedy_draft(draft))
     assert verdict.accepted == (0, 5, 8)
     assert verdict.bonus == tuple(c[n] for c, n in zip(continuations, (0, 5, 8), strict=True))
     for row, offset in enumerate((0, 5, 8)):
@@ -174,7 +188,7 @@ def test_a_draft_never_looks_to_the_right_or_at_other_drafts(tiny: Callable) -> 
     model = tiny("M*-E", vocab_size=8)
     params = SamplingParams(mode="verified", max_new_tokens=50, block_size=6, temperature=1.0, adaptive_draft=False)
     batch = rows(model, [[4, 5]] * 2, params, [])  # two seeds, so two different drafts
-    draft = verified.propose_draft(model, batch)
+    draft = propose_draft(model, batch)
     assert not torch.equal(draft.ids[0], draft.ids[1])
     torch.testing.assert_close(draft.probabilities[0], draft.probabilities[1])
     assert not draft.probabilities[..., model.config.mask_token_id].any()
@@ -187,9 +201,9 @@ def test_a_draft_is_no_longer_than_what_may_be_used(wanted: int, first: int, lat
         tiny("*"),
         SamplingParams(mode="verified", max_new_tokens=wanted, block_size=6, adaptive_draft=False),
     )
-    assert verified.propose_draft(model, rows(model, [PROMPT], params, [])).ids.shape == (1, first)
+    assert propose_draft(model, rows(model, [PROMPT], params, [])).ids.shape == (1, first)
     if later is not None:
-        assert verified.propose_draft(model, rows(model, [PROMPT], params, [5])).ids.shape == (1, later)
+        assert propose_draft(model, rows(model, [PROMPT], params, [5])).ids.shape == (1, later)
 
 
 def test_probabilities_of_one_draft_decide_between_accept_and_residual(tiny: Callable) -> None:
@@ -200,14 +214,14 @@ def test_probabilities_of_one_draft_decide_between_accept_and_residual(tiny: Cal
     ids = torch.tensor([[1, 2, 0, 5]])
     logits = torch.cat((batch.context.next_logits[:, None], model.context_logits([[4, 5, 1, 2, 0, 5]])[:, 2:]), 1)
     p = logits.softmax(-1)
-    verdict, _ = verify(model, batch, Draft(ids, p[:, :4]))
+    verdict, _ = verify(model, batch, drawn_draft(ids, p[:, :4]))
     assert verdict.accepted == (4,)
     torch.testing.assert_close(torch.tensor(verdict.confidence[0][:4]), p[0, range(4), ids[0]], rtol=1e-4, atol=1e-6)
     narrow = SamplingParams(mode="verified", max_new_tokens=50, block_size=4, temperature=1.0, top_k=1)
     batch = rows(model, [[4, 5]], narrow, [])
     worst = p[0, 0].argmin()
     one_hot = torch.nn.functional.one_hot(worst.expand(1, 4), 8).float()
-    verdict, _ = verify(model, batch, Draft(worst.expand(1, 4), one_hot))
+    verdict, _ = verify(model, batch, drawn_draft(worst.expand(1, 4), one_hot))
     assert verdict.accepted == (0,)
     assert verdict.bonus == (int(p[0, 0].argmax()),)
 
@@ -264,12 +278,14 @@ def test_the_chi_square_test_finds_wrong_acceptance(
     model, prompt = tiny("M*-", vocab_size=6), [4, 5]
     params = SamplingParams(mode="verified", max_new_tokens=3, block_size=4, temperature=1.0)
     right = exact(model, prompt, params)
-    drafter = verified.propose_draft(model, rows(model, [prompt], params, [])).probabilities[0, 0].double()
+    drafter = propose_draft(model, rows(model, [prompt], params, [])).probabilities[0, 0].double()
     firsts = collections.Counter(s[0] for s in sampled(model, prompt, params, NUM).elements())
     assert chi_square(firsts, dict(enumerate(drafter.tolist())), NUM).p_value < 1e-6
 
-    def uncorrected(rows: VerifiedRows, q: Tensor, p: Tensor, accepted: Tensor, widths: tuple[int, ...]) -> Tensor:
-        return correction(rows, torch.zeros_like(q), p, accepted, widths)
+    def uncorrected(rows: VerifiedRows, draft: Draft, p: Tensor, accepted: Tensor) -> Tensor:
+        if draft.probabilities is not None:
+            draft = draft._replace(probabilities=torch.zeros_like(draft.probabilities))
+        return correction(rows, draft, p, accepted)
 
     correction = verified._correction
     monkeypatch.setattr(verified, "_correction", uncorrected)

@@ -27,6 +27,7 @@ from twotower.checkpoints.hf.config_file import (
 from twotower.checkpoints.hf.float_tensors import has_own_head, open_floats
 from twotower.checkpoints.hf.generation_file import GENERATION_FILE, with_generation_ends, without_token_ids
 from twotower.checkpoints.hf.hub import resolve
+from twotower.checkpoints.hf.ngrams_file import NGRAMS_FILE
 from twotower.checkpoints.hf.tensor_files import TensorSpec, check_shapes
 from twotower.checkpoints.hf.tensor_writer import write_tensors
 from twotower.checkpoints.hf.tokenizer_file import (
@@ -159,6 +160,7 @@ def open_backbone(backbone: str | Path) -> Backbone:
     if raw.get("tie_word_embeddings") is not False and has_own_head(files):
         raw = {**raw, "tie_word_embeddings": False}
     tokenizer, documents = read_tokenizer_text(directory), carried_documents(directory)
+    documents.pop(NGRAMS_FILE, None)  # a two-tower checkpoint has a vocabulary of its own, with a mask token
     if raw.get("model_type") == "nemotron_h":
         found = open_nemotron_h(raw, files, tokenizer, documents)
     else:

@@ -1,5 +1,7 @@
 """Opening a checkpoint for inference."""
 
+import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from twotower.backends.choose import pack_
 from twotower.checkpoints.hf.config_file import as_dtype
 from twotower.checkpoints.hf.generation_file import read_sampling_defaults
 from twotower.checkpoints.hf.hub import SHIPPED, resolve
+from twotower.checkpoints.hf.ngrams_file import NGRAMS_FILE, read_ngrams
 from twotower.checkpoints.hf.tokenizer_file import carried_documents, load_tokenizer
 from twotower.checkpoints.hf.two_towers import load_model
 from twotower.errors import SettingError
@@ -58,6 +61,11 @@ def load(
     )
     model.tokenizer = load_tokenizer(folder, model.config.vocab_size)
     model.sampling = read_sampling_defaults(folder)
+    model.ngrams = read_ngrams(folder, model.config, model.tokenizer)
+    if model.ngrams is None and "ngram" in (model.sampling.drafter or ""):
+        text = f"{folder} has lost its {NGRAMS_FILE}, which it drafts from; drafts come from the denoiser"
+        warnings.warn(text, stacklevel=2)
+        model.sampling = dataclasses.replace(model.sampling, drafter=None)
     model.documents = carried_documents(folder)
     if pack:
         pack_(model, backend)

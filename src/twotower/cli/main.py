@@ -27,6 +27,7 @@ _COMMANDS = {
     "pretrain": "Train a single tower from nothing, to make two of it.",
     "sample": "Write a training corpus with the context tower itself.",
     "tokenize": "Write a training corpus from text.",
+    "ngrams": "Count n-grams of a corpus for a checkpoint, to draft from.",
     "train": "Train a denoiser for a checkpoint on text or a corpus of tokens.",
     "eval": "Measure what each mode keeps of ar's quality, and its speed.",
     "sweep": "Measure both over a grid of settings, with tables and pictures.",

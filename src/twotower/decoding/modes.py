@@ -75,10 +75,10 @@ MODES: dict[str, DecodingMode] = {
         ),
         DecodingMode(
             name="verified",
-            summary="The denoiser drafts several tokens, and the context tower keeps those that it would have written: "
-            "exactly with the C kernels, elsewhere up to rounding.",
+            summary="A drafter, such as the denoiser, drafts several tokens, and the context tower keeps those that it "
+            "would have written: exactly with the C kernels, elsewhere up to rounding.",
             module="verified",
-            settings=("block_size", "adaptive_draft"),
+            settings=("block_size", "drafter", "adaptive_draft"),
             exact=True,
             starts_from_logits=True,
         ),

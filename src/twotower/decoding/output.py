@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length"]
@@ -55,11 +56,31 @@ class BlockView(NamedTuple):
     t: float
 
 
+class DraftCount(NamedTuple):
+    """Drafts of one `drafter`: of the tokens that it `drafted`, so many were `accepted`."""
+
+    drafter: str
+    drafted: int
+    accepted: int
+    rounds: int = 1
+
+
+def add_drafts(counts: Sequence[DraftCount], more: Iterable[DraftCount]) -> tuple[DraftCount, ...]:
+    """The counts of each drafter, with more added to them."""
+    sums = {count.drafter: count for count in counts}
+    for new in more:
+        old = sums.get(new.drafter, DraftCount(new.drafter, 0, 0, 0))
+        sums[new.drafter] = DraftCount(new.drafter, *(a + b for a, b in zip(old[1:], new[1:], strict=True)))
+    return tuple(sums.values())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationStats:
     """What a generation cost: `denoiser_calls` (NFEs) and `context_calls`, of which prefill is one,
     `seconds_to_first_token` and `seconds_total` since the request arrived, for `num_tokens` new tokens.
-    `num_cached_tokens` of the prompt were in an engine's prefix cache when the request was taken up."""
+    `num_cached_tokens` of the prompt were in an engine's prefix cache when the request was taken up. `drafts` has for
+    each drafter that ran in mode `verified` in how many rounds it did, and the tokens that it drafted and those of
+    them that were accepted."""
 
     denoiser_calls: int
     context_calls: int
@@ -67,6 +88,7 @@ class GenerationStats:
     seconds_total: float
     num_tokens: int
     num_cached_tokens: int = 0
+    drafts: tuple[DraftCount, ...] = ()
 
     @property
     def tokens_per_denoiser_call(self) -> float:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from twotower.decoding.drafters import DRAFTER_HELP, draft_sources
 from twotower.decoding.lists import MOST_BAD_WORDS, bias_pairs, id_tuple, parse_biases, text_tuple
 from twotower.decoding.modes import AUTO_SUMMARY, MODES, Mode
 from twotower.errors import SettingError
@@ -29,8 +30,8 @@ class SamplingParams:
     string, which may name control tokens, such as <|im_end|>, and with an end token unless `ignore_eos`.
 
     What is None is the checkpoint's own: its `block_size`, and the `temperature`, `top_k`, `top_p`, `min_p`,
-    `typical_p`, `repetition_penalty` and `max_new_tokens` of its generation_config.json, if that has them; `settled`
-    has all of them.
+    `typical_p`, `repetition_penalty`, `max_new_tokens` and `drafter` of its generation_config.json, if that has them;
+    `settled` has all of them.
 
     The settings that change logits are vLLM's. They work in this order on the logits l of a place, where a token has
     occurred n times in the text written so far:
@@ -166,9 +167,10 @@ class SamplingParams:
         flag="--past-positions",
     )
     allow_loss: bool = option(False, "Let auto choose diffusion too.", flag="--allow-loss")
+    drafter: str | None = option(None, DRAFTER_HELP, shown_default="the checkpoint's, or denoiser")
     adaptive_draft: bool = option(
         True,
-        "Let the draft of verified follow how much was accepted lately; otherwise it is as long as a block.",
+        "Let the denoiser's draft follow how much was accepted lately; otherwise it is as long as a block.",
         flag="--adaptive-draft/--fixed-draft",
     )
     priority: int = option(0, "Which requests an engine takes up first: those of the lowest number.")
@@ -197,6 +199,11 @@ class SamplingParams:
         if self.allow_loss and self.mode != "auto":
             rule = f"False in mode {self.mode!r}"
             raise SettingError("allow_loss", self.allow_loss, rule, "only mode 'auto' reads it: drop it")
+        if self.drafter is not None:
+            draft_sources(self.drafter)
+            if self.mode not in ("verified", "auto"):
+                fix = "only modes 'verified' and 'auto' draft: choose one of them, or drop it"
+                raise SettingError("drafter", self.drafter, f"left out in mode {self.mode!r}", fix)
         if self.cache_salt == "":
             raise SettingError("cache_salt", self.cache_salt, "a text that is not empty", "leave it None for none")
         self._check_constraint()
@@ -231,6 +238,8 @@ class SamplingParams:
             "typical_p": defaults.typical_p,
             "repetition_penalty": defaults.repetition_penalty,
         }
+        if self.mode in ("verified", "auto"):
+            usual["drafter"] = defaults.drafter or "denoiser"
         return dataclasses.replace(self, **{name: v for name, v in usual.items() if getattr(self, name) is None})
 
     @property

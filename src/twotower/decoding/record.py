@@ -7,7 +7,17 @@ import warnings
 from collections.abc import Sequence
 
 from twotower.decoding.constraint import check_constraint
-from twotower.decoding.output import FinishReason, Generation, GenerationStats, StepOutput, Token, TokenScore
+from twotower.decoding.drafters import DRAFTERS, draft_sources
+from twotower.decoding.output import (
+    DraftCount,
+    FinishReason,
+    Generation,
+    GenerationStats,
+    StepOutput,
+    Token,
+    TokenScore,
+    add_drafts,
+)
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.prompt import Prompt, prompt_ids
 from twotower.decoding.scoring import PromptScores
@@ -31,9 +41,19 @@ def make_request(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Req
         # Nobody asked for more than what fits.
         settled = dataclasses.replace(settled, max_new_tokens=min(settled.max_new_tokens or room, room))
     params = settled
+    check_drafter(model, params)
     check_shape(model, params)
     _check_positions(model, len(ids), params)
     return Request(ids, params, secrets.randbits(63) if params.seed is None else params.seed)
+
+
+def check_drafter(model: TwoTower, params: SamplingParams) -> None:
+    """Raises SettingError for a drafter that needs what the model's checkpoint doesn't have."""
+    sources = draft_sources(params.drafter) if params.drafter else ()
+    if model.ngrams is None and any(source.needs_ngrams for source in sources):
+        there = ", ".join(name for name, source in DRAFTERS.items() if not source.needs_ngrams)
+        rule = f"made of {there}: the checkpoint has no counts of n-grams"
+        raise SettingError("drafter", params.drafter, rule, "twotower ngrams makes them")
 
 
 def _check_positions(model: TwoTower, num_prompt: int, params: SamplingParams) -> None:
@@ -72,6 +92,7 @@ class Record:
         self.watch = watch
         self.tokens: list[Token] = []
         self.denoiser_calls = self.context_calls = 0
+        self.drafts: tuple[DraftCount, ...] = ()
         self.began = began
         self.seconds_queued: float | None = None
         self.num_cached = 0
@@ -107,6 +128,9 @@ class Record:
         self.request = stepped.rows.requests[place]
         self.denoiser_calls += stepped.denoiser_calls[place]
         self.context_calls += stepped.context_calls[place]
+        draft = stepped.drafts[place] if stepped.drafts else None
+        if draft is not None:
+            self.drafts = add_drafts(self.drafts, [draft])
         before = len(self.tokens)
         reason: FinishReason | None = None
         stop: FoundStop | None = None
@@ -182,6 +206,7 @@ class Record:
             seconds_total=now - self.began,
             num_tokens=len(self.tokens),
             num_cached_tokens=self.num_cached,
+            drafts=self.drafts,
         )
         return Generation(
             token_ids=[t.id for t in self.tokens],

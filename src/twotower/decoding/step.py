@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
 import torch
 from torch import Tensor
 
-from twotower.decoding.output import BlockView, Token
+from twotower.decoding.output import BlockView, DraftCount, Token
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.sampling import Temper
 from twotower.model.state import ContextState, join
@@ -134,12 +134,14 @@ R = TypeVar("R", bound=RowBatch)
 
 
 class BatchStep(NamedTuple):
-    """The batch after one step, the tokens each row got, and which towers ran for each row."""
+    """The batch after one step, the tokens each row got, which towers ran for each row, and what its draft gave, where
+    the mode drafts."""
 
     rows: RowBatch
     tokens: tuple[tuple[Token, ...], ...]
     denoiser_calls: tuple[int, ...]
     context_calls: tuple[int, ...]
+    drafts: tuple[DraftCount | None, ...] = ()
 
 
 class LaunchedStep(Protocol):

@@ -11,7 +11,7 @@ MOST_REPETITION_PENALTY = 1000
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
     """What holds where a request leaves a setting out; None where the checkpoint doesn't say either. `temperature` 0 is
-    greedy."""
+    greedy, `drafter` names where mode `verified` has its drafts from."""
 
     temperature: float | None = None
     top_k: int | None = None
@@ -20,3 +20,4 @@ class SamplingDefaults:
     typical_p: float | None = None
     repetition_penalty: float | None = None
     max_new_tokens: int | None = None
+    drafter: str | None = None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,7 +68,8 @@ def with_generation_ends(config: TwoTowerConfig, directory: Path) -> TwoTowerCon
 def read_sampling_defaults(directory: Path) -> SamplingDefaults:
     """The sampling defaults of a directory's generation_config.json; none without one.
 
-    As in transformers, its temperature and filters count only with `do_sample`; without, texts are greedy. Its
+    `drafter`, which transformers doesn't have, names where mode `verified` has its drafts from. As in transformers, its
+    temperature and filters count only with `do_sample`; without, texts are greedy. Its
     repetition penalty always counts. Warns of settings that decoding does not have. Raises ValueError for a value out
     of range.
     """
@@ -80,9 +82,12 @@ def read_sampling_defaults(directory: Path) -> SamplingDefaults:
     most = None if longest is None else int(longest)
     repetition = _number(file, raw, "repetition_penalty", least=LEAST_DIVISOR, most=MOST_REPETITION_PENALTY)
     penalty = None if repetition == 1 else repetition
+    drafter = raw.get("drafter")
+    if drafter is not None and not isinstance(drafter, str):
+        raise ValueError(f"{file} has drafter {drafter!r}, must be a text such as 'denoiser'; correct it")
     if not raw.get("do_sample"):
         greedy = 0.0 if raw.get("do_sample") is False else None
-        return SamplingDefaults(temperature=greedy, max_new_tokens=most, repetition_penalty=penalty)
+        return SamplingDefaults(temperature=greedy, max_new_tokens=most, repetition_penalty=penalty, drafter=drafter)
     temperature = _number(file, raw, "temperature", least=0, most=100)
     top_k, top_p = _number(file, raw, "top_k", least=-1), _number(file, raw, "top_p", least=0, most=1)
     typical_p = _number(file, raw, "typical_p", least=0, most=1)
@@ -95,7 +100,17 @@ def read_sampling_defaults(directory: Path) -> SamplingDefaults:
         typical_p=None if typical_p in (None, 0, 1) else typical_p,
         max_new_tokens=most,
         repetition_penalty=penalty,
+        drafter=drafter,
     )
+
+
+def write_drafter(directory: Path, drafter: str) -> None:
+    """Writes into a directory's generation_config.json where mode `verified` has its drafts from, and leaves the rest
+    of it as it is."""
+    file = directory / GENERATION_FILE
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps({**read_object(file), "drafter": drafter}, indent=2) + "\n")
+    os.replace(partial, file)
 
 
 def without_token_ids(content: bytes) -> bytes:

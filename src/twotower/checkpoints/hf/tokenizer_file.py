@@ -9,6 +9,7 @@ import tokenizers
 
 from twotower.checkpoints.hf.config_file import read_object
 from twotower.checkpoints.hf.hub import refuse_pointer, resolve
+from twotower.checkpoints.hf.ngrams_file import NGRAMS_FILE
 from twotower.checkpoints.hf.special_tokens import TOKENIZER_CONFIG_FILE, read_added_tokens, read_special_tokens
 from twotower.checkpoints.hf.tokenizer_sources import TOKENIZER_SOURCES, converted, usual_ends
 from twotower.checkpoints.vocabulary import added_token, ends_processor, fit, normal_form
@@ -23,6 +24,7 @@ _CARRIED_FILES = (
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",
+    NGRAMS_FILE,
 )
 _TEMPLATE_FOLDER = "additional_chat_templates"
 
@@ -68,8 +70,8 @@ def read_tokenizer_text(directory: Path) -> str | None:
 
 
 def carried_documents(directory: Path) -> dict[str, bytes]:
-    """A checkpoint directory's chat templates, tokenizer settings and sampling defaults, name -> content: the files
-    that a checkpoint made from this one keeps unchanged."""
+    """A checkpoint directory's chat templates, tokenizer settings, sampling defaults and n-grams, name -> content: the
+    files that a checkpoint made from this one keeps unchanged."""
     return {name: (directory / name).read_bytes() for name in _present(directory, _CARRIED_FILES)}
 
 

@@ -7,6 +7,7 @@ non-decreasing.
 
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,9 +89,19 @@ class Corpus:
         shard = self._shards[place]
         at = index - (int(self._ends[place - 1]) if place else 0)
         found = CorpusRows(*(shard.opened.get_slice(name)[at : at + 1][0] for name in CorpusRows._fields))
+        self._check_ids(shard, found)
+        return found
+
+    def shards(self) -> Iterator[CorpusRows]:
+        """The arrays (r, t) of every shard. Raises ValueError for tokens outside the vocabulary."""
+        for shard in self._shards:
+            found = CorpusRows(*(shard.opened.get_tensor(name) for name in CorpusRows._fields))
+            self._check_ids(shard, found)
+            yield found
+
+    def _check_ids(self, shard: _Shard, found: CorpusRows) -> None:
         if found.ids.min() < 0 or found.ids.max() >= self._vocab_size:
             raise ValueError(f"{shard.file} has ids outside [0, {self._vocab_size}); make it with this checkpoint")
-        return found
 
 
 def is_corpus(source: str | Path) -> bool:

@@ -1,0 +1,1 @@
+"""Drafts for mode `verified`: a file for each source."""
