@@ -71,6 +71,8 @@ def test_the_page_on_modes_says_what_the_table_of_modes_says() -> None:
     for mode in MODES.values():
         cost = "a pass of each tower" if mode.uses_denoiser else "a pass of the context tower"
         cost = "a pass of the denoiser, and of the context tower for each block" if mode.fills_blocks else cost
+        drafts = "drafter" in mode.settings
+        cost = "a pass of the context tower, and of the denoiser if that drafts" if drafts else cost
         text = "exactly that of `ar`" if mode.exact else "the denoiser's own"
         assert f"| `{mode.name}` | {mode.summary} | {cost} | {text} |" in page
     for setting in {name for mode in MODES.values() for name in mode.settings}:

@@ -86,5 +86,7 @@ MODES: dict[str, DecodingMode] = {
 }
 
 AUTO_SUMMARY = "An engine chooses `ar` or `verified` step by step, whichever is faster; allow_loss adds `diffusion`."
+# Modes that draft, and so read which drafter to use.
+DRAFTING_MODES: tuple[Mode, ...] = (*(mode.name for mode in MODES.values() if "drafter" in mode.settings), "auto")
 # Modes whose texts are distributed as those of `ar`.
 EXACT_MODES: tuple[StepMode, ...] = tuple(mode.name for mode in MODES.values() if mode.exact)

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from twotower.decoding.drafters import DRAFTER_HELP, draft_sources
 from twotower.decoding.lists import MOST_BAD_WORDS, bias_pairs, id_tuple, parse_biases, text_tuple
-from twotower.decoding.modes import AUTO_SUMMARY, MODES, Mode
+from twotower.decoding.modes import AUTO_SUMMARY, DRAFTING_MODES, MODES, Mode
 from twotower.errors import SettingError
 from twotower.model.sampling_defaults import LEAST_DIVISOR, MOST_REPETITION_PENALTY, SamplingDefaults
 from twotower.options import check_options, option
@@ -201,7 +201,7 @@ class SamplingParams:
             raise SettingError("allow_loss", self.allow_loss, rule, "only mode 'auto' reads it: drop it")
         if self.drafter is not None:
             draft_sources(self.drafter)
-            if self.mode not in ("verified", "auto"):
+            if self.mode not in DRAFTING_MODES:
                 fix = "only modes 'verified' and 'auto' draft: choose one of them, or drop it"
                 raise SettingError("drafter", self.drafter, f"left out in mode {self.mode!r}", fix)
         if self.cache_salt == "":
@@ -238,7 +238,7 @@ class SamplingParams:
             "typical_p": defaults.typical_p,
             "repetition_penalty": defaults.repetition_penalty,
         }
-        if self.mode in ("verified", "auto"):
+        if self.mode in DRAFTING_MODES:
             usual["drafter"] = defaults.drafter or "denoiser"
         return dataclasses.replace(self, **{name: v for name, v in usual.items() if getattr(self, name) is None})
 

@@ -41,19 +41,19 @@ def make_request(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Req
         # Nobody asked for more than what fits.
         settled = dataclasses.replace(settled, max_new_tokens=min(settled.max_new_tokens or room, room))
     params = settled
-    check_drafter(model, params)
+    if params.drafter is not None:
+        check_drafter(model, params.drafter)
     check_shape(model, params)
     _check_positions(model, len(ids), params)
     return Request(ids, params, secrets.randbits(63) if params.seed is None else params.seed)
 
 
-def check_drafter(model: TwoTower, params: SamplingParams) -> None:
+def check_drafter(model: TwoTower, drafter: str) -> None:
     """Raises SettingError for a drafter that needs what the model's checkpoint doesn't have."""
-    sources = draft_sources(params.drafter) if params.drafter else ()
-    if model.ngrams is None and any(source.needs_ngrams for source in sources):
+    if model.ngrams is None and any(source.needs_ngrams for source in draft_sources(drafter)):
         there = ", ".join(name for name, source in DRAFTERS.items() if not source.needs_ngrams)
         rule = f"made of {there}: the checkpoint has no counts of n-grams"
-        raise SettingError("drafter", params.drafter, rule, "twotower ngrams makes them")
+        raise SettingError("drafter", drafter, rule, "twotower ngrams makes them")
 
 
 def _check_positions(model: TwoTower, num_prompt: int, params: SamplingParams) -> None:

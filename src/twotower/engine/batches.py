@@ -4,7 +4,7 @@ import time
 from typing import Any, NamedTuple
 
 from twotower.decoding.modes import DecodingMode
-from twotower.decoding.output import StepOutput
+from twotower.decoding.output import DraftCount, StepOutput, add_drafts
 from twotower.decoding.step import BatchStep, LaunchedStep, read
 from twotower.engine.auto import Chooser
 from twotower.engine.failures import failing
@@ -43,6 +43,7 @@ class Batches:
         self._chooser = chooser
         self.of_mode: dict[str, ModeBatch] = {}
         self.denoiser_calls = self.context_calls = 0
+        self.drafts: tuple[DraftCount, ...] = ()
 
     @property
     def jobs(self) -> list[Job]:
@@ -127,6 +128,7 @@ class Batches:
         batch.rows = stepped.rows
         self.denoiser_calls += sum(stepped.denoiser_calls)
         self.context_calls += sum(stepped.context_calls)
+        self.drafts = add_drafts(self.drafts, (count for count in stepped.drafts if count is not None))
         kept = []
         for place, job in enumerate(batch.jobs):
             with failing([job]):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from twotower.decoding.modes import EXACT_MODES, MODES
-from twotower.decoding.output import Generation, StepOutput
+from twotower.decoding.output import DraftCount, Generation, StepOutput
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.prompt import Prompt, per_prompt
 from twotower.decoding.record import Record, make_request, warn_about_block_size
@@ -40,7 +40,7 @@ class EngineStats(NamedTuple):
     and where that is 1 they wait for each other. Since it was made: `cache_query_tokens`, prompt tokens looked up in
     the prefix cache, and `cache_hit_tokens`, those found in it; `num_rounds`, calls of `Engine.step` with work;
     `num_preemptions`, states dropped to free memory; `denoiser_calls` and `context_calls`, counted per request as in
-    `GenerationStats`.
+    `GenerationStats`, and so are `drafts`.
     """
 
     num_running: int
@@ -54,6 +54,7 @@ class EngineStats(NamedTuple):
     num_preemptions: int
     denoiser_calls: int
     context_calls: int
+    drafts: tuple[DraftCount, ...]
 
 
 class Engine:
@@ -300,6 +301,7 @@ class Engine:
             num_preemptions=self._num_preemptions,
             denoiser_calls=self._batches.denoiser_calls,
             context_calls=self._batches.context_calls + self._intake.context_calls,
+            drafts=self._batches.drafts,
         )
 
     def clear_cache(self) -> None:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# Knuth's multiplicative hashing: the hash of n tokens is SEED·FACTOR^n + Σ token_i·FACTOR^i modulo 2^64, and the key of a
-# context is the upper half of that.
+# Knuth's multiplicative hashing: the hash of n tokens is SEED·FACTOR^n + Σ token_i·FACTOR^i modulo 2^64, and the key of
+# a context is the upper half of that.
 FACTOR, SEED, MASK = 0x9E3779B97F4A7C15, 0x2545F4914F6CDD1D, (1 << 64) - 1
 _BUCKET_BITS = 16
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
+from twotower.decoding.drafters import DRAFTERS, draft_sources
 from twotower.decoding.modes import Mode
 from twotower.engine.memory_plan import USUAL_CONTEXT
 from twotower.errors import SettingError
@@ -39,6 +40,12 @@ class ServerConfig:
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is every network.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.", least=0, most=65535)
     default_mode: Mode = option("diffusion", "Mode of requests that name none.", flag="--mode")
+    default_drafter: str | None = option(
+        None,
+        f"Where drafts of verified come from if a request doesn't say: of {', '.join(DRAFTERS)}, with commas.",
+        shown_default="the checkpoint's, or denoiser",
+        flag="--drafter",
+    )
     max_context: int | None = option(
         None,
         "Most tokens of a prompt and its answer.",
@@ -97,6 +104,8 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.default_drafter is not None:
+            draft_sources(self.default_drafter)
         for name, texts in (("model_names", self.model_names), ("host", (self.host,))):
             if "" in texts:
                 raise SettingError(name, "", "a text that is not empty")

@@ -149,3 +149,16 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("twotower_preemptions", "Texts requeued for lack of memory.", stats.num_preemptions)
         yield CounterMetricFamily("twotower_denoiser_calls", "Denoiser calls, per text.", stats.denoiser_calls)
         yield CounterMetricFamily("twotower_context_calls", "Context tower calls, per text.", stats.context_calls)
+        rounds, drafted, accepted = (
+            CounterMetricFamily(f"twotower_{name}", text, labels=["drafter"])
+            for name, text in (
+                ("draft_rounds", "Rounds of verified with a draft, per text."),
+                ("drafted_tokens", "Tokens drafted."),
+                ("accepted_tokens", "Drafted tokens that were accepted."),
+            )
+        )
+        for count in stats.drafts:
+            rounds.add_metric([count.drafter], count.rounds)
+            drafted.add_metric([count.drafter], count.drafted)
+            accepted.add_metric([count.drafter], count.accepted)
+        yield from (rounds, drafted, accepted)

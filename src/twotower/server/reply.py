@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, Self
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from twotower.decoding.output import Generation, StepOutput, Token, TokenScore
+from twotower.decoding.output import DraftCount, Generation, StepOutput, Token, TokenScore, add_drafts
 from twotower.decoding.step import Request as TextRequest
 from twotower.engine.aio import Admission
 from twotower.server.errors import ApiError
@@ -67,18 +67,27 @@ class ReplyFormat(Protocol):
 
 
 class Counts(NamedTuple):
-    """A text's new tokens, and what is known at its end: the calls of each tower that they took, and the tokens of its
-    prompt that were cached."""
+    """A text's new tokens, and what is known at its end: the calls of each tower that they took, the tokens of its
+    prompt that were cached, and what drafts gave."""
 
     tokens: int = 0
     denoiser_calls: int = 0
     context_calls: int = 0
     cached: int = 0
+    drafts: tuple[DraftCount, ...] = ()
 
     @classmethod
     def of(cls, result: Generation) -> Self:
         stats = result.stats
-        return cls(stats.num_tokens, stats.denoiser_calls, stats.context_calls, stats.num_cached_tokens)
+        return cls(stats.num_tokens, stats.denoiser_calls, stats.context_calls, stats.num_cached_tokens, stats.drafts)
+
+    @property
+    def calls(self) -> dict[str, Any]:
+        """The calls, and where there were drafts the drafted and the accepted tokens of each drafter, as usage has
+        them."""
+        drafts = {name: {"drafted": drafted, "accepted": kept} for name, drafted, kept, _ in self.drafts}
+        told = {"drafts": drafts} if drafts else {}
+        return {"denoiser_calls": self.denoiser_calls, "context_calls": self.context_calls} | told
 
 
 class ReplyPlan(NamedTuple):
@@ -127,15 +136,18 @@ class ReplyPlan(NamedTuple):
         """Tokens and calls of all texts; a prompt counts once, however many texts continue it."""
         per_prompt = self.num_written
         prompt = sum(len(request.prompt_ids) for request in self.requests[::per_prompt])
-        new, denoiser_calls, context_calls, _ = (sum(column) for column in zip(*counts, strict=True))
+        new, denoiser_calls, context_calls = (sum(column) for column in zip(*(c[:3] for c in counts), strict=True))
+        drafts: tuple[DraftCount, ...] = ()
+        for count in counts:
+            drafts = add_drafts(drafts, count.drafts)
+        whole = Counts(new, denoiser_calls, context_calls, drafts=drafts)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
             "total_tokens": prompt + new,
             # of the first text of each prompt, which reads it for the others
             "prompt_tokens_details": {"cached_tokens": sum(count.cached for count in counts[::per_prompt])},
-            "denoiser_calls": denoiser_calls,
-            "context_calls": context_calls,
+            **whole.calls,
         }
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import ValidationInfo, field_validator
 
-from twotower.decoding.modes import Mode
+from twotower.decoding.modes import DRAFTING_MODES, Mode
 from twotower.decoding.params import MAX_BLOCK, CommitRule, SamplingParams
 from twotower.model.sampling_defaults import LEAST_DIVISOR, MOST_REPETITION_PENALTY
 from twotower.server.errors import ApiError
@@ -62,6 +62,7 @@ class Sampling(Structured):
     confidence_threshold: _Share | None = None
     commit_rule: CommitRule | None = None
     allow_loss: bool | None = None
+    drafter: str | None = None
 
     @field_validator("top_k", "seed")
     @classmethod
@@ -81,6 +82,7 @@ class Sampling(Structured):
         choice: int = 0,
         default_temperature: float = 1.0,
         structure: Structure | None = None,
+        default_drafter: str | None = None,
     ) -> SamplingParams:
         """The settings of one text, number `choice` of its prompt, which must match `structure`. Raises SettingError
         and ApiError for bad values.
@@ -98,13 +100,15 @@ class Sampling(Structured):
             "logit_bias": self._biases(),
             "logprobs": self.num_top,
         }
+        mode = self.mode or default_mode
+        given["drafter"] = self.drafter or (default_drafter if mode in DRAFTING_MODES else None)
         if structure is not None:
             given[structure.kind] = structure.text
         temperature = default_temperature if self.temperature is None else self.temperature
         if self.top_p == 0 or 0 < temperature < LEAST_DIVISOR:
             temperature = 0.0  # of the likeliest tokens that have no probability together only the first is left
         return SamplingParams(
-            mode=self.mode or default_mode,
+            mode=mode,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             stop=tuple(stop),

@@ -15,6 +15,7 @@ from twotower.decoding.constraint import behind
 from twotower.decoding.modes import MODES
 from twotower.decoding.output import StepOutput
 from twotower.decoding.prompt import Prompt, prompt_ids, text_ids
+from twotower.decoding.record import check_drafter
 from twotower.decoding.step import Request
 from twotower.engine.aio import Admission, AsyncEngine
 from twotower.errors import SettingError
@@ -42,6 +43,8 @@ class Service:
     def __init__(self, engine: AsyncEngine, config: ServerConfig, template: ChatTemplate | None) -> None:
         if engine.model.tokenizer is None:
             raise ValueError("the checkpoint has no tokenizer.json, and a server needs texts; serve another one")
+        if config.default_drafter is not None:
+            check_drafter(engine.model, config.default_drafter)
         self.engine = engine
         self.config = config
         self.model_names = config.model_names or ("twotower",)
@@ -122,7 +125,8 @@ class Service:
         structure = structure or settings.structure()
         try:
             params = [
-                settings.sampling(self.config.default_mode, wanted, k, usual, structure) for k in range(num_choices)
+                settings.sampling(self.config.default_mode, wanted, k, usual, structure, self.config.default_drafter)
+                for k in range(num_choices)
             ]
             # In a thread: compiling a large JSON schema takes long enough to hold up all other requests.
             return await asyncio.to_thread(lambda: [self.engine.prepare(ids, p) for p in params])

@@ -15,6 +15,9 @@ _NAMES = {
     "twotower_cache_hit_tokens": ("prefix_cache_hits",),
     "twotower_cache_query_tokens": ("prefix_cache_queries",),
     "twotower_preemptions": ("num_preemptions",),
+    "twotower_draft_rounds": ("spec_decode_num_drafts",),
+    "twotower_drafted_tokens": ("spec_decode_num_draft_tokens",),
+    "twotower_accepted_tokens": ("spec_decode_num_accepted_tokens",),
     "twotower_texts": ("request_success",),
     "twotower_prompt_tokens": ("prompt_tokens",),
     "twotower_new_tokens": ("generation_tokens",),
@@ -32,7 +35,7 @@ _REASONS = {"cancelled": "abort", "failed": "error"}  # the rest have vLLM's nam
 
 
 class VllmNames(Collector):
-    """The metrics of a registry that vLLM has too, with its label `model_name` and summed over the modes."""
+    """The metrics of a registry that vLLM has too, with its label `model_name`, summed over modes and drafters."""
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         self._registry = registry
@@ -60,5 +63,5 @@ def _labels(labels: dict[str, str]) -> Iterator[tuple[str, str]]:
     for key, value in labels.items():
         if key == "outcome":
             yield "finished_reason", _REASONS.get(value, value)
-        elif key != "mode":
+        elif key not in ("mode", "drafter"):
             yield key, value

@@ -15,6 +15,7 @@ from twotower.options import is_tuple, options_of, value_type
 from twotower.server.chat import render
 from twotower.server.errors import ApiError
 from twotower.server.protocol import WatchRequest
+from twotower.server.reply import Counts
 from twotower.server.service import Service
 from twotower.server.streaming import EventStream, openai_events
 
@@ -123,8 +124,7 @@ def _result(result: Generation) -> dict[str, Any]:
         "text": result.text,
         "finish_reason": result.finish_reason,
         "num_tokens": stats.num_tokens,
-        "denoiser_calls": stats.denoiser_calls,
-        "context_calls": stats.context_calls,
+        **Counts.of(result).calls,
         "seconds_to_first_token": round(stats.seconds_to_first_token, 4),
         "seconds_total": round(stats.seconds_total, 4),
     }

@@ -78,13 +78,12 @@ class MessageWriter:
             return "tool_use"
         return "end_turn" if result.stop_string is None else "stop_sequence"
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         """Tokens and calls; unlike OpenAI's, the tokens of the input are without those that were cached."""
         return {
             "input_tokens": self._num_prompt - self._counts.cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": self._counts.cached,
             "output_tokens": self._counts.tokens,
-            "denoiser_calls": self._counts.denoiser_calls,
-            "context_calls": self._counts.context_calls,
+            **self._counts.calls,
         }

@@ -128,8 +128,7 @@ class ResponseWriter:
             "output_tokens": counts.tokens,
             "output_tokens_details": {"reasoning_tokens": sum(map(self._count, thoughts))},
             "total_tokens": self._num_prompt + counts.tokens,
-            "denoiser_calls": counts.denoiser_calls,
-            "context_calls": counts.context_calls,
+            **counts.calls,
         }
 
 
