@@ -9,13 +9,14 @@ RUNS.jsonl. Runs that are already there are not made again, and a file with runs
 one JSON line: for each variant the mean over seeds with its 95 % t-interval, and the same for its difference from
 `base`, taken seed by seed. `start` is START itself.
 
-Measures, all counts, none of them a time:
+Measures, all counts or likelihoods, none of them a time:
 
 - `verified`: new tokens per pass of either tower; the text is `ar`'s whatever the denoiser is.
 - `drafted`: new tokens per round of `verified`.
 - `diffusion`: new tokens per pass of either tower at γ; `tokens_per_nfe` per pass of the denoiser.
 - `share`: answers of `diffusion` that are the corpus's, as a share of `ar`'s.
-- `loss`: of the cross-entropy at uniform noise, nats per masked token, to tell what an objective takes from it.
+- `bytes`: of the checkpoint's weights.
+- `loss`: the likelihood bound in nats per token.
 """
 
 import argparse
@@ -23,7 +24,9 @@ import itertools
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,22 +46,37 @@ from twotower.training.objectives.denoising import Denoising
 from twotower.training.run.trainer import Trainer
 
 LONGEST = 64  # tokens of an answer
-VARIANTS: dict[str, dict[str, str]] = {
-    "base": {},
-    "drafting": {"masks": "noise,drafting"},
-    "prefix": {"masks": "noise,prefix"},
-    "trajectory": {"masks": "noise,trajectory"},
-    "certainty": {"objective": "cross_entropy,certainty:0.5"},
-    "consistency": {"objective": "cross_entropy,consistency"},
-    "distillation": {"objective": "cross_entropy,distillation"},
-    "acceptance": {"masks": "noise,drafting", "objective": "cross_entropy,acceptance:3"},
-    "together": {"masks": "noise,drafting,trajectory", "objective": "cross_entropy,certainty:0.5,acceptance:3"},
+
+
+class Lever(NamedTuple):
+    """A variant: what was expected of it before it was measured, and its settings as recipes name them."""
+
+    expected: str
+    settings: Mapping[str, str] = MappingProxyType({})
+
+
+LEVERS = {
+    "base": Lever("the same losses and masks for as many tokens"),
+    "drafting": Lever("+0.2 tokens a round of `verified`", {"masks": "noise,drafting"}),
+    "prefix": Lever("+0.1 tokens a round", {"masks": "noise,prefix"}),
+    "trajectory": Lever("+5 % tokens a pass of `diffusion`", {"masks": "noise,trajectory"}),
+    "certainty": Lever("+20 % tokens a pass of `diffusion`, share −0.02", {"objective": "cross_entropy,certainty:0.5"}),
+    "consistency": Lever("+5 % tokens a pass of `diffusion`", {"objective": "cross_entropy,consistency"}),
+    "distillation": Lever("nothing", {"objective": "cross_entropy,distillation"}),
+    "acceptance": Lever(
+        "+0.3 tokens a round, of them 0.2 by the masks",
+        {"masks": "noise,drafting", "objective": "cross_entropy,acceptance:3"},
+    ),
+    "together": Lever(
+        "+20 % tokens a pass of `diffusion` and +0.3 a round",
+        {"masks": "noise,drafting,trajectory", "objective": "cross_entropy,certainty:0.5,acceptance:3"},
+    ),
 }
 
 
 def settings_of(name: str) -> DenoisingConfig:
     """A variant's settings."""
-    chosen: dict[str, Any] = {key: parse_shares(text) for key, text in VARIANTS[name].items()}
+    chosen: dict[str, Any] = {key: parse_shares(text) for key, text in LEVERS[name].settings.items()}
     return DenoisingConfig(**chosen)
 
 
@@ -75,6 +93,8 @@ class Exam(NamedTuple):
 def decoded(model: TwoTower, exam: Exam, mode: Any) -> list[Generation]:
     """The answers in one mode, greedily, 16 at a time."""
     settings: Any = {"temperature": 0.0, "confidence_threshold": exam.threshold, "stop": exam.stop}
+    if mode == "verified":
+        settings["drafter"] = "denoiser"
     params = SamplingParams(mode=mode, max_new_tokens=LONGEST, **settings)
     prompts = [question.prompt for question in exam.asked]
     return [f for n in range(0, len(prompts), 16) for f in generate(model, prompts[n : n + 16], params)]
@@ -103,6 +123,7 @@ def measure(folder: Path, exam: Exam) -> dict[str, float]:
         "drafted": sum(f.stats.num_tokens for f in drafts) / sum(f.stats.denoiser_calls for f in drafts),
         "diffusion": per_pass(blocks),
         "tokens_per_nfe": tokens / calls,
+        "bytes": float(sum(file.stat().st_size for file in folder.glob("*.safetensors"))),
         "share": right(model, blocks, exam) / exam.ar_right,
     }
 
@@ -143,8 +164,14 @@ def main() -> None:
     parser.add_argument("--stop", action="append", default=[], help="a text that ends an answer beside its end token")
     parser.add_argument("--questions", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3, choices=range(1, len(T_95) + 2))
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="names with commas between them")
+    parser.add_argument("--variants", default=",".join(LEVERS), help="names with commas between them")
     a = parser.parse_args()
+    names = a.variants.split(",")
+    for name in names:
+        if name not in LEVERS:
+            parser.error(f"variants is {name!r}, must be one of {', '.join(LEVERS)}")
+    if "base" not in names:
+        parser.error(f"variants is {a.variants!r}, must have base, which the others are compared with")
     start = twotower.load(a.start)
     corpus, held = (Corpus(folder, vocab_size=start.config.vocab_size) for folder in (a.corpus, a.held_out))
     asked = list(itertools.islice(questions(held, start.config), a.questions))
@@ -155,7 +182,6 @@ def main() -> None:
     }
     data = {"start": resolve(a.start), "corpus": a.corpus, "held_out": a.held_out}
     wanted = chosen | {f"{name}_sha256": fingerprint(folder) for name, folder in data.items()}
-    names = a.variants.split(",")
     runs = [made for made in runs_of(a.runs, wanted) if made["seed"] < a.seeds and made["variant"] in names]
     done = {(line["variant"], line["seed"]) for line in runs}
     for seed, name in itertools.product(range(a.seeds), names):
@@ -165,10 +191,15 @@ def main() -> None:
             with a.runs.open("a") as file:
                 file.write(json.dumps(runs[-1]) + "\n")
             print(json.dumps(runs[-1]["measures"] | {"variant": name, "seed": seed}), file=sys.stderr, flush=True)
-    sizes = {"tokens_per_run": a.steps * a.batch_size * corpus.length, "ar_right": exam.ar_right, "answers": len(asked)}
+    sizes = {
+        "tokens_per_run": a.steps * a.batch_size * corpus.length,
+        "ar_right": exam.ar_right,
+        "answers": len(asked),
+        "expected": {n: LEVERS[n].expected for n in names},
+    }
     untrained = measure(resolve(a.start), exam)
-    shared = {"benchmark": "levers", **wanted, "seeds": a.seeds, **sizes, "untrained": untrained}
-    print(json.dumps(shared | {"variants": summaries(runs)} | provenance(start)))
+    whole = {"benchmark": "levers", **wanted, "seeds": a.seeds, **sizes, "untrained": untrained}
+    print(json.dumps(whole | {"variants": summaries(runs)} | provenance(start)))
 
 
 if __name__ == "__main__":

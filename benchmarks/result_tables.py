@@ -187,6 +187,32 @@ def ablations(results: list[Result]) -> str:
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
+def levers(results: list[Result]) -> str:
+    """From benchmarks/levers.py: objectives and masks, each for as many tokens from the same denoiser."""
+    [result] = results
+    measures = {"verified": 2, "drafted": 2, "diffusion": 2, "tokens_per_nfe": 2, "share": 3}
+    start = result["untrained"]
+    rows = [["where all start", "", *(f"{start[m]:.{digits}f}" for m, digits in measures.items())]]
+    for lever, expected in result["expected"].items():
+        values = result["variants"][lever]["values"]
+        rows.append([f"`{lever}`", expected, *(_plus_minus(values[m], digits) for m, digits in measures.items())])
+    header = [
+        f"{result['tokens_per_run']:,} tokens each",
+        "expected",
+        "tokens per pass, `verified`",
+        "per round",
+        f"tokens per pass, `diffusion` γ {result['threshold']:g}",
+        "per NFE",
+        "share of `ar`'s right answers",
+    ]
+    seeds = f"means of {result['seeds']} seeds ± half of a 95 % t-interval" if result["seeds"] > 1 else "one seed"
+    size = f"{start['bytes'] / 2**20:.1f} MB of weights"
+    caption = origin(result["command"], result | result["machine"]).replace(
+        "medians with quartiles", f"{seeds}, {result['answers']} answers, {size}"
+    )
+    return f"{markdown(header, rows)}\n\n{caption}"
+
+
 def engine_load(results: list[Result]) -> str:
     """From benchmarks/engine_load.py: the speed of every mode by the number of requests that run at a time."""
     [result] = results
@@ -212,6 +238,7 @@ TABLES: dict[str, Callable[[list[Result]], str]] = {
     "evaluation": evaluation,
     "evaluation_settings": evaluation_settings,
     "ablations": ablations,
+    "levers": levers,
     "engine_load": engine_load,
 }
 

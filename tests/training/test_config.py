@@ -38,16 +38,6 @@ def test_shares_are_names_with_weights() -> None:
         ({"full_mask_fraction": 0.25, "reduction": "elbo"}, "0 with reduction=elbo"),
         ({"context": "half"}, "one of frozen, trained, tied"),
         ({"ar_weight": -1.0, "context": "trained"}, "a number of at least 0"),
-        ({"objective": (Share("entropy", 1.0),)}, "of cross_entropy, certainty, consistency, distillation, acceptance"),
-        ({"objective": (Share("certainty", 1.0), Share("certainty", 2.0))}, "of cross_entropy, certainty, consistency"),
-        ({"objective": (Share("certainty", math.nan),)}, "of weights above 0"),
-        ({"objective": (Share("certainty", 0.0),)}, "of weights above 0"),
-        ({"objective": ("certainty",)}, "of cross_entropy"),
-        ({"masks": (Share("uniform", 1.0),)}, "of noise, drafting, prefix, trajectory, each at most once"),
-        (
-            {"masks": (Share("drafting", 1.0),), "reduction": "elbo", "full_mask_fraction": 0.0},
-            "noise with reduction=elbo",
-        ),
         ({"trajectory_passes": 0}, "an integer of at least 1"),
         ({"trajectory_threshold": 1.5}, "a number in [0, 1]"),
         ({"complementary": True, "masks": (Share("drafting", 1.0),)}, "False with drafting"),
@@ -72,6 +62,29 @@ def test_bad_objectives_raise(changed: dict[str, Any], rule: str) -> None:
     with pytest.raises(SettingError) as raised:
         DenoisingConfig(**changed)
     _check(raised.value, changed, rule)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rule"),
+    [
+        ("objective", "entropy:1", "of cross_entropy, certainty, consistency, distillation, acceptance"),
+        ("objective", "certainty:1,certainty:2", "of cross_entropy, certainty, consistency"),
+        ("objective", "certainty:nan", "of weights above 0"),
+        ("objective", "certainty:0", "of weights above 0"),
+        ("masks", "uniform:1", "of noise, drafting, prefix, trajectory, each at most once"),
+    ],
+)
+def test_bad_shares_raise_as_they_were_given(name: str, text: str, rule: str) -> None:
+    with pytest.raises(SettingError) as raised:
+        DenoisingConfig(**{name: parse_shares(text)})  # type: ignore[arg-type]
+    _check(raised.value, {name: text}, rule)
+
+
+def test_bad_masks_raise() -> None:
+    with pytest.raises(SettingError, match="must be a tuple of Share; or give a text"):
+        DenoisingConfig(objective=("certainty",))  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="masks is 'prefix', must be noise with reduction=elbo"):
+        DenoisingConfig(masks=parse_shares("noise,prefix"), reduction="elbo", full_mask_fraction=0.0)
 
 
 @pytest.mark.parametrize(

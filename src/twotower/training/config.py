@@ -151,9 +151,9 @@ class DenoisingConfig:
     def _check_masks(self) -> None:
         """Raises SettingError where kinds of masks and other settings contradict each other or do nothing."""
         kinds, names = {share.name for share in self.mask_shares}, {loss.name for loss in self.losses}
-        if self.reduction == "elbo" and kinds != {"noise"}:
-            raise SettingError("masks", self.masks, "noise with reduction=elbo, a bound for uniform noise only")
         made = sorted(kinds - {"noise"}) or sorted(names & {"consistency"})
+        if self.reduction == "elbo" and kinds != {"noise"}:
+            raise SettingError("masks", made[0], "noise with reduction=elbo, a bound for uniform noise only")
         if self.complementary and made:
             rule = f"False with {made[0]}, which makes other versions of a row"
             raise SettingError("complementary", True, rule, "drop one of them")
@@ -193,12 +193,14 @@ class DenoisingConfig:
 
 
 def _check_shares(name: str, shares: tuple[Share, ...], allowed: tuple[str, ...]) -> None:
-    known = all(isinstance(share, Share) and share.name in allowed for share in shares)
-    if not known or len({share.name for share in shares}) < len(shares):
-        raise SettingError(name, shares, f"of {', '.join(allowed)}, each at most once")
+    if not all(isinstance(share, Share) for share in shares):
+        raise SettingError(name, shares, "a tuple of Share", "or give a text to parse_shares")
+    given = ",".join(f"{share.name}:{share.weight:g}" for share in shares)
+    if any(share.name not in allowed for share in shares) or len({share.name for share in shares}) < len(shares):
+        raise SettingError(name, given, f"of {', '.join(allowed)}, each at most once")
     for share in shares:
         if not 0 < share.weight < float("inf"):
-            raise SettingError(name, shares, "of weights above 0", "leave out what should not count")
+            raise SettingError(name, given, "of weights above 0", "leave out what should not count")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Compiled training passes, traced but not translated, which would take minutes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from twotower.training.config import Share
 from twotower.training.corpus.shards import CorpusBatch
 from twotower.training.objectives.denoising import Denoising, DenoisingConfig
 from twotower.training.run.compiling import compiled
@@ -44,8 +46,14 @@ def loss(objective: Denoising) -> float:
     return objective(rows, slice(0, 2), rows.denominators).loss.item()
 
 
-def test_a_compiled_objective_has_the_same_loss(tiny: Callable) -> None:
-    expected = loss(Denoising(tiny("*"), DenoisingConfig()))
+LOSSES = tuple(Share(n, 0.5) for n in ("certainty", "consistency", "distillation", "acceptance", "cross_entropy"))
+MASKS = tuple(Share(n, 1.0) for n in ("drafting", "trajectory", "prefix"))
+
+
+@pytest.mark.parametrize("what", [DenoisingConfig(), DenoisingConfig(objective=LOSSES, masks=MASKS)])
+def test_a_compiled_objective_has_the_same_loss(what: DenoisingConfig, tiny: Callable) -> None:
+    expected = loss(Denoising(tiny("*"), what))
     assert counters["stats"]["unique_graphs"] == 0
-    assert loss(Denoising(tiny("*"), DenoisingConfig(compile=True))) == pytest.approx(expected, rel=1e-5)
+    fast = dataclasses.replace(what, compile=True)
+    assert loss(Denoising(tiny("*"), fast)) == pytest.approx(expected, rel=1e-5)
     assert counters["stats"]["unique_graphs"] > 0
