@@ -1,6 +1,9 @@
 """Writes src/twotower/data/tasks, the tasks of `twotower eval`; always the same bytes.
 
 python recipes/tasks/build.py [DIRECTORY]
+
+With a seed it writes other questions of the same kinds, none of which is in those tasks, to choose settings with:
+python recipes/tasks/build.py DIRECTORY --seed 1 --rounds 8
 """
 
 import argparse
@@ -251,9 +254,24 @@ TASKS = {
 
 
 def write(directory: Path) -> None:
+    """The tasks that come with the package."""
+    _write(directory, {name: make(random.Random(name)) for name, make in TASKS.items()})
+
+
+def write_others(directory: Path, seed: int, rounds: int) -> None:
+    """Other questions than `write`'s, of which there are `rounds` times as many, less those that come twice. The
+    stories are not among them: their beginnings are no questions that could be drawn again."""
+    made = {}
+    for name in (name for name in TASKS if name != "stories"):
+        known = {line["prompt"] for line in TASKS[name](random.Random(name))}
+        drawn = [line for i in range(rounds) for line in TASKS[name](random.Random(f"{name} {seed} {i}"))]
+        made[name] = list({line["prompt"]: line for line in drawn if line["prompt"] not in known}.values())
+    _write(directory, made)
+
+
+def _write(directory: Path, tasks: dict[str, list[Line]]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for name, make in TASKS.items():
-        lines = make(random.Random(name))
+    for name, lines in tasks.items():
         for line in lines:
             Example.from_dict(line)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -263,7 +281,15 @@ def write(directory: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", nargs="?", type=Path, default=SHIPPED)
-    write(parser.parse_args().directory)
+    parser.add_argument("--seed", type=int, help="write other questions, drawn with this seed")
+    parser.add_argument("--rounds", type=int, default=1, help="how many times as many of them")
+    options = parser.parse_args()
+    if options.seed is None and options.rounds == 1:
+        write(options.directory)
+    elif options.seed is None or options.rounds < 1 or options.directory == SHIPPED:
+        parser.error("other questions need --seed, --rounds of at least 1, and a DIRECTORY of their own")
+    else:
+        write_others(options.directory, options.seed, options.rounds)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def test_a_block_is_full_after_its_steps_and_never_commits_the_mask(rule: str, t
 
 @pytest.mark.parametrize("rule", sorted(set(ADDING_RULES) - {"posterior"}))
 def test_every_step_commits_something(rule: str, tiny: Callable) -> None:
-    for block in blocks(tiny(), settings(rule, steps_per_block=16, confidence_threshold=1.0)):
+    least = {"entropy_bound": 0.0} if rule == "entropy_bound" else {}
+    for block in blocks(tiny(), settings(rule, steps_per_block=16, confidence_threshold=1.0, **least)):
         assert [view.ids.count(MASK) for view in block] == list(range(len(block[0].ids) - 1, -1, -1))
 
 

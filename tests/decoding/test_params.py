@@ -18,12 +18,13 @@ NAN, INF = float("nan"), float("inf")
         (
             "commit_rule",
             ["top", None],
-            "must be one of confidence, margin, entropy, fixed, leftmost, posterior, remask",
+            "must be one of confidence, margin, entropy, entropy_bound, fixed, leftmost, posterior, remask",
         ),
         ("max_new_tokens", [-1, 1.5, True, "8"], "must be an integer of at least 0"),
         ("block_size", [0, -4, 2.0, True, 65537, 10**400], r"must be an integer in \[1, 65536\]"),
         ("steps_per_block", [0, -1, "1", 65537, 2**63], r"must be an integer in \[1, 65536\]"),
         ("confidence_threshold", [-0.1, 1.1, NAN, INF, "0.5", True], r"must be a number in \[0, 1\]"),
+        ("target_retention", [0, 1, -0.1, 1.1, NAN, "0.9", True], r"must be a number in \(0, 1\); verified keeps all"),
         ("temperature", [-1, 101, NAN, INF], r"must be a number in \[0, 100\]; 0 is greedy"),
         ("temperature", [1e-7, 1e-40], r"must be 0 or in \[1e-06, 100\]; 0 is greedy"),
         ("top_k", [0, -1, 2.5, True], "must be an integer of at least 1; leave it None to keep every token"),
@@ -63,6 +64,30 @@ def test_a_commit_rule_that_the_mode_would_not_read_raises(mode: Any, rule: Any)
         SamplingParams(mode=mode, commit_rule=rule)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target_retention": 0.9, "confidence_threshold": 0.8}, "beside confidence_threshold.*drop one"),
+        ({"target_retention": 0.9, "commit_rule": "fixed"}, "with commit_rule 'fixed'.*drop one"),
+        ({"target_retention": 0.9, "mode": "verified"}, "in mode 'verified'"),
+        ({"target_retention": 0.9, "mode": "auto"}, "'auto' with allow_loss"),
+        ({"entropy_bound": 0.1}, "only commit_rule='entropy_bound' reads it"),
+        ({"entropy_bound": 0.1, "commit_rule": "entropy"}, "with commit_rule 'entropy'"),
+    ],
+)
+def test_settings_of_commits_that_exclude_each_other_raise(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        SamplingParams(**given)
+
+
+def test_what_a_target_or_a_bound_replaces_is_settled() -> None:
+    target = SamplingParams(target_retention=0.9).settled(16, SamplingDefaults())
+    assert (target.confidence_threshold, target.entropy_bound) == (None, None)
+    assert target.settled(16, SamplingDefaults()) == target
+    assert SamplingParams(commit_rule="entropy_bound").settled(16, SamplingDefaults()).entropy_bound == 0.1
+    assert SamplingParams(target_retention=0.9, mode="auto", allow_loss=True).target_retention == 0.9
+
+
 def test_edges_of_the_ranges_are_allowed() -> None:
     SamplingParams(max_new_tokens=0, block_size=1, steps_per_block=1, confidence_threshold=0, temperature=0)
     SamplingParams(confidence_threshold=1.0, temperature=1e-6, top_k=1, top_p=1.0, seed=0)
@@ -70,15 +95,17 @@ def test_edges_of_the_ranges_are_allowed() -> None:
 
 
 def test_defaults_are_the_papers() -> None:
-    p = SamplingParams()
+    p = SamplingParams().settled(16, SamplingDefaults())
     assert (p.mode, p.steps_per_block, p.confidence_threshold, p.commit_rule) == ("diffusion", 16, 0.8, "confidence")
 
 
 def test_what_is_left_out_is_the_checkpoints_own() -> None:
     own = SamplingDefaults(temperature=0.7, top_k=20, top_p=0.8, max_new_tokens=512)
-    filled = SamplingParams(block_size=8, temperature=0.7, top_k=20, top_p=0.8, max_new_tokens=512)
+    filled = SamplingParams(
+        block_size=8, temperature=0.7, top_k=20, top_p=0.8, max_new_tokens=512, confidence_threshold=0.8
+    )
     assert SamplingParams().settled(8, own) == filled
-    given = SamplingParams(block_size=3, temperature=0, top_k=5, top_p=1, max_new_tokens=0)
+    given = SamplingParams(block_size=3, temperature=0, top_k=5, top_p=1, max_new_tokens=0, confidence_threshold=0.5)
     assert given.settled(8, own) == given
     plain = SamplingParams().settled(8, SamplingDefaults())
     assert (plain.temperature, plain.top_k, plain.top_p, plain.max_new_tokens) == (0.0, None, None, 128)

@@ -8,7 +8,7 @@ import pytest
 import twotower
 from twotower.decoding.modes import MODES
 from twotower.decoding.params import SamplingParams
-from twotower.eval.answering import _batches, answer, likelihood_score
+from twotower.eval.answering import answer, batches, likelihood_score
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -26,8 +26,8 @@ def test_answers_are_what_each_question_gets_alone(model, asking, mode):
 
 def test_batches_hold_similar_lengths_and_bounded_sizes():
     lengths = [10, 5000, 20, 3000, 30, 9000, *[7] * 9]
-    batches = _batches(lengths)
-    assert batches == [[6, 7, 8, 9, 10, 11, 12, 13], [14, 0, 2, 4], [3], [1], [5]]
+    found = batches(lengths)
+    assert found == [[6, 7, 8, 9, 10, 11, 12, 13], [14, 0, 2, 4], [3], [1], [5]]
 
 
 def test_the_stop_strings_of_a_question_end_its_answer(model, asking):

@@ -121,7 +121,19 @@ class LogitOps(Protocol):
     def argmax(self, logits: Tensor, /) -> Tensor:
         """The tokens (…) of `best` alone."""
 
-    def commit(self, sure: Tensor, masked: Tensor, left: Tensor, threshold: Tensor | None, *, leftmost: bool) -> Tensor:
+    def entropy(self, logits: Tensor, /) -> Tensor:
+        """The entropy (…) of softmax(logits) (…, v) in nats, its error below 1e-6 of log v."""
+
+    def commit(
+        self,
+        sure: Tensor,
+        masked: Tensor,
+        left: Tensor,
+        threshold: Tensor | None,
+        bound: Tensor | None = None,
+        *,
+        leftmost: bool,
+    ) -> Tensor:
         """The masked places (b, s) bool that commit now; exact, ties included."""
 
     def fix(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from twotower.backends.choose import pack_
+from twotower.checkpoints.hf.calibration_file import read_calibration
 from twotower.checkpoints.hf.config_file import as_dtype
 from twotower.checkpoints.hf.generation_file import read_sampling_defaults
 from twotower.checkpoints.hf.hub import SHIPPED, resolve
@@ -42,8 +43,9 @@ def load(
     (PyTorch), "native" (C, on a CPU with a C compiler), or None for the fastest that is there; `model.backends` then
     says what runs each tower, and why. `progress(done, total)` is called after each tensor.
 
-    The model is in evaluation mode and has the checkpoint's tokenizer as `tokenizer`, None if there is none, and the
-    sampling defaults of its generation_config.json. Raises
+    The model is in evaluation mode and has the checkpoint's tokenizer as `tokenizer`, None if there is none, the
+    sampling defaults of its generation_config.json, and the `calibration` of `twotower calibrate`, None if there is
+    none; one that was made for other weights is named in a warning and ignored. Raises
     SettingError for a value that is not allowed, and FileNotFoundError or ValueError, naming the file or tensor, for a
     checkpoint that cannot be read.
     """
@@ -66,6 +68,7 @@ def load(
         text = f"{folder} has lost its {NGRAMS_FILE}, which it drafts from; drafts come from the denoiser"
         warnings.warn(text, stacklevel=2)
         model.sampling = dataclasses.replace(model.sampling, drafter=None)
+    model.calibration = read_calibration(folder, model.released_tensors().items())
     model.documents = carried_documents(folder)
     if pack:
         pack_(model, backend)

@@ -15,7 +15,7 @@ from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_mo
 from twotower.cli.settings import like
 from twotower.decoding.generate import generate
 from twotower.decoding.modes import MODES
-from twotower.decoding.params import SamplingParams
+from twotower.decoding.params import DEFAULT_THRESHOLD, SamplingParams
 from twotower.eval.evaluate import FEWEST_REPEATS
 from twotower.eval.judging import is_degenerate
 from twotower.eval.provenance import provenance
@@ -25,7 +25,6 @@ from twotower.planning.footprint import pass_bytes, released_tensors
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-_DEFAULTS = SamplingParams()
 _PROBE_BYTES = 256 * 1024 * 1024  # beyond any cache
 
 
@@ -62,7 +61,7 @@ def decode(
     modes: Annotated[str, typer.Option(help="Modes to measure, with commas; ar always runs.")] = ",".join(MODES),
     past_positions: Annotated[bool, like(SamplingParams, "past_positions")] = False,
     block_size: Annotated[int | None, like(SamplingParams, "block_size")] = None,
-    threshold: Annotated[float, like(SamplingParams, "confidence_threshold")] = _DEFAULTS.confidence_threshold,
+    threshold: Annotated[float, like(SamplingParams, "confidence_threshold")] = DEFAULT_THRESHOLD,
     repeats: Annotated[
         int,
         typer.Option(min=FEWEST_REPEATS, help=f"Rounds in which the modes take turns, {FEWEST_REPEATS} or more."),

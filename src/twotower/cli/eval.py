@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,10 +11,11 @@ from rich.console import Console
 from twotower.cli.measuring import fitted, integers, listed_modes, numbers, telling, warn_about_programs
 from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, open_model
 from twotower.cli.settings import like
-from twotower.decoding.params import SamplingParams
+from twotower.decoding.params import DEFAULT_THRESHOLD, SamplingParams
 from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig, evaluate
 from twotower.eval.provenance import provenance
 from twotower.eval.report import group_table, quality_table, speed_table, to_json
+from twotower.eval.sweep import commits_by
 from twotower.eval.tasks import HUMANEVAL, Task, read_task, shipped_tasks
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -46,11 +47,25 @@ def command(
         ),
     ] = None,
     threshold: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="A token above this probability is fixed at once, 0 to 1; with commas: diffusion runs with each."
+            help="A token above this probability is fixed at once, 0 to 1; with commas: diffusion runs with each.",
+            show_default=f"{DEFAULT_THRESHOLD:g}, without a target or a bound",
         ),
-    ] = f"{_DEFAULTS.confidence_threshold:g}",
+    ] = None,
+    target_retention: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of ar's score to keep by the checkpoint's calibration, 0 to 1; with commas as --threshold.",
+            show_default="none",
+        ),
+    ] = None,
+    entropy_bound: Annotated[
+        str | None,
+        typer.Option(
+            help="Bound of the commit rule entropy_bound, in nats; with commas as --threshold.", show_default="none"
+        ),
+    ] = None,
     block_size: Annotated[int | None, like(SamplingParams, "block_size")] = None,
     steps_per_block: Annotated[int, like(SamplingParams, "steps_per_block")] = _DEFAULTS.steps_per_block,
     temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 takes the likeliest token.")] = 0.0,
@@ -80,20 +95,20 @@ def command(
     0, or where the standard error of ar's score is more than 25 % of it. The mean speed is over the remaining tasks in
     which the mode keeps at least half of ar's score.
     """
-    thresholds = numbers("thresholds", threshold)
+    dials = _dials(threshold, target_retention, entropy_bound)
     settings = {
-        f"{mode} γ {value}" if len(values) > 1 else mode: SamplingParams(
+        f"{mode} {label}" if len(ways) > 1 else mode: SamplingParams(
             mode=mode,
             block_size=block_size,
             past_positions=True,  # --longest says how long
             steps_per_block=steps_per_block,
-            confidence_threshold=value,
             temperature=temperature,
             seed=seed,
+            **fields,
         )
         for mode in listed_modes(modes)
-        for values in [thresholds if mode == "diffusion" else thresholds[:1]]
-        for value in values
+        for ways in [dials if mode == "diffusion" else {"": {}}]
+        for label, fields in ways.items()
     }
     sizes = integers("batch sizes", batch_sizes)
     timing = SpeedConfig(prompts=speed_prompts, repeats=repeats, batch_sizes=sizes) if speed else None
@@ -119,6 +134,22 @@ def command(
         origin = {"model": model or "stories", **provenance(opened)}
         whole = origin | {"questions_left_out": left_out} | to_json(results)
         json_file.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _dials(threshold: str | None, target_retention: str | None, entropy_bound: str | None) -> dict[str, dict[str, Any]]:
+    """The ways in which diffusion commits, by label: its settings."""
+    given = {
+        "confidence_threshold": ("γ", "thresholds", threshold),
+        "target_retention": ("target", "targets", target_retention),
+        "entropy_bound": ("H", "bounds", entropy_bound),
+    }
+    found = {
+        f"{letter} {value}": commits_by(setting, value)
+        for setting, (letter, name, text) in given.items()
+        if text is not None
+        for value in numbers(name, text)
+    }
+    return found or {f"γ {DEFAULT_THRESHOLD:g}": commits_by("confidence_threshold", DEFAULT_THRESHOLD)}
 
 
 def _listed_tasks(text: str, limit: int | None) -> list[Task]:

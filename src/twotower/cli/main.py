@@ -29,6 +29,7 @@ _COMMANDS = {
     "tokenize": "Write a training corpus from text.",
     "ngrams": "Count n-grams of a corpus for a checkpoint, to draft from.",
     "train": "Train a denoiser for a checkpoint on text or a corpus of tokens.",
+    "calibrate": "Find commits of diffusion that keep a share of ar's score.",
     "eval": "Measure what each mode keeps of ar's quality, and its speed.",
     "sweep": "Measure both over a grid of settings, with tables and pictures.",
     "serve": "Serve OpenAI's and Anthropic's APIs and a page, in every mode.",

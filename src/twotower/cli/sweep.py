@@ -45,6 +45,17 @@ def command(
     thresholds: Annotated[
         str, typer.Option(help="With commas: tokens above this probability are fixed at once, 0 to 1.")
     ] = _listed(_DEFAULTS.thresholds),
+    target_retentions: Annotated[
+        str | None,
+        typer.Option(
+            help="With commas: shares of ar's score to keep by the checkpoint's calibration, 0 to 1.",
+            show_default="none",
+        ),
+    ] = None,
+    entropy_bounds: Annotated[
+        str | None,
+        typer.Option(help="With commas: bounds, in nats, of the commit rule entropy_bound.", show_default="none"),
+    ] = None,
     block_sizes: Annotated[
         str | None,
         typer.Option(help="With commas: tokens filled together, 1 or more.", show_default="the checkpoint's"),
@@ -83,6 +94,8 @@ def command(
     config = SweepConfig(
         modes=tuple(listed_modes(modes)),
         thresholds=numbers("thresholds", thresholds),
+        target_retentions=() if target_retentions is None else numbers("targets", target_retentions),
+        entropy_bounds=() if entropy_bounds is None else numbers("bounds", entropy_bounds),
         block_sizes=() if block_sizes is None else integers("block sizes", block_sizes),
         steps_per_block=integers("steps", steps_per_block),
         temperatures=numbers("temperatures", temperatures),

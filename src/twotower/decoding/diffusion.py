@@ -109,7 +109,7 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     produced = tuple(len(r.produced) for r in requests)
     block = _masks(model, _widths(requests, produced), requests)
     seed = _seed(model, context)
-    schedule, shape = unmasking.schedule(params, device), shaping(model, requests, device)
+    schedule, shape = unmasking.schedule(params, device, model.calibration), shaping(model, requests, device)
     return DiffusionRows(requests, context, settings, schedule, produced, block, seed, shape)
 
 
@@ -255,7 +255,9 @@ def _fixed(rows: DiffusionRows, proposal: Proposal, logits: Tensor, ops: LogitOp
             kept = unmasking.remask(sure, block.valid, at)
         else:
             coins = _uniforms(rows, _COIN_STEP) if rule == "posterior" else None
-            ranked = unmasking.certainty(rule, logits, proposal)
+            ranked = unmasking.certainty(rule, logits, proposal, ops)
+            if rule == "calibrated":
+                ranked = ranked - unmasking.table_thresholds(at.tables, block.left, block.xt)
             new = unmasking.commit(rule, ranked, block.masked, at, coins, ops)
             kept = block.valid & (new | ~block.masked)
         if fixed is None:

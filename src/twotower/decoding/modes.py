@@ -70,7 +70,10 @@ MODES: dict[str, DecodingMode] = {
             name="diffusion",
             summary="The denoiser fills a block of masks in a few steps, the surest tokens first.",
             module="diffusion",
-            settings=("block_size", "steps_per_block", "confidence_threshold", "commit_rule"),
+            settings=(
+                *("block_size", "steps_per_block", "confidence_threshold", "target_retention"),
+                *("commit_rule", "entropy_bound"),
+            ),
             fills_blocks=True,
         ),
         DecodingMode(

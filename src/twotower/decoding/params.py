@@ -11,11 +11,13 @@ from twotower.errors import SettingError
 from twotower.model.sampling_defaults import LEAST_DIVISOR, MOST_REPETITION_PENALTY, SamplingDefaults
 from twotower.options import check_options, option
 
-CommitRule = Literal["confidence", "margin", "entropy", "fixed", "leftmost", "posterior", "remask"]
+CommitRule = Literal["confidence", "margin", "entropy", "entropy_bound", "fixed", "leftmost", "posterior", "remask"]
 # Most positions of a block and most steps that it may take: far more than is of use, and what tensors can count.
 MAX_BLOCK = 1 << 16
 COMMIT_RULES: tuple[str, ...] = get_args(CommitRule)
 _SUMMARIES = [*((mode.name, mode.summary) for mode in MODES.values()), ("auto", AUTO_SUMMARY.replace("`", ""))]
+# γ of the paper, and the bound of diffusers' scheduler of this rule.
+DEFAULT_THRESHOLD, DEFAULT_ENTROPY_BOUND = 0.8, 0.1
 _EVERY_TOKEN = "leave it None to keep every token"
 _MOST_TOKENS = 128
 # Most likeliest tokens of a place: what OpenAI's API gives.
@@ -69,10 +71,28 @@ class SamplingParams:
     steps_per_block: int = option(
         16, "Most denoising steps of a block; the last one commits all that is left.", least=1, most=MAX_BLOCK
     )
-    confidence_threshold: float = option(
-        0.8, "A token whose probability is above this is committed at once.", least=0, most=1
+    confidence_threshold: float | None = option(
+        None,
+        "A token whose probability is above this is committed at once.",
+        least=0,
+        most=1,
+        shown_default=f"{DEFAULT_THRESHOLD:g}",
+    )
+    target_retention: float | None = option(
+        None,
+        "Share of ar's score that diffusion is to keep, by the checkpoint's calibration, in place of a threshold.",
+        above=0,
+        below=1,
+        shown_default="none",
+        fix="verified keeps all of it",
     )
     commit_rule: CommitRule = option("confidence", "How diffusion chooses the positions that a step commits.")
+    entropy_bound: float | None = option(
+        None,
+        "With entropy_bound as commit rule: most entropy, in nats, of what a step commits, but for its unsurest token.",
+        least=0,
+        shown_default=f"{DEFAULT_ENTROPY_BOUND:g}",
+    )
     temperature: float | None = option(
         None,
         "0 takes the likeliest token; above 0 tokens are sampled.",
@@ -196,6 +216,7 @@ class SamplingParams:
         if self.commit_rule != "confidence" and (self.mode == "auto" or "commit_rule" not in MODES[self.mode].settings):
             rule = f"'confidence' in mode {self.mode!r}"
             raise SettingError("commit_rule", self.commit_rule, rule, "only mode 'diffusion' reads it: drop it")
+        self._check_commits()
         if self.allow_loss and self.mode != "auto":
             rule = f"False in mode {self.mode!r}"
             raise SettingError("allow_loss", self.allow_loss, rule, "only mode 'auto' reads it: drop it")
@@ -207,6 +228,24 @@ class SamplingParams:
         if self.cache_salt == "":
             raise SettingError("cache_salt", self.cache_salt, "a text that is not empty", "leave it None for none")
         self._check_constraint()
+
+    def _check_commits(self) -> None:
+        """Refuses settings of commits that another one replaces."""
+        if self.entropy_bound is not None and self.commit_rule != "entropy_bound":
+            rule = f"left out with commit_rule {self.commit_rule!r}"
+            raise SettingError("entropy_bound", self.entropy_bound, rule, "only commit_rule='entropy_bound' reads it")
+        if self.target_retention is None:
+            return
+        if self.mode != "diffusion" and not self.allow_loss:
+            rule, fix = f"left out in mode {self.mode!r}", "only 'diffusion', and 'auto' with allow_loss, read it"
+        elif self.confidence_threshold is not None:
+            rule, fix = "left out beside confidence_threshold", "the calibration has thresholds of its own: drop one"
+        elif self.commit_rule != "confidence":
+            rule = f"left out with commit_rule {self.commit_rule!r}"
+            fix = "the calibration is a rule of its own: drop one"
+        else:
+            return
+        raise SettingError("target_retention", self.target_retention, rule, fix)
 
     def _read_lists(self) -> None:
         """Makes tuples of the settings that are lists, so that requests can be compared and hashed."""
@@ -226,11 +265,13 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
     def settled(self, block_size: int, defaults: SamplingDefaults) -> "SamplingParams":
-        """These settings for a checkpoint with its own `block_size` and defaults, in which only the filters and
-        `repetition_penalty` may be None, which then means none."""
+        """These settings for a checkpoint with its own `block_size` and defaults, in which only the filters,
+        `repetition_penalty` and what another setting replaces may be None, which then means none."""
         usual: dict[str, Any] = {
             "max_new_tokens": defaults.max_new_tokens or _MOST_TOKENS,
             "block_size": block_size,
+            "confidence_threshold": DEFAULT_THRESHOLD if self.target_retention is None else None,
+            "entropy_bound": DEFAULT_ENTROPY_BOUND if self.commit_rule == "entropy_bound" else None,
             "temperature": defaults.temperature or 0.0,
             "top_k": defaults.top_k,
             "top_p": defaults.top_p,

@@ -25,6 +25,7 @@ from twotower.decoding.shape_checks import check_shape
 from twotower.decoding.step import BatchStep, Request
 from twotower.decoding.stops import FoundStop, StopFinder
 from twotower.decoding.text import TextStream
+from twotower.decoding.unmasking import chosen_rule
 from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
 
@@ -44,6 +45,8 @@ def make_request(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Req
     if params.drafter is not None:
         check_drafter(model, params.drafter)
     check_shape(model, params)
+    if params.target_retention is not None:
+        chosen_rule(model.calibration, params)
     _check_positions(model, len(ids), params)
     return Request(ids, params, secrets.randbits(63) if params.seed is None else params.seed)
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from twotower.decoding.generate import generate
 from twotower.decoding.output import Generation, GenerationStats
@@ -16,6 +17,13 @@ from twotower.model.two_tower import TwoTower
 # Questions of similar length are answered as one batch of at most so many rows, and so many prompt tokens with padding.
 # Every answer is the one that its question would get alone.
 _MOST_ROWS, _MOST_TOKENS = 8, 8192
+
+
+class Question(NamedTuple):
+    """The ids of a prompt, and the example that says how long its answer may be and how it is judged."""
+
+    prompt_ids: tuple[int, ...]
+    example: Example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,34 +55,42 @@ def answer(model: TwoTower, task: Task, params: SamplingParams) -> list[ScoredAn
 
     Raises ValueError for a model without a tokenizer.
     """
+    return answer_questions(model, questions(model, task), params)
+
+
+def questions(model: TwoTower, task: Task) -> list[Question]:
+    """The questions of a task, in its order. Raises ValueError for a model without a tokenizer."""
     if model.tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer.json to read tasks with; add one")
-    prompts = [prompt_ids(example, model) for example in task.examples]
-    settings = [request(example, params, i) for i, example in enumerate(task.examples)]
+    return [Question(tuple(prompt_ids(example, model)), example) for example in task.examples]
+
+
+def answer_questions(model: TwoTower, asked: Sequence[Question], params: SamplingParams) -> list[ScoredAnswer]:
+    """The answers to questions, in their order. `params` must have a seed."""
     answers: dict[int, ScoredAnswer] = {}
-    for batch in _batches([len(prompt) for prompt in prompts]):
-        replies = generate(model, [prompts[i] for i in batch], [settings[i] for i in batch])
-        answers |= {
-            i: _judged(model, task.examples[i], prompts[i], done) for i, done in zip(batch, replies, strict=True)
-        }
-    return [answers[i] for i in range(len(prompts))]
+    for batch in batches([len(question.prompt_ids) for question in asked]):
+        settings = [request(asked[i].example, params, i) for i in batch]
+        replies = generate(model, [asked[i].prompt_ids for i in batch], settings)
+        answers |= {i: _judged(model, asked[i], done) for i, done in zip(batch, replies, strict=True)}
+    return [answers[i] for i in range(len(asked))]
 
 
-def _batches(lengths: list[int]) -> list[list[int]]:
+def batches(lengths: list[int]) -> list[list[int]]:
     """The places of prompts of these lengths, shortest first, in batches."""
-    batches: list[list[int]] = []
+    found: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batches and len(batches[-1]) < _MOST_ROWS and (len(batches[-1]) + 1) * lengths[i] <= _MOST_TOKENS:
-            batches[-1].append(i)
+        if found and len(found[-1]) < _MOST_ROWS and (len(found[-1]) + 1) * lengths[i] <= _MOST_TOKENS:
+            found[-1].append(i)
         else:
-            batches.append([i])
-    return batches
+            found.append([i])
+    return found
 
 
-def _judged(model: TwoTower, example: Example, prompt: list[int], done: Generation) -> ScoredAnswer:
+def _judged(model: TwoTower, question: Question, done: Generation) -> ScoredAnswer:
     assert done.text is not None
+    example = question.example
     own = (
-        likelihood_score(model, prompt, done.token_ids, done.text)
+        likelihood_score(model, question.prompt_ids, done.token_ids, done.text)
         if example.scorer == "likelihood"
         else example.score(done.text)
     )

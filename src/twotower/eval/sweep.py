@@ -18,10 +18,12 @@ from twotower.eval.throughput import PHASES, Quartiles, Speed, phase_seconds
 from twotower.model.two_tower import TwoTower
 
 # The settings that are swept if a mode reads them: their letters in labels, and their values' fields in SweepConfig.
-_AXES = {
+_AXES = {"block_size": ("S", "block_sizes"), "steps_per_block": ("T", "steps_per_block")}
+# What decides how boldly a mode commits, where it reads that: one of these at a time.
+_DIALS = {
     "confidence_threshold": ("γ", "thresholds"),
-    "block_size": ("S", "block_sizes"),
-    "steps_per_block": ("T", "steps_per_block"),
+    "target_retention": ("target", "target_retentions"),
+    "entropy_bound": ("H", "entropy_bounds"),
 }
 
 
@@ -29,12 +31,15 @@ _AXES = {
 class SweepConfig:
     """The grid: every mode with every combination of the values that it reads, at every temperature.
 
-    `distances` are numbers of tokens of filler that the prompts get; if empty, the prompts are as the task has them.
-    Empty `block_sizes` are the checkpoint's own.
+    A mode that commits by a threshold also runs with each of the `target_retentions`, by the checkpoint's calibration,
+    and of the `entropy_bounds`, by the rule of that name, in place of one. `distances` are numbers of tokens of filler
+    that the prompts get; if empty, the prompts are as the task has them. Empty `block_sizes` are the checkpoint's own.
     """
 
     modes: tuple[str, ...] = ("diffusion",)
     thresholds: tuple[float, ...] = (0.6, 0.7, 0.8, 0.9, 0.95)
+    target_retentions: tuple[float, ...] = ()
+    entropy_bounds: tuple[float, ...] = ()
     block_sizes: tuple[int, ...] = ()
     steps_per_block: tuple[int, ...] = (16,)
     temperatures: tuple[float, ...] = (0.0,)
@@ -43,7 +48,7 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) == () and field.name not in ("distances", "block_sizes"):
+            if getattr(self, field.name) == () and field.default != ():
                 raise SettingError(field.name, (), "at least one value")
         if any(distance < 0 for distance in self.distances):
             raise SettingError("distances", self.distances, "0 or more")
@@ -89,7 +94,7 @@ class Point:
         p, speed = self.params, self.speed
         read = MODES[p.mode].settings
         line: dict[str, Any] = {"task": self.task, "mode": p.mode}
-        line |= {setting: getattr(p, setting) if setting in read else None for setting in _AXES}
+        line |= {setting: getattr(p, setting) if setting in read else None for setting in (*_DIALS, *_AXES)}
         line["temperature"] = p.temperature
         names = ("batch_size", "distance", "prompt_tokens", "examples", "score", "degenerate")
         line |= {name: getattr(self, name) for name in names}
@@ -133,11 +138,28 @@ def grid(config: SweepConfig, temperature: float) -> dict[str, SamplingParams]:
     found = {"ar": base}
     for name in config.modes:
         read = [setting for setting in _AXES if setting in MODES[name].settings]
-        for values in itertools.product(*(getattr(config, _AXES[setting][1]) or sizes for setting in read)):
-            label = " ".join([name, *(f"{_AXES[setting][0]} {v}" for setting, v in zip(read, values, strict=True))])
-            chosen: dict[str, Any] = dict(zip(read, values, strict=True))
-            found[label] = dataclasses.replace(base, mode=cast(Mode, name), **chosen)
+        every = (getattr(config, _AXES[setting][1]) or sizes for setting in read)
+        for (dial, fields), *values in itertools.product(_dials(config, name), *every):
+            axes = (f"{_AXES[setting][0]} {value}" for setting, value in zip(read, values, strict=True))
+            chosen: dict[str, Any] = fields | dict(zip(read, values, strict=True))
+            found[" ".join([name, *dial, *axes])] = dataclasses.replace(base, mode=cast(Mode, name), **chosen)
     return found
+
+
+def _dials(config: SweepConfig, mode: str) -> list[tuple[list[str], dict[str, Any]]]:
+    """The ways to commit in a mode, each as its part of a label and its settings; one without any in other modes."""
+    if "confidence_threshold" not in MODES[mode].settings:
+        return [([], {})]
+    return [
+        ([f"{letter} {value}"], commits_by(setting, value))
+        for setting, (letter, values) in _DIALS.items()
+        for value in getattr(config, values)
+    ]
+
+
+def commits_by(setting: str, value: float) -> dict[str, Any]:
+    """The settings by which `diffusion` commits, of which one is given: a threshold, a target or a bound."""
+    return {setting: value} | ({"commit_rule": "entropy_bound"} if setting == "entropy_bound" else {})
 
 
 def commits(answers: Sequence[ScoredAnswer], block_size: int) -> list[list[int]]:

@@ -95,6 +95,17 @@ def shipped_tasks() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in SHIPPED.glob("*.jsonl")))
 
 
+def is_task(source: str) -> bool:
+    """Whether a text names a task that comes along or HUMANEVAL, or a JSON-lines file whose first line has a scorer."""
+    if source == HUMANEVAL or source in shipped_tasks():
+        return True
+    if not source.endswith(".jsonl") or not Path(source).is_file():
+        return False
+    with Path(source).open("rb") as file:
+        first = next((line for line in file if line.strip()), b"{}")
+    return "scorer" in _object(first)
+
+
 def read_task(source: str, limit: int | None = None) -> Task:
     """Reads a task that is given by its shipped name, by `humaneval`, or by the path of a JSON-lines file.
 

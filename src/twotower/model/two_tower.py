@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
+from twotower.model.calibration import Calibration
 from twotower.model.head import Head
 from twotower.model.ngrams import NgramTable
 from twotower.model.passes import CausalPass
@@ -37,9 +38,9 @@ class TwoTower(nn.Module):
     Parameters are allocated, not initialised: `checkpoints` fills them through `released_tensors`. `backends`, by
     "context tower" and "denoiser tower", says what runs each in a model packed by `twotower.backends.choose.pack_`, and
     why; it is empty in a model of plain tensors, which PyTorch runs. A model that `load` opened has its checkpoint's
-    `tokenizer`, the `sampling` that holds where a request says nothing, the `ngrams` that drafts can be made of, if it
-    has any, and as `documents`, name -> content, the other files that `save` writes with it; None means that nobody
-    said which there are.
+    `tokenizer`, the `sampling` that holds where a request says nothing, the `ngrams` that drafts can be made of and the
+    `calibration` of its commits, if it has any, and as `documents`, name -> content, the other files that `save` writes
+    with it; None means that nobody said which there are.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class TwoTower(nn.Module):
         self.tokenizer: tokenizers.Tokenizer | None = None
         self.sampling = SamplingDefaults()
         self.ngrams: NgramTable | None = None
+        self.calibration: Calibration | None = None
         self.documents: Mapping[str, bytes] | None = None
         self.backends: dict[str, BackendChoice] = {}
         # A meta default device (shapes only) wins over the arguments' default.

@@ -4,6 +4,7 @@ v vocabulary."""
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,17 +37,39 @@ def argmax(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def commit(sure: Tensor, masked: Tensor, left: Tensor, threshold: Tensor | None, *, leftmost: bool) -> Tensor:
+def entropy(logits: Tensor) -> Tensor:
+    """The entropy -Σ p·log p of softmax(logits) (…, v) float32, in nats, (…); NaN where no logit is finite."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1).clamp(max=0.0)  # 0·log 0 = 0 for the mask token
+
+
+def commit(
+    sure: Tensor,
+    masked: Tensor,
+    left: Tensor,
+    threshold: Tensor | None,
+    bound: Tensor | None = None,
+    *,
+    leftmost: bool,
+) -> Tensor:
     """The masked places (b, s) bool that commit when `left` (b,) int64 steps are left, this one included.
 
     At least an equal share of the masked places, and all in the last step; with a threshold (b,) at least as many as
-    have `sure` (b, s) above it. If `leftmost` they are the first ones, else the surest, the earlier of equal ones.
+    have `sure` (b, s) above it; with a bound (b,) at least the k surest, for the largest k such that the sum of their
+    doubts -sure, but for the largest of them, is no larger. If `leftmost` they are the first ones, else the surest, the
+    earlier of equal ones.
     """
     remaining = masked.sum(-1)  # (b,)
     share = left.clamp(min=1)
     wanted = (remaining + share - 1) // share
     if threshold is not None:
         wanted = torch.maximum(wanted, (masked & (sure > threshold[:, None])).sum(-1))
+    if bound is not None:
+        doubts = -sure.masked_fill(~masked, -torch.inf).sort(dim=-1, descending=True, stable=True).values.double()
+        # of k places in ascending doubt, the sum without the largest is that of the first k - 1
+        before = F.pad(doubts.cumsum(-1), (1, -1))
+        counted = masked.sum(-1, keepdim=True) > torch.arange(masked.shape[1], device=masked.device)
+        wanted = torch.maximum(wanted, ((before <= bound.double()[:, None]) & counted).sum(-1))
     wanted = torch.where(left <= 1, remaining, wanted.clamp(min=1))
     order = masked.cumsum(-1) - 1 if leftmost else ranks(sure.masked_fill(~masked, -torch.inf))
     return masked & (order < wanted[:, None])

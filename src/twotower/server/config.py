@@ -46,6 +46,15 @@ class ServerConfig:
         shown_default="the checkpoint's, or denoiser",
         flag="--drafter",
     )
+    target_retention: float | None = option(
+        None,
+        "Share of ar's score that diffusion is to keep, by the checkpoint's calibration, in requests that don't say "
+        "how blocks are filled.",
+        above=0,
+        below=1,
+        shown_default="none: a threshold",
+        fix="--mode verified keeps all of it",
+    )
     max_context: int | None = option(
         None,
         "Most tokens of a prompt and its answer.",

@@ -23,9 +23,11 @@ _Share = Annotated[float, shown(minimum=0, maximum=1)]
 _Penalty = Annotated[float, shown(minimum=-2, maximum=2)]
 _Id = Annotated[Integer, shown(minimum=0)]
 
+# How blocks are filled.
+_COMMITS = ("block_size", "steps_per_block", "confidence_threshold", "target_retention", "commit_rule", "entropy_bound")
 # Fields that are called and mean the same in `SamplingParams`.
 _SAME = (
-    *("block_size", "steps_per_block", "confidence_threshold", "commit_rule", "ignore_eos", "allow_loss", "top_k"),
+    *(*_COMMITS, "ignore_eos", "allow_loss", "top_k"),
     *("min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "allowed_token_ids"),
     *("bad_words", "stop_token_ids", "include_stop_str_in_output", "min_tokens", "skip_special_tokens", "priority"),
     "cache_salt",
@@ -60,7 +62,9 @@ class Sampling(Structured):
     block_size: _BlockCount | None = None
     steps_per_block: _BlockCount | None = None
     confidence_threshold: _Share | None = None
+    target_retention: Annotated[float, shown(exclusiveMinimum=0, exclusiveMaximum=1)] | None = None
     commit_rule: CommitRule | None = None
+    entropy_bound: Annotated[float, shown(minimum=0)] | None = None
     allow_loss: bool | None = None
     drafter: str | None = None
 
@@ -83,12 +87,14 @@ class Sampling(Structured):
         default_temperature: float = 1.0,
         structure: Structure | None = None,
         default_drafter: str | None = None,
+        default_retention: float | None = None,
     ) -> SamplingParams:
         """The settings of one text, number `choice` of its prompt, which must match `structure`. Raises SettingError
         and ApiError for bad values.
 
         The texts of one prompt use the seeds `seed`, `seed` + 1, and so on, modulo 2**63, so that negative seeds, which
-        OpenAI's protocol has, are seeds too. A temperature too small to divide by is greedy.
+        OpenAI's protocol has, are seeds too. A temperature too small to divide by is greedy. `default_retention` is the
+        target of a request whose mode has one, and which says nothing about how its blocks are filled.
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > MAX_STOPS or not all(0 < len(one) <= MAX_STOP_CHARACTERS for one in stop):
@@ -102,6 +108,8 @@ class Sampling(Structured):
         }
         mode = self.mode or default_mode
         given["drafter"] = self.drafter or (default_drafter if mode in DRAFTING_MODES else None)
+        if (mode == "diffusion" or self.allow_loss) and all(given[name] is None for name in _COMMITS):
+            given["target_retention"] = default_retention
         if structure is not None:
             given[structure.kind] = structure.text
         temperature = default_temperature if self.temperature is None else self.temperature

@@ -14,9 +14,11 @@ from twotower.checkpoints.chat_template import ChatTemplate
 from twotower.decoding.constraint import behind
 from twotower.decoding.modes import MODES
 from twotower.decoding.output import StepOutput
+from twotower.decoding.params import SamplingParams
 from twotower.decoding.prompt import Prompt, prompt_ids, text_ids
 from twotower.decoding.record import check_drafter
 from twotower.decoding.step import Request
+from twotower.decoding.unmasking import chosen_rule
 from twotower.engine.aio import Admission, AsyncEngine
 from twotower.errors import SettingError
 from twotower.server.config import MAX_CONTEXT, ServerConfig
@@ -38,13 +40,17 @@ _LONG_TEXT = 100_000
 
 
 class Service:
-    """One engine with its limits and its metrics. Raises ValueError for a model without a tokenizer."""
+    """One engine with its limits and its metrics. Raises ValueError for a model without a tokenizer, and SettingError
+    for a `target_retention` that its calibration can't promise."""
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig, template: ChatTemplate | None) -> None:
         if engine.model.tokenizer is None:
             raise ValueError("the checkpoint has no tokenizer.json, and a server needs texts; serve another one")
         if config.default_drafter is not None:
             check_drafter(engine.model, config.default_drafter)
+        if config.target_retention is not None:
+            usual = SamplingParams(target_retention=config.target_retention)
+            chosen_rule(engine.model.calibration, usual.settled(engine.model.config.block_size, engine.model.sampling))
         self.engine = engine
         self.config = config
         self.model_names = config.model_names or ("twotower",)
@@ -123,9 +129,10 @@ class Service:
         # OpenAI's protocol has 1 where nobody says anything
         usual = 1.0 if own.temperature is None else own.temperature
         structure = structure or settings.structure()
+        defaults = (self.config.default_drafter, self.config.target_retention)
         try:
             params = [
-                settings.sampling(self.config.default_mode, wanted, k, usual, structure, self.config.default_drafter)
+                settings.sampling(self.config.default_mode, wanted, k, usual, structure, *defaults)
                 for k in range(num_choices)
             ]
             # In a thread: compiling a large JSON schema takes long enough to hold up all other requests.

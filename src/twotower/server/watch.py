@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from twotower.decoding.modes import AUTO_SUMMARY, MODES, DecodingMode
 from twotower.decoding.output import BlockView, Generation, StepOutput, Token
-from twotower.decoding.params import SamplingParams
+from twotower.decoding.params import DEFAULT_THRESHOLD, SamplingParams
 from twotower.options import is_tuple, options_of, value_type
 from twotower.server.chat import render
 from twotower.server.errors import ApiError
@@ -42,8 +42,13 @@ def _mode(mode: DecodingMode) -> dict[str, Any]:
 
 def _settings(service: Service) -> Iterator[dict[str, Any]]:
     """The settings that a request may have beside its mode: name, kind, default, range and choices, and help."""
-    model = service.engine.model
-    unsaid = {"temperature": 1.0, "block_size": model.config.block_size}
+    model, target = service.engine.model, service.config.target_retention
+    unsaid = {
+        "temperature": 1.0,
+        "block_size": model.config.block_size,
+        "confidence_threshold": DEFAULT_THRESHOLD if target is None else None,
+        "target_retention": target,
+    }
     for name, (field, what) in options_of(SamplingParams).items():
         kind = value_type(field.type)
         is_choice = get_origin(kind) is Literal

@@ -23,12 +23,29 @@ def argmax(logits: Tensor) -> Tensor:
     return tokens
 
 
-def commit(sure: Tensor, masked: Tensor, left: Tensor, threshold: Tensor | None, *, leftmost: bool) -> Tensor:
+def entropy(logits: Tensor) -> Tensor:
+    logits = logits.contiguous()
+    shape, v = logits.shape[:-1], logits.shape[-1]
+    found = logits.new_empty(shape)
+    function("tt_entropy")(logits.data_ptr(), shape.numel(), v, found.data_ptr(), threads())
+    return found
+
+
+def commit(
+    sure: Tensor,
+    masked: Tensor,
+    left: Tensor,
+    threshold: Tensor | None,
+    bound: Tensor | None = None,
+    *,
+    leftmost: bool,
+) -> Tensor:
     sure, masked = sure.contiguous(), masked.contiguous()
     b, s = masked.shape
     out = torch.empty_like(masked)
-    limit = None if threshold is None else threshold.data_ptr()
-    function("tt_commit")(sure.data_ptr(), masked.data_ptr(), left.data_ptr(), limit, leftmost, b, s, out.data_ptr())
+    limits = [None if limit is None else limit.data_ptr() for limit in (threshold, bound)]
+    read = (sure.data_ptr(), masked.data_ptr(), left.data_ptr())
+    function("tt_commit")(*read, *limits, leftmost, b, s, out.data_ptr())
     return out
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import tokenizers
 
+from twotower.checkpoints.hf.calibration_file import CALIBRATION_FILE
 from twotower.checkpoints.hf.config_file import read_object
 from twotower.checkpoints.hf.hub import refuse_pointer, resolve
 from twotower.checkpoints.hf.ngrams_file import NGRAMS_FILE
@@ -78,7 +79,7 @@ def carried_documents(directory: Path) -> dict[str, bytes]:
 def replaced_files(directory: Path) -> list[str]:
     """The names of files in a directory, beside the weights and config.json, from which a checkpoint there is read, and
     which a new one in their place must not keep."""
-    return _present(directory, (TOKENIZER_FILE, *_CARRIED_FILES, *TOKENIZER_SOURCES))
+    return _present(directory, (TOKENIZER_FILE, CALIBRATION_FILE, *_CARRIED_FILES, *TOKENIZER_SOURCES))
 
 
 def _present(directory: Path, names: Iterable[str]) -> list[str]:

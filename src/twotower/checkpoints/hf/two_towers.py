@@ -8,6 +8,7 @@ from pathlib import Path
 import tokenizers
 import torch
 
+from twotower.checkpoints.hf.calibration_file import CALIBRATION_FILE, calibration_bytes, fingerprint
 from twotower.checkpoints.hf.config_file import (
     CONFIG_FILE,
     config_bytes,
@@ -107,11 +108,14 @@ def save(model: TwoTower, path: str | Path, *, max_shard_bytes: int = DEFAULT_SH
     are complete. A model that `twotower.load` opened leaves no other file there that a checkpoint is read from, such as
     an old chat template; further files in `path` stay. A dtype that the config names becomes the model's. Weights above
     `max_shard_bytes` are split over several files. The model must be unpacked (`twotower.load(path, pack=False)`):
-    packing rounds and reorders weights. Raises ValueError for a packed model.
+    packing rounds and reorders weights. A calibration is written with the weights that it was made for. Raises
+    ValueError for a packed model.
     """
     tensors = model.released_tensors()
     specs = _specs(tensors)
     documents = {**(model.documents or {}), **_documents(model.config, specs[_EMBEDDING].dtype, model.tokenizer)}
+    if model.calibration is not None and model.calibration.fingerprint == fingerprint(tensors.items()):
+        documents = {CALIBRATION_FILE: calibration_bytes(model.calibration), **documents}
     replaced = [] if model.documents is None else replaced_files(Path(path))
     write_tensors(path, specs, tensors.items(), max_shard_bytes=max_shard_bytes, documents=documents, replaced=replaced)
 

@@ -136,8 +136,9 @@ API int tt_linear(const float *x, long stride, long r, const void *weight, int b
 
 /* unmask.c */
 API void tt_best(const float *logits, long r, long v, int64_t *tokens, float *values, float *log_sum, int threads);
-API int tt_commit(const float *sure, const uint8_t *masked, const int64_t *left, const float *threshold, int leftmost,
-                  long b, long s, uint8_t *out);
+API void tt_entropy(const float *logits, long r, long v, float *entropy, int threads);
+API int tt_commit(const float *sure, const uint8_t *masked, const int64_t *left, const float *threshold,
+                  const float *bound, int leftmost, long b, long s, uint8_t *out);
 API void tt_fix(const int64_t *xt, const uint8_t *masked, const float *confidence, const int64_t *committed_at,
                 const uint8_t *valid, const uint8_t *fixed, const int64_t *tokens, const float *proposed,
                 const int64_t *step, int64_t mask_token_id, long b, long s, int64_t *xt_out, uint8_t *masked_out,

@@ -67,6 +67,51 @@ API void tt_best(const float *logits, long r, long v, int64_t *tokens, float *va
 }
 
 typedef struct {
+    const float *logits;
+    long v;
+    float *entropy;
+} Spread;
+
+/* With d = x - max: H = log Σ exp(d) - Σ d·exp(d) / Σ exp(d) */
+static void find_entropy(void *job, long from, long to, int slot) {
+    const Spread *in = job;
+    const long v = in->v;
+    (void)slot;
+    for (long m = from; m < to; m++) {
+        const float *x = in->logits + m * v;
+        const float most = maximum(x, v);
+        if (!isfinite(most)) {
+            in->entropy[m] = NAN;
+            continue;
+        }
+        const vf least = splat(-104); /* exp(-104) is 0 in float, so that 0·log 0 = 0 */
+        double total = 0, weighted = 0;
+        for (long start = 0; start < v; start += SPAN) {
+            const long end = v - start < SPAN ? v : start + SPAN;
+            vf part = {0}, turned = {0};
+            for (long i = start; i < end; i += VL) {
+                const vf d = load_filled(x + i, end - i < VL ? end - i : VL, -INFINITY) - most;
+                const vi some = d > least;
+                const vf kept = (vf)(((vi)d & some) | ((vi)least & ~some));
+                const vf p = vexp(kept);
+                part += p;
+                turned += p * kept;
+            }
+            total += sum(part);
+            weighted += sum(turned);
+        }
+        const double found = log(total) - weighted / total;
+        in->entropy[m] = found > 0 ? (float)found : 0;
+    }
+}
+
+/* Of each of r rows of v logits: the entropy of their softmax */
+API void tt_entropy(const float *logits, long r, long v, float *entropy, int threads) {
+    Spread job = {logits, v, entropy};
+    in_parallel(find_entropy, &job, r, 1, r * v >= 65536 ? threads : 1);
+}
+
+typedef struct {
     float sure;
     int place;
 } Candidate;
@@ -80,9 +125,9 @@ static int surer(const void *one, const void *other) {
     return a->place - b->place;
 }
 
-/* Which masked places (b, s) commit; `threshold` may be null */
-API int tt_commit(const float *sure, const uint8_t *masked, const int64_t *left, const float *threshold, int leftmost,
-                  long b, long s, uint8_t *out) {
+/* Which masked places (b, s) commit; `threshold` and `bound` may be null */
+API int tt_commit(const float *sure, const uint8_t *masked, const int64_t *left, const float *threshold,
+                  const float *bound, int leftmost, long b, long s, uint8_t *out) {
     Candidate *room = malloc(s * sizeof *room);
     if (!room) return 1;
     for (long row = 0; row < b; row++) {
@@ -97,11 +142,21 @@ API int tt_commit(const float *sure, const uint8_t *masked, const int64_t *left,
         const long share = left[row] > 1 ? left[row] : 1;
         long wanted = (remaining + share - 1) / share;
         if (wanted < above) wanted = above;
+        if (bound) {
+            double doubts = 0;
+            long allowed = 0;
+            qsort(room, remaining, sizeof *room, surer);
+            while (allowed < remaining && doubts <= bound[row]) doubts -= room[allowed++].sure;
+            if (wanted < allowed) wanted = allowed;
+        }
         if (left[row] <= 1) wanted = remaining;
         if (wanted < 1) wanted = 1;
         if (wanted > remaining) wanted = remaining;
         if (!leftmost && wanted < remaining) qsort(room, remaining, sizeof *room, surer);
-        for (long i = 0; i < wanted; i++) out[row * s + room[i].place] = 1;
+        if (leftmost)
+            for (long i = 0; wanted > 0; i++) wanted -= out[row * s + i] = masked[row * s + i];
+        else
+            for (long i = 0; i < wanted; i++) out[row * s + room[i].place] = 1;
     }
     free(room);
     return 0;

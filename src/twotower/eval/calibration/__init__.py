@@ -1,0 +1,1 @@
+"""Commit rules that keep what they promise of `ar`'s score: what they are fitted to, and how they are chosen."""
