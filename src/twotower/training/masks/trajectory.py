@@ -1,4 +1,4 @@
-"""Masks of the states that decoding goes through (pseudo-trajectories, d3LLM).
+"""Masks of the states that decoding goes through (the pseudo-trajectories of d3LLM).
 
 The denoiser decodes all blocks of the rows at once, by confidence at a threshold, as mode `diffusion` does: in each
 pass a block's surest place becomes known, and so do all places surer than γ. Each known place holds the text's own

@@ -1,4 +1,4 @@
-"""The loss `certainty`: the denoiser learns to be sure where it is right (dParallel, arXiv 2509.26488, eq. 6).
+"""The loss `certainty`: the denoiser learns to be sure where it is right (dParallel, arXiv 2509.26488).
 
     H(softmax(log q / T)) where argmax q = x0, else 0        T = 0.5, as published
 

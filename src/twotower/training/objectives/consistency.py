@@ -2,11 +2,10 @@
 
     KL(q(· | xs) ‖ q(· | xt)) at places that both hide, where xs is a later state of the same block: xt with more known
 
-After CDLM (arXiv 2511.19269, consistency along a decoding trajectory) and Multi-Path Discrete Consistency (arXiv
-2605.00161, over random bridges between noise levels). q(· | xs) gets no gradient. A `trajectory` block's later state is
-the next one of its decoding; of other blocks each masked place becomes known with a chance that is drawn per block, the
-posterior bridge of absorbing noise. The later state is a version of the row of its own, on which the other losses are
-taken too.
+After CDLM's consistency along a decoding trajectory and Multi-Path Discrete Consistency (arXiv 2605.00161), over random
+bridges between noise levels. q(· | xs) gets no gradient. A `trajectory` block's later state is the next one of its
+decoding; of other blocks each masked place becomes known with a chance that is drawn per block, the posterior bridge of
+absorbing noise. The later state is a version of the row of its own, on which the other losses are taken too.
 
 Letters: b batch, v views (noisy versions of one row), t tokens.
 """

@@ -1,5 +1,5 @@
 """The loss `cross_entropy`: −log q(x0), the likelihood bound of masked diffusion without its factor 1/t̂ (MDLM, arXiv
-2406.07524, eq. 10).
+2406.07524).
 
 Letters: m positions, o vocabulary.
 """
