@@ -61,6 +61,30 @@ def test_the_context_tower_stays_bit_identical_and_all_else_trains(
             assert not same, name
 
 
+@pytest.mark.parametrize("more", [{}, {"bf16": True}, {"lora_rank": 2}])
+def test_every_loss_and_mask_resumes_to_the_byte_and_leaves_the_context_tower(
+    make: Callable, train: Callable, more: dict[str, Any], tiny: Callable, corpus: Corpus, tmp_path: Path
+) -> None:
+    what = {"objective": LOSSES, "masks": MASKS, "steps": 6} | more
+    straight, broken, resumed, before = (tiny("M*", block_size=8) for _ in range(4))
+    expected = train(straight, corpus, tmp_path / "straight", **what)
+
+    def interrupt(report: StepReport) -> None:
+        if report.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(broken, corpus, tmp_path / "broken", **what).run(interrupt)
+    rest = train(resumed, corpus, tmp_path / "broken", **what)
+    assert [r[:6] for r in rest] == [r[:6] for r in expected[-len(rest) :]]
+    ours, theirs, start = state(resumed), state(straight), state(before)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    kept = [name for name in start if name.startswith("context")]
+    assert kept
+    assert all(torch.equal(theirs[name], start[name].to(theirs[name].dtype)) for name in kept)
+    assert any(not torch.equal(theirs[name], start[name].to(theirs[name].dtype)) for name in set(start) - set(kept))
+
+
 @pytest.mark.slow
 def test_the_loss_goes_down_and_the_text_is_learnt(
     train: Callable, tiny: Callable, corpus: Corpus, tmp_path: Path

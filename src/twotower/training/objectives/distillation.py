@@ -10,8 +10,9 @@ doesn't. Two things break that, and are left out:
 - places behind a text's end, which fill its last block: a backbone has seen no such text.
 
 With them the loss tripled the passes of decoding by confidence: behind the ends of the hybrid's answers, half of all
-masked places, its context tower gives the right token a probability of 0.001. Letters: b batch, v views, t tokens, m positions,
-o vocabulary.
+masked places, its context tower gives the right token a probability of 0.001.
+
+Letters: b batch, v views, t tokens, m positions, o vocabulary.
 """
 
 import torch.nn.functional as F
