@@ -83,11 +83,62 @@ def test_export_only_writes_the_saved_state_again_in_the_dtype_asked_for(run, ba
     assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
 
 
-def test_a_state_of_more_steps_than_asked_for_is_told(run, backbone, corpus, tmp_path):
+def test_a_finished_run_says_that_nothing_is_left(run, backbone, corpus, tmp_path):
     train_to(run, backbone, corpus, tmp_path, 3)
-    assert "nothing is left to train" not in train_to(run, backbone, corpus, tmp_path, 3).stderr
-    result = train_to(run, backbone, corpus, tmp_path, 2)
-    assert "step-00000003 has more than steps=2: nothing is left to train" in " ".join(result.stderr.split())
+    for steps in (3, 2):
+        told = train_to(run, backbone, corpus, tmp_path, steps)
+        assert "step-00000003: 3 steps and 72 tokens are done, loss" in told.stderr
+        assert f"nothing is left to train of {steps} steps" in told.stderr
+        assert (
+            f"wrote {tmp_path / 'checkpoint'} from step-00000003 in place of {tmp_path / 'checkpoint'}" in told.stdout
+        )
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_resume_says_from_where_and_what_it_replaces(run, backbone, corpus, tmp_path):
+    assert f"beginning: {tmp_path} has no saved state; 2 steps, 48 tokens, to go" in (
+        train_to(run, backbone, corpus, tmp_path, 2).stderr
+    )
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # as a kill between two saved states leaves it
+        file.write('{"step": 3}\n{"ste')
+    told = train_to(run, backbone, corpus, tmp_path, 5, "--checkpoint-every", 9).stderr
+    assert f"going on from {tmp_path / 'state' / 'step-00000002'}: 2 steps and 48 tokens are done, loss " in told
+    assert "3 steps, 72 tokens, to go" in told
+    for note in (
+        "checkpoint_every is 9 and was 100",
+        "steps is 5 and was 2",
+        "2 later lines of metrics.jsonl are made again",
+        f"{tmp_path / 'checkpoint'} (step 2) will be replaced at the end",
+    ):
+        assert f"  {note}\n" in told
+    record = json.loads((tmp_path / "checkpoint" / "training.json").read_text())
+    assert (record["step"], record["tokens"]) == (5, 120)
+    assert [call["settings"]["steps"] for call in record["calls"]] == [2, 5]
+    assert record["calls"][0]["settings"]["model"] == str(backbone)
+
+
+def test_other_settings_are_refused_unless_told(run, backbone, corpus, tmp_path):
+    train_to(run, backbone, corpus, tmp_path, 2)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    arguments = ("train", backbone, corpus, tmp_path, "--steps", 4, "--batch-size", 4, "--learning-rate", 0.05)
+    result = run(*arguments, "--warmup-steps", 0)
+    assert result.exit_code == 2
+    assert "batch_size is 4 and was 2, learning_rate is 0.05 and was 0.001 in" in result.stderr
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    result = run(*arguments, "--warmup-steps", 0, "--allow-changes")
+    assert result.exit_code == 0
+    assert "  batch_size is 4 and was 2\n" in result.stderr
+
+
+def test_a_finished_checkpoint_without_its_state_is_not_replaced(run, backbone, corpus, tmp_path):
+    train_to(run, backbone, corpus, tmp_path, 2)
+    shutil.rmtree(tmp_path / "state")
+    weights = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
+    result = run("train", backbone, corpus, tmp_path, "--steps", 1, "--batch-size", 2)
+    assert result.exit_code == 2
+    assert "is a finished checkpoint, and" in result.stderr
+    assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == weights
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_the_chat_template_goes_along(run, backbone, corpus, tmp_path):
@@ -306,7 +357,8 @@ def files_of_at_most(num_bytes):
 )
 def test_a_full_disk_is_one_line_and_no_loss(run, backbone, corpus, tmp_path, num_bytes, options):
     train_to(run, backbone, corpus, tmp_path, 1)
-    arguments = ("train", backbone, corpus, tmp_path, "--steps", 2, "--batch-size", 2, *options)
+    common = ("--steps", 2, "--batch-size", 2, "--warmup-steps", 0)
+    arguments = ("train", backbone, corpus, tmp_path, *common, *options)
     with files_of_at_most(num_bytes):
         result = run(*arguments)
     assert result.exit_code == 2, result.exception

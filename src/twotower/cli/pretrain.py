@@ -1,6 +1,5 @@
 """`twotower pretrain`: train a backbone of any pattern from nothing."""
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Annotated
@@ -11,18 +10,21 @@ import typer
 from twotower.checkpoints.families.nemotron_h import read_one_tower_config
 from twotower.checkpoints.hf import carried_documents, load_tokenizer, resolve, save_rounded
 from twotower.checkpoints.hf.config_file import as_dtype
+from twotower.checkpoints.hf.tokenizer_file import TRAINING_FILE
 from twotower.cli.options import check_out
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
 from twotower.cli.stopping import end_if_stopped, stop_request
 from twotower.cli.training_run import (
     RunOptions,
+    check_finished,
     export_state,
     open_corpus,
     own_rank,
     print_estimate,
     reporting,
     saved_state,
+    telling,
     torchrun_ranks,
 )
 from twotower.config import TwoTowerConfig
@@ -30,8 +32,9 @@ from twotower.model.one_tower import OneTower
 from twotower.training.config import NextTokenConfig, TrainConfig
 from twotower.training.objectives.next_token import NextToken
 from twotower.training.run.checkpointing import read_progress
-from twotower.training.run.identity import check_same, config_identity
+from twotower.training.run.identity import changes, check_changes, config_identity
 from twotower.training.run.lock import locked
+from twotower.training.run.record import training_document
 from twotower.training.run.trainer import Trainer
 from twotower.training.run.weights import TensorStream
 
@@ -80,15 +83,23 @@ def command(
     check_out(out)
     with locked(out, own_rank()), torchrun_ranks(run.device) as ranks:
         if not run.export_only:
+            check_finished(out / "backbone", out)
             rows = open_corpus(corpus, shapes.vocab_size, row_length)
             measured = None if held_out is None else open_corpus(held_out, shapes.vocab_size, row_length)
             model = _open(shapes, training.seed, ranks.device, training.shard)
             initial = functools.partial(_without_weights(shapes).initial_tensors, training.seed)
             weights = initial if training.shard else None
             trainer = Trainer(NextToken(model, what), rows, training, out, ranks, held_out=measured, weights=weights)
-            settings = {"corpus": str(corpus), **dataclasses.asdict(training), **dataclasses.asdict(what)}
+            inputs = {"config": config, "corpus": str(corpus), "held_out": None if held_out is None else str(held_out)}
+            settings = inputs | {"dtype": run.dtype}
             with reporting(trainer, run, settings) as report, stop_request(trainer) as request:
-                is_done = trainer.run(report, request.is_there)
+                is_done = trainer.run(
+                    report,
+                    request.is_there,
+                    begin=telling(trainer, out / "backbone"),
+                    inputs=settings,
+                    allow_changes=run.allow_changes,
+                )
             end_if_stopped(trainer, request, is_done=is_done)
         if ranks.rank == 0:
             _export(folder, out, as_dtype(run.dtype))
@@ -112,8 +123,11 @@ def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
     model = _without_weights(read_one_tower_config(folder))
     state = saved_state(out)
     progress = read_progress(state)
-    check_same(state, progress["run"], progress["run"] | config_identity(model.config), progress["step"])
+    check_changes(
+        state, changes(state, progress["run"], progress["run"] | config_identity(model.config), progress["step"])
+    )
     tokenizer, documents = load_tokenizer(folder), carried_documents(folder)
+    documents[TRAINING_FILE] = training_document(progress)
 
     def write(tensors: TensorStream, path: Path) -> None:
         save_rounded(OneTower, model.config, tensors, path, dtype, tokenizer=tokenizer, documents=documents)
@@ -122,4 +136,4 @@ def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
     released = model.released_tensors()
     objective = NextToken(model, NextTokenConfig())
     for path in export_state(objective, state, out / "backbone", lambda: iter(released.items()), write):
-        print(f"wrote {path}; give it a denoiser with: twotower init {path} START")
+        print(f"give it a denoiser with: twotower init {path} START")

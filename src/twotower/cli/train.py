@@ -17,6 +17,7 @@ from twotower.checkpoints.hf import (
     save_rounded,
 )
 from twotower.checkpoints.hf.config_file import as_dtype
+from twotower.checkpoints.hf.tokenizer_file import TRAINING_FILE
 from twotower.cli.options import check_out, open_device, open_model
 from twotower.cli.prepare import prepare, towers_config
 from twotower.cli.recipe import RecipeOption
@@ -24,6 +25,7 @@ from twotower.cli.settings import with_settings
 from twotower.cli.stopping import end_if_stopped, stop_request
 from twotower.cli.training_run import (
     RunOptions,
+    check_finished,
     export_state,
     num_processes,
     open_corpus,
@@ -31,6 +33,7 @@ from twotower.cli.training_run import (
     print_estimate,
     reporting,
     saved_state,
+    telling,
     torchrun_ranks,
 )
 from twotower.model.two_tower import TwoTower
@@ -40,8 +43,9 @@ from twotower.training.corpus.shards import is_corpus
 from twotower.training.corpus.text import USUAL_LENGTH
 from twotower.training.objectives.denoising import Denoising
 from twotower.training.run.checkpointing import read_progress
-from twotower.training.run.identity import check_same, denoising_config, model_identity
+from twotower.training.run.identity import changes, check_changes, denoising_config, model_identity
 from twotower.training.run.lock import locked
+from twotower.training.run.record import training_document
 from twotower.training.run.trainer import Trainer, check_run
 from twotower.training.run.weights import TensorStream
 
@@ -102,7 +106,7 @@ def command(
             row_length = usual_length(USUAL_LENGTH, shapes)
         print_estimate(shapes, config, what, Path(corpus), row_length=row_length, num_ranks=run.num_ranks)
         return
-    settings = {"model": model, "corpus": corpus, **dataclasses.asdict(config), **dataclasses.asdict(what)}
+    settings = {"model": model, "corpus": corpus, "held_out": held_out, "dtype": run.dtype}
     sources = {"corpus": corpus} if held_out is None else {"corpus": corpus, "held_out": held_out}
     if run.export_only:
         saved_state(out)
@@ -112,6 +116,8 @@ def command(
         check_run(config, what, num_processes(), has_held_out=held_out is not None)
     check_out(out)
     with locked(out, own_rank()):
+        if not run.export_only:
+            check_finished(out / "checkpoint", out)
         model, folders = prepare(model, sources, out, row_length, config.past_positions)
         folder = resolve(model)
         with torchrun_ranks(run.device) as ranks:
@@ -124,7 +130,13 @@ def command(
                 objective = Denoising(towers, what)
                 trainer = Trainer(objective, rows, config, out, ranks, held_out=measured, weights=weights)
                 with reporting(trainer, run, settings) as report, stop_request(trainer) as request:
-                    is_done = trainer.run(report, request.is_there)
+                    is_done = trainer.run(
+                        report,
+                        request.is_there,
+                        begin=telling(trainer, out / "checkpoint"),
+                        inputs=settings,
+                        allow_changes=run.allow_changes,
+                    )
                 end_if_stopped(trainer, request, is_done=is_done)
             if ranks.rank == 0:
                 _export(folder, out, as_dtype(run.dtype))
@@ -148,13 +160,16 @@ def _export(folder: Path, out: Path, dtype: torch.dtype) -> None:
     with torch.device("meta"):
         objective = Denoising(_without_weights(folder), what)
     weights = functools.partial(released_stream, folder)
-    check_same(state, progress["run"], progress["run"] | model_identity(objective, weights), progress["step"])
+    check_changes(
+        state, changes(state, progress["run"], progress["run"] | model_identity(objective, weights), progress["step"])
+    )
     last = what.block_size(progress["step"] - 1, objective.model.config.block_size)
     config = dataclasses.replace(objective.model.config, block_size=last)
     tokenizer, documents = load_tokenizer(folder), carried_documents(folder)
+    documents[TRAINING_FILE] = training_document(progress)
 
     def write(tensors: TensorStream, path: Path) -> None:
         save_rounded(TwoTower, config, tensors, path, dtype, tokenizer=tokenizer, documents=documents)
 
     for path in export_state(objective, state, out / "checkpoint", weights, write):
-        print(f"wrote {path}; try it with: twotower generate --model {path}")
+        print(f"try it with: twotower generate --model {path}")

@@ -21,8 +21,10 @@ from twotower.training.corpus.shards import Corpus, is_corpus
 from twotower.training.objectives.protocol import Objective
 from twotower.training.run.checkpointing import check_tensors, latest_state, stored_groups
 from twotower.training.run.estimate import estimate, lines
+from twotower.training.run.identity import all_settings
 from twotower.training.run.ranks import Ranks, joined
-from twotower.training.run.trainer import StepReport, Trainer, trained_parameters
+from twotower.training.run.record import trained_step
+from twotower.training.run.trainer import Start, StepReport, Trainer, trained_parameters
 from twotower.training.run.weights import TensorStream, trained_tensors
 
 
@@ -38,6 +40,11 @@ class RunOptions:
     tensorboard: bool = option(False, "Also write OUT/tensorboard; needs the package tensorboard.")
     wandb: str | None = option(None, "Also log to this W&B project; needs the package wandb.", shown_default="none")
     num_ranks: int = option(1, "Ranks that --dry-run counts with.", least=1)
+    allow_changes: bool = option(
+        False,
+        "Go on from a saved state although settings that decide what is learnt, such as the learning rate, the batch "
+        "size or the corpus, are others than it was trained with.",
+    )
     dry_run: bool = option(False, "Print parameters, tokens, FLOPs and memory, and do nothing.")
 
     def __post_init__(self) -> None:
@@ -106,6 +113,44 @@ def saved_state(out: Path) -> Path:
     return state
 
 
+def check_finished(checkpoint: Path, out: Path) -> None:
+    """Raises FileExistsError where training would end by replacing a checkpoint that `out` has no state of."""
+    if (checkpoint / "config.json").exists() and latest_state(out) is None:
+        raise FileExistsError(
+            f"{checkpoint} is a finished checkpoint, and {out} has no saved state that training could go on from; move "
+            "it away, or give another OUT"
+        )
+
+
+def telling(trainer: Trainer, checkpoint: Path) -> Callable[[Start], None]:
+    """A function that says on stderr what a run goes on from, what is other than it was, and what it will do."""
+
+    def tell(start: Start) -> None:
+        if trainer.ranks.rank > 0:
+            return
+        console, steps = Console(stderr=True), trainer.config.steps
+        left = max(steps - start.step, 0)
+        told = f"beginning: {trainer.folder} has no saved state"
+        if start.state is not None:
+            told = f"going on from {start.state}: {start.step:,} steps and {start.tokens:,} tokens are done"
+        if start.loss is not None:
+            told += f", loss {start.loss:.3f} at last"
+        tokens = left * trainer.config.batch_size * trainer.corpus.length
+        plan = f"{left:,} steps, {tokens:,} tokens, to go" if left else f"nothing is left to train of {steps:,} steps"
+        lines = [f"{told}; {plan}", *(f"  {note}" for note in start.notes)]
+        if left and (checkpoint / "config.json").exists():
+            lines.append(f"  {_named(checkpoint)} will be replaced at the end")
+        console.print("\n".join(lines), soft_wrap=True, highlight=False)
+
+    return tell
+
+
+def _named(checkpoint: Path) -> str:
+    """A checkpoint and, where its training.json says it, its step."""
+    step = trained_step(checkpoint)
+    return str(checkpoint) if step is None else f"{checkpoint} (step {step:,})"
+
+
 def export_state(
     objective: Objective[Any],
     state: Path,
@@ -114,6 +159,7 @@ def export_state(
     write: Callable[[TensorStream, Path], None],
 ) -> list[Path]:
     """Writes a state as the checkpoint `out`, and its running mean, if it has one, beside it; returns their folders.
+    Prints what was written, and what it replaced.
 
     `objective` is on the meta device, `released` streams the tensors of the model that the run started from, and
     `write` takes those of the trained one, of which only a few are in memory, and a folder.
@@ -122,7 +168,9 @@ def export_state(
     for group, folder in (("weights", out), ("ema", out.with_name(f"{out.name}-ema"))):
         if group in stored_groups(state):
             check_tensors(state, {group: trained_parameters(objective)})
+            replaced = f" in place of {_named(folder)}" if (folder / "config.json").exists() else ""
             write(trained_tensors(objective, state, group, released()), folder)
+            print(f"wrote {folder} from {state.name}{replaced}")
             written.append(folder)
     return written
 
@@ -132,11 +180,13 @@ def reporting(
     trainer: Trainer, options: RunOptions, settings: dict[str, Any]
 ) -> Iterator[Callable[[StepReport], None]]:
     """Yields a function that shows a step's report on stderr, as a progress bar in a terminal and else as a line every
-    50 steps, and logs it; on ranks other than 0 it does nothing. `settings` describe the run in the logs."""
+    50 steps, and logs it; on ranks other than 0 it does nothing. `settings` and the trainer's own describe the run in
+    the logs."""
     if trainer.ranks.rank > 0:
         yield lambda done: None
         return
-    described = {name: value for name, value in settings.items() if value is not None}
+    described = {**settings, **dataclasses.asdict(trainer.config), **all_settings(trainer.objective.config)}
+    described = {name: value for name, value in described.items() if value is not None}
     with (
         logging_to(trainer.folder, tensorboard=options.tensorboard, wandb=options.wandb, settings=described) as log,
         _showing(trainer.config.steps) as show,

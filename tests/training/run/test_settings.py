@@ -28,6 +28,7 @@ def test_an_output_folder_that_is_a_file_raises(make: Callable, tiny: Callable, 
 def test_the_state_of_another_model_raises(train: Callable, tiny: Callable, corpus: Corpus, tmp_path: Path) -> None:
     train(tiny("llama"), corpus, tmp_path)
     with pytest.raises(
-        ValueError, match=r"config.\w+ is .*, but .* is of a run with .*; give that again, or another output folder"
+        ValueError,
+        match=r"config.\w+ is .* and was .* in .*, which is of a run with another model; give the same",
     ):
         train(tiny("*-"), corpus, tmp_path, steps=9)

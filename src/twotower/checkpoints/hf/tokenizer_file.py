@@ -16,6 +16,8 @@ from twotower.checkpoints.hf.tokenizer_sources import TOKENIZER_SOURCES, convert
 from twotower.checkpoints.vocabulary import added_token, ends_processor, fit, normal_form
 
 TOKENIZER_FILE = "tokenizer.json"
+# What trained the weights, as `twotower train` writes it
+TRAINING_FILE = "training.json"
 
 # In transformers' order
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -77,9 +79,9 @@ def carried_documents(directory: Path) -> dict[str, bytes]:
 
 
 def replaced_files(directory: Path) -> list[str]:
-    """The names of files in a directory, beside the weights and config.json, from which a checkpoint there is read, and
-    which a new one in their place must not keep."""
-    return _present(directory, (TOKENIZER_FILE, CALIBRATION_FILE, *_CARRIED_FILES, *TOKENIZER_SOURCES))
+    """The names of files in a directory, beside the weights and config.json, from which a checkpoint there is read or
+    that say how it was trained, and which a new one in their place must not keep."""
+    return _present(directory, (TOKENIZER_FILE, CALIBRATION_FILE, TRAINING_FILE, *_CARRIED_FILES, *TOKENIZER_SOURCES))
 
 
 def _present(directory: Path, names: Iterable[str]) -> list[str]:

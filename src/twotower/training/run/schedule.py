@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from twotower.errors import SettingError
@@ -47,6 +47,17 @@ class RateSchedule:
         return warm * (self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * left)
 
 
+def rise(was: Mapping[str, Any], now: RateSchedule, step: int) -> tuple[float, float] | None:
+    """The rates before and after `step`, where the schedule in the record `was` of a run had begun to let it fall and
+    `now` raises it again; None elsewhere."""
+    names = [field.name for field in dataclasses.fields(RateSchedule)]
+    if step == 0 or not was.keys() >= set(names):  # records of older versions say nothing of rates
+        return None
+    before = RateSchedule(**{name: was[name] for name in names})
+    rates = before.rate(step - 1), now.rate(step)
+    return rates if step > before.steps - before.decay_steps and rates[1] > rates[0] else None
+
+
 class Guard:
     """Finds the steps whose gradient would do harm: the loss or the gradient's norm is not finite, or the loss spikes
     above `spike_factor` times the 90th percentile of the recent losses (0: no test for spikes).
@@ -78,7 +89,7 @@ class Guard:
             raise ValueError(
                 f"{len(self._skipped)} of the last {WINDOW} steps were skipped, the last for a loss of {loss:.4g} with "
                 f"a gradient of norm {grad_norm:.4g} ({fault}), must be at most skip_limit={self.skip_limit}; lower "
-                "the learning rate and call again: the last saved state is whole"
+                "the learning rate, with --allow-changes, and call again: the last saved state is whole"
             )
         return fault
 
@@ -87,6 +98,11 @@ class Guard:
             return "not finite"
         known = self.spike_factor > 0 and len(self._losses) >= _ENOUGH
         return "spike" if known and loss > self.spike_factor * _high(self._losses) else None
+
+    @property
+    def recent_loss(self) -> float | None:
+        """The mean loss of the last accepted steps, at most 64; None before the first."""
+        return sum(self._losses) / len(self._losses) if self._losses else None
 
     def state(self) -> dict[str, Any]:
         """The guard's memory, for `restored`, as JSON holds it."""

@@ -1,12 +1,12 @@
 """The training loop, for one process or many ranks, which can be stopped and resumed. It knows of what is learnt only
 the protocol `Objective`."""
 
+import dataclasses
 import json
 import math
 import os
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +20,19 @@ from twotower.training.corpus.shards import Corpus, CorpusBatch
 from twotower.training.held_out import measure
 from twotower.training.objectives.protocol import LossPart, Objective, ObjectiveConfig
 from twotower.training.run.checkpointing import Checkpoints, latest_state, read_progress, read_tensors_, stored_groups
-from twotower.training.run.identity import check_same, corpus_identity, model_identity, settings_identity
+from twotower.training.run.identity import (
+    all_settings,
+    changes,
+    check_changes,
+    corpus_identity,
+    model_identity,
+    settings_identity,
+)
 from twotower.training.run.optimiser import Optimiser, total_norm
 from twotower.training.run.precision import coarse_parameters, compute_in_
 from twotower.training.run.ranks import Ranks
-from twotower.training.run.schedule import Fault
+from twotower.training.run.record import append, moved, this_call
+from twotower.training.run.schedule import Fault, rise
 from twotower.training.run.sharding import drop_gathered_, shard_
 from twotower.training.run.weights import TensorStream, fill_
 
@@ -48,6 +56,17 @@ class StepReport(NamedTuple):
         """One line of JSON, with null for numbers that are not finite, which JSON cannot hold."""
         values = self._asdict().items()
         return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values})
+
+
+class Start(NamedTuple):
+    """What a run goes on from: a saved `state`, or None at its beginning; the steps and `tokens` that are done, the
+    mean `loss` of the last ones, None before the first, and `notes` of what is other than it was."""
+
+    state: Path | None
+    step: int
+    tokens: int
+    loss: float | None
+    notes: tuple[str, ...]
 
 
 def check_run(config: TrainConfig, objective: ObjectiveConfig, num_ranks: int, *, has_held_out: bool) -> None:
@@ -90,31 +109,35 @@ class Trainer:
                 check_row_length("row_length", rows.length, objective.model.config, config.past_positions)
         self.share = self.ranks.share(config.batch_size)
         self._run = model_identity(objective, weights) | settings_identity(objective.config)
-        self._run |= {"seed": config.seed, "corpus": corpus_identity(corpus)}
+        self._run |= dataclasses.asdict(config) | {"corpus": corpus_identity(corpus)}
         self.optimiser = _optimiser(objective, config, self.ranks, weights)
         self.guard, self.schedule = config.guard(), config.schedule
         self.checkpoints = Checkpoints(self.folder, self.ranks)
         self.step = self.samples = 0
+        self.calls: list[dict[str, Any]] = []
 
-    def run(self, report: Callable[[StepReport], None], stop: Callable[[], bool] = lambda: False) -> bool:
+    def run(
+        self,
+        report: Callable[[StepReport], None],
+        stop: Callable[[], bool] = lambda: False,
+        *,
+        begin: Callable[[Start], None] = lambda start: None,
+        inputs: Mapping[str, Any] | None = None,
+        allow_changes: bool = False,
+    ) -> bool:
         """Trains up to `config.steps`, from the saved state in `folder` if there is one; `report` gets every step.
 
         Writes `metrics.jsonl`, one step a line, and a state every `config.checkpoint_every` steps and after the last.
         `stop` is asked after every step: once it is true on any rank, all save the state of that step and return.
-        Returns whether all steps are done.
-        Raises ValueError where the state belongs to a run with another model, corpus, seed or objective, where a state
-        can't be written, and where too many of the last steps had to be skipped.
+        `begin` gets what the run goes on from. `runs.jsonl` and the states keep a record of this call, with the
+        settings and `inputs`, which say what else it was given.
+
+        Returns whether all steps are done. Raises ValueError where the state belongs to a run with another model or,
+        unless `allow_changes`, with other settings that decide what is learnt; where a state can't be written, and
+        where too many of the last steps had to be skipped.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = latest_state(self.folder)
-        if state is not None:
-            self._resume(state)
-        if self.ranks.rank == 0:
-            if self.step > self.config.steps:
-                warnings.warn(
-                    f"{state} has more than steps={self.config.steps}: nothing is left to train", stacklevel=2
-                )
-            _drop_later_metrics(self.folder / "metrics.jsonl", self.step)
+        begin(self._start(inputs or {}, allow_changes))
         try:
             with (self.folder / "metrics.jsonl").open("a") as metrics:
                 stopping = self.ranks.any(stop())
@@ -134,6 +157,22 @@ class Trainer:
             self.checkpoints.finish()
         self.ranks.wait()
         return self.step >= self.config.steps
+
+    def _start(self, inputs: Mapping[str, Any], allow_changes: bool) -> Start:
+        """Resumes from the saved state, if there is one, and records this call."""
+        state, notes = latest_state(self.folder), list[str]()
+        if state is not None:
+            notes += self._resume(state, allow_changes)
+        if self.ranks.rank == 0:
+            settings = {**inputs, **dataclasses.asdict(self.config), **all_settings(self.objective.config)}
+            call = this_call(settings, self.ranks, self.step)
+            notes += moved(self.calls[-1], call) if self.calls else []
+            if self.step < self.config.steps:
+                self.calls = [*self.calls, call]
+                append(self.folder, call)
+            dropped = _drop_later_metrics(self.folder / "metrics.jsonl", self.step)
+            notes += [f"{dropped} later lines of metrics.jsonl are made again"] if dropped else []
+        return Start(state, self.step, self.samples * self.corpus.length, self.guard.recent_loss, tuple(notes))
 
     def train_step(self) -> StepReport:
         """One optimiser step. Its rows and their noise depend on the seed and the number of rows seen alone."""
@@ -199,11 +238,15 @@ class Trainer:
         return self.ranks.total([total])[0], loads
 
     def _progress(self) -> dict[str, Any]:
-        return {"step": self.step, "samples": self.samples, "guard": self.guard.state(), "run": self._run}
+        tokens = self.samples * self.corpus.length
+        counts = {"step": self.step, "samples": self.samples, "tokens": tokens}
+        return counts | {"guard": self.guard.state(), "run": self._run, "calls": self.calls}
 
-    def _resume(self, state: Path) -> None:
+    def _resume(self, state: Path, allow_changes: bool) -> list[str]:
+        """Goes on from a state; returns what is other than it was."""
         progress = read_progress(state)
-        check_same(state, progress["run"], self._run, progress["step"])
+        found = changes(state, progress["run"], self._run, progress["step"])
+        check_changes(state, found, allowed=allow_changes)
         tensors = self.optimiser.tensors()
         if "ema" not in stored_groups(state):
             tensors.pop("ema", None)
@@ -214,6 +257,13 @@ class Trainer:
                 mean.copy_(self.optimiser.masters[name])
         self.step, self.samples = progress["step"], progress["samples"]
         self.guard = self.guard.restored(progress["guard"])
+        self.calls = progress.get("calls", [])
+        notes = [str(change) for change in found]
+        if "learning_rate" not in progress["run"]:
+            notes.append("an older version saved it without learning rate, batch size and the like: give those of then")
+        if rates := rise(progress["run"], self.schedule, self.step):
+            notes.append(f"the learning rate, which had begun to fall, rises from {rates[0]:.2g} to {rates[1]:.2g}")
+        return notes
 
 
 def _optimiser(
@@ -245,10 +295,15 @@ def trained_parameters(objective: Objective[Any]) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
 
 
-def _drop_later_metrics(file: Path, step: int) -> None:
-    """Drops the lines of steps after `step`, which are run again and would otherwise have two lines."""
-    if file.exists():
-        lines = file.read_text().splitlines(keepends=True)
+def _drop_later_metrics(file: Path, step: int) -> int:
+    """Drops the lines of steps after `step`, which are run again and would otherwise have two lines; returns their
+    number."""
+    if not file.exists():
+        return 0
+    lines = file.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
         partial = file.with_suffix(".partial")
-        partial.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        partial.write_text("".join(kept))
         os.replace(partial, file)
+    return len(lines) - len(kept)
