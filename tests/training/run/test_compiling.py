@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from twotower.model.two_tower import TwoTower
 from twotower.training.config import Share
 from twotower.training.corpus.shards import CorpusBatch
 from twotower.training.objectives.denoising import Denoising, DenoisingConfig
@@ -50,10 +51,16 @@ LOSSES = tuple(Share(n, 0.5) for n in ("certainty", "consistency", "distillation
 MASKS = tuple(Share(n, 1.0) for n in ("drafting", "trajectory", "prefix"))
 
 
+@pytest.mark.parametrize(("pattern", "layers"), [("*", None), ("*-*-*", (1, 2))])
 @pytest.mark.parametrize("what", [DenoisingConfig(), DenoisingConfig(objective=LOSSES, masks=MASKS)])
-def test_a_compiled_objective_has_the_same_loss(what: DenoisingConfig, tiny: Callable) -> None:
-    expected = loss(Denoising(tiny("*"), what))
+def test_a_compiled_objective_has_the_same_loss(
+    what: DenoisingConfig, pattern: str, layers: tuple[int, ...] | None, tiny: Callable[..., TwoTower]
+) -> None:
+    def model() -> TwoTower:
+        return tiny(pattern, denoiser_layers=layers)
+
+    expected = loss(Denoising(model(), what))
     assert counters["stats"]["unique_graphs"] == 0
     fast = dataclasses.replace(what, compile=True)
-    assert loss(Denoising(tiny("*"), fast)) == pytest.approx(expected, rel=1e-5)
+    assert loss(Denoising(model(), fast)) == pytest.approx(expected, rel=1e-5)
     assert counters["stats"]["unique_graphs"] > 0
