@@ -1,6 +1,6 @@
 # Each target sets up what it needs: a virtual environment in $(VENV), the package, and for the checks its dev tools.
 #
-#   make demo     watch a story being written
+#   make demo     watch questions being answered in two modes
 #   make serve    OpenAI's API and a page on http://127.0.0.1:8000 (ARGS="--port 9000" for another port)
 #   make test     run the tests
 #   make quick    run the tests but for the slow ones

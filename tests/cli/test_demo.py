@@ -7,7 +7,7 @@ from rich.console import Console
 
 import twotower
 from twotower.cli import demo
-from twotower.cli.live import StoryView, steps
+from twotower.cli.live import TextsView, steps
 from twotower.decoding.params import SamplingParams
 
 LENGTH = 20
@@ -30,7 +30,7 @@ def test_a_log_gets_both_stories_and_every_speed(run, checkpoint):
         "ar: one token at a time",
         "tokens per pass",
         "ab",
-        "check each block",
+        "check each draft",
     ):
         assert words in result.stdout
     # the table comes before the sentences that begin with a mode's name
@@ -40,11 +40,28 @@ def test_a_log_gets_both_stories_and_every_speed(run, checkpoint):
     assert rows["ar"][2] == "1.00x"
 
 
+def test_without_a_prompt_questions_are_answered_and_judged(run):
+    result = run("demo")
+    assert result.exit_code == 0, result.output
+    wanted = demo.questions(128)
+    squeezed = "".join(result.stdout.split())
+    for text in wanted:
+        assert "".join(text.shown.split()[:4]) in squeezed
+    rows = {line.split()[0]: line for line in reversed(result.stdout.splitlines()) if line.strip()}
+    assert rows["verified"].rstrip().endswith(f"{len(wanted)} of {len(wanted)}")
+    assert rows["ar"].rstrip().endswith(f"{len(wanted)} of {len(wanted)}")
+    assert "tokens are those of ar" in result.stdout
+
+
+def test_a_length_holds_for_questions_too():
+    assert [text.max_new_tokens for text in demo.questions(3)] == [3] * len(demo.questions(3))
+
+
 def test_verified_is_said_to_equal_ar_only_if_it_does(runs):
     _, recorded = runs
-    assert recorded["verified"].result.token_ids == recorded["ar"].result.token_ids
+    assert recorded["verified"].results[0].token_ids == recorded["ar"].results[0].token_ids
     assert demo._same_or_not(recorded) == f"all {LENGTH} tokens are those of ar."
-    result = recorded["ar"].result
+    result = recorded["ar"].results[0]
     result.token_ids[7] += 1
     try:
         assert "the first 7 tokens" in demo._same_or_not(recorded)
@@ -58,11 +75,11 @@ def test_a_terminal_plays_both_stories_together(runs, width):
     loaded, recorded = runs
     console = Console(file=io.StringIO(), force_terminal=True, width=width, height=20, legacy_windows=False)
     views = {
-        mode: StoryView("ab", loaded.tokenizer, loaded.config.mask_token_id, console) for mode in ("diffusion", "ar")
+        mode: TextsView(["ab"], loaded.tokenizer, loaded.config.mask_token_id, console) for mode in ("diffusion", "ar")
     }
     demo._play(recorded, views, 0.3, console)
     for mode, view in views.items():
-        assert view.text().plain == "ab" + recorded[mode].result.text
+        assert view.text().plain == "ab" + recorded[mode].results[0].text
     drawn = console.file.getvalue()
     assert "▒" in drawn
     assert "times slower than it was" in drawn

@@ -112,6 +112,38 @@ class StoryView:
         return f"{self.num_tokens} tokens, step {self.step} of this block, {masked} of {len(self.places)} masked"
 
 
+class TextsView:
+    """What one mode has written so far of several texts, one below the other, as rich text."""
+
+    def __init__(
+        self, prompts: Sequence[str], tokenizer: tokenizers.Tokenizer, mask_token_id: int, console: Console
+    ) -> None:
+        self._texts = [StoryView(prompt, tokenizer, mask_token_id, console) for prompt in prompts]
+        self._num_whole = 0
+
+    @property
+    def is_whole(self) -> bool:
+        return self._num_whole == len(self._texts)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(text.num_tokens for text in self._texts)
+
+    def take(self, piece: StepOutput) -> None:
+        """Adds the next piece of the text that is being written; the last piece of a text has its result."""
+        self._texts[self._num_whole].take(piece)
+        self._num_whole += piece.result is not None
+
+    def text(self) -> Text:
+        """The texts that have begun."""
+        return Text("\n\n").join(text.text() for text in self._texts[: self._num_whole + 1])
+
+    def whole(self, answers: Sequence[str]) -> Text:
+        """All texts as they will be with these answers."""
+        given = zip(self._texts, answers, strict=True)
+        return Text("\n\n").join(Text(text.prompt + answer) for text, answer in given)
+
+
 def steps(model: TwoTower, prompt: Prompt, params: SamplingParams) -> Iterator[Step]:
     """Streams one generation step by step; time that the caller spends between two steps is not counted."""
     pieces = stream(model, prompt, params, every_step=True)

@@ -19,7 +19,7 @@ from twotower.errors import SettingError
 
 # Sub-command -> the line that `twotower --help` shows for it; its file has the same name.
 _COMMANDS = {
-    "demo": "Watch one story written by diffusion and by autoregression.",
+    "demo": "Watch questions answered by diffusion and by autoregression.",
     "generate": "Continue prompts in any decoding mode, with a live view.",
     "chat": "Chat in the terminal, with a model or a server.",
     "init": "Make a two-tower checkpoint from a single-tower model.",
