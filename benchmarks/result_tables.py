@@ -80,16 +80,20 @@ def training_pass(results: list[Result]) -> str:
     names = {
         "seeded": "ours",
         "recompute": "ours, `--recompute`",
+        "bf16": "ours, `--bf16`",
         "boundary": "boundary states, dense mask",
         "ar": "plain AR step of one tower",
     }
     rows = []
     for key, name in names.items():
+        if key not in result:  # results older than this step
+            continue
         rate = result[key]["tokens_per_cpu_second"]
         ratio = result.get(f"{key}_time_over_ar", {}).get("cpu")
         against = "" if ratio is None else spread(ratio["median"], [ratio["q1"], ratio["q3"]], 2)
         speed = spread(rate["median"], [rate["q1"], rate["q3"]], 0)
-        rows.append([name, speed, against, f"{result['peak_mb'][key]['median']:.0f}"])
+        peak = result["peak_mb"].get(key)
+        rows.append([name, speed, against, "" if peak is None else f"{peak['median']:.0f}"])
     header = [f"step of {result['tokens']} tokens", "tokens per CPU second", "times the AR step's time", "peak MB"]
     return f"{markdown(header, rows)}\n\n{origin('python benchmarks/training_pass.py', result)}"
 

@@ -6,7 +6,9 @@ Prints one JSON line. The model: M*-EM*-E, d 512, 8/2 heads x 64, Mamba 16 x 64 
 of width 256 with 4 active, shared 512, MLP 1024, v 8192, float32, random weights. Batch 1, t 2048, block 16, half of
 the positions masked. A step is forward and backward, without the optimiser.
 
-- `seeded` is `training.objectives.sums.loss_sums`, and `recompute` the same with that option.
+- `seeded` is `training.objectives.sums.loss_sums`, `recompute` the same with that option, and `bf16` the same with a
+  model that computes in bfloat16, as `twotower train --bf16` does; its gradients are bfloat16, and its peak is not
+  measured.
 - `boundary` does what released training code does. The context pass runs first and keeps the keys and values of every
   layer and, for `M`, the state and convolution rows at every block boundary. The denoiser folds blocks into the batch
   for `M` and adds a dense (t, 2t) mask in `*`. It has the same towers, applies the head to all masked rows at once, and
@@ -19,6 +21,7 @@ comes from the kernel (Linux only).
 """
 
 import argparse
+import copy
 import ctypes
 import functools
 import json
@@ -44,6 +47,7 @@ from twotower.training.forward.layout import Layout, make_layout
 from twotower.training.forward.seeded_mixers import MambaSeed, context_mixed, context_seed, make_plan
 from twotower.training.masks.noise import Corrupted
 from twotower.training.objectives.sums import loss_sums
+from twotower.training.run.precision import compute_in_
 
 CONFIG = TwoTowerConfig(
     vocab_size=8192,
@@ -240,6 +244,17 @@ def spread(values: list[float], digits: int = 3) -> dict[str, float]:
     return {"median": round(median, digits), "q1": round(low, digits), "q3": round(high, digits)}
 
 
+def coarse(model: TwoTower) -> TwoTower:
+    """A copy of the model that computes in bfloat16, with all gradients allocated."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.grad = None
+    compute_in_(model, torch.bfloat16, ())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return model
+
+
 def speeds(runs: dict[str, Callable[[], None]], tokens: int, repeats: int) -> dict[str, object]:
     """Tokens per second of each step, which take turns, and the ratios of neighbouring steps."""
     wall: dict[str, list[float]] = {name: [] for name in runs}
@@ -267,6 +282,7 @@ def speeds(runs: dict[str, Callable[[], None]], tokens: int, repeats: int) -> di
     for name in ("seeded", "recompute"):
         out[f"{name}_speedup_over_boundary"] = ratio("boundary", name)
         out[f"{name}_time_over_ar"] = ratio(name, "ar")
+    out["bf16_speedup_over_float32"] = ratio("seeded", "bf16")
     return out
 
 
@@ -310,6 +326,7 @@ def main() -> None:
     ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 18)
     out |= peaks(model, runs, arguments.tokens, arguments.scaling)
     ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 25)  # glibc moves there itself after large frees
+    runs["bf16"] = functools.partial(seeded_step, coarse(model), case, recompute=False)
     out |= speeds(runs, arguments.tokens, arguments.repeats)
     out |= {
         "threads": torch.get_num_threads(),
