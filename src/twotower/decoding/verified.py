@@ -42,8 +42,8 @@ _ACCEPT, _CORRECT = 2 * denoiser.DRAW, 4 * denoiser.DRAW
 
 
 class Verdict(NamedTuple):
-    """The decision: how many leading draft ids each row keeps (b), the token after them (b), and all ids (b, s+1) with
-    their probabilities, which are valid up to that token."""
+    """The decision: how many leading ids of its block each row keeps (b), the token after them (b), and the ids (b, n)
+    from the first place on that wasn't known, with their probabilities, which are valid up to that token."""
 
     accepted: tuple[int, ...]
     bonus: tuple[int, ...]
@@ -67,8 +67,8 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 class Judged(NamedTuple):
-    """The pass over a draft before its results are read. `results` (2 + 2k, b, s+2): each row's number of accepted
-    ids, then these ids, the bonus token and unused ids; beside the ids their probabilities and the likeliest tokens."""
+    """The pass over a draft before its results are read. `results` (2 + 2k, b, n+1): each row's number of accepted
+    ids, then those that weren't known, the bonus token and unused ids; beside the ids their probabilities and the likeliest tokens."""
 
     model: TwoTower
     rows: VerifiedRows
@@ -77,12 +77,12 @@ class Judged(NamedTuple):
     results: Tensor
 
     def finish(self, values: list[Any]) -> BatchStep:
-        rows, draft, found, tops = self.rows, self.draft, verdict(values), values[2:]
-        num_known = rows.num_known
+        rows, draft, num_known, tops = self.rows, self.draft, self.rows.num_known, values[2:]
+        found = verdict(values, num_known)
         emitted = []
         for row, (count, ids, confidence) in enumerate(zip(found.accepted, found.ids, found.confidence, strict=True)):
             num_top = rows.requests[row].params.logprobs
-            new = range(num_known, count + 1)
+            new = range(count + 1 - num_known)
             emitted.append(tuple(Token(ids[n], 0, confidence[n], read_top(tops, row, n + 1, num_top)) for n in new))
         new_ids = [[token.id for token in tokens] for tokens in emitted]
         after = dataclasses.replace(
@@ -118,39 +118,28 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
     sample from the normalised positive part of p − q. Rows with a constraint, penalties or bad words of several tokens
     wait here for the draft's ids, because what may come at a place depends on those before it.
     """
-    num_known = rows.num_known
+    num_known, widths = rows.num_known, draft.widths
     scored = model.score(draft.ids, rows.context)
-    logits = model.scored_logits(scored)  # (b, s, v): position i predicts place i + 1
-    if num_known:
-        first = logits[:, :1]  # a placeholder: the newest token is accepted anyway
-    else:
+    own = model.scored_logits(scored)  # (b, n, v): own[:, i] predicts place num_known + i
+    if not num_known:
         assert rows.context.next_logits is not None
-        first = rows.context.next_logits.unsqueeze(1)
-    own = torch.cat((first, logits), dim=1)  # (b, s+1, v): own[:, i] predicts place i
-    drafts = draft.ids[:, num_known:].tolist() if rows.shaping.reads_drafts else [()] * len(rows.requests)
-    shaped = rows.shaping.apply(own, drafts, num_known)
+        own = torch.cat((rows.context.next_logits.unsqueeze(1), own), dim=1)
+    drafted = draft.ids[:, num_known:]  # (b, n-1)
+    drafts = drafted.tolist() if rows.shaping.reads_drafts else [()] * len(rows.requests)
+    shaped = rows.shaping.apply(own, drafts)
     ops = model.context_tower.logit_ops
     best = ops.best(own)
-    widths, s = draft.widths, draft.ids.shape[1]
     if rows.settings.all_greedy:
-        greedy = greedy_tokens(best.tokens, shaped, ops)  # (b, s+1)
-        agrees = draft.ids == greedy[:, :s]
+        emitted = greedy_tokens(best.tokens, shaped, ops)  # (b, n), equal to the draft as far as that is accepted
+        accepted = _prefix(drafted == emitted[:, :-1], widths, num_known)
     else:
         p = distribution(own, rows.settings, shaped)
-        ratio = p[:, :s].gather(-1, draft.ids.unsqueeze(-1)).squeeze(-1) / _chances(draft)
-        agrees = _table(rows, _ACCEPT, widths, s) < ratio
-    if min(widths) < s:
-        places = torch.arange(s, device=agrees.device)
-        agrees &= places < to_device(widths, places.device)[:, None]
-    if num_known:
-        agrees[:, 0] = True
-    accepted = agrees.cumprod(-1).sum(-1)  # (b,)
-    if rows.settings.all_greedy:
-        emitted = greedy  # equal to the draft as far as that is accepted
-    else:
+        ratio = p[:, :-1].gather(-1, drafted.unsqueeze(-1)).squeeze(-1) / _chances(draft)[:, num_known:]
+        draws = _table(rows, _ACCEPT, widths, draft.ids.shape[1])[:, num_known:]
+        accepted = _prefix(draws < ratio, widths, num_known)
         after = _correction(rows, draft, p, accepted)
-        emitted = torch.cat((draft.ids, draft.ids[:, :1]), dim=1).scatter(1, accepted[:, None], after[:, None])
-    # (b, s+1): the probabilities without the request's settings
+        emitted = F.pad(drafted, (0, 1)).scatter(1, (accepted - num_known)[:, None], after[:, None])
+    # (b, n): the probabilities without the request's settings
     if emitted is best.tokens:
         confidence = (best.logits - best.log_sum).exp()
     else:
@@ -161,12 +150,21 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
     return Judged(model, rows, draft, scored, with_tops(found, F.pad(tops, (0, 0, 0, 0, 1, 0))))
 
 
-def verdict(values: list[Any]) -> Verdict:
+def _prefix(agrees: Tensor, widths: tuple[int, ...], num_known: int) -> Tensor:
+    """How many places of each row are accepted (b,): those that are known and the following ones that agree (b, n-1),
+    within the row's width."""
+    if min(widths) < num_known + agrees.shape[1]:
+        places = torch.arange(num_known, num_known + agrees.shape[1], device=agrees.device)
+        agrees = agrees & (places < to_device(widths, places.device)[:, None])
+    return agrees.cumprod(-1).sum(-1) + num_known
+
+
+def verdict(values: list[Any], num_known: int) -> Verdict:
     """The decision from `Judged.results`, once they are on the host."""
     numbers, confidences, *_ = values
     counts = tuple(int(row[0]) for row in numbers)
     ids = [[int(i) for i in row[1:]] for row in numbers]
-    bonus = tuple(row[count] for row, count in zip(ids, counts, strict=True))
+    bonus = tuple(row[count - num_known] for row, count in zip(ids, counts, strict=True))
     return Verdict(counts, bonus, ids, [row[1:] for row in confidences])
 
 
@@ -190,7 +188,7 @@ def _correction(rows: VerifiedRows, draft: Draft, p: Tensor, accepted: Tensor) -
     """The token after the accepted prefix (b,): from (p − q)⁺ at a rejection, from p after a fully accepted draft."""
     widths, device, s = draft.widths, p.device, draft.ids.shape[1]
     row = torch.arange(len(widths), device=device)
-    there = p[row, accepted]  # (b, v)
+    there = p[row, accepted - rows.num_known]  # (b, v)
     rejected = accepted < to_device(widths, device)
     place = accepted.clamp(max=s - 1)
     drafted = torch.zeros_like(there).scatter_(1, draft.ids[row, place][:, None], 1.0)
