@@ -49,7 +49,8 @@ def test_verified_equals_ar_on_200_prompts(stories: twotower.TwoTower) -> None:
     rows = list(dict.fromkeys(beginnings))[:200]
     assert len(rows) == 200
     ar = twotower.generate(stories, rows, twotower.SamplingParams(mode="ar", max_new_tokens=24))
-    verified = twotower.generate(stories, rows, twotower.SamplingParams(mode="verified", max_new_tokens=24))
+    params = twotower.SamplingParams(mode="verified", drafter="denoiser", max_new_tokens=24)
+    verified = twotower.generate(stories, rows, params)
     differ = [i for i in range(200) if verified[i].token_ids != ar[i].token_ids]
     if library() is not None:  # no sum depends on how many tokens a pass has
         assert not differ
@@ -71,3 +72,17 @@ def test_denoiser_has_learnt_to_fill(stories: twotower.TwoTower) -> None:
     logits = stories.denoise(block, stories.prefill(prompts))
     loss = torch.nn.functional.cross_entropy(logits[:, ::2].flatten(0, 1), truth[:, ::2].flatten())
     assert loss < 3.0
+
+
+def test_counts_of_ngrams_draft_and_give_more_than_a_token_a_round(stories: twotower.TwoTower) -> None:
+    """At no pass of the denoiser: the checkpoint names them as its drafter."""
+    prompts = [tuple(p) for p in json.loads(PROMPTS.read_text())[:8]]
+    ar, verified = (
+        twotower.generate(stories, prompts, twotower.SamplingParams(mode=mode, max_new_tokens=48))
+        for mode in ("ar", "verified")
+    )
+    if library() is not None:
+        assert [g.token_ids for g in verified] == [g.token_ids for g in ar]
+    assert {draft.drafter for g in verified for draft in g.stats.drafts} == {"ngram"}
+    assert sum(g.stats.denoiser_calls for g in verified) == 0
+    assert sum(g.stats.num_tokens for g in verified) > 1.5 * sum(g.stats.context_calls - 1 for g in verified)

@@ -78,6 +78,19 @@ def test_the_threshold_and_dtype_reach_the_decoder(run, checkpoint):
     assert eager["dtype"] == "bfloat16"
 
 
+def test_verified_runs_with_each_drafter(run, checkpoint):
+    sizes = ("--prompts", 2, "--prompt-tokens", 5, "--new-tokens", NEW, "--modes", "verified")
+    result = run("bench", "decode", "--model", checkpoint, *sizes, "--drafter", "denoiser", "--drafter", "prompt")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["drafter"] for line in lines] == [None, "denoiser", "prompt"]
+    assert list(lines[1]["drafts"]) == ["denoiser"]
+    assert lines[1]["drafts"]["denoiser"]["drafted"] > 0
+    assert lines[2]["nfe"] == 0
+    wrong = run("bench", "decode", "--model", checkpoint, "--modes", "verified", "--drafter", "fast")
+    assert wrong.exit_code == 2
+    assert "drafter is 'fast', must be one of denoiser, ngram, prompt" in " ".join(wrong.stderr.split())
+
+
 def test_bad_modes_and_sizes_are_mistakes(run, checkpoint):
     wrong = run("bench", "decode", "--model", checkpoint, "--modes", "ar,fast")
     assert wrong.exit_code == 2

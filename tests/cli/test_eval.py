@@ -75,6 +75,19 @@ def test_bounds_take_the_place_of_the_default_threshold(run, checkpoint, task, t
     assert "twotower calibrate" in refused.stderr
 
 
+def test_several_drafters_are_settings_of_verified(run, checkpoint, task, tmp_path):
+    out = tmp_path / "out.json"
+    more = ("--drafter", "denoiser", "--drafter", "prompt,denoiser")
+    result = run("eval", checkpoint, "--tasks", task, "--no-speed", "--json", out, "--modes", "verified", *more)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert list(found["settings"]) == ["ar", "verified denoiser", "verified prompt,denoiser"]
+    [measured] = [one["settings"] for one in found["tasks"].values()]
+    assert measured["ar"]["drafts"] == {}
+    assert list(measured["verified denoiser"]["drafts"]) == ["denoiser"]
+    assert set(measured["verified prompt,denoiser"]["drafts"]) <= {"prompt", "denoiser"}
+
+
 def test_what_does_not_fit_is_left_out_and_said(run, checkpoint, task, tmp_path):
     out = tmp_path / "out.json"
     result = run("eval", checkpoint, "--tasks", task, "--no-speed", "--json", out, "--longest", 14)

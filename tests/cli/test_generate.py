@@ -79,7 +79,7 @@ def test_each_setting_reaches_the_decoder(run, checkpoint, loaded, option, value
 
 def test_a_fixed_draft_reaches_the_decoder(run):
     """The shipped model knows this beginning well: a whole block at once saves the rounds in which a draft grows."""
-    flags = ["--mode", "verified", "--max-new-tokens", 30, "--json"]
+    flags = ["--mode", "verified", "--drafter", "denoiser", "--max-new-tokens", 30, "--json"]
     [adaptive] = lines(run("generate", "Once upon a time", *flags))
     [fixed] = lines(run("generate", "Once upon a time", *flags, "--fixed-draft"))
     assert fixed["token_ids"] == adaptive["token_ids"]

@@ -82,6 +82,12 @@ def test_targets_and_bounds_are_ways_to_commit_beside_thresholds():
     ]
 
 
+def test_a_mode_that_drafts_is_run_with_each_drafter():
+    found = grid(SweepConfig(modes=("verified", "mock_ar"), block_sizes=(4,), drafters=("prompt", "denoiser")), 0.0)
+    assert list(found) == ["ar", "verified prompt S 4", "verified denoiser S 4", "mock_ar"]
+    assert [params.drafter for params in found.values()] == [None, "prompt", "denoiser", None]
+
+
 def test_values_that_differ_little_are_settings_of_their_own():
     found = grid(SweepConfig(thresholds=(0.9, 0.9000001), block_sizes=(16,)), 0.0)
     assert list(found) == ["ar", "diffusion γ 0.9 S 16 T 16", "diffusion γ 0.9000001 S 16 T 16"]

@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twotower.cli import bench_serve
-from twotower.cli.measuring import listed_modes
+from twotower.cli.measuring import DrafterOption, drafter_ways, listed_modes
 from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_model
 from twotower.cli.settings import like
 from twotower.decoding.generate import generate
 from twotower.decoding.modes import MODES
+from twotower.decoding.output import DraftCount, add_drafts, draft_counts
 from twotower.decoding.params import DEFAULT_THRESHOLD, SamplingParams
 from twotower.eval.evaluate import FEWEST_REPEATS
 from twotower.eval.judging import is_degenerate
@@ -29,7 +30,8 @@ _PROBE_BYTES = 256 * 1024 * 1024  # beyond any cache
 
 
 class Calls(NamedTuple):
-    """New tokens of one mode over all prompts, its forward passes besides the prefills, and the milliseconds of one.
+    """New tokens of one mode over all prompts, its forward passes besides the prefills, the milliseconds of one, and
+    what its drafts gave.
 
     Milliseconds are None where there are no passes, `degenerate` texts where there is no tokenizer to read them with.
     """
@@ -40,6 +42,7 @@ class Calls(NamedTuple):
     context: int
     ms_per_denoiser_call: float | None
     ms_per_context_call: float | None
+    drafts: tuple[DraftCount, ...]
 
 
 app.command("serve")(bench_serve.command)
@@ -62,6 +65,7 @@ def decode(
     past_positions: Annotated[bool, like(SamplingParams, "past_positions")] = False,
     block_size: Annotated[int | None, like(SamplingParams, "block_size")] = None,
     threshold: Annotated[float, like(SamplingParams, "confidence_threshold")] = DEFAULT_THRESHOLD,
+    drafter: DrafterOption = None,
     repeats: Annotated[
         int,
         typer.Option(min=FEWEST_REPEATS, help=f"Rounds in which the modes take turns, {FEWEST_REPEATS} or more."),
@@ -77,18 +81,20 @@ def decode(
     may end their texts after different numbers of "tokens": twotower eval times those of sound answers alone.
     """
     settings: dict[str, SamplingParams] = {
-        mode: SamplingParams(
+        f"{mode} {label}".strip(): SamplingParams(
             mode=mode,
             max_new_tokens=new_tokens,
             block_size=block_size,
             confidence_threshold=threshold,
             temperature=0.0,
             past_positions=past_positions,
+            **fields,
         )
         for mode in listed_modes(modes)
+        for label, fields in drafter_ways(mode, drafter).items()
     }
     opened = open_model(model, device=device, dtype=dtype)
-    settings = {mode: params.settled(opened.config.block_size, opened.sampling) for mode, params in settings.items()}
+    settings = {name: params.settled(opened.config.block_size, opened.sampling) for name, params in settings.items()}
     texts = sample_prompts(opened, prompts, prompt_tokens)
     found, bandwidth = _measure(opened, texts, settings, repeats)
     conditions = {
@@ -102,17 +108,17 @@ def decode(
         "model": model or "stories",
         **provenance(opened),
     }
-    for mode, params in settings.items():
+    for name, params in settings.items():
         calls = count_calls(opened, texts, params)
         floor = floor_seconds(opened, params, calls, bandwidth)
-        print(json.dumps(_results(mode, found[mode], calls, floor, prompts) | conditions), flush=True)
+        own = {"mode": params.mode, "drafter": params.drafter}
+        print(json.dumps(own | _results(found[name], calls, floor, prompts) | conditions), flush=True)
 
 
-def _results(mode: str, speed: Speed, calls: Calls, floor: float, prompts: int) -> dict[str, Any]:
+def _results(speed: Speed, calls: Calls, floor: float, prompts: int) -> dict[str, Any]:
     """One mode's numbers; counts and seconds are means per prompt."""
     seconds = calls.tokens / speed.tokens_per_second.median
     return {
-        "mode": mode,
         "tokens_per_second": speed.tokens_per_second._asdict(),
         "ratio_to_ar": speed.gain._asdict(),
         "prefill_seconds": speed.prefill_seconds.median / prompts,
@@ -121,6 +127,7 @@ def _results(mode: str, speed: Speed, calls: Calls, floor: float, prompts: int) 
         "nfe": calls.denoiser / prompts,
         "context_calls": calls.context / prompts,
         "tokens_per_nfe": calls.tokens / calls.denoiser if calls.denoiser else None,
+        "drafts": draft_counts(calls.drafts),
         "ms_per_nfe": calls.ms_per_denoiser_call,
         "ms_per_context_call": calls.ms_per_context_call,
         "floor_seconds": floor / prompts,
@@ -156,6 +163,7 @@ def count_calls(model: TwoTower, prompts: list[list[int]], params: SamplingParam
         context=context,
         ms_per_denoiser_call=1e3 * timed.seconds["denoise"] / denoiser if denoiser else None,
         ms_per_context_call=1e3 * timed.seconds["extend"] / context if context else None,
+        drafts=add_drafts((), (count for one in done for count in one.stats.drafts)),
     )
 
 

@@ -8,7 +8,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from twotower.cli.measuring import fitted, integers, listed_modes, numbers, telling, warn_about_programs
+from twotower.cli.measuring import (
+    DrafterOption,
+    drafter_ways,
+    fitted,
+    integers,
+    listed_modes,
+    numbers,
+    telling,
+    warn_about_programs,
+)
 from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, open_model
 from twotower.cli.settings import like
 from twotower.decoding.params import DEFAULT_THRESHOLD, SamplingParams
@@ -66,6 +75,7 @@ def command(
             help="Bound of the commit rule entropy_bound, in nats; with commas as --threshold.", show_default="none"
         ),
     ] = None,
+    drafter: DrafterOption = None,
     block_size: Annotated[int | None, like(SamplingParams, "block_size")] = None,
     steps_per_block: Annotated[int, like(SamplingParams, "steps_per_block")] = _DEFAULTS.steps_per_block,
     temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 takes the likeliest token.")] = 0.0,
@@ -107,7 +117,7 @@ def command(
             **fields,
         )
         for mode in listed_modes(modes)
-        for ways in [dials if mode == "diffusion" else {"": {}}]
+        for ways in [dials if mode == "diffusion" else drafter_ways(mode, drafter)]
         for label, fields in ways.items()
     }
     sizes = integers("batch sizes", batch_sizes)

@@ -2,14 +2,25 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Annotated, Any, cast
 
+import typer
 from rich.console import Console
 
-from twotower.decoding.modes import MODES, Mode
+from twotower.decoding.drafters import DRAFTERS
+from twotower.decoding.modes import DRAFTING_MODES, MODES, Mode
 from twotower.eval.sandbox import LIMITS, walls
 from twotower.eval.tasks import Task, fitting
 from twotower.model.two_tower import TwoTower
+
+DrafterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"Where drafts of verified come from: of {', '.join(DRAFTERS)}, or several with commas, the first that "
+        "has one. May be given several times: verified runs with each.",
+        show_default="the checkpoint's, or denoiser",
+    ),
+]
 
 
 def fitted(model: TwoTower, task: Task, longest: int | None) -> Task:
@@ -34,6 +45,14 @@ def listed_modes(text: str) -> list[Mode]:
         why = "; auto is an engine's choice among them, request by request" if "auto" in unknown else ""
         raise ValueError(f"modes are {text!r}, must be of {', '.join(MODES)}, with commas between them{why}")
     return cast(list[Mode], found)
+
+
+def drafter_ways(mode: Mode, drafters: list[str] | None) -> dict[str, dict[str, Any]]:
+    """The runs of a mode, by a label, and their settings: one for each drafter in a mode that drafts, else one. The
+    label is empty where there is one alone."""
+    if mode not in DRAFTING_MODES or not drafters:
+        return {"": {}}
+    return {name if len(drafters) > 1 else "": {"drafter": name} for name in drafters}
 
 
 def integers(name: str, text: str) -> tuple[int, ...]:

@@ -11,7 +11,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from twotower.cli.measuring import fitted, integers, listed_modes, numbers, telling, warn_about_programs
+from twotower.cli.measuring import (
+    DrafterOption,
+    fitted,
+    integers,
+    listed_modes,
+    numbers,
+    telling,
+    warn_about_programs,
+)
 from twotower.cli.options import DeviceOption, DtypeOption, ModelArgument, check_out, open_model
 from twotower.eval.evaluate import FEWEST_REPEATS, SpeedConfig
 from twotower.eval.provenance import provenance
@@ -63,6 +71,7 @@ def command(
     steps_per_block: Annotated[
         str, typer.Option(help="With commas: most denoising steps for one block, 1 or more.")
     ] = _listed(_DEFAULTS.steps_per_block),
+    drafter: DrafterOption = None,
     temperatures: Annotated[str, typer.Option(help="With commas: 0 to 100; 0 is greedy.")] = _listed(
         _DEFAULTS.temperatures
     ),
@@ -98,6 +107,7 @@ def command(
         entropy_bounds=() if entropy_bounds is None else numbers("bounds", entropy_bounds),
         block_sizes=() if block_sizes is None else integers("block sizes", block_sizes),
         steps_per_block=integers("steps", steps_per_block),
+        drafters=tuple(dict.fromkeys(drafter or ())),
         temperatures=numbers("temperatures", temperatures),
         distances=() if distances is None else integers("distances", distances),
         seed=seed,

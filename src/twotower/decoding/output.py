@@ -74,6 +74,11 @@ def add_drafts(counts: Sequence[DraftCount], more: Iterable[DraftCount]) -> tupl
     return tuple(sums.values())
 
 
+def draft_counts(counts: Iterable[DraftCount]) -> dict[str, dict[str, int]]:
+    """The drafted and the accepted tokens of each drafter, as reports have them."""
+    return {count.drafter: {"drafted": count.drafted, "accepted": count.accepted} for count in counts}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationStats:
     """What a generation cost: `denoiser_calls` (NFEs) and `context_calls`, of which prefill is one,

@@ -2,7 +2,8 @@
 
 The drafters are in `decoding.drafting`. The output has exactly the distribution of `ar` (speculative sampling,
 Leviathan et al. 2023; Chen et al. 2023).
-Letters: b rows, s positions of the draft block, v vocabulary.
+Letters: b rows, s places of the draft's block, n places that the pass decides, those that weren't known and the one
+after them, v vocabulary.
 """
 
 import dataclasses
@@ -68,7 +69,8 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 class Judged(NamedTuple):
     """The pass over a draft before its results are read. `results` (2 + 2k, b, n+1): each row's number of accepted
-    ids, then those that weren't known, the bonus token and unused ids; beside the ids their probabilities and the likeliest tokens."""
+    ids, then those that weren't known, the bonus token and unused ids; beside these their probabilities and the
+    likeliest tokens."""
 
     model: TwoTower
     rows: VerifiedRows

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from twotower.decoding.modes import MODES
+from twotower.decoding.output import add_drafts, draft_counts
 from twotower.decoding.params import SamplingParams
 from twotower.eval.answering import ScoredAnswer, mean_score
 from twotower.eval.evaluate import TaskResult
@@ -123,6 +124,7 @@ def _setting(result: TaskResult, name: str) -> dict[str, Any]:
         "groups": group_scores(result, name),
         "tokens_per_nfe": per_nfe,
         "tokens_per_context_call": per_context_call,
+        "drafts": draft_counts(add_drafts((), (count for a in answers for count in a.stats.drafts))),
         "speed": {
             size: {field: quartiles._asdict() for field, quartiles in vars(by_name[name]).items()}
             for size, by_name in result.speeds.items()

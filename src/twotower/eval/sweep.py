@@ -32,7 +32,8 @@ class SweepConfig:
     """The grid: every mode with every combination of the values that it reads, at every temperature.
 
     A mode that commits by a threshold also runs with each of the `target_retentions`, by the checkpoint's calibration,
-    and of the `entropy_bounds`, by the rule of that name, in place of one. `distances` are numbers of tokens of filler
+    and of the `entropy_bounds`, by the rule of that name, in place of one, and one that drafts with each of the
+    `drafters`, if there are any. `distances` are numbers of tokens of filler
     that the prompts get; if empty, the prompts are as the task has them. Empty `block_sizes` are the checkpoint's own.
     """
 
@@ -42,6 +43,7 @@ class SweepConfig:
     entropy_bounds: tuple[float, ...] = ()
     block_sizes: tuple[int, ...] = ()
     steps_per_block: tuple[int, ...] = (16,)
+    drafters: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = (0.0,)
     distances: tuple[int, ...] = ()
     seed: int = 0
@@ -94,7 +96,7 @@ class Point:
         p, speed = self.params, self.speed
         read = MODES[p.mode].settings
         line: dict[str, Any] = {"task": self.task, "mode": p.mode}
-        line |= {setting: getattr(p, setting) if setting in read else None for setting in (*_DIALS, *_AXES)}
+        line |= {setting: getattr(p, setting) if setting in read else None for setting in (*_DIALS, *_AXES, "drafter")}
         line["temperature"] = p.temperature
         names = ("batch_size", "distance", "prompt_tokens", "examples", "score", "degenerate")
         line |= {name: getattr(self, name) for name in names}
@@ -147,7 +149,10 @@ def grid(config: SweepConfig, temperature: float) -> dict[str, SamplingParams]:
 
 
 def _dials(config: SweepConfig, mode: str) -> list[tuple[list[str], dict[str, Any]]]:
-    """The ways to commit in a mode, each as its part of a label and its settings; one without any in other modes."""
+    """The ways to commit in a mode, or to draft, each as its part of a label and its settings; one without any in other
+    modes."""
+    if "drafter" in MODES[mode].settings and config.drafters:
+        return [([drafter], {"drafter": drafter}) for drafter in config.drafters]
     if "confidence_threshold" not in MODES[mode].settings:
         return [([], {})]
     return [

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, Self
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from twotower.decoding.output import DraftCount, Generation, StepOutput, Token, TokenScore, add_drafts
+from twotower.decoding.output import DraftCount, Generation, StepOutput, Token, TokenScore, add_drafts, draft_counts
 from twotower.decoding.step import Request as TextRequest
 from twotower.engine.aio import Admission
 from twotower.server.errors import ApiError
@@ -85,8 +85,7 @@ class Counts(NamedTuple):
     def calls(self) -> dict[str, Any]:
         """The calls, and where there were drafts the drafted and the accepted tokens of each drafter, as usage has
         them."""
-        drafts = {name: {"drafted": drafted, "accepted": kept} for name, drafted, kept, _ in self.drafts}
-        told = {"drafts": drafts} if drafts else {}
+        told = {"drafts": draft_counts(self.drafts)} if self.drafts else {}
         return {"denoiser_calls": self.denoiser_calls, "context_calls": self.context_calls} | told
 
 
@@ -137,9 +136,7 @@ class ReplyPlan(NamedTuple):
         per_prompt = self.num_written
         prompt = sum(len(request.prompt_ids) for request in self.requests[::per_prompt])
         new, denoiser_calls, context_calls = (sum(column) for column in zip(*(c[:3] for c in counts), strict=True))
-        drafts: tuple[DraftCount, ...] = ()
-        for count in counts:
-            drafts = add_drafts(drafts, count.drafts)
+        drafts = add_drafts((), (draft for count in counts for draft in count.drafts))
         whole = Counts(new, denoiser_calls, context_calls, drafts=drafts)
         return {
             "prompt_tokens": prompt,
