@@ -8,6 +8,7 @@ import pytest
 
 from twotower.decoding.generate import generate
 from twotower.decoding.params import SamplingParams
+from twotower.decoding.unmasking import schedule
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine
 from twotower.errors import SettingError
@@ -112,3 +113,14 @@ def test_a_checkpoint_without_a_calibration_names_the_command(tiny: Callable) ->
         generate(tiny("M*-E"), [[5, 6]], asked(0.9))
     with pytest.raises(SettingError, match="twotower calibrate"):
         Engine(tiny("M*-E")).add([5, 6], asked(0.9))
+
+
+def test_a_row_of_auto_has_its_target_where_it_runs_as_diffusion(tiny: Callable) -> None:
+    model = calibrated(tiny, *RULES)
+    params = asked(0.9, mode="auto", allow_loss=True, temperature=0.0)
+    at = schedule((params.settled(SIZE, model.sampling),), model.denoiser_device, model.calibration)
+    assert at.tables[0] is not None
+    assert at.tables[0].tolist() == RULES[1].table.tolist()
+    prompts = [[5, 6], [7], [8, 9, 10]]
+    for text in Engine(model).generate(prompts, [params] * 3):
+        assert len(text.token_ids) == 20
