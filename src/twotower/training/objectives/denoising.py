@@ -75,7 +75,8 @@ class Denoising(nn.Module):
         return [list(dict.fromkeys((below, own.get(below.index, below)))) for below in stack]
 
     def prepare(self, batch: CorpusBatch, step: int, seed: int, device: torch.device) -> NoisyRows:
-        """Masks a rank's rows of a 0-based step; a row's noise depends on `seed` and its number in the run alone."""
+        """Masks a rank's rows of a 0-based step; a row's masks depend on `seed` and its number in the run alone,
+        those of trajectories also on the weights."""
         c = self.config
         noisy = self._corrupted(batch, step, seed, _noise(c))
         later = any(share.name == "consistency" for share in c.losses)

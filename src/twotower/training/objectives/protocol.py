@@ -71,7 +71,8 @@ class Objective(Protocol[Rows]):
 
     def prepare(self, batch: CorpusBatch, step: int, seed: int, device: torch.device) -> Rows:
         """Moves this rank's rows of a 0-based step to `device` and draws what is random about them. It may depend on
-        `seed`, `step` and `batch.samples` alone, so that neither resuming nor the number of ranks changes it."""
+        `seed`, `step`, `batch.samples` and the weights alone, so that neither resuming nor the number of ranks changes
+        it but, through the weights, by rounding."""
 
     def __call__(self, rows: Rows, part: slice, denominators: Sequence[float]) -> LossPart:
         """The share that the rows in `part` have in the step's loss. `denominators` are those of `prepare`, added up
