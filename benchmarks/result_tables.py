@@ -48,9 +48,8 @@ def stories_modes(results: list[Result]) -> str:
         same = f", {own['equal_to_ar']} of {result['prompts']} texts equal to `ar`'s" if mode == "verified" else ""
         speed = spread(own["tokens_per_second"], own["tokens_per_second_quartiles"], 0)
         gain = "1" if mode == "ar" else spread(own["ratio_to_ar"], own["ratio_quartiles"], 2)
-        per_nfe = "" if own["tokens_per_nfe"] is None else f"{own['tokens_per_nfe']:.2f}"
-        rows.append([name, speed, gain, per_nfe, f"{own['nll']:.3f}{same}"])
-    header = ["mode", "tokens/s", "times `ar`", "tokens per NFE", "NLL, nats per token"]
+        rows.append([name, speed, gain, *_tokens_per(own), f"{own['nll']:.3f}{same}"])
+    header = ["mode", "tokens/s", "times `ar`", "tokens per NFE", "tokens per pass", "NLL, nats per token"]
     return f"{markdown(header, rows)}\n\n{origin('python benchmarks/stories_modes.py', result)}"
 
 
@@ -98,6 +97,13 @@ def training_pass(results: list[Result]) -> str:
     return f"{markdown(header, rows)}\n\n{origin('python benchmarks/training_pass.py', result)}"
 
 
+def _tokens_per(own: Result) -> list[str]:
+    """New tokens per NFE, and per pass of either tower after prefill: 1 / (1/a + 1/b) of those per pass of each."""
+    rates = [own["tokens_per_nfe"], own["tokens_per_context_call"]]
+    passes = sum(1 / rate for rate in rates if rate)
+    return ["" if rates[0] is None else f"{rates[0]:.2f}", f"{1 / passes:.2f}" if passes else ""]
+
+
 def evaluation(results: list[Result]) -> str:
     """From `twotower eval --json`: the share of ar's score that each mode keeps, and its gain in speed."""
     [result] = results
@@ -109,17 +115,17 @@ def evaluation(results: list[Result]) -> str:
         for task in overall["tasks_in_retention"]:
             own = result["tasks"][task]["settings"][mode]
             gains = [_quartiles(own["speed"].get(size, {}).get("gain"), 2) for size in sizes]
-            per_nfe = "" if own["tokens_per_nfe"] is None else f"{own['tokens_per_nfe']:.2f}"
-            rows.append([f"`{mode}`", task, _interval(own["retention"]), *gains, per_nfe])
+            rows.append([f"`{mode}`", task, _interval(own["retention"]), *gains, *_tokens_per(own)])
         if len(overall["tasks_in_retention"]) > 1:
             means = [_mean_gain(overall, size) for size in sizes]
-            rows.append([f"`{mode}`", "all", _interval(overall["retention"]), *means, ""])
+            rows.append([f"`{mode}`", "all", _interval(overall["retention"]), *means, "", ""])
     header = [
         "mode",
         "task",
         "of `ar`'s score (95 %)",
         *(f"times `ar`, batch {size}" for size in sizes),
         "tokens per NFE",
+        "tokens per pass",
     ]
     caption = origin(result["command"], result | result["machine"])
     for task, reason in result["overall"]["ar"]["tasks_left_out"].items():

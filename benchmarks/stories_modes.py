@@ -65,6 +65,7 @@ def main() -> None:
             "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)[::2]],
             "tokens_per_nfe": round(tokens / denoiser, 3) if denoiser else None,
             "tokens_per_context_call": round(tokens / context, 3) if context else None,
+            "tokens_per_pass": round(tokens / (denoiser + context), 3),
             "nll": round(nll, 4),
             "nll_minus_ar": round(nll - ar_nll, 4),
             "equal_to_ar": sum(a.token_ids == g.token_ids for a, g in zip(runs["ar"], done, strict=True)),

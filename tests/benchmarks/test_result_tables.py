@@ -58,7 +58,12 @@ def test_hybrid_decode(render):
 def setting(value, gain):
     quartiles = {"q1": gain - 0.1, "median": gain, "q3": gain + 0.1}
     speed = {} if gain is None else {"1": {"gain": quartiles}}
-    return {"retention": {"value": value, "low": 0.5, "high": 0.9}, "tokens_per_nfe": 1.25, "speed": speed}
+    return {
+        "retention": {"value": value, "low": 0.5, "high": 0.9},
+        "tokens_per_nfe": 1.25,
+        "tokens_per_context_call": 5.0,
+        "speed": speed,
+    }
 
 
 def test_a_mode_that_writes_ars_texts_has_no_interval(tables):
@@ -90,12 +95,13 @@ def test_evaluation(render):
         },
     )
     assert lines[0] == (
-        "| mode | task | of `ar`'s score (95 %) | times `ar`, batch 1 | times `ar`, batch 4 | tokens per NFE |"
+        "| mode | task | of `ar`'s score (95 %) | times `ar`, batch 1 | times `ar`, batch 4 | tokens per NFE "
+        "| tokens per pass |"
     )
     assert lines[2:5] == [
-        "| `diffusion` | a | 75.0% (50.0%–90.0%) | 2.00 (1.90–2.10) |  | 1.25 |",
-        "| `diffusion` | c | 50.0% (50.0%–90.0%) | 2.00 (1.90–2.10) |  | 1.25 |",
-        "| `diffusion` | all | 75.0% (interval undefined) | 2.00 | 3.00 (c) |  |",
+        "| `diffusion` | a | 75.0% (50.0%–90.0%) | 2.00 (1.90–2.10) |  | 1.25 | 1.00 |",
+        "| `diffusion` | c | 50.0% (50.0%–90.0%) | 2.00 (1.90–2.10) |  | 1.25 | 1.00 |",
+        "| `diffusion` | all | 75.0% (interval undefined) | 2.00 | 3.00 (c) |  |  |",
     ]
     assert "`twotower eval`, an unknown commit, a CPU, one thread" in lines[-1]
     assert lines[-1].endswith("b is left out: ar scores 0.")

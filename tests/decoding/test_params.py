@@ -125,3 +125,10 @@ def test_tokens_per_denoiser_call() -> None:
 
     assert stats(4).tokens_per_denoiser_call == 3.0
     assert stats(0).tokens_per_denoiser_call == 0.0
+
+
+@pytest.mark.parametrize(("denoiser", "context", "expected"), [(0, 12, 12 / 11), (6, 7, 1.0), (4, 1, 3.0), (0, 1, 0.0)])
+def test_tokens_per_pass_counts_both_towers_but_not_the_prompt(denoiser: int, context: int, expected: float) -> None:
+    seconds = {"seconds_to_first_token": 0.0, "seconds_total": 0.0}
+    stats = GenerationStats(denoiser_calls=denoiser, context_calls=context, num_tokens=12, **seconds)
+    assert stats.tokens_per_pass == pytest.approx(expected)

@@ -12,7 +12,15 @@ from twotower.decoding.params import SamplingParams
 from twotower.eval import evaluate as module
 from twotower.eval.answering import ScoredAnswer
 from twotower.eval.evaluate import SpeedConfig, TaskResult, evaluate
-from twotower.eval.report import group_scores, quality_table, speed_table, to_json, tokens_per_call, total_gain
+from twotower.eval.report import (
+    group_scores,
+    quality_table,
+    speed_table,
+    to_json,
+    tokens_per_call,
+    tokens_per_pass,
+    total_gain,
+)
 from twotower.eval.tasks import Example, Task
 from twotower.eval.throughput import Quartiles, Speed
 
@@ -135,6 +143,9 @@ def test_bad_timing_is_a_mistake(bad):
 def test_tokens_of_degenerate_answers_do_not_count():
     assert tokens_per_call([reply(), reply(tokens=999, degenerate=True)]) == (2.0, 4.0)
     assert tokens_per_call([reply(nfe=0, context=1)]) == (None, None)
+    assert tokens_per_pass(2.04, 2.04) == pytest.approx(1.02)
+    assert tokens_per_pass(None, 1.25) == 1.25
+    assert tokens_per_pass(None, None) is None
 
 
 def test_groups_and_gains():
@@ -201,7 +212,7 @@ def test_json_says_undefined_with_null():
         "score": 0.5,
         "degenerate": False,
     }
-    assert found["settings"]["diffusion"]["confidence_threshold"] == 0.8
+    assert found["settings"]["diffusion"]["block_size"] == 8
     assert "max_new_tokens" not in found["settings"]["diffusion"]
 
 
@@ -214,7 +225,7 @@ def test_the_table_names_the_tasks_of_its_means_and_why_others_are_not_there():
             result(name="two", ar=[reply(1), reply(1)], diffusion=[reply(0), reply(0)]),
         ]
     )
-    tasks, _, _, _, shares, _ = (list(column.cells) for column in table.columns)
+    tasks, _, _, _, shares, *_ = (list(column.cells) for column in table.columns)
     assert tasks[-1] == "all: one, two"
     assert shares[-1].startswith("25.0% (")
     assert shares[1] == "undefined: ar scores 0"

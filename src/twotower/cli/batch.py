@@ -33,6 +33,7 @@ def record(job: FileRequest, result: Generation) -> dict[str, Any]:
         "mode": job.params.mode,
         **dataclasses.asdict(stats),
         "tokens_per_denoiser_call": stats.tokens_per_denoiser_call,
+        "tokens_per_pass": stats.tokens_per_pass,
         "tokens_per_second": stats.num_tokens / stats.seconds_total if stats.seconds_total else 0.0,
         "commit_steps": result.commit_steps,
         "confidences": result.confidences,

@@ -128,6 +128,7 @@ def _results(speed: Speed, calls: Calls, floor: float, prompts: int) -> dict[str
         "context_calls": calls.context / prompts,
         "tokens_per_nfe": calls.tokens / calls.denoiser if calls.denoiser else None,
         "drafts": draft_counts(calls.drafts),
+        "tokens_per_pass": calls.tokens / (calls.denoiser + calls.context) if calls.denoiser + calls.context else None,
         "ms_per_nfe": calls.ms_per_denoiser_call,
         "ms_per_context_call": calls.ms_per_context_call,
         "floor_seconds": floor / prompts,

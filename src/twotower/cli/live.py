@@ -190,4 +190,9 @@ def speeds(num_tokens: int, seconds: float, denoiser_calls: int, context_calls: 
     line = f"{num_tokens} tokens, {num_tokens / seconds:.0f} tokens/s, "
     if denoiser_calls:
         line += f"{denoiser_calls} NFE, {num_tokens / denoiser_calls:.1f} tokens per NFE, "
-    return line + f"{context_calls} context passes"
+    passes = denoiser_calls + context_calls - 1  # without the prompt's
+    return (
+        line
+        + f"{context_calls} context passes"
+        + (f", {num_tokens / passes:.1f} tokens per pass" if passes > 0 else "")
+    )

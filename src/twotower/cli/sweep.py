@@ -166,7 +166,7 @@ def _table(condition: str, points: Sequence[Point]) -> Table:
     """Scores, and medians of speeds; below it what a star and a missing speed mean."""
     table = Table(title=f"Scores, and speed without prefill: {condition}", caption_justify="left", pad_edge=False)
     table.add_column("setting", no_wrap=True)
-    for heading in ("score", "of ar's\n(95 %)", "tokens/s", "times ar", "tokens\nper NFE"):
+    for heading in ("score", "of ar's\n(95 %)", "tokens/s", "times ar", "tokens\nper NFE", "tokens\nper pass"):
         table.add_column(heading, justify="right")
     for p in points:
         mark = "" if p.params.mode == "ar" or p.gain_counts else "*"
@@ -175,7 +175,7 @@ def _table(condition: str, points: Sequence[Point]) -> Table:
             "" if p.params.mode == "ar" else share(p.retention),
             "not timed" if p.speed is None else f"{p.speed.tokens_per_second.median:.0f}",
             "" if p.speed is None else f"{p.speed.gain.median:.2f}{mark}",
-            "" if p.tokens_per_nfe is None else f"{p.tokens_per_nfe:.2f}",
+            *("" if per is None else f"{per:.2f}" for per in (p.tokens_per_nfe, p.tokens_per_pass)),
         )
         table.add_row(p.label, *cells)
     uncounted = any(p.speed and p.params.mode != "ar" and not p.gain_counts for p in points)

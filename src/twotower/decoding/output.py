@@ -100,6 +100,12 @@ class GenerationStats:
         """New tokens per NFE; 0.0 in mode `ar`, which has none."""
         return self.num_tokens / self.denoiser_calls if self.denoiser_calls else 0.0
 
+    @property
+    def tokens_per_pass(self) -> float:
+        """New tokens per pass of either tower after the prompt's, about 1 in mode `ar`; 0.0 without such passes."""
+        passes = self.denoiser_calls + self.context_calls - 1
+        return self.num_tokens / passes if passes > 0 else 0.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:

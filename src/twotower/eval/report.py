@@ -80,6 +80,12 @@ def tokens_per_call(answers: Sequence[ScoredAnswer]) -> tuple[float | None, floa
     return (tokens / denoiser if denoiser else None, tokens / context if context else None)
 
 
+def tokens_per_pass(per_nfe: float | None, per_context_call: float | None) -> float | None:
+    """New tokens per pass of either tower after prefill, of those per pass of each: 1 / (1/a + 1/b)."""
+    each = [1 / rate for rate in (per_nfe, per_context_call) if rate]
+    return 1 / sum(each) if each else None
+
+
 def group_scores(result: TaskResult, name: str) -> dict[str, float]:
     """The mean score of each group of a task, in the file's order; empty if it has no groups."""
     found: dict[str, list[float]] = {}
@@ -125,6 +131,7 @@ def _setting(result: TaskResult, name: str) -> dict[str, Any]:
         "tokens_per_nfe": per_nfe,
         "tokens_per_context_call": per_context_call,
         "drafts": draft_counts(add_drafts((), (count for a in answers for count in a.stats.drafts))),
+        "tokens_per_pass": tokens_per_pass(per_nfe, per_context_call),
         "speed": {
             size: {field: quartiles._asdict() for field, quartiles in vars(by_name[name]).items()}
             for size, by_name in result.speeds.items()
@@ -138,20 +145,21 @@ def quality_table(results: Sequence[TaskResult]) -> Table:
     """Scores and retention, with means over the tasks that count; the caption says why others do not."""
     out = left_out(results)
     table = Table(title="Quality", caption=_reasons(out), caption_justify="left")
-    for heading in ("task", "mode", "score", "degenerate", "of ar's score (95 %)", "tokens per NFE"):
+    for heading in ("task", "mode", "score", "degenerate", "of ar's score (95 %)", "tokens per NFE", "tokens per pass"):
         table.add_column(heading, justify="left" if heading in ("task", "mode") else "right", overflow="fold")
     for result in results:
         for i, (name, answers) in enumerate(result.answers.items()):
-            per_nfe, _ = tokens_per_call(answers)
+            per_call = tokens_per_call(answers)
+            per_pass = _number(tokens_per_pass(*per_call), 2)
             label = result.task.name if i == 0 else ""
             bad = f"{sum(a.degenerate for a in answers)} of {len(answers)}"
             kept = "" if name == "ar" else share(task_retention(result, name))
-            table.add_row(label, name, f"{mean_score(answers):.3f}", bad, kept, _number(per_nfe, 2))
+            table.add_row(label, name, f"{mean_score(answers):.3f}", bad, kept, _number(per_call[0], 2), per_pass)
         table.add_section()
     counted = [r.task.name for r in results if r.task.name not in out]
     for name in results[0].answers if counted else ():
         if name != "ar":
-            table.add_row(f"all: {', '.join(counted)}", name, "", "", share(total_retention(results, name)), "")
+            table.add_row(f"all: {', '.join(counted)}", name, "", "", share(total_retention(results, name)), "", "")
     return table
 
 

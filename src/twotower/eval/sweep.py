@@ -11,7 +11,7 @@ from twotower.decoding.params import SamplingParams
 from twotower.errors import SettingError
 from twotower.eval.answering import ScoredAnswer, mean_score
 from twotower.eval.evaluate import SpeedConfig, TaskResult, evaluate, timed_work
-from twotower.eval.report import gain_counts, task_retention, tokens_per_call
+from twotower.eval.report import gain_counts, task_retention, tokens_per_call, tokens_per_pass
 from twotower.eval.retention import Interval
 from twotower.eval.tasks import Task, at_distance, prompt_ids
 from twotower.eval.throughput import PHASES, Quartiles, Speed, phase_seconds
@@ -86,6 +86,11 @@ class Point:
     commits: list[list[int]]
 
     @property
+    def tokens_per_pass(self) -> float | None:
+        """New tokens per pass of either tower after prefill."""
+        return tokens_per_pass(self.tokens_per_nfe, self.tokens_per_context_call)
+
+    @property
     def condition(self) -> str:
         """The temperature, batch size and distance, in words, which the setting shares with the ar beside it."""
         values = {"temperature": self.params.temperature, "batch": self.batch_size, "distance": self.distance}
@@ -107,6 +112,7 @@ class Point:
                 line[f"{name}_{part}"] = None if speed is None else getattr(getattr(speed, name), part)
         line["gain_counts"] = self.gain_counts
         line |= {"tokens_per_nfe": self.tokens_per_nfe, "tokens_per_context_call": self.tokens_per_context_call}
+        line["tokens_per_pass"] = self.tokens_per_pass
         return line | {f"{phase}_phase_seconds": self.phases.get(phase) for phase in PHASES}
 
 

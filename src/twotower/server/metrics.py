@@ -50,6 +50,7 @@ class Metrics:
         self.decode = histogram("decode_time_seconds", "From a text's first token to its last.")
         self.whole = histogram("text_time_seconds", "From arrival to the end of the text.")
         self.per_call = histogram("tokens_per_nfe", "New tokens per denoiser call, per text.", _PER_CALL)
+        self.per_pass = histogram("tokens_per_pass", "New tokens per pass of either tower, per text.", _PER_CALL)
         self.prompt_length = histogram("tokens_per_prompt", "Tokens of the prompt, per text.", _LENGTHS)
         self.text_length = histogram("tokens_per_text", "New tokens, per text.", _LENGTHS)
         for outcome in ("stop", "length", "cancelled", "failed"):
@@ -124,6 +125,8 @@ class Observed:
                 metrics.per_token.labels(mode).observe((now - self._first) / (stats.num_tokens - 1))
         if stats.denoiser_calls:
             metrics.per_call.labels(mode).observe(stats.tokens_per_denoiser_call)
+        if stats.tokens_per_pass > 0:
+            metrics.per_pass.labels(mode).observe(stats.tokens_per_pass)
 
 
 class _EngineCollector(Collector):

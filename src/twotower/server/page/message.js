@@ -142,5 +142,7 @@ function placeSpan(place, before) {
 export function speedWords({ mode, tokens, nfe, context, seconds, used }) {
   const perSecond = seconds > 0 ? (tokens / seconds).toFixed(0) : "0";
   const passes = nfe > 0 ? `${nfe} NFE, ${(tokens / nfe).toFixed(1)} tokens each` : `${context} passes`;
-  return `${mode}: ${tokens} tokens, ${perSecond} tokens/s, ${passes}; ${used} tokens of context`;
+  // Without the prompt's pass
+  const each = nfe > 0 && nfe + context > 1 ? `, ${(tokens / (nfe + context - 1)).toFixed(1)} per pass of either tower` : "";
+  return `${mode}: ${tokens} tokens, ${perSecond} tokens/s, ${passes}${each}; ${used} tokens of context`;
 }
