@@ -28,7 +28,7 @@ class Guess(NamedTuple):
 
 
 class _Views(NamedTuple):
-    """The arrays as memory views, whose elements cost a tenth of an array's, and where each bucket of keys begins."""
+    """The arrays as memory views, whose elements are Python's own integers, and where each bucket of keys begins."""
 
     keys: memoryview
     tokens: memoryview
