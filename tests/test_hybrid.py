@@ -35,14 +35,14 @@ def test_it_has_every_kind_of_layer(hybrid: twotower.TwoTower) -> None:
     assert set(hybrid.config.pattern) == set("M*-E")
 
 
-@pytest.mark.parametrize("task", ["lists", "json"])
+@pytest.mark.parametrize("task", ["lists", "json", "extraction", "functions", "sums", "appointments"])
 def test_answers(hybrid: twotower.TwoTower, task: str) -> None:
     questions = read_task(task, limit=24)
     ar, verified, diffusion = (
         answer(hybrid, questions, twotower.SamplingParams(mode=mode, confidence_threshold=0.95, seed=0))
         for mode in ("ar", "verified", "diffusion")
     )
-    assert mean_score(ar) == 1
+    assert mean_score(ar) > 0.9
     assert [a.text for a in verified] == [a.text for a in ar]
     assert mean_score(diffusion) > 0.85
     # more than one token a pass, in both ways of drafting

@@ -36,7 +36,7 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<mask>"]
 ENDS = 15
 SHARES = {"lists": 26, "json": 12, "extraction": 15, "functions": 15, "sums": 14, "appointments": 16}
 ENGLISH_SHARE = 2
-ANSWER_SHARES = {"lists": 17, "json": 7, "extraction": 19, "functions": 19, "sums": 19, "appointments": 19}
+ANSWER_SHARES = {"lists": 37, "json": 5, "extraction": 10, "functions": 10, "sums": 24, "appointments": 14}
 
 Line = dict[str, Any]
 

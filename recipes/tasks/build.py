@@ -194,12 +194,11 @@ def extraction(draw: random.Random) -> list[Line]:
 def appointments(draw: random.Random) -> list[Line]:
     """Conversations in which a user tells who comes when and brings what, and then asks about one of them."""
     lines = []
-    for turns in (1, 2, 3, 4, 6):
-        for _ in range(8):
+    for turns in (1, 2, 3, 4):
+        for _ in range(10):
             names = draw.sample(NAMES, turns)
             visits = [
-                f"{name} comes on {draw.choice(DAYS)} at {draw.randint(1, 12)} and brings {draw.choice(FEW)} "
-                f"{draw.choice(WORDS[:1] + WORDS[4:5])} {draw.choice(THINGS)}."
+                f"{name} comes on {draw.choice(DAYS)}. {name} brings {draw.choice(FEW)} {draw.choice(THINGS)}."
                 for name in names
             ]
             told = "".join(f"User: {visit}\nAssistant: I will remember that.\n" for visit in visits)

@@ -9,19 +9,23 @@ import pytest
 
 from twotower.eval.tasks import SHIPPED, Example, shipped_tasks
 
-FILE = Path(__file__).parents[2] / "recipes" / "hybrid" / "build.py"
+FOLDER = Path(__file__).parents[2] / "recipes" / "hybrid"
 
 
 def shipped_lines(task):
     return [json.loads(line) for line in (SHIPPED / f"{task}.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("hybrid_recipe", FILE)
+def opened(name):
+    spec = importlib.util.spec_from_file_location(f"hybrid_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return opened("build")
 
 
 def test_every_task_has_its_shares(recipe):
@@ -74,3 +78,13 @@ def test_the_tokenizer_keeps_digits_apart_and_loses_nothing(recipe):
     assert [token for token in found.tokens if token.isdigit()] == ["3", "0", "5"]
     assert tokenizer.decode(found.ids[1:-1]) == text.removesuffix("</s>")
     assert [tokenizer.token_to_id(token) for token in recipe.SPECIAL] == [0, 1, 2, 3]
+
+
+def test_a_token_starts_as_itself_or_as_the_pieces_of_its_text(recipe):
+    old, new = (recipe.train_tokenizer([text]) for text in ("a moon and a fish\n", "a moonfish, a fish\n"))
+    rows = opened("start").sources(old, new)
+    assert len(rows) == new.get_vocab_size()
+    for token, place in new.get_vocab().items():
+        pieces = [old.id_to_token(piece) for piece in rows[place]]
+        assert pieces == [token] if token in old.get_vocab() else "".join(pieces) == token
+    assert any(len(pieces) > 1 for pieces in rows)

@@ -25,7 +25,7 @@ class Request(NamedTuple):
 
     `produced` are tokens generated already, where the request restarts from a rebuilt context. `draft` is the length of
     the next draft of mode `verified`, which depends on how many tokens of earlier drafts were kept; the first draft is
-    long enough for a short answer. `prompt_logprobs` asks an engine for the log-probabilities of the prompt's own
+    a block of the usual size. `prompt_logprobs` asks an engine for the log-probabilities of the prompt's own
     tokens under the context tower, and of so many likeliest ones at each place; None asks for none.
     """
 
@@ -33,7 +33,7 @@ class Request(NamedTuple):
     params: SamplingParams
     seed: int
     produced: tuple[int, ...] = ()
-    draft: int = 8
+    draft: int = 16
     prompt_logprobs: int | None = None
 
     @property

@@ -179,7 +179,7 @@ def _after_draft(request: Request, drafter: str, width: int, emitted: Sequence[T
 
 def _chances(draft: Draft) -> Tensor:
     """The probability q with which each id was drafted, (b, s): 1 where nothing was drawn."""
-    q = torch.ones(draft.ids.shape, device=draft.ids.device)
+    q = torch.ones(draft.ids.shape, dtype=torch.float32, device=draft.ids.device)
     if draft.probabilities is not None:
         at = to_device(draft.drawn, q.device)
         q[at] = draft.probabilities.gather(-1, draft.ids[at].unsqueeze(-1)).squeeze(-1).clamp(min=1e-38)
