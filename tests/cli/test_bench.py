@@ -137,7 +137,7 @@ def test_the_clock_changes_nothing_and_sees_every_call(loaded, mode):
 
 def test_the_floor_is_the_bytes_of_all_passes_over_the_bandwidth(loaded):
     calls = bench.Calls(
-        tokens=9, degenerate=0, denoiser=3, context=2, ms_per_denoiser_call=None, ms_per_context_call=None
+        tokens=9, degenerate=0, denoiser=3, context=2, ms_per_denoiser_call=None, ms_per_context_call=None, drafts=()
     )
     tensors = released_tensors(loaded.config, torch.float32)
 

@@ -216,7 +216,8 @@ def test_a_server_that_drains_refuses_what_waits_and_finishes_what_runs(path, ur
 def test_what_is_abandoned_ends_with_an_error(path, url, own, wait_until):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         begun = [pool.submit(asked, url, path) for asked in (ask, streamed)]
-        wait_until(lambda: own.stats().num_running == 2 and own.stats().num_rounds > 9)
+        # more rounds than the steps of a block: the stream has begun
+        wait_until(lambda: own.stats().num_running == 2 and own.stats().num_rounds > 50)
         own.abandon()
         whole, stream = (one.result() for one in begun)
     assert "did not finish this request" in message(path, events(stream)[-1])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from twotower.decoding.output import Generation
+from twotower.decoding.output import Generation, draft_counts
 from twotower.decoding.params import SamplingParams
 from twotower.decoding.prompt import Prompt
 from twotower.engine.config import EngineConfig
@@ -32,6 +32,7 @@ def record(job: FileRequest, result: Generation) -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "mode": job.params.mode,
         **dataclasses.asdict(stats),
+        "drafts": draft_counts(stats.drafts),
         "tokens_per_denoiser_call": stats.tokens_per_denoiser_call,
         "tokens_per_pass": stats.tokens_per_pass,
         "tokens_per_second": stats.num_tokens / stats.seconds_total if stats.seconds_total else 0.0,

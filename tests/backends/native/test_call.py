@@ -50,5 +50,6 @@ def test_fields_that_c_does_not_have_are_refused() -> None:
 def test_no_memory_is_a_memory_error() -> None:
     """tt_commit takes room for a row's candidates: more of them than any machine has bytes, which it never looks at."""
     none = torch.empty(0)
+    read = (none.data_ptr(), none.data_ptr(), none.data_ptr())
     with pytest.raises(MemoryError, match="tt_commit"):
-        function("tt_commit")(none.data_ptr(), none.data_ptr(), none.data_ptr(), None, 0, 0, 1 << 58, none.data_ptr())
+        function("tt_commit")(*read, None, None, 0, 0, 1 << 58, none.data_ptr())

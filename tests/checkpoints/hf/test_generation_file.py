@@ -104,9 +104,10 @@ def test_without_ids_only_lengths_and_numbers_stay():
     assert json.loads(without_token_ids(json.dumps(settings).encode())) == {"max_new_tokens": 9, "top_k": 4}
 
 
-def test_the_stories_have_no_such_file_and_stay_greedy() -> None:
+def test_the_shipped_checkpoints_are_greedy_and_name_their_drafter() -> None:
     from twotower.checkpoints.hf import SHIPPED
 
     for name in SHIPPED:
-        assert read_sampling_defaults(SHIPPED[name]) == SamplingDefaults()
+        drafter = {"stories": "ngram"}.get(name)
+        assert read_sampling_defaults(SHIPPED[name]) == SamplingDefaults(drafter=drafter)
         assert read_config(SHIPPED[name]) == TwoTowerConfig.from_json(SHIPPED[name] / "config.json")

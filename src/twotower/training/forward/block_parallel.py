@@ -86,8 +86,9 @@ def block_parallel_hidden(
             layer, table = denoiser.stack[number[i]], model.time_conditioning.tables[number[i]]
             noisy_read = noisy_read if layer.joins else noisy
             step = _LayerPair(below, layer, plan, dtype, learns, i < top)
-            read = _Streams(noisy_read, clean_read)
-            noisy, clean = below(layer, step.run, noisy, clean, read, table, shared, index, recompute)
+            # FSDP wraps every tensor that a layer is given: one that is given twice has its gradient rounded twice
+            earlier = _Streams(noisy_read, clean_read) if layer.joins or below.joins else None
+            noisy, clean = below(layer, step.run, noisy, clean, earlier, table, shared, index, recompute)
         elif i < top:
             with torch.set_grad_enabled(learns):
                 clean = below(maybe_recomputed, recompute and learns, _alone, below, clean, clean_read, plan, dtype)
@@ -127,7 +128,7 @@ class _LayerPair(NamedTuple):
         self,
         noisy: Tensor,
         clean: Tensor | None,
-        read: _Streams,
+        earlier: _Streams | None,
         table: Tensor,
         shared: Tensor,
         index: Tensor,
@@ -135,10 +136,10 @@ class _LayerPair(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """The residual streams after this layer: noisy (v·b, t, d) and clean (b, t, d), None once nothing reads it.
 
-        `read` are the streams that the layers read, `noisy` and `clean` but for parallel ones. `table`, `shared` and
+        `earlier` are the streams that a parallel layer reads; others read `noisy` and `clean`. `table`, `shared` and
         `index` are the arguments of `_modulation`."""
         time = (table, shared, index)
-        noisy_read, clean_read = read
+        noisy_read, clean_read = earlier or (noisy, clean)
         if self.layer.kind in SEEDED_KINDS:
             return maybe_recomputed(recompute, self._seeded, noisy, clean, noisy_read, clean_read, *time)
         if self.needs_clean:
