@@ -26,8 +26,8 @@ def test_counts_are_kept_with_the_checkpoint_and_become_its_drafter(run: Any, fo
     ask = ("generate", "abc", "--model", folder, "--mode", "verified", "--ignore-eos", "--json")
     done, other = (json.loads(run(*ask, *more).stdout) for more in ((), ("--drafter", "denoiser")))
     assert done["token_ids"] == other["token_ids"]
-    assert [draft[0] for draft in done["drafts"]] in ([], ["ngram"])
-    assert [draft[0] for draft in other["drafts"]] == ["denoiser"]
+    assert list(done["drafts"]) in ([], ["ngram"])
+    assert list(other["drafts"]) == ["denoiser"]
     content = (folder / "ngrams.npz").read_bytes()
     run("ngrams", folder, corpus, "--order", 4, "--drafter", "prompt,ngram")
     assert (folder / "ngrams.npz").read_bytes() == content
