@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import resource
 import shutil
 import sys
@@ -19,7 +18,6 @@ from twotower.checkpoints import save
 from twotower.cli import train
 from twotower.training.config import DenoisingConfig, Phase, Share
 from twotower.training.corpus.shards import CorpusRows, write_shard
-from twotower.training.run.lock import locked
 from twotower.training.run.trainer import TrainConfig
 
 
@@ -382,20 +380,3 @@ def test_a_damaged_state_is_named(run, backbone, corpus, tmp_path):
         result = run("train", backbone, corpus, tmp_path, "--batch-size", 2, option)
         assert result.exit_code == 2
         assert "step-00000001 is damaged" in result.stderr
-
-
-def test_a_second_call_on_a_folder_that_is_being_written_is_refused_and_takes_nothing(run, backbone, corpus, tmp_path):
-    train_to(run, backbone, corpus, tmp_path, 2)
-    files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    with locked(tmp_path):
-        for command in (
-            ("train", backbone, corpus, tmp_path, "--batch-size", 2, "--steps", 9),
-            ("train", backbone, corpus, tmp_path, "--export-only"),
-            ("pretrain", backbone, corpus, tmp_path),
-            ("sample", backbone, tmp_path, "--length", 12),
-            ("init", backbone, tmp_path),
-        ):
-            result = run(*command)
-            assert result.exit_code == 2, result.output
-            assert f"is being written by process {os.getpid()} on this machine" in " ".join(result.stderr.split())
-    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == files

@@ -3,11 +3,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from twotower.model import moe
-from twotower.model.layer import Layer
 from twotower.model.two_tower import TwoTower
 from twotower.ops.moe import ExpertWeights, Routing, apply_experts
 from twotower.rope import AttentionType, Rope
@@ -71,14 +69,6 @@ def packed(block_size: int) -> Layout:
     return make_layout(document, block_size, torch.tensor([0, 3]))
 
 
-def noisy(x0: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """x0 with some masks, and a noise level for each block of each row."""
-    torch.manual_seed(0)
-    xt = x0.masked_fill(torch.rand(x0.shape) < 0.5, 3)
-    level = torch.rand(x0.shape[0], int(layout.block.max()) + 1)
-    return xt, level.gather(1, layout.block.expand(x0.shape[0], -1))
-
-
 def logits(model: TwoTower, x0: Tensor, xt: Tensor, t: Tensor, layout: Layout, **options: Any) -> Tensor:
     with torch.no_grad():
         return model.lm_head.linear(block_parallel_hidden(model, x0, xt, t, layout, **options).denoiser)
@@ -104,7 +94,7 @@ def check_decoding(model: TwoTower, trained: Tensor, x0: Tensor, xt: Tensor, t: 
 @pytest.mark.parametrize(("block_size", "chunk_size"), [(4, 64), (4, 6), (8, 8), (8, 20), (16, 40), (32, 16), (32, 64)])
 @pytest.mark.parametrize("offset", [0, 3])
 def test_every_block_is_what_cached_decoding_computes(
-    pattern: str, block_size: int, chunk_size: int, offset: int, tiny: Callable, ids: Callable
+    pattern: str, block_size: int, chunk_size: int, offset: int, tiny: Callable, ids: Callable, noisy: Callable
 ) -> None:
     model, x0 = tiny(pattern, dtype=torch.float64), ids(1, 45)
     layout = one_document(45, block_size, offset)
@@ -117,7 +107,7 @@ def test_every_block_is_what_cached_decoding_computes(
 @pytest.mark.parametrize("block_size", [4, 16])
 @pytest.mark.parametrize("chunk_size", [4, 24])
 def test_packed_documents_are_decoded_apart(
-    pattern: str, block_size: int, chunk_size: int, tiny: Callable, ids: Callable
+    pattern: str, block_size: int, chunk_size: int, tiny: Callable, ids: Callable, noisy: Callable
 ) -> None:
     model, x0 = tiny(pattern, dtype=torch.float64), ids(2, 40)
     layout = packed(block_size)
@@ -128,7 +118,7 @@ def test_packed_documents_are_decoded_apart(
 
 @pytest.mark.parametrize("latents", [{}, LATENTS])
 def test_gated_experts_and_latents_are_decoded_as_trained(
-    latents: dict[str, Any], tiny: Callable, ids: Callable
+    latents: dict[str, Any], tiny: Callable, ids: Callable, noisy: Callable
 ) -> None:
     experts = {"router": "softmax", "gated_mlp": True, "mlp_hidden_act": "silu", "shared_expert_gate": True}
     model = tiny("*E*E", dtype=torch.float64, moe_latent_size=20, **experts, **latents)
@@ -140,7 +130,7 @@ def test_gated_experts_and_latents_are_decoded_as_trained(
 @pytest.mark.parametrize(("pattern", "config"), OTHERS)
 @pytest.mark.parametrize("block_size", [4, 16])
 def test_layers_of_other_families_are_decoded_as_trained(
-    pattern: str, config: dict[str, Any], block_size: int, tiny: Callable, ids: Callable
+    pattern: str, config: dict[str, Any], block_size: int, tiny: Callable, ids: Callable, noisy: Callable
 ) -> None:
     model, x0, layout = tiny(pattern, dtype=torch.float64, **config), ids(2, 40), packed(block_size)
     xt, t = noisy(x0, layout)
@@ -148,7 +138,7 @@ def test_layers_of_other_families_are_decoded_as_trained(
 
 
 @pytest.mark.parametrize("rope", LONGER)
-def test_documents_are_turned_by_their_own_lengths(rope: Rope, tiny: Callable, ids: Callable) -> None:
+def test_documents_are_turned_by_their_own_lengths(rope: Rope, tiny: Callable, ids: Callable, noisy: Callable) -> None:
     kinds = (AttentionType(rope_parameters=rope), TURNS)
     model = tiny("*-*", dtype=torch.float64, attention_types=kinds, attention_pattern="01")
     x0, layout = ids(2, 40), packed(4)
@@ -156,7 +146,7 @@ def test_documents_are_turned_by_their_own_lengths(rope: Rope, tiny: Callable, i
     check_decoding(model, logits(model, x0, xt, t, layout), x0, xt, t, layout)
 
 
-def test_views_share_a_context_pass(tiny: Callable, ids: Callable, close: Callable) -> None:
+def test_views_share_a_context_pass(tiny: Callable, ids: Callable, close: Callable, noisy: Callable) -> None:
     model, x0 = tiny("M*-E", dtype=torch.float64), ids(2, 40)
     layout = packed(4)
     xt, t = noisy(x0, layout)
@@ -168,7 +158,7 @@ def test_views_share_a_context_pass(tiny: Callable, ids: Callable, close: Callab
 
 @pytest.mark.parametrize("pattern", ["M*-E", "E*M-", "G-G", "S-S", "R-R", "llama", "-"])
 def test_the_context_tower_computes_what_it_does_alone(
-    pattern: str, tiny: Callable, ids: Callable, close: Callable
+    pattern: str, tiny: Callable, ids: Callable, close: Callable, noisy: Callable
 ) -> None:
     model, x0 = tiny(pattern, dtype=torch.float64), ids(2, 40)
     layout = packed(8)
@@ -181,27 +171,6 @@ def test_the_context_tower_computes_what_it_does_alone(
             place = layout.document[row] == document
             alone = model.context_logits(x0[row : row + 1, place])
             close(ours[row : row + 1, place], alone, 1e-6)  # `context_logits` rounds to float32
-
-
-def test_context_layers_above_the_last_that_is_read_do_not_run(
-    tiny: Callable, ids: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, x0, layout = tiny("*-*-*-", denoiser_layers=(0, 2, 5)), ids(1, 16), one_document(16, 4)
-    freeze(model)
-    xt, t = noisy(x0, layout)
-    ran: list[int] = []
-
-    def enter(self: Layer, *arguments: Any) -> Tensor:
-        ran.extend([self.index] if any(self is layer for layer in model.context_tower.stack) else [])
-        return entered(self, *arguments)
-
-    entered = Layer.enter
-    monkeypatch.setattr(Layer, "enter", enter)
-    block_parallel_hidden(model, x0, xt, t, layout)
-    assert ran == [0, 1, 2]
-    ran.clear()
-    block_parallel_hidden(model, x0, xt, t, layout, with_context=True)
-    assert ran == [0, 1, 2, 3, 4, 5]
 
 
 def silence(model: TwoTower, keep: str) -> None:
@@ -222,7 +191,7 @@ def moved(before: Tensor, after: Tensor) -> list[bool]:
 
 
 @pytest.mark.parametrize("keep", ["state", "conv", "keys"])
-def test_each_way_from_the_block_before_works_alone(keep: str, tiny: Callable, ids: Callable) -> None:
+def test_each_way_from_the_block_before_works_alone(keep: str, tiny: Callable, ids: Callable, noisy: Callable) -> None:
     model, x0 = tiny("M*", dtype=torch.float64), ids(1, 24)
     layout = one_document(24, 8)
     xt, t = noisy(x0, layout)
@@ -242,7 +211,7 @@ def test_each_way_from_the_block_before_works_alone(keep: str, tiny: Callable, i
 @pytest.mark.parametrize("pattern", ["M", "M*-", "MM", "llama"])
 @pytest.mark.parametrize("chunk_size", [8, 12, 64])
 def test_no_block_sees_its_own_clean_tokens_or_anything_later(
-    pattern: str, chunk_size: int, tiny: Callable, ids: Callable
+    pattern: str, chunk_size: int, tiny: Callable, ids: Callable, noisy: Callable
 ) -> None:
     """To the bit."""
     model, x0 = tiny(pattern, dtype=torch.float64), ids(1, 24)
@@ -273,7 +242,7 @@ def each_row(x: Tensor, routing: Routing, experts: ExpertWeights) -> Tensor:
 
 @pytest.mark.parametrize("row_by_row", [True, False])
 def test_experts_leak_nothing_either(
-    row_by_row: bool, tiny: Callable, ids: Callable, monkeypatch: pytest.MonkeyPatch
+    row_by_row: bool, tiny: Callable, ids: Callable, monkeypatch: pytest.MonkeyPatch, noisy: Callable
 ) -> None:
     """To the bit where every product has one row; otherwise another token goes to other experts, whose products then
     have other shapes and round differently."""
@@ -293,7 +262,7 @@ def test_experts_leak_nothing_either(
             assert torch.equal(reached, block > block[at] if clean else block == block[at])
 
 
-def test_levels_of_other_blocks_do_not_matter(tiny: Callable, ids: Callable) -> None:
+def test_levels_of_other_blocks_do_not_matter(tiny: Callable, ids: Callable, noisy: Callable) -> None:
     model, x0 = tiny("M*-", dtype=torch.float64), ids(1, 24)
     layout = one_document(24, 8)
     xt, t = noisy(x0, layout)
@@ -302,47 +271,15 @@ def test_levels_of_other_blocks_do_not_matter(tiny: Callable, ids: Callable) -> 
     assert after == (layout.block[0] == 1).tolist()
 
 
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize(
-    ("pattern", "layers"), [("MEM*-*E", (0, 1, 3)), ("*-*-*-", (2, 3, 5)), ("M*-E", None), ("SG-R", (1, 2))]
-)
-def test_gradients_are_those_of_decoding_block_by_block(
-    pattern: str, layers: tuple[int, ...] | None, trained: bool, tiny: Callable, ids: Callable, close: Callable
-) -> None:
-    """Plain autograd through a causal pass and the denoiser over one block at a time, as cached decoding runs them."""
-    x0, layout = ids(1, 22), one_document(22, 4)
-    xt, t = noisy(x0, layout)
-    models = [tiny(pattern, dtype=torch.float64, denoiser_layers=layers) for _ in range(2)]
-    for model in models:
-        model.context_tower.requires_grad_(trained)
-    hidden = block_parallel_hidden(models[0], x0, xt, t, layout, with_context=True)
-    (hidden.denoiser.sin().sum() + hidden.context.cos().sum() * trained).backward()
-    context, denoiser = models[1].context_tower, models[1].denoiser_tower
-    whole = context.causal(x0, context.initial_state(1, 32)).hidden
-    loss = whole.cos().sum() * trained
-    for block in range(6):
-        place = (layout.block[0] == block).nonzero()[:, 0]
-        state = context.initial_state(1, 32)
-        if block:
-            state = context.causal(x0[:, : place[0]], state).commit((int(place[0]),), None)
-        modulation = models[1].time_conditioning(t[0, place[:1]])
-        loss = loss + denoiser.block(xt[:, place], state, modulation).sin().sum()
-    loss.backward()
-    # float64, sums reordered; some gradients are sums of terms that cancel
-    gradients = [{n: p.grad for n, p in model.named_parameters() if p.grad is not None} for model in models]
-    largest = max(gradient.abs().max() for gradient in gradients[1].values())
-    for name, gradient in gradients[1].items():
-        assert (gradients[0].pop(name) - gradient).abs().max() <= 1e-9 * largest, name
-    assert all(not gradient.any() for gradient in gradients[0].values())
-
-
 def freeze(model: TwoTower) -> None:
     for module in (model.context_tower, model.context_lm_head):
         module.requires_grad_(False)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_gradients_reach_the_denoiser_and_not_a_frozen_context(pattern: str, tiny: Callable, ids: Callable) -> None:
+def test_gradients_reach_the_denoiser_and_not_a_frozen_context(
+    pattern: str, tiny: Callable, ids: Callable, noisy: Callable
+) -> None:
     model, x0 = tiny(pattern, dtype=torch.float64), ids(2, 16)
     freeze(model)
     layout = one_document(16, 8)
@@ -356,48 +293,11 @@ def test_gradients_reach_the_denoiser_and_not_a_frozen_context(pattern: str, tin
     assert all(g.isfinite().all() and bool(g.any()) for n, g in trained.items() if n not in without)
 
 
-class Pass(nn.Module):
-    """A model's training pass, for `functional_call`."""
-
-    def __init__(self, model: TwoTower) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *arguments: Any) -> Tensor:
-        return block_parallel_hidden(self.model, *arguments, chunk_size=6).denoiser
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["MM", "M*M", "*-*"])
-def test_gradients_through_seeding_into_context_weights(pattern: str, tiny: Callable, ids: Callable) -> None:
-    """What reaches the denoiser through state, convolution and keys, against finite differences in float64."""
-    # small, because a failing gradcheck looks at every weight
-    sizes = {"vocab_size": 12, "hidden_size": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}
-    mamba = {"mamba_num_heads": 2, "mamba_head_dim": 2, "mamba_state_size": 3, "mamba_num_groups": 1}
-    model = tiny(pattern, dtype=torch.float64, intermediate_size=4, **sizes, **mamba)
-    x0 = ids(1, 11, vocab_size=12)
-    layout = make_layout(torch.tensor([[0] * 8 + [1] * 3]), 3, 1)
-    xt, t = noisy(x0, layout)
-    module = Pass(model)
-    names = [f"model.context_tower.{n}" for n, _ in model.context_tower.named_parameters()]
-    weights = [module.get_parameter(n).detach().clone().requires_grad_() for n in names]
-
-    def hidden(*values: Tensor) -> Tensor:
-        return functional_call(module, dict(zip(names, values, strict=True)), (x0, xt, t, layout))
-
-    assert torch.autograd.gradcheck(hidden, weights, fast_mode=True, atol=1e-6)
-    reached = torch.autograd.grad(hidden(*weights).sin().sum(), weights, allow_unused=True)
-    # above the last seed nothing reads the context tower
-    last = f"layers.{len(pattern) - 1}.mixer."
-    unread = {last + end for end in ("D", "norm", "out_proj.weight", "o_proj.weight")} | {"norm_f.weight"}
-    for name, gradient in zip(names, reached, strict=True):
-        silent = name.removeprefix("model.context_tower.") in unread
-        assert silent == (gradient is None or not gradient.any()), name
-
-
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("pattern", ["M*-E", "E-*M"])
-def test_recomputing_changes_no_gradient(pattern: str, frozen: bool, tiny: Callable, ids: Callable) -> None:
+def test_recomputing_changes_no_gradient(
+    pattern: str, frozen: bool, tiny: Callable, ids: Callable, noisy: Callable
+) -> None:
     x0 = ids(2, 40)
     layout = packed(8)
     xt, t = noisy(x0, layout)
@@ -416,7 +316,9 @@ def test_recomputing_changes_no_gradient(pattern: str, frozen: bool, tiny: Calla
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
 
-def test_what_is_saved_is_linear_in_the_tokens_and_free_of_the_block_length(tiny: Callable, ids: Callable) -> None:
+def test_what_is_saved_is_linear_in_the_tokens_and_free_of_the_block_length(
+    tiny: Callable, ids: Callable, noisy: Callable
+) -> None:
     """Nothing of size (t, 2t) and no state per block, whatever is recomputed; much less with `recompute`."""
 
     def saved(block_size: int, length: int, recompute: bool) -> tuple[int, int]:
