@@ -13,12 +13,15 @@ NEHALEM = "cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3"
 HASWELL = f"{NEHALEM} abm avx avx2 bmi1 bmi2 f16c fma movbe"
 SKYLAKE_X = f"{HASWELL} avx512bw avx512cd avx512dq avx512f avx512vl"
 ZEN_4 = f"{SKYLAKE_X} avx512_bf16"
+SAPPHIRE_RAPIDS = f"{ZEN_4} amx_bf16 amx_tile amx_int8"
 
 
 @pytest.mark.parametrize(
     ("machine", "features", "level"),
     [
+        ("x86_64", SAPPHIRE_RAPIDS, "x86-64-v4-amx"),
         ("x86_64", ZEN_4, "x86-64-v4-bf16"),
+        ("x86_64", f"{ZEN_4} amx_tile amx_int8", "x86-64-v4-bf16"),
         ("x86_64", SKYLAKE_X, "x86-64-v4"),
         ("x86_64", f"{HASWELL} avx512f avx512cd", "x86-64-v3"),  # Knights Landing: not all of AVX512
         ("x86_64", HASWELL.replace(" fma", ""), "x86-64-v2"),

@@ -48,6 +48,12 @@ _V3 = _V2 | frozenset(["abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "mov
 _V4 = _V3 | frozenset(["avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"])
 # The best first. The sources tell no finer differences apart; see the x86-64 psABI for v2 to v4.
 LEVELS = (
+    Level(
+        "x86-64-v4-amx",
+        _X86,
+        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+    ),
     Level("x86-64-v4-bf16", _X86, ("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
     Level("x86-64-v4", _X86, ("-march=x86-64-v4",), _V4),
     Level("x86-64-v3", _X86, ("-march=x86-64-v3",), _V3),
@@ -66,7 +72,8 @@ def cpu_features() -> str:
 
 
 def levels_of(machine: str, features: str) -> list[Level]:
-    """The levels that a machine can run, the best first. Each gives its own bits, and the same on every machine."""
+    """The levels that a machine can run, the best first. Each gives its own bits, and the same on every machine; but
+    where the system keeps matrix tiles from a process, x86-64-v4-amx gives those of x86-64-v4-bf16."""
     there = set(features.split())
     return [level for level in LEVELS if machine in level.machines and level.features <= there]
 

@@ -1,5 +1,5 @@
+#include "amx.h"
 #include "kernels.h"
-#include "linear.h"
 
 #include <stdatomic.h>
 
@@ -8,7 +8,6 @@ INLINE const void *panel_at(const Weight *w, long panel) {
     return w->bf16 ? (const void *)((const uint16_t *)w->data + offset) : (const void *)((const float *)w->data + offset);
 }
 
-#define AHEAD 16384  /* how many bytes ahead of its reading a lone tile prefetches */
 #define SHARED 32768 /* products of inputs, outputs and rows from which on threads gain more than sharing costs */
 
 /* What a tile prefetches while it computes: `step` bytes, from `from` on, for each of its inputs */
@@ -82,6 +81,9 @@ typedef struct {
     long k, width;
 } Rounding;
 
+/* Values of a rounded row and of the zeros behind it */
+INLINE long row_width(long k) { return (k + ROW_STEP - 1) / ROW_STEP * ROW_STEP; }
+
 /* Rows of k floats rounded to bf16, with zeros behind them */
 static void round_rows(void *job, long first, long last, int slot) {
     const Rounding *in = job;
@@ -92,6 +94,8 @@ static void round_rows(void *job, long first, long last, int slot) {
             const __m256bh part = _mm512_cvtneps_pbh((__m512)load_part(in->from[m] + i, in->k - i < VL ? in->k - i : VL));
             memcpy(to + i, &part, sizeof part);
         }
+        const long written = (in->k + VL - 1) / VL * VL;
+        memset(to + written, 0, (in->width - written) * sizeof *to);
         in->to[m] = to;
     }
 }
@@ -109,7 +113,7 @@ static int has_room(long r, long width) {
     room.of = 0;
     if (room.size < r * width) {
         free(room.values);
-        room.values = malloc(r * width * sizeof *room.values);
+        room.values = aligned_alloc(64, r * width * sizeof *room.values); /* whole rows of 64 bytes, see ROW_STEP */
         room.size = room.values ? r * width : 0;
     }
     if (room.num_rows < r) {
@@ -121,7 +125,7 @@ static int has_room(long r, long width) {
 }
 
 static const void *const *rounded(const float *const *rows, long r, long k, int threads) {
-    const long width = (k + VL - 1) / VL * VL;
+    const long width = row_width(k);
     if (!has_room(r, width)) return 0;
     Rounding job = {rows, room.rows, room.values, k, width};
     in_parallel(round_rows, &job, r, 1, r * k >= 262144 ? threads : 1);
@@ -131,7 +135,7 @@ static const void *const *rounded(const float *const *rows, long r, long k, int 
 /* The caller's rounded rows in this thread's own room, unless there is no memory: read in order once, they come from the
  * caller's cache several times as fast as line by line inside of a product */
 static const void *const *copied(const void *const *rows, long r, long k, long job) {
-    const long width = (k + VL - 1) / VL * VL;
+    const long width = row_width(k);
     if (room.of == job) return room.rows;
     if (!has_room(r, width)) return rows;
     for (long m = 0; m < r; m++) room.rows[m] = memcpy(room.values + m * width, rows[m], width * sizeof *room.values);
@@ -202,6 +206,11 @@ INLINE void some_rows(const Weight *w, int bf16, long panel, int np, const void 
 
 void panels(const Weight *w, long from, long to, const void *const *rows, float *const *y, long r, const float *bias,
             int squared_relu) {
+    if (AMX && w->bf16 && has_tiles()) {
+        const long stride = r > 1 ? (const char *)rows[1] - (const char *)rows[0] : 64;
+        amx_panels(w, from, to, rows[0], stride, y, r, bias, squared_relu);
+        return;
+    }
     const int step = PANELS_AT_ONCE(r);
     const long tiles = (r + MR - 1) / MR, height = tiles ? (r + tiles - 1) / tiles : 0; /* 8 rows: 4 + 4, not 6 + 2 */
     for (long panel = from; panel < to; panel += step) {
