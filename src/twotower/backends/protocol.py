@@ -82,12 +82,15 @@ class Backend(Protocol):
 
 
 class TowerGuest(Protocol):
-    """Runs one tower, from the embedded tokens to the last norm. After `copy.deepcopy` of a model, the copy's guest
+    """Runs one tower, from its tokens to the last norm. After `copy.deepcopy` of a model, the copy's guest
     reads the copy's weights."""
 
     @property
     def logit_ops(self) -> "LogitOps":
         """The operations on logits of this guest's backend."""
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        """The rows ids (b, s) int64 of the embeddings (v, d), in what holds the residual stream: (b, s, d)."""
 
     def causal(self, inputs: PassInputs, marks: tuple[int, ...]) -> CausalPass:
         """The context tower over x (b, s, d), s at least 1: token j of row b sees the state, the row's cached keys and

@@ -11,6 +11,8 @@ from twotower.backends.protocol import LogitOps
 from twotower.decoding.params import SamplingParams
 from twotower.ops.transfer import to_device
 
+_LOG2_E = math.log2(math.e)
+
 
 class Proposal(NamedTuple):
     """tokens (b, s) int64 and their probabilities without temperature and filters, (b, s) float32."""
@@ -111,7 +113,7 @@ def propose(
     greedy = greedy_tokens(best.tokens, shaped, ops)
     if settings.all_greedy:
         if shaped is None:
-            return Proposal(greedy, (best.logits - best.log_sum).exp())
+            return Proposal(greedy, from_log(best.logits - best.log_sum))
         return Proposal(greedy, probability(logits, greedy, best.log_sum))
     assert uniforms is not None
     tokens = inverse_sample(distribution(logits, settings, shaped), uniforms)
@@ -130,7 +132,13 @@ def greedy_tokens(tokens: Tensor, shaped: Shaped | None, ops: LogitOps) -> Tenso
 def probability(logits: Tensor, tokens: Tensor, log_sum: Tensor) -> Tensor:
     """softmax(logits) of given tokens (b, s), from logits (b, s, v), tokens and log Σ exp(logits), both (b, s)."""
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return (chosen - log_sum).exp()
+    return from_log(chosen - log_sum)
+
+
+def from_log(log_p: Tensor) -> Tensor:
+    """exp of few numbers, none of them large. Not torch.exp: on a CPU it wakes the threads of a library for however few
+    numbers, and these then hold a core for milliseconds that the next pass needs."""
+    return torch.exp2(log_p * _LOG2_E)
 
 
 def distribution(logits: Tensor, settings: Temper, shaped: Shaped | None = None) -> Tensor:

@@ -23,6 +23,7 @@ from twotower.decoding.likeliest import likeliest, read_top, with_tops
 from twotower.decoding.output import DraftCount, Token
 from twotower.decoding.sampling import (
     distribution,
+    from_log,
     greedy_tokens,
     inverse_sample,
     probability,
@@ -143,7 +144,7 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
         emitted = F.pad(drafted, (0, 1)).scatter(1, (accepted - num_known)[:, None], after[:, None])
     # (b, n): the probabilities without the request's settings
     if emitted is best.tokens:
-        confidence = (best.logits - best.log_sum).exp()
+        confidence = from_log(best.logits - best.log_sum)
     else:
         confidence = probability(own, emitted, best.log_sum)
     # the counts go into the same tensor, so that one copy to the host is enough

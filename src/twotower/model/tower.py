@@ -157,8 +157,11 @@ class Tower(nn.Module):
     def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """(b, s) to the residual stream (b, s, d). `positions` (b or 1, s) int64 are read by models that have learnt
         positions; those behind the last one get the last one's, which only padding may be."""
-        wide = self.config.residual_in_fp32 and self.activation_dtype != torch.float64
-        x = F.embedding(ids, self.embeddings).to(torch.float32 if wide else self.activation_dtype)
+        if self.guest is None:
+            wide = self.config.residual_in_fp32 and self.activation_dtype != torch.float64
+            x = F.embedding(ids, self.embeddings).to(torch.float32 if wide else self.activation_dtype)
+        else:
+            x = self.guest.embed(ids, self.embeddings)
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
         if self.embedding_norm is not None:

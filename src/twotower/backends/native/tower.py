@@ -100,6 +100,13 @@ class NativeTower:
         """A copy takes the addresses of its own tensors."""
         return NativeTower, (self.config, self.stack, self.weights, self.norm)
 
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        ids, table = ids.contiguous(), table.contiguous()
+        x = torch.empty(*ids.shape, table.shape[1])
+        is_bf16 = table.dtype == torch.bfloat16
+        function("tt_embed")(ids.data_ptr(), ids.numel(), table.data_ptr(), is_bf16, table.shape[1], x.data_ptr())
+        return x
+
     def causal(self, inputs: PassInputs, marks: tuple[int, ...]) -> CausalPass:
         self._check_layers()
         c, state, x = self.config, inputs.state, inputs.x

@@ -128,6 +128,8 @@ API int tt_advance(const TowerShape *t, const LayerWeights *layers, const void *
                    const float *convolved, const float *steps, long b, long s, const int64_t *counts, float *conv,
                    float *ssm, int threads);
 
+API void tt_embed(const int64_t *ids, long r, const void *table, int bf16, long d, float *x);
+
 /* linear.c */
 API long tt_panel_width(void);
 API long tt_bf16_pairs(void);

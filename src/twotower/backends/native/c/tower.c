@@ -287,3 +287,15 @@ API int tt_advance(const TowerShape *t, const LayerWeights *layers, const void *
     }
     return 0;
 }
+
+/* x (r, d): the rows ids (r) of a table (v, d) */
+API void tt_embed(const int64_t *ids, long r, const void *table, int bf16, long d, float *x) {
+    for (long m = 0; m < r; m++)
+        if (bf16)
+            for (long i = 0; i < d; i += VL) {
+                const long n = d - i < VL ? d - i : VL;
+                store_part(x + m * d + i, load_bf16((const uint16_t *)table + ids[m] * d + i, n), n);
+            }
+        else
+            memcpy(x + m * d, (const float *)table + ids[m] * d, d * sizeof(float));
+}
