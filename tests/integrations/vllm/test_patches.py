@@ -1,0 +1,58 @@
+"""What the plugin changes in vLLM, and what it leaves as it was."""
+
+import importlib.util
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: make test-vllm"),
+]
+TWO_TOWERS = {
+    "architectures": ["NemotronHTwoTowerForCausalLM"],
+    "model_type": "nemotron_h",
+    "vocab_size": 32,
+    "hidden_size": 8,
+    "hybrid_override_pattern": "-",
+    "intermediate_size": 8,
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(config): a directory with this config.json."""
+    import json
+
+    def one(config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return one
+
+
+def test_another_vllm_refuses_two_towers_and_nothing_else(write, monkeypatch) -> None:
+    from transformers import AutoConfig, NemotronHConfig
+
+    from twotower.integrations.vllm import patches, register
+
+    register()
+    register()
+    assert AutoConfig.from_pretrained(write(TWO_TOWERS)).architectures == ["TwoTowerTransformerForCausalLM"]
+    monkeypatch.setattr(patches, "installed", lambda: "0.33.0")
+    with pytest.raises(ValueError, match=r"vLLM is 0.33.0, must be at least 0.32 and below 0.33"):
+        AutoConfig.from_pretrained(write(TWO_TOWERS))
+    other = AutoConfig.from_pretrained(write(TWO_TOWERS | {"architectures": ["NemotronHForCausalLM"]}))
+    assert type(other) is NemotronHConfig
+    assert other.architectures == ["NemotronHForCausalLM"]
+
+
+def test_a_tower_that_vllm_cant_compute_is_refused_when_its_engine_starts(write) -> None:
+    from vllm import LLM
+
+    with pytest.raises(ValueError, match=r"logit_softcap is 30\.0, must be None; serve it with twotower serve"):
+        LLM(str(write(TWO_TOWERS | {"logit_softcap": 30.0})), skip_tokenizer_init=True)
+
+
+def test_a_server_whose_settings_cant_be_is_refused_when_its_engine_starts(engine) -> None:
+    with pytest.raises(ValueError, match="mode is 'verified', must be 'ar' on this server"):
+        engine("llama", additional_config={"twotower": {"mode": "verified"}})
