@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Two
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
-        if (DATA / name).is_dir():
+        if (DATA / name).is_dir():  # of a whole path, the path itself
             return DATA / name
         if name not in made:
             made[name] = tmp_path_factory.mktemp("checkpoint")
@@ -66,13 +66,13 @@ def engine(checkpoint: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="package")
 def expected(checkpoint: Callable[[str], Path]) -> Callable[..., list[list[int]]]:
-    """expected(name, prompts, most): the tokens of our `ar`, greedily and past every end."""
+    """expected(name, prompts, most): the tokens of our `ar` or another mode, greedily and past every end."""
     models: dict[str, TwoTower] = {}
 
-    def tokens(name: str, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    def tokens(name: str, prompts: Sequence[Sequence[int]], most: int, mode: Any = "ar") -> list[list[int]]:
         if name not in models:
             models[name] = twotower.load(checkpoint(name), dtype="float32")
-        params = twotower.SamplingParams(mode="ar", max_new_tokens=most, temperature=0, ignore_eos=True)
+        params = twotower.SamplingParams(mode=mode, max_new_tokens=most, temperature=0, ignore_eos=True)
         return [list(result.token_ids) for result in twotower.generate(models[name], prompts, params)]
 
     return tokens

@@ -54,5 +54,5 @@ def test_a_tower_that_vllm_cant_compute_is_refused_when_its_engine_starts(write)
 
 
 def test_a_server_whose_settings_cant_be_is_refused_when_its_engine_starts(engine) -> None:
-    with pytest.raises(ValueError, match="mode is 'verified', must be 'ar' on this server"):
+    with pytest.raises(ValueError, match="mode is 'verified', must be ar on this server"):
         engine("llama", additional_config={"twotower": {"mode": "verified"}})

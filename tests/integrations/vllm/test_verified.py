@@ -54,9 +54,9 @@ def test_an_unknown_mode_is_refused_before_anything_runs(engine, prompts, ask) -
     from vllm.exceptions import VLLMValidationError
 
     running = engine("stories")
-    with pytest.raises(VLLMValidationError, match="mode is 'diffusion', must be ar or verified"):
+    with pytest.raises(VLLMValidationError, match="mode is 'diffusion', must be ar"):
         ask(running, prompts(1), 4, ["diffusion"])
-    with pytest.raises(VLLMValidationError, match="mode is 'verified', must be 'ar' on this server"):
+    with pytest.raises(VLLMValidationError, match="mode is 'verified', must be ar on this server"):
         ask(running, prompts(1), 4, ["verified"])
 
 

@@ -21,7 +21,7 @@ from twotower.decoding.drafters import draft_sources
 from twotower.decoding.drafting import ngram, prompt_lookup
 from twotower.decoding.drafting.written import Written
 from twotower.errors import SettingError
-from twotower.integrations.vllm.settings import VERIFIED, ServerSettings
+from twotower.integrations.vllm.settings import VERIFIED
 from twotower.model.ngrams import NgramTable
 
 
@@ -32,7 +32,7 @@ class TwoTowerDrafter:
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        from twotower.integrations.vllm.patches import is_two_tower, pass_requests_to_drafter
+        from twotower.integrations.vllm.patches import is_two_tower, pass_requests_to_drafter, server_settings
 
         if not is_two_tower(vllm_config.model_config):
             raise ValueError(f"{vllm_config.model_config.model} is no two-tower checkpoint; choose another drafter")
@@ -41,7 +41,7 @@ class TwoTowerDrafter:
                 "vLLM's build for CPUs can't verify drafts for models with recurrent states: its kernels give other "
                 "tokens than without drafts; leave --speculative-config out, or use twotower serve"
             )
-        self._settings = ServerSettings.of(vllm_config.additional_config, drafts=True)
+        self._settings = server_settings(vllm_config)
         self._most = vllm_config.speculative_config.num_speculative_tokens
         self._longest = vllm_config.model_config.max_model_len
         folder = resolve(vllm_config.model_config.model)
@@ -80,7 +80,7 @@ class TwoTowerDrafter:
             if (
                 params is not None
                 and sampled_token_ids[place]
-                and self._settings.mode_of(params.extra_args, drafts=True) == VERIFIED
+                and self._settings.mode_of(params.extra_args) == VERIFIED
             ):
                 ids = token_ids[place, : num_tokens[place]]
                 # The last token that a pass gives needs no draft

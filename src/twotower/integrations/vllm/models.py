@@ -1,5 +1,6 @@
 """The context tower as models of vLLM."""
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -16,10 +17,10 @@ from vllm.model_executor.models.nemotron_h import (
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 from vllm.platforms import current_platform
 
+from twotower.integrations.vllm.denoiser import Denoiser
 from twotower.integrations.vllm.experts import CpuExpertsLayer
 from twotower.integrations.vllm.layers import GatedMLPLayer, RotaryAttentionLayer
-from twotower.integrations.vllm.patches import has_drafter
-from twotower.integrations.vllm.settings import ServerSettings
+from twotower.integrations.vllm.patches import server_settings, write_blocks
 
 _NAMES = WeightsMapper(
     orig_to_new_substr={"A_log": "A", "embeddings": "embed_tokens"},
@@ -48,7 +49,8 @@ class TwoTowerHybridForCausalLM(NemotronHForCausalLM):
     """The context tower of a two-tower checkpoint, of layers `M`, `*`, `-` and `E`.
 
     Nemotron-H's model with other layers and names of tensors: its forward pass, states, parallelism and quantisation
-    are vLLM's. The denoiser's tensors are not read.
+
+    are vLLM's. `denoiser` is None unless the server asked for it.
     """
 
     hf_to_vllm_mapper = _NAMES
@@ -59,8 +61,11 @@ class TwoTowerHybridForCausalLM(NemotronHForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         nn.Module.__init__(self)
-        # A server's settings are refused before its weights are read
-        ServerSettings.of(vllm_config.additional_config, drafts=has_drafter(vllm_config.speculative_config))
+        # What can't be is refused before weights are read.
+        settings = server_settings(vllm_config)
+        self.denoiser = Denoiser(vllm_config, settings) if settings.denoiser else None
+        if self.denoiser is not None:
+            write_blocks()
         config = vllm_config.model_config.hf_config
         self.config = config
         self.vllm_config = vllm_config
@@ -89,6 +94,10 @@ class TwoTowerHybridForCausalLM(NemotronHForCausalLM):
         if logits is not None:
             logits[:, self.config.mask_token_id] = -torch.inf
         return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Reads a checkpoint's tensors, those of the denoiser only where the server asked for it."""
+        return super().load_weights(weights if self.denoiser is None else self.denoiser.take(weights))
 
     def _count_experts(self) -> None:
         """Sets what vLLM's expert parallelism reads, see its protocol MixtureOfExperts."""

@@ -14,10 +14,12 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, NemotronHForCausalLMConfig
 from vllm.platforms import current_platform
+from vllm.v1.engine.input_processor import InputProcessor
 
 from twotower.errors import SettingError
 from twotower.integrations.vllm.config import HYBRID, RELEASED, TRANSFORMER, for_vllm
-from twotower.integrations.vllm.settings import DRAFTER, ServerSettings
+from twotower.integrations.vllm.diffusion_params import diffusion_params
+from twotower.integrations.vllm.settings import DIFFUSION, DRAFTER, ServerSettings
 from twotower.integrations.vllm.versions import check_version, installed
 
 logger = init_logger(__name__)
@@ -59,7 +61,7 @@ def apply() -> None:
     # Patch 1: settings of a model with recurrent states; this map knows models by name alone.
     MODELS_CONFIG_MAP[HYBRID] = RecurrentSettings
     # Patch 2: `mode` in vllm_xargs is checked before a request is taken; models have no say in that.
-    _wrap(SamplingParams, "verify", _verify)
+    _wrap(InputProcessor, "_validate_params", _validate)
 
 
 def is_two_tower(model_config: ModelConfig) -> bool:
@@ -70,6 +72,20 @@ def is_two_tower(model_config: ModelConfig) -> bool:
 def has_drafter(speculative_config: SpeculativeConfig | None) -> bool:
     """Whether vLLM's drafts come from this package."""
     return speculative_config is not None and speculative_config.model == DRAFTER
+
+
+def server_settings(vllm_config: VllmConfig) -> ServerSettings:
+    """What a server's `--additional-config` and `--speculative-config` say."""
+    return ServerSettings.of(vllm_config.additional_config, drafts=has_drafter(vllm_config.speculative_config))
+
+
+def write_blocks() -> None:
+    """Applies patch 4, in the process that has the denoiser."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    # Patch 4: a row's sampled token becomes the block that the denoiser writes. What follows, from stops to the next
+    # step's input, takes any number of tokens, as speculative decoding needs it.
+    _wrap(GPUModelRunner, "_sample", _sample)
 
 
 def pass_requests_to_drafter() -> None:
@@ -94,20 +110,21 @@ def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
     setattr(owner, name, wrapped)
 
 
-def _verify(
-    original: Callable[..., None],
-    params: SamplingParams,
-    model_config: ModelConfig,
-    speculative_config: SpeculativeConfig | None,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    if is_two_tower(model_config):
+def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    config = processor.vllm_config
+    if is_two_tower(config.model_config) and isinstance(params, SamplingParams):
         try:
-            ServerSettings().mode_of(params.extra_args, drafts=has_drafter(speculative_config))
+            if server_settings(config).mode_of(params.extra_args) == DIFFUSION:
+                diffusion_params(params, params.max_tokens or config.model_config.max_model_len)
         except SettingError as error:
             raise VLLMValidationError(str(error)) from error
-    original(params, model_config, speculative_config, *args, **kwargs)
+    return original(processor, params, *args, **kwargs)
+
+
+def _sample(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    output = original(runner, *args, **kwargs)
+    denoiser = getattr(runner.get_model(), "denoiser", None)
+    return output if denoiser is None else denoiser.write(runner, output)
 
 
 def _propose(original: Callable[..., Any], runner: Any, scheduled: Any, sampled: Any, *args: Any, **kwargs: Any) -> Any:

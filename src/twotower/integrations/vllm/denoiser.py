@@ -1,0 +1,119 @@
+"""The denoiser beside vLLM's context tower: its weights, and the blocks that it writes."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+from twotower.backends.choose import pack_denoiser_
+from twotower.checkpoints.hf.generation_file import read_config, read_sampling_defaults
+from twotower.checkpoints.hf.hub import resolve
+from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
+from twotower.decoding.step import Request
+from twotower.integrations.vllm.blocks import fill_blocks, put_blocks, put_logprobs
+from twotower.integrations.vllm.diffusion_params import diffusion_params, seed_of
+from twotower.integrations.vllm.seeding import CacheReader
+from twotower.integrations.vllm.settings import DIFFUSION, ServerSettings
+from twotower.model.two_tower import TwoTower
+
+_OURS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
+
+
+class Denoiser:
+    """Our denoiser with the weights of the checkpoint that vLLM has opened.
+
+    It owns no cache: a block reads the context tower's keys and states from vLLM's. Not a module, so that vLLM treats
+    none of its parameters as one of its own model's. Raises ValueError for a server that it can't run in.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, settings: ServerSettings) -> None:
+        _check_server(vllm_config)
+        self._settings = settings
+        self._longest = vllm_config.model_config.max_model_len
+        folder = resolve(vllm_config.model_config.model)
+        device = current_platform.device_type
+        self.model = TwoTower(
+            read_config(folder), dtype=vllm_config.model_config.dtype, context_device="meta", denoiser_device=device
+        ).eval()
+        self.model.tokenizer = load_tokenizer(folder, self.model.config.vocab_size)
+        self.model.sampling = read_sampling_defaults(folder)
+        self._reader: CacheReader | None = None
+
+    def take(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Takes the denoiser's tensors out of a checkpoint's, and gives the others on. Raises ValueError at the end for
+        a checkpoint that lacks some."""
+        missing = {name: t for name, t in self.model.released_tensors().items() if name.startswith(_OURS)}
+        for name, tensor in weights:
+            if name in missing:
+                missing.pop(name).copy_(tensor)
+            else:
+                yield name, tensor
+        if missing:
+            raise ValueError(
+                f"the checkpoint has no denoiser: it lacks {sorted(missing)[:3]}; start vLLM without "
+                '"denoiser": true in --additional-config'
+            )
+        pack_denoiser_(self.model)
+
+    def write(self, runner: Any, output: Any) -> Any:
+        """vLLM's sampler output with a block in the place of the token of each row in mode `diffusion`."""
+        batch = runner.input_batch
+        requests = [runner.requests[name] for name in batch.req_ids]
+        # A row that is still in its prompt samples nothing
+        rows = [
+            row
+            for row, request in enumerate(requests)
+            if not runner.discard_request_mask.np[row] and self._writes_blocks(request)
+        ]
+        if not rows:
+            return output
+        if self._reader is None:
+            self._reader = CacheReader(runner, self.model.config)
+        with torch.inference_mode():
+            context = self._reader.state(rows, [int(batch.num_tokens_no_spec[row]) for row in rows])
+            filled = fill_blocks(self.model, tuple(self._request(requests[row]) for row in rows), context)
+        blocks = {row: [t.id for t in f.tokens] for row, f in zip(rows, filled, strict=True)}
+        before = output.sampled_token_ids
+        table = put_blocks(before, blocks)
+        wide = put_logprobs(output.logprobs_tensors, before.shape[0], before.shape[1], table.shape[1])
+        return dataclasses.replace(output, sampled_token_ids=table, logprobs_tensors=wide)
+
+    def _writes_blocks(self, request: CachedRequestState) -> bool:
+        params = request.sampling_params
+        return params is not None and self._settings.mode_of(params.extra_args) == DIFFUSION
+
+    def _request(self, request: CachedRequestState) -> Request:
+        params, prompt = request.sampling_params, request.prompt_token_ids
+        assert params is not None
+        assert prompt is not None
+        room = self._longest - len(prompt)
+        most = room if params.max_tokens is None else min(params.max_tokens, room)
+        ours = diffusion_params(params, most).settled(self.model.config.block_size, self.model.sampling)
+        return Request(tuple(prompt), ours, seed_of(ours, request.req_id), tuple(request.output_token_ids))
+
+
+def _check_server(vllm_config: VllmConfig) -> None:
+    """Raises ValueError for what the denoiser can't run with, with what to start vLLM with instead."""
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    problems: Sequence[tuple[bool, str]] = (
+        (parallel.tensor_parallel_size > 1, "--tensor-parallel-size 1: the denoiser is not divided"),
+        (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size 1: the denoiser is not divided"),
+        (
+            vllm_config.use_v2_model_runner,
+            "VLLM_USE_V2_MODEL_RUNNER=0 in the environment: the first runner writes blocks",
+        ),
+        (vllm_config.scheduler_config.async_scheduling, "--no-async-scheduling: a step gives a whole block"),
+        (cache.cache_dtype.startswith("fp8"), "--kv-cache-dtype auto: the denoiser reads the cache"),
+        (cache.mamba_cache_mode == "all", "--mamba-cache-mode align: the denoiser reads the newest state"),
+        (vllm_config.quant_config is not None, "a checkpoint that is not quantised"),
+    )
+    for found, needed in problems:
+        if found:
+            raise ValueError(f"the denoiser needs {needed}")
+    if vllm_config.model_config.is_hybrid and vllm_config.speculative_config is not None:
+        raise ValueError("the denoiser needs no --speculative-config beside recurrent states: it reads the newest ones")

@@ -1,0 +1,83 @@
+"""A request of mode `diffusion`: vLLM's sampling parameters and `vllm_xargs` as our own settings."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from twotower.decoding.params import SamplingParams
+from twotower.errors import SettingError
+
+# What `vllm_xargs` may say of blocks
+BLOCK_SETTINGS = ("block_size", "steps_per_block", "confidence_threshold", "commit_rule", "entropy_bound")
+# What else may stand there: our mode, and what vLLM itself reads
+_OTHERS = frozenset(("mode", "session_id", "kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"))
+# vLLM's parameters that blocks can't follow, with the values that mean "not used"
+_UNUSED: dict[str, tuple[Any, ...]] = {
+    "logprobs": (None,),
+    "prompt_logprobs": (None,),
+    "structured_outputs": (None,),
+    "logprob_token_ids": (None, []),
+    "thinking_token_budget": (None,),
+}
+
+
+class VllmParams(Protocol):
+    """The fields of vllm.SamplingParams that are read here."""
+
+    extra_args: Mapping[str, Any] | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    allowed_token_ids: list[int] | None
+    bad_words: list[str] | None
+    seed: int | None
+    stop_token_ids: list[int] | None
+    ignore_eos: bool
+    min_tokens: int
+
+
+def diffusion_params(params: VllmParams, max_new_tokens: int) -> SamplingParams:
+    """Our settings for a request that may write `max_new_tokens`.
+
+    Raises SettingError for a setting that is unknown, out of range, or that `diffusion` doesn't have here.
+    """
+    extra = params.extra_args or {}
+    unknown = sorted(set(extra) - set(BLOCK_SETTINGS) - _OTHERS)
+    if unknown:
+        raise SettingError("vllm_xargs", unknown[0], f"of mode, {', '.join(BLOCK_SETTINGS)} with mode 'diffusion'")
+    for name, unused in _UNUSED.items():
+        value = getattr(params, name, None)
+        if value not in unused:
+            raise SettingError(name, value, "left out with mode 'diffusion'", "'ar' and 'verified' have it")
+    return SamplingParams(
+        mode="diffusion",
+        max_new_tokens=max_new_tokens,
+        temperature=params.temperature,
+        # 0 and -1 are how vLLM writes "all"
+        top_k=params.top_k if params.top_k > 0 else None,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=dict(params.logit_bias or {}),
+        allowed_token_ids=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
+        bad_words=tuple(params.bad_words or ()),
+        seed=params.seed,
+        stop_token_ids=tuple(params.stop_token_ids or ()),
+        ignore_eos=params.ignore_eos,
+        min_tokens=min(params.min_tokens, max_new_tokens),
+        **{name: extra[name] for name in BLOCK_SETTINGS if name in extra},
+    )
+
+
+def seed_of(params: SamplingParams, request_id: str) -> int:
+    """The request's seed, the same for each of its blocks; without one, a number that vLLM's id for it decides."""
+    if params.seed is not None:
+        return params.seed
+    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8]) >> 1

@@ -1,0 +1,78 @@
+"""vLLM's sampling parameters as settings of `diffusion`, without vLLM."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from twotower import SamplingParams
+from twotower.errors import SettingError
+from twotower.integrations.vllm.diffusion_params import diffusion_params, seed_of
+
+USUAL = {
+    "extra_args": None,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": None,
+    "seed": None,
+    "stop_token_ids": [],
+    "ignore_eos": False,
+    "min_tokens": 0,
+    "logprobs": None,
+    "prompt_logprobs": None,
+    "structured_outputs": None,
+}
+
+
+def given(**changes):
+    return SimpleNamespace(**USUAL | changes)
+
+
+def test_what_vllm_sets_by_itself_changes_nothing() -> None:
+    found = diffusion_params(given(), 20)
+    assert found == SamplingParams(
+        max_new_tokens=20, temperature=1.0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, logit_bias={}
+    )
+
+
+def test_every_setting_arrives() -> None:
+    extra = {"mode": "diffusion", "block_size": 8, "steps_per_block": 4, "confidence_threshold": 0.5, "session_id": "a"}
+    found = diffusion_params(
+        given(
+            extra_args=extra, top_k=5, seed=3, stop_token_ids=[4], logit_bias={7: 2.0}, bad_words=["x"], min_tokens=30
+        ),
+        20,
+    )
+    assert (found.block_size, found.steps_per_block, found.confidence_threshold) == (8, 4, 0.5)
+    assert (found.top_k, found.seed, found.stop_token_ids, found.bad_words) == (5, 3, (4,), ("x",))
+    assert dict(found.logit_bias) == {7: 2.0}
+    assert found.min_tokens == 20  # of 20 that may be written
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"extra_args": {"target_retention": 0.9}}, "vllm_xargs is 'target_retention', must be of mode, block_size"),
+        ({"extra_args": {"block_size": 0}}, "block_size is 0"),
+        ({"extra_args": {"commit_rule": "entropy", "entropy_bound": 1.0}}, "entropy_bound"),
+        ({"structured_outputs": object()}, "structured_outputs is .* must be left out with mode 'diffusion'"),
+        ({"logprobs": 0}, "logprobs is 0, must be left out"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs is 1, must be left out"),
+    ],
+)
+def test_what_blocks_dont_have_is_refused(changes, words) -> None:
+    with pytest.raises(SettingError, match=words):
+        diffusion_params(given(**changes), 20)
+
+
+def test_a_request_has_one_seed_for_all_its_blocks() -> None:
+    none, three = SamplingParams(), SamplingParams(seed=3)
+    assert seed_of(three, "a") == 3
+    assert seed_of(none, "a") == seed_of(none, "a") != seed_of(none, "b")
+    assert 0 <= seed_of(none, "a") < 2**63
