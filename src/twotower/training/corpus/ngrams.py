@@ -77,7 +77,7 @@ def count_ngrams(corpus: Corpus, vocab_size: int, config: NgramConfig) -> NgramT
                 low = middle
             else:
                 high = middle
-        kept = _select(levels, ids, high)
+        kept = _filled(_select(levels, ids, high), _select(levels, ids, low), most)
     return _table(levels, kept, ids, config.order, vocab_size, dtype)
 
 
@@ -126,6 +126,19 @@ def _select(levels: list[_Level], ids: Positions, least: float) -> list[NDArray[
         predicted[positions[chosen >= 0]] = chosen[chosen >= 0]
         kept.append(keep)
     return kept
+
+
+def _filled(kept: list[NDArray[np.bool_]], wanted: list[NDArray[np.bool_]], most: int) -> list[NDArray[np.bool_]]:
+    """`kept`, and of what is wanted beside it as much as there is room for, short contexts first: they come again sooner.
+    Most contexts were met once, and all of these gain the same."""
+    room = most - sum(int(keep.sum()) for keep in kept)
+    filled = []
+    for keep, more in zip(kept, wanted, strict=True):
+        added = np.flatnonzero(more & ~keep)[:room]
+        room -= len(added)
+        filled.append(keep.copy())
+        filled[-1][added] = True
+    return filled
 
 
 def _table(
