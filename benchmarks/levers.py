@@ -74,10 +74,10 @@ LEVERS = {
 }
 
 
-def settings_of(name: str) -> DenoisingConfig:
+def settings_of(name: str, a: argparse.Namespace) -> DenoisingConfig:
     """A variant's settings."""
     chosen: dict[str, Any] = {key: parse_shares(text) for key, text in LEVERS[name].settings.items()}
-    return DenoisingConfig(**chosen)
+    return DenoisingConfig(grid=a.grid, full_mask_fraction=a.full_mask_fraction, **chosen)
 
 
 class Exam(NamedTuple):
@@ -143,7 +143,7 @@ def run(a: argparse.Namespace, corpus: Corpus, held: Corpus, exam: Exam, name: s
         bf16=True,
         seed=seed,
     )
-    objective = Denoising(model, settings_of(name))
+    objective = Denoising(model, settings_of(name, a))
     with tempfile.TemporaryDirectory() as folder:
         Trainer(objective, corpus, config, Path(folder) / "run").run(lambda report: None)
         measured = objective.measure(held.batch(range(min(16, len(held))), 0), 0, torch.device("cpu"))["elbo"]
@@ -160,6 +160,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--grid", default=DenoisingConfig.grid, help="where blocks begin, as `twotower train` has it")
+    parser.add_argument("--full-mask-fraction", type=float, default=DenoisingConfig.full_mask_fraction)
     parser.add_argument("--threshold", type=float, default=0.9, help="γ of `diffusion`")
     parser.add_argument("--stop", action="append", default=[], help="a text that ends an answer beside its end token")
     parser.add_argument("--questions", type=int, default=128)
@@ -178,7 +180,17 @@ def main() -> None:
     exam = Exam(asked, a.threshold, tuple(a.stop))
     exam = exam._replace(ar_right=right(start, decoded(start, exam, "ar"), exam))
     chosen = {
-        name: getattr(a, name) for name in ("steps", "batch_size", "learning_rate", "threshold", "questions", "stop")
+        name: getattr(a, name)
+        for name in (
+            "steps",
+            "batch_size",
+            "learning_rate",
+            "grid",
+            "full_mask_fraction",
+            "threshold",
+            "questions",
+            "stop",
+        )
     }
     data = {"start": resolve(a.start), "corpus": a.corpus, "held_out": a.held_out}
     wanted = chosen | {f"{name}_sha256": fingerprint(folder) for name, folder in data.items()}
