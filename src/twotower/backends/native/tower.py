@@ -91,6 +91,7 @@ class NativeTower:
         self.weights = weights
         self.norm = norm
         self.shape = _shape(config, weights)
+        self._last_norm = _norm(norm)
         self.layers = (structure("LayerWeights") * len(weights))(*map(_layer_weights, weights))
         self._watched = [_WatchedLayer.of(layer) for layer in self.stack]
         self._hooks = [hooks for watched in self._watched for hooks in watched.hooks]
@@ -112,10 +113,9 @@ class NativeTower:
         c, state, x = self.config, inputs.state, inputs.x
         b, s, _ = x.shape
         before, memory = self._memory(state, inputs.past)
-        sizes = _saved_widths(c)
-        saved = [x.new_empty(len(before), b, s, width) for width in sizes]
+        saved = [x.new_empty(len(before), b, s, width) for width in _saved_widths(c)] if before else [x, x, x]
         # A block's end state waits until it is known how much of the block stays.
-        cuts = () if 1 < s <= CHUNK and not marks else (*marks, s)
+        cuts = () if not before or (1 < s <= CHUNK and not marks) else (*marks, s)
         ends = x.new_empty(len(cuts), len(before), b, c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_size)
         hidden = self._run(
             inputs,
@@ -174,7 +174,7 @@ class NativeTower:
         hidden = torch.empty_like(x)
         tensors = dict(zip(("projected", "convolved", "steps"), saved, strict=True), x=x, hidden=hidden)
         table = (structure("Positioning") * len(positioning))(*map(_positioning, positioning))
-        more |= {"norm": _norm(self.norm), "positioning": ctypes.addressof(table)}
+        more |= {"norm": self._last_norm, "positioning": ctypes.addressof(table)}
         if past.keys:
             batch, head, token, _ = past.keys[0].stride()
             more |= {"key_batch": batch, "key_head": head, "key_token": token, "page_size": past.keys[0].shape[2]}
@@ -208,10 +208,10 @@ class NativeReplay(NamedTuple):
 
     def marked(self, mark: int) -> tuple[MambaState, ...]:
         """The states after `mark` tokens, of those that were asked for."""
-        return self._states(torch.full(self.saved[0].shape[1:2], mark), self.ends[mark])
+        return self._states(torch.full(self.saved[0].shape[1:2], mark), self.ends[mark]) if self.before else ()
 
     def _states(self, counts: Tensor | None, ssm: Tensor | None) -> tuple[MambaState, ...]:
-        if not self.before:
+        if not self.before:  # a model without recurrent layers, whose pass kept nothing
             return ()
         _, b, s, _ = self.saved[0].shape
         num, (conv, state), known = len(self.before), self.before[0], ssm is not None
