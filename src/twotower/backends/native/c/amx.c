@@ -47,18 +47,28 @@ static void pad_pairs(const uint16_t *panel, long k, uint16_t *to) {
         for (long j = 0; j < NR; j++) to[pairs * 2 * NR + 2 * j] = from[pairs * 2 * NR + j];
 }
 
-/* Sums of `height` rows from buffer (height, NR) to their places */
-static void leave(const Weight *w, long panel, const float *sums, float *const *y, long height, const float *bias,
+/* Sums of `height` rows from a buffer (height, NR) to their places */
+INLINE void leave(const Weight *w, long panel, const float *sums, float *const *y, long height, const float *bias,
                   int squared_relu) {
     const long first = panel * NR, n = w->outputs - first < NR ? w->outputs - first : NR;
+    vf low = {0}, high = {0};
+    if (bias) {
+        low = load_part(bias + first, n < VL ? n : VL);
+        if (n > VL) high = load_part(bias + first + VL, n - VL);
+    }
     for (long m = 0; m < height; m++) {
-        float out[NR];
-        memcpy(out, sums + m * NR, sizeof out);
-        if (bias)
-            for (long i = 0; i < n; i++) out[i] += bias[first + i];
-        if (squared_relu)
-            for (long i = 0; i < NR; i++) out[i] = out[i] > 0 ? out[i] * out[i] : 0;
-        memcpy(y[m] + first, out, n * sizeof(float));
+        float *to = y[m] + first;
+        vf left = load(sums + m * NR), right = load(sums + m * NR + VL);
+        if (bias) {
+            left += low;
+            right += high;
+        }
+        if (squared_relu) {
+            left = vrelu2(left);
+            right = vrelu2(right);
+        }
+        store_part(to, left, n < VL ? n : VL);
+        if (n > VL) store_part(to + VL, right, n - VL);
     }
 }
 
