@@ -5,9 +5,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define PAIRS 16 /* of inputs in a tile, 64 bytes of a row */
-#define TILE 16  /* rows of a tile at most, and outputs */
-
 #define ASK_FOR_STATE 0x1023 /* ARCH_REQ_XCOMP_PERM */
 #define TILE_DATA 18         /* XFEATURE_XTILEDATA */
 
@@ -19,22 +16,6 @@ int has_tiles(void) {
         atomic_store(&known, answer);
     }
     return answer == 2;
-}
-
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} TileConfig;
-
-/* Tiles 0 to 3 hold sums and 4 and 5 rows of the caller's, `height` of each; 6 and 7 hold 16 pairs of inputs of 16 outputs. */
-static void configure(long height) {
-    TileConfig config = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) {
-        config.row_bytes[tile] = 64;
-        config.rows[tile] = tile < 6 ? (uint8_t)height : PAIRS;
-    }
-    _tile_loadconfig(&config);
 }
 
 /* The last pairs of a panel, fewer than a tile has, padded with zeros: 16 rows of NR outputs */
@@ -166,7 +147,7 @@ INLINE void lone_row(const Weight *w, long panel, int num, const uint16_t *row, 
                      int squared_relu) {
     const long k = w->inputs, pairs = (k + 1) / 2;
     const uint16_t *p[4];
-    const char *ahead = (const char *)panel_of(w, panel) + AHEAD;
+    const char *ahead = (const char *)panel_of(w, panel) + BYTES_AHEAD;
     __m512 sums[4][2];
 #pragma GCC unroll 4
     for (int j = 0; j < num; j++) {

@@ -9,6 +9,27 @@
 #define AMX 0
 #endif
 
+#if AMX
+#define PAIRS 16 /* of inputs in a tile, 64 bytes of a row */
+#define TILE 16  /* rows of a tile at most, and outputs */
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} TileConfig;
+
+/* Tiles 0 to 3 hold sums and 4 and 5 rows of the caller's, `height` of each; 6 and 7 hold 16 pairs of inputs of 16 outputs. */
+INLINE void configure(long height) {
+    TileConfig config = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) {
+        config.row_bytes[tile] = 64;
+        config.rows[tile] = tile < 6 ? (uint8_t)height : PAIRS;
+    }
+    _tile_loadconfig(&config);
+}
+#endif
+
 /* Whether this process may use tiles. The system has to be asked once; it says no in some sandboxes. The same answer always:
  * tiles add in an order of their own, so that every product of a process goes through them or none does. */
 int has_tiles(void);
@@ -17,3 +38,7 @@ int has_tiles(void);
  * of ROW_STEP. Each row's sums go to `y[m] + panel * NR` through `leave`. */
 void amx_panels(const Weight *w, long from, long to, const void *rows, long stride, float *const *y, long r, const float *bias,
                 int squared_relu);
+
+/* As score_pairs and mix_pairs of pairs.h */
+void amx_scores(const int32_t *query, long width, long lanes, const void *const *key, long n, long p, float *scores, long step);
+void amx_mix(const float *weights, long step, long lanes, const void *const *value, long n, long p, float *out, long out_step);

@@ -219,7 +219,7 @@ void panels(const Weight *w, long from, long to, const void *const *rows, float 
          * fetching of the next panel. A lone tile fetches what it will read itself: the CPU's own prefetching stops at
          * every page. */
         const long per_input = NR * (w->bf16 ? 2 : 4);
-        Ahead ahead = {(const char *)panel_at(w, panel) + AHEAD, per_input};
+        Ahead ahead = {(const char *)panel_at(w, panel) + BYTES_AHEAD, per_input};
         if (tiles > 1) ahead = (Ahead){panel_at(w, panel + (panel + 1 < to)), per_input / tiles};
         for (long m = 0; m < r; m += height) {
             const long left = r - m < height ? r - m : height;

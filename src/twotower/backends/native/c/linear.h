@@ -19,7 +19,7 @@ INLINE long num_panels(const Weight *w) { return (w->outputs + NR - 1) / NR; }
 /* Few rows take several panels at once, or too few sums would be under way to hide the latency of each. */
 #define PANELS_AT_ONCE(r) ((r) == 1 ? 4 : (r) < 4 ? 2 : 1)
 
-#define AHEAD 16384 /* how many bytes ahead of its reading a lone tile prefetches */
+#define BYTES_AHEAD 16384 /* how many bytes ahead of its reading a lone tile prefetches */
 #define ROW_STEP 32 /* values that a rounded row is a multiple of: a matrix tile's */
 
 /* Rows of k floats as panels() reads them beside a weight: themselves, or beside bf16 where the CPU multiplies it, copies

@@ -1,26 +1,10 @@
 /* A tile's two products straight from the rows of a bf16 cache, on CPUs that multiply bf16 by pairs. Each sum adds the pairs
  * of a row, or those of places, in order, one lane's whatever the other lanes: as the products of linear.h do.
  */
+#include "amx.h"
 #include "pairs.h"
 
 #if BF16_PAIRS
-
-/* Words [first, first + VL) of NR keys as columns, zeros behind a row's p values */
-INLINE void turn_keys(const void *const *key, long first, long p, float columns[VL][NR]) {
-    const long left = p - 2 * first;
-    const __mmask32 inside = left < 2 * VL ? ((uint32_t)1 << left) - 1 : ~(uint32_t)0;
-    for (long j = 0; j < NR; j += VL) {
-        vf rows[VL];
-#pragma GCC unroll 16
-        for (int k = 0; k < VL; k++) {
-            fetch(key[j + k + AHEAD], 4 * first);
-            rows[k] = (vf)_mm512_maskz_loadu_epi16(inside, (const char *)key[j + k] + 4 * first);
-        }
-        transpose(rows);
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; i++) store(columns[i] + j, rows[i]);
-    }
-}
 
 /* Adds to the scores of NR keys what those columns give, for `lanes` queries */
 INLINE void add_columns(float columns[VL][NR], const int32_t *query, long width, int begins, int lanes, float *scores,
@@ -49,6 +33,10 @@ INLINE void add_columns(float columns[VL][NR], const int32_t *query, long width,
 
 void score_pairs(const int32_t *query, long width, long lanes, const void *const *key, long n, long p, float *scores,
                  long step) {
+    if (AMX && has_tiles()) {
+        amx_scores(query, width, lanes, key, n, p, scores, step);
+        return;
+    }
     float columns[VL][NR];
     for (long j = 0; j < n; j += NR)
         for (long first = 0; 2 * first < p; first += VL) {
@@ -96,22 +84,21 @@ INLINE void mix_some(const float *weights, long step, int lanes, const void *con
             for (int i = 0; i < 2 * units; i++) sum[m][i] = _mm512_dpbf16_ps(sum[m][i], w, v[i]);
         }
     }
-    /* Unpacking goes by quarters of a vector: 0 to 3 and 8 to 11 of the first eight and so on, and the others */
-    const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
 #pragma GCC unroll 6
     for (int m = 0; m < lanes; m++)
 #pragma GCC unroll 2
         for (int i = 0; i < units; i++) {
             const __mmask32 mask = i == units - 1 ? inside : ~(uint32_t)0;
-            float *to = out + m * out_step + first + i * 2 * VL;
-            _mm512_mask_storeu_ps(to, mask, _mm512_permutex2var_ps(sum[m][2 * i], low, sum[m][2 * i + 1]));
-            _mm512_mask_storeu_ps(to + VL, mask >> VL, _mm512_permutex2var_ps(sum[m][2 * i], high, sum[m][2 * i + 1]));
+            store_unpacked(out + m * out_step + first + i * 2 * VL, mask, sum[m][2 * i], sum[m][2 * i + 1]);
         }
 }
 
 void mix_pairs(const float *weights, long step, long lanes, const void *const *value, long n, long p, float *out,
                long out_step) {
+    if (AMX && has_tiles()) {
+        amx_mix(weights, step, lanes, value, n, p, out, out_step);
+        return;
+    }
     for (long first = 0; first < p; first += 4 * VL)
         for (long m = 0; m < lanes; m += 6) {
             const long some = lanes - m < 6 ? lanes - m : 6;

@@ -1,6 +1,6 @@
 /* Attention of queries that see many keys: tiles of them by tiles of KEYS places, each as two products, scores and then a
  * mixture of values. All queries and heads that share a KV head share a tile. Where the CPU multiplies bf16 itself and the
- * cache holds it, the products read keys and values as they lie (pairs.c); otherwise these are packed as weights are, and
+ * cache holds it, the products read keys and values as they lie (pairs.c, in matrix tiles amx_attention.c); otherwise these are packed as weights are, and
  * the products are those of linear.h.
  *
  * Tile t holds places [t KEYS, (t + 1) KEYS), whoever sees them. Of each, a query has the largest score m, the mass

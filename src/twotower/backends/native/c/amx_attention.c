@@ -1,0 +1,110 @@
+/* The two products of a tile of attention in the CPU's matrix tiles, from the rows of a bf16 cache; see pairs.c. */
+#include "amx.h"
+#include "pairs.h"
+
+#if AMX
+
+/* Sums of two tiles of lanes, the second `below` lanes under the first, with two tiles of 16 outputs side by side: `steps`
+ * times 2 PAIRS inputs, of rows `stride` bytes apart and of `packed` (steps, 2, PAIRS, TILE pairs) by `half` and `row` bytes */
+INLINE void four_sums(const char *rows, long stride, long below, const char *packed, long size, long half, long row, long steps) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long i = 0; i < steps; i++) {
+        _tile_loadd(4, rows + i * 64, stride);
+        _tile_loadd(6, packed + i * size, row);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, packed + i * size + half, row);
+        _tile_dpbf16ps(1, 4, 7);
+        if (!below) continue;
+        _tile_loadd(5, rows + below * stride + i * 64, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+/* Lanes are taken in groups of one tile or two, which may overlap: what is computed twice has the same bits twice */
+typedef struct {
+    long groups, group, height, below;
+} Groups;
+
+INLINE Groups groups_of(long lanes) {
+    Groups by = {.groups = (lanes + 2 * TILE - 1) / (2 * TILE)};
+    by.group = (lanes + by.groups - 1) / by.groups;
+    by.height = by.group > TILE ? (by.group + 1) / 2 : by.group;
+    by.below = by.group - by.height;
+    return by;
+}
+
+INLINE long begin_of(const Groups *by, long i, long lanes) { return i < by->groups - 1 ? i * by->group : lanes - by->group; }
+
+void amx_scores(const int32_t *query, long width, long lanes, const void *const *key, long n, long p, float *scores, long step) {
+    const long chunks = (p + 2 * PAIRS - 1) / (2 * PAIRS);
+    float columns[chunks][VL][NR];
+    const Groups by = groups_of(lanes);
+    configure(by.height);
+    for (long j = 0; j < n; j += NR) {
+        for (long i = 0; i < chunks; i++) turn_keys(key + j, i * PAIRS, p, columns[i]);
+        for (long i = 0; i < by.groups; i++) {
+            const long m = begin_of(&by, i, lanes);
+            float *to = scores + m * step + j, *under = to + by.below * step;
+            four_sums((const char *)(query + m * width), width * 4, by.below, (const char *)columns, sizeof columns[0], TILE * 4,
+                      NR * 4, chunks);
+            _tile_stored(0, to, step * 4);
+            _tile_stored(1, to + TILE, step * 4);
+            if (!by.below) continue;
+            _tile_stored(2, under, step * 4);
+            _tile_stored(3, under + TILE, step * 4);
+        }
+    }
+    _tile_release();
+}
+
+/* Values [first, first + 2 TILE) of 2 PAIRS places as pairs of places, see store_unpacked */
+INLINE void pair_values(const void *const *value, long first, __mmask32 inside, __m512i packed[2][PAIRS]) {
+    for (long i = 0; i < PAIRS; i++) {
+        fetch(value[2 * i + AHEAD], 2 * first);
+        fetch(value[2 * i + 1 + AHEAD], 2 * first);
+        const __m512i even = _mm512_maskz_loadu_epi16(inside, (const uint16_t *)value[2 * i] + first);
+        const __m512i odd = _mm512_maskz_loadu_epi16(inside, (const uint16_t *)value[2 * i + 1] + first);
+        packed[0][i] = _mm512_unpacklo_epi16(even, odd);
+        packed[1][i] = _mm512_unpackhi_epi16(even, odd);
+    }
+}
+
+void amx_mix(const float *weights, long step, long lanes, const void *const *value, long n, long p, float *out, long out_step) {
+    const long steps = n / (2 * PAIRS);
+    __m512i packed[steps][2][PAIRS];
+    float sums[4][TILE][TILE];
+    const Groups by = groups_of(lanes);
+    configure(by.height);
+    for (long first = 0; first < p; first += 2 * TILE) {
+        const long left = p - first;
+        const __mmask32 inside = left < 2 * TILE ? ((uint32_t)1 << left) - 1 : ~(uint32_t)0;
+        for (long i = 0; i < steps; i++) pair_values(value + i * 2 * PAIRS, first, inside, packed[i]);
+        for (long i = 0; i < by.groups; i++) {
+            const long m = begin_of(&by, i, lanes);
+            four_sums((const char *)(weights + m * step), step * 4, by.below, (const char *)packed, sizeof packed[0],
+                      sizeof packed[0][0], 64, steps);
+            _tile_stored(0, sums[0], TILE * 4);
+            _tile_stored(1, sums[1], TILE * 4);
+            _tile_stored(2, sums[2], TILE * 4);
+            _tile_stored(3, sums[3], TILE * 4);
+            for (long half = 0; half < 4; half += 2)
+                for (long k = 0; k < by.height && (!half || by.below); k++)
+                    store_unpacked(out + (m + (half ? by.below : 0) + k) * out_step + first, inside,
+                                   _mm512_loadu_ps(sums[half][k]), _mm512_loadu_ps(sums[half + 1][k]));
+        }
+    }
+    _tile_release();
+}
+#else
+void amx_scores(const int32_t *query, long width, long lanes, const void *const *key, long n, long p, float *scores, long step) {
+    (void)query, (void)width, (void)lanes, (void)key, (void)n, (void)p, (void)scores, (void)step;
+}
+
+void amx_mix(const float *weights, long step, long lanes, const void *const *value, long n, long p, float *out, long out_step) {
+    (void)weights, (void)step, (void)lanes, (void)value, (void)n, (void)p, (void)out, (void)out_step;
+}
+#endif
