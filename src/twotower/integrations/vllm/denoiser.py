@@ -15,10 +15,11 @@ from twotower.checkpoints.hf.generation_file import read_config, read_sampling_d
 from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
 from twotower.decoding.step import Request
-from twotower.integrations.vllm.blocks import fill_blocks, put_blocks, put_logprobs
+from twotower.integrations.vllm.blocks import fill_blocks, likeliest_blocks, put_blocks, put_logprobs
 from twotower.integrations.vllm.diffusion_params import diffusion_params, seed_of
 from twotower.integrations.vllm.seeding import CacheReader
 from twotower.integrations.vllm.settings import DIFFUSION, ServerSettings
+from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
 
 _OURS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
@@ -72,16 +73,26 @@ class Denoiser:
         ]
         if not rows:
             return output
-        if self._reader is None:
-            self._reader = CacheReader(runner, self.model.config)
         with torch.inference_mode():
-            context = self._reader.state(rows, [int(batch.num_tokens_no_spec[row]) for row in rows])
+            context = self._context(runner, rows, [int(batch.num_tokens_no_spec[row]) for row in rows])
             filled = fill_blocks(self.model, tuple(self._request(requests[row]) for row in rows), context)
         blocks = {row: [t.id for t in f.tokens] for row, f in zip(rows, filled, strict=True)}
         before = output.sampled_token_ids
         table = put_blocks(before, blocks)
         wide = put_logprobs(output.logprobs_tensors, before.shape[0], before.shape[1], table.shape[1])
         return dataclasses.replace(output, sampled_token_ids=table, logprobs_tensors=wide)
+
+    def draft(self, runner: Any, rows: list[int], newest: list[int], widths: list[int]) -> list[list[int]]:
+        """Drafts for some rows: what the denoiser thinks likeliest in a block of each row's width, behind its newest
+        token, which the context tower hasn't read."""
+        lengths = [int(runner.input_batch.num_tokens_no_spec[row]) - 1 for row in rows]
+        with torch.inference_mode():
+            return likeliest_blocks(self.model, self._context(runner, rows, lengths), newest, widths)
+
+    def _context(self, runner: Any, rows: list[int], lengths: list[int]) -> ContextState:
+        if self._reader is None:
+            self._reader = CacheReader(runner, self.model.config)
+        return self._reader.state(rows, lengths)
 
     def _writes_blocks(self, request: CachedRequestState) -> bool:
         params = request.sampling_params

@@ -19,9 +19,10 @@ from twotower.checkpoints.hf.ngrams_file import NGRAMS_FILE, read_ngrams
 from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
 from twotower.decoding.drafters import draft_sources
 from twotower.decoding.drafting import ngram, prompt_lookup
+from twotower.decoding.drafting.denoiser import next_length
 from twotower.decoding.drafting.written import Written
 from twotower.errors import SettingError
-from twotower.integrations.vllm.settings import VERIFIED
+from twotower.integrations.vllm.settings import DIFFUSION, NEEDED, VERIFIED
 from twotower.model.ngrams import NgramTable
 
 
@@ -32,7 +33,7 @@ class TwoTowerDrafter:
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        from twotower.integrations.vllm.patches import is_two_tower, pass_requests_to_drafter, server_settings
+        from twotower.integrations.vllm.patches import is_two_tower, pass_rows_to_drafter, server_settings
 
         if not is_two_tower(vllm_config.model_config):
             raise ValueError(f"{vllm_config.model_config.model} is no two-tower checkpoint; choose another drafter")
@@ -46,62 +47,68 @@ class TwoTowerDrafter:
         self._longest = vllm_config.model_config.max_model_len
         folder = resolve(vllm_config.model_config.model)
         config = read_config(folder)
-        named = self._settings.drafter or read_sampling_defaults(folder).drafter or "prompt"
+        usual = "denoiser" if self._settings.denoiser else "prompt"
+        named = self._settings.drafter or read_sampling_defaults(folder).drafter or usual
         self._sources = [source.name for source in draft_sources(named)]
-        if "denoiser" in self._sources:
-            raise SettingError("drafter", named, "of ngram and prompt in vLLM", "twotower serve drafts from denoisers")
+        if "denoiser" in self._sources and not self._settings.denoiser:
+            rule = "of ngram and prompt on a server without the denoiser"
+            raise SettingError("drafter", named, rule, NEEDED[DIFFUSION])
+        self._block_size = config.block_size
         self._table: NgramTable | None = None
         if "ngram" in self._sources:
             self._table = read_ngrams(folder, config, load_tokenizer(folder, config.vocab_size))
             if self._table is None:
                 raise SettingError("drafter", named, f"another for a checkpoint without {NGRAMS_FILE}", "try prompt")
         self._written: dict[str, Written] = {}
-        pass_requests_to_drafter()
+        self._widths: dict[str, int] = {}
+        pass_rows_to_drafter()
 
     def load_model(self, model: nn.Module) -> None:
-        """Nothing: these drafters have no weights."""
+        """Nothing: the denoiser is loaded with the model, and other drafters have no weights."""
 
-    def propose(
-        self,
-        sampled_token_ids: Sequence[Sequence[int]],
-        num_tokens: NDArray[np.integer],
-        token_ids: NDArray[np.integer],
-        requests: Sequence[CachedRequestState],
-        **_: Any,
-    ) -> list[list[int]]:
-        """A draft for each row (b), empty for one without; `token_ids` (b, t) has num_tokens (b) of each row, the newly
-        sampled among them."""
+    def propose(self, runner: Any, sampled_token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """A draft for each row (b) of vLLM's model runner, empty for one without, after it has noted what was sampled
+        (b, of each row any number)."""
+        batch = runner.input_batch
+        requests = [runner.requests[name] for name in batch.req_ids]
         self._written = {r.req_id: self._written[r.req_id] for r in requests if r.req_id in self._written}
-        drafts = []
-        for place, request in enumerate(requests):
-            params = request.sampling_params
-            draft: list[int] = []
+        self._widths = {r.req_id: self._widths[r.req_id] for r in requests if r.req_id in self._widths}
+        drafts: list[list[int]] = [[] for _ in requests]
+        asked: dict[int, int] = {}  # rows that the denoiser drafts for, and the width of their block
+        for row, request in enumerate(requests):
+            length = int(batch.num_tokens_no_spec[row])
+            most = self._room(request, length)
             # A row that is still in its prompt has sampled nothing
-            if (
-                params is not None
-                and sampled_token_ids[place]
-                and self._settings.mode_of(params.extra_args) == VERIFIED
-            ):
-                ids = token_ids[place, : num_tokens[place]]
-                # The last token that a pass gives needs no draft
-                left = self._longest if params.max_tokens is None else params.max_tokens - len(request.output_token_ids)
-                most = min(self._most, self._longest - len(ids) - 1, left - 1)
-                draft = self._draft(request.req_id, ids, most)
-                stops = params.all_stop_token_ids
-                end = next((n for n, token in enumerate(draft, 1) if token in stops), len(draft))
-                draft = draft[:end]
-            drafts.append(draft)
-        return drafts
+            if sampled_token_ids[row] and most >= 1:
+                draft = self._continuation(request.req_id, batch.token_ids_cpu[row, :length], most)
+                if draft is None:
+                    asked[row] = self._width(request.req_id, most, len(sampled_token_ids[row]))
+                else:
+                    drafts[row] = draft
+        if asked:
+            newest = [sampled_token_ids[row][-1] for row in asked]
+            proposed = runner.get_model().denoiser.draft(runner, list(asked), newest, list(asked.values()))
+            drafts = [proposed[list(asked).index(row)] if row in asked else draft for row, draft in enumerate(drafts)]
+        return [_ended(draft, request) for draft, request in zip(drafts, requests, strict=True)]
 
-    def _draft(self, request_id: str, ids: NDArray[np.integer], most: int) -> list[int]:
-        """The draft of the first source that has one."""
-        if most < 1:
-            return []
+    def _room(self, request: CachedRequestState, length: int) -> int:
+        """The most tokens that a request's draft may have behind `length` tokens; 0 for one in another mode."""
+        params = request.sampling_params
+        if params is None or self._settings.mode_of(params.extra_args) != VERIFIED:
+            return 0
+        left = self._longest if params.max_tokens is None else params.max_tokens - len(request.output_token_ids)
+        # The last token that a pass gives needs no draft
+        return min(self._most, self._longest - length - 1, left - 1)
+
+    def _continuation(self, request_id: str, ids: NDArray[np.integer], most: int) -> list[int] | None:
+        """The draft of the first source that has one, where it reads the text; None where it is the denoiser."""
         known = self._written.get(request_id)
         # A request that was preempted and came back has the same tokens
         written = Written.of(ids.tolist()) if known is None else known.after(ids[known.length :].tolist())
         self._written[request_id] = written
         for name in self._sources:
+            if name == "denoiser":
+                return None
             if name == "ngram":
                 assert self._table is not None
                 draft = ngram.continuation(self._table, written.ids, most)
@@ -110,3 +117,18 @@ class TwoTowerDrafter:
             if draft:
                 return draft
         return []
+
+    def _width(self, request_id: str, most: int, num_emitted: int) -> int:
+        """The width of the block that the denoiser fills, behind the newest token that is its first, which follows how
+        much was kept lately."""
+        known = self._widths.get(request_id)
+        width = self._block_size if known is None else next_length(known, num_emitted)
+        self._widths[request_id] = min(max(width, 2), most + 1, self._block_size)
+        return self._widths[request_id]
+
+
+def _ended(draft: list[int], request: CachedRequestState) -> list[int]:
+    """A draft up to the first token that ends the text."""
+    stops = set() if request.sampling_params is None else request.sampling_params.all_stop_token_ids
+    end = next((n for n, token in enumerate(draft, 1) if token in stops), len(draft))
+    return draft[:end]

@@ -88,23 +88,24 @@ def write_blocks() -> None:
     _wrap(GPUModelRunner, "_sample", _sample)
 
 
-def pass_requests_to_drafter() -> None:
+def pass_rows_to_drafter() -> None:
     """Applies patch 3, in the process that has the drafter."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    # Patch 3: a class that drafts learns which request each row belongs to; vLLM gives it tokens alone.
+    # Patch 3: a class that drafts learns which request each row belongs to, and where its keys are; vLLM gives it
+    # tokens alone.
     _wrap(GPUModelRunner, "propose_draft_token_ids", _propose)
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    """Has `wrapper(original, self, …)` run in the place of a method, once."""
+def _wrap(owner: object, name: str, wrapper: Callable[..., Any]) -> None:
+    """Has `wrapper(original, …)` run in the place of a method or function, once."""
     original = getattr(owner, name)
     if hasattr(original, "_twotower"):
         return
 
     @functools.wraps(original)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, self, *args, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
 
     wrapped._twotower = True  # type: ignore[attr-defined]
     setattr(owner, name, wrapped)
@@ -130,6 +131,4 @@ def _sample(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any
 def _propose(original: Callable[..., Any], runner: Any, scheduled: Any, sampled: Any, *args: Any, **kwargs: Any) -> Any:
     if not has_drafter(runner.speculative_config):
         return original(runner, scheduled, sampled, *args, **kwargs)
-    batch = runner.input_batch
-    requests = [runner.requests[name] for name in batch.req_ids]
-    return runner.drafter.propose(sampled, batch.num_tokens_no_spec, batch.token_ids_cpu, requests)
+    return runner.drafter.propose(runner, sampled)

@@ -10,7 +10,8 @@ from twotower.errors import SettingError, check_flag
 AR, VERIFIED, DIFFUSION = "ar", "verified", "diffusion"
 # What `--speculative-config` names as its model
 DRAFTER = "twotower.integrations.vllm.drafter.TwoTowerDrafter"
-_NEEDED = {
+# What to start vLLM with for a mode
+NEEDED = {
     VERIFIED: (
         f'''start vLLM with --speculative-config '{{"method": "custom_class", "model": "{DRAFTER}", '''
         """"num_speculative_tokens": 16}\'"""
@@ -50,7 +51,7 @@ class ServerSettings:
                 raise SettingError("drafter", drafter, "a text such as 'ngram'")
             draft_sources(drafter)
             if not drafts:
-                raise SettingError("drafter", drafter, "left out without a drafter in vLLM", _NEEDED[VERIFIED])
+                raise SettingError("drafter", drafter, "left out without a drafter in vLLM", NEEDED[VERIFIED])
         return settings
 
     def mode_of(self, request: Mapping[str, Any] | None) -> str:
@@ -60,5 +61,5 @@ class ServerSettings:
         if mode in there:
             return str(mode)
         if mode in (VERIFIED, DIFFUSION):
-            raise SettingError("mode", mode, f"{' or '.join(there)} on this server", _NEEDED[mode])
+            raise SettingError("mode", mode, f"{' or '.join(there)} on this server", NEEDED[mode])
         raise SettingError("mode", mode, f"one of {', '.join((AR, VERIFIED, DIFFUSION))}", _ELSEWHERE)
