@@ -205,22 +205,19 @@ static void row_panels(const Weight *w, long from, long to, const uint16_t *row,
 
 static void tile_panels(const Weight *w, long from, long to, const void *rows, long stride, float *const *y, long r,
                         const float *bias, int squared_relu) {
-    /* Rows go in groups of one tile or two, all of one height. Groups and tiles may overlap: a row that is computed twice
-     * has the same bits twice. */
-    const long groups = (r + 2 * TILE - 1) / (2 * TILE), group = (r + groups - 1) / groups;
-    const long height = group > TILE ? (group + 1) / 2 : group;
-    configure(height);
+    const Groups by = groups_of(r);
+    configure(by.height);
     for (long panel = from; panel < to;) {
-        const long num = group <= TILE && to - panel > 1 ? 2 : 1;
-        for (long i = 0; i < groups; i++) {
-            const long m = i < groups - 1 ? i * group : r - group;
+        const long num = !by.below && to - panel > 1 ? 2 : 1;
+        for (long i = 0; i < by.groups; i++) {
+            const long m = begin_of(&by, i, r);
             const char *here = (const char *)rows + m * stride;
-            if (group > TILE)
-                two_tiles(w, panel, here, stride, group - height, y + m, height, bias, squared_relu);
+            if (by.below)
+                two_tiles(w, panel, here, stride, by.below, y + m, by.height, bias, squared_relu);
             else if (num == 2)
-                lone_tile(w, panel, 2, here, stride, y + m, height, bias, squared_relu);
+                lone_tile(w, panel, 2, here, stride, y + m, by.height, bias, squared_relu);
             else
-                lone_tile(w, panel, 1, here, stride, y + m, height, bias, squared_relu);
+                lone_tile(w, panel, 1, here, stride, y + m, by.height, bias, squared_relu);
         }
         panel += num;
     }
@@ -229,8 +226,8 @@ static void tile_panels(const Weight *w, long from, long to, const void *rows, l
 
 #define FLUSH 0x8040 /* denormals are zeros, as operands and as results: tiles know no other way */
 
-void amx_panels(const Weight *w, long from, long to, const void *rows, long stride, float *const *y, long r, const float *bias,
-                int squared_relu) {
+void amx_panels(const Weight *w, long from, long to, const void *rows, long stride, float *const *y, long r,
+                const float *bias, int squared_relu) {
     const unsigned before = _mm_getcsr();
     _mm_setcsr(before | FLUSH);
     if (r == 1)
@@ -242,8 +239,8 @@ void amx_panels(const Weight *w, long from, long to, const void *rows, long stri
 #else
 int has_tiles(void) { return 0; }
 
-void amx_panels(const Weight *w, long from, long to, const void *rows, long stride, float *const *y, long r, const float *bias,
-                int squared_relu) {
+void amx_panels(const Weight *w, long from, long to, const void *rows, long stride, float *const *y, long r,
+                const float *bias, int squared_relu) {
     (void)w, (void)from, (void)to, (void)rows, (void)stride, (void)y, (void)r, (void)bias, (void)squared_relu;
 }
 #endif

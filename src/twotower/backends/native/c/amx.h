@@ -1,5 +1,6 @@
-/* Products of rows of bf16 with a packed weight in the CPU's own matrix tiles (AMX): 16 rows at once, so that a block of 16
- * tokens costs hardly more than one token where reading the weight is what takes time. */
+/* Products in the CPU's own matrix tiles (AMX): of rows of bf16 with a packed weight (amx.c), and attention's with the rows
+ * of a cache (amx_attention.c). A tile has 16 rows, so that a block of 16 tokens costs hardly more than one token where
+ * reading the weight is what takes time. */
 #pragma once
 #include "linear.h"
 
@@ -19,7 +20,7 @@ typedef struct {
     uint8_t rows[16];
 } TileConfig;
 
-/* Tiles 0 to 3 hold sums and 4 and 5 rows of the caller's, `height` of each; 6 and 7 hold 16 pairs of inputs of 16 outputs. */
+/* Tiles 0 to 3 hold sums and 4 and 5 rows of the caller's, `height` of each; 6 and 7 16 pairs of inputs of 16 outputs. */
 INLINE void configure(long height) {
     TileConfig config = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) {
@@ -28,17 +29,35 @@ INLINE void configure(long height) {
     }
     _tile_loadconfig(&config);
 }
+
+/* Rows go in groups of one tile or two, all of one height. Groups and tiles may overlap: a row that is computed twice has the
+ * same bits twice. The second tile of a group lies `below` rows under the first; 0 where there is none. */
+typedef struct {
+    long groups, group, height, below;
+} Groups;
+
+INLINE Groups groups_of(long rows) {
+    Groups by = {.groups = (rows + 2 * TILE - 1) / (2 * TILE)};
+    by.group = (rows + by.groups - 1) / by.groups;
+    by.height = by.group > TILE ? (by.group + 1) / 2 : by.group;
+    by.below = by.group - by.height;
+    return by;
+}
+
+INLINE long begin_of(const Groups *by, long i, long rows) { return i < by->groups - 1 ? i * by->group : rows - by->group; }
 #endif
 
 /* Whether this process may use tiles. The system has to be asked once; it says no in some sandboxes. The same answer always:
  * tiles add in an order of their own, so that every product of a process goes through them or none does. */
 int has_tiles(void);
 
-/* Products of panels [from, to) for r prepared rows, which lie `stride` bytes apart and are padded with zeros to a multiple
- * of ROW_STEP. Each row's sums go to `y[m] + panel * NR` through `leave`. */
-void amx_panels(const Weight *w, long from, long to, const void *rows, long stride, float *const *y, long r, const float *bias,
-                int squared_relu);
+/* panels() of linear.h for r prepared rows, which lie `stride` bytes apart and are padded with zeros to a multiple of
+ * ROW_STEP */
+void amx_panels(const Weight *w, long from, long to, const void *rows, long stride, float *const *y, long r,
+                const float *bias, int squared_relu);
 
 /* As score_pairs and mix_pairs of pairs.h */
-void amx_scores(const int32_t *query, long width, long lanes, const void *const *key, long n, long p, float *scores, long step);
-void amx_mix(const float *weights, long step, long lanes, const void *const *value, long n, long p, float *out, long out_step);
+void amx_scores(const int32_t *query, long width, long lanes, const void *const *key, long n, long p, float *scores,
+                long step);
+void amx_mix(const float *weights, long step, long lanes, const void *const *value, long n, long p, float *out,
+             long out_step);

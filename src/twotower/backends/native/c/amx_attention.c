@@ -4,9 +4,11 @@
 
 #if AMX
 
-/* Sums of two tiles of lanes, the second `below` lanes under the first, with two tiles of 16 outputs side by side: `steps`
- * times 2 PAIRS inputs, of rows `stride` bytes apart and of `packed` (steps, 2, PAIRS, TILE pairs) by `half` and `row` bytes */
-INLINE void four_sums(const char *rows, long stride, long below, const char *packed, long size, long half, long row, long steps) {
+/* To tiles 0 to 3: products of one tile of lanes, or of two, the second `below` lanes under the first, with 2 TILE outputs.
+ * A lane is a row of steps · 2 PAIRS values, `stride` bytes from the next. `packed` (steps, 2, PAIRS, TILE) has pairs of
+ * values; its steps are `size` bytes apart, its halves `half` and the pairs of inputs `row`. */
+INLINE void four_sums(const char *rows, long stride, long below, const char *packed, long size, long half, long row,
+                      long steps) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -24,22 +26,8 @@ INLINE void four_sums(const char *rows, long stride, long below, const char *pac
     }
 }
 
-/* Lanes are taken in groups of one tile or two, which may overlap: what is computed twice has the same bits twice */
-typedef struct {
-    long groups, group, height, below;
-} Groups;
-
-INLINE Groups groups_of(long lanes) {
-    Groups by = {.groups = (lanes + 2 * TILE - 1) / (2 * TILE)};
-    by.group = (lanes + by.groups - 1) / by.groups;
-    by.height = by.group > TILE ? (by.group + 1) / 2 : by.group;
-    by.below = by.group - by.height;
-    return by;
-}
-
-INLINE long begin_of(const Groups *by, long i, long lanes) { return i < by->groups - 1 ? i * by->group : lanes - by->group; }
-
-void amx_scores(const int32_t *query, long width, long lanes, const void *const *key, long n, long p, float *scores, long step) {
+void amx_scores(const int32_t *query, long width, long lanes, const void *const *key, long n, long p, float *scores,
+                long step) {
     const long chunks = (p + 2 * PAIRS - 1) / (2 * PAIRS);
     float columns[chunks][VL][NR];
     const Groups by = groups_of(lanes);
@@ -49,8 +37,8 @@ void amx_scores(const int32_t *query, long width, long lanes, const void *const 
         for (long i = 0; i < by.groups; i++) {
             const long m = begin_of(&by, i, lanes);
             float *to = scores + m * step + j, *under = to + by.below * step;
-            four_sums((const char *)(query + m * width), width * 4, by.below, (const char *)columns, sizeof columns[0], TILE * 4,
-                      NR * 4, chunks);
+            four_sums((const char *)(query + m * width), width * 4, by.below, (const char *)columns, sizeof columns[0],
+                      TILE * 4, NR * 4, chunks);
             _tile_stored(0, to, step * 4);
             _tile_stored(1, to + TILE, step * 4);
             if (!by.below) continue;
@@ -73,7 +61,8 @@ INLINE void pair_values(const void *const *value, long first, __mmask32 inside, 
     }
 }
 
-void amx_mix(const float *weights, long step, long lanes, const void *const *value, long n, long p, float *out, long out_step) {
+void amx_mix(const float *weights, long step, long lanes, const void *const *value, long n, long p, float *out,
+             long out_step) {
     const long steps = n / (2 * PAIRS);
     __m512i packed[steps][2][PAIRS];
     float sums[4][TILE][TILE];
@@ -100,11 +89,13 @@ void amx_mix(const float *weights, long step, long lanes, const void *const *val
     _tile_release();
 }
 #else
-void amx_scores(const int32_t *query, long width, long lanes, const void *const *key, long n, long p, float *scores, long step) {
+void amx_scores(const int32_t *query, long width, long lanes, const void *const *key, long n, long p, float *scores,
+                long step) {
     (void)query, (void)width, (void)lanes, (void)key, (void)n, (void)p, (void)scores, (void)step;
 }
 
-void amx_mix(const float *weights, long step, long lanes, const void *const *value, long n, long p, float *out, long out_step) {
+void amx_mix(const float *weights, long step, long lanes, const void *const *value, long n, long p, float *out,
+             long out_step) {
     (void)weights, (void)step, (void)lanes, (void)value, (void)n, (void)p, (void)out, (void)out_step;
 }
 #endif

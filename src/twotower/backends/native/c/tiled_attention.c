@@ -1,7 +1,7 @@
 /* Attention of queries that see many keys: tiles of them by tiles of KEYS places, each as two products, scores and then a
  * mixture of values. All queries and heads that share a KV head share a tile. Where the CPU multiplies bf16 itself and the
- * cache holds it, the products read keys and values as they lie (pairs.c, in matrix tiles amx_attention.c); otherwise these are packed as weights are, and
- * the products are those of linear.h.
+ * cache holds it, the products read keys and values as they lie (pairs.c, and amx_attention.c where the CPU has matrix
+ * tiles); otherwise these are packed as weights are, and the products are those of linear.h.
  *
  * Tile t holds places [t KEYS, (t + 1) KEYS), whoever sees them. Of each, a query has the largest score m, the mass
  * l = Σ exp(score - m) and Σ exp(score - m) value, and it merges them in order (the online softmax, arXiv 1805.02867). A
