@@ -33,15 +33,17 @@ class TwoTowerDrafter:
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        from twotower.integrations.vllm.patches import is_two_tower, pass_rows_to_drafter, server_settings
+        from twotower.integrations.vllm.patches import (
+            is_two_tower,
+            pass_rows_to_drafter,
+            server_settings,
+            verify_recurrent_states,
+        )
 
         if not is_two_tower(vllm_config.model_config):
             raise ValueError(f"{vllm_config.model_config.model} is no two-tower checkpoint; choose another drafter")
         if vllm_config.model_config.is_hybrid and current_platform.is_cpu():
-            raise ValueError(
-                "vLLM's build for CPUs can't verify drafts for models with recurrent states: its kernels give other "
-                "tokens than without drafts; leave --speculative-config out, or use twotower serve"
-            )
+            verify_recurrent_states()
         self._settings = server_settings(vllm_config)
         self._most = vllm_config.speculative_config.num_speculative_tokens
         self._longest = vllm_config.model_config.max_model_len

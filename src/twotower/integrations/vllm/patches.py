@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import AutoConfig, NemotronHConfig
 from vllm import ModelRegistry, SamplingParams
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
@@ -19,6 +21,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from twotower.errors import SettingError
 from twotower.integrations.vllm.config import HYBRID, RELEASED, TRANSFORMER, for_vllm
 from twotower.integrations.vllm.diffusion_params import diffusion_params
+from twotower.integrations.vllm.drafted_states import convolve_drafts_, scan_drafts_
 from twotower.integrations.vllm.settings import DIFFUSION, DRAFTER, ServerSettings
 from twotower.integrations.vllm.versions import check_version, installed
 
@@ -97,6 +100,15 @@ def pass_rows_to_drafter() -> None:
     _wrap(GPUModelRunner, "propose_draft_token_ids", _propose)
 
 
+def verify_recurrent_states() -> None:
+    """Applies patch 5, on CPUs, in the process that has the drafter."""
+    from vllm.model_executor.layers.mamba import mamba_mixer2
+
+    # Patch 5: the CPU build's kernels ignore how many tokens of the last draft were kept.
+    _wrap(mamba_mixer2, "causal_conv1d_update", _convolve)
+    _wrap(mamba_mixer2, "selective_state_update", _scan)
+
+
 def _wrap(owner: object, name: str, wrapper: Callable[..., Any]) -> None:
     """Has `wrapper(original, …)` run in the place of a method or function, once."""
     original = getattr(owner, name)
@@ -132,3 +144,39 @@ def _propose(original: Callable[..., Any], runner: Any, scheduled: Any, sampled:
     if not has_drafter(runner.speculative_config):
         return original(runner, scheduled, sampled, *args, **kwargs)
     return runner.drafter.propose(runner, sampled)
+
+
+def _convolve(original: Callable[..., Tensor], x: Tensor, state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    accepted = kwargs.get("num_accepted_tokens")
+    if accepted is None:
+        return original(x, state, *args, **kwargs)
+    weight, bias, activation = args
+    assert activation in ("silu", "swish")
+    slots = kwargs["conv_state_indices"][:, 0]
+    return convolve_drafts_(
+        x, state, weight, bias, slots=slots, num_accepted=accepted, starts=kwargs["query_start_loc"]
+    )
+
+
+def _scan(original: Callable[..., None], state: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    accepted = kwargs.get("num_accepted_tokens")
+    if accepted is None:
+        return original(state, x, *args, **kwargs)
+    # vLLM repeats what each head has once for each of its channels
+    dt, a, b, c, d, dt_bias = args
+    steps = F.softplus(dt[..., 0].float() + dt_bias[:, 0].float())
+    slots, starts = kwargs["state_batch_indices"], kwargs["cu_seqlens"]
+    scan_drafts_(
+        state,
+        x,
+        steps,
+        a[:, 0, 0],
+        b,
+        c,
+        d[:, 0].float(),
+        slots=slots,
+        num_accepted=accepted,
+        starts=starts,
+        out=kwargs["out"],
+    )
+    return None
