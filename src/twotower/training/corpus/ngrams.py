@@ -129,8 +129,8 @@ def _select(levels: list[_Level], ids: Positions, least: float) -> list[NDArray[
 
 
 def _filled(kept: list[NDArray[np.bool_]], wanted: list[NDArray[np.bool_]], most: int) -> list[NDArray[np.bool_]]:
-    """`kept`, and of what is wanted beside it as much as there is room for, short contexts first: they come again sooner.
-    Most contexts were met once, and all of these gain the same."""
+    """`kept`, and of what is wanted beside it as much as there is room for, short contexts first: they come again
+    sooner. Most contexts were met once, and all of these gain the same."""
     room = most - sum(int(keep.sum()) for keep in kept)
     filled = []
     for keep, more in zip(kept, wanted, strict=True):
