@@ -202,10 +202,12 @@ def levers(results: list[Result]) -> str:
     [result] = results
     measures = {"verified": 2, "drafted": 2, "diffusion": 2, "tokens_per_nfe": 2, "share": 3}
     start = result["untrained"]
-    rows = [["where all start", "", *(f"{start[m]:.{digits}f}" for m, digits in measures.items())]]
+    rows = [["where all start", "", *(f"{start[m]:.{digits}f}" for m, digits in measures.items()), ""]]
     for lever, expected in result["expected"].items():
-        values = result["variants"][lever]["values"]
-        rows.append([f"`{lever}`", expected, *(_plus_minus(values[m], digits) for m, digits in measures.items())])
+        found = result["variants"][lever]
+        gain = "" if lever == "base" else _plus_minus(found["minus_base"]["diffusion"], 2)
+        cells = (_plus_minus(found["values"][m], digits) for m, digits in measures.items())
+        rows.append([f"`{lever}`", expected, *cells, gain])
     header = [
         f"{result['tokens_per_run']:,} tokens each",
         "expected",
@@ -214,6 +216,7 @@ def levers(results: list[Result]) -> str:
         f"tokens per pass, `diffusion` γ {result['threshold']:g}",
         "per NFE",
         "share of `ar`'s right answers",
+        "`diffusion` against `base`, seed by seed",
     ]
     seeds = f"means of {result['seeds']} seeds ± half of a 95 % t-interval" if result["seeds"] > 1 else "one seed"
     size = f"{start['bytes'] / 2**20:.1f} MB of weights"

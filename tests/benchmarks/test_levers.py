@@ -39,7 +39,7 @@ def command(levers, tiny, byte_tokenizer, tmp_path, monkeypatch, capsys):
 
     def call(*options):
         paths = (tmp_path / "start", tmp_path / "corpus", tmp_path / "corpus", tmp_path / "runs.jsonl")
-        sizes = ("--steps", 2, "--batch-size", 4, "--questions", 3, "--learning-rate", 0.01)
+        sizes = ("--steps", 6, "--batch-size", 4, "--questions", 3, "--learning-rate", 0.01)
         monkeypatch.setattr(sys, "argv", [str(o) for o in ("levers.py", *paths, *sizes, *options)])
         levers.main()
         return json.loads(capsys.readouterr().out)

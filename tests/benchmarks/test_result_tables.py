@@ -152,16 +152,17 @@ def test_levers(render):
     measures = ("verified", "drafted", "diffusion", "tokens_per_nfe", "share", "loss", "bytes")
 
     def own(start, half):
-        return {"values": {m: {"mean": start + i, "half_width_95": half} for i, m in enumerate(measures)}}
+        values = {m: {"mean": start + i, "half_width_95": half} for i, m in enumerate(measures)}
+        return {"values": values, "minus_base": {"diffusion": {"mean": -0.25, "half_width_95": 0.125}}}
 
     shape = {"tokens_per_run": 4096, "seeds": 3, "answers": 7, "threshold": 0.9, "command": "levers.py A"}
     shape |= {"untrained": dict.fromkeys(measures, 0.5) | {"bytes": 2**20}, "machine": {"cpu": "a CPU", "threads": 1}}
     shape |= {"expected": {"base": "this", "certainty": "that"}}
     lines = render("levers", MACHINE | shape | {"variants": {"base": own(1, 0.5), "certainty": own(2, None)}})
     assert lines[0].startswith("| 4,096 tokens each | expected | tokens per pass, `verified` | per round |")
-    assert lines[2] == "| where all start |  | 0.50 | 0.50 | 0.50 | 0.50 | 0.500 |"
-    assert lines[3] == ("| `base` | this | 1.00 ± 0.50 | 2.00 ± 0.50 | 3.00 ± 0.50 | 4.00 ± 0.50 | 5.000 ± 0.500 |")
-    assert lines[4].startswith("| `certainty` | that | 2.00 | 3.00 |")
+    assert lines[2] == "| where all start |  | 0.50 | 0.50 | 0.50 | 0.50 | 0.500 |  |"
+    assert lines[3] == ("| `base` | this | 1.00 ± 0.50 | 2.00 ± 0.50 | 3.00 ± 0.50 | 4.00 ± 0.50 | 5.000 ± 0.500 |  |")
+    assert lines[4] == "| `certainty` | that | 2.00 | 3.00 | 4.00 | 5.00 | 6.000 | -0.25 ± 0.12 |"
     assert "means of 3 seeds" in lines[-1]
     assert lines[-1].endswith("7 answers, 1.0 MB of weights)")
 
