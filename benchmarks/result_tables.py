@@ -226,6 +226,26 @@ def levers(results: list[Result]) -> str:
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
+def training_law(results: list[Result]) -> str:
+    """From benchmarks/training_law.py: what a denoiser gains by more tokens of training."""
+    [result] = results
+    rows = [
+        [f"{p['tokens'] / 1e6:.1f} million", *(f"{p[m]:.{d}f}" for m, d in (("loss", 3), ("tokens_per_nfe", 2)))]
+        for p in result["points"]
+    ]
+    told, law = f"{result['forecast']:.3f}", result["law"]
+    if result["forecast_range"] is not None:
+        told += " ({:.3f}–{:.3f})".format(*result["forecast_range"])
+    size = f"{result['forecast_tokens'] / 1e6:,.0f} million, by the law"
+    rows.append([size, told, f"{result['forecast_tokens_per_nfe']:.2f}"])
+    header = ["tokens of training", "held-out bound, nats per token", f"tokens per NFE, γ {result['threshold']:g}"]
+    formula = f"loss(n) = {law['floor']:.2f} + {law['scale']:.0f} · n^−{law['exponent']:.2f}"
+    caption = origin(result["command"], result | result["machine"]).replace(
+        "medians with quartiles", f"{result['held_out_rows']} rows; {formula}; in brackets without one of the points"
+    )
+    return f"{markdown(header, rows)}\n\n{caption}"
+
+
 def engine_load(results: list[Result]) -> str:
     """From benchmarks/engine_load.py: the speed of every mode by the number of requests that run at a time."""
     [result] = results
@@ -252,6 +272,7 @@ TABLES: dict[str, Callable[[list[Result]], str]] = {
     "evaluation_settings": evaluation_settings,
     "ablations": ablations,
     "levers": levers,
+    "training_law": training_law,
     "engine_load": engine_load,
 }
 

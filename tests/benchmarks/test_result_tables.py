@@ -167,6 +167,25 @@ def test_levers(render):
     assert lines[-1].endswith("7 answers, 1.0 MB of weights)")
 
 
+def test_training_law(render):
+    points = [
+        {"tokens": 4.9e6, "loss": 1.9556, "tokens_per_nfe": 1.2},
+        {"tokens": 2e7, "loss": 1.5, "tokens_per_nfe": 1.4},
+    ]
+    told = {"forecast": 1.1, "forecast_tokens": 1e9, "forecast_range": [1.0, 1.2], "forecast_tokens_per_nfe": 1.58}
+    shape = {"points": points, "law": {"floor": 0.99, "scale": 532.6, "exponent": 0.41}, "threshold": 0.8, **told}
+    shape |= {"held_out_rows": 192, "command": "training_law.py A", "machine": {"cpu": "a CPU", "threads": 1}}
+    lines = render("training_law", MACHINE | shape)
+    assert lines[2:5] == [
+        "| 4.9 million | 1.956 | 1.20 |",
+        "| 20.0 million | 1.500 | 1.40 |",
+        "| 1,000 million, by the law | 1.100 (1.000–1.200) | 1.58 |",
+    ]
+    assert "192 rows; loss(n) = 0.99 + 533 · n^−0.41" in lines[-1]
+    lines = render("training_law", MACHINE | shape | {"forecast_range": None})
+    assert lines[4].startswith("| 1,000 million, by the law | 1.100 |")
+
+
 def test_engine_load(render):
     rates = {
         "ar": {"1": 900.4, "16": 5000.0},
