@@ -103,7 +103,7 @@ class NativeTower:
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         ids, table = ids.contiguous(), table.contiguous()
-        x = torch.empty(*ids.shape, table.shape[1])
+        x = torch.empty(*ids.shape, table.shape[1], dtype=torch.float32)
         is_bf16 = table.dtype == torch.bfloat16
         function("tt_embed")(ids.data_ptr(), ids.numel(), table.data_ptr(), is_bf16, table.shape[1], x.data_ptr())
         return x
