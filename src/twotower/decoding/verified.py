@@ -19,7 +19,7 @@ from twotower.decoding.drafting import denoiser
 from twotower.decoding.drafting.draft import Draft, VerifiedRows
 from twotower.decoding.drafting.propose import propose_draft
 from twotower.decoding.drafting.written import Written
-from twotower.decoding.likeliest import likeliest, read_top, with_tops
+from twotower.decoding.likeliest import likeliest, most_asked, read_top, with_tops
 from twotower.decoding.output import DraftCount, Token
 from twotower.decoding.sampling import (
     distribution,
@@ -149,6 +149,8 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
         confidence = probability(own, emitted, best.log_sum)
     # the counts go into the same tensor, so that one copy to the host is enough
     found = results(torch.cat((accepted[:, None], emitted), dim=1), F.pad(confidence, (1, 0)))
+    if not most_asked(rows.requests, own.shape[-1]):
+        return Judged(model, rows, draft, scored, found)
     tops = likeliest(rows.requests, own, ops)
     return Judged(model, rows, draft, scored, with_tops(found, F.pad(tops, (0, 0, 0, 0, 1, 0))))
 

@@ -62,14 +62,13 @@ class NgramTable:
         """The token after a text that ends with `tail`, given from its last token backwards; None if the table has no
         context that ends so."""
         keys, tokens, shares, buckets = self._views
-        found = None
-        for key in context_keys(tail, self.order - 1):
+        for key in reversed(list(context_keys(tail, self.order - 1))):  # the longest context that the table has
             bucket = key >> (32 - _BUCKET_BITS)
             end = buckets[bucket + 1]
             place = bisect.bisect_left(keys, key, buckets[bucket], end)
             if place < end and keys[place] == key:
-                found = place  # a longer context follows, if the table has one
-        return None if found is None else Guess(tokens[found], shares[found] / 255)
+                return Guess(tokens[place], shares[place] / 255)
+        return None
 
 
 def context_keys(tail: Iterable[int], most: int) -> Iterator[int]:

@@ -156,7 +156,7 @@ class ContextState:
             lengths=lengths,
             mamba=tuple(MambaState(m.conv[index], m.ssm[index]) for m in self.mamba),
             buffer=self.buffer.select(rows, lengths),
-            next_logits=None if self.next_logits is None else _rows(self.next_logits, rows),
+            next_logits=None if self.next_logits is None else rows_of(self.next_logits, rows),
             rope_lengths=tuple(self.rope_lengths[r] for r in rows),
         )
 
@@ -205,7 +205,7 @@ class ContextState:
         )
 
 
-def _rows(table: Tensor, rows: Sequence[int]) -> Tensor:
+def rows_of(table: Tensor, rows: Sequence[int]) -> Tensor:
     """Rows (n, v) of a table (b, v). They are copied one by one: for all at once PyTorch wakes its threads, which then
     hold a core for milliseconds that the C kernels' threads need."""
     return torch.cat([table[:0], *(table[r : r + 1] for r in rows)])
@@ -224,7 +224,7 @@ def join(states: Sequence[ContextState]) -> ContextState:
         parts = (
             known.new_zeros(s.batch_size, known.shape[1]) if s.next_logits is None else s.next_logits for s in states
         )
-        logits = torch.cat([row for part in parts for row in part.split(1)])  # one by one, see `_rows`
+        logits = torch.cat([row for part in parts for row in part.split(1)])  # one by one, see `rows_of`
     lengths = tuple(n for s in states for n in s.lengths)
     ropes = tuple(n for s in states for n in s.rope_lengths)
     tables = [s.buffer for s in states if isinstance(s.buffer, PagedKeys)]

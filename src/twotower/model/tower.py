@@ -299,4 +299,8 @@ class Tower(nn.Module):
         if len(set(starts)) == 1:
             return tuple(p.each(lambda table: table[:, starts[0] : end]) for p in self._positioning)
         index = to_device(starts, device)[:, None] + torch.arange(s, device=device)
-        return tuple(p.each(lambda table: table[0, index]) for p in self._positioning)
+        # not table[0, index]: on a CPU that wakes PyTorch's threads from 3,000 numbers on, see `state.rows_of`
+        places = index.flatten()
+        return tuple(
+            p.each(lambda table: table[0].index_select(0, places).unflatten(0, index.shape)) for p in self._positioning
+        )
