@@ -149,12 +149,11 @@ class ContextState:
 
     def select(self, rows: Sequence[int]) -> Self:
         """A copy that holds only the given rows; keys in pages are shared, not copied."""
-        index = to_device(rows, self.device)
         lengths = tuple(self.lengths[r] for r in rows)
         return dataclasses.replace(
             self,
             lengths=lengths,
-            mamba=tuple(MambaState(m.conv[index], m.ssm[index]) for m in self.mamba),
+            mamba=tuple(MambaState(rows_of(m.conv, rows), rows_of(m.ssm, rows)) for m in self.mamba),
             buffer=self.buffer.select(rows, lengths),
             next_logits=None if self.next_logits is None else rows_of(self.next_logits, rows),
             rope_lengths=tuple(self.rope_lengths[r] for r in rows),
@@ -172,9 +171,8 @@ class ContextState:
         state = self.reserve(max(n - s for n, s in zip(newer.lengths, starts, strict=True)))
         state.buffer.put_(rows, newer.buffer, starts, newer.lengths)
         state.buffer.tip = tuple(lengths)
-        index = to_device(rows, self.device)
         mamba = tuple(
-            MambaState(old.conv.index_copy(0, index, new.conv), old.ssm.index_copy(0, index, new.ssm))
+            MambaState(_with_rows(old.conv, rows, new.conv), _with_rows(old.ssm, rows, new.ssm))
             for old, new in zip(self.mamba, newer.mamba, strict=True)
         )
         logits = newer.next_logits
@@ -182,7 +180,7 @@ class ContextState:
             before = (
                 logits.new_zeros(self.batch_size, logits.shape[1]) if self.next_logits is None else self.next_logits
             )
-            logits = before.index_copy(0, index, logits)
+            logits = _with_rows(before, rows, logits)
         return dataclasses.replace(state, lengths=tuple(lengths), mamba=mamba, next_logits=logits)
 
     @property
@@ -205,17 +203,39 @@ class ContextState:
         )
 
 
+# Rows are copied one by one on a CPU: for all at once PyTorch wakes its threads from some tens of thousands of numbers
+# on, and these then hold a core for milliseconds that the C kernels' threads need.
+
+
 def rows_of(table: Tensor, rows: Sequence[int]) -> Tensor:
-    """Rows (n, v) of a table (b, v). They are copied one by one: for all at once PyTorch wakes its threads, which then
-    hold a core for milliseconds that the C kernels' threads need."""
+    """Rows (n, …) of a table (b, …)."""
+    if table.device.type != "cpu":
+        return table[to_device(rows, table.device)]
     return torch.cat([table[:0], *(table[r : r + 1] for r in rows)])
+
+
+def _with_rows(table: Tensor, rows: Sequence[int], newer: Tensor) -> Tensor:
+    """A copy of a table (b, …) with some rows replaced by those of `newer` (n, …)."""
+    if table.device.type != "cpu":
+        return table.index_copy(0, to_device(rows, table.device), newer)
+    parts = list(table.split(1))
+    for row, part in zip(rows, newer.split(1), strict=True):
+        parts[row] = part
+    return torch.cat(parts)
+
+
+def _stacked(tables: Sequence[Tensor]) -> Tensor:
+    """Tables (…) as one, one behind the other."""
+    if tables[0].device.type != "cpu":
+        return torch.cat(list(tables))
+    return torch.cat([row for table in tables for row in table.split(1)])
 
 
 def join(states: Sequence[ContextState]) -> ContextState:
     """One state with the rows of all, in order. Their keys must lie in pages."""
     first = states[0]
     mamba = tuple(
-        MambaState(torch.cat([m.conv for m in layer]), torch.cat([m.ssm for m in layer]))
+        MambaState(_stacked([m.conv for m in layer]), _stacked([m.ssm for m in layer]))
         for layer in zip(*(s.mamba for s in states), strict=True)
     )
     logits = None
@@ -224,7 +244,7 @@ def join(states: Sequence[ContextState]) -> ContextState:
         parts = (
             known.new_zeros(s.batch_size, known.shape[1]) if s.next_logits is None else s.next_logits for s in states
         )
-        logits = torch.cat([row for part in parts for row in part.split(1)])  # one by one, see `rows_of`
+        logits = _stacked(list(parts))
     lengths = tuple(n for s in states for n in s.lengths)
     ropes = tuple(n for s in states for n in s.rope_lengths)
     tables = [s.buffer for s in states if isinstance(s.buffer, PagedKeys)]

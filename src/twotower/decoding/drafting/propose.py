@@ -66,7 +66,8 @@ def _likeliest(model: TwoTower, rows: VerifiedRows, places: list[int]) -> Propos
         ids = to_device([rows.newest[place] for place in places], model.context_device)
     else:
         assert rows.context.next_logits is not None
-        ids = rows.context.next_logits.argmax(-1)[to_device(places, model.context_device)]
+        ops = model.context_tower.logit_ops
+        ids = ops.argmax(rows.context.next_logits)[to_device(places, model.context_device)]
     return Proposal(ids[:, None], (1,) * len(places))
 
 
