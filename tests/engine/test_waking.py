@@ -63,11 +63,11 @@ class Waking(TorchDispatchMode):
 def test_rounds_of_many_requests_wake_no_threads(name: str | None, mode: Any) -> None:
     """Requests of several lengths join and leave between rounds, so that batches are selected, joined and put."""
     model = twotower.load(name)
-    config = twotower.EngineConfig(max_num_requests=6, state_bytes=64 << 20, snapshot_bytes=0)
+    config = twotower.EngineConfig(max_num_requests=9, state_bytes=96 << 20, snapshot_bytes=0)
     engine = twotower.Engine(model, config)
-    prompts = [[1, *range(5, 9 + 3 * n)] for n in range(9)]
-    params = [twotower.SamplingParams(mode=mode, max_new_tokens=8 + 5 * n, ignore_eos=True) for n in range(9)]
-    assert 6 * model.config.vocab_size > INDEXED
+    prompts = [[1, *range(5, 9 + 2 * n)] for n in range(13)]
+    params = [twotower.SamplingParams(mode=mode, max_new_tokens=8 + 4 * n, ignore_eos=True) for n in range(13)]
+    assert 9 * model.config.vocab_size > INDEXED
     engine.generate(prompts, params)  # makes the tables of positions
     with Waking() as waking:
         results = engine.generate(prompts, params)
