@@ -143,13 +143,16 @@ def main() -> None:
     for text in a.checkpoints:
         tokens, found, checkpoint = text.partition("=")
         try:
-            named.append((float(tokens), checkpoint))
+            seen = float(tokens)
         except ValueError:
-            found = ""
-        if not found:
-            parser.error(f"{text!r}, must be TOKENS=CHECKPOINT, such as 24.6e6=runs/train/checkpoint")
-    if len(named) < 3:
-        parser.error(f"{len(named)} checkpoints, must be at least 3: the law has three numbers")
+            seen = 0.0
+        if not found or not 0 < seen < math.inf:
+            parser.error(
+                f"{text!r}, must be TOKENS=CHECKPOINT with tokens above 0, such as 24.6e6=runs/train/checkpoint"
+            )
+        named.append((seen, checkpoint))
+    if len({seen for seen, _ in named}) < 3:
+        parser.error(f"{len(named)} checkpoints, must be at least 3 of different tokens: the law has three numbers")
     named.sort()
     last = twotower.load(named[-1][1])
     held = Corpus(a.held_out, vocab_size=last.config.vocab_size)

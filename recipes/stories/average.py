@@ -21,13 +21,20 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("checkpoints", nargs="+", type=Path, help="folders with one model.safetensors each")
     a = parser.parse_args()
+    if a.out.exists():
+        parser.error(f"OUT is {a.out}, must be a folder that doesn't exist yet; choose another, or remove it")
+    if len(a.checkpoints) < 2:
+        parser.error(f"{len(a.checkpoints)} checkpoint, must be at least 2 to average")
     files = [folder / "model.safetensors" for folder in a.checkpoints]
+    for file in files:
+        if not file.exists():
+            parser.error(f"{file} doesn't exist; give folders that hold one model.safetensors each")
     tensors = [load_file(file) for file in files]
     names = set(tensors[0])
     for file, own in zip(files, tensors, strict=True):
         if set(own) != names:
             parser.error(f"{file} has other tensors than {files[0]}: {sorted(set(own) ^ names)[:3]}")
-    shutil.copytree(a.checkpoints[0], a.out, dirs_exist_ok=False)
+    shutil.copytree(a.checkpoints[0], a.out)
     average = {
         name: torch.stack([own[name].float() for own in tensors]).mean(0).to(first.dtype)
         for name, first in tensors[0].items()

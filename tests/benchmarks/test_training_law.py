@@ -45,6 +45,13 @@ def test_without_a_point_to_leave_out_there_is_no_range(module):
     assert told["forecast_range"][0] <= told["forecast"] <= told["forecast_range"][1]
 
 
+def test_tokens_per_nfe_are_forecast_by_their_line_over_the_loss(module):
+    law = module.Law(floor=1.0, scale=300.0, exponent=0.4)
+    points = [{"tokens": n, "loss": law.at(n), "tokens_per_nfe": 3 - law.at(n)} for n in (4e6, 1e7, 2e7, 4e7)]
+    told = module.forecast(points, 1e9)
+    assert told["forecast_tokens_per_nfe"] == pytest.approx(3 - law.at(1e9), abs=5e-3)
+
+
 def test_the_command_measures_every_checkpoint(module, tiny, byte_tokenizer, tmp_path, monkeypatch, capsys):
     for seed in range(3):
         model = tiny(seed=seed, vocab_size=260)

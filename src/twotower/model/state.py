@@ -177,9 +177,7 @@ class ContextState:
         )
         logits = newer.next_logits
         if logits is not None:
-            before = (
-                logits.new_zeros(self.batch_size, logits.shape[1]) if self.next_logits is None else self.next_logits
-            )
+            before = _no_logits(logits, self.batch_size) if self.next_logits is None else self.next_logits
             logits = _with_rows(before, rows, logits)
         return dataclasses.replace(state, lengths=tuple(lengths), mamba=mamba, next_logits=logits)
 
@@ -224,6 +222,11 @@ def _with_rows(table: Tensor, rows: Sequence[int], newer: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def _no_logits(like: Tensor, num_rows: int) -> Tensor:
+    """Zeros (num_rows, v) for rows without logits, to be copied."""
+    return like.new_zeros(1, like.shape[1]).expand(num_rows, -1)
+
+
 def _stacked(tables: Sequence[Tensor]) -> Tensor:
     """Tables (…) as one, one behind the other."""
     if tables[0].device.type != "cpu":
@@ -241,10 +244,7 @@ def join(states: Sequence[ContextState]) -> ContextState:
     logits = None
     known = next((s.next_logits for s in states if s.next_logits is not None), None)
     if known is not None:  # rows without logits get zeros, which nobody reads
-        parts = (
-            known.new_zeros(s.batch_size, known.shape[1]) if s.next_logits is None else s.next_logits for s in states
-        )
-        logits = _stacked(list(parts))
+        logits = _stacked([_no_logits(known, s.batch_size) if s.next_logits is None else s.next_logits for s in states])
     lengths = tuple(n for s in states for n in s.lengths)
     ropes = tuple(n for s in states for n in s.rope_lengths)
     tables = [s.buffer for s in states if isinstance(s.buffer, PagedKeys)]
