@@ -33,12 +33,12 @@ def write(tmp_path):
 def test_another_vllm_refuses_two_towers_and_nothing_else(write, monkeypatch) -> None:
     from transformers import AutoConfig, NemotronHConfig
 
-    from twotower.integrations.vllm import patches, register
+    from twotower.integrations.vllm import reader, register
 
     register()
     register()
     assert AutoConfig.from_pretrained(write(TWO_TOWERS)).architectures == ["TwoTowerTransformerForCausalLM"]
-    monkeypatch.setattr(patches, "installed", lambda: "0.33.0")
+    monkeypatch.setattr(reader, "installed", lambda: "0.33.0")
     with pytest.raises(ValueError, match=r"vLLM is 0.33.0, must be at least 0.32 and below 0.33"):
         AutoConfig.from_pretrained(write(TWO_TOWERS))
     other = AutoConfig.from_pretrained(write(TWO_TOWERS | {"architectures": ["NemotronHForCausalLM"]}))

@@ -121,6 +121,7 @@ def _check_server(vllm_config: VllmConfig) -> None:
         (vllm_config.scheduler_config.async_scheduling, "--no-async-scheduling: a step gives a whole block"),
         (cache.cache_dtype.startswith("fp8"), "--kv-cache-dtype auto: the denoiser reads the cache"),
         (cache.mamba_cache_mode == "all", "--mamba-cache-mode align: the denoiser reads the newest state"),
+        (vllm_config.model_config.enable_prompt_embeds, "no --enable-prompt-embeds: blocks follow tokens"),
         (vllm_config.quant_config is not None, "a checkpoint that is not quantised"),
     )
     for found, needed in problems:

@@ -1,6 +1,6 @@
-"""All that the plugin changes in vLLM and transformers, and where it asks them. docs/vllm.md has each with its reason.
+"""All that the plugin changes in vLLM, and where it asks it. docs/vllm.md has each change with its reason.
 
-Tried with the versions in `versions`; for any other, two-tower checkpoints are refused.
+Made for the versions in `versions`, and imported with no other, whose modules may have other names.
 """
 
 import functools
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, NemotronHConfig
 from vllm import ModelRegistry, SamplingParams
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
@@ -19,27 +18,16 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.input_processor import InputProcessor
 
 from twotower.errors import SettingError
-from twotower.integrations.vllm.config import HYBRID, RELEASED, TRANSFORMER, for_vllm
+from twotower.integrations.vllm.config import HYBRID, TRANSFORMER
 from twotower.integrations.vllm.diffusion_params import diffusion_params
 from twotower.integrations.vllm.drafted_states import convolve_drafts_, scan_drafts_
 from twotower.integrations.vllm.settings import DIFFUSION, DRAFTER, ServerSettings
-from twotower.integrations.vllm.versions import check_version, installed
 
 logger = init_logger(__name__)
 
+_wrapped: set[object] = set()  # what this package runs in the place of vLLM's
+
 _MODELS = "twotower.integrations.vllm.models"
-
-
-class TwoTowerReader(NemotronHConfig):
-    """Reads every config.json of model_type "nemotron_h"; those that aren't two towers as before."""
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A NemotronHConfig. Raises ValueError for two towers that this vLLM can't serve."""
-        if RELEASED in (config_dict.get("architectures") or ()):
-            check_version(installed())
-            config_dict = for_vllm(config_dict)
-        return NemotronHConfig.from_dict(config_dict, **kwargs)
 
 
 class RecurrentSettings(NemotronHForCausalLMConfig):
@@ -56,11 +44,10 @@ class RecurrentSettings(NemotronHForCausalLMConfig):
 
 
 def apply() -> None:
-    """Registers the models and their configuration, and applies patches 1 and 2; a second call changes nothing."""
+    """Registers the models, and applies patches 1 and 2; a second call changes nothing."""
     # Interfaces that are meant for it
     for name in (HYBRID, TRANSFORMER):
         ModelRegistry.register_model(name, f"{_MODELS}:{name}")
-    AutoConfig.register("nemotron_h", TwoTowerReader, exist_ok=True)
     # Patch 1: settings of a model with recurrent states; this map knows models by name alone.
     MODELS_CONFIG_MAP[HYBRID] = RecurrentSettings
     # Patch 2: `mode` in vllm_xargs is checked before a request is taken; models have no say in that.
@@ -112,14 +99,14 @@ def verify_recurrent_states() -> None:
 def _wrap(owner: object, name: str, wrapper: Callable[..., Any]) -> None:
     """Has `wrapper(original, …)` run in the place of a method or function, once."""
     original = getattr(owner, name)
-    if hasattr(original, "_twotower"):
+    if original in _wrapped:
         return
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
-    wrapped._twotower = True  # type: ignore[attr-defined]
+    _wrapped.add(wrapped)
     setattr(owner, name, wrapped)
 
 

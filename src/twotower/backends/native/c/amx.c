@@ -64,10 +64,7 @@ INLINE void lone_tile(const Weight *w, long panel, long num, const char *rows, l
     const long k = w->inputs, whole = k / (2 * PAIRS);
     const uint16_t *a = panel_of(w, panel), *b = panel_of(w, panel + num - 1);
     float sums[2][TILE * NR];
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_sums();
 #define STEP(X, A, B) \
     _tile_loadd(4, X, stride); \
     _tile_loadd(6, A, STRIDE); \
@@ -90,10 +87,7 @@ INLINE void lone_tile(const Weight *w, long panel, long num, const char *rows, l
         STEP(rows + whole * 64, last[0], last[1])
     }
 #undef STEP
-    _tile_stored(0, sums[0], NR * 4);
-    _tile_stored(1, sums[0] + TILE, NR * 4);
-    _tile_stored(2, sums[1], NR * 4);
-    _tile_stored(3, sums[1] + TILE, NR * 4);
+    store_sums(sums[0], sums[1], NR);
     for (long j = 0; j < num; j++) leave(w, panel + j, sums[j], y, height, bias, squared_relu);
 }
 
@@ -104,10 +98,7 @@ static void two_tiles(const Weight *w, long panel, const char *rows, long stride
     const uint16_t *a = panel_of(w, panel);
     const char *under = rows + below * stride;
     float sums[2][TILE * NR];
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_sums();
 #define STEP(X, Y, A) \
     _tile_loadd(4, X, stride); \
     _tile_loadd(6, A, STRIDE); \
@@ -126,10 +117,7 @@ static void two_tiles(const Weight *w, long panel, const char *rows, long stride
         STEP(rows + whole * 64, under + whole * 64, last)
     }
 #undef STEP
-    _tile_stored(0, sums[0], NR * 4);
-    _tile_stored(1, sums[0] + TILE, NR * 4);
-    _tile_stored(2, sums[1], NR * 4);
-    _tile_stored(3, sums[1] + TILE, NR * 4);
+    store_sums(sums[0], sums[1], NR);
     leave(w, panel, sums[0], y, height, bias, squared_relu);
     leave(w, panel, sums[1], y + below, height, bias, squared_relu);
 }

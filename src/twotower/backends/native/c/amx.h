@@ -30,6 +30,22 @@ INLINE void configure(long height) {
     _tile_loadconfig(&config);
 }
 
+INLINE void clear_sums(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* The sums of two tiles of rows with 2 TILE outputs, or of one with twice as many: rows of `step` floats to `first`, `second` */
+INLINE void store_sums(float *first, float *second, long step) {
+    _tile_stored(0, first, step * 4);
+    _tile_stored(1, first + TILE, step * 4);
+    if (!second) return;
+    _tile_stored(2, second, step * 4);
+    _tile_stored(3, second + TILE, step * 4);
+}
+
 /* Rows go in groups of one tile or two, all of one height. Groups and tiles may overlap: a row that is computed twice has the
  * same bits twice. The second tile of a group lies `below` rows under the first; 0 where there is none. */
 typedef struct {

@@ -9,10 +9,7 @@
  * values; its steps are `size` bytes apart, its halves `half` and the pairs of inputs `row`. */
 INLINE void four_sums(const char *rows, long stride, long below, const char *packed, long size, long half, long row,
                       long steps) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_sums();
     for (long i = 0; i < steps; i++) {
         _tile_loadd(4, rows + i * 64, stride);
         _tile_loadd(6, packed + i * size, row);
@@ -36,14 +33,10 @@ void amx_scores(const int32_t *query, long width, long lanes, const void *const 
         for (long i = 0; i < chunks; i++) turn_keys(key + j, i * PAIRS, p, columns[i]);
         for (long i = 0; i < by.groups; i++) {
             const long m = begin_of(&by, i, lanes);
-            float *to = scores + m * step + j, *under = to + by.below * step;
+            float *to = scores + m * step + j;
             four_sums((const char *)(query + m * width), width * 4, by.below, (const char *)columns, sizeof columns[0],
                       TILE * 4, NR * 4, chunks);
-            _tile_stored(0, to, step * 4);
-            _tile_stored(1, to + TILE, step * 4);
-            if (!by.below) continue;
-            _tile_stored(2, under, step * 4);
-            _tile_stored(3, under + TILE, step * 4);
+            store_sums(to, by.below ? to + by.below * step : 0, step);
         }
     }
     _tile_release();
@@ -65,7 +58,7 @@ void amx_mix(const float *weights, long step, long lanes, const void *const *val
              long out_step) {
     const long steps = n / (2 * PAIRS);
     __m512i packed[steps][2][PAIRS];
-    float sums[4][TILE][TILE];
+    float sums[2][TILE][NR];
     const Groups by = groups_of(lanes);
     configure(by.height);
     for (long first = 0; first < p; first += 2 * TILE) {
@@ -76,14 +69,11 @@ void amx_mix(const float *weights, long step, long lanes, const void *const *val
             const long m = begin_of(&by, i, lanes);
             four_sums((const char *)(weights + m * step), step * 4, by.below, (const char *)packed, sizeof packed[0],
                       sizeof packed[0][0], 64, steps);
-            _tile_stored(0, sums[0], TILE * 4);
-            _tile_stored(1, sums[1], TILE * 4);
-            _tile_stored(2, sums[2], TILE * 4);
-            _tile_stored(3, sums[3], TILE * 4);
-            for (long half = 0; half < 4; half += 2)
-                for (long k = 0; k < by.height && (!half || by.below); k++)
-                    store_unpacked(out + (m + (half ? by.below : 0) + k) * out_step + first, inside,
-                                   _mm512_loadu_ps(sums[half][k]), _mm512_loadu_ps(sums[half + 1][k]));
+            store_sums(sums[0][0], sums[1][0], NR);
+            for (long tile = 0; tile < 1 + (by.below > 0); tile++)
+                for (long k = 0; k < by.height; k++)
+                    store_unpacked(out + (m + tile * by.below + k) * out_step + first, inside,
+                                   _mm512_loadu_ps(sums[tile][k]), _mm512_loadu_ps(sums[tile][k] + TILE));
         }
     }
     _tile_release();
