@@ -44,10 +44,34 @@ static long segments(const AttentionPass *in, Span span, long row, long group, S
     return num;
 }
 
-static float scores(const float *q, float scale, const Segment *seg, long p, float *out, float top) {
-    for (long j = 0; j < seg->count; j++) {
-        out[j] = dot(q, seg->key + j * seg->key_token, p) * scale;
-        top = out[j] > top ? out[j] : top;
+/* q . key of VL keys: lane i has that of key i. A key's sum has the same order wherever the key stands, because pages divide
+ * keys otherwise than a buffer does. */
+INLINE vf score_keys(const float *q, const float *const *key, long p) {
+    vf acc[VL];
+#pragma GCC unroll 16
+    for (int m = 0; m < VL; m++) acc[m] = (vf){0};
+    long i = 0;
+    for (; i + VL <= p; i += VL) {
+        const vf x = load(q + i);
+#pragma GCC unroll 16
+        for (int m = 0; m < VL; m++) acc[m] += x * load(key[m] + i);
+    }
+    if (i < p) {
+        const vf x = load_part(q + i, p - i);
+        for (int m = 0; m < VL; m++) acc[m] += x * load_part(key[m] + i, p - i);
+    }
+    return sums(acc);
+}
+
+/* Each key's score to `out`, scaled, and in `top` lane by lane the largest so far */
+static vf scores(const float *q, float scale, const Segment *seg, long p, float *out, vf top) {
+    for (long j = 0; j < seg->count; j += VL) {
+        const long n = seg->count - j < VL ? seg->count - j : VL;
+        const float *key[VL]; /* behind the last one that again, which changes no largest score */
+        for (int m = 0; m < VL; m++) key[m] = seg->key + (j + (m < n ? m : n - 1)) * seg->key_token;
+        const vf s = scale * score_keys(q, key, p);
+        store_part(out + j, s, n);
+        top = at_least(s, top);
     }
     return top;
 }
@@ -62,36 +86,50 @@ static float lean(float *scores, long n, float slope, long ahead) {
     return top;
 }
 
-/* `nv` vectors of the output, from float `first` on */
+INLINE void add_value(vf *acc, const float *value, float weight, int nv) {
+#pragma GCC unroll 4
+    for (int v = 0; v < nv; v++) acc[v] += load(value + v * VL) * weight;
+}
+
+/* `nv` vectors of the output, from float `first` on: keys at even places and at odd ones add up apart, so that sums need not
+ * wait for each other */
 INLINE void mix(const Segment *seg, long num, const float *weights, float inverse, long first, int nv, float *out) {
-    vf acc[8];
-#pragma GCC unroll 8
-    for (int v = 0; v < nv; v++) acc[v] = (vf){0};
-    for (long k = 0; k < num; k++)
-        for (long j = 0; j < seg[k].count; j++) {
-            const float w = *weights++;
-            const float *value = seg[k].value + j * seg[k].value_token + first;
-#pragma GCC unroll 8
-            for (int v = 0; v < nv; v++) acc[v] += load(value + v * VL) * w;
+    vf even[4], odd[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < nv; v++) even[v] = odd[v] = (vf){0};
+    long place = 0;
+    for (; num; num--, seg++) {
+        const float *value = seg->value + first;
+        const long end = place + seg->count, token = seg->value_token;
+        if (place % 2 && place < end) {
+            add_value(odd, value, weights[place++], nv);
+            value += token;
         }
-#pragma GCC unroll 8
-    for (int v = 0; v < nv; v++) store(out + first + v * VL, acc[v] * inverse);
+        for (; place + 2 <= end; place += 2, value += 2 * token) {
+            add_value(even, value, weights[place], nv);
+            add_value(odd, value + token, weights[place + 1], nv);
+        }
+        if (place < end) add_value(even, value, weights[place++], nv);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < nv; v++) store(out + first + v * VL, (even[v] + odd[v]) * inverse);
 }
 
 /* A query of a head, `ahead` of the first key that it sees */
 static void attend(const float *q, const AttentionOptions *how, long head, long ahead, const Segment *seg, long num, long p,
                    float *room, float *out) {
     const float *sink = how->sinks ? how->sinks + head : 0;
-    float top = -INFINITY;
+    vf tops = splat(-INFINITY);
     long total = 0;
     for (long k = 0; k < num; k++) {
-        top = scores(q, how->scale, seg + k, p, room + total, top);
+        tops = scores(q, how->scale, seg + k, p, room + total, tops);
         total += seg[k].count;
     }
     if (total == 0) { /* padding behind a block, far from its keys: nobody reads it, but it must be finite */
         memset(out, 0, p * sizeof(float));
         return;
     }
+    float top = largest(tops);
     if (how->softcap) {
         for (long j = 0; j < total; j += VL) {
             const long n = total - j < VL ? total - j : VL;
@@ -110,9 +148,10 @@ static void attend(const float *q, const AttentionOptions *how, long head, long 
     }
     const float inverse = 1.0f / (sum(mass) + (sink ? vexp(splat(*sink - top))[0] : 0));
     long first = 0;
-    for (; first + 8 * VL <= p; first += 8 * VL) mix(seg, num, room, inverse, first, 8, out);
-    for (; first + 2 * VL <= p; first += 2 * VL) mix(seg, num, room, inverse, first, 2, out);
-    for (; first + VL <= p; first += VL) mix(seg, num, room, inverse, first, 1, out);
+    for (; first + 4 * VL <= p; first += 4 * VL) mix(seg, num, room, inverse, first, 4, out);
+    if (first + 3 * VL <= p) mix(seg, num, room, inverse, first, 3, out), first += 3 * VL;
+    if (first + 2 * VL <= p) mix(seg, num, room, inverse, first, 2, out), first += 2 * VL;
+    if (first + VL <= p) mix(seg, num, room, inverse, first, 1, out), first += VL;
     for (; first < p; first++) {
         const float *w = room;
         float acc = 0;

@@ -131,6 +131,15 @@ INLINE void round_to_bf16(const float *from, long n, uint16_t *to) {
     }
 }
 
+/* The sums of VL vectors: lane i has that of v[i]; all are added in the same order */
+INLINE vf sums(vf *v) {
+#pragma GCC unroll 4
+    for (int n = VL / 2; n; n /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) v[i] = ZIP_LOW(v[i], v[i + n]) + ZIP_HIGH(v[i], v[i + n]);
+    return v[0];
+}
+
 INLINE float sum(vf v) {
 #if VL >= 16
     v += ROTATE(v, 8);
@@ -151,6 +160,12 @@ INLINE vf at_most(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); 
 INLINE vf at_least(vf a, vf b) { return (vf)(((vi)a & (a > b)) | ((vi)b & ~(a > b))); }
 INLINE vf at_most(vf a, vf b) { return (vf)(((vi)a & (a < b)) | ((vi)b & ~(a < b))); }
 #endif
+
+INLINE float largest(vf v) {
+    float top = v[0];
+    for (int i = 1; i < VL; i++) top = v[i] > top ? v[i] : top;
+    return top;
+}
 
 /* exp within 2 ulp: 2^n times a polynomial in the rest (Cephes) */
 INLINE vf vexp(vf x) {

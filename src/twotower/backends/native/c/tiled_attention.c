@@ -100,8 +100,7 @@ static void weigh(float *scores, long n, long from, long to, const AttentionOpti
         best = at_least(best, x);
         store(scores + j, x);
     }
-    *top = best[0];
-    for (int i = 1; i < VL; i++) *top = best[i] > *top ? best[i] : *top;
+    *top = largest(best);
     for (long j = first; j < last; j += VL) {
         vf e = vexp(load(scores + j) - *top);
         if (j < from || j + VL > to)
