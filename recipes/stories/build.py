@@ -5,7 +5,10 @@
     python recipes/stories/build.py init package/src/llama2.data runs/stories/start
     twotower sample runs/stories/start runs/stories/corpus --shards 16
     twotower train runs/stories/start runs/stories/corpus runs/stories/run --help   # the settings are in README.md
+    python recipes/stories/build.py beginnings stories runs/stories/beginnings.jsonl --seed 50
 
+The last one writes a task of beginnings that the context tower of a checkpoint samples, to calibrate and to choose
+settings with; the 50 that results are reported on are not among them.
 `package/src/llama2.data` holds Karpathy's stories15M (llama2.c v0 header, float32) and its 32,000-piece tokenizer. All
 training text is sampled from that model.
 """
@@ -24,6 +27,7 @@ from twotower.training.corpus.sampling import beginnings, sample_rows
 TOKENS = Path(__file__).with_name("tokens.json")
 VOCABULARY = 6143  # of the source's 32,000 tokens; the mask token makes 6,144
 BATCH, LENGTH = 256, 256
+REPORTED = Path(__file__).parents[2] / "benchmarks" / "stories_prompts.json"
 
 
 def vocabulary(source: Path) -> None:
@@ -48,6 +52,23 @@ def vocabulary(source: Path) -> None:
     TOKENS.write_text(json.dumps(merge_closure(pieces.pieces, pieces.scores, wanted, VOCABULARY)))
 
 
+def write_beginnings(model: twotower.TwoTower, out: Path, count: int, seed: int) -> None:
+    """A task of `count` beginnings of as many tokens as the reported ones, each another, sampled at temperature 1."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    reported = json.loads(REPORTED.read_text())
+    length, known = len(reported[0]), {tokenizer.decode(ids) for ids in reported}
+    texts: dict[str, None] = {}
+    while len(texts) < count:
+        sampled = sample_rows(model, beginnings(model, BATCH), length=length, prefix=length, seed=seed)
+        # a text that ends before has nothing to go on with
+        whole = (ids for ids, n in zip(sampled.ids.tolist(), sampled.lengths.tolist(), strict=True) if n == length)
+        texts |= dict.fromkeys(text for ids in whole if (text := tokenizer.decode(ids)) not in known)
+        seed += 1
+    example = {"scorer": "likelihood", "max_new_tokens": 192}
+    out.write_text("".join(json.dumps({"prompt": text, **example}) + "\n" for text in list(texts)[:count]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(dest="stage", required=True)
@@ -56,9 +77,17 @@ def main() -> None:
     stage = stages.add_parser("init")
     stage.add_argument("source", type=Path)
     stage.add_argument("out", type=Path)
+    stage = stages.add_parser("beginnings")
+    stage.add_argument("checkpoint")
+    stage.add_argument("out", type=Path)
+    stage.add_argument("--count", type=int, default=1600)
+    stage.add_argument("--seed", type=int, default=50)
     arguments = parser.parse_args()
     if arguments.stage == "vocabulary":
         vocabulary(arguments.source)
+    elif arguments.stage == "beginnings":
+        model = twotower.load(arguments.checkpoint)
+        write_beginnings(model, arguments.out, arguments.count, arguments.seed)
     else:
         keep = json.loads(TOKENS.read_text())
         twotower.init(arguments.source, arguments.out, keep_tokens=keep, dtype=torch.float32)

@@ -38,6 +38,8 @@ def test_a_log_gets_both_stories_and_every_speed(run, checkpoint):
     for mode in ("ar", "diffusion", "verified"):
         assert float(rows[mode][1]) > 0
     assert rows["ar"][2] == "1.00x"
+    # the prompt's pass is not counted, and its logits give the first token
+    assert rows["ar"][3:5] == [str(LENGTH - 1), f"{LENGTH / (LENGTH - 1):.1f}"]
 
 
 def test_without_a_prompt_questions_are_answered_and_judged(run):
@@ -95,6 +97,13 @@ def test_the_timeline_keeps_each_storys_own_pace(runs):
         own = [(at, piece) for at, m, piece in events if m == mode]
         assert [piece for _, piece in own] == [step.piece for step in run.steps]
         assert own[-1][0] == pytest.approx(run.seconds)
+
+
+def test_a_text_of_the_prompts_pass_alone_has_no_tokens_per_pass(run, checkpoint):
+    result = run("demo", "ab", "--model", checkpoint, "--max-new-tokens", 1)
+    assert result.exit_code == 0, result.output
+    (row,) = (line.split() for line in result.stdout.splitlines() if line.split()[:1] == ["ar"] and "x" in line)
+    assert row[2:] == ["1.00x", "0"]
 
 
 def test_an_empty_story_is_a_mistake(run, checkpoint):

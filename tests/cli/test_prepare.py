@@ -62,6 +62,28 @@ def test_a_second_call_takes_what_the_first_made_and_a_different_one_is_refused(
     assert "another OUT" in result.stderr
 
 
+def test_a_denoiser_of_some_layers_is_trained_from_one_tower_and_from_two(run, single_tower, text, tmp_path, tiny):
+    some = ("--denoiser-layers", "last:1", *STEPS)
+    towers = tmp_path / "towers"
+    twotower.save(tiny("*-*-", vocab_size=260), towers)
+    corpus = tmp_path / f"of-{single_tower.name}" / "corpus"
+    for model, source, layers in ((single_tower, text, None), (towers, corpus, (2, 3))):
+        out = tmp_path / f"of-{model.name}"
+        result = run("train", model, source, out, *some)
+        assert result.exit_code == 0, result.output
+        assert twotower.load(out / "checkpoint").config.denoiser_layers == layers
+        initial = json.loads((out / "prepared.json").read_text())["initial"]
+        assert initial == {"model": str(model), "denoiser_layers": "last:1"}
+        assert run("train", model, source, out, *some, "--export-only").exit_code == 0
+    left = run("train", towers, corpus, tmp_path / "of-towers", *STEPS)
+    assert left.exit_code == 2, left.output
+    dry = [run("train", towers, text, tmp_path / "none", *given, "--dry-run").stdout for given in (STEPS, some)]
+    assert dry[0] != dry[1]
+    wrong = run("train", towers, text, tmp_path / "none", "--denoiser-layers", "last:3", *STEPS)
+    assert (wrong.exit_code, "K in [1, 2]" in wrong.stderr) == (2, True)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_dry_run_makes_nothing(run, single_tower, text, tmp_path):
     result = run("train", single_tower, text, tmp_path / "out", *STEPS, "--dry-run")
     assert result.exit_code == 0, result.output
@@ -114,8 +136,8 @@ def test_what_was_being_made_at_a_kill_is_made_again(single_tower, text, tmp_pat
     arguments = (str(single_tower), {"corpus": str(text), "held_out": str(text / "0.txt")}, tmp_path / "out", 12)
 
     def killed(write):
-        def wrapped(*given):
-            write(*given)
+        def wrapped(*given, **named):
+            write(*given, **named)
             if tmp_path / "out" / while_writing in map(type(tmp_path), map(str, given)):
                 raise SystemExit
 

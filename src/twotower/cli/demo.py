@@ -220,9 +220,16 @@ def _table(runs: dict[Mode, Run], texts: Sequence[Wanted]) -> Table:
         table.add_column(name, justify="right")
     base = runs["ar"].tokens_per_second
     for mode, run in runs.items():
-        passes = sum(result.stats.denoiser_calls + result.stats.context_calls for result in run.results)
+        # without the prompt's, as everywhere
+        passes = sum(result.stats.denoiser_calls + result.stats.context_calls - 1 for result in run.results)
         ratio = f"{run.tokens_per_second / base:.2f}x"
-        row = [mode, f"{run.tokens_per_second:.0f}", ratio, str(passes), f"{run.num_tokens / passes:.1f}"]
+        row = [
+            mode,
+            f"{run.tokens_per_second:.0f}",
+            ratio,
+            str(passes),
+            f"{run.num_tokens / passes:.1f}" if passes else "",
+        ]
         if asked:
             right = sum(e.score(result.text or "") for e, result in zip(asked, run.results, strict=True))
             row.append(f"{right:.0f} of {len(asked)}")

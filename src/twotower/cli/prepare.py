@@ -1,5 +1,6 @@
 """Makes what `train` starts from of what it is given: two towers of a single one, corpora of tokens of texts."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from twotower.checkpoints.denoiser_layers import chosen_layers
 from twotower.checkpoints.hf import holds_two_towers, read_config, resolve
 from twotower.checkpoints.initialise import init, open_backbone
 from twotower.cli.tokenize import tokenize
@@ -30,9 +32,15 @@ class TrainingInputs(NamedTuple):
 
 
 def prepare(
-    model: str, sources: Mapping[str, str], out: Path, row_length: int | None, past_positions: bool = False
+    model: str,
+    sources: Mapping[str, str],
+    out: Path,
+    row_length: int | None,
+    past_positions: bool = False,
+    denoiser_layers: str | None = None,
 ) -> TrainingInputs:
-    """Makes `out`/initial of a `model` that is a single tower, and `out`/NAME of every source that is text.
+    """Makes `out`/initial of a `model` that is a single tower, or whose denoiser is to be cut to `denoiser_layers`, and
+    `out`/NAME of every source that is text.
 
     A source is a folder of shards, or anything that `read_documents` reads. Results of an earlier call are reused; one
     that was unfinished when that call was killed is made again. Under torchrun rank 0 makes them and the others wait.
@@ -41,10 +49,13 @@ def prepare(
     SettingError for more than these unless `past_positions`, ValueError where `out` has a result made of something
     else, or lies in a source, and FileExistsError where a folder of that name in `out` was made by something else.
     """
-    towers = model if holds_two_towers(model) else str(out / "initial")
+    is_ready = holds_two_towers(model) and denoiser_layers is None
+    towers = model if is_ready else str(out / "initial")
     corpora = {name: Path(source) if is_corpus(source) else out / name for name, source in sources.items()}
     texts = {name: source for name, source in sources.items() if not is_corpus(source)}
-    wanted: _Made = {} if towers == model else {"initial": {"model": _spelled(model)}}
+    wanted: _Made = {} if is_ready else {"initial": {"model": _spelled(model)}}
+    if denoiser_layers is not None:
+        wanted["initial"] = {"model": _spelled(model), "denoiser_layers": denoiser_layers}
     if texts:
         shapes = towers_config(model)
         length = usual_length(USUAL_LENGTH, shapes) if row_length is None else row_length
@@ -67,7 +78,7 @@ def prepare(
         if name in texts:
             tokenize(towers, texts[name], corpora[name], config)
         else:
-            init(model, Path(towers))
+            init(model, Path(towers), denoiser_layers=denoiser_layers)
             print(f"{towers} holds two towers made of {model}")
         _write(out, _read(out) | {name: wanted[name]})
     return TrainingInputs(towers, corpora)
@@ -94,13 +105,17 @@ def _spelled(source: str) -> str:
     return os.path.normpath(source)
 
 
-def towers_config(model: str) -> TwoTowerConfig:
-    """The config of the towers that `prepare` would give; a two-tower checkpoint may lack its weights."""
+def towers_config(model: str, denoiser_layers: str | None = None) -> TwoTowerConfig:
+    """The config of the towers that `prepare` would give; a two-tower checkpoint may lack its weights. Raises
+    SettingError for layers that the model has not."""
     try:
         single = not holds_two_towers(model)
     except FileNotFoundError:
         single = False
-    return open_backbone(model).config if single else read_config(resolve(model))
+    config = open_backbone(model).config if single else read_config(resolve(model))
+    if denoiser_layers is None:
+        return config
+    return dataclasses.replace(config, denoiser_layers=chosen_layers(config, denoiser_layers))
 
 
 def _read(out: Path) -> _Made:

@@ -75,6 +75,14 @@ def command(
     *,
     config: TrainConfig,
     what: DenoisingConfig,
+    denoiser_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers that the denoiser has, as `init` takes them, such as spread:3; OUT/initial is then made of a "
+            "checkpoint of two towers too.",
+            show_default="all of MODEL's",
+        ),
+    ] = None,
     held_out: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +109,7 @@ def command(
     but for rounding the result doesn't depend on their number.
     """
     if run.dry_run:
-        shapes = towers_config(model)
+        shapes = towers_config(model, denoiser_layers)
         if row_length is None and Path(corpus).exists() and not is_corpus(corpus):
             row_length = usual_length(USUAL_LENGTH, shapes)
         print_estimate(shapes, config, what, Path(corpus), row_length=row_length, num_ranks=run.num_ranks)
@@ -112,13 +120,15 @@ def command(
         saved_state(out)
         sources = {}
     else:  # before what may take hours
+        if denoiser_layers is not None:
+            towers_config(model, denoiser_layers)
         open_device(run.device)
         check_run(config, what, num_processes(), has_held_out=held_out is not None)
     check_out(out)
     with locked(out, own_rank()):
         if not run.export_only:
             check_finished(out / "checkpoint", out)
-        model, folders = prepare(model, sources, out, row_length, config.past_positions)
+        model, folders = prepare(model, sources, out, row_length, config.past_positions, denoiser_layers)
         folder = resolve(model)
         with torchrun_ranks(run.device) as ranks:
             if not run.export_only:
