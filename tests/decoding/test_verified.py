@@ -64,7 +64,7 @@ class Verified(NamedTuple):
 def verify(model: TwoTower, batch: VerifiedRows, draft: Draft) -> Verified:
     judged = verified.judge(model, batch, draft)
     [values] = read([judged])
-    found = verified.verdict(values, batch.num_known)
+    found = verified.verdict(values, draft, batch.num_known, counts_apart=judged.counts_apart)
     return Verified(found, model.accept(judged.scored, found.accepted))
 
 

@@ -118,8 +118,8 @@ class LogitOps(Protocol):
     has the equations; logits and confidences are float32, ids and steps int64. Nothing that comes in is written."""
 
     def best(self, logits: Tensor, /) -> Best:
-        """Of logits (…, v): the first of the largest ones, its logit, and log Σ exp(logits). The token is exact, NaN
-        being larger than every number; the sum's relative error stays below 1e-6."""
+        """Of logits (…, v): the first of the largest ones, its probability, and log Σ exp(logits). The token is exact,
+        NaN being larger than every number; the relative errors of the sum and the probability stay below 1e-6."""
 
     def argmax(self, logits: Tensor, /) -> Tensor:
         """The tokens (…) of `best` alone."""

@@ -10,8 +10,7 @@ from torch import Tensor
 from twotower.backends.protocol import LogitOps
 from twotower.decoding.params import SamplingParams
 from twotower.ops.transfer import to_device
-
-_LOG2_E = math.log2(math.e)
+from twotower.ops.unmask import from_log
 
 
 class Proposal(NamedTuple):
@@ -113,7 +112,7 @@ def propose(
     greedy = greedy_tokens(best.tokens, shaped, ops)
     if settings.all_greedy:
         if shaped is None:
-            return Proposal(greedy, from_log(best.logits - best.log_sum))
+            return Proposal(greedy, best.probability)
         return Proposal(greedy, probability(logits, greedy, best.log_sum))
     assert uniforms is not None
     tokens = inverse_sample(distribution(logits, settings, shaped), uniforms)
@@ -133,12 +132,6 @@ def probability(logits: Tensor, tokens: Tensor, log_sum: Tensor) -> Tensor:
     """softmax(logits) of given tokens (b, s), from logits (b, s, v), tokens and log Σ exp(logits), both (b, s)."""
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return from_log(chosen - log_sum)
-
-
-def from_log(log_p: Tensor) -> Tensor:
-    """exp of few numbers, none of them large. Not torch.exp: on a CPU it wakes the threads of a library for however few
-    numbers, and these then hold a core for milliseconds that the next pass needs."""
-    return torch.exp2(log_p * _LOG2_E)
 
 
 def distribution(logits: Tensor, settings: Temper, shaped: Shaped | None = None) -> Tensor:

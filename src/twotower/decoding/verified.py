@@ -23,7 +23,6 @@ from twotower.decoding.likeliest import likeliest, most_asked, read_top, with_to
 from twotower.decoding.output import DraftCount, Token
 from twotower.decoding.sampling import (
     distribution,
-    from_log,
     greedy_tokens,
     inverse_sample,
     probability,
@@ -69,24 +68,27 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 class Judged(NamedTuple):
-    """The pass over a draft before its results are read. `results` (2 + 2k, b, n+1): each row's number of accepted
-    ids, then those that weren't known, the bonus token and unused ids; beside these their probabilities and the
-    likeliest tokens."""
+    """The pass over a draft before its results are read. `results` (3 + 2k, b, n): each row's ids from the first place
+    on that wasn't known, up to the bonus token, and unused ids; their probabilities; at every place the number of
+    accepted ids; and the likeliest tokens. The counts are missing where `counts_apart`: the host knows the draft and
+    compares it with the ids itself, in less time than the devices' small operations take."""
 
     model: TwoTower
     rows: VerifiedRows
     draft: Draft
     scored: CausalPass
     results: Tensor
+    counts_apart: bool
 
     def finish(self, values: list[Any]) -> BatchStep:
-        rows, draft, num_known, tops = self.rows, self.draft, self.rows.num_known, values[2:]
-        found = verdict(values, num_known)
+        rows, draft, num_known = self.rows, self.draft, self.rows.num_known
+        tops = values[2:] if self.counts_apart else values[3:]
+        found = verdict(values, draft, num_known, counts_apart=self.counts_apart)
         emitted = []
         for row, (count, ids, confidence) in enumerate(zip(found.accepted, found.ids, found.confidence, strict=True)):
             num_top = rows.requests[row].params.logprobs
             new = range(count + 1 - num_known)
-            emitted.append(tuple(Token(ids[n], 0, confidence[n], read_top(tops, row, n + 1, num_top)) for n in new))
+            emitted.append(tuple(Token(ids[n], 0, confidence[n], read_top(tops, row, n, num_top)) for n in new))
         new_ids = [[token.id for token in tokens] for tokens in emitted]
         after = dataclasses.replace(
             rows,
@@ -134,7 +136,7 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
     best = ops.best(own)
     if rows.settings.all_greedy:
         emitted = greedy_tokens(best.tokens, shaped, ops)  # (b, n), equal to the draft as far as that is accepted
-        accepted = _prefix(drafted == emitted[:, :-1], widths, num_known)
+        accepted = None if draft.blocks is not None else _prefix(drafted == emitted[:, :-1], widths, num_known)
     else:
         p = distribution(own, rows.settings, shaped)
         ratio = p[:, :-1].gather(-1, drafted.unsqueeze(-1)).squeeze(-1) / _chances(draft)[:, num_known:]
@@ -143,16 +145,13 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
         after = _correction(rows, draft, p, accepted)
         emitted = F.pad(drafted, (0, 1)).scatter(1, (accepted - num_known)[:, None], after[:, None])
     # (b, n): the probabilities without the request's settings
-    if emitted is best.tokens:
-        confidence = from_log(best.logits - best.log_sum)
-    else:
-        confidence = probability(own, emitted, best.log_sum)
-    # the counts go into the same tensor, so that one copy to the host is enough
-    found = results(torch.cat((accepted[:, None], emitted), dim=1), F.pad(confidence, (1, 0)))
-    if not most_asked(rows.requests, own.shape[-1]):
-        return Judged(model, rows, draft, scored, found)
-    tops = likeliest(rows.requests, own, ops)
-    return Judged(model, rows, draft, scored, with_tops(found, F.pad(tops, (0, 0, 0, 0, 1, 0))))
+    confidence = best.probability if emitted is best.tokens else probability(own, emitted, best.log_sum)
+    found = results(emitted, confidence)
+    if accepted is not None:  # in the same tensor, so that one copy to the host is enough
+        found = torch.cat((found, accepted.double()[None, :, None].expand(1, *emitted.shape)))
+    if most_asked(rows.requests, own.shape[-1]):
+        found = with_tops(found, likeliest(rows.requests, own, ops))
+    return Judged(model, rows, draft, scored, found, accepted is None)
 
 
 def _prefix(agrees: Tensor, widths: tuple[int, ...], num_known: int) -> Tensor:
@@ -164,13 +163,23 @@ def _prefix(agrees: Tensor, widths: tuple[int, ...], num_known: int) -> Tensor:
     return agrees.cumprod(-1).sum(-1) + num_known
 
 
-def verdict(values: list[Any], num_known: int) -> Verdict:
+def verdict(values: list[Any], draft: Draft, num_known: int, *, counts_apart: bool) -> Verdict:
     """The decision from `Judged.results`, once they are on the host."""
-    numbers, confidences, *_ = values
-    counts = tuple(int(row[0]) for row in numbers)
-    ids = [[int(i) for i in row[1:]] for row in numbers]
+    ids = [[int(i) for i in row] for row in values[0]]
+    if counts_apart:
+        assert draft.blocks is not None
+        counts = tuple(
+            num_known + _agreeing(block[num_known:], own) for block, own in zip(draft.blocks, ids, strict=True)
+        )
+    else:
+        counts = tuple(int(row[0]) for row in values[2])
     bonus = tuple(row[count - num_known] for row, count in zip(ids, counts, strict=True))
-    return Verdict(counts, bonus, ids, [row[1:] for row in confidences])
+    return Verdict(counts, bonus, ids, values[1])
+
+
+def _agreeing(drafted: Sequence[int], ids: Sequence[int]) -> int:
+    """How many leading ids of a draft are those of `ids`, which are more."""
+    return next((n for n, i in enumerate(drafted) if i != ids[n]), len(drafted))
 
 
 def _after_draft(request: Request, drafter: str, width: int, emitted: Sequence[Token]) -> Request:

@@ -20,6 +20,7 @@ class Head(nn.Module):
         self.mask_token_id = config.mask_token_id
         self.scale, self.softcap, self.tied = config.logit_scale, config.logit_softcap, config.tie_word_embeddings
         self.linear = Linear(config.hidden_size, config.vocab_size, bias=config.head_bias, dtype=dtype)
+        self.is_masked = False  # whether the projection itself gives the mask token −∞
 
     @property
     def weight(self) -> nn.Parameter:
@@ -29,11 +30,14 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The logits of hidden states x (…, d): (…, v), float32 or wider."""
         logits = self.linear(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if logits.dtype.itemsize < 4:
+            logits = logits.float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.is_masked:
+            return logits
         # Last, so that nothing makes it finite again. A softmax's gradient is 0 there, so autograd need not know, which
         # would cost it a pass over all logits.
         logits.detach().select(-1, self.mask_token_id).fill_(-torch.inf)
@@ -48,8 +52,19 @@ class Head(nn.Module):
         self.linear.weight = nn.Parameter(self.linear.weight.detach())
 
     def pack_(self, dtype: torch.dtype, pack: Pack) -> None:
-        """Packs the weight, see `Linear.pack_`."""
+        """Packs the weight, see `Linear.pack_`. The mask token then gets the bias −∞, because three operations at every
+        pass on one number of each row cost a small model more than a bias does."""
+        row = self.linear.weight[self.mask_token_id].detach()
+        is_plain = self.softcap is None and self.scale > 0 and bool(row.isfinite().all())
         self.linear.pack_(dtype, pack)
+        if self.linear.packed is None or not is_plain:
+            return
+        bias = (
+            row.new_zeros(self.linear.outputs, dtype=dtype) if self.linear.bias is None else self.linear.bias.detach()
+        )
+        bias[self.mask_token_id] = -torch.inf
+        self.linear.bias = nn.Parameter(bias)
+        self.is_masked = True
 
     def released_tensors(self, name: str) -> dict[str, Tensor]:
         """Its tensors under the released name of the head; a tied weight is the embedding's."""

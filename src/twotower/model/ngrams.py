@@ -8,7 +8,7 @@ the longest one that the table has decides (Katz 1987, without the discounts, wh
 import bisect
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,11 +58,11 @@ class NgramTable:
         arrays = (self.keys, self.tokens, self.shares, buckets)
         return _Views(*(np.ascontiguousarray(a).data for a in arrays))
 
-    def guess(self, tail: Iterable[int]) -> Guess | None:
+    def guess(self, tail: Sequence[int]) -> Guess | None:
         """The token after a text that ends with `tail`, given from its last token backwards; None if the table has no
         context that ends so."""
         keys, tokens, shares, buckets = self._views
-        for key in reversed(list(context_keys(tail, self.order - 1))):  # the longest context that the table has
+        for key in reversed(context_keys(tail, self.order - 1)):  # the longest context that the table has
             bucket = key >> (32 - _BUCKET_BITS)
             end = buckets[bucket + 1]
             place = bisect.bisect_left(keys, key, buckets[bucket], end)
@@ -71,9 +71,10 @@ class NgramTable:
         return None
 
 
-def context_keys(tail: Iterable[int], most: int) -> Iterator[int]:
+def context_keys(tail: Sequence[int], most: int) -> list[int]:
     """The keys of the contexts of 1, 2, … `most` tokens that end a text, given from its last token backwards."""
-    total = SEED
-    for _, token in zip(range(most), tail, strict=False):
+    total, keys = SEED, []
+    for token in tail[:most]:
         total = (total + token) * FACTOR & MASK
-        yield total >> 32
+        keys.append(total >> 32)
+    return keys

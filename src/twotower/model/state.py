@@ -34,6 +34,7 @@ class KeyBuffer:
     keys: list[Tensor]
     values: list[Tensor]
     tip: tuple[int, ...] | None
+    _past: tuple[int, Past] | None = None  # the last answer; autograd forbids views older than what PyTorch writes
 
     @property
     def capacity(self) -> int:
@@ -41,7 +42,10 @@ class KeyBuffer:
 
     def past(self, used: int) -> Past:
         """The first `used` places of every row."""
-        return Past([k[:, :, :used] for k in self.keys], [v[:, :, :used] for v in self.values], None)
+        if self._past is None or self._past[0] != used:
+            past = Past([k[:, :, :used] for k in self.keys], [v[:, :, :used] for v in self.values], None)
+            self._past = used, past
+        return self._past[1]
 
     def places(self, starts: tuple[int, ...], s: int) -> None:
         """None: keys of a row lie side by side, so `starts` says where to append (pages need explicit places)."""
@@ -49,6 +53,7 @@ class KeyBuffer:
     def append_(self, layer: int, starts: tuple[int, ...], places: Tensor | None, key: Tensor, value: Tensor) -> None:
         """Writes key and value (b, k, s, p) of one layer at each row's places from starts[b] on."""
         keys, values, s = self.keys[layer], self.values[layer], key.shape[2]
+        self._past = None
         if len(set(starts)) == 1:
             keys[:, :, starts[0] : starts[0] + s] = key
             values[:, :, starts[0] : starts[0] + s] = value
@@ -79,6 +84,7 @@ class KeyBuffer:
     ) -> None:
         """Copies what `newer`, a copy of these rows, has appended: places starts[i] to ends[i] of its row i."""
         assert isinstance(newer, KeyBuffer)
+        self._past = None
         for ours, theirs in zip((*self.keys, *self.values), (*newer.keys, *newer.values), strict=True):
             for i, row in enumerate(rows):
                 ours[row, :, starts[i] : ends[i]] = theirs[i, :, starts[i] : ends[i]]

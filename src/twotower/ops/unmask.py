@@ -1,18 +1,21 @@
 """From logits to the next state of a block: what decoding calls at every step. Letters: b rows, s positions,
 v vocabulary."""
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_LOG2_E = math.log2(math.e)
+
 
 class Best(NamedTuple):
-    """Of logits (…, v): the first token with the largest int64, its logit, and log Σ exp(logits), (…) each."""
+    """Of logits (…, v): the first token with the largest int64, its probability, and log Σ exp(logits), (…) each."""
 
     tokens: Tensor
-    logits: Tensor
+    probability: Tensor
     log_sum: Tensor
 
 
@@ -27,9 +30,16 @@ class BlockPlaces(NamedTuple):
 
 
 def best(logits: Tensor) -> Best:
-    """The greedy tokens of logits (…, v) float32, their logits, and log Σ exp: p(token) = exp(its logit - log_sum)."""
+    """The greedy tokens of logits (…, v) float32, p(token) = exp(its logit - log Σ exp(logits)), and that log."""
     values, tokens = logits.max(-1)
-    return Best(tokens, values, logits.logsumexp(-1))
+    log_sum = logits.logsumexp(-1)
+    return Best(tokens, from_log(values - log_sum), log_sum)
+
+
+def from_log(log_p: Tensor) -> Tensor:
+    """exp of few numbers, none of them large. Not torch.exp: on a CPU it wakes the threads of a library for however few
+    numbers, and these then hold a core for milliseconds that the next pass needs."""
+    return torch.exp2(log_p * _LOG2_E)
 
 
 def argmax(logits: Tensor) -> Tensor:

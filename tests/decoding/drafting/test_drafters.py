@@ -108,8 +108,9 @@ def test_prompt_lookup_takes_the_longest_match_and_goes_on_with_its_period(tiny:
         params = SamplingParams(mode="verified", max_new_tokens=40, drafter="prompt")
         request = Request(prompt, params.settled(16, SamplingDefaults()), 0)
         rows = verified.start(model, (request,), model.prefill([list(prompt)]))
-        ids, widths, _ = DRAFTERS["prompt"].drafter.propose(model, rows, [0])
-        return ids[0, : widths[0]].tolist()
+        proposal = DRAFTERS["prompt"].drafter.propose(model, rows, [0])
+        assert proposal.blocks == (proposal.ids[0, : proposal.widths[0]].tolist(),)
+        return proposal.blocks[0]
 
     assert draft(1, 2, 3) == []
     assert draft(7) == []

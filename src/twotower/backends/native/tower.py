@@ -116,7 +116,8 @@ class NativeTower:
         saved = [x.new_empty(len(before), b, s, width) for width in _saved_widths(c)] if before else [x, x, x]
         # A block's end state waits until it is known how much of the block stays.
         cuts = () if not before or (1 < s <= CHUNK and not marks) else (*marks, s)
-        ends = x.new_empty(len(cuts), len(before), b, c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_size)
+        shape = (len(cuts), len(before), b, c.mamba_num_heads, c.mamba_head_dim, c.mamba_state_size)
+        ends = x.new_empty(shape) if cuts else None
         hidden = self._run(
             inputs,
             memory,
@@ -124,12 +125,13 @@ class NativeTower:
             starts=torch.tensor(state.lengths),
             places=inputs.places,
             ends=ends,
-            cuts=torch.tensor(cuts, dtype=torch.int64),
+            cuts=torch.tensor(cuts) if cuts else None,
             num_cuts=len(cuts),
             keeps=True,
             causal=True,
         )
-        replay = NativeReplay(self, before, memory, saved, dict(zip(cuts, ends.unbind(), strict=True)), s)
+        by_cut = {} if ends is None else dict(zip(cuts, ends.unbind(), strict=True))
+        replay = NativeReplay(self, before, memory, saved, by_cut, s)
         return CausalPass(hidden, state, replay.advance, {mark: replay.marked(mark) for mark in marks})
 
     def block(self, inputs: PassInputs, modulation: Tensor | None, widths: tuple[int, ...]) -> Tensor:

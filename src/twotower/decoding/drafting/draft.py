@@ -48,12 +48,14 @@ class Proposal(NamedTuple):
     has no draft.
 
     `probabilities` (r, s, v) are those that the ids were drawn from; None says that nothing was drawn: each id is what
-    the drafter proposes there with probability 1.
+    the drafter proposes there with probability 1. `blocks` are the places that count as lists, where the host made
+    them.
     """
 
     ids: Tensor
     widths: tuple[int, ...]
     probabilities: Tensor | None = None
+    blocks: tuple[list[int], ...] | None = None
 
 
 class Drafter(Protocol):
@@ -72,13 +74,15 @@ class Drafter(Protocol):
 
 class Draft(NamedTuple):
     """The blocks to verify: ids (b, s) int64, the places of each that count (b), and the drafter's name, "" for a row
-    without a draft. The `drawn` rows (r) were drawn from `probabilities` (r, s, v), None where there are none."""
+    without a draft. The `drawn` rows (r) were drawn from `probabilities` (r, s, v), None where there are none.
+    `blocks` are the places that count as lists, None where the host doesn't know all of them."""
 
     ids: Tensor
     widths: tuple[int, ...]
     drafters: tuple[str, ...]
     drawn: tuple[int, ...] = ()
     probabilities: Tensor | None = None
+    blocks: tuple[list[int], ...] | None = None
 
 
 def certain(model: TwoTower, rows: VerifiedRows, places: Sequence[int], drafts: Sequence[Sequence[int]]) -> Proposal:
@@ -96,4 +100,4 @@ def certain(model: TwoTower, rows: VerifiedRows, places: Sequence[int], drafts: 
     table = [block + [0] * (size - len(block)) for block in blocks]
     # the dtype is said, because a list of empty lists has none of its own
     ids = to_device(torch.tensor(table, dtype=torch.int64).view(len(blocks), size), model.context_device)
-    return Proposal(ids, tuple(map(len, blocks)))
+    return Proposal(ids, tuple(map(len, blocks)), blocks=tuple(blocks))

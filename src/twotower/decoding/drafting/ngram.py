@@ -1,7 +1,6 @@
 """Drafts from the counts of n-grams that a checkpoint comes with, see `model.ngrams`."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 from twotower.decoding.drafting.draft import Proposal, VerifiedRows, certain
 from twotower.model.ngrams import NgramTable
@@ -26,11 +25,12 @@ def continuation(table: NgramTable, ids: Sequence[int], most: int) -> list[int]:
     chance = 1.0
     tail = list(ids[: -table.order : -1])  # backwards, as `guess` reads it
     while len(draft) < most:
-        guess = table.guess(chain(reversed(draft), tail))
+        guess = table.guess(tail)
         if guess is None:
             break
         chance *= guess.share
         if chance < LEAST_CHANCE:
             break
         draft.append(guess.token)
+        tail.insert(0, guess.token)
     return draft

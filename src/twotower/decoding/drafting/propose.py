@@ -63,11 +63,11 @@ def _turn(name: str) -> int:
 def _likeliest(model: TwoTower, rows: VerifiedRows, places: list[int]) -> Proposal:
     """The newest token alone, or before the first one the likeliest by the prompt's logits."""
     if rows.newest:
-        ids = to_device([rows.newest[place] for place in places], model.context_device)
-    else:
-        assert rows.context.next_logits is not None
-        ops = model.context_tower.logit_ops
-        ids = ops.argmax(rows.context.next_logits)[to_device(places, model.context_device)]
+        newest = tuple([rows.newest[place]] for place in places)
+        return Proposal(to_device(newest, model.context_device), (1,) * len(places), blocks=newest)
+    assert rows.context.next_logits is not None
+    ops = model.context_tower.logit_ops
+    ids = ops.argmax(rows.context.next_logits)[to_device(places, model.context_device)]
     return Proposal(ids[:, None], (1,) * len(places))
 
 
@@ -77,7 +77,8 @@ def _kept(proposal: Proposal, rows: list[int]) -> Proposal:
         return proposal
     at = to_device(rows, proposal.ids.device)
     probabilities = None if proposal.probabilities is None else proposal.probabilities[at]
-    return Proposal(proposal.ids[at], tuple(proposal.widths[n] for n in rows), probabilities)
+    blocks = None if proposal.blocks is None else tuple(proposal.blocks[n] for n in rows)
+    return Proposal(proposal.ids[at], tuple(proposal.widths[n] for n in rows), probabilities, blocks)
 
 
 def _joined(rows: VerifiedRows, parts: list[_Part]) -> Draft:
@@ -85,19 +86,22 @@ def _joined(rows: VerifiedRows, parts: list[_Part]) -> Draft:
     if len(parts) == 1:
         [(name, places, proposal)] = parts
         own = () if proposal.probabilities is None else tuple(places)
-        return Draft(proposal.ids, proposal.widths, (name,) * len(places), own, proposal.probabilities)
+        return Draft(proposal.ids, proposal.widths, (name,) * len(places), own, proposal.probabilities, proposal.blocks)
     num_rows = len(rows.requests)
     size = max(part.proposal.ids.shape[1] for part in parts)
     ids = parts[0].proposal.ids.new_zeros(num_rows, size)
     widths, names = [0] * num_rows, [""] * num_rows
     drawn: tuple[int, ...] = ()
     probabilities = None
+    blocks: dict[int, list[int]] = {}
     for name, places, proposal in parts:
         s = proposal.ids.shape[1]
         ids[to_device(places, ids.device), :s] = proposal.ids
         for place, width in zip(places, proposal.widths, strict=True):
             widths[place], names[place] = width, name
+        blocks |= dict(zip(places, proposal.blocks or (), strict=False))
         if proposal.probabilities is not None:
             assert probabilities is None, "one source draws, the denoiser, and it runs once"
             drawn, probabilities = tuple(places), F.pad(proposal.probabilities, (0, 0, 0, size - s))
-    return Draft(ids, tuple(widths), tuple(names), drawn, probabilities)
+    known = tuple(blocks[row] for row in range(num_rows)) if len(blocks) == num_rows else None
+    return Draft(ids, tuple(widths), tuple(names), drawn, probabilities, known)

@@ -137,7 +137,7 @@ API int tt_linear(const float *x, long stride, long r, const void *weight, int b
                   float *y, int threads);
 
 /* unmask.c */
-API void tt_best(const float *logits, long r, long v, int64_t *tokens, float *values, float *log_sum, int threads);
+API void tt_best(const float *logits, long r, long v, int64_t *tokens, float *p, float *log_sum, int threads);
 API void tt_entropy(const float *logits, long r, long v, float *entropy, int threads);
 API int tt_commit(const float *sure, const uint8_t *masked, const int64_t *left, const float *threshold,
                   const float *bound, int leftmost, long b, long s, uint8_t *out);

@@ -32,7 +32,7 @@ typedef struct {
     const float *logits;
     long v;
     int64_t *tokens;
-    float *values, *log_sum;
+    float *p, *log_sum;
 } Finding;
 
 static void find_best(void *job, long from, long to, int slot) {
@@ -45,8 +45,9 @@ static void find_best(void *job, long from, long to, int slot) {
         long at = 0;
         while (at < v && x[at] != most && (most == most || x[at] == x[at])) at++;
         in->tokens[m] = at;
-        if (!in->values) continue;
-        in->values[m] = in->log_sum[m] = most;
+        if (!in->p) continue;
+        in->log_sum[m] = most;
+        in->p[m] = NAN;
         if (!isfinite(most)) continue; /* -inf, inf and NaN are their own log of the sum */
         double total = 0;
         for (long start = 0; start < v; start += SPAN) {
@@ -56,13 +57,14 @@ static void find_best(void *job, long from, long to, int slot) {
             total += sum(part);
         }
         in->log_sum[m] = most + (float)log(total);
+        in->p[m] = (float)(1.0 / total);
     }
 }
 
-/* Of each of r rows of v logits: the place of the first of the largest ones; unless `values` is null also its value and
+/* Of each of r rows of v logits: the place of the first of the largest ones; unless `p` is null also its probability and
  * the log of the sum of all exp */
-API void tt_best(const float *logits, long r, long v, int64_t *tokens, float *values, float *log_sum, int threads) {
-    Finding job = {logits, v, tokens, values, log_sum};
+API void tt_best(const float *logits, long r, long v, int64_t *tokens, float *p, float *log_sum, int threads) {
+    Finding job = {logits, v, tokens, p, log_sum};
     in_parallel(find_best, &job, r, 1, r * v >= 65536 ? threads : 1);
 }
 
