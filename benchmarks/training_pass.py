@@ -1,10 +1,13 @@
 """Compares our training step with one that keeps boundary states and a dense mask, and with an AR step of one tower.
 
-    python benchmarks/training_pass.py > benchmarks/results/training_pass.json
+    python benchmarks/training_pass.py --repeats 7 --scaling 1024 2048 4096 8192 > benchmarks/results/training_pass.json
+    python benchmarks/training_pass.py --checkpoint stories --tokens 256 --rows 8
 
-Prints one JSON line. The model: M*-EM*-E, d 512, 8/2 heads x 64, Mamba 16 x 64 with state 128 in 8 groups, 32 experts
-of width 256 with 4 active, shared 512, MLP 1024, v 8192, float32, random weights. Batch 1, t 2048, block 16, half of
-the positions masked. A step is forward and backward, without the optimiser.
+Prints one JSON line. Without options it makes few repeats; `--scaling` also measures peaks by block size and number of
+tokens, which takes minutes. With `--checkpoint` only our own steps are compared, for its model. Else the model is
+M*-EM*-E, d 512, 8/2 heads x 64, Mamba 16 x 64 with state 128 in 8 groups, 32 experts of width 256 with 4 active, shared
+512, MLP 1024, v 8192, float32, random weights. Batch 1, t 2048, block 16, half of the positions masked. A step is
+forward and backward, without the optimiser.
 
 - `seeded` is `training.objectives.sums.loss_sums`, `recompute` the same with that option, and `bf16` the same with a
   model that computes in bfloat16, as `twotower train --bf16` does; its gradients are bfloat16, and its peak is not
@@ -35,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import twotower
 from twotower import TwoTower, TwoTowerConfig
 from twotower.model.attention import Attention
 from twotower.model.mamba2 import Mamba2
@@ -99,13 +103,13 @@ def random_model(config: TwoTowerConfig) -> TwoTower:
     return model
 
 
-def make_case(config: TwoTowerConfig, t: int, block_size: int) -> Case:
-    """A random row of t tokens, half of them masked."""
+def make_case(config: TwoTowerConfig, t: int, block_size: int, rows: int = 1) -> Case:
+    """Random rows of t tokens, half of them masked."""
     torch.manual_seed(t)
-    x0 = torch.randint(4, config.vocab_size, (1, t))
-    layout = make_layout(torch.zeros(1, t, dtype=torch.int64), block_size)
+    x0 = torch.randint(4, config.vocab_size, (rows, t))
+    layout = make_layout(torch.zeros(rows, t, dtype=torch.int64), block_size)
     level = (torch.rand(int(layout.block.max()) + 1)[layout.block] * 0.9 + 0.05).clone()
-    masked = torch.rand(1, t) < 0.5
+    masked = torch.rand(rows, t) < 0.5
     scored = torch.ones_like(masked)
     return Case(x0, Corrupted(x0.masked_fill(masked, config.mask_token_id), masked, level, level, scored, layout))
 
@@ -279,7 +283,7 @@ def speeds(runs: dict[str, Callable[[], None]], tokens: int, repeats: int) -> di
             for label, values in (("wall", wall), ("cpu", used))
         }
 
-    for name in ("seeded", "recompute"):
+    for name in ("seeded", "recompute") if "boundary" in runs else ():
         out[f"{name}_speedup_over_boundary"] = ratio("boundary", name)
         out[f"{name}_time_over_ar"] = ratio(name, "ar")
     out["bf16_speedup_over_float32"] = ratio("seeded", "bf16")
@@ -287,13 +291,15 @@ def speeds(runs: dict[str, Callable[[], None]], tokens: int, repeats: int) -> di
 
 
 def peaks(model: TwoTower, runs: dict[str, Callable[[], None]], tokens: int, scaling: list[int]) -> dict[str, object]:
-    """Peak memory of each step, and of ours also by block size and by number of tokens."""
+    """Peak memory of each step, and of ours also by block size and by the numbers of tokens in `scaling`, if any."""
     out: dict[str, object] = {}
     found: dict[str, list[float]] = {name: [peak_mb(run) for _ in range(3)] for name, run in runs.items()}
     out["peak_mb"] = {name: spread(values, 0) for name, values in found.items()}
     for name in ("seeded", "recompute"):
         ratios = [a / b for a, b in zip(found[name], found["boundary"], strict=True)]
         out[f"{name}_peak_over_boundary"] = spread(ratios)
+        if not scaling:
+            continue
         steps = functools.partial(seeded_step, model, recompute=name == "recompute")
         by_block = {size: make_case(model.config, tokens, size) for size in (4, 16)}
         out[f"{name}_peak_mb_by_block"] = {
@@ -307,27 +313,40 @@ def peaks(model: TwoTower, runs: dict[str, Callable[[], None]], tokens: int, sca
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=3, help="2 or more")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--scaling", type=int, nargs="*", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--scaling", type=int, nargs="*", default=[], help="also measure peaks at so many tokens")
+    parser.add_argument("--checkpoint", help="a checkpoint, or a shipped name, whose steps are timed")
     arguments = parser.parse_args()
+    tokens, rows = arguments.tokens, arguments.rows
+    if arguments.repeats < 2 or min(tokens, rows) < 1 or (arguments.checkpoint is None and (rows != 1 or tokens % 16)):
+        parser.error("repeats must be 2 or more; without --checkpoint, rows 1 and tokens a multiple of 16")
+    if arguments.checkpoint is not None and arguments.scaling:
+        parser.error("scaling is measured without --checkpoint only")
     torch.set_num_threads(arguments.threads)
-    model = random_model(CONFIG)
-    case = make_case(CONFIG, arguments.tokens, 16)
-    runs: dict[str, Callable[[], None]] = {
-        "boundary": functools.partial(boundary_step, model, case),
-        "seeded": functools.partial(seeded_step, model, case, recompute=False),
-        "recompute": functools.partial(seeded_step, model, case, recompute=True),
-        "ar": functools.partial(ar_step, model, case),
-    }
-    out: dict[str, object] = {"benchmark": "training_pass", "tokens": arguments.tokens, "block": 16}
-    # Peaks come first, while freed memory of 256 KB or more goes back to the kernel, so that resident memory is in use
-    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 18)
-    out |= peaks(model, runs, arguments.tokens, arguments.scaling)
-    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 25)  # glibc moves there itself after large frees
+    out: dict[str, object] = {"benchmark": "training_pass", "tokens": tokens, "rows": rows, "block": 16}
+    runs: dict[str, Callable[[], None]] = {}
+    if arguments.checkpoint is None:
+        model = random_model(CONFIG)
+    else:
+        out["checkpoint"] = arguments.checkpoint
+        model = twotower.load(arguments.checkpoint, dtype="float32", pack=False)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    case = make_case(model.config, tokens, 16, rows)
+    for name in ("seeded", "recompute"):
+        runs[name] = functools.partial(seeded_step, model, case, recompute=name == "recompute")
+    if arguments.checkpoint is None:
+        runs = {"boundary": functools.partial(boundary_step, model, case), **runs}
+        runs["ar"] = functools.partial(ar_step, model, case)
+        # Peaks come first, while freed memory of 256 KB or more goes back to the kernel: what is resident is in use
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 18)
+        out |= peaks(model, runs, tokens, arguments.scaling)
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 25)  # glibc moves there itself after large frees
     runs["bf16"] = functools.partial(seeded_step, coarse(model), case, recompute=False)
-    out |= speeds(runs, arguments.tokens, arguments.repeats)
+    out |= speeds(runs, tokens * rows, arguments.repeats)
     out |= {
         "threads": torch.get_num_threads(),
         "cpu": cpu_model(),
