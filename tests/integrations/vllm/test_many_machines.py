@@ -1,0 +1,79 @@
+"""The commands for many machines in docs/vllm.md, as far as vLLM checks them without a GPU."""
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[3]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: make test-vllm"),
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: make test-vllm"),
+]
+RELEASED = json.loads((TOP / "recipes" / "nemotron-30b" / "config.json").read_text())
+LARGE = RELEASED | {
+    "hidden_size": 5120,
+    "n_routed_experts": 512,
+    "num_experts_per_tok": 22,
+    "moe_intermediate_size": 3328,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "mamba_num_heads": 160,
+}
+PAGE = (TOP / "docs" / "vllm.md").read_text()
+COMMANDS = re.findall(r"^vllm serve CHECKPOINT (--distributed-executor-backend.*?)\n```", PAGE, re.M | re.S)
+
+
+@pytest.fixture
+def configured(tmp_path):
+    """configured(config, options): what vLLM makes of a command."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    def parse(config, options):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+        words = ["--model", str(tmp_path), "--skip-tokenizer-init", *shlex.split(options.replace("\\\n", " "))]
+        return AsyncEngineArgs.from_cli_args(parser.parse_args(words)).create_engine_config()
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    ("config", "number", "machines", "experts_each"), [(RELEASED, 0, 2, 8), (LARGE, 1, 4, 16)], ids=["30b", "400b"]
+)
+def test_vllm_takes_the_command_and_every_expert_has_one_card(config, number, machines, experts_each, configured):
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+
+    parallel = configured(config, COMMANDS[number]).parallel_config
+    assert (parallel.tensor_parallel_size, parallel.data_parallel_size) == (8, machines)
+    assert parallel.enable_expert_parallel
+    assert (parallel.distributed_executor_backend, parallel.data_parallel_backend) == ("ray", "ray")
+    cards = parallel.world_size_across_dp
+    assert cards == 8 * machines
+    there = []
+    for card in range(cards):
+        local, table, _ = determine_expert_map(cards, card, config["n_routed_experts"])
+        own = (table >= 0).nonzero()[:, 0].tolist()
+        assert len(own) == local == experts_each
+        there += own
+    assert sorted(there) == list(range(config["n_routed_experts"]))
+
+
+def test_the_large_model_has_about_400_billion_parameters():
+    from twotower.config import TwoTowerConfig
+
+    config = TwoTowerConfig.from_dict(LARGE)
+    per_layer = 2 * config.num_experts * config.hidden_size * config.expert_intermediate_size
+    assert 395e9 < per_layer * config.pattern.count("E") < 405e9
+
+
+def test_the_denoiser_is_refused_with_these_commands(configured):
+    from twotower.integrations.vllm.denoiser import _check_server
+
+    with pytest.raises(ValueError, match="the denoiser needs --tensor-parallel-size 1"):
+        _check_server(configured(RELEASED, COMMANDS[0]))
