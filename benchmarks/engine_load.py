@@ -198,7 +198,7 @@ def closed_loop(
 
 def prefix(model: twotower.TwoTower, repeats: int) -> dict[str, float]:
     """What the prefix cache saves when it hits, and what it costs when it does not."""
-    one = twotower.SamplingParams(mode="ar", max_new_tokens=1, ignore_eos=True)
+    one = twotower.SamplingParams(mode="ar", max_new_tokens=1, ignore_eos=True, past_positions=True)
     seconds: dict[str, list[float]] = {"cold": [], "cached": []}
     on, off = (twotower.EngineConfig(state_bytes=96 << 20, snapshot_bytes=n << 20) for n in (8, 0))
     for _ in range(repeats):
