@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from twotower.backends.native.build import library
+from twotower.backends.native.pack import pack_weight
 from twotower.config import TwoTowerConfig
 from twotower.model.head import Head
 
@@ -44,6 +46,22 @@ def test_the_mask_has_no_probability_whatever_its_row_holds(
     probabilities = logits.softmax(-1)
     assert bool((probabilities[..., mask] == 0).all())
     torch.testing.assert_close(probabilities[..., others], logits[..., others].softmax(-1))
+
+
+@pytest.mark.skipif(library() is None, reason="this machine has no C compiler")
+@pytest.mark.parametrize("config", [{}, {"head_bias": True}, {"logit_scale": 0.25}, {"logit_softcap": 5.0}])
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e29, 3e38, torch.inf, torch.nan])
+def test_a_packed_head_rules_it_out_whatever_its_row_holds(
+    value: float, config: dict[str, Any], make: Callable[..., Head]
+) -> None:
+    head, x = make(mask_token_id=3, **config), torch.randn(2, 5, WIDTH) * 40
+    with torch.no_grad():
+        head.weight[3] = value * head.weight[4].sign()
+    expected = head(x)
+    head.pack_(torch.float32, pack_weight)
+    logits = head(x)
+    assert bool((logits[..., 3] == -torch.inf).all())
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

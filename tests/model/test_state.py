@@ -45,6 +45,14 @@ def test_only_the_newest_state_appends_in_place(tiny: Callable, ids: Callable) -
     assert model.extend(ids(1, 3), old).buffer is not old.buffer
 
 
+def test_views_of_the_keys_are_as_long_as_asked_for_and_made_once(tiny: Callable, ids: Callable) -> None:
+    buffer = tiny("M*-").prefill(ids(1, 20), capacity=3 * KEY_TILE).buffer
+    short, long = buffer.past(KEY_TILE), buffer.past(2 * KEY_TILE)
+    assert (short.length, long.length) == (KEY_TILE, 2 * KEY_TILE)
+    assert buffer.past(2 * KEY_TILE) is long
+    assert long.keys[0].data_ptr() == buffer.keys[0].data_ptr()
+
+
 def test_a_ragged_extension_moves_only_its_rows(model: TwoTower, ids: Callable, close: Callable) -> None:
     prompt, more = ids(2, 12), ids(2, 6, seed=1)
     old = model.prefill(prompt)

@@ -34,7 +34,8 @@ class KeyBuffer:
     keys: list[Tensor]
     values: list[Tensor]
     tip: tuple[int, ...] | None
-    _past: tuple[int, Past] | None = None  # the last answer; autograd forbids views older than what PyTorch writes
+    # The last answer of `past`. Autograd forbids views older than what PyTorch writes, so whoever writes drops it.
+    _past: tuple[int, Past] | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     @property
     def capacity(self) -> int:
