@@ -16,60 +16,56 @@ typedef struct {
     long step;
 } Ahead;
 
-typedef vf Sums[MR][4][2];
+typedef vf Sums[MR][2];
 
-/* Adds rows . weight to the sums: rows of float32, a weight of float32 or of bf16, which is widened */
-INLINE void add_products(Sums acc, long k, int bf16, const void *const *p, int np, const void *const *rows, int mr,
-                         Ahead ahead) {
+#define LINE 64 /* bytes of a cache line */
+
+/* Adds rows . panel to the sums: rows of float32, a panel of float32 or of bf16, which is widened */
+INLINE void add_products(Sums acc, long k, int bf16, const void *panel, const void *const *rows, int mr, Ahead ahead) {
     for (long i = 0; i < k; i++) {
         __builtin_prefetch(ahead.from, 0, 2);
+        if (!bf16 && NR * sizeof(float) > LINE) __builtin_prefetch(ahead.from + LINE, 0, 2);
         ahead.from += ahead.step;
-#pragma GCC unroll 4
-        for (int j = 0; j < np; j++) {
-            vf w0, w1;
-            if (bf16) {
-                vu pair;
-                memcpy(&pair, (const uint16_t *)p[j] + i * NR, sizeof pair);
-                w0 = (vf)(pair << 16);
-                w1 = (vf)(pair & 0xffff0000u);
-            } else {
-                w0 = load((const float *)p[j] + i * NR);
-                w1 = load((const float *)p[j] + i * NR + VL);
-            }
+        vf w0, w1;
+        if (bf16) {
+            vu pair;
+            memcpy(&pair, (const uint16_t *)panel + i * NR, sizeof pair);
+            w0 = (vf)(pair << 16);
+            w1 = (vf)(pair & 0xffff0000u);
+        } else {
+            w0 = load((const float *)panel + i * NR);
+            w1 = load((const float *)panel + i * NR + VL);
+        }
 #pragma GCC unroll 8
-            for (int m = 0; m < mr; m++) {
-                vf x = splat(((const float *)rows[m])[i]);
-                acc[m][j][0] += x * w0;
-                acc[m][j][1] += x * w1;
-            }
+        for (int m = 0; m < mr; m++) {
+            vf x = splat(((const float *)rows[m])[i]);
+            acc[m][0] += x * w0;
+            acc[m][1] += x * w1;
         }
     }
 }
 
 #if BF16_PAIRS
 /* The same for rows of bf16 whose length is even */
-INLINE void add_pairs(Sums acc, long k, const void *const *p, int np, const void *const *rows, int mr, Ahead ahead) {
+INLINE void add_pairs(Sums acc, long k, const void *panel, const void *const *rows, int mr, Ahead ahead) {
     for (long i = 0; i < (k + 1) / 2; i++) {
         __builtin_prefetch(ahead.from, 0, 2);
         __builtin_prefetch(ahead.from + ahead.step, 0, 2);
         ahead.from += 2 * ahead.step;
-#pragma GCC unroll 4
-        for (int j = 0; j < np; j++) {
-            const uint16_t *from = (const uint16_t *)p[j] + 2 * i * NR;
-            __m512i w0, w1;
-            if (2 * i + 1 < k) {
-                w0 = _mm512_loadu_si512(from);
-                w1 = _mm512_loadu_si512(from + NR);
-            } else { /* the last of an odd number, beside zeros */
-                w0 = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
-                w1 = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from + VL)));
-            }
+        const uint16_t *from = (const uint16_t *)panel + 2 * i * NR;
+        __m512i w0, w1;
+        if (2 * i + 1 < k) {
+            w0 = _mm512_loadu_si512(from);
+            w1 = _mm512_loadu_si512(from + NR);
+        } else { /* the last of an odd number, beside zeros */
+            w0 = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+            w1 = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from + VL)));
+        }
 #pragma GCC unroll 8
-            for (int m = 0; m < mr; m++) {
-                const __m512bh x = (__m512bh)_mm512_set1_epi32(((const int32_t *)rows[m])[i]);
-                acc[m][j][0] = (vf)_mm512_dpbf16_ps((__m512)acc[m][j][0], x, (__m512bh)w0);
-                acc[m][j][1] = (vf)_mm512_dpbf16_ps((__m512)acc[m][j][1], x, (__m512bh)w1);
-            }
+        for (int m = 0; m < mr; m++) {
+            const __m512bh x = (__m512bh)_mm512_set1_epi32(((const int32_t *)rows[m])[i]);
+            acc[m][0] = (vf)_mm512_dpbf16_ps((__m512)acc[m][0], x, (__m512bh)w0);
+            acc[m][1] = (vf)_mm512_dpbf16_ps((__m512)acc[m][1], x, (__m512bh)w1);
         }
     }
 }
@@ -152,58 +148,50 @@ const void *const *prepared(const float *const *rows, long r, long k, int bf16, 
     return (const void *const *)rows;
 }
 
-/* y[m][first ... ] = rows[m] . weight + bias for `mr` rows and `np` panels from `panel`; mr, np, bf16 are constants */
-INLINE void tile(const Weight *w, int bf16, long panel, int np, const void *const *rows, float *const *y, int mr,
-                 const float *bias, int squared_relu, Ahead ahead) {
+/* y[m][first ... ] = rows[m] . weight + bias for `mr` rows and one panel; mr and bf16 are constants */
+INLINE void tile(const Weight *w, int bf16, long panel, const void *const *rows, float *const *y, int mr, const float *bias,
+                 int squared_relu, Ahead ahead) {
     Sums acc;
-    const void *p[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < np; j++) p[j] = panel_at(w, panel + j);
 #pragma GCC unroll 8
-    for (int m = 0; m < mr; m++)
-#pragma GCC unroll 4
-        for (int j = 0; j < np; j++) acc[m][j][0] = acc[m][j][1] = (vf){0};
+    for (int m = 0; m < mr; m++) acc[m][0] = acc[m][1] = (vf){0};
 #if BF16_PAIRS
     if (bf16)
-        add_pairs(acc, w->inputs, p, np, rows, mr, ahead);
+        add_pairs(acc, w->inputs, panel_at(w, panel), rows, mr, ahead);
     else
 #endif
-        add_products(acc, w->inputs, bf16, p, np, rows, mr, ahead);
+        add_products(acc, w->inputs, bf16, panel_at(w, panel), rows, mr, ahead);
+    const long first = panel * NR, n = w->outputs - first < NR ? w->outputs - first : NR;
 #pragma GCC unroll 8
-    for (int m = 0; m < mr; m++)
-#pragma GCC unroll 4
-        for (int j = 0; j < np; j++) {
-            long first = (panel + j) * NR;
-            long n = w->outputs - first < NR ? w->outputs - first : NR;
-            float out[NR];
-            store(out, acc[m][j][0]);
-            store(out + VL, acc[m][j][1]);
-            if (bias)
-                for (long i = 0; i < n; i++) out[i] += bias[first + i];
-            if (squared_relu)
-                for (long i = 0; i < NR; i++) out[i] = out[i] > 0 ? out[i] * out[i] : 0;
-            if (n == NR)
-                memcpy(y[m] + first, out, sizeof out);
-            else
-                memcpy(y[m] + first, out, n * sizeof(float));
-        }
+    for (int m = 0; m < mr; m++) {
+        float out[NR];
+        store(out, acc[m][0]);
+        store(out + VL, acc[m][1]);
+        if (bias)
+            for (long i = 0; i < n; i++) out[i] += bias[first + i];
+        if (squared_relu)
+            for (long i = 0; i < NR; i++) out[i] = out[i] > 0 ? out[i] * out[i] : 0;
+        if (n == NR)
+            memcpy(y[m] + first, out, sizeof out);
+        else
+            memcpy(y[m] + first, out, n * sizeof(float));
+    }
 }
 
-INLINE void some_rows(const Weight *w, int bf16, long panel, int np, const void *const *rows, float *const *y, long r,
+INLINE void some_rows(const Weight *w, int bf16, long panel, const void *const *rows, float *const *y, long r,
                       const float *bias, int squared_relu, Ahead ahead) {
-#define CASE(M, P) \
-    case (M) * 8 + (P): tile(w, bf16, panel, P, rows, y, M, bias, squared_relu, ahead); return
-    switch (r * 8 + np) {
-        CASE(1, 1); CASE(1, 2); CASE(1, 3); CASE(1, 4);
-        CASE(2, 1); CASE(2, 2); CASE(3, 1); CASE(3, 2);
-        CASE(4, 1); CASE(5, 1); CASE(6, 1);
+#define CASE(M) \
+    case M: tile(w, bf16, panel, rows, y, M, bias, squared_relu, ahead); return
+    switch (r) {
+        CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6);
 #if MR == 8
-        CASE(7, 1); CASE(8, 1);
+        CASE(7); CASE(8);
 #endif
     }
 #undef CASE
 }
 
+/* One panel at a time, however few the rows: side by side, two or four panels hide the latency of their sums better, but
+ * are as many streams for the CPU's prefetching, and memory is what few rows wait for. */
 void panels(const Weight *w, long from, long to, const void *const *rows, float *const *y, long r, const float *bias,
             int squared_relu) {
     if (AMX && w->bf16 && has_tiles()) {
@@ -211,10 +199,8 @@ void panels(const Weight *w, long from, long to, const void *const *rows, float 
         amx_panels(w, from, to, rows[0], stride, y, r, bias, squared_relu);
         return;
     }
-    const int step = PANELS_AT_ONCE(r);
     const long tiles = (r + MR - 1) / MR, height = tiles ? (r + tiles - 1) / tiles : 0; /* 8 rows: 4 + 4, not 6 + 2 */
-    for (long panel = from; panel < to; panel += step) {
-        const int np = to - panel < step ? (int)(to - panel) : step;
+    for (long panel = from; panel < to; panel++) {
         /* The first tile reads the panel faster than memory gives it, the others find it in the cache: they share the
          * fetching of the next panel. A lone tile fetches what it will read itself: the CPU's own prefetching stops at
          * every page. */
@@ -224,9 +210,9 @@ void panels(const Weight *w, long from, long to, const void *const *rows, float 
         for (long m = 0; m < r; m += height) {
             const long left = r - m < height ? r - m : height;
             if (w->bf16)
-                some_rows(w, 1, panel, np, rows + m, y + m, left, bias, squared_relu, ahead);
+                some_rows(w, 1, panel, rows + m, y + m, left, bias, squared_relu, ahead);
             else
-                some_rows(w, 0, panel, np, rows + m, y + m, left, bias, squared_relu, ahead);
+                some_rows(w, 0, panel, rows + m, y + m, left, bias, squared_relu, ahead);
             ahead.from += ahead.step * w->inputs;
         }
     }
@@ -267,7 +253,7 @@ static int multiply(const Weight *w, const float *const *rows, float *const *out
     static atomic_long number;
     Panels job = {*w, prepared(rows, r, w->inputs, w->bf16, threads), out, r, bias, squared_relu, atomic_fetch_add(&number, 1) + 1};
     if (!job.rows) return 1;
-    in_parallel(some_panels, &job, num_panels(w), PANELS_AT_ONCE(r), r * w->inputs * w->outputs >= SHARED ? threads : 1);
+    in_parallel(some_panels, &job, num_panels(w), 1, r * w->inputs * w->outputs >= SHARED ? threads : 1);
     return 0;
 }
 

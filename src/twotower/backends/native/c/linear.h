@@ -1,7 +1,7 @@
 /* Products of a few rows with a packed weight.
  *
  * A weight (o, k) is packed in panels of NR outputs, (o / NR, k, NR), padded with zeros to whole panels: the inner loop
- * reads it once, front to back. A tile of MR rows and some panels keeps its sums in registers; each sum runs over k in
+ * reads it once, front to back. A tile of MR rows and one panel keeps its sums in registers; each sum runs over k in
  * order. bf16 weights are widened as they are read. Where the CPU multiplies bf16 itself, rows are rounded to it and k
  * goes by pairs, (o / NR, k / 2, NR, 2), behind which lies the last input of an odd k, (NR).
  */
@@ -15,9 +15,6 @@ typedef struct {
 } Weight;
 
 INLINE long num_panels(const Weight *w) { return (w->outputs + NR - 1) / NR; }
-
-/* Few rows take several panels at once, or too few sums would be under way to hide the latency of each. */
-#define PANELS_AT_ONCE(r) ((r) == 1 ? 4 : (r) < 4 ? 2 : 1)
 
 #define BYTES_AHEAD 16384 /* how many bytes ahead of its reading a lone tile prefetches */
 #define ROW_STEP 32 /* values that a rounded row is a multiple of: a matrix tile's */
