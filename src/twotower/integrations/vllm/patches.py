@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 from vllm import ModelRegistry, SamplingParams
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
@@ -20,7 +20,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from twotower.errors import SettingError
 from twotower.integrations.vllm.config import HYBRID, TRANSFORMER
 from twotower.integrations.vllm.diffusion_params import diffusion_params
-from twotower.integrations.vllm.drafted_states import convolve_drafts_, scan_drafts_
+from twotower.integrations.vllm.drafted_states import convolve_drafts_, turns, without_drafts
 from twotower.integrations.vllm.settings import DIFFUSION, DRAFTER, ServerSettings
 
 logger = init_logger(__name__)
@@ -139,31 +139,33 @@ def _convolve(original: Callable[..., Tensor], x: Tensor, state: Tensor, *args: 
         return original(x, state, *args, **kwargs)
     weight, bias, activation = args
     assert activation in ("silu", "swish")
-    slots = kwargs["conv_state_indices"][:, 0]
-    return convolve_drafts_(
-        x, state, weight, bias, slots=slots, num_accepted=accepted, starts=kwargs["query_start_loc"]
-    )
+    slots, starts = kwargs["conv_state_indices"][:, 0], kwargs["query_start_loc"]
+    if without_drafts(accepted, starts):
+        newest = state[:, :, : weight.shape[1] - 1]
+        return original(x, newest, weight, bias, activation, conv_state_indices=slots.contiguous())
+    return convolve_drafts_(x, state, weight, bias, slots=slots, num_accepted=accepted, starts=starts)
 
 
 def _scan(original: Callable[..., None], state: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
     accepted = kwargs.get("num_accepted_tokens")
     if accepted is None:
         return original(state, x, *args, **kwargs)
-    # vLLM repeats what each head has once for each of its channels
-    dt, a, b, c, d, dt_bias = args
-    steps = F.softplus(dt[..., 0].float() + dt_bias[:, 0].float())
-    slots, starts = kwargs["state_batch_indices"], kwargs["cu_seqlens"]
-    scan_drafts_(
-        state,
-        x,
-        steps,
-        a[:, 0, 0],
-        b,
-        c,
-        d[:, 0].float(),
-        slots=slots,
-        num_accepted=accepted,
-        starts=starts,
-        out=kwargs["out"],
-    )
+    table, starts, out = kwargs["state_batch_indices"], kwargs["cu_seqlens"], kwargs["out"]
+    softplus = kwargs["dt_softplus"]
+    if without_drafts(accepted, starts):
+        entries = table[:, 0].contiguous()
+        theirs = {"state_batch_indices": entries, "dst_state_batch_indices": entries, "out": out}
+        return original(state, x, *args, dt_softplus=softplus, **theirs)
+    dt, a, b, c, *of_heads = args
+    order = turns(table, accepted, starts)
+    x, dt, b, c = x[order.tokens], dt[order.tokens], b[order.tokens], c[order.tokens]
+    found, done = torch.empty_like(x, dtype=out.dtype), 0
+    for before, after in order.entries:
+        now = slice(done, done + len(after))
+        # The kernel writes to the entry that it reads, too, and that of a token in the draft may be needed again.
+        state[after] = state[before]
+        theirs = {"state_batch_indices": after, "dst_state_batch_indices": after, "out": found[now]}
+        original(state, x[now], dt[now], a, b[now], c[now], *of_heads, dt_softplus=softplus, **theirs)
+        done = now.stop
+    out[order.tokens] = found
     return None
