@@ -1,6 +1,6 @@
 """Runs the clients that people use against a server, each unmodified and from its own installation.
 
-    python benchmarks/clients.py [--environments FOLDER] [--model stories] [--only NAME …] [--url URL]
+    python benchmarks/clients.py [--environments FOLDER] [--model stories] [--only openai …] [--url URL]
 
 Installs what is missing with pip and npm into a folder for each client, which stays there for the next time. Starts
 `twotower serve` on a free port, unless there is an address, runs the scripts of clients/ one after the other, and

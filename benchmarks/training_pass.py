@@ -1,13 +1,14 @@
 """Compares our training step with one that keeps boundary states and a dense mask, and with an AR step of one tower.
 
-    python benchmarks/training_pass.py --repeats 7 --scaling 1024 2048 4096 8192 > benchmarks/results/training_pass.json
+    python benchmarks/training_pass.py
+    python benchmarks/training_pass.py --tokens 2048 --repeats 7 --scaling 1024 2048 4096 8192 > OUT.json
     python benchmarks/training_pass.py --checkpoint stories --tokens 256 --rows 8
 
-Prints one JSON line. Without options it makes few repeats; `--scaling` also measures peaks by block size and number of
-tokens, which takes minutes. With `--checkpoint` only our own steps are compared, for its model. Else the model is
-M*-EM*-E, d 512, 8/2 heads x 64, Mamba 16 x 64 with state 128 in 8 groups, 32 experts of width 256 with 4 active, shared
-512, MLP 1024, v 8192, float32, random weights. Batch 1, t 2048, block 16, half of the positions masked. A step is
-forward and backward, without the optimiser.
+Prints one JSON line. Without options it has few tokens and repeats, to end in about a minute; the results that are
+published are of the second call. `--scaling` also measures peaks by block size and number of tokens. With
+`--checkpoint` only our own steps are compared, for its model. Else the model is M*-EM*-E, d 512, 8/2 heads x 64, Mamba
+16 x 64 with state 128 in 8 groups, 32 experts of width 256 with 4 active, shared 512, MLP 1024, v 8192, float32, random
+weights. Batch 1, block 16, half of the positions masked. A step is forward and backward, without the optimiser.
 
 - `seeded` is `training.objectives.sums.loss_sums`, `recompute` the same with that option, and `bf16` the same with a
   model that computes in bfloat16, as `twotower train --bf16` does; its gradients are bfloat16, and its peak is not
@@ -259,16 +260,17 @@ def coarse(model: TwoTower) -> TwoTower:
     return model
 
 
-def speeds(runs: dict[str, Callable[[], None]], tokens: int, repeats: int) -> dict[str, object]:
-    """Tokens per second of each step, which take turns, and the ratios of neighbouring steps."""
+def speeds(runs: dict[str, Callable[[], None]], tokens: int, repeats: int, cold: set[str]) -> dict[str, object]:
+    """Tokens per second of each step, which take turns, and the ratios of neighbouring steps; `cold` are warmed up."""
     wall: dict[str, list[float]] = {name: [] for name in runs}
     used: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
+    for name in sorted(cold):
+        runs[name]()
+    for _ in range(repeats):
         for name, run in runs.items():
             seconds = timed(run)
-            if repeat:
-                wall[name].append(seconds[0])
-                used[name].append(seconds[1])
+            wall[name].append(seconds[0])
+            used[name].append(seconds[1])
     out: dict[str, object] = {
         name: {
             "tokens_per_second": spread([tokens / s for s in wall[name]], 0),
@@ -315,7 +317,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="2 or more")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--scaling", type=int, nargs="*", default=[], help="also measure peaks at so many tokens")
     parser.add_argument("--checkpoint", help="a checkpoint, or a shipped name, whose steps are timed")
@@ -335,6 +337,7 @@ def main() -> None:
         model = twotower.load(arguments.checkpoint, dtype="float32", pack=False)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
+    cold = {"seeded", "recompute"}
     case = make_case(model.config, tokens, 16, rows)
     for name in ("seeded", "recompute"):
         runs[name] = functools.partial(seeded_step, model, case, recompute=name == "recompute")
@@ -344,9 +347,10 @@ def main() -> None:
         # Peaks come first, while freed memory of 256 KB or more goes back to the kernel: what is resident is in use
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 18)
         out |= peaks(model, runs, tokens, arguments.scaling)
+        cold = set()  # each has run while its peak was measured
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 25)  # glibc moves there itself after large frees
     runs["bf16"] = functools.partial(seeded_step, coarse(model), case, recompute=False)
-    out |= speeds(runs, tokens * rows, arguments.repeats)
+    out |= speeds(runs, tokens * rows, arguments.repeats, {"bf16", *cold})
     out |= {
         "threads": torch.get_num_threads(),
         "cpu": cpu_model(),
