@@ -94,7 +94,7 @@ def training_pass(results: list[Result]) -> str:
         peak = result["peak_mb"].get(key)
         rows.append([name, speed, against, "" if peak is None else f"{peak['median']:.0f}"])
     header = [f"step of {result['tokens']} tokens", "tokens per CPU second", "times the AR step's time", "peak MB"]
-    command = "python benchmarks/training_pass.py --repeats 7 --scaling 1024 2048 4096 8192"
+    command = "python benchmarks/training_pass.py --tokens 2048 --repeats 7 --scaling 1024 2048 4096 8192"
     return f"{markdown(header, rows)}\n\n{origin(command, result)}"
 
 
