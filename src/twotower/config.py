@@ -33,6 +33,8 @@ CARRIED_KEYS = frozenset(
         "num_logits_to_keep",
         "num_query_groups",
         "pad_token_id",
+        "quantization_config",
+        "compression_config",
         "partial_rotary_factor",
         "rescale_prenorm_residual",
         "sliding_window",

@@ -20,6 +20,8 @@ _DTYPES = {
 }
 # transformers 5 renamed the first to the second.
 _DTYPE_KEYS = ("torch_dtype", "dtype")
+# How weights were stored: they are written as floats.
+_QUANTISED_KEYS = ("quantization_config", "compression_config")
 
 
 def read_raw_config(directory: Path) -> dict[str, Any]:
@@ -55,8 +57,8 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def config_bytes(config: TwoTowerConfig) -> bytes:
-    """The content of a config.json, as `TwoTowerConfig.to_json` writes it."""
-    return json.dumps(config.to_dict(), indent=1).encode()
+    """The content of a config.json, as `TwoTowerConfig.to_json` writes it, for weights that are floats."""
+    return json.dumps({k: v for k, v in config.to_dict().items() if k not in _QUANTISED_KEYS}, indent=1).encode()
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:

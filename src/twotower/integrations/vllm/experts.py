@@ -70,11 +70,17 @@ class _Stacked(nn.Module):
         self.down = nn.Parameter(torch.empty(shape), requires_grad=False)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Takes `j.up_proj.weight` (f of all ranks, d) and `j.down_proj.weight` (d, f of all ranks)."""
+        """Takes `j.up_proj.weight` (f of all ranks, d) and `j.down_proj.weight` (d, f of all ranks). Raises ValueError
+        for quantised ones."""
         first = get_tensor_model_parallel_rank() * self.width
         stacks = {"up_proj": self.up, "down_proj": self.down}
         for name, weight in weights:
-            expert, projection, _ = name.split(".")
+            expert, projection, part = name.split(".")
+            if part != "weight" or not weight.is_floating_point() or weight.itemsize < 2:
+                raise ValueError(
+                    f"the experts are quantised ({name} in {weight.dtype}), must be floats on a CPU; serve the "
+                    "checkpoint on GPUs, or with twotower serve"
+                )
             rows = weight if projection == "up_proj" else weight.t()
             stacks[projection].data[int(expert)].copy_(rows[first : first + self.width])
         return {"up", "down"}
@@ -85,11 +91,6 @@ class CpuMixtureOfExperts(nn.Module):
 
     def __init__(self, config: NemotronHConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
-        if quant_config is not None:
-            raise ValueError(
-                f"the checkpoint's quantisation is {quant_config.get_name()!r}, must be none for experts on a CPU; "
-                "serve it on GPUs, or with twotower serve"
-            )
         self.config = config
         self.gate = nn.Linear(config.hidden_size, config.n_routed_experts, bias=False, dtype=torch.float32)
         self.gate.e_score_correction_bias = nn.Parameter(torch.empty(config.n_routed_experts, dtype=torch.float32))
@@ -100,6 +101,7 @@ class CpuMixtureOfExperts(nn.Module):
                 config,
                 hidden_size=config.hidden_size,
                 intermediate_size=config.moe_shared_expert_intermediate_size,
+                quant_config=quant_config,
                 reduce_results=False,
                 prefix=f"{prefix}.shared_experts",
             )

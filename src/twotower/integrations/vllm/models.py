@@ -17,10 +17,13 @@ from vllm.model_executor.models.nemotron_h import (
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 from vllm.platforms import current_platform
 
+from twotower.checkpoints.hf.generation_file import read_config
+from twotower.checkpoints.hf.hub import resolve
 from twotower.integrations.vllm.denoiser import Denoiser
 from twotower.integrations.vllm.experts import CpuExpertsLayer
 from twotower.integrations.vllm.layers import GatedMLPLayer, RotaryAttentionLayer
 from twotower.integrations.vllm.patches import server_settings, write_blocks
+from twotower.integrations.vllm.quantisation import ContextLayers, rename_layers_
 
 _NAMES = WeightsMapper(
     orig_to_new_substr={"A_log": "A", "embeddings": "embed_tokens"},
@@ -67,6 +70,10 @@ class TwoTowerHybridForCausalLM(NemotronHForCausalLM):
         if self.denoiser is not None:
             write_blocks()
         config = vllm_config.model_config.hf_config
+        if self.quant_config is not None:
+            layers = ContextLayers(read_config(resolve(vllm_config.model_config.model)), self.packed_modules_mapping)
+            rename_layers_(self.quant_config, layers)
+            self.quant_config.packed_modules_mapping.update(self.packed_modules_mapping)
         self.config = config
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
@@ -98,6 +105,10 @@ class TwoTowerHybridForCausalLM(NemotronHForCausalLM):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Reads a checkpoint's tensors, those of the denoiser only where the server asked for it."""
         return super().load_weights(weights if self.denoiser is None else self.denoiser.take(weights))
+
+    def _maybe_apply_model_mapping(self) -> None:
+        """Nothing in the place of vLLM's renaming of quantised layers, which knows no patterns and takes the denoiser's
+        head for the context tower's: `rename_layers_` does it."""
 
     def _count_experts(self) -> None:
         """Sets what vLLM's expert parallelism reads, see its protocol MixtureOfExperts."""

@@ -1,0 +1,24 @@
+"""Two towers of which one is stored in 8 bits."""
+
+import json
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import twotower
+
+
+def test_a_quantised_tower_is_read_as_floats_and_saved_as_such(tiny, tmp_path) -> None:
+    twotower.save(tiny("*-"), tmp_path)
+    name = "context_tower.layers.0.mixer.q_proj.weight"
+    tensors = load_file(tmp_path / "model.safetensors")
+    scale = tensors[name].abs().amax(1, keepdim=True) / 127
+    tensors |= {name: (tensors[name] / scale).round().to(torch.int8), f"{name}_scale": scale}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    settings = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    model = twotower.load(tmp_path, dtype="float32", pack=False)
+    assert torch.equal(model.released_tensors()[name], tensors[name] * scale)
+    twotower.save(model, tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
