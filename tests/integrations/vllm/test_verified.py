@@ -82,6 +82,24 @@ def test_requests_in_ar_get_no_drafts(engine, prompts, ask, count) -> None:
     assert count(running, "spec_decode_num_draft_tokens") > 0
 
 
+def test_a_schedule_by_batch_size_shortens_drafts_and_leaves_the_tokens(engine, expected, prompts, ask, count) -> None:
+    schedule = {"num_speculative_tokens_per_batch_size": [[1, 2, 8], [3, 4, 1], [5, 8, 0]]}
+    running = engine("stories", speculative_config=SPECULATIVE | schedule)
+    ids = prompts(6, most=20)
+    ours = expected("stories", ids, 60)
+    longest = []
+    for number in (2, 4, 6):
+        before = [count(running, f"spec_decode_num_{what}") for what in ("drafts", "draft_tokens")]
+        assert ask(running, ids[:number], 60) == ours[:number]
+        after = [count(running, f"spec_decode_num_{what}") for what in ("drafts", "draft_tokens")]
+        drafts, tokens = after[0] - before[0], after[1] - before[1]
+        longest.append(tokens / max(drafts, 1))
+    assert longest[0] > 1.5
+    # A row whose neighbours have ended is in a smaller batch
+    assert longest[1] < longest[0]
+    assert longest[2] < longest[0]
+
+
 def test_verified_gives_the_tokens_of_ar_through_known_beginnings_and_lost_places(
     engine, expected, prompts, ask, count
 ) -> None:

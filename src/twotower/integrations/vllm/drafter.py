@@ -45,7 +45,6 @@ class TwoTowerDrafter:
         if vllm_config.model_config.is_hybrid and current_platform.is_cpu():
             verify_recurrent_states()
         self._settings = server_settings(vllm_config)
-        self._most = vllm_config.speculative_config.num_speculative_tokens
         self._longest = vllm_config.model_config.max_model_len
         folder = resolve(vllm_config.model_config.model)
         config = read_config(folder)
@@ -68,9 +67,9 @@ class TwoTowerDrafter:
     def load_model(self, model: nn.Module) -> None:
         """Nothing: the denoiser is loaded with the model, and other drafters have no weights."""
 
-    def propose(self, runner: Any, sampled_token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
-        """A draft for each row (b) of vLLM's model runner, empty for one without, after it has noted what was sampled
-        (b, of each row any number)."""
+    def propose(self, runner: Any, sampled_token_ids: Sequence[Sequence[int]], longest_draft: int) -> list[list[int]]:
+        """A draft for each row (b) of vLLM's model runner, of at most `longest_draft` tokens and empty for a row
+        without one, after it has noted what was sampled (b, of each row any number)."""
         batch = runner.input_batch
         requests = [runner.requests[name] for name in batch.req_ids]
         self._written = {r.req_id: self._written[r.req_id] for r in requests if r.req_id in self._written}
@@ -79,7 +78,7 @@ class TwoTowerDrafter:
         asked: dict[int, int] = {}  # rows that the denoiser drafts for, and the width of their block
         for row, request in enumerate(requests):
             length = int(batch.num_tokens_no_spec[row])
-            most = self._room(request, length)
+            most = min(longest_draft, self._room(request, length))
             # A row that is still in its prompt has sampled nothing
             if sampled_token_ids[row] and most >= 1:
                 draft = self._continuation(request.req_id, batch.token_ids_cpu[row, :length], most)
@@ -100,7 +99,7 @@ class TwoTowerDrafter:
             return 0
         left = self._longest if params.max_tokens is None else params.max_tokens - len(request.output_token_ids)
         # The last token that a pass gives needs no draft
-        return min(self._most, self._longest - length - 1, left - 1)
+        return min(self._longest - length - 1, left - 1)
 
     def _continuation(self, request_id: str, ids: NDArray[np.integer], most: int) -> list[int] | None:
         """The draft of the first source that has one, where it reads the text; None where it is the denoiser."""

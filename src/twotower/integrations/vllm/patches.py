@@ -82,8 +82,8 @@ def pass_rows_to_drafter() -> None:
     """Applies patch 3, in the process that has the drafter."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    # Patch 3: a class that drafts learns which request each row belongs to, and where its keys are; vLLM gives it
-    # tokens alone.
+    # Patch 3: a class that drafts learns which request each row belongs to, where its keys are, and how long a draft
+    # may be by the server's schedule; vLLM gives it tokens alone.
     _wrap(GPUModelRunner, "propose_draft_token_ids", _propose)
 
 
@@ -130,7 +130,7 @@ def _sample(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any
 def _propose(original: Callable[..., Any], runner: Any, scheduled: Any, sampled: Any, *args: Any, **kwargs: Any) -> Any:
     if not has_drafter(runner.speculative_config):
         return original(runner, scheduled, sampled, *args, **kwargs)
-    return runner.drafter.propose(runner, sampled)
+    return runner.drafter.propose(runner, sampled, scheduled.num_spec_tokens_to_schedule)
 
 
 def _convolve(original: Callable[..., Tensor], x: Tensor, state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
