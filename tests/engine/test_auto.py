@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from twotower.backends.choose import pack_
 from twotower.decoding.generate import generate, stream
 from twotower.decoding.params import SamplingParams
+from twotower.engine import engine as engine_module
 from twotower.engine.auto import AutoRow, Chooser, Cost, Yield
 from twotower.engine.config import EngineConfig
 from twotower.engine.engine import Engine
@@ -262,6 +264,26 @@ def test_one_that_begins_in_the_place_of_another_is_no_change_of_load(
     assert set(loads[:alone]) == {2}
     assert set(loads[alone:]) == {1}
     assert alone >= 13
+
+
+def test_what_prompts_take_is_no_cost_of_a_round(tiny: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is due in any mode: counted as one of every round, it would favour modes of few rounds after each prompt."""
+    engine = Engine(tiny("M*-E"), EngineConfig(max_num_requests=2, snapshot_bytes=0, prompt_chunk=16))
+    absorbed, beside = [0], []
+    absorb, now = engine._intake.absorb, time.perf_counter
+
+    def slowly() -> None:
+        absorbed[0] += bool(engine._intake.absorbing)
+        absorb()
+
+    monkeypatch.setattr(engine._intake, "absorb", slowly)
+    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: now() + 1000 * absorbed[0])
+    monkeypatch.setattr(engine._chooser, "observe_round", lambda num_rows, seconds: beside.append(seconds))
+    params = SamplingParams(mode="auto", max_new_tokens=12, ignore_eos=True)
+    engine.generate([[5, 6, 7], [5] * 60, [5, 6]], params)
+    assert absorbed[0] >= 4  # also in rounds in which others take their steps
+    assert len(beside) >= 12
+    assert max(beside) < 500
 
 
 def test_only_the_engine_takes_it(tiny: Callable) -> None:

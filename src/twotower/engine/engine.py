@@ -196,11 +196,13 @@ class Engine:
         self._choose_modes()
         if self._commits_apart:
             self._set_aside()
+        taking = time.perf_counter()
         done = self._intake.admit(len(self._batches.jobs))
         outputs += [job.record.begin() for job in done]
         if not self._commits_apart:
             self._intake.absorb()
         started = self._intake.start()
+        prompts = time.perf_counter() - taking  # is due once a request, in whatever mode: no cost of a round
         scored = [job for job in started if job.record.prompt_scores is not None]
         for job in scored:
             if job.is_empty:
@@ -217,7 +219,8 @@ class Engine:
                 outputs.append(job.record.begin())
         outputs += finished.outputs
         if finished.num_rows:
-            self._chooser.observe_round(finished.num_rows, time.perf_counter() - began - finished.seconds)
+            beside = time.perf_counter() - began - prompts - finished.seconds
+            self._chooser.observe_round(finished.num_rows, beside)
         return finished.num_rows
 
     def _drop_failed(self) -> list[StepOutput]:
