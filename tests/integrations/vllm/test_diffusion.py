@@ -197,7 +197,7 @@ def test_a_checkpoint_without_a_denoiser_is_served_in_ar_alone(engine, tmp_path,
     context = {name: t for name, t in tensors.items() if name.startswith("context_")}
     assert 0 < len(context) < len(tensors)
     save_file(context, tmp_path / "bare" / "model.safetensors")
-    with pytest.raises(ValueError, match="the checkpoint has no denoiser: it lacks"):
+    with pytest.raises(ValueError, match=r"the checkpoint has no denoiser: .*/bare holds no tensor denoiser_tower"):
         engine(str(tmp_path / "bare"), **WITH_DENOISER)
     assert ask(engine(str(tmp_path / "bare")), prompts(1), 4)
 

@@ -1,6 +1,8 @@
 """What the plugin changes in vLLM, and what it leaves as it was."""
 
 import importlib.util
+import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,3 +58,30 @@ def test_a_tower_that_vllm_cant_compute_is_refused_when_its_engine_starts(write)
 def test_a_server_whose_settings_cant_be_is_refused_when_its_engine_starts(engine) -> None:
     with pytest.raises(ValueError, match="mode is 'verified', must be ar on this server"):
         engine("llama", additional_config={"twotower": {"mode": "verified"}})
+
+
+def test_what_the_denoiser_needs_is_chosen_where_nobody_has(engine, monkeypatch) -> None:
+    """As on a GPU, where vLLM would choose the second runner and a scheduler that runs ahead."""
+    from twotower.integrations.vllm.server import RUNNER, settle_denoiser
+
+    def settled(*, denoiser: bool, ahead: bool | None) -> bool | None:
+        config = SimpleNamespace(
+            additional_config={"twotower": {"denoiser": denoiser}},
+            speculative_config=None,
+            scheduler_config=SimpleNamespace(async_scheduling=ahead),
+        )
+        settle_denoiser(config)
+        return config.scheduler_config.async_scheduling
+
+    monkeypatch.delenv(RUNNER, raising=False)
+    assert settled(denoiser=False, ahead=None) is None
+    assert RUNNER not in os.environ
+    assert settled(denoiser=True, ahead=None) is False
+    assert os.environ[RUNNER] == "0"
+    monkeypatch.setenv(RUNNER, "1")
+    assert settled(denoiser=True, ahead=True) is True  # and is refused when the server is checked
+    assert os.environ[RUNNER] == "1"
+    for name in ("llama", "M*-"):
+        monkeypatch.delenv(RUNNER)
+        engine(name, additional_config={"twotower": {"denoiser": True}})
+        assert os.environ[RUNNER] == "0"

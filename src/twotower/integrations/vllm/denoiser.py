@@ -1,7 +1,7 @@
 """The denoiser beside vLLM's context tower: its weights, and the blocks that it writes."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from twotower.decoding.step import Request
 from twotower.integrations.vllm.blocks import fill_blocks, likeliest_blocks, put_blocks, put_logprobs
 from twotower.integrations.vllm.diffusion_params import diffusion_params, seed_of
 from twotower.integrations.vllm.seeding import CacheReader
+from twotower.integrations.vllm.server import check_denoiser, lacking
 from twotower.integrations.vllm.settings import DIFFUSION, ServerSettings
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
@@ -33,7 +34,7 @@ class Denoiser:
     """
 
     def __init__(self, vllm_config: VllmConfig, settings: ServerSettings) -> None:
-        _check_server(vllm_config)
+        check_denoiser(vllm_config)
         self._settings = settings
         self._longest = vllm_config.model_config.max_model_len
         folder = resolve(vllm_config.model_config.model)
@@ -55,10 +56,7 @@ class Denoiser:
             else:
                 yield name, tensor
         if missing:
-            raise ValueError(
-                f"the checkpoint has no denoiser: it lacks {sorted(missing)[:3]}; start vLLM without "
-                '"denoiser": true in --additional-config'
-            )
+            raise lacking(list(missing))
         pack_denoiser_(self.model)
 
     def write(self, runner: Any, output: Any) -> Any:
@@ -106,26 +104,3 @@ class Denoiser:
         most = room if params.max_tokens is None else min(params.max_tokens, room)
         ours = diffusion_params(params, most).settled(self.model.config.block_size, self.model.sampling)
         return Request(tuple(prompt), ours, seed_of(ours, request.req_id), tuple(request.output_token_ids))
-
-
-def _check_server(vllm_config: VllmConfig) -> None:
-    """Raises ValueError for what the denoiser can't run with, with what to start vLLM with instead."""
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    problems: Sequence[tuple[bool, str]] = (
-        (parallel.tensor_parallel_size > 1, "--tensor-parallel-size 1: the denoiser is not divided"),
-        (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size 1: the denoiser is not divided"),
-        (
-            vllm_config.use_v2_model_runner,
-            "VLLM_USE_V2_MODEL_RUNNER=0 in the environment: the first runner writes blocks",
-        ),
-        (vllm_config.scheduler_config.async_scheduling, "--no-async-scheduling: a step gives a whole block"),
-        (cache.cache_dtype.startswith("fp8"), "--kv-cache-dtype auto: the denoiser reads the cache"),
-        (cache.mamba_cache_mode == "all", "--mamba-cache-mode align: the denoiser reads the newest state"),
-        (vllm_config.model_config.enable_prompt_embeds, "no --enable-prompt-embeds: blocks follow tokens"),
-        (vllm_config.quant_config is not None, "a checkpoint that is not quantised"),
-    )
-    for found, needed in problems:
-        if found:
-            raise ValueError(f"the denoiser needs {needed}")
-    if vllm_config.model_config.is_hybrid and vllm_config.speculative_config is not None:
-        raise ValueError("the denoiser needs no --speculative-config beside recurrent states: it reads the newest ones")

@@ -13,16 +13,15 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-from twotower.checkpoints.hf.generation_file import read_config, read_sampling_defaults
+from twotower.checkpoints.hf.generation_file import read_config
 from twotower.checkpoints.hf.hub import resolve
-from twotower.checkpoints.hf.ngrams_file import NGRAMS_FILE, read_ngrams
+from twotower.checkpoints.hf.ngrams_file import read_ngrams
 from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
-from twotower.decoding.drafters import draft_sources
 from twotower.decoding.drafting import ngram, prompt_lookup
 from twotower.decoding.drafting.denoiser import next_length
 from twotower.decoding.drafting.written import Written
-from twotower.errors import SettingError
-from twotower.integrations.vllm.settings import DIFFUSION, NEEDED, VERIFIED
+from twotower.integrations.vllm.server import server_settings, sources_of
+from twotower.integrations.vllm.settings import VERIFIED
 from twotower.model.ngrams import NgramTable
 
 
@@ -33,33 +32,19 @@ class TwoTowerDrafter:
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        from twotower.integrations.vllm.patches import (
-            is_two_tower,
-            pass_rows_to_drafter,
-            server_settings,
-            verify_recurrent_states,
-        )
+        from twotower.integrations.vllm.patches import pass_rows_to_drafter, verify_recurrent_states
 
-        if not is_two_tower(vllm_config.model_config):
-            raise ValueError(f"{vllm_config.model_config.model} is no two-tower checkpoint; choose another drafter")
+        self._sources = sources_of(vllm_config)
         if vllm_config.model_config.is_hybrid and current_platform.is_cpu():
             verify_recurrent_states()
         self._settings = server_settings(vllm_config)
         self._longest = vllm_config.model_config.max_model_len
         folder = resolve(vllm_config.model_config.model)
         config = read_config(folder)
-        usual = "denoiser" if self._settings.denoiser else "prompt"
-        named = self._settings.drafter or read_sampling_defaults(folder).drafter or usual
-        self._sources = [source.name for source in draft_sources(named)]
-        if "denoiser" in self._sources and not self._settings.denoiser:
-            rule = "of ngram and prompt on a server without the denoiser"
-            raise SettingError("drafter", named, rule, NEEDED[DIFFUSION])
         self._block_size = config.block_size
         self._table: NgramTable | None = None
         if "ngram" in self._sources:
             self._table = read_ngrams(folder, config, load_tokenizer(folder, config.vocab_size))
-            if self._table is None:
-                raise SettingError("drafter", named, f"another for a checkpoint without {NGRAMS_FILE}", "try prompt")
         self._written: dict[str, Written] = {}
         self._widths: dict[str, int] = {}
         pass_rows_to_drafter()

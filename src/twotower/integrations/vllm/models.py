@@ -22,8 +22,9 @@ from twotower.checkpoints.hf.hub import resolve
 from twotower.integrations.vllm.denoiser import Denoiser
 from twotower.integrations.vllm.experts import CpuExpertsLayer
 from twotower.integrations.vllm.layers import GatedMLPLayer, RotaryAttentionLayer
-from twotower.integrations.vllm.patches import server_settings, write_blocks
+from twotower.integrations.vllm.patches import write_blocks
 from twotower.integrations.vllm.quantisation import ContextLayers, rename_layers_
+from twotower.integrations.vllm.server import server_settings
 
 _NAMES = WeightsMapper(
     orig_to_new_substr={"A_log": "A", "embeddings": "embed_tokens"},

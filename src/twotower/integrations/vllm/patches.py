@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import ModelRegistry, SamplingParams
-from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP, NemotronHForCausalLMConfig
+from vllm.model_executor.models.config import (
+    MODELS_CONFIG_MAP,
+    NemotronHForCausalLMConfig,
+    VerifyAndUpdateConfig,
+)
 from vllm.platforms import current_platform
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -21,7 +25,14 @@ from twotower.errors import SettingError
 from twotower.integrations.vllm.config import HYBRID, TRANSFORMER
 from twotower.integrations.vllm.diffusion_params import diffusion_params
 from twotower.integrations.vllm.drafted_states import convolve_drafts_, turns, without_drafts
-from twotower.integrations.vllm.settings import DIFFUSION, DRAFTER, ServerSettings
+from twotower.integrations.vllm.server import (
+    check_server,
+    has_drafter,
+    is_two_tower,
+    server_settings,
+    settle_denoiser,
+)
+from twotower.integrations.vllm.settings import DIFFUSION
 
 logger = init_logger(__name__)
 
@@ -30,12 +41,22 @@ _wrapped: set[object] = set()  # what this package runs in the place of vLLM's
 _MODELS = "twotower.integrations.vllm.models"
 
 
+class DenoiserSettings(VerifyAndUpdateConfig):
+    """What is settled for a server with the denoiser."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Changes the configuration before vLLM settles the rest of it."""
+        settle_denoiser(vllm_config)
+
+
 class RecurrentSettings(NemotronHForCausalLMConfig):
-    """What vLLM settles for Nemotron-H, such as recurrent states in float32; on CPUs also no prefix cache."""
+    """That, what vLLM settles for Nemotron-H, such as recurrent states in float32, and on CPUs no prefix cache."""
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Changes the configuration before vLLM sizes its cache."""
+        settle_denoiser(vllm_config)
         super().verify_and_update_config(vllm_config)
         if current_platform.is_cpu() and vllm_config.cache_config.enable_prefix_caching:
             # Its builds for CPUs lack the kernels that store states within a prompt, and stop at the first long one.
@@ -48,25 +69,12 @@ def apply() -> None:
     # Interfaces that are meant for it
     for name in (HYBRID, TRANSFORMER):
         ModelRegistry.register_model(name, f"{_MODELS}:{name}")
-    # Patch 1: settings of a model with recurrent states; this map knows models by name alone.
-    MODELS_CONFIG_MAP[HYBRID] = RecurrentSettings
-    # Patch 2: `mode` in vllm_xargs is checked before a request is taken; models have no say in that.
+    # Patch 1: settings of a server with the denoiser, and of recurrent states; this map knows models by name alone.
+    MODELS_CONFIG_MAP.update({HYBRID: RecurrentSettings, TRANSFORMER: DenoiserSettings})
+    # Patch 2: a server is checked before vLLM starts its other processes, and `mode` in vllm_xargs before a request is
+    # taken; models have no say in either.
+    _wrap(InputProcessor, "__init__", _begin)
     _wrap(InputProcessor, "_validate_params", _validate)
-
-
-def is_two_tower(model_config: ModelConfig) -> bool:
-    """Whether vLLM has opened a two-tower checkpoint."""
-    return model_config.architecture in (HYBRID, TRANSFORMER)
-
-
-def has_drafter(speculative_config: SpeculativeConfig | None) -> bool:
-    """Whether vLLM's drafts come from this package."""
-    return speculative_config is not None and speculative_config.model == DRAFTER
-
-
-def server_settings(vllm_config: VllmConfig) -> ServerSettings:
-    """What a server's `--additional-config` and `--speculative-config` say."""
-    return ServerSettings.of(vllm_config.additional_config, drafts=has_drafter(vllm_config.speculative_config))
 
 
 def write_blocks() -> None:
@@ -108,6 +116,11 @@ def _wrap(owner: object, name: str, wrapper: Callable[..., Any]) -> None:
 
     _wrapped.add(wrapped)
     setattr(owner, name, wrapped)
+
+
+def _begin(original: Callable[..., None], processor: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+    check_server(vllm_config)
+    original(processor, vllm_config, *args, **kwargs)
 
 
 def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:

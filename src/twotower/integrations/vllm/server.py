@@ -1,0 +1,109 @@
+"""What a server of vLLM is asked for, and whether it can be had.
+
+`check_server` runs in vLLM's first process, before it starts any other: there a refusal is the last line that an
+operator sees, while an error in a worker is one of hundreds.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+
+from twotower.checkpoints.hf.generation_file import read_sampling_defaults
+from twotower.checkpoints.hf.hub import resolve
+from twotower.checkpoints.hf.ngrams_file import NGRAMS_FILE
+from twotower.checkpoints.hf.tensor_files import scan
+from twotower.decoding.drafters import draft_sources
+from twotower.errors import SettingError
+from twotower.integrations.vllm.config import HYBRID, TRANSFORMER
+from twotower.integrations.vllm.settings import DIFFUSION, DRAFTER, NEEDED, ServerSettings
+
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+_WITHOUT = 'start vLLM without "denoiser": true in --additional-config'
+
+
+def is_two_tower(model_config: ModelConfig) -> bool:
+    """Whether vLLM has opened a two-tower checkpoint."""
+    return model_config.architecture in (HYBRID, TRANSFORMER)
+
+
+def has_drafter(speculative_config: SpeculativeConfig | None) -> bool:
+    """Whether vLLM's drafts come from this package."""
+    return speculative_config is not None and speculative_config.model == DRAFTER
+
+
+def server_settings(vllm_config: VllmConfig) -> ServerSettings:
+    """What a server's `--additional-config` and `--speculative-config` say."""
+    return ServerSettings.of(vllm_config.additional_config, drafts=has_drafter(vllm_config.speculative_config))
+
+
+def settle_denoiser(vllm_config: VllmConfig) -> None:
+    """Chooses for a server with the denoiser what it needs and nobody has chosen, before vLLM chooses.
+
+    It needs the first model runner, which writes blocks, and a scheduler that waits for a step's tokens, of which there
+    may be a whole block.
+    """
+    if not server_settings(vllm_config).denoiser:
+        return
+    os.environ.setdefault(RUNNER, "0")  # which vLLM and its workers read; a configuration has no field for it
+    if vllm_config.scheduler_config.async_scheduling is None:
+        vllm_config.scheduler_config.async_scheduling = False
+
+
+def check_server(vllm_config: VllmConfig) -> None:
+    """Raises ValueError for a server that can't be, with what to start vLLM with instead."""
+    if has_drafter(vllm_config.speculative_config):
+        sources_of(vllm_config)
+    if is_two_tower(vllm_config.model_config) and server_settings(vllm_config).denoiser:
+        check_denoiser(vllm_config)
+
+
+def sources_of(vllm_config: VllmConfig) -> list[str]:
+    """The names of the drafter's sources. Raises SettingError for one that this server doesn't have, and ValueError for
+    a model that isn't two towers."""
+    if not is_two_tower(vllm_config.model_config):
+        raise ValueError(f"{vllm_config.model_config.model} is no two-tower checkpoint; choose another drafter")
+    settings, folder = server_settings(vllm_config), resolve(vllm_config.model_config.model)
+    usual = "denoiser" if settings.denoiser else "prompt"
+    named = settings.drafter or read_sampling_defaults(folder).drafter or usual
+    sources: list[str] = [source.name for source in draft_sources(named)]
+    if "denoiser" in sources and not settings.denoiser:
+        raise SettingError("drafter", named, "of ngram and prompt on a server without the denoiser", NEEDED[DIFFUSION])
+    if "ngram" in sources and not (folder / NGRAMS_FILE).is_file():
+        raise SettingError("drafter", named, f"another for a checkpoint without {NGRAMS_FILE}", "try prompt")
+    return sources
+
+
+def check_denoiser(vllm_config: VllmConfig) -> None:
+    """Raises ValueError for what the denoiser can't run with, and for a folder without one.
+
+    Of a checkpoint elsewhere the names of tensors are known only when vLLM reads them.
+    """
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    problems: Sequence[tuple[bool, str]] = (
+        (parallel.tensor_parallel_size > 1, "--tensor-parallel-size 1: the denoiser is not divided"),
+        (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size 1: the denoiser is not divided"),
+        (
+            vllm_config.use_v2_model_runner,
+            f"{RUNNER}=0 in the environment, and nothing that needs the second runner: the first writes blocks",
+        ),
+        (vllm_config.scheduler_config.async_scheduling, "--no-async-scheduling: a step gives a whole block"),
+        (cache.cache_dtype.startswith("fp8"), "--kv-cache-dtype auto: the denoiser reads the cache"),
+        (cache.mamba_cache_mode == "all", "--mamba-cache-mode align: the denoiser reads the newest state"),
+        (vllm_config.model_config.enable_prompt_embeds, "no --enable-prompt-embeds: blocks follow tokens"),
+        (vllm_config.quant_config is not None, "a checkpoint that is not quantised"),
+    )
+    for found, needed in problems:
+        if found:
+            raise ValueError(f"the denoiser needs {needed}")
+    if vllm_config.model_config.is_hybrid and vllm_config.speculative_config is not None:
+        raise ValueError("the denoiser needs no --speculative-config beside recurrent states: it reads the newest ones")
+    folder = Path(vllm_config.model_config.model)
+    if folder.is_dir() and not any(name.startswith("denoiser_tower.") for name in scan(folder).specs):
+        raise ValueError(f"the checkpoint has no denoiser: {folder} holds no tensor denoiser_tower.*; {_WITHOUT}")
+
+
+def lacking(names: Iterable[str]) -> ValueError:
+    """The error for a checkpoint without these tensors of the denoiser."""
+    return ValueError(f"the checkpoint has no whole denoiser: it lacks {sorted(names)[:3]}; {_WITHOUT}")
