@@ -35,6 +35,7 @@ _GROUPS = (
     "t_block.",
     "scale_shift_tables.",
 )
+_CONTEXT = _GROUPS[:2]
 _EMBEDDING = "context_tower.embeddings.weight"
 _EXPERT_PARTS = (".mixer.experts.", ".mixer.gate.", ".mixer.shared_experts.")
 
@@ -76,6 +77,20 @@ def load_model(
             if progress is not None:
                 progress(done, len(files.specs))
     return model
+
+
+def load_denoiser_(model: TwoTower, path: str | Path) -> None:
+    """Fills the denoiser of a model whose context tower is elsewhere from a checkpoint directory or hub id, quantised
+    weights as floats. Raises ValueError or FileNotFoundError for a checkpoint that doesn't hold what the model needs.
+    """
+    directory = resolve(path)
+    files = open_floats(directory, read_config(directory).carried)
+    tensors = {name: t for name, t in model.released_tensors().items() if not name.startswith(_CONTEXT)}
+    there = {name: spec for name, spec in files.specs.items() if not name.startswith(_CONTEXT)}
+    check_shapes({name: tuple(t.shape) for name, t in tensors.items()}, there, f"{path}, for its denoiser,")
+    with torch.no_grad():
+        for name, tensor in files.stream(tensors):
+            tensors[name].copy_(tensor)
 
 
 def released_stream(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:

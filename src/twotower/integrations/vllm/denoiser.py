@@ -1,11 +1,9 @@
 """The denoiser beside vLLM's context tower: its weights, and the blocks that it writes."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
@@ -14,16 +12,15 @@ from twotower.backends.choose import pack_denoiser_
 from twotower.checkpoints.hf.generation_file import read_config, read_sampling_defaults
 from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
+from twotower.checkpoints.hf.two_towers import load_denoiser_
 from twotower.decoding.step import Request
 from twotower.integrations.vllm.blocks import fill_blocks, likeliest_blocks, put_blocks, put_logprobs
 from twotower.integrations.vllm.diffusion_params import diffusion_params, seed_of
 from twotower.integrations.vllm.seeding import CacheReader
-from twotower.integrations.vllm.server import check_denoiser, lacking
+from twotower.integrations.vllm.server import check_denoiser
 from twotower.integrations.vllm.settings import DIFFUSION, ServerSettings
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
-
-_OURS = ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables.")
 
 
 class Denoiser:
@@ -37,7 +34,7 @@ class Denoiser:
         check_denoiser(vllm_config)
         self._settings = settings
         self._longest = vllm_config.model_config.max_model_len
-        folder = resolve(vllm_config.model_config.model)
+        self._checkpoint = folder = resolve(vllm_config.model_config.model)
         device = current_platform.device_type
         self.model = TwoTower(
             read_config(folder), dtype=vllm_config.model_config.dtype, context_device="meta", denoiser_device=device
@@ -46,17 +43,9 @@ class Denoiser:
         self.model.sampling = read_sampling_defaults(folder)
         self._reader: CacheReader | None = None
 
-    def take(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Takes the denoiser's tensors out of a checkpoint's, and gives the others on. Raises ValueError at the end for
-        a checkpoint that lacks some."""
-        missing = {name: t for name, t in self.model.released_tensors().items() if name.startswith(_OURS)}
-        for name, tensor in weights:
-            if name in missing:
-                missing.pop(name).copy_(tensor)
-            else:
-                yield name, tensor
-        if missing:
-            raise lacking(list(missing))
+    def load(self) -> None:
+        """Reads the denoiser's weights from the checkpoint, quantised ones as floats; ValueError if it lacks some."""
+        load_denoiser_(self.model, self._checkpoint)
         pack_denoiser_(self.model)
 
     def write(self, runner: Any, output: Any) -> Any:

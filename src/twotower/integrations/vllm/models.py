@@ -33,7 +33,7 @@ _NAMES = WeightsMapper(
         ".k_proj": (".qkv_proj", "k"),
         ".v_proj": (".qkv_proj", "v"),
     },
-    # In this order: the denoiser's head goes before the context tower's gets its name.
+    # In this order: the denoiser's head goes before the context tower's gets its name. The denoiser reads its own.
     orig_to_new_prefix={
         "denoiser_tower.": None,
         "lm_head.": None,
@@ -104,8 +104,10 @@ class TwoTowerHybridForCausalLM(NemotronHForCausalLM):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Reads a checkpoint's tensors, those of the denoiser only where the server asked for it."""
-        return super().load_weights(weights if self.denoiser is None else self.denoiser.take(weights))
+        """Reads the context tower from a checkpoint's tensors, and the denoiser where the server asked for it."""
+        if self.denoiser is not None:
+            self.denoiser.load()
+        return super().load_weights(weights)
 
     def _maybe_apply_model_mapping(self) -> None:
         """Nothing in the place of vLLM's renaming of quantised layers, which knows no patterns and takes the denoiser's

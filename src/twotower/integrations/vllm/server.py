@@ -5,7 +5,7 @@ operator sees, while an error in a worker is one of hundreds.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
@@ -92,7 +92,6 @@ def check_denoiser(vllm_config: VllmConfig) -> None:
         (cache.cache_dtype.startswith("fp8"), "--kv-cache-dtype auto: the denoiser reads the cache"),
         (cache.mamba_cache_mode == "all", "--mamba-cache-mode align: the denoiser reads the newest state"),
         (vllm_config.model_config.enable_prompt_embeds, "no --enable-prompt-embeds: blocks follow tokens"),
-        (vllm_config.quant_config is not None, "a checkpoint that is not quantised"),
     )
     for found, needed in problems:
         if found:
@@ -102,8 +101,3 @@ def check_denoiser(vllm_config: VllmConfig) -> None:
     folder = Path(vllm_config.model_config.model)
     if folder.is_dir() and not any(name.startswith("denoiser_tower.") for name in scan(folder).specs):
         raise ValueError(f"the checkpoint has no denoiser: {folder} holds no tensor denoiser_tower.*; {_WITHOUT}")
-
-
-def lacking(names: Iterable[str]) -> ValueError:
-    """The error for a checkpoint without these tensors of the denoiser."""
-    return ValueError(f"the checkpoint has no whole denoiser: it lacks {sorted(names)[:3]}; {_WITHOUT}")
