@@ -1,5 +1,6 @@
 """vLLM's sampling parameters as settings of `diffusion`, without vLLM."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,13 @@ def given(**changes):
 def test_what_vllm_sets_by_itself_changes_nothing() -> None:
     found = diffusion_params(given(), 20)
     assert found == SamplingParams(
-        max_new_tokens=20, temperature=1.0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, logit_bias={}
+        past_positions=True,
+        max_new_tokens=20,
+        temperature=1.0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        logit_bias={},
     )
 
 
@@ -58,7 +65,7 @@ def test_every_setting_arrives() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"extra_args": {"target_retention": 0.9}}, "vllm_xargs is 'target_retention', must be of mode, block_size"),
+        ({"extra_args": {"drafter": "ngram"}}, "vllm_xargs is 'drafter', must be of mode, block_size"),
         ({"extra_args": {"block_size": 0}}, "block_size is 0"),
         ({"extra_args": {"commit_rule": "entropy", "entropy_bound": 1.0}}, "entropy_bound"),
         ({"structured_outputs": object()}, "structured_outputs is .* must be left out with mode 'diffusion'"),
@@ -69,6 +76,18 @@ def test_every_setting_arrives() -> None:
 def test_what_blocks_dont_have_is_refused(changes, words) -> None:
     with pytest.raises(SettingError, match=words):
         diffusion_params(given(**changes), 20)
+
+
+def test_a_long_value_is_told_by_what_was_set() -> None:
+    @dataclasses.dataclass
+    class Outputs:
+        json: str | None = None
+        regex: str | None = None
+        disable_fallback: bool = False
+        _backend: str | None = "auto"
+
+    with pytest.raises(SettingError, match=r"structured_outputs is \{'regex': 'a\+'\}, must be left out"):
+        diffusion_params(given(structured_outputs=Outputs(regex="a+")), 20)
 
 
 def test_a_request_has_one_seed_for_all_its_blocks() -> None:

@@ -9,18 +9,16 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from twotower.backends.choose import pack_denoiser_
-from twotower.checkpoints.hf.generation_file import read_config, read_sampling_defaults
 from twotower.checkpoints.hf.hub import resolve
-from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
 from twotower.checkpoints.hf.two_towers import load_denoiser_
 from twotower.decoding.step import Request
 from twotower.integrations.vllm.blocks import fill_blocks, likeliest_blocks, put_blocks, put_logprobs
-from twotower.integrations.vllm.diffusion_params import diffusion_params, seed_of
+from twotower.integrations.vllm.diffusion_params import seed_of
+from twotower.integrations.vllm.outline import outline, request_of
 from twotower.integrations.vllm.seeding import CacheReader
 from twotower.integrations.vllm.server import check_denoiser
 from twotower.integrations.vllm.settings import DIFFUSION, ServerSettings
 from twotower.model.state import ContextState
-from twotower.model.two_tower import TwoTower
 
 
 class Denoiser:
@@ -35,12 +33,7 @@ class Denoiser:
         self._settings = settings
         self._longest = vllm_config.model_config.max_model_len
         self._checkpoint = folder = resolve(vllm_config.model_config.model)
-        device = current_platform.device_type
-        self.model = TwoTower(
-            read_config(folder), dtype=vllm_config.model_config.dtype, context_device="meta", denoiser_device=device
-        ).eval()
-        self.model.tokenizer = load_tokenizer(folder, self.model.config.vocab_size)
-        self.model.sampling = read_sampling_defaults(folder)
+        self.model = outline(folder, vllm_config.model_config.dtype, current_platform.device_type)
         self._reader: CacheReader | None = None
 
     def load(self) -> None:
@@ -89,7 +82,5 @@ class Denoiser:
         params, prompt = request.sampling_params, request.prompt_token_ids
         assert params is not None
         assert prompt is not None
-        room = self._longest - len(prompt)
-        most = room if params.max_tokens is None else min(params.max_tokens, room)
-        ours = diffusion_params(params, most).settled(self.model.config.block_size, self.model.sampling)
-        return Request(tuple(prompt), ours, seed_of(ours, request.req_id), tuple(request.output_token_ids))
+        ours = request_of(self.model, params, self._longest, prompt=tuple(prompt))
+        return ours._replace(seed=seed_of(ours.params, request.req_id), produced=tuple(request.output_token_ids))

@@ -1,5 +1,6 @@
 """A request of mode `diffusion`: vLLM's sampling parameters and `vllm_xargs` as our own settings."""
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -8,7 +9,9 @@ from twotower.decoding.params import SamplingParams
 from twotower.errors import SettingError
 
 # What `vllm_xargs` may say of blocks
-BLOCK_SETTINGS = ("block_size", "steps_per_block", "confidence_threshold", "commit_rule", "entropy_bound")
+BLOCK_SETTINGS = (
+    *("block_size", "steps_per_block", "confidence_threshold", "target_retention", "commit_rule", "entropy_bound"),
+)
 # What else may stand there: our mode, and what vLLM itself reads
 _OTHERS = frozenset(("mode", "session_id", "kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"))
 # vLLM's parameters that blocks can't follow, with the values that mean "not used"
@@ -53,7 +56,7 @@ def diffusion_params(params: VllmParams, max_new_tokens: int) -> SamplingParams:
     for name, unused in _UNUSED.items():
         value = getattr(params, name, None)
         if value not in unused:
-            raise SettingError(name, value, "left out with mode 'diffusion'", "'ar' and 'verified' have it")
+            raise SettingError(name, _said(value), "left out with mode 'diffusion'", "'ar' and 'verified' have it")
     return SamplingParams(
         mode="diffusion",
         max_new_tokens=max_new_tokens,
@@ -72,8 +75,16 @@ def diffusion_params(params: VllmParams, max_new_tokens: int) -> SamplingParams:
         stop_token_ids=tuple(params.stop_token_ids or ()),
         ignore_eos=params.ignore_eos,
         min_tokens=min(params.min_tokens, max_new_tokens),
+        past_positions=True,  # vLLM has its own limit
         **{name: extra[name] for name in BLOCK_SETTINGS if name in extra},
     )
+
+
+def _said(value: object) -> object:
+    """A value without the many fields of vLLM's classes that nobody has set."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    return {name: found for name, found in vars(value).items() if found and not name.startswith("_")}
 
 
 def seed_of(params: SamplingParams, request_id: str) -> int:

@@ -21,10 +21,11 @@ from vllm.model_executor.models.config import (
 from vllm.platforms import current_platform
 from vllm.v1.engine.input_processor import InputProcessor
 
+from twotower.checkpoints.hf.hub import resolve
 from twotower.errors import SettingError
 from twotower.integrations.vllm.config import HYBRID, TRANSFORMER
-from twotower.integrations.vllm.diffusion_params import diffusion_params
 from twotower.integrations.vllm.drafted_states import convolve_drafts_, turns, without_drafts
+from twotower.integrations.vllm.outline import outline, request_of
 from twotower.integrations.vllm.server import (
     check_server,
     has_drafter,
@@ -121,6 +122,9 @@ def _wrap(owner: object, name: str, wrapper: Callable[..., Any]) -> None:
 def _begin(original: Callable[..., None], processor: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
     check_server(vllm_config)
     original(processor, vllm_config, *args, **kwargs)
+    model = vllm_config.model_config
+    if is_two_tower(model) and server_settings(vllm_config).denoiser:
+        processor.two_tower = outline(resolve(model.model), model.dtype)
 
 
 def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +132,7 @@ def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: 
     if is_two_tower(config.model_config) and isinstance(params, SamplingParams):
         try:
             if server_settings(config).mode_of(params.extra_args) == DIFFUSION:
-                diffusion_params(params, params.max_tokens or config.model_config.max_model_len)
+                request_of(processor.two_tower, params, config.model_config.max_model_len)
         except SettingError as error:
             raise VLLMValidationError(str(error)) from error
     return original(processor, params, *args, **kwargs)

@@ -1,0 +1,39 @@
+"""A two-tower model without weights: vLLM's first process checks requests against it, the denoiser begins with it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twotower.checkpoints.hf.calibration_file import CALIBRATION_FILE, read_calibration
+from twotower.checkpoints.hf.generation_file import read_config, read_sampling_defaults
+from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
+from twotower.checkpoints.hf.two_towers import open_two_towers
+from twotower.decoding.record import make_request
+from twotower.decoding.step import Request
+from twotower.errors import check_integer
+from twotower.integrations.vllm.diffusion_params import diffusion_params
+from twotower.model.two_tower import TwoTower
+
+
+def outline(folder: Path, dtype: torch.dtype, denoiser_device: str = "meta") -> TwoTower:
+    """A model of a checkpoint's config with its tokenizer, sampling defaults and calibration. Its context tower has no
+    weights, and those of its denoiser, on `denoiser_device`, are yet to be read."""
+    config = read_config(folder)
+    model = TwoTower(config, dtype=dtype, context_device="meta", denoiser_device=denoiser_device).eval()
+    model.tokenizer = load_tokenizer(folder, config.vocab_size)
+    model.sampling = read_sampling_defaults(folder)
+    if (folder / CALIBRATION_FILE).is_file():
+        _, files = open_two_towers(folder)
+        model.calibration = read_calibration(folder, files.stream(files.specs))
+    return model
+
+
+def request_of(model: TwoTower, params: Any, longest_text: int, *, prompt: tuple[int, ...] = (0,)) -> Request:
+    """vLLM's sampling parameters as a request of `diffusion` after a prompt, in a server whose texts have at most
+    `longest_text` tokens. Raises SettingError for what the model can't do."""
+    room = max(longest_text - len(prompt), 1)
+    ours = diffusion_params(params, min(params.max_tokens or room, room))
+    if ours.block_size is not None:
+        check_integer("block_size", ours.block_size, 1, longest_text)
+    return make_request(model, prompt, ours)
