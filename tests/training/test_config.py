@@ -25,6 +25,8 @@ def test_shares_are_names_with_weights() -> None:
     assert parse_shares("") == ()
     with pytest.raises(SettingError, match="certainty:x"):
         parse_shares("certainty:x")
+    with pytest.raises(SettingError, match="'certainty:', must be a name and a number"):
+        parse_shares("cross_entropy,certainty:")
 
 
 @pytest.mark.parametrize(
@@ -67,11 +69,11 @@ def test_bad_objectives_raise(changed: dict[str, Any], rule: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "rule"),
     [
-        ("objective", "entropy:1", "of cross_entropy, certainty, consistency, distillation, acceptance"),
-        ("objective", "certainty:1,certainty:2", "of cross_entropy, certainty, consistency"),
+        ("objective", "entropy", "of cross_entropy, certainty, consistency, distillation, acceptance"),
+        ("objective", "certainty,certainty:2", "of cross_entropy, certainty, consistency"),
         ("objective", "certainty:nan", "of weights above 0"),
         ("objective", "certainty:0", "of weights above 0"),
-        ("masks", "uniform:1", "of noise, drafting, prefix, trajectory, each at most once"),
+        ("masks", "uniform", "of noise, drafting, prefix, trajectory, each at most once"),
     ],
 )
 def test_bad_shares_raise_as_they_were_given(name: str, text: str, rule: str) -> None:

@@ -44,9 +44,9 @@ def parse_shares(text: str) -> tuple[Share, ...]:
     that isn't a number."""
     shares = []
     for part in filter(None, text.replace(" ", "").split(",")):
-        name, _, weight = part.partition(":")
+        name, colon, weight = part.partition(":")
         try:
-            shares.append(Share(name, float(weight or 1)))
+            shares.append(Share(name, float(weight) if colon else 1.0))
         except ValueError as error:
             raise SettingError("weight", part, "a name and a number such as certainty:0.5") from error
     return tuple(shares)
@@ -195,7 +195,7 @@ class DenoisingConfig:
 def _check_shares(name: str, shares: tuple[Share, ...], allowed: tuple[str, ...]) -> None:
     if not all(isinstance(share, Share) for share in shares):
         raise SettingError(name, shares, "a tuple of Share", "or give a text to parse_shares")
-    given = ",".join(f"{share.name}:{share.weight:g}" for share in shares)
+    given = ",".join(f"{share.name}:{share.weight:g}" if share.weight != 1 else share.name for share in shares)
     if any(share.name not in allowed for share in shares) or len({share.name for share in shares}) < len(shares):
         raise SettingError(name, given, f"of {', '.join(allowed)}, each at most once")
     for share in shares:

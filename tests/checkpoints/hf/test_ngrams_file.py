@@ -51,6 +51,13 @@ def test_without_its_file_a_checkpoint_drafts_with_the_denoiser_and_says_so(fold
         twotower.load(folder)
 
 
+def test_a_file_of_other_bytes_is_refused_without_advice_to_load_it_unsafely(folder: Path) -> None:
+    for content in (b"", b"bytes of something else", b"\x93NUMPY"):
+        (folder / NGRAMS_FILE).write_bytes(content)
+        with pytest.raises(ValueError, match=r"is no file of n-grams \(no archive of NumPy's\); make it again"):
+            twotower.load(folder)
+
+
 def changed(**values: object) -> dict[str, object]:
     arrays = {"version": 1, "order": 3, "vocab_size": 40, "vocabulary": "", "keys": np.array([1, 2], np.uint32)}
     return arrays | {"tokens": np.array([1, 2], np.uint16), "shares": np.array([1, 2], np.uint8)} | values

@@ -64,7 +64,11 @@ def read_ngrams(directory: Path, config: TwoTowerConfig, tokenizer: tokenizers.T
     if not file.exists():
         return None
     try:
-        with np.load(io.BytesIO(file.read_bytes())) as held:  # of a path, a failing load leaves the file open
+        content = io.BytesIO(file.read_bytes())  # of a path, a failing load leaves the file open
+        if not zipfile.is_zipfile(content):  # NumPy would take it for a pickle, and advise to load that unsafely
+            raise zipfile.BadZipFile("no archive of NumPy's")
+        content.seek(0)
+        with np.load(content) as held:
             arrays = {name: held[name] for name in held.files}
             version, order, vocab_size = (int(arrays[name]) for name in ("version", "order", "vocab_size"))
             keys, tokens, shares = (arrays[name] for name in ("keys", "tokens", "shares"))
