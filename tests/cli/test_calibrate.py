@@ -61,7 +61,8 @@ def test_tasks_and_prompts_may_be_mixed_and_limited(run: Any, copy: Path, prompt
     ("prompts", "options", "message"),
     [
         ("nothing.txt", (), "there is no file nothing.txt; give one, or the name of a task: "),
-        ("FEW", (), "there are 2 prompts, and a calibration needs at least 48"),
+        ("FEW", (), "prompts given: 2; a calibration needs at least 48"),
+        ("FEW,FEW", (), "2 of the 4 prompts are repetitions of others"),
         ("FEW", ("--confidence", 1), "--confidence is 1.0, must be a number in (0.5, 1)"),
     ],
 )

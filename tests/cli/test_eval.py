@@ -88,6 +88,37 @@ def test_several_drafters_are_settings_of_verified(run, checkpoint, task, tmp_pa
     assert set(measured["verified prompt,denoiser"]["drafts"]) <= {"prompt", "denoiser"}
 
 
+def test_a_drafter_that_the_checkpoint_lacks_is_refused_before_anything_is_answered(run, checkpoint, task):
+    result = run("eval", checkpoint, "--tasks", task, "--no-speed", "--drafter", "ngram")
+    assert result.exit_code == 2
+    assert "--drafter is 'ngram', must be made of denoiser, prompt" in result.stderr
+    assert "answers of" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "words"),
+    [
+        (
+            "eval",
+            ("diffusion", "--drafter", "prompt"),
+            "drafter is ['prompt'], must be left out where verified isn't",
+        ),
+        ("eval", ("verified", "--threshold", 0.5), "--threshold is '0.5', must be left out where diffusion isn't run"),
+        ("eval", ("ar", "--target-retention", 0.9), "add diffusion to --modes, or drop it"),
+        (
+            "bench decode",
+            ("ar", "--drafter", "prompt"),
+            "drafter is ['prompt'], must be left out where verified isn't",
+        ),
+    ],
+)
+def test_options_that_no_mode_would_read_are_refused(run, checkpoint, command, options, words):
+    model = ("--model", checkpoint) if command == "bench decode" else (checkpoint,)
+    result = run(*command.split(), *model, "--modes", *options)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+
+
 def test_what_does_not_fit_is_left_out_and_said(run, checkpoint, task, tmp_path):
     out = tmp_path / "out.json"
     result = run("eval", checkpoint, "--tasks", task, "--no-speed", "--json", out, "--longest", 14)

@@ -49,7 +49,7 @@ def test_a_limit_keeps_every_groups_share(tmp_path):
         ("{", "line 1: Expecting"),
         ("[]", "must be an object"),
         (LINE | {"extra": 1}, "'extra'"),
-        ({"prompt": "a"}, "max_new_tokens"),
+        ({"prompt": "a"}, "an example has neither an answer nor a scorer"),
         (LINE | {"scorer": "vibes"}, "'vibes'"),
         ("[" * 100_000, "nested too deep"),
         (LINE | {"max_new_tokens": 0}, "max_new_tokens is 0, must be an integer in [1, 65536]"),
@@ -169,13 +169,14 @@ def test_the_recipe_writes_other_questions_of_the_same_kinds(tmp_path):
 def test_names_and_files_of_tasks_are_told_from_files_of_prompts(tmp_path):
     files = {
         "t.jsonl": '\n{"prompt": "a", "scorer": "exact"}',
+        "a.jsonl": '{"prompt": "a", "answer": "b"}',
         "p.jsonl": '{"prompt": "a"}',
         "p.txt": "a",
         "e.jsonl": "",
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    assert [is_task(str(tmp_path / name)) for name in files] == [True, False, False, False]
+    assert [is_task(str(tmp_path / name)) for name in files] == [True, True, False, False, False]
     assert is_task("lists")
     assert is_task("humaneval")
     assert not is_task("nothing.jsonl")
@@ -205,3 +206,12 @@ def test_the_name_of_the_mask_in_a_prompt_is_text(model):
     ids = prompt_ids(Example(prompt="a <mask>", scorer="exact", max_new_tokens=1), model)
     assert model.config.mask_token_id not in ids
     assert model.tokenizer.decode(ids) == "a <mask>"
+
+
+def test_a_prompt_and_its_answer_are_enough_for_an_example(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    (example,) = read_task(str(tmp_path / "mine.jsonl")).examples
+    assert example == Example(prompt="a", scorer="exact", answer="b", max_new_tokens=128)
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match="line 1: an example has neither an answer nor a scorer; add the answer"):
+        read_task(str(tmp_path / "bare.jsonl"))

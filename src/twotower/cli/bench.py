@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from twotower.cli import bench_serve
-from twotower.cli.measuring import DrafterOption, drafter_ways, listed_modes
+from twotower.cli.measuring import DrafterOption, check_read, drafter_ways, listed_modes
 from twotower.cli.options import DeviceOption, DtypeOption, ModelOption, open_model
 from twotower.cli.settings import like
 from twotower.decoding.generate import generate
@@ -80,6 +80,8 @@ def decode(
     "degenerate" says how many texts fall into a loop: they are quicker to write than what one would want to read. Modes
     may end their texts after different numbers of "tokens": twotower eval times those of sound answers alone.
     """
+    listed = listed_modes(modes)
+    check_read(listed, "verified", drafter=drafter)
     settings: dict[str, SamplingParams] = {
         f"{mode} {label}".strip(): SamplingParams(
             mode=mode,
@@ -90,7 +92,7 @@ def decode(
             past_positions=past_positions,
             **fields,
         )
-        for mode in listed_modes(modes)
+        for mode in listed
         for label, fields in drafter_ways(mode, drafter).items()
     }
     opened = open_model(model, device=device, dtype=dtype)

@@ -1,6 +1,7 @@
 """`twotower calibrate`: commit rules that keep a promised share of `ar`'s score."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,8 @@ def command(
         str,
         typer.Argument(
             help="With commas: files of prompts, .txt with one in each line or .jsonl with a prompt or messages in "
-            f"each record; .jsonl files of tasks; names of tasks: {', '.join(shipped_tasks())}, {HUMANEVAL}."
+            "each record; .jsonl files of tasks, whose records have an answer or a scorer; names of tasks: "
+            f"{', '.join(shipped_tasks())}, {HUMANEVAL}."
         ),
     ],
     *,
@@ -68,6 +70,12 @@ def command(
     opened = open_model(model, device=device, dtype=dtype)
     length = max_new_tokens or opened.sampling.max_new_tokens or _NEW_TOKENS
     asked = [q for source in prompts.split(",") for q in _questions(source, opened, folder, length)[:limit]]
+    if repeated := len(asked) - len(set(asked)):
+        warnings.warn(
+            f"{repeated} of the {len(asked)} prompts are repetitions of others, and each counts as one more draw; "
+            "unless prompts will be asked as often, give each once, or more is promised than was shown",
+            stacklevel=2,
+        )
     # without the folders, which a checkpoint that is passed on has no use for
     named = ", ".join(Path(source).name for source in prompts.split(","))
     own = fingerprint(released_stream(folder))

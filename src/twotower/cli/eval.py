@@ -10,6 +10,7 @@ from rich.console import Console
 
 from twotower.cli.measuring import (
     DrafterOption,
+    check_read,
     drafter_ways,
     fitted,
     integers,
@@ -105,6 +106,9 @@ def command(
     0, or where the standard error of ar's score is more than 25 % of it. The mean speed is over the remaining tasks in
     which the mode keeps at least half of ar's score.
     """
+    listed = listed_modes(modes)
+    check_read(listed, "verified", drafter=drafter)
+    check_read(listed, "diffusion", threshold=threshold, target_retention=target_retention, entropy_bound=entropy_bound)
     dials = _dials(threshold, target_retention, entropy_bound)
     settings = {
         f"{mode} {label}" if len(ways) > 1 else mode: SamplingParams(
@@ -116,7 +120,7 @@ def command(
             seed=seed,
             **fields,
         )
-        for mode in listed_modes(modes)
+        for mode in listed
         for ways in [dials if mode == "diffusion" else drafter_ways(mode, drafter)]
         for label, fields in ways.items()
     }

@@ -1,6 +1,6 @@
 """What `eval`, `sweep` and `bench` share: lists of values in options, and what is told while they measure."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, cast
 
@@ -9,6 +9,7 @@ from rich.console import Console
 
 from twotower.decoding.drafters import DRAFTERS
 from twotower.decoding.modes import DRAFTING_MODES, MODES, Mode
+from twotower.errors import SettingError
 from twotower.eval.sandbox import LIMITS, walls
 from twotower.eval.tasks import Task, fitting
 from twotower.model.two_tower import TwoTower
@@ -45,6 +46,16 @@ def listed_modes(text: str) -> list[Mode]:
         why = "; auto is an engine's choice among them, request by request" if "auto" in unknown else ""
         raise ValueError(f"modes are {text!r}, must be of {', '.join(MODES)}, with commas between them{why}")
     return cast(list[Mode], found)
+
+
+def check_read(modes: Sequence[Mode], reader: Mode, **given: object) -> None:
+    """Raises SettingError for the first of `given`, options by their names, that has a value although `reader`, the
+    mode that reads it, is not run."""
+    for name, value in given.items():
+        if value and reader not in modes:
+            raise SettingError(
+                name, value, f"left out where {reader} isn't run", f"add {reader} to --modes, or drop it"
+            )
 
 
 def drafter_ways(mode: Mode, drafters: list[str] | None) -> dict[str, dict[str, Any]]:

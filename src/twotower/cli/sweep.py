@@ -13,6 +13,7 @@ from rich.table import Table
 
 from twotower.cli.measuring import (
     DrafterOption,
+    check_read,
     fitted,
     integers,
     listed_modes,
@@ -100,8 +101,11 @@ def command(
     every temperature and distance.
     """
     _check_matplotlib()
+    listed = listed_modes(modes)
+    check_read(listed, "verified", drafter=drafter)
+    check_read(listed, "diffusion", target_retentions=target_retentions, entropy_bounds=entropy_bounds)
     config = SweepConfig(
-        modes=tuple(listed_modes(modes)),
+        modes=tuple(listed),
         thresholds=numbers("thresholds", thresholds),
         target_retentions=() if target_retentions is None else numbers("targets", target_retentions),
         entropy_bounds=() if entropy_bounds is None else numbers("bounds", entropy_bounds),

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Mapping
 
 from twotower.decoding.params import SamplingParams
+from twotower.decoding.record import check_drafter
 from twotower.decoding.unmasking import chosen_rule
 from twotower.errors import SettingError, check_integer
 from twotower.eval.answering import ScoredAnswer, answer, mean_score, request
@@ -62,12 +63,15 @@ def evaluate(
     """Answers a task under every setting, and times them unless `timing` is None.
 
     One setting is named "ar", and all have a seed. Raises SettingError for a target that the model's calibration can't
-    promise. `advance` is called before each part with a line that says what it
-    is.
+    promise, and for a drafter that the checkpoint lacks. `advance` is called before each part with a line that says
+    what it is.
     """
     for params in settings.values():
-        if params.target_retention is not None:  # before anything runs
-            chosen_rule(model.calibration, params.settled(model.config.block_size, model.sampling))
+        settled = params.settled(model.config.block_size, model.sampling)  # before anything runs
+        if settled.drafter is not None:
+            check_drafter(model, settled.drafter)
+        if settled.target_retention is not None:
+            chosen_rule(model.calibration, settled)
     answers = {}
     for name, params in settings.items():
         advance(f"{task.name}: answers of {name}")

@@ -33,14 +33,15 @@ _ENDINGS = ("in the morning.", "after lunch.", "on a sunny day.", "and smiled.",
 class Example:
     """One question.
 
-    `scorer` compares replies with `answer`; for `program`, `answer` holds the tests that follow the program. A reply
-    ends before any of the `stop` strings or after `max_new_tokens`. `group` names a part of the task whose scores are
-    also reported apart. If `distance` is above 0, that many tokens of filler replace FILLER in the prompt.
+    `scorer` compares replies with `answer`, or needs none (`likelihood`); for `program`, `answer` holds the tests that
+    follow the program. A reply ends before any of the `stop` strings or after `max_new_tokens`. `group` names a part of
+    the task whose scores are also reported apart. If `distance` is above 0, that many tokens of filler replace FILLER
+    in the prompt.
     """
 
     prompt: str
-    scorer: Scorer
-    max_new_tokens: int
+    scorer: Scorer = "exact"
+    max_new_tokens: int = 128
     answer: str = ""
     stop: tuple[str, ...] = ()
     group: str = ""
@@ -69,6 +70,8 @@ class Example:
                 f"an example has the keys {sorted(raw)}, must have {sorted(required)} and may have "
                 f"{sorted(set(types) - required)}"
             )
+        if not raw.keys() & {"answer", "scorer"}:
+            raise ValueError("an example has neither an answer nor a scorer; add the answer, or 'scorer': 'likelihood'")
         for name, value in raw.items():
             kind, words = (list, "a list") if name == "stop" else (str, "a text")
             if name not in ("max_new_tokens", "distance") and not isinstance(value, kind):
@@ -96,14 +99,15 @@ def shipped_tasks() -> tuple[str, ...]:
 
 
 def is_task(source: str) -> bool:
-    """Whether a text names a task that comes along or HUMANEVAL, or a JSON-lines file whose first line has a scorer."""
+    """Whether a text names a task that comes along or HUMANEVAL, or a JSON-lines file whose first line has a scorer
+    or an answer."""
     if source == HUMANEVAL or source in shipped_tasks():
         return True
     if not source.endswith(".jsonl") or not Path(source).is_file():
         return False
     with Path(source).open("rb") as file:
         first = next((line for line in file if line.strip()), b"{}")
-    return "scorer" in _object(first)
+    return bool(_object(first).keys() & {"answer", "scorer"})
 
 
 def read_task(source: str, limit: int | None = None) -> Task:

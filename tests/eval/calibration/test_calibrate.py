@@ -35,7 +35,7 @@ def test_every_question_has_one_part() -> None:
 
 
 def test_too_few_prompts_are_refused() -> None:
-    with pytest.raises(ValueError, match="there are 47 prompts, and a calibration needs at least 48"):
+    with pytest.raises(ValueError, match="prompts given: 47; a calibration needs at least 48"):
         deal(asked(47), 0)
 
 

@@ -68,7 +68,7 @@ def deal(questions: Sequence[Question], seed: int) -> Parts:
     of them."""
     if len(questions) < _FEWEST_PROMPTS:
         raise ValueError(
-            f"there are {len(questions)} prompts, and a calibration needs at least {_FEWEST_PROMPTS}, and 600 to "
+            f"prompts given: {len(questions)}; a calibration needs at least {_FEWEST_PROMPTS}, and 600 to "
             "promise 99 %; give more prompts of the kind that will be asked"
         )
     dealt = random.Random(seed).sample(list(questions), len(questions))
