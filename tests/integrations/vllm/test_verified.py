@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+import torch
 
 import twotower
 from twotower.errors import SettingError
@@ -41,7 +42,15 @@ def test_verified_alone_and_mixed_with_ar_gives_the_tokens_of_ar(
 
 
 @pytest.mark.parametrize(
-    ("name", "drafter"), [("stories", "denoiser"), ("llama", "denoiser"), ("stories", "prompt,denoiser")]
+    ("name", "drafter"),
+    [
+        ("stories", "denoiser"),
+        ("llama", "denoiser"),
+        ("stories", "prompt,denoiser"),
+        ("hybrid", "denoiser"),
+        ("hybrid", "prompt,denoiser"),
+        ("M*-M*E", "denoiser"),
+    ],
 )
 def test_verified_with_drafts_from_the_denoiser_gives_the_tokens_of_ar_beside_other_modes(
     name, drafter, engine, expected, prompts, ask, count
@@ -51,25 +60,53 @@ def test_verified_with_drafts_from_the_denoiser_gives_the_tokens_of_ar_beside_ot
     ids = prompts(6, most=20)
     ours, blocks = expected(name, ids, 60), expected(name, ids, 60, "diffusion")
     assert ask(running, ids, 60) == ours
-    assert count(running, "spec_decode_num_accepted_tokens") > 0
+    assert (count(running, "spec_decode_num_accepted_tokens") > 0) == (name != "M*-M*E")
     assert ask(running, ids[:1], 60) == ours[:1]
     mixed = ask(running, ids, 60, ["ar", "verified", "diffusion"] * 2)
     assert mixed == [blocks[n] if n % 3 == 2 else ours[n] for n in range(6)]
 
 
-def test_as_many_drafted_tokens_are_kept_as_in_our_own_verified(engine, prompts, ask, count, checkpoint) -> None:
+@pytest.mark.parametrize(
+    ("name", "prompt"), [("stories", "Once upon a time"), ("hybrid", "def glass(w, s):"), ("hybrid", "Sort: 3, 1, 2")]
+)
+def test_as_many_drafted_tokens_are_kept_as_in_our_own_verified(name, prompt, engine, ask, count) -> None:
     settings = {"twotower": {"drafter": "denoiser", "denoiser": True}}
-    running = engine(
-        "stories", speculative_config=SPECULATIVE | {"num_speculative_tokens": 15}, additional_config=settings
-    )
-    model = twotower.load("stories", dtype="float32")
-    ids = list(model.tokenizer.encode("Once upon a time").ids)
+    running = engine(name, speculative_config=SPECULATIVE | {"num_speculative_tokens": 15}, additional_config=settings)
+    model = twotower.load(name, dtype="float32")
+    ids = list(model.tokenizer.encode(prompt).ids)
     common = {"max_new_tokens": 100, "temperature": 0, "ignore_eos": True}
     [ours] = twotower.generate(model, [ids], twotower.SamplingParams(mode="verified", drafter="denoiser", **common))
     ask(running, [ids], 100)
     kept = sum(one.accepted for one in ours.stats.drafts)
     # The first block is another: ours begins before the first token, vLLM's behind it.
     assert abs(count(running, "spec_decode_num_accepted_tokens") - kept) <= 8
+
+
+def test_a_draft_begins_at_the_recurrent_state_after_the_kept_tokens(engine, prompts, monkeypatch) -> None:
+    from vllm import SamplingParams
+
+    from twotower.integrations.vllm.seeding import CacheReader
+
+    settings = {"twotower": {"drafter": "denoiser", "denoiser": True}}
+    running, seen = engine("hybrid", speculative_config=SPECULATIVE, additional_config=settings), []
+    read = CacheReader.state
+
+    def watch(reader, rows, lengths, kept):
+        seen.append((lengths[0], kept[0], read(reader, rows, lengths, kept)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(CacheReader, "state", watch)
+    model = twotower.load("hybrid", dtype="float32")
+    ids = list(model.tokenizer.encode("def glass(w, s):").ids)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+    [output] = running.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+    whole = ids + list(output.outputs[0].token_ids)
+    assert len({kept for _, kept, _ in seen}) > 1
+    for length, _, state in seen:
+        for ours, theirs in zip(model.prefill([whole[:length]]).mamba, state.mamba, strict=True):
+            for a, b in ((ours.conv, theirs.conv), (ours.ssm, theirs.ssm)):
+                # float32 has 24 bits; the same sums in another order
+                torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
 
 
 def test_requests_in_ar_get_no_drafts(engine, prompts, ask, count) -> None:
@@ -121,10 +158,31 @@ def test_an_unknown_mode_is_refused_before_anything_runs(engine, prompts, ask) -
         ask(running, prompts(1), 4, ["verified"])
 
 
-def test_the_denoiser_is_refused_beside_drafts_for_recurrent_states(engine) -> None:
-    settings = {"twotower": {"drafter": "prompt", "denoiser": True}}
-    with pytest.raises(ValueError, match="the denoiser needs no --speculative-config beside recurrent states"):
-        engine("M*-", speculative_config=SPECULATIVE, additional_config=settings)
+@pytest.mark.parametrize("name", ["hybrid", "M*-"])
+def test_recurrent_states_follow_drafts_and_blocks_behind_prompts_in_chunks(
+    name, engine, expected, prompts, ask
+) -> None:
+    settings = {"twotower": {"drafter": "denoiser", "denoiser": True}}
+    running = engine(
+        name,
+        speculative_config=SPECULATIVE,
+        additional_config=settings,
+        max_num_batched_tokens=48,
+    )
+    ids = prompts(6, most=100, seed=5)
+    ours, blocks = expected(name, ids, 120), expected(name, ids, 120, "diffusion")
+    assert ask(running, ids, 120) == ours
+    mixed = ask(running, ids, 120, ["diffusion", "verified", "ar"] * 2)
+    assert mixed == [ours[n] if n % 3 else blocks[n] for n in range(6)]
+
+
+def test_drafts_for_recurrent_states_are_refused_beside_another_drafter(engine) -> None:
+    with pytest.raises(ValueError, match="the denoiser needs no other drafter than this package's"):
+        engine(
+            "M*-",
+            speculative_config={"method": "ngram", "num_speculative_tokens": 4},
+            additional_config={"twotower": {"denoiser": True}},
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The denoiser beside vLLM's context tower: its weights, and the blocks that it writes."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class Denoiser:
         if not rows:
             return output
         with torch.inference_mode():
-            context = self._context(runner, rows, [int(batch.num_tokens_no_spec[row]) for row in rows])
+            lengths = [int(batch.num_tokens_no_spec[row]) for row in rows]
+            context = self._context(runner, rows, lengths, (1,) * len(rows))
             filled = fill_blocks(self.model, tuple(self._request(requests[row]) for row in rows), context)
         blocks = {row: [t.id for t in f.tokens] for row, f in zip(rows, filled, strict=True)}
         before = output.sampled_token_ids
@@ -66,13 +68,16 @@ class Denoiser:
         """Drafts for some rows: what the denoiser thinks likeliest in a block of each row's width, behind its newest
         token, which the context tower hasn't read."""
         lengths = [int(runner.input_batch.num_tokens_no_spec[row]) - 1 for row in rows]
+        kept: Sequence[int] = (1,) * len(rows)
+        if runner.model_config.is_hybrid:
+            kept = runner.num_accepted_tokens.gpu[rows].tolist()
         with torch.inference_mode():
-            return likeliest_blocks(self.model, self._context(runner, rows, lengths), newest, widths)
+            return likeliest_blocks(self.model, self._context(runner, rows, lengths, kept), newest, widths)
 
-    def _context(self, runner: Any, rows: list[int], lengths: list[int]) -> ContextState:
+    def _context(self, runner: Any, rows: list[int], lengths: list[int], kept: Sequence[int]) -> ContextState:
         if self._reader is None:
             self._reader = CacheReader(runner, self.model.config)
-        return self._reader.state(rows, lengths)
+        return self._reader.state(rows, lengths, kept)
 
     def _writes_blocks(self, request: CachedRequestState) -> bool:
         params = request.sampling_params

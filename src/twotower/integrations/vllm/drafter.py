@@ -32,11 +32,17 @@ class TwoTowerDrafter:
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        from twotower.integrations.vllm.patches import pass_rows_to_drafter, verify_recurrent_states
+        from twotower.integrations.vllm.patches import (
+            keep_recurrent_states,
+            pass_rows_to_drafter,
+            verify_recurrent_states,
+        )
 
         self._sources = sources_of(vllm_config)
-        if vllm_config.model_config.is_hybrid and current_platform.is_cpu():
-            verify_recurrent_states()
+        if vllm_config.model_config.is_hybrid:
+            keep_recurrent_states()
+            if current_platform.is_cpu():
+                verify_recurrent_states()
         self._settings = server_settings(vllm_config)
         self._longest = vllm_config.model_config.max_model_len
         folder = resolve(vllm_config.model_config.model)
@@ -115,6 +121,9 @@ class TwoTowerDrafter:
 
 def _ended(draft: list[int], request: CachedRequestState) -> list[int]:
     """A draft up to the first token that ends the text."""
-    stops = set() if request.sampling_params is None else request.sampling_params.all_stop_token_ids
+    params, stops = request.sampling_params, set[int]()
+    if params is not None:
+        # A text that goes on behind its end token has that one, too, among all that stop
+        stops = set(params.stop_token_ids or ()) if params.ignore_eos else params.all_stop_token_ids
     end = next((n for n, token in enumerate(draft, 1) if token in stops), len(draft))
     return draft[:end]

@@ -25,6 +25,7 @@ from twotower.checkpoints.hf.hub import resolve
 from twotower.errors import SettingError
 from twotower.integrations.vllm.config import HYBRID, TRANSFORMER
 from twotower.integrations.vllm.drafted_states import convolve_drafts_, turns, without_drafts
+from twotower.integrations.vllm.kept_states import first_tokens, settle_rows_
 from twotower.integrations.vllm.outline import outline, request_of
 from twotower.integrations.vllm.server import (
     check_server,
@@ -37,7 +38,7 @@ from twotower.integrations.vllm.settings import DIFFUSION
 
 logger = init_logger(__name__)
 
-_wrapped: set[object] = set()  # what this package runs in the place of vLLM's
+_wrapped: set[tuple[object, str, object]] = set()  # where this package runs something in the place of vLLM's
 
 _MODELS = "twotower.integrations.vllm.models"
 
@@ -105,17 +106,27 @@ def verify_recurrent_states() -> None:
     _wrap(mamba_mixer2, "selective_state_update", _scan)
 
 
+def keep_recurrent_states() -> None:
+    """Applies patch 6, in the process that has the drafter."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    # Patch 6: rows of several tokens without a draft leave their recurrent states where the next step begins, before
+    # anything reads them, and count as one token that was kept.
+    _wrap(GPUModelRunner, "_sample", _settle)
+    _wrap(GPUModelRunner, "_update_states_after_model_execute", _count)
+
+
 def _wrap(owner: object, name: str, wrapper: Callable[..., Any]) -> None:
     """Has `wrapper(original, …)` run in the place of a method or function, once."""
-    original = getattr(owner, name)
-    if original in _wrapped:
+    if (owner, name, wrapper) in _wrapped:
         return
+    original = getattr(owner, name)
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
-    _wrapped.add(wrapped)
+    _wrapped.add((owner, name, wrapper))
     setattr(owner, name, wrapped)
 
 
@@ -142,6 +153,19 @@ def _sample(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any
     output = original(runner, *args, **kwargs)
     denoiser = getattr(runner.get_model(), "denoiser", None)
     return output if denoiser is None else denoiser.write(runner, output)
+
+
+def _settle(original: Callable[..., Any], runner: Any, logits: Any, drafts: Any, *args: Any, **kwargs: Any) -> Any:
+    if has_drafter(runner.speculative_config) and drafts is not None:
+        settle_rows_(runner, drafts.num_draft_tokens)
+    return original(runner, logits, drafts, *args, **kwargs)
+
+
+def _count(original: Callable[..., Any], runner: Any, tokens: Tensor, scheduled: Any) -> Any:
+    if has_drafter(runner.speculative_config):
+        drafted = [name for name, ids in scheduled.scheduled_spec_decode_tokens.items() if ids]
+        tokens = first_tokens(tokens, runner.input_batch.req_ids, drafted)
+    return original(runner, tokens, scheduled)
 
 
 def _propose(original: Callable[..., Any], runner: Any, scheduled: Any, sampled: Any, *args: Any, **kwargs: Any) -> Any:

@@ -35,8 +35,12 @@ class CacheReader:
         self._state_groups = [of[n] for n, kind in zip(names, config.pattern, strict=True) if kind == "M"]
         self._places = [_places(layer) for layer in self._attention]
 
-    def state(self, rows: Sequence[int], lengths: Sequence[int]) -> ContextState:
-        """The state of some rows of the runner's batch after so many tokens of each; copies it."""
+    def state(self, rows: Sequence[int], lengths: Sequence[int], kept: Sequence[int]) -> ContextState:
+        """The state of some rows of the runner's batch after so many tokens of each; copies it.
+
+        `kept` says how many of the tokens of its last step each row kept, where these were the newest and a draft: the
+        state is that after them. It is 1 for other rows.
+        """
         keys, values = [], []
         for layer, group, places in zip(self._attention, self._key_groups, self._places, strict=True):
             key, value = self._keys(layer.kv_cache, self._table(group, rows, lengths, layer.kv_cache), places)
@@ -46,11 +50,13 @@ class CacheReader:
         mamba = []
         for layer, group in zip(self._recurrent, self._state_groups, strict=True):
             conv, ssm = layer.kv_cache
-            at = self._newest(group, rows, lengths)
-            last = conv[at]
+            # A row's inputs of the convolution are in its first entry, of several steps.
+            last = conv[self._entries(group, rows, lengths, (1,) * len(rows))]
             # vLLM can be told to keep channels first
             last = last if last.shape[-1] == self._config.conv_width else last.transpose(1, 2)
-            mamba.append(MambaState(last.contiguous(), ssm[at].float()))
+            places = torch.tensor(kept)[:, None] - 1 + torch.arange(self._config.conv_kernel - 1)
+            last = last[torch.arange(len(rows))[:, None], places]
+            mamba.append(MambaState(last, ssm[self._entries(group, rows, lengths, kept)].float()))
         known = tuple(int(n) for n in lengths)
         return ContextState(known, tuple(mamba), KeyBuffer(keys, values, known), None, (0,) * len(known))
 
@@ -67,11 +73,11 @@ class CacheReader:
         most = -(-max(lengths) // cache.shape[2])
         return self._blocks(group, rows)[:, :most].to(cache.device)
 
-    def _newest(self, group: int, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """The entry (b,) of each row's newest recurrent state."""
+    def _entries(self, group: int, rows: Sequence[int], lengths: Sequence[int], kept: Sequence[int]) -> Tensor:
+        """The entry (b,) of each row's recurrent state after its kept tokens."""
         table = self._blocks(group, rows)
         spec = self._runner.kv_cache_config.kv_cache_groups[group].kv_cache_spec
-        column = torch.zeros(len(rows), dtype=torch.long)
+        column = torch.tensor(kept) - 1
         if spec.mamba_cache_mode == "align":
             column = (torch.tensor(lengths) - 1) // spec.block_size
         return table.gather(1, column[:, None])[:, 0].to(self._runner.device)

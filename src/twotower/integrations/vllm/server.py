@@ -81,6 +81,8 @@ def check_denoiser(vllm_config: VllmConfig) -> None:
     Of a checkpoint elsewhere the names of tensors are known only when vLLM reads them.
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    speculative = vllm_config.speculative_config
+    drafts_for_states = vllm_config.model_config.is_hybrid and speculative is not None
     problems: Sequence[tuple[bool, str]] = (
         (parallel.tensor_parallel_size > 1, "--tensor-parallel-size 1: the denoiser is not divided"),
         (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size 1: the denoiser is not divided"),
@@ -92,12 +94,18 @@ def check_denoiser(vllm_config: VllmConfig) -> None:
         (cache.cache_dtype.startswith("fp8"), "--kv-cache-dtype auto: the denoiser reads the cache"),
         (cache.mamba_cache_mode == "all", "--mamba-cache-mode align: the denoiser reads the newest state"),
         (vllm_config.model_config.enable_prompt_embeds, "no --enable-prompt-embeds: blocks follow tokens"),
+        (
+            drafts_for_states and not has_drafter(speculative),
+            "no other drafter than this package's beside recurrent states: it keeps them where blocks find them",
+        ),
+        (
+            drafts_for_states and cache.mamba_cache_mode == "align",
+            "--no-enable-prefix-caching beside drafts for recurrent states: that moves them",
+        ),
     )
     for found, needed in problems:
         if found:
             raise ValueError(f"the denoiser needs {needed}")
-    if vllm_config.model_config.is_hybrid and vllm_config.speculative_config is not None:
-        raise ValueError("the denoiser needs no --speculative-config beside recurrent states: it reads the newest ones")
     folder = Path(vllm_config.model_config.model)
     if folder.is_dir() and not any(name.startswith("denoiser_tower.") for name in scan(folder).specs):
         raise ValueError(f"the checkpoint has no denoiser: {folder} holds no tensor denoiser_tower.*; {_WITHOUT}")
