@@ -7,7 +7,7 @@ import pytest
 
 from twotower import SamplingParams
 from twotower.errors import SettingError
-from twotower.integrations.vllm.diffusion_params import diffusion_params, seed_of
+from twotower.integrations.vllm.diffusion_params import check_allowed, diffusion_params, seed_of
 
 USUAL = {
     "extra_args": None,
@@ -88,6 +88,18 @@ def test_a_long_value_is_told_by_what_was_set() -> None:
 
     with pytest.raises(SettingError, match=r"structured_outputs is \{'regex': 'a\+'\}, must be left out"):
         diffusion_params(given(structured_outputs=Outputs(regex="a+")), 20)
+
+
+def test_every_seed_of_vllm_is_one() -> None:
+    assert diffusion_params(given(seed=-5), 20).seed == 2**63 - 5
+    assert diffusion_params(given(seed=2**63 + 1), 20).seed == 1  # the third text of a prompt with the largest seed
+
+
+def test_a_request_that_may_write_the_mask_alone_is_refused() -> None:
+    check_allowed(given(), 3)
+    check_allowed(given(allowed_token_ids=[3, 5]), 3)
+    with pytest.raises(SettingError, match="must be with another token than 3, the mask token"):
+        check_allowed(given(allowed_token_ids=[3]), 3)
 
 
 def test_a_request_has_one_seed_for_all_its_blocks() -> None:

@@ -22,7 +22,8 @@ def test_a_block_that_cant_be_is_an_error_of_its_request(engine, checkpoint, pro
     config = read_config(checkpoint("stories"))
     mask, most = config.mask_token_id, list(range(config.vocab_size))
     refused = [
-        ({"allowed_token_ids": [mask]}, f"allowed_token_ids is .* must be without {mask}, the mask token"),
+        ({"allowed_token_ids": [mask]}, f"allowed_token_ids is .* must be with another token than {mask}, the mask"),
+        ({"allowed_token_ids": [mask, 7]}, f"allowed_token_ids is .* must be without {mask}, the mask token"),
         ({"logit_bias": {mask: 5.0}}, f"logit_bias is .* must be without {mask}, the mask token"),
         ({"allowed_token_ids": [7], "min_tokens": 4, "stop_token_ids": [7]}, "allowed_token_ids is .* must be with a"),
         ({"min_tokens": 4, "stop_token_ids": most}, "min_tokens is 4, must be such that a token is left"),
@@ -36,6 +37,10 @@ def test_a_block_that_cant_be_is_an_error_of_its_request(engine, checkpoint, pro
         ({"block_size": 4096}, r"block_size is 4096, must be an integer in \[1, 256\]"),
         ({"block_size": "16"}, "block_size is '16', must be an integer"),
         ({"steps_per_block": -1}, "steps_per_block is -1"),
+        (
+            {"steps_per_block": 257},
+            r"steps_per_block is 257, must be an integer in \[1, 256\]; the rows beside it wait",
+        ),
         ({"target_retention": 0.9}, "the checkpoint has no calibration"),
         ({"confidence_threshold": [0.9]}, "confidence_threshold is"),
     ]

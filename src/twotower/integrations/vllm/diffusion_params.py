@@ -71,13 +71,21 @@ def diffusion_params(params: VllmParams, max_new_tokens: int) -> SamplingParams:
         logit_bias=dict(params.logit_bias or {}),
         allowed_token_ids=None if params.allowed_token_ids is None else tuple(params.allowed_token_ids),
         bad_words=tuple(params.bad_words or ()),
-        seed=params.seed,
+        # negative ones too are seeds, and of several texts of one prompt each adds its number
+        seed=None if params.seed is None else params.seed % 2**63,
         stop_token_ids=tuple(params.stop_token_ids or ()),
         ignore_eos=params.ignore_eos,
         min_tokens=min(params.min_tokens, max_new_tokens),
         past_positions=True,  # vLLM has its own limit
         **{name: extra[name] for name in BLOCK_SETTINGS if name in extra},
     )
+
+
+def check_allowed(params: VllmParams, mask_token_id: int) -> None:
+    """Raises SettingError for a request of any mode that may write nothing but the mask token, which none writes."""
+    if params.allowed_token_ids and set(params.allowed_token_ids) == {mask_token_id}:
+        rule = f"with another token than {mask_token_id}, the mask token, which no text has"
+        raise SettingError("allowed_token_ids", params.allowed_token_ids, rule, "allow others")
 
 
 def _said(value: object) -> object:

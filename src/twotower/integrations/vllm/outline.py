@@ -15,6 +15,9 @@ from twotower.errors import check_integer
 from twotower.integrations.vllm.diffusion_params import diffusion_params
 from twotower.model.two_tower import TwoTower
 
+# Most steps of a block: by a rule that may commit nothing in a step it takes all of them.
+_MOST_STEPS = 256
+
 
 def outline(folder: Path, dtype: torch.dtype, denoiser_device: str = "meta") -> TwoTower:
     """A model of a checkpoint's config with its tokenizer, sampling defaults and calibration. Its context tower has no
@@ -36,4 +39,5 @@ def request_of(model: TwoTower, params: Any, longest_text: int, *, prompt: tuple
     ours = diffusion_params(params, min(params.max_tokens or room, room))
     if ours.block_size is not None:
         check_integer("block_size", ours.block_size, 1, longest_text)
+    check_integer("steps_per_block", ours.steps_per_block, 1, _MOST_STEPS, "the rows beside it wait for the block")
     return make_request(model, prompt, ours)
