@@ -75,5 +75,5 @@ def test_the_large_model_has_about_400_billion_parameters():
 def test_the_denoiser_is_refused_with_these_commands(configured):
     from twotower.integrations.vllm.server import check_denoiser
 
-    with pytest.raises(ValueError, match="the denoiser needs --tensor-parallel-size 1"):
+    with pytest.raises(ValueError, match="the denoiser needs --tensor-parallel-size 1 beside recurrent states"):
         check_denoiser(configured(RELEASED, COMMANDS[0]))

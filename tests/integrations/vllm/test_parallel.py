@@ -17,42 +17,64 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    folder, settings, prompts = json.loads(sys.argv[1])
+    folder, settings, prompts, modes = json.loads(sys.argv[1])
     engine = LLM(
         folder, dtype="float32", max_model_len=256, enforce_eager=True, tensor_parallel_size=2,
-        skip_tokenizer_init=True, additional_config=settings,
+        skip_tokenizer_init=True, disable_log_stats=False, **settings,
     )
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+    common = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
+    params = [SamplingParams(**common, extra_args=mode and {"mode": mode}) for mode in modes]
     outputs = engine.generate([{"prompt_token_ids": one} for one in prompts], params, use_tqdm=False)
     print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+    drafted = sum(m.value for m in engine.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens")
+    print("DRAFTED", int(drafted))
 """
+DENOISER = {"additional_config": {"twotower": {"denoiser": True}}}
+DRAFTER = "twotower.integrations.vllm.drafter.TwoTowerDrafter"
+DRAFTS = {"speculative_config": {"method": "custom_class", "model": DRAFTER, "num_speculative_tokens": 16}}
 
 
 @pytest.fixture
 def run(tmp_path):
-    """run(folder, settings, prompts): what the program above printed, both streams."""
+    """run(folder, settings, prompts, modes): what the program above printed, both streams."""
     (tmp_path / "program.py").write_text(PROGRAM)  # a file: vLLM's processes import it again
 
-    def one(folder, settings, prompts):
-        command = [sys.executable, tmp_path / "program.py", json.dumps([str(folder), settings, prompts])]
+    def one(folder, settings, prompts, modes=None):
+        asked = [str(folder), settings, prompts, modes or [None] * len(prompts)]
+        command = [sys.executable, tmp_path / "program.py", json.dumps(asked)]
         environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         return subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     return one
 
 
+@pytest.fixture
+def printed():
+    """printed(ran, name): what a line of the program's says behind a name."""
+
+    def of(ran, name):
+        found = [line for line in ran.stdout.splitlines() if line.startswith(f"{name} ")]
+        assert found, ran.stdout
+        return json.loads(found[0].removeprefix(f"{name} "))
+
+    return of
+
+
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two CPUs")
 @pytest.mark.parametrize("name", ["stories", "hybrid"])
-def test_two_processes_give_our_tokens(name, run, checkpoint, expected, prompts) -> None:
+def test_two_processes_give_our_tokens(name, run, printed, checkpoint, expected, prompts) -> None:
     ids = prompts(4)
     ran = run(checkpoint(name), {}, ids)
-    found = [line for line in ran.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert found, ran.stdout
-    assert json.loads(found[0].removeprefix("TOKENS ")) == expected(name, ids, 40)
+    assert printed(ran, "TOKENS") == expected(name, ids, 40)
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two CPUs")
-def test_the_denoiser_is_refused_in_two_processes(run, checkpoint, prompts) -> None:
-    ran = run(checkpoint("llama"), {"twotower": {"denoiser": True}}, prompts(1))
-    assert ran.returncode != 0
-    assert "the denoiser needs --tensor-parallel-size 1" in ran.stdout
+@pytest.mark.parametrize("name", ["stories", "llama"])
+def test_one_denoiser_beside_two_processes_gives_our_tokens(name, run, printed, checkpoint, expected, prompts) -> None:
+    ids = prompts(6)
+    ran = run(checkpoint(name), DENOISER | DRAFTS, ids, ["diffusion", "verified", "ar"] * 2)
+    found = printed(ran, "TOKENS")
+    assert found[0::3] == expected(name, ids[0::3], 40, "diffusion")
+    assert found[1::3] == expected(name, ids[1::3], 40)
+    assert found[2::3] == expected(name, ids[2::3], 40)
+    assert printed(ran, "DRAFTED") > 0

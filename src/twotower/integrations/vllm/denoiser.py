@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from twotower.backends.choose import pack_denoiser_
+from twotower.checkpoints.hf.generation_file import read_config
 from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.two_towers import load_denoiser_
 from twotower.decoding.step import Request
@@ -19,7 +21,9 @@ from twotower.integrations.vllm.outline import outline, request_of
 from twotower.integrations.vllm.seeding import CacheReader
 from twotower.integrations.vllm.server import check_denoiser
 from twotower.integrations.vllm.settings import DIFFUSION, ServerSettings
+from twotower.integrations.vllm.shards import whole_state
 from twotower.model.state import ContextState
+from twotower.model.two_tower import TwoTower
 
 
 class Denoiser:
@@ -27,6 +31,9 @@ class Denoiser:
 
     It owns no cache: a block reads the context tower's keys and states from vLLM's. Not a module, so that vLLM treats
     none of its parameters as one of its own model's. Raises ValueError for a server that it can't run in.
+
+    Of the devices that share the context tower's layers the first has it whole; `model` is None on the others, which
+    hand it their part of the cache and hear what it wrote, so that all of them go on with the same tokens.
     """
 
     def __init__(self, vllm_config: VllmConfig, settings: ServerSettings) -> None:
@@ -34,11 +41,17 @@ class Denoiser:
         self._settings = settings
         self._longest = vllm_config.model_config.max_model_len
         self._checkpoint = folder = resolve(vllm_config.model_config.model)
-        self.model = outline(folder, vllm_config.model_config.dtype, current_platform.device_type)
+        self._config = read_config(folder)
+        self._group = get_tp_group()
+        self.model: TwoTower | None = None
+        if self._group.is_first_rank:
+            self.model = outline(folder, vllm_config.model_config.dtype, current_platform.device_type)
         self._reader: CacheReader | None = None
 
     def load(self) -> None:
         """Reads the denoiser's weights from the checkpoint, quantised ones as floats; ValueError if it lacks some."""
+        if self.model is None:
+            return
         load_denoiser_(self.model, self._checkpoint)
         pack_denoiser_(self.model)
 
@@ -54,11 +67,15 @@ class Denoiser:
         ]
         if not rows:
             return output
+        found: list[list[int]] | None = None
         with torch.inference_mode():
             lengths = [int(batch.num_tokens_no_spec[row]) for row in rows]
             context = self._context(runner, rows, lengths, (1,) * len(rows))
-            filled = fill_blocks(self.model, tuple(self._request(requests[row]) for row in rows), context)
-        blocks = {row: [t.id for t in f.tokens] for row, f in zip(rows, filled, strict=True)}
+            if self.model is not None and context is not None:
+                wanted = tuple(self._request(self.model, requests[row]) for row in rows)
+                filled = fill_blocks(self.model, wanted, context)
+                found = [[token.id for token in block.tokens] for block in filled]
+        blocks = dict(zip(rows, self._group.broadcast_object(found), strict=True))
         before = output.sampled_token_ids
         table = put_blocks(before, blocks)
         wide = put_logprobs(output.logprobs_tensors, before.shape[0], before.shape[1], table.shape[1])
@@ -71,21 +88,27 @@ class Denoiser:
         kept: Sequence[int] = (1,) * len(rows)
         if runner.model_config.is_hybrid:
             kept = runner.num_accepted_tokens.gpu[rows].tolist()
+        found: list[list[int]] | None = None
         with torch.inference_mode():
-            return likeliest_blocks(self.model, self._context(runner, rows, lengths, kept), newest, widths)
+            context = self._context(runner, rows, lengths, kept)
+            if self.model is not None and context is not None:
+                found = likeliest_blocks(self.model, context, newest, widths)
+        drafts: list[list[int]] = self._group.broadcast_object(found)
+        return drafts
 
-    def _context(self, runner: Any, rows: list[int], lengths: list[int], kept: Sequence[int]) -> ContextState:
+    def _context(self, runner: Any, rows: list[int], lengths: list[int], kept: Sequence[int]) -> ContextState | None:
+        """The state of these rows where the denoiser is, else None."""
         if self._reader is None:
-            self._reader = CacheReader(runner, self.model.config)
-        return self._reader.state(rows, lengths, kept)
+            self._reader = CacheReader(runner, self._config)
+        return whole_state(self._reader.state(rows, lengths, kept), self._config, self._group)
 
     def _writes_blocks(self, request: CachedRequestState) -> bool:
         params = request.sampling_params
         return params is not None and self._settings.mode_of(params.extra_args) == DIFFUSION
 
-    def _request(self, request: CachedRequestState) -> Request:
+    def _request(self, model: TwoTower, request: CachedRequestState) -> Request:
         params, prompt = request.sampling_params, request.prompt_token_ids
         assert params is not None
         assert prompt is not None
-        ours = request_of(self.model, params, self._longest, prompt=tuple(prompt))
+        ours = request_of(model, params, self._longest, prompt=tuple(prompt))
         return ours._replace(seed=seed_of(ours.params, request.req_id), produced=tuple(request.output_token_ids))

@@ -87,7 +87,8 @@ class TwoTowerHybridForCausalLM(NemotronHForCausalLM):
         self.lm_head = ParallelLMHead(
             config.vocab_size,
             config.hidden_size,
-            quant_config=self.quant_config,
+            # A head that is the embedding is none of the layers that may be quantised, whatever its name.
+            quant_config=None if config.tie_word_embeddings else self.quant_config,
             prefix=maybe_prefix(prefix, "lm_head"),
         )
         if config.tie_word_embeddings:

@@ -97,7 +97,7 @@ def _vllm_name(name: str) -> str:
 def _means(entry: str, name: str) -> bool:
     if entry.startswith(_REGEX):
         return re.match(entry.removeprefix(_REGEX), name) is not None
-    if entry.endswith("*") and not entry.endswith(".*"):
+    if entry.endswith("*") and not entry.endswith(".*") and len(entry) > 1:
         # ModelOpt's way to leave out a module with all that it has: layers.1* is not layers.10.
         tree = entry.removesuffix("*")
         return fnmatchcase(name, tree) or fnmatchcase(name, tree + ".*")

@@ -84,8 +84,13 @@ def check_denoiser(vllm_config: VllmConfig) -> None:
     speculative = vllm_config.speculative_config
     drafts_for_states = vllm_config.model_config.is_hybrid and speculative is not None
     problems: Sequence[tuple[bool, str]] = (
-        (parallel.tensor_parallel_size > 1, "--tensor-parallel-size 1: the denoiser is not divided"),
-        (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size 1: the denoiser is not divided"),
+        (
+            vllm_config.model_config.is_hybrid and parallel.tensor_parallel_size > 1,
+            "--tensor-parallel-size 1 beside recurrent states, which more would divide",
+        ),
+        (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size 1: it reads all layers"),
+        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size 1: it reads all tokens"),
+        (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size 1: it reads all tokens"),
         (
             vllm_config.use_v2_model_runner,
             f"{RUNNER}=0 in the environment, and nothing that needs the second runner: the first writes blocks",
