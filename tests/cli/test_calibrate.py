@@ -1,5 +1,6 @@
 """`twotower calibrate`."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from twotower.checkpoints.hf.calibration_file import CALIBRATION_FILE
+from twotower.checkpoints.hf.calibration_file import CALIBRATION_FILE, write_calibration
 from twotower.checkpoints.load import load
+from twotower.model.calibration import CalibratedRule
 
 SMALL = ("--max-new-tokens", 3, "--confidence", 0.6)
 
@@ -43,6 +45,32 @@ def test_requests_can_then_say_a_target(run: Any, copy: Path, prompts: Path) -> 
     again = run("calibrate", copy, prompts, *SMALL)
     assert again.exit_code == 0
     assert load(copy).calibration == found
+
+
+@pytest.mark.slow
+def test_rules_that_are_there_stay_where_none_is_found(
+    run: Any, copy: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("calibrate", copy, prompts, *SMALL).exit_code == 0
+    file = copy / CALIBRATION_FILE
+    none = dataclasses.replace(load(copy).calibration, rules=())
+    rule = CalibratedRule(
+        risk=0.1,
+        thresholds=((0.5,) * none.block_size,) * none.block_size,
+        shown=0.9,
+        tokens_per_nfe=2.0,
+        held_out=(0.9, 0.8, 1.0),
+    )
+    write_calibration(copy, dataclasses.replace(none, rules=(rule,)))
+    before = file.read_bytes()
+    monkeypatch.setattr("twotower.cli.calibrate.calibrate", lambda *given, **more: none)
+    result = run("calibrate", copy, prompts, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "stays as it was, with 1 rules; delete it to have none" in result.stdout.replace("\n", " ")
+    assert file.read_bytes() == before
+    file.unlink()
+    assert run("calibrate", copy, prompts, *SMALL).exit_code == 0
+    assert load(copy).calibration == none
 
 
 @pytest.mark.slow

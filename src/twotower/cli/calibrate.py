@@ -61,7 +61,8 @@ def command(
 
     Give prompts of the kind that will be asked, and others than those that results are reported on. Texts are judged by
     their task, or where a prompt has no answer by their probability per token under the context tower. Half of the
-    prompts choose the rules, a quarter fits them, and a quarter, which has no part in that, says what they keep.
+    prompts choose the rules, a quarter fits them, and a quarter, which has no part in that, says what they keep. A
+    calibration that is there stays where no rule is found.
     """
     folder = resolve(model)
     file = folder / CALIBRATION_FILE
@@ -83,6 +84,10 @@ def command(
         found = calibrate(opened, asked, config, prompts=named, fingerprint=own, advance=tell)
     Console().print(_table(found))
     print(_summary(found))
+    if not found.rules and opened.calibration is not None and opened.calibration.rules:
+        # An hour's work that holds, and nothing to put in its place
+        print(f"{file} stays as it was, with {len(opened.calibration.rules)} rules; delete it to have none")
+        return
     print(f"wrote {write_calibration(folder, found)}")
 
 

@@ -34,7 +34,7 @@ def test_a_block_that_cant_be_is_an_error_of_its_request(engine, checkpoint, pro
         ),
     ]
     of_blocks = [
-        ({"block_size": 4096}, r"block_size is 4096, must be an integer in \[1, 256\]"),
+        ({"block_size": 4096}, r"block_size is 4096, must be an integer in \[1, 256\]; its logits must fit"),
         ({"block_size": "16"}, "block_size is '16', must be an integer"),
         ({"steps_per_block": -1}, "steps_per_block is -1"),
         (

@@ -17,6 +17,8 @@ from twotower.model.two_tower import TwoTower
 
 # Most steps of a block: by a rule that may commit nothing in a step it takes all of them.
 _MOST_STEPS = 256
+# 256 places over a vocabulary of 131,072 tokens are 134 MB of logits, which no plan of vLLM's memory counts
+_LARGEST_BLOCK = 256
 
 
 def outline(folder: Path, dtype: torch.dtype, denoiser_device: str = "meta") -> TwoTower:
@@ -38,6 +40,7 @@ def request_of(model: TwoTower, params: Any, longest_text: int, *, prompt: tuple
     room = max(longest_text - len(prompt), 1)
     ours = diffusion_params(params, min(params.max_tokens or room, room))
     if ours.block_size is not None:
-        check_integer("block_size", ours.block_size, 1, longest_text)
+        most = min(longest_text, max(_LARGEST_BLOCK, model.config.block_size))
+        check_integer("block_size", ours.block_size, 1, most, "its logits must fit into memory")
     check_integer("steps_per_block", ours.steps_per_block, 1, _MOST_STEPS, "the rows beside it wait for the block")
     return make_request(model, prompt, ours)
