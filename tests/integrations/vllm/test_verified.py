@@ -60,7 +60,9 @@ def test_verified_with_drafts_from_the_denoiser_gives_the_tokens_of_ar_beside_ot
     ids = prompts(6, most=20)
     ours, blocks = expected(name, ids, 60), expected(name, ids, 60, "diffusion")
     assert ask(running, ids, 60) == ours
-    assert (count(running, "spec_decode_num_accepted_tokens") > 0) == (name != "M*-M*E")
+    assert count(running, "spec_decode_num_draft_tokens") > 0
+    # Random towers agree by chance alone.
+    assert name == "M*-M*E" or count(running, "spec_decode_num_accepted_tokens") > 0
     assert ask(running, ids[:1], 60) == ours[:1]
     mixed = ask(running, ids, 60, ["ar", "verified", "diffusion"] * 2)
     assert mixed == [blocks[n] if n % 3 == 2 else ours[n] for n in range(6)]
