@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from twotower.integrations.vllm.settings import DRAFTER
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: make test-vllm"),
 ]
+DRAFTS = {"method": "custom_class", "model": DRAFTER}
 TWO_TOWERS = {
     "architectures": ["NemotronHTwoTowerForCausalLM"],
     "model_type": "nemotron_h",
@@ -58,6 +61,27 @@ def test_a_tower_that_vllm_cant_compute_is_refused_when_its_engine_starts(write)
 def test_a_server_whose_settings_cant_be_is_refused_when_its_engine_starts(engine) -> None:
     with pytest.raises(ValueError, match="mode is 'verified', must be ar on this server"):
         engine("llama", additional_config={"twotower": {"mode": "verified"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("llama", {"kv_cache_dtype": "fp8", "dtype": "bfloat16"}, "the denoiser needs --kv-cache-dtype auto"),
+        (
+            "llama",
+            {"speculative_config": DRAFTS | {"num_speculative_tokens": 4}},
+            "another for a checkpoint without",
+        ),
+    ],
+)
+def test_a_server_that_cant_be_is_refused_before_anything_starts(name, arguments, words, engine, monkeypatch) -> None:
+    def started(*given: object, **more: object) -> None:
+        pytest.fail("an engine has started")
+
+    monkeypatch.setattr("vllm.v1.engine.core.EngineCore.__init__", started)
+    settings = {"denoiser": True} | ({"drafter": "ngram"} if "speculative_config" in arguments else {})
+    with pytest.raises(ValueError, match=words):
+        engine(name, additional_config={"twotower": settings}, **arguments)
 
 
 def test_what_the_denoiser_needs_is_chosen_where_nobody_has(engine, monkeypatch) -> None:
