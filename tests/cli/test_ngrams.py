@@ -52,3 +52,16 @@ def test_bad_options_are_told(run: Any, folder: Path, corpus: Path, options: tup
 def test_another_models_corpus_is_refused(run: Any, folder: Path, corpus: Path, tmp_path: Path) -> None:
     assert "is no directory" in run("ngrams", folder, tmp_path / "none").stderr
     assert "holds no .safetensors shard" in run("ngrams", folder, tmp_path).stderr
+
+
+@pytest.mark.parametrize("command", ["train", "ngrams"])
+def test_a_corpus_of_another_vocabulary_is_refused(run: Any, folder: Path, tmp_path: Path, command: str) -> None:
+    file = folder / "tokenizer.json"
+    written = tmp_path / "corpus"
+    (tmp_path / "a.txt").write_text("abc " * 40)
+    assert run("tokenize", folder, tmp_path / "a.txt", written, "--length", 16).exit_code == 0
+    file.write_text(file.read_text().replace('"a":', '"\\u0001":'))
+    out = [tmp_path / "run"] if command == "train" else []
+    failed = run(command, folder, written, *out)
+    assert failed.exit_code != 0
+    assert "was made with another vocabulary than this checkpoint's" in " ".join(failed.stderr.split())

@@ -42,7 +42,7 @@ def command(
     folder = resolve(model)
     shapes = read_config(folder)
     tokenizer = load_tokenizer(folder, shapes.vocab_size)
-    held = Corpus(corpus, vocab_size=shapes.vocab_size)
+    held = Corpus(corpus, vocab_size=shapes.vocab_size, tokenizer=tokenizer)
     table = count_ngrams(held, shapes.vocab_size, config)
     file = write_ngrams(folder, table, tokenizer)
     write_drafter(folder, drafter)

@@ -84,8 +84,8 @@ def command(
     with locked(out, own_rank()), torchrun_ranks(run.device) as ranks:
         if not run.export_only:
             check_finished(out / "backbone", out)
-            rows = open_corpus(corpus, shapes.vocab_size, row_length)
-            measured = None if held_out is None else open_corpus(held_out, shapes.vocab_size, row_length)
+            rows = open_corpus(corpus, shapes, row_length, folder)
+            measured = None if held_out is None else open_corpus(held_out, shapes, row_length, folder)
             model = _open(shapes, training.seed, ranks.device, training.shard)
             initial = functools.partial(_without_weights(shapes).initial_tensors, training.seed)
             weights = initial if training.shard else None

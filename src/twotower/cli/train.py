@@ -133,8 +133,9 @@ def command(
         with torchrun_ranks(run.device) as ranks:
             if not run.export_only:
                 towers = _open(folder, ranks.device, config.shard)
-                size = towers.config.vocab_size
-                corpora = {name: open_corpus(place, size, row_length) for name, place in folders.items()}
+                corpora = {
+                    name: open_corpus(place, towers.config, row_length, folder) for name, place in folders.items()
+                }
                 rows, measured = corpora["corpus"], corpora.get("held_out")
                 weights = functools.partial(released_stream, folder) if config.shard else None
                 objective = Denoising(towers, what)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from twotower.checkpoints.hf import load_tokenizer
 from twotower.cli.logs import logging_to
 from twotower.cli.options import Dtype, open_device
 from twotower.config import TwoTowerConfig
@@ -76,9 +77,11 @@ def torchrun_ranks(device: str) -> Iterator[Ranks]:
         yield ranks
 
 
-def open_corpus(folder: Path, vocab_size: int, row_length: int | None) -> Corpus:
-    """Opens a corpus whose rows must be of `row_length`, if given."""
-    corpus = Corpus(folder, vocab_size=vocab_size)
+def open_corpus(folder: Path, config: TwoTowerConfig, row_length: int | None, model: Path | None = None) -> Corpus:
+    """Opens a corpus whose rows must be of `row_length`, if given, and of the vocabulary of the checkpoint in the
+    folder `model`, if given and if it has a tokenizer."""
+    tokenizer = None if model is None else load_tokenizer(model)
+    corpus = Corpus(folder, vocab_size=config.vocab_size, tokenizer=tokenizer)
     if row_length not in (None, corpus.length):
         raise SettingError("row_length", row_length, f"{corpus.length}, the length of the rows in {folder}")
     return corpus
@@ -96,7 +99,7 @@ def print_estimate(
     """Prints what a run needs. Raises ValueError where neither a corpus nor `row_length` says how long rows are,
     and SettingError where they are longer than the run may have."""
     if is_corpus(corpus):
-        row_length = open_corpus(corpus, config.vocab_size, row_length).length
+        row_length = open_corpus(corpus, config, row_length).length
     if row_length is None:
         raise ValueError(f"{corpus} is not there to tell how long its rows are; give --row-length")
     check_row_length("row_length", row_length, config, run.past_positions)

@@ -47,10 +47,11 @@ def train(
             f"the model is held in {dtype}, must be float32 to learn in small steps; load it with dtype='float32', and "
             "set bf16 to compute in bfloat16"
         )
-    size = model.config.vocab_size
-    rows = None if held_out is None else Corpus(held_out, vocab_size=size)
+    size, tokenizer = model.config.vocab_size, model.tokenizer
+    rows = Corpus(corpus, vocab_size=size, tokenizer=tokenizer)
+    measured = None if held_out is None else Corpus(held_out, vocab_size=size, tokenizer=tokenizer)
     objective = Denoising(model, denoising or DenoisingConfig())
-    trainer = Trainer(objective, Corpus(corpus, vocab_size=size), config or TrainConfig(), out, held_out=rows)
+    trainer = Trainer(objective, rows, config or TrainConfig(), out, held_out=measured)
     with locked(Path(out)):
         trainer.run(
             report or (lambda done: None),

@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.numpy import save_file
 
@@ -93,3 +94,25 @@ def test_rows_do_not_depend_on_how_the_run_is_cut(size: int, tmp_path: Path) -> 
     for field, expected in enumerate(whole):
         assert torch.equal(torch.cat([piece[field] for piece in pieces]), expected)
     assert whole.samples.tolist() == list(range(15))
+
+
+def test_a_corpus_of_another_vocabulary_is_refused_and_one_that_says_none_is_taken(
+    tmp_path: Path, byte_tokenizer: tokenizers.Tokenizer
+) -> None:
+    rows = CorpusRows(**arrays())
+    other = tokenizers.Tokenizer.from_str(byte_tokenizer.to_str().replace('"a"', '"A?"'))
+    write_shard(shard(tmp_path, "old.safetensors"), rows)
+    write_shard(tmp_path / "same.safetensors", rows, byte_tokenizer)
+    assert len(Corpus(tmp_path, vocab_size=260, tokenizer=byte_tokenizer)) == 8
+    write_shard(tmp_path / "wrong.safetensors", rows, other)
+    words = r"wrong\.safetensors was made with another vocabulary .*: token 101 is 'A\?' there and 'a' here"
+    with pytest.raises(ValueError, match=words):
+        Corpus(tmp_path, vocab_size=260, tokenizer=byte_tokenizer)
+    assert len(Corpus(tmp_path, vocab_size=260)) == 12
+
+
+def test_a_vocabulary_that_cant_be_read_is_named(tmp_path: Path) -> None:
+    for text in ("[1]", "{", '{"a": "b"}'):
+        save_file(arrays(), tmp_path / "bad.safetensors", {"vocabulary": text})
+        with pytest.raises(ValueError, match=r"bad\.safetensors has a vocabulary that can't be read"):
+            Corpus(tmp_path, vocab_size=12)

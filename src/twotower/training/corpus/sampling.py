@@ -207,7 +207,8 @@ def sample_shard(
     starts = np.array([[len(prompt)] for prompt in own])
     if temperature != 1:
         starts = np.maximum(starts, prefix)
-    write_shard(file, CorpusRows(ids, (place >= starts) & (place < lengths), place >= lengths))
+    rows = CorpusRows(ids, (place >= starts) & (place < lengths), place >= lengths)
+    write_shard(file, rows, model.tokenizer)
     return file
 
 

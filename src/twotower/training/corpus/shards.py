@@ -2,21 +2,27 @@
 
 A shard holds three arrays: `ids` (r, t) int32; `scored` (r, t) bool, False for positions that are never masked or
 learnt (prompts, prefixes, BOS, padding); and `document` (r, t) int32, which numbers the documents of a row,
-non-decreasing.
+non-decreasing. Its metadata has `vocabulary`, how some tokens are spelled by their ids, as JSON; older shards have
+none.
 """
 
 import functools
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from twotower.training.corpus.spellings import difference, spellings
+
+_VOCABULARY = "vocabulary"
 _DTYPES = {"ids": "I32", "scored": "BOOL", "document": "I32"}
 
 
@@ -43,14 +49,15 @@ class _Shard(NamedTuple):
     opened: safe_open
     rows: int
     length: int
+    spellings: dict[int, str]
 
 
 class Corpus:
     """The shards of a folder, in the order of their names, as one table of rows."""
 
-    def __init__(self, folder: str | Path, *, vocab_size: int) -> None:
+    def __init__(self, folder: str | Path, *, vocab_size: int, tokenizer: tokenizers.Tokenizer | None = None) -> None:
         """Opens every shard and reads its header. Raises FileNotFoundError without the folder, and ValueError where it
-        holds no shard, or naming a bad one."""
+        holds no shard, or naming a bad one, such as one whose tokens `tokenizer` spells otherwise."""
         if not Path(folder).is_dir():
             raise FileNotFoundError(
                 f"{folder} is no directory; make a corpus there with: twotower tokenize, or twotower sample"
@@ -61,6 +68,9 @@ class Corpus:
                 f"{folder} holds no .safetensors shard; make some with: twotower tokenize, or twotower sample"
             )
         self._shards = [_open(file) for file in files]
+        if tokenizer is not None:
+            for shard in self._shards:
+                _check_spellings(shard, tokenizer)
         lengths = {shard.length for shard in self._shards}
         if len(lengths) > 1:
             raise ValueError(f"{folder} has rows of {sorted(lengths)} tokens, must all be of one length; make it again")
@@ -118,8 +128,9 @@ def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
-def write_shard(file: Path, rows: CorpusRows) -> None:
-    """Writes a shard, in the stored dtypes. It is renamed when complete, so that a kill leaves no incomplete `file`."""
+def write_shard(file: Path, rows: CorpusRows, tokenizer: tokenizers.Tokenizer | None = None) -> None:
+    """Writes a shard, in the stored dtypes, of tokens of `tokenizer`. It is renamed when complete, so that a kill
+    leaves no incomplete `file`."""
     # safetensors ignores strides and writes an array's memory as it lies.
     ids = np.ascontiguousarray(rows.ids, dtype=np.int32)
     scored = np.ascontiguousarray(rows.scored, dtype=np.bool_)
@@ -127,7 +138,8 @@ def write_shard(file: Path, rows: CorpusRows) -> None:
     assert ids.shape == scored.shape == document.shape
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial.safetensors")
-    save_file({"ids": ids, "scored": scored, "document": document}, partial)
+    metadata = None if tokenizer is None else {_VOCABULARY: json.dumps(spellings(tokenizer))}
+    save_file({"ids": ids, "scored": scored, "document": document}, partial, metadata)
     os.replace(partial, file)
 
 
@@ -146,4 +158,23 @@ def _open(file: Path) -> _Shard:
     wrong = {name: part.get_dtype() for name, part in slices.items() if part.get_dtype() != _DTYPES[name]}
     if wrong:
         raise ValueError(f"{file} holds {wrong}, must hold {_DTYPES}; make it again")
-    return _Shard(file, opened, r, t)
+    return _Shard(file, opened, r, t, _spellings(file, opened))
+
+
+def _spellings(file: Path, opened: safe_open) -> dict[int, str]:
+    text = (opened.metadata() or {}).get(_VOCABULARY, "{}")
+    try:
+        return {int(i): str(name) for i, name in json.loads(text).items()}
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{file} has a {_VOCABULARY} that can't be read ({error}); make it again") from error
+
+
+def _check_spellings(shard: _Shard, tokenizer: tokenizers.Tokenizer) -> None:
+    found = difference(shard.spellings, tokenizer)
+    if found is not None:
+        here = "no token" if found.found is None else repr(found.found)
+        raise ValueError(
+            f"{shard.file} was made with another vocabulary than this checkpoint's: token {found.token_id} is "
+            f"{found.held!r} there and {here} here; make the corpus again with this checkpoint, or give the checkpoint "
+            "that it was made with"
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 
 from twotower.checkpoints.families.nemotron_h import read_one_tower_config
 from twotower.checkpoints.hf.config_file import read_raw_config
@@ -74,7 +75,7 @@ def write_corpus(
     # An incomplete corpus could be trained on unnoticed, so the shards are moved to `out` when all are written.
     with tempfile.TemporaryDirectory(prefix=f"{place.name}.partial-", dir=place.parent) as building:
         (whole := Path(building) / place.name).mkdir()
-        counts = _write(packed, length, size, whole, progress)
+        counts = _write(packed, length, size, whole, tokenizer, progress)
         if not counts.rows:
             raise ValueError(f"{source} has no text to make tokens of; give another, or another --text-field")
         if place.exists():  # it may be somebody's current folder, and stays the same one
@@ -92,7 +93,12 @@ def _config(folder: Path) -> TwoTowerConfig:
 
 
 def _write(
-    packed: Iterator[Packed], length: int, size: int, folder: Path, progress: Callable[[int], None]
+    packed: Iterator[Packed],
+    length: int,
+    size: int,
+    folder: Path,
+    tokenizer: tokenizers.Tokenizer,
+    progress: Callable[[int], None],
 ) -> CorpusCounts:
     counts = CorpusCounts(0, 0, 0, 0, 0, 0)
     shard = CorpusRows(*(np.empty((size, length), dtype) for dtype in (np.int32, np.bool_, np.int32)))
@@ -109,7 +115,7 @@ def _write(
         if num_rows == 0:
             return counts
         filled = CorpusRows(*(whole[:num_rows] for whole in shard))
-        write_shard(folder / f"{index:05d}.safetensors", filled)
+        write_shard(folder / f"{index:05d}.safetensors", filled, tokenizer)
         more = CorpusCounts(num_rows, num_rows * length, int(filled.scored.sum()), num_padding, num_cut, num_lost)
         counts = CorpusCounts(*map(operator.add, counts, more))
         progress(counts.rows)
