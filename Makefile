@@ -68,7 +68,7 @@ $(VENV)-vllm/.installed: pyproject.toml recipes/vllm_cpu/pyproject.toml
 	$(VENV)-vllm/bin/python -c 'import torchvision, torchaudio' || \
 		$(VENV)-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	$(VENV)-vllm/bin/python -m pip install --no-deps ./recipes/vllm_cpu
-	$(VENV)-vllm/bin/python -m pip install -e . pytest ray
+	$(VENV)-vllm/bin/python -m pip install -e . pytest ray triton
 	touch $@
 
 wheel-check:

@@ -113,6 +113,12 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
     return DiffusionRows(requests, context, settings, schedule, produced, block, seed, shape)
 
 
+def with_context(model: TwoTower, rows: DiffusionRows, context: ContextState) -> DiffusionRows:
+    """The rows with another copy of the context tower's state behind the same text of each."""
+    assert context.lengths == rows.context.lengths
+    return dataclasses.replace(rows, context=context, seed=_seed(model, context))
+
+
 def _seed(model: TwoTower, context: ContextState) -> ContextState | None:
     """A copy of the context as the denoiser reads it, or None where it reads the context itself."""
     seed = model.seed(context)

@@ -86,26 +86,60 @@ def test_a_server_that_cant_be_is_refused_before_anything_starts(name, arguments
 
 def test_what_the_denoiser_needs_is_chosen_where_nobody_has(engine, monkeypatch) -> None:
     """As on a GPU, where vLLM would choose the second runner and a scheduler that runs ahead."""
-    from twotower.integrations.vllm.server import RUNNER, settle_denoiser
+    from twotower.integrations.vllm.server import RUNNER, SCHEDULER, settle_denoiser
 
-    def settled(*, denoiser: bool, ahead: bool | None) -> bool | None:
+    def settled(
+        *, denoiser: bool = True, ahead: bool | None = None, drafts: object = None, second: bool = False
+    ) -> tuple[bool | None, str | None]:
         config = SimpleNamespace(
             additional_config={"twotower": {"denoiser": denoiser}},
-            speculative_config=None,
-            scheduler_config=SimpleNamespace(async_scheduling=ahead),
+            speculative_config=drafts,
+            scheduler_config=SimpleNamespace(async_scheduling=ahead, scheduler_cls=None),
+            use_v2_model_runner=second,
         )
         settle_denoiser(config)
-        return config.scheduler_config.async_scheduling
+        return config.scheduler_config.async_scheduling, config.scheduler_config.scheduler_cls
 
     monkeypatch.delenv(RUNNER, raising=False)
-    assert settled(denoiser=False, ahead=None) is None
+    assert settled(denoiser=False, second=True) == (None, None)
+    assert settled() == (False, None)
+    assert settled(second=True) == (False, SCHEDULER)
+    assert settled(ahead=True) == (True, None)  # and is refused when the server is checked
     assert RUNNER not in os.environ
-    assert settled(denoiser=True, ahead=None) is False
+    drafts = SimpleNamespace(model="ngram")
+    assert settled(drafts=drafts) == (False, None)
     assert os.environ[RUNNER] == "0"
     monkeypatch.setenv(RUNNER, "1")
-    assert settled(denoiser=True, ahead=True) is True  # and is refused when the server is checked
+    assert settled(drafts=drafts, second=True) == (False, SCHEDULER)  # the same
     assert os.environ[RUNNER] == "1"
-    for name in ("llama", "M*-"):
-        monkeypatch.delenv(RUNNER)
-        engine(name, additional_config={"twotower": {"denoiser": True}})
-        assert os.environ[RUNNER] == "0"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"scheduler_config": {"scheduler_cls": "another.Scheduler"}}, "the denoiser needs no --scheduler-cls, or two"),
+        ({"speculative_config": {"model": "ngram"}}, "the denoiser needs VLLM_USE_V2_MODEL_RUNNER=0 in the environ"),
+        ({"parallel_config": {"enable_batch_sharded_sampling": True}}, "the denoiser needs no batch-sharded sampling"),
+    ],
+)
+def test_what_the_second_runner_cant_do_beside_blocks_is_refused(change, words) -> None:
+    from twotower.integrations.vllm.server import SCHEDULER, check_denoiser
+
+    parallel = ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size")
+    settings: dict[str, dict[str, object] | None] = {
+        "model_config": {"is_hybrid": False, "enable_prompt_embeds": False, "model": "nowhere"},
+        "parallel_config": dict.fromkeys((*parallel, "prefill_context_parallel_size"), 1)
+        | {"enable_batch_sharded_sampling": False},
+        "cache_config": {"cache_dtype": "auto", "mamba_cache_mode": "none"},
+        "scheduler_config": {"async_scheduling": False, "scheduler_cls": SCHEDULER},
+        "speculative_config": None,
+    }
+
+    def config(**changed: dict[str, object]) -> SimpleNamespace:
+        parts = {name: (settings[name] or {}) | changed.get(name, {}) for name in settings}
+        found = {name: SimpleNamespace(**part) if part else None for name, part in parts.items()}
+        return SimpleNamespace(**found, use_v2_model_runner=True)
+
+    check_denoiser(config())
+    with pytest.raises(ValueError, match=words):
+        check_denoiser(config(**change))

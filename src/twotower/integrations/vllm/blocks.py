@@ -57,7 +57,7 @@ def likeliest_blocks(
 
 def put_blocks(sampled: Tensor, blocks: Mapping[int, Sequence[int]]) -> Tensor:
     """vLLM's sampled tokens (b, s) with a block in the place of what some rows have: (b, s or the longest block)."""
-    size = max(sampled.shape[1], *map(len, blocks.values()))
+    size = max([sampled.shape[1], *map(len, blocks.values())])
     table = F.pad(sampled, (0, size - sampled.shape[1]), value=_NONE)
     for row, block in blocks.items():
         table[row] = _NONE

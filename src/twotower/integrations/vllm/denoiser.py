@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
-from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from twotower.backends.choose import pack_denoiser_
 from twotower.checkpoints.hf.generation_file import read_config
@@ -16,14 +16,24 @@ from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.two_towers import load_denoiser_
 from twotower.decoding.step import Request
 from twotower.integrations.vllm.blocks import fill_blocks, likeliest_blocks, put_blocks, put_logprobs
+from twotower.integrations.vllm.canvases import Canvases
 from twotower.integrations.vllm.diffusion_params import seed_of
 from twotower.integrations.vllm.outline import outline, request_of
-from twotower.integrations.vllm.seeding import CacheReader
+from twotower.integrations.vllm.seeding import CacheReader, RowsCache, first_runner_cache
 from twotower.integrations.vllm.server import check_denoiser
 from twotower.integrations.vllm.settings import DIFFUSION, ServerSettings
 from twotower.integrations.vllm.shards import whole_state
 from twotower.model.state import ContextState
 from twotower.model.two_tower import TwoTower
+
+
+class BlockRow(Protocol):
+    """What is read of a request in mode `diffusion`."""
+
+    req_id: str
+    sampling_params: SamplingParams | None
+    prompt_token_ids: list[int] | None
+    output_token_ids: list[int]
 
 
 class Denoiser:
@@ -47,6 +57,7 @@ class Denoiser:
         if self._group.is_first_rank:
             self.model = outline(folder, vllm_config.model_config.dtype, current_platform.device_type)
         self._reader: CacheReader | None = None
+        self._canvases: Canvases | None = None
 
     def load(self) -> None:
         """Reads the denoiser's weights from the checkpoint, quantised ones as floats; ValueError if it lacks some."""
@@ -63,14 +74,14 @@ class Denoiser:
         rows = [
             row
             for row, request in enumerate(requests)
-            if not runner.discard_request_mask.np[row] and self._writes_blocks(request)
+            if not runner.discard_request_mask.np[row] and self.writes_blocks(request.sampling_params)
         ]
         if not rows:
             return output
         found: list[list[int]] | None = None
         with torch.inference_mode():
             lengths = [int(batch.num_tokens_no_spec[row]) for row in rows]
-            context = self._context(runner, rows, lengths, (1,) * len(rows))
+            context = self._context(first_runner_cache(runner, rows), lengths, (1,) * len(rows))
             if self.model is not None and context is not None:
                 wanted = tuple(self._request(self.model, requests[row]) for row in rows)
                 filled = fill_blocks(self.model, wanted, context)
@@ -81,6 +92,29 @@ class Denoiser:
         wide = put_logprobs(output.logprobs_tensors, before.shape[0], before.shape[1], table.shape[1])
         return dataclasses.replace(output, sampled_token_ids=table, logprobs_tensors=wide)
 
+    def step_blocks(
+        self, cache: RowsCache, rows: Sequence[BlockRow], lengths: Sequence[int], *, until_full: bool
+    ) -> dict[str, list[int]]:
+        """One denoising step of the blocks of these rows, which begin where they haven't, or as many as it takes until
+        one is full: the tokens of those that are, by their requests' ids."""
+        found: dict[str, list[int]] | None = None
+        names = [row.req_id for row in rows]
+        with torch.inference_mode():
+            context = self._context(cache, lengths, (1,) * len(rows))
+            if self.model is not None and context is not None:
+                if self._canvases is None:
+                    self._canvases = Canvases(self.model)
+                new = {row.req_id: self._request(self.model, row) for row in rows if row.req_id not in self._canvases}
+                full = self._canvases.step(names, new, context, until_full=until_full)
+                found = {name: [token.id for token in block.tokens] for name, block in full.items()}
+        told: dict[str, list[int]] = self._group.broadcast_object(found)
+        return told
+
+    def forget(self, name: str) -> None:
+        """Drops the unfinished block of a request that has ended or lost its place."""
+        if self._canvases is not None:
+            self._canvases.forget([name])
+
     def draft(self, runner: Any, rows: list[int], newest: list[int], widths: list[int]) -> list[list[int]]:
         """Drafts for some rows: what the denoiser thinks likeliest in a block of each row's width, behind its newest
         token, which the context tower hasn't read."""
@@ -90,23 +124,23 @@ class Denoiser:
             kept = runner.num_accepted_tokens.gpu[rows].tolist()
         found: list[list[int]] | None = None
         with torch.inference_mode():
-            context = self._context(runner, rows, lengths, kept)
+            context = self._context(first_runner_cache(runner, rows), lengths, kept)
             if self.model is not None and context is not None:
                 found = likeliest_blocks(self.model, context, newest, widths)
         drafts: list[list[int]] = self._group.broadcast_object(found)
         return drafts
 
-    def _context(self, runner: Any, rows: list[int], lengths: list[int], kept: Sequence[int]) -> ContextState | None:
+    def _context(self, cache: RowsCache, lengths: Sequence[int], kept: Sequence[int]) -> ContextState | None:
         """The state of these rows where the denoiser is, else None."""
         if self._reader is None:
-            self._reader = CacheReader(runner, self._config)
-        return whole_state(self._reader.state(rows, lengths, kept), self._config, self._group)
+            self._reader = CacheReader(cache.layers, cache.kv_cache_config, self._config)
+        return whole_state(self._reader.state(cache.tables, lengths, kept), self._config, self._group)
 
-    def _writes_blocks(self, request: CachedRequestState) -> bool:
-        params = request.sampling_params
+    def writes_blocks(self, params: SamplingParams | None) -> bool:
+        """Whether a request with these parameters is in mode `diffusion`."""
         return params is not None and self._settings.mode_of(params.extra_args) == DIFFUSION
 
-    def _request(self, model: TwoTower, request: CachedRequestState) -> Request:
+    def _request(self, model: TwoTower, request: BlockRow) -> Request:
         params, prompt = request.sampling_params, request.prompt_token_ids
         assert params is not None
         assert prompt is not None

@@ -68,7 +68,7 @@ class TwoTowerHybridForCausalLM(NemotronHForCausalLM):
         # What can't be is refused before weights are read.
         settings = server_settings(vllm_config)
         self.denoiser = Denoiser(vllm_config, settings) if settings.denoiser else None
-        if self.denoiser is not None:
+        if self.denoiser is not None and not vllm_config.use_v2_model_runner:
             write_blocks()
         config = vllm_config.model_config.hf_config
         if self.quant_config is not None:
@@ -103,6 +103,12 @@ class TwoTowerHybridForCausalLM(NemotronHForCausalLM):
         if logits is not None:
             logits[:, self.config.mask_token_id] = -torch.inf
         return logits
+
+    def get_model_state_cls(self) -> type:
+        """What vLLM's second runner keeps for this model, of which the first never asks."""
+        from twotower.integrations.vllm.model_states import state_class
+
+        return state_class(hybrid=self.is_hybrid, blocks=self.denoiser is not None)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Reads the context tower from a checkpoint's tensors, and the denoiser where the server asked for it."""

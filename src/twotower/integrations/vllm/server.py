@@ -20,6 +20,7 @@ from twotower.integrations.vllm.config import HYBRID, TRANSFORMER
 from twotower.integrations.vllm.settings import DIFFUSION, DRAFTER, NEEDED, ServerSettings
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+SCHEDULER = "twotower.integrations.vllm.scheduler.CanvasScheduler"
 _WITHOUT = 'start vLLM without "denoiser": true in --additional-config'
 
 
@@ -41,14 +42,18 @@ def server_settings(vllm_config: VllmConfig) -> ServerSettings:
 def settle_denoiser(vllm_config: VllmConfig) -> None:
     """Chooses for a server with the denoiser what it needs and nobody has chosen, before vLLM chooses.
 
-    It needs the first model runner, which writes blocks, and a scheduler that waits for a step's tokens, of which there
-    may be a whole block.
+    It needs a scheduler that waits for a step's tokens, of which there may be a whole block, and with the second model
+    runner one that knows steps without tokens. Drafts beside it need the first.
     """
     if not server_settings(vllm_config).denoiser:
         return
-    os.environ.setdefault(RUNNER, "0")  # which vLLM and its workers read; a configuration has no field for it
-    if vllm_config.scheduler_config.async_scheduling is None:
-        vllm_config.scheduler_config.async_scheduling = False
+    scheduler = vllm_config.scheduler_config
+    if vllm_config.speculative_config is not None:
+        os.environ.setdefault(RUNNER, "0")  # which vLLM and its workers read; a configuration has no field for it
+    if scheduler.async_scheduling is None:
+        scheduler.async_scheduling = False
+    if vllm_config.use_v2_model_runner and scheduler.scheduler_cls is None:
+        scheduler.scheduler_cls = SCHEDULER
 
 
 def check_server(vllm_config: VllmConfig) -> None:
@@ -92,9 +97,14 @@ def check_denoiser(vllm_config: VllmConfig) -> None:
         (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size 1: it reads all tokens"),
         (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size 1: it reads all tokens"),
         (
-            vllm_config.use_v2_model_runner,
-            f"{RUNNER}=0 in the environment, and nothing that needs the second runner: the first writes blocks",
+            vllm_config.use_v2_model_runner and speculative is not None,
+            f"{RUNNER}=0 in the environment beside drafts, and nothing that needs the second runner",
         ),
+        (
+            vllm_config.use_v2_model_runner and vllm_config.scheduler_config.scheduler_cls != SCHEDULER,
+            f"no --scheduler-cls, or {SCHEDULER}: it knows steps without tokens",
+        ),
+        (parallel.enable_batch_sharded_sampling, "no batch-sharded sampling: all devices must write the same block"),
         (vllm_config.scheduler_config.async_scheduling, "--no-async-scheduling: a step gives a whole block"),
         (cache.cache_dtype.startswith("fp8"), "--kv-cache-dtype auto: the denoiser reads the cache"),
         (cache.mamba_cache_mode == "all", "--mamba-cache-mode align: the denoiser reads the newest state"),
