@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from twotower.checkpoints.hf.calibration_file import CALIBRATION_FILE, fingerprint, write_calibration
+from twotower.checkpoints.hf.calibration_file import CALIBRATION_FILE, fingerprint, read_calibration, write_calibration
 from twotower.checkpoints.hf.two_towers import released_stream, save
 from twotower.checkpoints.load import load
 from twotower.model.calibration import CalibratedRule, Calibration
@@ -72,6 +72,10 @@ def test_other_weights_leave_it_aside_with_a_warning(folder: Path, tiny: Callabl
     (folder / CALIBRATION_FILE).write_bytes(content)
     with pytest.warns(UserWarning, match=r"made for other weights.*ignored.*twotower calibrate CHECKPOINT PROMPTS"):
         assert load(folder).calibration is None
+
+
+def test_whoever_knows_that_it_belongs_needs_no_tensors(folder: Path, tiny: Callable[..., TwoTower]) -> None:
+    assert read_calibration(folder, None) == made_for(tiny())
 
 
 def test_saving_changed_weights_drops_it(folder: Path, tmp_path: Path) -> None:

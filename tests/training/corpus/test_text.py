@@ -117,15 +117,30 @@ def test_bad_length_raises() -> None:
         TextConfig(length=1)
 
 
-def test_a_dataset_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fails", ["hub", "load"])
+def test_a_dataset_that_cannot_be_reached_is_told(fails: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="the datasets package isn't installed")
+    loaded: list[object] = []
 
-    def load(*_: object, **__: object) -> None:
+    def load(*names: object, **_: object) -> None:
+        loaded.append(names)
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(FileNotFoundError, match=r"owner/name is neither a file .*\(no network\); check the spelling"):
+    if fails == "hub":  # which is asked once, without load_dataset's waits
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    else:
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: name)
+    with pytest.raises(FileNotFoundError, match=r"(?s)owner/name is neither a file .*\); check the spelling"):
         list(read_documents("owner/name", TextConfig(), Path()))
+    assert len(loaded) == (fails == "load")
+
+
+@pytest.mark.parametrize("name", ["my texts", "a/b/c", "none.jsonl", "./none", "~/none"])
+def test_what_can_be_no_dataset_is_not_asked_for(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="is not there; give a file, a folder or the id"):
+        list(read_documents(name, TextConfig(), Path()))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])

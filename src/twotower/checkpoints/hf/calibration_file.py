@@ -56,8 +56,9 @@ def write_calibration(directory: Path, calibration: Calibration) -> Path:
     return file
 
 
-def read_calibration(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> Calibration | None:
-    """The calibration of a checkpoint directory whose model has these released tensors; None without one.
+def read_calibration(directory: Path, tensors: Iterable[tuple[str, Tensor]] | None) -> Calibration | None:
+    """The calibration of a checkpoint directory whose model has these released tensors, which None doesn't compare;
+    None without one.
 
     Warns of one that is of another version or of other weights, which counts for nothing. Raises ValueError for a
     broken file.
@@ -71,7 +72,7 @@ def read_calibration(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> 
         _warn(f"{file} has version {version!r}, and this program reads {_VERSION}: it is ignored; {_AGAIN}")
         return None
     calibration = _calibration(file, raw)
-    if calibration.fingerprint != fingerprint(tensors):
+    if tensors is not None and calibration.fingerprint != fingerprint(tensors):
         _warn(f"{file} was made for other weights than those beside it: it is ignored; {_AGAIN}")
         return None
     return calibration

@@ -55,7 +55,8 @@ class Denoiser:
         self._group = get_tp_group()
         self.model: TwoTower | None = None
         if self._group.is_first_rank:
-            self.model = outline(folder, vllm_config.model_config.dtype, current_platform.device_type)
+            device = current_platform.device_type
+            self.model = outline(folder, vllm_config.model_config.dtype, device, is_compared=True)
         self._reader: CacheReader | None = None
         self._canvases: Canvases | None = None
 

@@ -21,14 +21,20 @@ _MOST_STEPS = 256
 _LARGEST_BLOCK = 256
 
 
-def outline(folder: Path, dtype: torch.dtype, denoiser_device: str = "meta") -> TwoTower:
+def outline(folder: Path, dtype: torch.dtype, denoiser_device: str = "meta", *, is_compared: bool = False) -> TwoTower:
     """A model of a checkpoint's config with its tokenizer, sampling defaults and calibration. Its context tower has no
-    weights, and those of its denoiser, on `denoiser_device`, are yet to be read."""
+    weights, and those of its denoiser, on `denoiser_device`, are yet to be read.
+
+    Whether a calibration belongs to the weights takes a look at every tensor, which disks make a reading of all files.
+    A worker does without (`is_compared`): no request reaches it that the first process, which looked, would refuse.
+    """
     config = read_config(folder)
     model = TwoTower(config, dtype=dtype, context_device="meta", denoiser_device=denoiser_device).eval()
     model.tokenizer = load_tokenizer(folder, config.vocab_size)
     model.sampling = read_sampling_defaults(folder)
-    if (folder / CALIBRATION_FILE).is_file():
+    if is_compared:
+        model.calibration = read_calibration(folder, None)
+    elif (folder / CALIBRATION_FILE).is_file():
         _, files = open_two_towers(folder)
         model.calibration = read_calibration(folder, files.stream(files.specs))
     return model

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from twotower.training.corpus.row_length import check_row_length, past_positions
 # The length of rows where none is asked for and the model has as many positions.
 USUAL_LENGTH = 1024
 _PARQUET_ROWS = 64
+_DATASET_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ def read_documents(source: str, config: TextConfig, model: Path) -> Iterator[Doc
     path = Path(source)
     chat = Conversations(model)
     if not path.exists():
-        if _reader(path) or source.startswith((".", "/")):
+        if _reader(path) or source.startswith((".", "/")) or not _DATASET_ID.fullmatch(source):
             raise FileNotFoundError(f"{source} is not there; give a file, a folder or the id of a Hugging Face dataset")
         yield from _documents(_dataset(source, config.split), config, chat)
         return
@@ -103,9 +105,14 @@ def _dataset(name: str, split: str) -> Iterator[SourceRecord]:
             f"{name} is no file here, and a Hugging Face dataset needs the package {error.name}; "
             "pip install 'twotower[data]'"
         ) from error
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
     try:
+        # What load_dataset reads first, asked for once: it asks for it six times, for half a minute
+        snapshot_download(name, repo_type="dataset", allow_patterns="README.md")
         records = load_dataset(name, split=split, streaming=True)
-    except ConnectionError as error:
+    except (ConnectionError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"{name} is neither a file or folder here nor a dataset that can be reached ({error}); check the spelling "
             "and the connection"
