@@ -135,6 +135,23 @@ def test_no_difference_exits_0(run, checkpoint):
     assert "All " in run("inspect", checkpoint).stdout
 
 
+def test_what_may_be_asked_for_and_what_drafts_is_told(run, checkpoint, tmp_path):
+    found = report(run, checkpoint)
+    assert (found["target_retention"], found["drafter"]) == (None, "denoiser")
+    assert "target_retention can't be asked for" in run("inspect", checkpoint).stdout
+    own = shutil.copytree(twotower.checkpoints.resolve("hybrid"), tmp_path / "own")
+    calibration = twotower.load("hybrid").calibration
+    most, in_words = calibration.most, calibration.most_told
+    (own / "generation_config.json").write_text('{"drafter": "prompt,denoiser"}')
+    found, told = report(run, own), " ".join(run("inspect", own).stdout.split())
+    assert (found["target_retention"], found["drafter"]) == (most, "prompt,denoiser")
+    assert f"target_retention may be up to {in_words}, by a calibration on" in told
+    assert "drafts from prompt,denoiser unless told otherwise" in told
+    file = own / "twotower_calibration.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rules": []}))
+    assert report(run, own)["target_retention"] is None
+
+
 def test_no_weights_are_read(run, copy, monkeypatch):
     path = copy(lambda tensors: None)
     monkeypatch.setattr("twotower.checkpoints.hf.tensor_files.TensorFiles.stream", None)

@@ -97,6 +97,7 @@ def test_the_engine_and_batches_write_the_same(tiny: Callable) -> None:
     ("rules", "params", "message"),
     [
         (RULES, {"target_retention": 0.995}, "target_retention is 0.995, must be at most 0.99: .*'verified'"),
+        ((rule(0.98996, 1.5, 1),), {"target_retention": 0.99}, r"must be at most 0\.9899: "),
         ((), {"target_retention": 0.5}, "must be at most 0: .*'verified'"),
         (RULES, {"target_retention": 0.9, "block_size": 4}, "block_size is 4, must be 8 beside target_retention"),
         (RULES, {"target_retention": 0.9, "steps_per_block": 4}, "steps_per_block is 4, must be 16 beside"),

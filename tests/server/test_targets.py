@@ -62,7 +62,10 @@ def test_requests_and_the_server_may_say_a_target(serve, engine_of_it, calibrate
         assert text(served.url, block_size=4) == plain[1]
         assert text(served.url, mode="ar") == plain[2]
         assert text(served.url, confidence_threshold=0.01) == plain[3]
-        named = {s["name"]: s["default"] for s in httpx.get(f"{served.url}/twotower/about").json()["settings"]}
+        about = httpx.get(f"{served.url}/twotower/about").json()
+        assert about["most_target_retention"] == 0.98
+        assert [s["most"] for s in about["settings"] if s["name"] == "target_retention"] == [0.98]
+        named = {s["name"]: s["default"] for s in about["settings"]}
         assert (named["target_retention"], named["confidence_threshold"]) == (0.95, None)
 
 

@@ -49,6 +49,13 @@ def test_without_a_template_messages_are_refused_and_about_says_so(engine, serve
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_chat_template")
 
 
+def test_about_says_what_drafts_and_which_target_may_be_asked(engine, serve, http):
+    found = http.get("/twotower/about").json()
+    assert (found["default_drafter"], found["most_target_retention"]) == ("denoiser", None)
+    with serve(make_app(engine, ServerConfig(model_names=("tiny",), default_drafter="prompt"))) as served:
+        assert httpx.get(f"{served.url}/twotower/about").json()["default_drafter"] == "prompt"
+
+
 def test_about_has_the_settings_that_the_server_takes_with_their_defaults(url, http):
     settings = {entry.pop("name"): entry for entry in http.get("/twotower/about").json()["settings"]}
     assert settings["temperature"]["default"] == 1.0

@@ -120,6 +120,6 @@ def _summary(found: Calibration) -> str:
     if not found.rules:
         return "no rule was shown to keep even half of ar's score: target_retention will be refused"
     return (
-        f"target_retention may be up to {found.most:.4g}: what is asked for is kept with a chance of "
+        f"target_retention may be up to {found.most_told}: what is asked for is kept with a chance of "
         f"{found.confidence:g}, on prompts like these {found.num_prompts}"
     )

@@ -15,10 +15,13 @@ from rich.text import Text
 from twotower.backends.choose import choose_backend
 from twotower.backends.protocol import BackendChoice
 from twotower.checkpoints.hf import read_config, released_shapes, resolve
+from twotower.checkpoints.hf.calibration_file import read_calibration
+from twotower.checkpoints.hf.generation_file import read_sampling_defaults
 from twotower.checkpoints.hf.tensor_files import TensorFiles, scan
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT
 from twotower.cli.options import ModelArgument
 from twotower.config import TwoTowerConfig
+from twotower.model.calibration import Calibration
 from twotower.planning.footprint import PARTS, Place, parameters, released_tensors, state_bytes
 from twotower.planning.machine import in_words
 
@@ -56,19 +59,34 @@ def command(
     """Show parameters per part and tower, memory per dtype and context length, and every tensor that differs from what
     the config asks for; then the exit code is 1. Reads no weights.
 
-    Says which backend computes on this machine's CPU, and why.
+    Says which backend computes on this machine's CPU, and why; up to what target_retention may be asked for; and what
+    mode verified drafts from.
     """
     directory = DEFAULT_CHECKPOINT if model is None else resolve(model)
     config = read_config(directory)
     files = scan(directory)
     differences = compare(released_shapes(config), files)
     lengths = context_length or _LENGTHS
+    calibration, drafter = read_calibration(directory, None), read_sampling_defaults(directory).drafter or "denoiser"
     if as_json:
-        print(json.dumps(_report(str(directory), config, files, differences, lengths)))
+        found = _report(str(directory), config, files, differences, lengths)
+        most = None if calibration is None else calibration.most or None
+        print(json.dumps(found | {"target_retention": most, "drafter": drafter}))
     else:
         _print(str(directory), config, files, differences, lengths)
+        print(_promise(calibration))
+        print(f"Mode verified has its drafts from {drafter} unless told otherwise.")
     if differences:
         raise typer.Exit(1)
+
+
+def _promise(calibration: Calibration | None) -> str:
+    if calibration is None or not calibration.rules:
+        return "target_retention can't be asked for: there is no calibration; twotower calibrate makes one."
+    return (
+        f"target_retention may be up to {calibration.most_told}, by a calibration on {calibration.num_prompts} prompts "
+        f"of {calibration.prompts}; whether it is of these weights is seen when they are loaded."
+    )
 
 
 def compare(expected: Mapping[str, tuple[int, ...]], files: TensorFiles) -> Differences:

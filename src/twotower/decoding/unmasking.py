@@ -87,13 +87,13 @@ def chosen_rule(calibration: Calibration | None, params: SamplingParams) -> Cali
             raise SettingError(name, given, f"{own} beside target_retention", fix)
     found = calibration.fastest(target)
     if found is None:
-        most = calibration.most
         fix = (
             "'verified' keeps all of it; calibrating with more prompts may show that diffusion keeps more"
-            if most > 0
+            if calibration.most > 0
             else "use 'verified', which keeps all of it"
         )
-        raise SettingError("target_retention", target, f"at most {most:.4g}: no rule was shown to keep more", fix)
+        rule = f"at most {calibration.most_told}: no rule was shown to keep more"
+        raise SettingError("target_retention", target, rule, fix)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ class Calibration:
     def most(self) -> float:
         """The largest share of `ar`'s score that a rule was shown to keep."""
         return max((rule.shown for rule in self.rules), default=0.0)
+
+    @property
+    def most_told(self) -> str:
+        """`most` in four digits, rounded down: whoever asks for that is not refused."""
+        return f"{math.floor(self.most * 1e4) / 1e4:g}"
 
     def fastest(self, target: float) -> CalibratedRule | None:
         """Of the rules that were shown to keep the share `target` of `ar`'s score the fastest; None where none was."""

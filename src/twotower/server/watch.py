@@ -24,12 +24,15 @@ _MAX_TOKENS = 128
 
 
 def about(service: Service) -> dict[str, Any]:
-    """What the page needs to know before it asks for texts."""
+    """What the page needs to know before it asks for texts. `most_target_retention` is None where none may be asked."""
+    model, config = service.engine.model, service.config
     return {
         "model": service.model_name,
         "modes": [*map(_mode, MODES.values()), {"name": "auto", "summary": AUTO_SUMMARY, "fills_blocks": False}],
-        "default_mode": service.config.default_mode,
-        "block_size": service.engine.model.config.block_size,
+        "default_mode": config.default_mode,
+        "default_drafter": config.default_drafter or model.sampling.drafter or "denoiser",
+        "most_target_retention": None if model.calibration is None else model.calibration.most or None,
+        "block_size": model.config.block_size,
         "max_context": service.max_context,
         "has_chat_template": service.template is not None,
         "settings": list(_settings(service)),
@@ -43,6 +46,7 @@ def _mode(mode: DecodingMode) -> dict[str, Any]:
 def _settings(service: Service) -> Iterator[dict[str, Any]]:
     """The settings that a request may have beside its mode: name, kind, default, range and choices, and help."""
     model, target = service.engine.model, service.config.target_retention
+    calibrated = {} if model.calibration is None else {"target_retention": model.calibration.most}
     unsaid = {
         "temperature": 1.0,
         "block_size": model.config.block_size,
@@ -64,7 +68,7 @@ def _settings(service: Service) -> Iterator[dict[str, Any]]:
             "choices": get_args(kind),
             "default": unsaid.get(name, field.default) if own is None else own,
             "least": what.least if what.above is None else what.above,
-            "most": what.most if what.below is None else what.below,
+            "most": calibrated.get(name, what.most if what.below is None else what.below),
             "help": what.help,
         }
 
