@@ -19,6 +19,7 @@ from vllm.model_executor.models.config import (
     VerifyAndUpdateConfig,
 )
 from vllm.platforms import current_platform
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.input_processor import InputProcessor
 
 from twotower.checkpoints.hf.hub import resolve
@@ -68,7 +69,7 @@ class RecurrentSettings(NemotronHForCausalLMConfig):
 
 
 def apply() -> None:
-    """Registers the models, and applies patches 1 and 2; a second call changes nothing."""
+    """Registers the models, and applies patches 1, 2 and 7; a second call changes nothing."""
     # Interfaces that are meant for it
     for name in (HYBRID, TRANSFORMER):
         ModelRegistry.register_model(name, f"{_MODELS}:{name}")
@@ -78,6 +79,10 @@ def apply() -> None:
     # taken; models have no say in either.
     _wrap(InputProcessor, "__init__", _begin)
     _wrap(InputProcessor, "_validate_params", _validate)
+    # Patch 7: a prompt of one token that comes while others are written is scheduled as it is. vLLM pads it with empty
+    # drafts, unless its schedule may shorten drafts: recurrent layers take these for more of the prompt, and of a block
+    # that is written behind them vLLM counts more as kept than was drafted, and stops.
+    _wrap(Scheduler, "__init__", _pad_nothing)
 
 
 def write_blocks() -> None:
@@ -149,6 +154,12 @@ def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: 
         except SettingError as error:
             raise VLLMValidationError(str(error)) from error
     return original(processor, params, *args, **kwargs)
+
+
+def _pad_nothing(original: Callable[..., None], scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    original(scheduler, *args, **kwargs)
+    if has_drafter(scheduler.vllm_config.speculative_config) and scheduler.dynamic_sd_lookup is None:
+        scheduler.dynamic_sd_lookup = [scheduler.num_spec_tokens] * (scheduler.max_num_running_reqs + 1)
 
 
 def _sample(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
