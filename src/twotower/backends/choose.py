@@ -111,9 +111,10 @@ def pack_(model: TwoTower, wanted: str | None = None) -> None:
             _advise(choice.advice)
 
 
-def pack_denoiser_(model: TwoTower) -> None:
+def pack_denoiser_(model: TwoTower, wanted: str | None = None) -> None:
     """`pack_` of the denoiser alone, for a model whose context tower something else runs."""
-    denoiser = choose_backend(model.denoiser_device.type, model.denoiser_tower.embeddings.dtype, config=model.config)
+    dtype = model.denoiser_tower.embeddings.dtype
+    denoiser = choose_backend(model.denoiser_device.type, dtype, wanted, model.config)
     model.untie_heads_()
     _pack_side_(denoiser, model.denoiser_tower, [model.lm_head, model.time_conditioning])
     model.backends = {"denoiser tower": denoiser}

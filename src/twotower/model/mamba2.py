@@ -1,6 +1,7 @@
 """The `M` mixer: Mamba-2. Letters: b batch, s tokens, d width, h heads, p head width, g groups, n state width,
 c = h·p + 2·g·n, w conv kernel."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config = config
         self.packed_A: Tensor | None = None  # A of a packed model, whose A_log no longer changes
+        # Of mean squares over all devices, where each has a part of the norm's one group
+        self.mean: Callable[[Tensor], Tensor] | None = None
         heads = config.mamba_num_heads
         self.in_proj = Linear(
             config.hidden_size, config.mamba_width + config.conv_width + heads, bias=config.use_bias, dtype=dtype
@@ -119,9 +122,14 @@ class Mamba2(nn.Module):
     def output(self, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
         """The mixer's output (b, s, d) from the scan's y (b, s, h, p): gate, norm and output projection."""
         c = self.config
-        before = c.mamba_norm == "before_gate"
         normed = gated_group_rms_norm(
-            y.flatten(2), z, self.norm, c.mamba_num_groups, c.layer_norm_epsilon, norm_first=before
+            y.flatten(2),
+            z,
+            self.norm,
+            c.mamba_num_groups,
+            c.layer_norm_epsilon,
+            norm_first=c.mamba_norm == "before_gate",
+            mean=self.mean,
         )
         return self.out_proj(normed.to(dtype))
 

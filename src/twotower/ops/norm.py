@@ -1,5 +1,7 @@
 """Root-mean-square norms. Letters: d width, g groups."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,18 +30,30 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def gated_group_rms_norm(
-    y: Tensor, z: Tensor, weight: Tensor | None, num_groups: int, eps: float, *, norm_first: bool = False
+    y: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    num_groups: int,
+    eps: float,
+    *,
+    norm_first: bool = False,
+    mean: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The output norm of recurrent mixers: y · silu(z), then an RMS norm over each of g groups of channels; all (…, d).
 
     With `norm_first` the norm is of y alone and the gate multiplies what comes out of it, which is another model. A
-    weight of None leaves only the gate. Computed in y's dtype, at least float32.
+    weight of None leaves only the gate. Computed in y's dtype, at least float32. Where each device has an equal part of
+    a group's channels, `mean` makes of the mean squares (…, g, 1) of each the mean of all.
     """
     gate = F.silu(z.to(y.dtype))
     if weight is None:
         return y * gate
     grouped = (y if norm_first else y * gate).unflatten(-1, (num_groups, -1))  # (…, g, d/g)
-    normed = F.rms_norm(grouped, grouped.shape[-1:], None, eps).flatten(-2) * weight
+    if mean is None:
+        grouped = F.rms_norm(grouped, grouped.shape[-1:], None, eps)
+    else:
+        grouped = grouped * torch.rsqrt(mean(grouped.square().mean(-1, keepdim=True)) + eps)
+    normed = grouped.flatten(-2) * weight
     return normed * gate if norm_first else normed
 
 

@@ -72,8 +72,25 @@ def test_the_large_model_has_about_400_billion_parameters():
     assert 395e9 < per_layer * config.pattern.count("E") < 405e9
 
 
-def test_the_denoiser_is_refused_with_these_commands(configured):
-    from twotower.integrations.vllm.server import check_denoiser
+@pytest.mark.parametrize(("config", "number"), [(RELEASED, 0), (LARGE, 1)], ids=["30b", "400b"])
+def test_the_denoiser_is_divided_over_the_cards_of_a_machine(config, number, configured):
+    import torch
 
-    with pytest.raises(ValueError, match="the denoiser needs --tensor-parallel-size 1 beside recurrent states"):
-        check_denoiser(configured(RELEASED, COMMANDS[0]))
+    from twotower.config import TwoTowerConfig
+    from twotower.integrations.vllm.server import check_denoiser
+    from twotower.integrations.vllm.shards import narrowed
+    from twotower.model.two_tower import TwoTower
+
+    found = configured(config, COMMANDS[number])
+    # All is as the denoiser needs it, but for the weights
+    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors"):
+        check_denoiser(found)
+
+    def gigabytes(size):
+        with torch.device("meta"):
+            model = TwoTower(narrowed(TwoTowerConfig.from_dict(config), size), dtype=torch.bfloat16)
+        return sum(p.nbytes for p in model.denoiser_tower.parameters()) / 1e9
+
+    size = found.parallel_config.tensor_parallel_size
+    whole, part = gigabytes(1), gigabytes(size)
+    assert whole / size <= part < 1.1 * whole / size  # norms, routers and embeddings are on each card

@@ -69,12 +69,12 @@ def test_two_processes_give_our_tokens(name, run, printed, checkpoint, expected,
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two CPUs")
-@pytest.mark.parametrize("name", ["stories", "llama"])
-def test_one_denoiser_beside_two_processes_gives_our_tokens(name, run, printed, checkpoint, expected, prompts) -> None:
+@pytest.mark.parametrize("name", ["stories", "hybrid", "llama", "M*-"])
+def test_a_denoiser_in_two_processes_gives_our_tokens(name, run, printed, checkpoint, expected, prompts) -> None:
     ids = prompts(6)
     ran = run(checkpoint(name), DENOISER | DRAFTS, ids, ["diffusion", "verified", "ar"] * 2)
     found = printed(ran, "TOKENS")
     assert found[0::3] == expected(name, ids[0::3], 40, "diffusion")
     assert found[1::3] == expected(name, ids[1::3], 40)
     assert found[2::3] == expected(name, ids[2::3], 40)
-    assert printed(ran, "DRAFTED") > 0
+    assert name == "M*-" or printed(ran, "DRAFTED") > 0  # random towers agree by chance alone

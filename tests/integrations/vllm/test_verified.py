@@ -206,10 +206,11 @@ def test_recurrent_states_follow_drafts_and_blocks_behind_prompts_in_chunks(
     assert mixed == [ours[n] if n % 3 else blocks[n] for n in range(6)]
 
 
-def test_drafts_for_recurrent_states_are_refused_beside_another_drafter(engine) -> None:
-    with pytest.raises(ValueError, match="the denoiser needs no other drafter than this package's"):
+@pytest.mark.parametrize("name", ["llama", "M*-"])
+def test_the_denoiser_is_refused_beside_another_drafter(name, engine) -> None:
+    with pytest.raises(ValueError, match=r'the denoiser needs "model": "twotower\..* others draft for rows that write'):
         engine(
-            "M*-",
+            name,
             speculative_config={"method": "ngram", "num_speculative_tokens": 4},
             additional_config={"twotower": {"denoiser": True}},
         )

@@ -79,18 +79,24 @@ def load_model(
     return model
 
 
-def load_denoiser_(model: TwoTower, path: str | Path) -> None:
+def load_denoiser_(
+    model: TwoTower, path: str | Path, cut: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+) -> None:
     """Fills the denoiser of a model whose context tower is elsewhere from a checkpoint directory or hub id, quantised
-    weights as floats. Raises ValueError or FileNotFoundError for a checkpoint that doesn't hold what the model needs.
+    weights as floats. For a model that is a part of the checkpoint's, `cut` makes of a named tensor what the part has.
+
+    Raises ValueError or FileNotFoundError for a checkpoint that doesn't hold what its config asks for.
     """
     directory = resolve(path)
-    files = open_floats(directory, read_config(directory).carried)
-    tensors = {name: t for name, t in model.released_tensors().items() if not name.startswith(_CONTEXT)}
+    config = read_config(directory)
+    files = open_floats(directory, config.carried)
+    shapes = {name: shape for name, shape in released_shapes(config).items() if not name.startswith(_CONTEXT)}
     there = {name: spec for name, spec in files.specs.items() if not name.startswith(_CONTEXT)}
-    check_shapes({name: tuple(t.shape) for name, t in tensors.items()}, there, f"{path}, for its denoiser,")
+    check_shapes(shapes, there, f"{path}, for its denoiser,")
+    tensors = model.released_tensors()
     with torch.no_grad():
-        for name, tensor in files.stream(tensors):
-            tensors[name].copy_(tensor)
+        for name, tensor in files.stream(shapes):
+            tensors[name].copy_(tensor if cut is None else cut(name, tensor))
 
 
 def released_stream(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:

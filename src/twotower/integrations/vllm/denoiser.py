@@ -1,6 +1,7 @@
 """The denoiser beside vLLM's context tower: its weights, and the blocks that it writes."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -22,9 +23,8 @@ from twotower.integrations.vllm.outline import outline, request_of
 from twotower.integrations.vllm.seeding import CacheReader, RowsCache, first_runner_cache
 from twotower.integrations.vllm.server import check_denoiser
 from twotower.integrations.vllm.settings import DIFFUSION, ServerSettings
-from twotower.integrations.vllm.shards import whole_state
+from twotower.integrations.vllm.shards import cut, join_
 from twotower.model.state import ContextState
-from twotower.model.two_tower import TwoTower
 
 
 class BlockRow(Protocol):
@@ -42,8 +42,8 @@ class Denoiser:
     It owns no cache: a block reads the context tower's keys and states from vLLM's. Not a module, so that vLLM treats
     none of its parameters as one of its own model's. Raises ValueError for a server that it can't run in.
 
-    Of the devices that share the context tower's layers the first has it whole; `model` is None on the others, which
-    hand it their part of the cache and hear what it wrote, so that all of them go on with the same tokens.
+    Where several devices share the context tower's layers each has a part of the denoiser, see `shards`, and all of
+    them run it at once over the same rows.
     """
 
     def __init__(self, vllm_config: VllmConfig, settings: ServerSettings) -> None:
@@ -53,19 +53,24 @@ class Denoiser:
         self._checkpoint = folder = resolve(vllm_config.model_config.model)
         self._config = read_config(folder)
         self._group = get_tp_group()
-        self.model: TwoTower | None = None
-        if self._group.is_first_rank:
-            device = current_platform.device_type
-            self.model = outline(folder, vllm_config.model_config.dtype, device, is_compared=True)
+        device, size = current_platform.device_type, self._group.world_size
+        self.model = outline(folder, vllm_config.model_config.dtype, device, num_devices=size, is_compared=True)
+        if size > 1:
+            join_(self.model, self._config, self._group)
         self._reader: CacheReader | None = None
-        self._canvases: Canvases | None = None
+        self._canvases = Canvases(self.model)
 
     def load(self) -> None:
         """Reads the denoiser's weights from the checkpoint, quantised ones as floats; ValueError if it lacks some."""
-        if self.model is None:
+        if self._group.world_size == 1:
+            load_denoiser_(self.model, self._checkpoint)
+            pack_denoiser_(self.model)
             return
-        load_denoiser_(self.model, self._checkpoint)
-        pack_denoiser_(self.model)
+        load_denoiser_(self.model, self._checkpoint, functools.partial(cut, config=self._config, group=self._group))
+        if self._config.tie_word_embeddings:
+            self.model.lm_head.tie_(self.model.denoiser_tower.embeddings)
+        # The C kernels run whole towers
+        pack_denoiser_(self.model, "reference")
 
     def write(self, runner: Any, output: Any) -> Any:
         """vLLM's sampler output with a block in the place of the token of each row in mode `diffusion`."""
@@ -79,15 +84,11 @@ class Denoiser:
         ]
         if not rows:
             return output
-        found: list[list[int]] | None = None
+        lengths = [int(batch.num_tokens_no_spec[row]) for row in rows]
         with torch.inference_mode():
-            lengths = [int(batch.num_tokens_no_spec[row]) for row in rows]
             context = self._context(first_runner_cache(runner, rows), lengths, (1,) * len(rows))
-            if self.model is not None and context is not None:
-                wanted = tuple(self._request(self.model, requests[row]) for row in rows)
-                filled = fill_blocks(self.model, wanted, context)
-                found = [[token.id for token in block.tokens] for block in filled]
-        blocks = dict(zip(rows, self._group.broadcast_object(found), strict=True))
+            filled = fill_blocks(self.model, tuple(self._request(requests[row]) for row in rows), context)
+        blocks = {row: [token.id for token in block.tokens] for row, block in zip(rows, filled, strict=True)}
         before = output.sampled_token_ids
         table = put_blocks(before, blocks)
         wide = put_logprobs(output.logprobs_tensors, before.shape[0], before.shape[1], table.shape[1])
@@ -98,23 +99,16 @@ class Denoiser:
     ) -> dict[str, list[int]]:
         """One denoising step of the blocks of these rows, which begin where they haven't, or as many as it takes until
         one is full: the tokens of those that are, by their requests' ids."""
-        found: dict[str, list[int]] | None = None
         names = [row.req_id for row in rows]
+        new = {row.req_id: self._request(row) for row in rows if row.req_id not in self._canvases}
         with torch.inference_mode():
             context = self._context(cache, lengths, (1,) * len(rows))
-            if self.model is not None and context is not None:
-                if self._canvases is None:
-                    self._canvases = Canvases(self.model)
-                new = {row.req_id: self._request(self.model, row) for row in rows if row.req_id not in self._canvases}
-                full = self._canvases.step(names, new, context, until_full=until_full)
-                found = {name: [token.id for token in block.tokens] for name, block in full.items()}
-        told: dict[str, list[int]] = self._group.broadcast_object(found)
-        return told
+            full = self._canvases.step(names, new, context, until_full=until_full)
+        return {name: [token.id for token in block.tokens] for name, block in full.items()}
 
     def forget(self, name: str) -> None:
         """Drops the unfinished block of a request that has ended or lost its place."""
-        if self._canvases is not None:
-            self._canvases.forget([name])
+        self._canvases.forget([name])
 
     def draft(self, runner: Any, rows: list[int], newest: list[int], widths: list[int]) -> list[list[int]]:
         """Drafts for some rows: what the denoiser thinks likeliest in a block of each row's width, behind its newest
@@ -123,27 +117,23 @@ class Denoiser:
         kept: Sequence[int] = (1,) * len(rows)
         if runner.model_config.is_hybrid:
             kept = runner.num_accepted_tokens.gpu[rows].tolist()
-        found: list[list[int]] | None = None
         with torch.inference_mode():
             context = self._context(first_runner_cache(runner, rows), lengths, kept)
-            if self.model is not None and context is not None:
-                found = likeliest_blocks(self.model, context, newest, widths)
-        drafts: list[list[int]] = self._group.broadcast_object(found)
-        return drafts
+            return likeliest_blocks(self.model, context, newest, widths)
 
-    def _context(self, cache: RowsCache, lengths: Sequence[int], kept: Sequence[int]) -> ContextState | None:
-        """The state of these rows where the denoiser is, else None."""
+    def _context(self, cache: RowsCache, lengths: Sequence[int], kept: Sequence[int]) -> ContextState:
+        """The state of these rows, of the heads that this device has."""
         if self._reader is None:
-            self._reader = CacheReader(cache.layers, cache.kv_cache_config, self._config)
-        return whole_state(self._reader.state(cache.tables, lengths, kept), self._config, self._group)
+            self._reader = CacheReader(cache.layers, cache.kv_cache_config, self.model.config)
+        return self._reader.state(cache.tables, lengths, kept)
 
     def writes_blocks(self, params: SamplingParams | None) -> bool:
         """Whether a request with these parameters is in mode `diffusion`."""
         return params is not None and self._settings.mode_of(params.extra_args) == DIFFUSION
 
-    def _request(self, model: TwoTower, request: BlockRow) -> Request:
+    def _request(self, request: BlockRow) -> Request:
         params, prompt = request.sampling_params, request.prompt_token_ids
         assert params is not None
         assert prompt is not None
-        ours = request_of(model, params, self._longest, prompt=tuple(prompt))
+        ours = request_of(self.model, params, self._longest, prompt=tuple(prompt))
         return ours._replace(seed=seed_of(ours.params, request.req_id), produced=tuple(request.output_token_ids))

@@ -13,6 +13,7 @@ from twotower.decoding.record import make_request
 from twotower.decoding.step import Request
 from twotower.errors import check_integer
 from twotower.integrations.vllm.diffusion_params import diffusion_params
+from twotower.integrations.vllm.shards import narrowed
 from twotower.model.two_tower import TwoTower
 
 # Most steps of a block: by a rule that may commit nothing in a step it takes all of them.
@@ -21,14 +22,21 @@ _MOST_STEPS = 256
 _LARGEST_BLOCK = 256
 
 
-def outline(folder: Path, dtype: torch.dtype, denoiser_device: str = "meta", *, is_compared: bool = False) -> TwoTower:
+def outline(
+    folder: Path,
+    dtype: torch.dtype,
+    denoiser_device: str = "meta",
+    *,
+    num_devices: int = 1,
+    is_compared: bool = False,
+) -> TwoTower:
     """A model of a checkpoint's config with its tokenizer, sampling defaults and calibration. Its context tower has no
-    weights, and those of its denoiser, on `denoiser_device`, are yet to be read.
+    weights, and those of its denoiser, on `denoiser_device`, are yet to be read: of `num_devices` what each has.
 
     Whether a calibration belongs to the weights takes a look at every tensor, which disks make a reading of all files.
     A worker does without (`is_compared`): no request reaches it that the first process, which looked, would refuse.
     """
-    config = read_config(folder)
+    config = narrowed(read_config(folder), num_devices)
     model = TwoTower(config, dtype=dtype, context_device="meta", denoiser_device=denoiser_device).eval()
     model.tokenizer = load_tokenizer(folder, config.vocab_size)
     model.sampling = read_sampling_defaults(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 
-from twotower.checkpoints.hf.generation_file import read_sampling_defaults
+from twotower.checkpoints.hf.generation_file import read_config, read_sampling_defaults
 from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.ngrams_file import NGRAMS_FILE
 from twotower.checkpoints.hf.tensor_files import scan
@@ -18,6 +18,7 @@ from twotower.decoding.drafters import draft_sources
 from twotower.errors import SettingError
 from twotower.integrations.vllm.config import HYBRID, TRANSFORMER
 from twotower.integrations.vllm.settings import DIFFUSION, DRAFTER, NEEDED, ServerSettings
+from twotower.integrations.vllm.shards import narrowed
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 SCHEDULER = "twotower.integrations.vllm.scheduler.CanvasScheduler"
@@ -83,16 +84,11 @@ def sources_of(vllm_config: VllmConfig) -> list[str]:
 def check_denoiser(vllm_config: VllmConfig) -> None:
     """Raises ValueError for what the denoiser can't run with, and for a folder without one.
 
-    Of a checkpoint elsewhere the names of tensors are known only when vLLM reads them.
+    Of a checkpoint elsewhere its config and the names of tensors are known only when vLLM reads them.
     """
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     speculative = vllm_config.speculative_config
-    drafts_for_states = vllm_config.model_config.is_hybrid and speculative is not None
     problems: Sequence[tuple[bool, str]] = (
-        (
-            vllm_config.model_config.is_hybrid and parallel.tensor_parallel_size > 1,
-            "--tensor-parallel-size 1 beside recurrent states, which more would divide",
-        ),
         (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size 1: it reads all layers"),
         (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size 1: it reads all tokens"),
         (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size 1: it reads all tokens"),
@@ -110,11 +106,11 @@ def check_denoiser(vllm_config: VllmConfig) -> None:
         (cache.mamba_cache_mode == "all", "--mamba-cache-mode align: the denoiser reads the newest state"),
         (vllm_config.model_config.enable_prompt_embeds, "no --enable-prompt-embeds: blocks follow tokens"),
         (
-            drafts_for_states and not has_drafter(speculative),
-            "no other drafter than this package's beside recurrent states: it keeps them where blocks find them",
+            speculative is not None and not has_drafter(speculative),
+            f'"model": "{DRAFTER}" in --speculative-config, or none: others draft for rows that write blocks, too',
         ),
         (
-            drafts_for_states and cache.mamba_cache_mode == "align",
+            vllm_config.model_config.is_hybrid and speculative is not None and cache.mamba_cache_mode == "align",
             "--no-enable-prefix-caching beside drafts for recurrent states: that moves them",
         ),
     )
@@ -122,5 +118,8 @@ def check_denoiser(vllm_config: VllmConfig) -> None:
         if found:
             raise ValueError(f"the denoiser needs {needed}")
     folder = Path(vllm_config.model_config.model)
-    if folder.is_dir() and not any(name.startswith("denoiser_tower.") for name in scan(folder).specs):
+    if not folder.is_dir():
+        return
+    narrowed(read_config(folder), parallel.tensor_parallel_size)
+    if not any(name.startswith("denoiser_tower.") for name in scan(folder).specs):
         raise ValueError(f"the checkpoint has no denoiser: {folder} holds no tensor denoiser_tower.*; {_WITHOUT}")
