@@ -1,5 +1,6 @@
 """A share of ar's score in place of a threshold: as a field of requests, and as a server's default."""
 
+import contextlib
 import copy
 from collections.abc import Iterator
 
@@ -11,9 +12,11 @@ from twotower.decoding.params import SamplingParams
 from twotower.engine.aio import AsyncEngine
 from twotower.errors import SettingError
 from twotower.model.calibration import CalibratedRule, Calibration
+from twotower.model.sampling_defaults import SamplingDefaults
 from twotower.model.two_tower import TwoTower
 from twotower.server.app import make_app
 from twotower.server.config import ServerConfig
+from twotower.server.service import Service
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,18 @@ def test_a_server_does_not_start_with_a_target_that_it_can_not_keep(engine, engi
         make_app(engine_of_it, ServerConfig(target_retention=0.99))
     with pytest.raises(SettingError, match="twotower calibrate"):
         make_app(engine, ServerConfig(target_retention=0.9))
+
+
+@pytest.mark.parametrize(("usual", "warned"), [(None, "sampled at 1:"), (0.5, "sampled at 0.5:"), (0.0, None)])
+def test_a_server_whose_requests_are_sampled_warns_that_its_target_is_for_temperature_0(
+    usual: float | None, warned: str | None, calibrated: TwoTower, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = copy.copy(calibrated)
+    model.sampling = SamplingDefaults(temperature=usual)
+    with contextlib.closing(AsyncEngine(model).start()) as running:
+        Service(running, ServerConfig(model_names=("tiny",), target_retention=0.95), None)
+        told = [record.getMessage() for record in caplog.records if "temperature 0" in record.getMessage()]
+        assert [warned in one for one in told] == [True] * (warned is not None)
+        caplog.clear()
+        Service(running, ServerConfig(model_names=("tiny",)), None)
+    assert not caplog.records

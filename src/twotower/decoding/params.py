@@ -80,7 +80,8 @@ class SamplingParams:
     )
     target_retention: float | None = option(
         None,
-        "Share of ar's score that diffusion is to keep, by the checkpoint's calibration, in place of a threshold.",
+        "Share of ar's score that diffusion is to keep at temperature 0, by the checkpoint's calibration, in place of "
+        "a threshold.",
         above=0,
         below=1,
         shown_default="none",

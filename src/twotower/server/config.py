@@ -48,8 +48,8 @@ class ServerConfig:
     )
     target_retention: float | None = option(
         None,
-        "Share of ar's score that diffusion is to keep, by the checkpoint's calibration, in requests that don't say "
-        "how blocks are filled.",
+        "Share of ar's score that diffusion is to keep at temperature 0, by the checkpoint's calibration, in requests "
+        "that don't say how blocks are filled.",
         above=0,
         below=1,
         shown_default="none: a threshold",

@@ -24,6 +24,7 @@ _Penalty = Annotated[float, shown(minimum=-2, maximum=2)]
 _Id = Annotated[Integer, shown(minimum=0)]
 
 # How blocks are filled.
+_PROMISE = "Promised for temperature 0; a request without a temperature is sampled as the checkpoint says, else at 1."
 _COMMITS = ("block_size", "steps_per_block", "confidence_threshold", "target_retention", "commit_rule", "entropy_bound")
 # Fields that are called and mean the same in `SamplingParams`.
 _SAME = (
@@ -62,7 +63,9 @@ class Sampling(Structured):
     block_size: _BlockCount | None = None
     steps_per_block: _BlockCount | None = None
     confidence_threshold: _Share | None = None
-    target_retention: Annotated[float, shown(exclusiveMinimum=0, exclusiveMaximum=1)] | None = None
+    target_retention: Annotated[float, shown(description=_PROMISE, exclusiveMinimum=0, exclusiveMaximum=1)] | None = (
+        None
+    )
     commit_rule: CommitRule | None = None
     entropy_bound: Annotated[float, shown(minimum=0)] | None = None
     allow_loss: bool | None = None

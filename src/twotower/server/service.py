@@ -51,6 +51,12 @@ class Service:
         if config.target_retention is not None:
             usual = SamplingParams(target_retention=config.target_retention)
             chosen_rule(engine.model.calibration, usual.settled(engine.model.config.block_size, engine.model.sampling))
+            if _usual_temperature(engine) > 0:
+                message = (
+                    "--target-retention promises its share for temperature 0, and requests without one are sampled at "
+                    "%g: ask with temperature 0, or write do_sample false into generation_config.json"
+                )
+                logger.warning(message, _usual_temperature(engine))
         self.engine = engine
         self.config = config
         self.model_names = config.model_names or ("twotower",)
@@ -126,8 +132,7 @@ class Service:
         own = self.engine.model.sampling
         if wanted is None:
             wanted = min(default or own.max_new_tokens or self._usual_room(len(ids)), room)
-        # OpenAI's protocol has 1 where nobody says anything
-        usual = 1.0 if own.temperature is None else own.temperature
+        usual = _usual_temperature(self.engine)
         structure = structure or settings.structure()
         defaults = (self.config.default_drafter, self.config.target_retention)
         try:
@@ -255,6 +260,13 @@ class Service:
         else:
             message += "; shorten it, or set truncate_prompt_tokens"
         return ApiError(400, message, param="prompt" if num_new == 0 else "max_tokens", code="context_length_exceeded")
+
+
+def _usual_temperature(engine: AsyncEngine) -> float:
+    """The temperature of requests that name none."""
+    own = engine.model.sampling.temperature
+    # OpenAI's protocol has 1 where nobody says anything
+    return 1.0 if own is None else own
 
 
 def _most_tokens(engine: AsyncEngine, config: ServerConfig) -> tuple[int, str]:
