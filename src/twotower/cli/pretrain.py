@@ -96,7 +96,7 @@ def command(
                 is_done = trainer.run(
                     report,
                     request.is_there,
-                    begin=telling(trainer, out / "backbone"),
+                    begin=telling(trainer, what, out / "backbone"),
                     inputs=settings,
                     allow_changes=run.allow_changes,
                 )

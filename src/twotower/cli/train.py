@@ -144,7 +144,7 @@ def command(
                     is_done = trainer.run(
                         report,
                         request.is_there,
-                        begin=telling(trainer, out / "checkpoint"),
+                        begin=telling(trainer, what, out / "checkpoint"),
                         inputs=settings,
                         allow_changes=run.allow_changes,
                     )

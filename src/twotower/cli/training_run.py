@@ -25,6 +25,7 @@ from twotower.training.run.estimate import estimate, lines
 from twotower.training.run.identity import all_settings
 from twotower.training.run.ranks import Ranks, joined
 from twotower.training.run.record import trained_step
+from twotower.training.run.room import check_room
 from twotower.training.run.trainer import Start, StepReport, Trainer, trained_parameters
 from twotower.training.run.weights import TensorStream, trained_tensors
 
@@ -125,10 +126,14 @@ def check_finished(checkpoint: Path, out: Path) -> None:
         )
 
 
-def telling(trainer: Trainer, checkpoint: Path) -> Callable[[Start], None]:
-    """A function that says on stderr what a run goes on from, what is other than it was, and what it will do."""
+def telling(trainer: Trainer, what: DenoisingConfig | NextTokenConfig, checkpoint: Path) -> Callable[[Start], None]:
+    """A function that says on stderr what a run goes on from, what is other than it was, and what it will do, and that
+    raises SettingError where memory has no room for it."""
 
     def tell(start: Start) -> None:
+        if start.step < trainer.config.steps:
+            shapes, length = trainer.objective.model.config, trainer.corpus.length
+            check_room(shapes, trainer.config, what, trainer.ranks, row_length=length)
         if trainer.ranks.rank > 0:
             return
         console, steps = Console(stderr=True), trainer.config.steps

@@ -11,6 +11,7 @@ from twotower.training.config import DenoisingConfig, TrainConfig
 from twotower.training.corpus.shards import Corpus
 from twotower.training.objectives.denoising import Denoising
 from twotower.training.run.lock import locked
+from twotower.training.run.room import check_room
 from twotower.training.run.trainer import Start, StepReport, Trainer
 
 
@@ -52,11 +53,17 @@ def train(
     measured = None if held_out is None else Corpus(held_out, vocab_size=size, tokenizer=tokenizer)
     objective = Denoising(model, denoising or DenoisingConfig())
     trainer = Trainer(objective, rows, config or TrainConfig(), out, held_out=measured)
+
+    def begin(start: Start) -> None:
+        _warn(start, trainer.config.steps)
+        if start.step < trainer.config.steps:
+            check_room(model.config, trainer.config, objective.config, trainer.ranks, row_length=rows.length)
+
     with locked(Path(out)):
         trainer.run(
             report or (lambda done: None),
             stop or (lambda: False),
-            begin=lambda start: _warn(start, trainer.config.steps),
+            begin=begin,
             inputs={"corpus": str(corpus), "held_out": None if held_out is None else str(held_out)},
             allow_changes=allow_changes,
         )
