@@ -101,6 +101,9 @@ def pass_rows_to_drafter() -> None:
     # Patch 3: a class that drafts learns which request each row belongs to, where its keys are, and how long a draft
     # may be by the server's schedule; vLLM gives it tokens alone.
     _wrap(GPUModelRunner, "propose_draft_token_ids", _propose)
+    # Where one row is so near the longest text that a whole draft doesn't fit behind it, vLLM gives all rows drafts of
+    # zeros, those that write blocks, too. This package's drafter shortens each row's draft by itself.
+    _wrap(GPUModelRunner, "_input_fits_in_drafter", _fits)
 
 
 def verify_recurrent_states() -> None:
@@ -185,6 +188,10 @@ def _propose(original: Callable[..., Any], runner: Any, scheduled: Any, sampled:
     if not has_drafter(runner.speculative_config):
         return original(runner, scheduled, sampled, *args, **kwargs)
     return runner.drafter.propose(runner, sampled, scheduled.num_spec_tokens_to_schedule)
+
+
+def _fits(original: Callable[..., bool], runner: Any, *args: Any, **kwargs: Any) -> bool:
+    return has_drafter(runner.speculative_config) or original(runner, *args, **kwargs)
 
 
 def _convolve(original: Callable[..., Tensor], x: Tensor, state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
