@@ -119,6 +119,7 @@ def test_what_the_denoiser_needs_is_chosen_where_nobody_has(engine, monkeypatch)
     [
         ({"scheduler_config": {"scheduler_cls": "another.Scheduler"}}, "the denoiser needs no --scheduler-cls, or two"),
         ({"speculative_config": {"model": "ngram"}}, "the denoiser needs VLLM_USE_V2_MODEL_RUNNER=0 in the environ"),
+        ({"parallel_config": {"use_ubatching": True}}, "the denoiser needs no --enable-dbo"),
         ({"parallel_config": {"enable_batch_sharded_sampling": True}}, "the denoiser needs no batch-sharded sampling"),
     ],
 )
@@ -129,7 +130,7 @@ def test_what_the_second_runner_cant_do_beside_blocks_is_refused(change, words) 
     settings: dict[str, dict[str, object] | None] = {
         "model_config": {"is_hybrid": False, "enable_prompt_embeds": False, "model": "nowhere"},
         "parallel_config": dict.fromkeys((*parallel, "prefill_context_parallel_size"), 1)
-        | {"enable_batch_sharded_sampling": False},
+        | {"enable_batch_sharded_sampling": False, "use_ubatching": False},
         "cache_config": {"cache_dtype": "auto", "mamba_cache_mode": "none"},
         "scheduler_config": {"async_scheduling": False, "scheduler_cls": SCHEDULER},
         "speculative_config": None,

@@ -100,6 +100,10 @@ def check_denoiser(vllm_config: VllmConfig) -> None:
             vllm_config.use_v2_model_runner and vllm_config.scheduler_config.scheduler_cls != SCHEDULER,
             f"no --scheduler-cls, or {SCHEDULER}: it knows steps without tokens",
         ),
+        (
+            vllm_config.use_v2_model_runner and parallel.use_ubatching,
+            "no --enable-dbo: in halves of a step it doesn't know which rows wait",
+        ),
         (parallel.enable_batch_sharded_sampling, "no batch-sharded sampling: all devices must write the same block"),
         (vllm_config.scheduler_config.async_scheduling, "--no-async-scheduling: a step gives a whole block"),
         (cache.cache_dtype.startswith("fp8"), "--kv-cache-dtype auto: the denoiser reads the cache"),
