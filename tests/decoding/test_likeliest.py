@@ -89,6 +89,7 @@ def test_a_block_keeps_what_was_likeliest_when_a_place_was_committed(rule: Any, 
         assert [i for i, _ in token.top] == logprobs.topk(4).indices.tolist()
         assert [p for _, p in token.top] == pytest.approx(logprobs.topk(4).values.tolist(), abs=1e-5)
         assert token.logprob == pytest.approx(logprobs[token.id].item(), abs=1e-5)
+        assert token.rank == (logprobs >= logprobs[token.id]).sum()
 
 
 def test_an_engine_gives_each_request_as_many_as_it_asks_for(tiny: Callable) -> None:
@@ -122,6 +123,30 @@ def test_a_stream_has_what_the_result_has(mode: Any, tiny: Callable) -> None:
     assert [token.top for output in outputs for token in output.tokens] == result.top
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_token_knows_how_many_were_at_least_as_likely(mode: Any, tiny: Callable) -> None:
+    model, settings = (
+        tiny("M*-E", vocab_size=16, mask_token_id=3),
+        {"temperature": 3.0, "seed": 2, "max_new_tokens": 30},
+    )
+    ranks = {}
+    for num in (16, 1, 0):
+        params = SamplingParams(mode=mode, logprobs=num, **settings)
+        tokens = [token for one in stream(model, [5, 6], params) for token in one.tokens]
+        ranks[num] = [token.rank for token in tokens]
+        if num == 16:
+            assert ranks[num] == [sum(p >= token.logprob for _, p in token.top) for token in tokens]
+    assert max(ranks[1]) > 1
+    assert ranks[1] == ranks[16]
+    assert ranks[0] == [0] * 30
+
+
+def test_more_than_the_vocabulary_are_all(tiny: Callable) -> None:
+    params = SamplingParams(max_new_tokens=3, logprobs=1 << 40)
+    [done] = generate(tiny("M*-E", vocab_size=16, mask_token_id=3), [[5, 6]], params)
+    assert {len(top) for top in done.top} == {16}
+
+
 def test_of_equal_logits_the_first_comes_first() -> None:
     logits = torch.tensor([1.0, 3.0, -0.0, 3.0, 0.0, 1.0, -torch.inf])
     for num in range(1, 8):
@@ -135,7 +160,7 @@ def test_of_equal_logits_the_first_comes_first() -> None:
         assert torch.equal(found.ids[:, :20], expected.indices[:, : min(num, 20)])
 
 
-@pytest.mark.parametrize("value", [-1, 21, True, 1.0])
+@pytest.mark.parametrize("value", [-1, True, 1.0])
 def test_how_many_is_checked(value: Any) -> None:
     with pytest.raises(SettingError, match="logprobs is"):
         SamplingParams(logprobs=value)

@@ -41,8 +41,8 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 class _ArStep(NamedTuple):
-    """A step before its results are read: `results` (2 + 2k, b, 1) hold each row's next token, its probability and
-    the likeliest tokens; `rows` have absorbed the token before it."""
+    """A step before its results are read: `results` (2 + m, b, 1) hold each row's next token, its probability and
+    the numbers of `likeliest`; `rows` have absorbed the token before it."""
 
     rows: ArRows
     results: Tensor
@@ -54,7 +54,7 @@ class _ArStep(NamedTuple):
         return BatchStep(
             dataclasses.replace(rows, newest=tuple(ids), shaping=rows.shaping.after([[i] for i in ids])),
             tuple(
-                (Token(i, 0, c, read_top(tops, row, 0, rows.requests[row].params.logprobs)),)
+                (Token(i, 0, c, *read_top(tops, row, 0, rows.requests[row].params.logprobs)),)
                 for row, (i, [c]) in enumerate(zip(ids, confidences, strict=True))
             ),
             (0,) * len(rows.requests),
@@ -77,6 +77,6 @@ def launch(model: TwoTower, rows: ArRows) -> _ArStep:
     logits = context.next_logits.unsqueeze(1)  # (b, 1, v)
     shaped = rows.shaping.apply(logits, [()] * len(rows.requests))
     ops = model.context_tower.logit_ops
-    found = results(*propose(logits, rows.settings, draws, ops, shaped))
-    found = with_tops(found, likeliest(rows.requests, logits, ops))
+    proposal = propose(logits, rows.settings, draws, ops, shaped)
+    found = with_tops(results(*proposal), likeliest(rows.requests, logits, proposal.tokens, ops))
     return _ArStep(dataclasses.replace(rows, context=context), found)

@@ -10,7 +10,7 @@ from torch import Tensor
 from twotower.backends.protocol import LogitOps
 from twotower.decoding import unmasking
 from twotower.decoding.held_blocks import Proposed, hold
-from twotower.decoding.likeliest import likeliest, most_asked, read_top, resized, with_tops
+from twotower.decoding.likeliest import likeliest, numbers_asked, read_top, resized, with_tops
 from twotower.decoding.output import BlockView, Token
 from twotower.decoding.sampling import Proposal, propose, temper, uniform_table
 from twotower.decoding.shaping import Shaping, shaping
@@ -29,7 +29,7 @@ _COIN_STEP = 1 << 20
 class Block:
     """The rows' blocks: token ids `xt` with masks, (b, s) int64; `valid` (b, s) bool, false at padding; `masked` (b, s)
     bool; for fixed positions the probability and the step of their commit, `confidence` and `committed_at`, (b, s), and
-    the tokens that were likeliest then, `tops` (b, s, k, 2), as in `likeliest`.
+    which tokens were likeliest then, `tops` (b, s, m), as in `likeliest`.
 
     Each row is at its own step: `steps` counts the steps of its block so far, `left` its masked positions.
     """
@@ -51,12 +51,12 @@ class Block:
 
     def join(self, others: Self) -> Self:
         """The blocks of both batches' rows, padded to the width of the wider batch."""
-        size, k = (max(self.tops.shape[n], others.tops.shape[n]) for n in (1, 2))
-        return join_rows(self.resized(size, k), others.resized(size, k))
+        size, m = (max(self.tops.shape[dim], others.tops.shape[dim]) for dim in (1, 2))
+        return join_rows(self.resized(size, m), others.resized(size, m))
 
-    def resized(self, size: int, k: int) -> Self:
-        """The same blocks in `size` columns, each with `k` likeliest tokens; what is added or removed is padding."""
-        if (size, k) == self.tops.shape[1:3]:
+    def resized(self, size: int, m: int) -> Self:
+        """The same blocks in `size` columns, each with `m` numbers of `tops`; what is added or removed is padding."""
+        if (size, m) == self.tops.shape[1:]:
             return self
         extra = (0, size - self.xt.shape[1])
         return dataclasses.replace(
@@ -66,7 +66,7 @@ class Block:
             masked=F.pad(self.masked, extra),
             confidence=F.pad(self.confidence, extra),
             committed_at=F.pad(self.committed_at, extra),
-            tops=resized(self.tops, size, k),
+            tops=resized(self.tops, size, m),
         )
 
 
@@ -126,8 +126,8 @@ def _seed(model: TwoTower, context: ContextState) -> ContextState | None:
 
 
 class _DiffusionStep(NamedTuple):
-    """A step before its results are read: `rows` after it, with the old `left`; `results` (4 + 2k, b, s), the blocks'
-    ids, commit steps, confidences, masks and likeliest tokens; `absorbed`, each row's number of context calls."""
+    """A step before its results are read: `rows` after it, with the old `left`; `results` (4 + m, b, s), the blocks'
+    ids, commit steps, confidences, masks and the numbers of `likeliest`; `absorbed`, each row's context calls."""
 
     rows: DiffusionRows
     results: Tensor
@@ -145,7 +145,7 @@ class _DiffusionStep(NamedTuple):
                     int(xt[row][n]),
                     int(committed_at[row][n]),
                     confidence[row][n],
-                    read_top(tops, row, n, self.rows.requests[row].params.logprobs),
+                    *read_top(tops, row, n, self.rows.requests[row].params.logprobs),
                 )
                 for n in range(width)
             )
@@ -215,7 +215,7 @@ def _begin_blocks(model: TwoTower, rows: DiffusionRows) -> DiffusionRows:
             masked=torch.where(goes_on, old.masked, begun.masked),
             confidence=torch.where(goes_on, old.confidence, begun.confidence),
             committed_at=torch.where(goes_on, old.committed_at, begun.committed_at),
-            tops=torch.where(goes_on[..., None, None], old.tops, begun.tops),
+            tops=torch.where(goes_on[..., None], old.tops, begun.tops),
             steps=tuple(n if left else 0 for n, left in zip(block.steps, block.left, strict=True)),
             left=tuple(left or w for left, w in zip(block.left, widths, strict=True)),
         )
@@ -241,7 +241,7 @@ def _masks(model: TwoTower, widths: tuple[int, ...], requests: tuple[Request, ..
         masked=valid,
         confidence=torch.zeros(shape, dtype=torch.float32, device=device),
         committed_at=torch.zeros(shape, dtype=torch.long, device=device),
-        tops=torch.zeros(*shape, most_asked(requests, model.config.vocab_size), 2, dtype=torch.float64, device=device),
+        tops=torch.zeros(*shape, numbers_asked(requests, model.config.vocab_size), dtype=torch.float64, device=device),
         widths=widths,
         steps=(0,) * len(widths),
         left=widths,
@@ -283,8 +283,8 @@ def _unmask(rows: DiffusionRows, fixed: Tensor, proposal: Proposal, logits: Tens
     after = ops.fix(before, block.valid, fixed, *proposal, steps, block.mask_token_id)
     tops = block.tops
     if tops.shape[2]:
-        now = resized(likeliest(rows.requests, logits, ops), *tops.shape[1:3])
-        tops = torch.where((fixed & block.masked)[..., None, None], now, tops)
+        now = resized(likeliest(rows.requests, logits, proposal.tokens, ops), *tops.shape[1:])
+        tops = torch.where((fixed & block.masked)[..., None], now, tops)
     return dataclasses.replace(
         block,
         xt=after.xt,

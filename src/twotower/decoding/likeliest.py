@@ -1,5 +1,6 @@
 """The likeliest tokens at each place, beside the one that was chosen. Letters: b rows, s places, k of the likeliest
-tokens, v vocabulary."""
+tokens, v vocabulary, m numbers of a place: the rank of the chosen token, then an id and a log-probability of each of
+the likeliest, 1 + 2k in all; none where no request asks for any."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,14 @@ class TopTokens(NamedTuple):
     logits: Tensor
 
 
+class Top(NamedTuple):
+    """The likeliest tokens at a place, each an id and its log-probability, and the rank of the chosen one, as `Token`
+    has them."""
+
+    tokens: tuple[tuple[int, float], ...]
+    rank: int
+
+
 def top_tokens(logits: Tensor, num: int) -> TopTokens:
     """The `num` largest of logits (…, v), or all if v is less; of equal ones the lower id comes first, as in argmax, so
     that the greedy token is the first of them."""
@@ -34,37 +43,42 @@ def top_tokens(logits: Tensor, num: int) -> TopTokens:
     return TopTokens(ids.gather(-1, best.indices)[..., :num], best.values[..., :num])
 
 
-def most_asked(requests: Sequence[Request], vocab_size: int) -> int:
-    """How many of the likeliest tokens some request asks for, k."""
-    return min(max(r.params.logprobs for r in requests), vocab_size)
+def numbers_asked(requests: Sequence[Request], vocab_size: int) -> int:
+    """How many numbers of a place the requests need together, m, where k is the most that one of them asks for."""
+    k = min(max(r.params.logprobs for r in requests), vocab_size)
+    return 1 + 2 * k if k else 0
 
 
-def likeliest(requests: Sequence[Request], logits: Tensor, ops: LogitOps) -> Tensor:
-    """The likeliest tokens (b, s, k, 2) float64, each an id and its log-probability under logits (b, s, v), where k is
-    the most that a request asks for; zeros in rows whose requests ask for none."""
-    k = most_asked(requests, logits.shape[-1])
-    found = torch.zeros(*logits.shape[:2], k, 2, dtype=torch.float64, device=logits.device)
-    if k:
+def likeliest(requests: Sequence[Request], logits: Tensor, chosen: Tensor, ops: LogitOps) -> Tensor:
+    """The numbers (b, s, m) float64 of each place, where tokens `chosen` (b, s) were chosen from logits (b, s, v);
+    zeros in rows whose requests ask for none."""
+    m = numbers_asked(requests, logits.shape[-1])
+    found = torch.zeros(*logits.shape[:2], m, dtype=torch.float64, device=logits.device)
+    if m:
         rows = to_device([row for row, r in enumerate(requests) if r.params.logprobs], logits.device)
         theirs = logits[rows]
-        top = top_tokens(theirs, k)
+        rank = (theirs >= theirs.gather(-1, chosen[rows].unsqueeze(-1))).sum(-1, keepdim=True)
+        top = top_tokens(theirs, m // 2)
         logprobs = top.logits - ops.best(theirs).log_sum.unsqueeze(-1)
-        found[rows] = torch.stack((top.ids.double(), logprobs.double()), dim=-1)
+        pairs = torch.stack((top.ids.double(), logprobs.double()), dim=-1)
+        found[rows] = torch.cat((rank.double(), pairs.flatten(2)), dim=-1)
     return found
 
 
-def resized(tops: Tensor, size: int, k: int) -> Tensor:
-    """The likeliest tokens (b, s, k, 2) of `size` places, `k` of each; what is added is padding."""
-    return F.pad(tops, (0, 0, 0, k - tops.shape[2], 0, size - tops.shape[1]))
+def resized(tops: Tensor, size: int, m: int) -> Tensor:
+    """The numbers (b, s, m) of `size` places, `m` of each; what is added is padding."""
+    return F.pad(tops, (0, m - tops.shape[2], 0, size - tops.shape[1]))
 
 
 def with_tops(results: Tensor, tops: Tensor) -> Tensor:
-    """A step's results (n, b, s) with the likeliest tokens (b, s, k, 2) behind them, (n + 2k, b, s)."""
-    return torch.cat((results, tops.flatten(2).permute(2, 0, 1))) if tops.shape[2] else results
+    """A step's results (r, b, s) with the numbers of its places (b, s, m) behind them, (r + m, b, s)."""
+    return torch.cat((results, tops.permute(2, 0, 1))) if tops.shape[2] else results
 
 
-def read_top(tops: Sequence[Any], row: int, place: int, num: int) -> tuple[tuple[int, float], ...]:
-    """The `num` likeliest tokens at a place, each an id and its log-probability, of what `with_tops` put behind a
-    step's results; fewer where the vocabulary has fewer."""
-    pairs = zip(tops[0 : 2 * num : 2], tops[1 : 2 * num : 2], strict=True)
-    return tuple((int(ids[row][place]), logprobs[row][place]) for ids, logprobs in pairs)
+def read_top(tops: Sequence[Any], row: int, place: int, num: int) -> Top:
+    """The `num` likeliest tokens at a place, fewer where the vocabulary has fewer, of what `with_tops` put behind a
+    step's results."""
+    if not num:
+        return Top((), 0)
+    pairs = zip(tops[1 : 2 * num : 2], tops[2 : 2 * num + 1 : 2], strict=True)
+    return Top(tuple((int(ids[row][place]), logprobs[row][place]) for ids, logprobs in pairs), int(tops[0][row][place]))

@@ -38,8 +38,8 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 class _MockArStep(NamedTuple):
-    """A step before its results are read: `results` (2 + 2k, b, 1) hold each row's next token, its probability and
-    the likeliest tokens; `rows` have absorbed the token before it."""
+    """A step before its results are read: `results` (2 + m, b, 1) hold each row's next token, its probability and
+    the numbers of `likeliest`; `rows` have absorbed the token before it."""
 
     rows: MockArRows
     results: Tensor
@@ -49,7 +49,7 @@ class _MockArStep(NamedTuple):
         ids = tuple(int(i) for [i] in numbers)
         ones = (1,) * len(ids)
         tokens = tuple(
-            (Token(i, 0, c, read_top(tops, row, 0, self.rows.requests[row].params.logprobs)),)
+            (Token(i, 0, c, *read_top(tops, row, 0, self.rows.requests[row].params.logprobs)),)
             for row, (i, [c]) in enumerate(zip(ids, confidences, strict=True))
         )
         after = dataclasses.replace(self.rows, newest=ids, shaping=self.rows.shaping.after([[i] for i in ids]))
@@ -68,7 +68,7 @@ def launch(model: TwoTower, rows: MockArRows) -> _MockArStep:
         draws = to_device(uniform_table(seeds, places, (0,) * len(ones), ones, 1), model.denoiser_device)
     shaped = rows.shaping.apply(logits, [()] * len(rows.requests))
     ops = model.denoiser_tower.logit_ops
-    found = results(*propose(logits, rows.settings, draws, ops, shaped))
-    found = with_tops(found, likeliest(rows.requests, logits, ops))
+    proposal = propose(logits, rows.settings, draws, ops, shaped)
+    found = with_tops(results(*proposal), likeliest(rows.requests, logits, proposal.tokens, ops))
     context = model.absorb(to_device(newest, model.context_device), rows.context, with_logits=False)
     return _MockArStep(dataclasses.replace(rows, context=context), found)

@@ -13,13 +13,15 @@ class Token(NamedTuple):
     blocks), and its `confidence`, the probability that it had then.
 
     `top` are the tokens that were likeliest at its place then, best first, each an id and its log-probability, as many
-    as `SamplingParams.logprobs` asks for.
+    as `SamplingParams.logprobs` asks for. `rank` says how many tokens were at least as likely as this one, itself
+    among them; it is 0 where `logprobs` asks for none.
     """
 
     id: int
     step: int
     confidence: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
 
     @property
     def logprob(self) -> float:

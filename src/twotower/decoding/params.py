@@ -20,8 +20,6 @@ _SUMMARIES = [*((mode.name, mode.summary) for mode in MODES.values()), ("auto", 
 DEFAULT_THRESHOLD, DEFAULT_ENTROPY_BOUND = 0.8, 0.1
 _EVERY_TOKEN = "leave it None to keep every token"
 _MOST_TOKENS = 128
-# Most likeliest tokens of a place: what OpenAI's API gives.
-MOST_LOGPROBS = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +178,6 @@ class SamplingParams:
         0,
         "Give so many of the likeliest tokens at each place, with their log-probabilities.",
         least=0,
-        most=MOST_LOGPROBS,
     )
     past_positions: bool = option(
         False,

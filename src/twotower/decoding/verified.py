@@ -19,7 +19,7 @@ from twotower.decoding.drafting import denoiser
 from twotower.decoding.drafting.draft import Draft, VerifiedRows
 from twotower.decoding.drafting.propose import propose_draft
 from twotower.decoding.drafting.written import Written
-from twotower.decoding.likeliest import likeliest, most_asked, read_top, with_tops
+from twotower.decoding.likeliest import likeliest, numbers_asked, read_top, with_tops
 from twotower.decoding.output import DraftCount, Token
 from twotower.decoding.sampling import (
     distribution,
@@ -68,10 +68,10 @@ def start(model: TwoTower, requests: tuple[Request, ...], context: ContextState)
 
 
 class Judged(NamedTuple):
-    """The pass over a draft before its results are read. `results` (3 + 2k, b, n): each row's ids from the first place
+    """The pass over a draft before its results are read. `results` (3 + m, b, n): each row's ids from the first place
     on that wasn't known, up to the bonus token, and unused ids; their probabilities; at every place the number of
-    accepted ids; and the likeliest tokens. The counts are missing where `counts_apart`: the host knows the draft and
-    compares it with the ids itself, in less time than the devices' small operations take."""
+    accepted ids; and the numbers of `likeliest`. The counts are missing where `counts_apart`: the host knows the draft
+    and compares it with the ids itself, in less time than the devices' small operations take."""
 
     model: TwoTower
     rows: VerifiedRows
@@ -88,7 +88,7 @@ class Judged(NamedTuple):
         for row, (count, ids, confidence) in enumerate(zip(found.accepted, found.ids, found.confidence, strict=True)):
             num_top = rows.requests[row].params.logprobs
             new = range(count + 1 - num_known)
-            emitted.append(tuple(Token(ids[n], 0, confidence[n], read_top(tops, row, n, num_top)) for n in new))
+            emitted.append(tuple(Token(ids[n], 0, confidence[n], *read_top(tops, row, n, num_top)) for n in new))
         new_ids = [[token.id for token in tokens] for tokens in emitted]
         after = dataclasses.replace(
             rows,
@@ -149,8 +149,8 @@ def judge(model: TwoTower, rows: VerifiedRows, draft: Draft) -> Judged:
     found = results(emitted, confidence)
     if accepted is not None:  # in the same tensor, so that one copy to the host is enough
         found = torch.cat((found, accepted.double()[None, :, None].expand(1, *emitted.shape)))
-    if most_asked(rows.requests, own.shape[-1]):
-        found = with_tops(found, likeliest(rows.requests, own, ops))
+    if numbers_asked(rows.requests, own.shape[-1]):
+        found = with_tops(found, likeliest(rows.requests, own, emitted, ops))
     return Judged(model, rows, draft, scored, found, accepted is None)
 
 

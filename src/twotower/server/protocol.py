@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, field_validator
 
-from twotower.decoding.params import MOST_LOGPROBS
 from twotower.server.errors import ApiError
 from twotower.server.fields import Body, Integer, Many, Strict, shown
 from twotower.server.messages import Message
@@ -18,7 +17,7 @@ from twotower.server.tool_request import Tool, ToolSettings
 _Count = Annotated[Integer, shown(minimum=1)]
 _Tokens = Annotated[Integer, shown(minimum=0)]
 _Id = Annotated[Integer, shown(minimum=0)]
-_Alternatives = Annotated[Integer, Field(ge=0, le=MOST_LOGPROBS)]
+_Alternatives = Annotated[Integer, Field(ge=0, le=20)]
 
 
 class StreamOptions(Strict):

@@ -1,11 +1,13 @@
 """Blocks that are filled and put into vLLM's output, without vLLM."""
 
+import math
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from twotower import SamplingParams, generate
+from twotower.decoding.output import Token
 from twotower.decoding.record import make_request
 from twotower.integrations.vllm.blocks import fill_blocks, put_blocks, put_logprobs
 
@@ -34,15 +36,40 @@ def test_blocks_take_the_place_of_sampled_tokens() -> None:
 class Logprobs(NamedTuple):
     """As vLLM's LogprobsTensors."""
 
+    logprob_token_ids: torch.Tensor
     logprobs: torch.Tensor
-    ranks: torch.Tensor
-    starts: list[int] | None = None
+    selected_token_ranks: torch.Tensor
+    cu_num_generated_tokens: list[int] | None = None
+
+
+SAMPLED = torch.tensor([[7, 6], [8, 9]])
+
+
+def given() -> Logprobs:
+    """Those of two rows with two places each, of the chosen token alone."""
+    ids = torch.tensor([[7], [6], [8], [9]], dtype=torch.int32)
+    return Logprobs(ids, -torch.arange(4.0)[:, None], torch.arange(4))
 
 
 def test_log_probabilities_stay_with_their_rows() -> None:
-    given = Logprobs(torch.arange(4.0)[:, None], torch.arange(4))
-    wide = put_logprobs(given, 2, 2, 3)
-    assert wide.ranks.tolist() == [0, 1, 0, 2, 3, 0]
-    assert wide.logprobs.tolist() == [[0], [1], [0], [2], [3], [0]]
-    assert put_logprobs(given, 2, 2, 2) is given
-    assert put_logprobs(None, 2, 2, 3) is None
+    wide = put_logprobs(given(), SAMPLED, {}, 3)
+    assert wide.logprob_token_ids.tolist() == [[7], [6], [0], [8], [9], [0]]
+    assert wide.logprobs.tolist() == [[0], [-1], [0], [-2], [-3], [0]]
+    assert wide.selected_token_ranks.tolist() == [0, 1, 0, 2, 3, 0]
+    unasked = {0: (Token(5, 0, 0.5), Token(4, 1, 0.5))}
+    for table, same in zip(put_logprobs(given(), SAMPLED, unasked, 2)[:3], given(), strict=False):
+        assert torch.equal(table, same)
+    assert put_logprobs(None, SAMPLED, unasked, 3) is None
+
+
+def test_those_of_a_block_take_the_place_of_the_sampled_tokens() -> None:
+    block = (
+        Token(5, 0, 0.25, ((2, -1.0), (5, -1.5)), 2),
+        Token(4, 1, 0.0, ((2, -0.5), (3, -2.0)), 9),
+        Token(3, 1, 0.5, ((3, -0.25), (2, -3.0)), 1),
+    )
+    wide = put_logprobs(given(), SAMPLED, {1: block}, 3)
+    assert wide.logprob_token_ids.tolist() == [[7, 0, 0], [6, 0, 0], [0, 0, 0], [5, 2, 5], [4, 2, 3], [3, 3, 2]]
+    assert wide.logprobs[3:].tolist() == [[-1.5, -1.0, -1.5], [-math.inf, -0.5, -2.0], [-0.25, -0.25, -3.0]]
+    assert wide.selected_token_ranks.tolist() == [0, 1, 0, 2, 9, 1]
+    assert [table.dtype for table in wide[:3]] == [table.dtype for table in given()[:3]]

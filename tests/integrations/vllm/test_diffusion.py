@@ -172,7 +172,7 @@ def test_what_is_read_from_the_cache_is_the_context_towers_state(name, dtype, en
         ({"extra_args": {"steps": 4}}, "must be of mode, block_size, steps_per_block"),
         ({"extra_args": {"confidence_threshold": 1.5}}, "confidence_threshold is 1.5, must be"),
         ({"extra_args": {"commit_rule": "luck"}}, "commit_rule is 'luck', must be"),
-        ({"logprobs": 2}, "logprobs is 2, must be left out with mode 'diffusion'"),
+        ({"logprob_token_ids": [5]}, "logprob_token_ids is .* must be left out with mode 'diffusion'"),
     ],
 )
 def test_what_blocks_dont_have_is_refused_and_the_server_goes_on(settings, words, engine, prompts, ask) -> None:

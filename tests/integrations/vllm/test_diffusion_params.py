@@ -7,7 +7,7 @@ import pytest
 
 from twotower import SamplingParams
 from twotower.errors import SettingError
-from twotower.integrations.vllm.diffusion_params import check_allowed, diffusion_params, seed_of
+from twotower.integrations.vllm.diffusion_params import check_allowed, check_logprobs, diffusion_params, seed_of
 
 USUAL = {
     "extra_args": None,
@@ -69,13 +69,30 @@ def test_every_setting_arrives() -> None:
         ({"extra_args": {"block_size": 0}}, "block_size is 0"),
         ({"extra_args": {"commit_rule": "entropy", "entropy_bound": 1.0}}, "entropy_bound"),
         ({"structured_outputs": object()}, "structured_outputs is .* must be left out with mode 'diffusion'"),
-        ({"logprobs": 0}, "logprobs is 0, must be left out"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs is 1, must be left out"),
+        ({"logprob_token_ids": [5]}, r"logprob_token_ids is \[5\], must be left out"),
     ],
 )
 def test_what_blocks_dont_have_is_refused(changes, words) -> None:
     with pytest.raises(SettingError, match=words):
         diffusion_params(given(**changes), 20)
+
+
+def test_log_probabilities_are_asked_for_as_vllm_writes_it() -> None:
+    asked = {None: 0, 0: 1, 3: 3}
+    for theirs, ours in asked.items():
+        assert diffusion_params(given(logprobs=theirs, prompt_logprobs=2), 20).logprobs == ours
+    assert diffusion_params(given(logprobs=-1), 20).logprobs > 1 << 20
+
+
+def test_log_probabilities_of_another_kind_are_refused() -> None:
+    check_logprobs(given(logprobs=2, prompt_logprobs=2), "raw_logprobs", second_runner=False)
+    check_logprobs(given(prompt_logprobs=2), "processed_logits", second_runner=False)
+    check_logprobs(given(), "raw_logprobs", second_runner=True)
+    for name in ("logprobs", "prompt_logprobs"):
+        with pytest.raises(SettingError, match=f"{name} is 0, must be left out .* second model runner"):
+            check_logprobs(given(**{name: 0}), "raw_logprobs", second_runner=True)
+    with pytest.raises(SettingError, match=r"logprobs is 0, must be left out .* --logprobs-mode processed_logprobs"):
+        check_logprobs(given(logprobs=0), "processed_logprobs", second_runner=False)
 
 
 def test_a_long_value_is_told_by_what_was_set() -> None:

@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
+
+import twotower
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,10 +25,12 @@ if __name__ == "__main__":
         folder, dtype="float32", max_model_len=256, enforce_eager=True, tensor_parallel_size=2,
         skip_tokenizer_init=True, disable_log_stats=False, **settings,
     )
-    common = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "detokenize": False}
+    common = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "detokenize": False, "logprobs": 1}
     params = [SamplingParams(**common, extra_args=mode and {"mode": mode}) for mode in modes]
     outputs = engine.generate([{"prompt_token_ids": one} for one in prompts], params, use_tqdm=False)
     print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+    places = [zip(output.outputs[0].logprobs, output.outputs[0].token_ids) for output in outputs]
+    print("LOGPROBS", json.dumps([[place[token].logprob for place, token in one] for one in places]))
     drafted = sum(m.value for m in engine.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens")
     print("DRAFTED", int(drafted))
 """
@@ -78,3 +83,8 @@ def test_a_denoiser_in_two_processes_gives_our_tokens(name, run, printed, checkp
     assert found[1::3] == expected(name, ids[1::3], 40)
     assert found[2::3] == expected(name, ids[2::3], 40)
     assert name == "M*-" or printed(ran, "DRAFTED") > 0  # random towers agree by chance alone
+    params = twotower.SamplingParams(max_new_tokens=40, temperature=0, ignore_eos=True)
+    ours = twotower.generate(twotower.load(checkpoint(name), dtype="float32"), ids[0::3], params)
+    for theirs, one in zip(printed(ran, "LOGPROBS")[0::3], ours, strict=True):
+        # float32, and other kernels for both towers
+        assert theirs == pytest.approx([math.log(p) for p in one.confidences], abs=2e-4)

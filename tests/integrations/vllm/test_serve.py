@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import math
 import socket
 import subprocess
 import time
@@ -107,3 +108,54 @@ def test_a_chat_with_the_hybrid(tmp_path):
             client.chat.completions.create(
                 model="hybrid", messages=messages, extra_body={"vllm_xargs": {"mode": "verified"}}
             )
+
+
+def test_log_probabilities_of_blocks(tmp_path):
+    import openai
+
+    model, prompt = twotower.load("hybrid", dtype="float32"), "Sort: 3, 1, 2"
+    params = twotower.SamplingParams(max_new_tokens=40, temperature=0, logprobs=3)
+    [ours] = twotower.generate(model, [prompt], params)
+    chosen = [math.log(one) for one in ours.confidences]
+    diffusion = {"vllm_xargs": {"mode": "diffusion"}}
+    with serving("hybrid", tmp_path / "log", "--additional-config", '{"twotower": {"denoiser": true}}') as url:
+        client = openai.OpenAI(base_url=url, api_key="none")
+
+        def ask(**settings):
+            given = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "extra_body": diffusion}
+            return client.completions.create(model="hybrid", **given | settings)
+
+        whole = ask(logprobs=3).choices[0]
+        assert whole.text == ours.text
+        assert whole.logprobs.token_logprobs == pytest.approx(chosen, abs=2e-4)
+        for found, top in zip(whole.logprobs.top_logprobs, ours.top, strict=True):
+            numbers = [value for _, value in top]
+            assert list(found.values())[-2:] == pytest.approx(numbers[-2:], abs=2e-4)
+            assert max(found.values()) == pytest.approx(numbers[0], abs=2e-4)
+        streamed = [chunk.choices[0] for chunk in ask(logprobs=3, stream=True)]
+        assert "".join(choice.text for choice in streamed) == ours.text
+        parts = [choice.logprobs.token_logprobs for choice in streamed if choice.logprobs]
+        assert [value for part in parts for value in part] == pytest.approx(chosen, abs=2e-4)
+        assert max(map(len, parts)) > 1
+        echoed = ask(logprobs=1, echo=True).choices[0]
+        assert echoed.text == prompt + ours.text
+        assert echoed.logprobs.token_logprobs[-len(chosen) :] == pytest.approx(chosen, abs=2e-4)
+        with pytest.raises(openai.BadRequestError, match="greater than max allowed: 20"):
+            ask(logprobs=21)
+        messages = [{"role": "user", "content": prompt}]
+        ids = client.post("/../tokenize", body={"messages": messages}, cast_to=object)["tokens"]
+        [ours] = twotower.generate(model, [ids], params)
+        settings = {
+            "model": "hybrid",
+            "messages": messages,
+            "max_tokens": 40,
+            "temperature": 0,
+            "extra_body": diffusion,
+        }
+        answer = client.chat.completions.create(**settings, logprobs=True, top_logprobs=3).choices[0]
+        assert answer.message.content == ours.text
+        content = answer.logprobs.content
+        assert [one.logprob for one in content] == pytest.approx([math.log(one) for one in ours.confidences], abs=2e-4)
+        for one, top in zip(content, ours.top, strict=True):
+            numbers = [value for _, value in top]
+            assert [other.logprob for other in one.top_logprobs][-2:] == pytest.approx(numbers[-2:], abs=2e-4)

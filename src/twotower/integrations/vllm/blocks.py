@@ -65,17 +65,29 @@ def put_blocks(sampled: Tensor, blocks: Mapping[int, Sequence[int]]) -> Tensor:
     return table
 
 
-def put_logprobs(logprobs: Any, rows: int, before: int, size: int) -> Any:
-    """vLLM's log-probabilities of `rows` times `before` places, with `size` places for each row: what is added belongs
-    to rows that asked for none. Named tuples of tensors, or None."""
-    if logprobs is None or before == size:
-        return logprobs
+def put_logprobs(logprobs: Any, sampled: Tensor, blocks: Mapping[int, Sequence[Token]], size: int) -> Any:
+    """vLLM's LogprobsTensors of sampled tokens (b, s), or None, with `size` places for each row and with the blocks'
+    where they have some: at each place [the chosen token | the likeliest] and its rank."""
+    if logprobs is None:
+        return None
+    rows, before = sampled.shape
+    known = {row: block for row, block in blocks.items() if block[0].rank}
+    most = 1 + max((len(block[0].top) for block in known.values()), default=0)
 
     def widened(table: Tensor) -> Tensor:
         wide = table.new_zeros((rows, size, *table.shape[1:]))
         wide[:, :before] = table.unflatten(0, (rows, before))
-        return wide.flatten(0, 1)
+        # vLLM makes too few numbers of a place where another row asks for tokens by their ids
+        return F.pad(wide, (0, max(0, most - wide.shape[2]))) if wide.dim() == 3 else wide
 
+    ids, values = widened(logprobs.logprob_token_ids), widened(logprobs.logprobs)
+    ranks = widened(logprobs.selected_token_ranks)
+    for row, block in known.items():
+        width, num = len(block), 1 + len(block[0].top)
+        pairs = [[(token.id, token.logprob), *token.top] for token in block]  # (s, 1 + k, 2)
+        ids[row, :width, :num] = torch.tensor([[i for i, _ in place] for place in pairs], dtype=ids.dtype)
+        values[row, :width, :num] = torch.tensor([[p for _, p in place] for place in pairs], dtype=values.dtype)
+        ranks[row, :width] = torch.tensor([token.rank for token in block], dtype=ranks.dtype)
     return logprobs._replace(
-        **{name: widened(value) for name, value in logprobs._asdict().items() if isinstance(value, Tensor)}
+        logprob_token_ids=ids.flatten(0, 1), logprobs=values.flatten(0, 1), selected_token_ranks=ranks.flatten()
     )

@@ -88,10 +88,10 @@ class Denoiser:
         with torch.inference_mode():
             context = self._context(first_runner_cache(runner, rows), lengths, (1,) * len(rows))
             filled = fill_blocks(self.model, tuple(self._request(requests[row]) for row in rows), context)
-        blocks = {row: [token.id for token in block.tokens] for row, block in zip(rows, filled, strict=True)}
+        blocks = {row: block.tokens for row, block in zip(rows, filled, strict=True)}
         before = output.sampled_token_ids
-        table = put_blocks(before, blocks)
-        wide = put_logprobs(output.logprobs_tensors, before.shape[0], before.shape[1], table.shape[1])
+        table = put_blocks(before, {row: [token.id for token in block] for row, block in blocks.items()})
+        wide = put_logprobs(output.logprobs_tensors, before, blocks, table.shape[1])
         return dataclasses.replace(output, sampled_token_ids=table, logprobs_tensors=wide)
 
     def step_blocks(

@@ -14,10 +14,10 @@ BLOCK_SETTINGS = (
 )
 # What else may stand there: our mode, and what vLLM itself reads
 _OTHERS = frozenset(("mode", "session_id", "kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"))
+# More tokens than any vocabulary has
+_ALL = 2**31
 # vLLM's parameters that blocks can't follow, with the values that mean "not used"
 _UNUSED: dict[str, tuple[Any, ...]] = {
-    "logprobs": (None,),
-    "prompt_logprobs": (None,),
     "structured_outputs": (None,),
     "logprob_token_ids": (None, []),
     "thinking_token_budget": (None,),
@@ -42,6 +42,8 @@ class VllmParams(Protocol):
     stop_token_ids: list[int] | None
     ignore_eos: bool
     min_tokens: int
+    logprobs: int | None
+    prompt_logprobs: int | None
 
 
 def diffusion_params(params: VllmParams, max_new_tokens: int) -> SamplingParams:
@@ -76,9 +78,30 @@ def diffusion_params(params: VllmParams, max_new_tokens: int) -> SamplingParams:
         stop_token_ids=tuple(params.stop_token_ids or ()),
         ignore_eos=params.ignore_eos,
         min_tokens=min(params.min_tokens, max_new_tokens),
+        logprobs=_num_likeliest(params.logprobs),
         past_positions=True,  # vLLM has its own limit
         **{name: extra[name] for name in BLOCK_SETTINGS if name in extra},
     )
+
+
+def _num_likeliest(logprobs: int | None) -> int:
+    """How many of the likeliest tokens a request needs, 0 for none. -1 is how vLLM writes "all", and beside 0 it still
+    wants the rank of the chosen token, which is known where one is asked for."""
+    if logprobs is None:
+        return 0
+    return _ALL if logprobs < 0 else max(logprobs, 1)
+
+
+def check_logprobs(params: VllmParams, mode: str, *, second_runner: bool) -> None:
+    """Raises SettingError for a request of `diffusion` with log-probabilities, where vLLM's --logprobs-mode isn't that
+    of the denoiser's, or its runner the second."""
+    for name in ("logprobs", "prompt_logprobs") if second_runner else ():
+        if getattr(params, name) is not None:
+            rule = "left out with mode 'diffusion' and vLLM's second model runner"
+            raise SettingError(name, getattr(params, name), rule, "start vLLM with VLLM_USE_V2_MODEL_RUNNER=0")
+    if params.logprobs is not None and mode != "raw_logprobs":
+        rule = f"left out with mode 'diffusion' on a server with --logprobs-mode {mode}"
+        raise SettingError("logprobs", params.logprobs, rule, "start vLLM with raw_logprobs, which blocks have")
 
 
 def check_allowed(params: VllmParams, mask_token_id: int) -> None:

@@ -25,7 +25,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from twotower.checkpoints.hf.hub import resolve
 from twotower.errors import SettingError
 from twotower.integrations.vllm.config import HYBRID, TRANSFORMER
-from twotower.integrations.vllm.diffusion_params import check_allowed
+from twotower.integrations.vllm.diffusion_params import check_allowed, check_logprobs
 from twotower.integrations.vllm.drafted_states import convolve_drafts_, turns, without_drafts
 from twotower.integrations.vllm.kept_states import first_tokens, settle_rows_
 from twotower.integrations.vllm.outline import outline, request_of
@@ -153,6 +153,8 @@ def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: 
         try:
             check_allowed(params, config.model_config.hf_config.mask_token_id)
             if server_settings(config).mode_of(params.extra_args) == DIFFUSION:
+                mode, second_runner = config.model_config.logprobs_mode, config.use_v2_model_runner
+                check_logprobs(params, mode, second_runner=second_runner)
                 request_of(processor.two_tower, params, config.model_config.max_model_len)
         except SettingError as error:
             raise VLLMValidationError(str(error)) from error
