@@ -70,6 +70,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, tmp_path):
     assert result.stderr.startswith("Error: there is no directory")
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("eval --threshold 1.5", "--threshold is 1.5, must be a number in [0, 1]"),
+        ("sweep --out {out} --thresholds 0.5,2", "--thresholds is 2.0, must be a number in [0, 1]"),
+        ("bench decode --threshold 2", "--threshold is 2.0, must be a number in [0, 1]"),
+        ("sample stories {out} --temperatures 0,500", "--temperatures is '0.0,500.0', must be numbers in [0, 100]"),
+        ("train stories {out} {out} --phases 0:0", "--phases is '0:0', must be of blocks of at least 1 token"),
+    ],
+)
+def test_a_setting_is_told_as_the_command_line_spells_it(run, tmp_path, command, told):
+    result = run(*command.format(out=tmp_path / "out").split())
+    assert result.exit_code == 2
+    assert told in " ".join(result.stderr.split())
+
+
 def test_a_defect_keeps_its_traceback(run, checkpoint, monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise KeyError("ours")

@@ -41,6 +41,8 @@ _COMMANDS = {
 _MISTAKES = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 # Where a context keeps the sub-command that was called
 _COMMAND = "twotower.cli.command"
+# Settings that options give another name
+_SHORT = {"confidence_threshold": "threshold"}
 # A full disk, a full quota, a limit on files
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -60,6 +62,8 @@ class _LazyGroup(TyperGroup):
             with _short_warnings():
                 return super().invoke(ctx)
         except SettingError as error:
+            if isinstance(error.value, tuple):  # several values stand with commas here
+                error = SettingError(error.name, ",".join(map(str, error.value)), error.rule, error.fix)
             _complain("Error", error.told(_spelling(error.name, ctx.meta.get(_COMMAND))), "bold red")
             raise typer.Exit(2) from None
         except _MISTAKES as error:
@@ -75,9 +79,14 @@ class _LazyGroup(TyperGroup):
 
 
 def _spelling(name: str, command: Any) -> str:
-    """How the command line spells a setting: the option that sets it, or the name where none does."""
-    spellings = [parameter.opts[0] for parameter in getattr(command, "params", []) if parameter.name == name]
-    return next(iter(spellings), name)
+    """How the command line spells a setting: the option that sets it or takes several values of it, or the name where
+    none does."""
+    commands = [command, *getattr(command, "commands", {}).values()]
+    options = {
+        parameter.name: parameter.opts[0] for one in reversed(commands) for parameter in getattr(one, "params", [])
+    }
+    short = _SHORT.get(name, name)
+    return next((options[one] for one in (name, short, f"{name}s", f"{short}s") if one in options), name)
 
 
 @contextmanager

@@ -22,6 +22,9 @@ class Phase(NamedTuple):
     start: int
     block_size: int
 
+    def __str__(self) -> str:
+        return f"{self.start}:{self.block_size}"
+
 
 def parse_phases(text: str) -> tuple[Phase, ...]:
     """ "0:32,2000:16" as two phases. Raises SettingError for anything else."""

@@ -66,8 +66,9 @@ from pathlib import Path
 from twotower.training.run.checkpointing import Checkpoints
 from twotower.training.run.ranks import Ranks
 checkpoints = Checkpoints(Path(sys.argv[1]), Ranks())
-checkpoints.save(1, {"weights": {"a": torch.ones(100)}}, {"step": 1, "run": {}})
-checkpoints.finish()
+if len(sys.argv) == 2:
+    checkpoints.save(1, {"weights": {"a": torch.ones(100)}}, {"step": 1, "run": {}})
+    checkpoints.finish()
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 checkpoints.save(2, {"weights": {"a": torch.ones(100_000)}}, {"step": 2, "run": {}})
 try:
@@ -82,13 +83,21 @@ def test_a_full_disk_leaves_the_state_before(tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk."""
     done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=True)
     assert "the state of step 2 could not be written" in done.stdout
-    assert "the state before it is whole" in done.stdout
+    assert "the state before it, step-00000001, is whole" in done.stdout
     state = latest_state(tmp_path)
     assert state is not None
     read = {"weights": {"a": torch.zeros(100)}}
     read_tensors_(state, read, Ranks())
     assert state.name == "step-00000001"
     assert torch.equal(read["weights"]["a"], torch.ones(100))
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_the_first_state_promises_none(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, tmp_path, "first"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "make room and call again: there is none before it to go on from" in done.stdout
+    assert latest_state(tmp_path) is None
 
 
 def test_a_state_of_other_tensors_raises(tmp_path: Path) -> None:

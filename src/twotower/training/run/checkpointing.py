@@ -91,9 +91,11 @@ class Checkpoints:
         try:
             future.result()
         except CheckpointException as error:
+            left = sorted(place.name for place in self.folder.glob("step-*") if place.suffix != ".partial")
+            again = f"the state before it, {left[-1]}, is whole" if left else "there is none before it to go on from"
             raise ValueError(
                 f"the state of step {step} could not be written to {self.folder} ({_causes(error)}); make room and "
-                "call again: the state before it is whole"
+                f"call again: {again}"
             ) from error
         # Rank 0 writes the index, after every rank has written its tensors, so its write ends last.
         if self.ranks.rank == 0:
