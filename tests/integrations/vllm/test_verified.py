@@ -183,6 +183,20 @@ def test_verified_gives_the_tokens_of_ar_through_known_beginnings_and_lost_place
     assert count(running, "num_preemptions") > 0
 
 
+@pytest.mark.parametrize("name", ["stories", "llama"])
+def test_drafts_and_blocks_of_the_denoiser_follow_known_beginnings(name, engine, expected, prompts, ask, count) -> None:
+    settings = {"twotower": {"drafter": "denoiser", "denoiser": True}}
+    running = engine(name, speculative_config=SPECULATIVE, additional_config=settings, block_size=32)
+    beginning = [token for part in prompts(40, seed=3) for token in part][:120]
+    ids = [beginning + tail for tail in prompts(6, most=20, seed=4)]
+    ours, blocks = expected(name, ids, 60), expected(name, ids, 60, "diffusion")
+    ask(running, ids[:1], 8)
+    mixed = ask(running, ids, 60, ["diffusion", "verified", "ar"] * 2)
+    assert mixed == [ours[n] if n % 3 else blocks[n] for n in range(6)]
+    assert count(running, "prefix_cache_hits") > 0
+    assert count(running, "spec_decode_num_draft_tokens") > 0
+
+
 def test_an_unknown_mode_is_refused_before_anything_runs(engine, prompts, ask) -> None:
     from vllm.exceptions import VLLMValidationError
 
