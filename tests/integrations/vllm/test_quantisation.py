@@ -51,3 +51,16 @@ def test_gptq_with_only_the_denoisers_layers_quantises_nothing_of_the_context_to
     rename_layers_(reading, layers)
     assert reading.modules_in_block_to_quantize == ["denoiser_tower.layers.1.mixer.q_proj"]
     assert reading.dynamic == {r"-:model\.layers\.0\.mixer\.in_proj$": {}}
+
+
+def test_a_bare_star_means_every_layer(layers) -> None:
+    every = layers.named("re:.*")
+    assert {"lm_head", "model.embed_tokens", "model.layers.1.mixer.qkv_proj", "model.layers.2.mixer.experts"} <= {
+        *every
+    }
+    assert layers.named("*") == every
+    lists = ("ignore", "ignored_layers", "exclude_modules", "modules_to_not_convert", "modules_in_block_to_quantize")
+    for name in lists:
+        reading = SimpleNamespace(**{name: ["*"]})
+        rename_layers_(reading, layers)
+        assert getattr(reading, name) == every

@@ -3,6 +3,7 @@ the same tensors as an ordinary Llama or Nemotron-H."""
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,3 +183,16 @@ def test_what_vllm_cant_compute_on_cpus_is_its_own_error_for_either_model(form, 
     for folder in folders(form, "llama"):
         with pytest.raises((RuntimeError, ValueError), match=error):
             engine(str(folder), dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("form", "name"), [("AWQ", "M*-"), ("fp8 blocks", "M*-"), ("ModelOpt FP8", "M*-"), ("ModelOpt FP8", "M*-M*E")]
+)
+def test_a_star_leaves_out_every_layer(form, name, tiny, tmp_path, engine, prompts, ask) -> None:
+    twotower.save(tiny(name, dtype=torch.bfloat16, **SIZES), tmp_path / "floats")
+    shutil.copytree(tmp_path / "floats", tmp_path / "starred")
+    said = {key: value for key, value in FORMS[form].config.items() if key != "kv_cache_scheme"}
+    write_quantised(tmp_path / "starred", FORMS[form]._replace(config=said), (), ["*"])
+    ids = prompts(4)
+    floats = ask(engine(str(tmp_path / "floats"), dtype="bfloat16"), ids, 20)
+    assert ask(engine(str(tmp_path / "starred"), dtype="bfloat16"), ids, 20) == floats
