@@ -39,7 +39,7 @@ def test_requests_can_then_say_a_target(run: Any, copy: Path, prompts: Path) -> 
     refused = run(*asked, "--target-retention", 0.9999)
     assert refused.exit_code == 2
     if found.rules:
-        assert f"--target-retention is 0.9999, must be at most {found.most:.4g}" in refused.stderr
+        assert f"--target-retention is 0.9999, must be at most {found.most_told}" in refused.stderr
         kept = run(*asked, "--target-retention", found.most - 1e-6)
         assert kept.exit_code == 0, kept.output
     again = run("calibrate", copy, prompts, *SMALL)

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,18 @@ def test_a_corpus_of_another_vocabulary_is_refused(run: Any, folder: Path, tmp_p
     failed = run(command, folder, written, *out)
     assert failed.exit_code != 0
     assert "was made with another vocabulary than this checkpoint's" in " ".join(failed.stderr.split())
+
+
+@pytest.mark.parametrize("command", ["calibrate", "ngrams"])
+def test_what_comes_with_the_package_is_not_written_into(
+    run: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    failed = run(command, "hybrid", corpus)
+    assert failed.exit_code == 2
+    told = " ".join(failed.stderr.split())
+    assert "hybrid is a checkpoint that comes with the package" in told
+    [copied] = re.findall(r"copy it first, as with: cp -r (\S+) my-hybrid", told)
+    assert (Path(copied) / "config.json").is_file()
+    shutil.copytree(copied, tmp_path / "hybrid")  # then the name is that of a folder
+    assert "comes with the package" not in run(command, "hybrid", corpus).stderr

@@ -1,6 +1,5 @@
 """`twotower calibrate`: commit rules that keep a promised share of `ar`'s score."""
 
-import os
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -9,10 +8,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from twotower.checkpoints.hf import released_stream, resolve
+from twotower.checkpoints.hf import released_stream
 from twotower.checkpoints.hf.calibration_file import CALIBRATION_FILE, fingerprint, write_calibration
 from twotower.cli.measuring import fitted, telling, warn_about_programs
-from twotower.cli.options import DeviceOption, DtypeOption, open_model
+from twotower.cli.options import DeviceOption, DtypeOption, open_model, own_folder
 from twotower.cli.prompts import read_prompts
 from twotower.cli.settings import with_settings
 from twotower.eval.answering import Question, questions
@@ -31,7 +30,7 @@ _NEW_TOKENS = 128
 @app.command("calibrate")
 @with_settings
 def command(
-    model: Annotated[str, typer.Argument(help="Checkpoint directory, Hugging Face id or shipped name.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face id, which gets the file.")],
     prompts: Annotated[
         str,
         typer.Argument(
@@ -64,10 +63,8 @@ def command(
     prompts choose the rules, a quarter fits them, and a quarter, which has no part in that, says what they keep. A
     calibration that is there stays where no rule is found.
     """
-    folder = resolve(model)
+    folder = own_folder(model, CALIBRATION_FILE)
     file = folder / CALIBRATION_FILE
-    if not os.access(file if file.exists() else folder, os.W_OK):
-        raise PermissionError(f"{file} may not be written; copy the checkpoint to where you may write")
     opened = open_model(model, device=device, dtype=dtype)
     length = max_new_tokens or opened.sampling.max_new_tokens or _NEW_TOKENS
     asked = [q for source in prompts.split(",") for q in _questions(source, opened, folder, length)[:limit]]

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from twotower.checkpoints.hf import load_tokenizer, resolve
+from twotower.checkpoints.hf import load_tokenizer
 from twotower.checkpoints.hf.generation_file import read_config, write_drafter
-from twotower.checkpoints.hf.ngrams_file import write_ngrams
+from twotower.checkpoints.hf.ngrams_file import NGRAMS_FILE, write_ngrams
+from twotower.cli.options import own_folder
 from twotower.cli.recipe import RecipeOption
 from twotower.cli.settings import with_settings
 from twotower.decoding.drafters import DRAFTERS, draft_sources
@@ -39,7 +40,7 @@ def command(
     Counts belong to a vocabulary and survive training. Compare: twotower bench decode --modes verified --drafter ngram
     """
     draft_sources(drafter)
-    folder = resolve(model)
+    folder = own_folder(model, NGRAMS_FILE)
     shapes = read_config(folder)
     tokenizer = load_tokenizer(folder, shapes.vocab_size)
     held = Corpus(corpus, vocab_size=shapes.vocab_size, tokenizer=tokenizer)

@@ -1,5 +1,6 @@
 """Options that several sub-commands share, and opening a model as they ask."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from twotower.checkpoints.hf import SHIPPED
+from twotower.checkpoints.hf import SHIPPED, resolve
 from twotower.checkpoints.load import DEFAULT_CHECKPOINT, load
 from twotower.errors import SettingError
 from twotower.model.two_tower import TwoTower
@@ -69,6 +70,22 @@ def open_device(name: str) -> torch.device:
         found = ", ".join(f"{count} {kind}" for kind, count in there.items())
         raise SettingError("device", name, "a device of this machine and this build of torch", f"they have {found}")
     return device
+
+
+def own_folder(model: str, name: str) -> Path:
+    """The folder of a checkpoint, for a command that writes the file `name` into it. Raises PermissionError for one
+    that comes with the package, which every program here shares, unless its path was given, and where it may not be
+    written."""
+    folder = resolve(model)
+    if model in SHIPPED and not Path(model).is_dir():
+        raise PermissionError(
+            f"{model} is a checkpoint that comes with the package, in which {name} would be written; copy it first, as "
+            f"with: cp -r {folder} my-{model}"
+        )
+    file = folder / name
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise PermissionError(f"{file} may not be written; copy the checkpoint to where you may write")
+    return folder
 
 
 def check_out(out: Path) -> None:
