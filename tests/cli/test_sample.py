@@ -1,12 +1,19 @@
 """`twotower sample`."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from twotower.training.corpus.shards import Corpus
+from twotower.training.run.lock import LOCK_FILE
 
 SMALL = ("--rows", 3, "--length", 12, "--longest-prefix", 8)
 
@@ -121,3 +128,57 @@ def test_bad_options_are_told(run: Any, checkpoint: Path, tmp_path: Path, option
     result = run("sample", checkpoint, tmp_path, *options)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
+
+
+def assert_goes_on(folder: Path, checkpoint: Path, number: signal.Signals, wait: Callable[[Path], bool]) -> None:
+    """Sends a call a signal once `wait` is true of its folder; the same call again must give what one call gives."""
+    straight, out = folder / "straight", folder / f"stopped-{number}"
+    rows = [str(part) for part in ("--shards", 6, "--rows", 64, "--length", 48, "--longest-prefix", 8)]
+    command = [sys.executable, "-m", "twotower", "sample", str(checkpoint)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # so that sums have the same order
+
+    def call(out: Path) -> None:
+        subprocess.run([*command, str(out), *rows], env=one_thread, check=True, capture_output=True)
+
+    if not straight.exists():
+        call(straight)
+    with subprocess.Popen([*command, str(out), *rows], env=one_thread, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not wait(out):
+            time.sleep(0.001)
+        process.send_signal(number)
+        errors = process.communicate()[1]
+    assert "Traceback" not in errors
+    assert process.returncode in (-number, 128 + number), errors
+    before = {file.name: file.read_bytes() for file in out.glob("0000?.safetensors")}
+    assert len(before) < 6, "it had ended before the signal came"
+    call(out)
+    content = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert content == {file.name: file.read_bytes() for file in straight.iterdir()}
+    assert before.items() <= content.items()
+    assert len(Corpus(out, vocab_size=260)) == 6 * 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_call_that_is_stopped_between_shards_goes_on(
+    checkpoint: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    assert_goes_on(tmp_path, checkpoint, number, lambda out: (out / "00001.safetensors").exists())
+
+
+@pytest.mark.slow
+def test_a_call_that_is_killed_as_it_begins_goes_on(checkpoint: Path, tmp_path: Path) -> None:
+    assert_goes_on(tmp_path, checkpoint, signal.SIGKILL, lambda out: out.exists())
+
+
+def test_what_a_kill_left_half_written_is_written_again(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "corpus"
+    run("sample", checkpoint, whole, "--shards", 3, *SMALL)
+    run("sample", checkpoint, out, "--shards", 1, *SMALL)
+    (out / "00001.partial.safetensors").write_bytes((whole / "00001.safetensors").read_bytes()[:100])
+    (out / "settings.partial").write_text("{")
+    (out / LOCK_FILE).write_text("{}")
+    assert run("sample", checkpoint, out, "--shards", 3, *SMALL).exit_code == 0
+    assert len(Corpus(out, vocab_size=260)) == 9
+    for file in whole.iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes()
