@@ -35,6 +35,7 @@ class TwoTowerDrafter:
         from twotower.integrations.vllm.patches import (
             keep_recurrent_states,
             pass_rows_to_drafter,
+            sample_behind_drafts,
             verify_recurrent_states,
         )
 
@@ -54,6 +55,7 @@ class TwoTowerDrafter:
         self._written: dict[str, Written] = {}
         self._widths: dict[str, int] = {}
         pass_rows_to_drafter()
+        sample_behind_drafts()
 
     def load_model(self, model: nn.Module) -> None:
         """Nothing: the denoiser is loaded with the model, and other drafters have no weights."""

@@ -106,6 +106,17 @@ def pass_rows_to_drafter() -> None:
     _wrap(GPUModelRunner, "_input_fits_in_drafter", _fits)
 
 
+def sample_behind_drafts() -> None:
+    """Applies patch 8, in the process that has the drafter."""
+    from vllm.v1.sample import rejection_sampler
+
+    # Patch 8: a step without any draft ends in an error where a row has top_k, and on CPUs places with drafts have a
+    # temperature, top_k and top_p from memory that nobody has written.
+    _wrap(rejection_sampler, "apply_sampling_constraints", _constrain)
+    if current_platform.is_cpu():
+        _wrap(rejection_sampler, "expand_batch_to_tokens", _expand)
+
+
 def verify_recurrent_states() -> None:
     """Applies patch 5, on CPUs, in the process that has the drafter."""
     from vllm.model_executor.layers.mamba import mamba_mixer2
@@ -194,6 +205,16 @@ def _propose(original: Callable[..., Any], runner: Any, scheduled: Any, sampled:
 
 def _fits(original: Callable[..., bool], runner: Any, *args: Any, **kwargs: Any) -> bool:
     return has_drafter(runner.speculative_config) or original(runner, *args, **kwargs)
+
+
+def _constrain(original: Callable[..., Tensor], logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return original(logits, *args, **kwargs) if len(logits) else logits
+
+
+def _expand(_: object, x: Tensor, ends: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> Tensor:
+    """Of x (b,) what each row has, for each of its drafted tokens, which end at ends (b,): (num_tokens,)."""
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    return torch.where(x == replace_from, replace_to, x).repeat_interleave(counts, output_size=num_tokens)
 
 
 def _convolve(original: Callable[..., Tensor], x: Tensor, state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
