@@ -1,4 +1,4 @@
-"""Sampled texts of `verified` inside vLLM are distributed as those of `ar`; greedy ones beside them stay as they are."""
+"""Sampled texts of `verified` inside vLLM are distributed as those of `ar`; greedy ones beside them are unchanged."""
 
 import importlib.util
 from collections import Counter
