@@ -4,6 +4,8 @@ import importlib.util
 
 import pytest
 
+import twotower
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM: make test-vllm"),
@@ -76,3 +78,17 @@ def test_a_request_that_is_aborted_leaves_the_others_their_tokens(engine, expect
     assert found["0"] == ours[0]
     assert found["2"] == ours[2]
     assert len(found.get("1", [])) < 30
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion"])
+def test_a_text_ends_where_the_checkpoint_says(mode, engine) -> None:
+    """By config.json alone: stories has a generation_config.json without an end, and no tokenizer_config.json."""
+    from vllm import SamplingParams
+
+    running = engine("stories", additional_config={"twotower": {"denoiser": True, "mode": mode}})
+    model = twotower.load("stories", dtype="float32")
+    ids = list(model.tokenizer.encode("Once upon a time").ids)
+    [output] = running.generate([{"prompt_token_ids": ids}], SamplingParams(temperature=0, max_tokens=250))
+    [ours] = twotower.generate(model, [ids], twotower.SamplingParams(mode=mode, temperature=0, max_new_tokens=250))
+    assert list(output.outputs[0].token_ids) == list(ours.token_ids)
+    assert output.outputs[0].finish_reason == "stop"

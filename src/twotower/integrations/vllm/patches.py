@@ -76,7 +76,7 @@ def apply() -> None:
     # Patch 1: settings of a server with the denoiser, and of recurrent states; this map knows models by name alone.
     MODELS_CONFIG_MAP.update({HYBRID: RecurrentSettings, TRANSFORMER: DenoiserSettings})
     # Patch 2: a server is checked before vLLM starts its other processes, and `mode` in vllm_xargs before a request is
-    # taken; models have no say in either.
+    # taken; models have no say in either, nor in the tokens that end a text.
     _wrap(InputProcessor, "__init__", _begin)
     _wrap(InputProcessor, "_validate_params", _validate)
     # Patch 7: a prompt of one token that comes while others are written is scheduled as it is. vLLM pads it with empty
@@ -154,6 +154,9 @@ def _begin(original: Callable[..., None], processor: Any, vllm_config: VllmConfi
     check_server(vllm_config)
     original(processor, vllm_config, *args, **kwargs)
     model = vllm_config.model_config
+    if is_two_tower(model) and model.hf_config.eos_token_id is not None:
+        # Texts end where config.json says; vLLM asks generation_config.json, or a tokenizer_config.json, alone
+        processor.generation_config_fields.setdefault("eos_token_id", model.hf_config.eos_token_id)
     if is_two_tower(model) and server_settings(vllm_config).denoiser:
         processor.two_tower = outline(resolve(model.model), model.dtype)
 
