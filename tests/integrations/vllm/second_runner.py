@@ -35,36 +35,45 @@ class CpuDriver(DriverBase):
         raise NotImplementedError
 
 
-def serve(engine: Any, load: dict[str, Any], written: dict[str, list[Any]]) -> dict[str, Any]:
-    """The tokens of each prompt of a load in its mode, what each step of vLLM gave it, and how its blocks came about;
-    at the step that `abort` names first, the request that it names second ends."""
+def serve(engine: Any, load: list[dict[str, Any]], written: dict[str, list[Any]]) -> dict[str, Any]:
+    """What each request of a load got: its tokens, how many in each step of vLLM, its log-probabilities, and how its
+    blocks came about. Some come at a step that they name as `start`, and end so many steps later as `patience` says."""
     from vllm import SamplingParams
 
-    names, found, given = [], {}, []
-    for prompt, mode in zip(load["prompts"], load["modes"], strict=True):
-        common = {"temperature": 0, "max_tokens": load["most"], "ignore_eos": True, "detokenize": False}
-        params = SamplingParams(**common | load.get("params", {}), extra_args={"mode": mode} | load.get("extra", {}))
-        names.append(engine.add_request(f"{len(names)}", {"prompt_token_ids": prompt}, params))
-    lengths = dict.fromkeys(map(str, range(len(names))), 0)
+    names, found, given = dict[int, str](), dict[str, Any](), list[list[int]]()
+    lengths = dict.fromkeys(map(str, range(len(load))), 0)
     written.clear()
-    while engine.has_unfinished_requests():
-        if load.get("abort") and load["abort"][0] == len(given):
-            engine.abort_request([names[load["abort"][1]]], internal=True)
+    while len(names) < len(load) or engine.has_unfinished_requests():
+        for number, asked in enumerate(load):
+            start, patience = asked.get("start", 0), asked.get("patience")
+            if start == len(given):
+                common = {"temperature": 0, "ignore_eos": True, "detokenize": False} | asked["params"]
+                params = SamplingParams(**common, extra_args={"mode": asked["mode"]} | asked.get("extra", {}))
+                names[number] = engine.add_request(str(number), {"prompt_token_ids": asked["ids"]}, params)
+            if patience is not None and start + patience == len(given):
+                engine.abort_request([str(number)])
         before = dict(lengths)
         for output in engine.step():
             lengths[output.request_id] = len(output.outputs[0].token_ids)
             if output.finished:
-                found[output.request_id] = output.outputs[0]
+                found[output.request_id] = output
         given.append([lengths[name] - before[name] for name in lengths])
-    tops = [found[name].logprobs if name in found else None for name in lengths]
+    outputs = [found.get(name) for name in lengths]
+    counters = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
     return {
-        "tokens": [list(found[name].token_ids) if name in found else None for name in lengths],
+        "tokens": [None if one is None else list(one.outputs[0].token_ids) for one in outputs],
         "given": given,
-        "blocks": [written.get(name, []) for name in names],
-        "logprobs": [top and [[t.logprob for t in place.values()] for place in top] for top in tops],
-        "hits": sum(m.value for m in engine.get_metrics() if m.name == "vllm:prefix_cache_hits"),
-        "preemptions": sum(m.value for m in engine.get_metrics() if m.name == "vllm:num_preemptions"),
+        "blocks": [written.get(names[number], []) for number in range(len(load))],
+        "logprobs": [_numbers(one and one.outputs[0].logprobs) for one in outputs],
+        "prompt_logprobs": [_numbers(one and one.prompt_logprobs) for one in outputs],
+        "hits": counters["vllm:prefix_cache_hits"],
+        "preemptions": counters["vllm:num_preemptions"],
     }
+
+
+def _numbers(places: Any) -> Any:
+    """vLLM's log-probabilities at each place as [[token, rank, number], …], or None where there are none."""
+    return places and [place and [[i, one.rank, one.logprob] for i, one in place.items()] for place in places]
 
 
 def main() -> None:

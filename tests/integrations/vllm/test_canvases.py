@@ -60,3 +60,18 @@ def test_a_block_that_was_forgotten_begins_again(model, asked) -> None:
     [ours] = twotower.generate(model, [PROMPTS["a"]], asked("a")["a"].params)
     assert [token.id for token in found["a"].tokens] == list(ours.token_ids)
     assert found["a"].num_calls == ours.stats.denoiser_calls
+
+
+def test_a_hurried_block_is_full_after_a_step_and_others_go_on(model, asked) -> None:
+    canvases, names = Canvases(model), ["a", "b"]
+    alone, both = model.prefill([PROMPTS["b"]]), model.prefill([PROMPTS[name] for name in names])
+    for hurried, full in (("a", {"a", "b"}), ("b", {"b"})):
+        assert not canvases.step(["b"], asked("b"), alone, until_full=False)
+        # "b" is one step ahead: full before "a" is, and before that nobody waits for "a"
+        found = canvases.step(names, asked("a"), both, until_full=False, hurried={hurried})
+        assert found.keys() == full
+        assert {name for name in names if name in canvases} == set(names) - full
+        for name, block in found.items():
+            [ours] = twotower.generate(model, [PROMPTS[name]], asked(name)[name].params)
+            assert [token.id for token in block.tokens] == list(ours.token_ids)
+            assert block.num_calls == 8

@@ -85,14 +85,10 @@ def test_log_probabilities_are_asked_for_as_vllm_writes_it() -> None:
 
 
 def test_log_probabilities_of_another_kind_are_refused() -> None:
-    check_logprobs(given(logprobs=2, prompt_logprobs=2), "raw_logprobs", second_runner=False)
-    check_logprobs(given(prompt_logprobs=2), "processed_logits", second_runner=False)
-    check_logprobs(given(), "raw_logprobs", second_runner=True)
-    for name in ("logprobs", "prompt_logprobs"):
-        with pytest.raises(SettingError, match=f"{name} is 0, must be left out .* second model runner"):
-            check_logprobs(given(**{name: 0}), "raw_logprobs", second_runner=True)
+    check_logprobs(given(logprobs=2, prompt_logprobs=2), "raw_logprobs")
+    check_logprobs(given(prompt_logprobs=2), "processed_logits")
     with pytest.raises(SettingError, match=r"logprobs is 0, must be left out .* --logprobs-mode processed_logprobs"):
-        check_logprobs(given(logprobs=0), "processed_logprobs", second_runner=False)
+        check_logprobs(given(logprobs=0), "processed_logprobs")
 
 
 def test_a_long_value_is_told_by_what_was_set() -> None:

@@ -1,6 +1,7 @@
 """Blocks that stay unfinished between two steps of vLLM, which other rows take beside them. Letters: b rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import cast
 
 from twotower.decoding import diffusion
 from twotower.decoding.diffusion import DiffusionRows
@@ -25,9 +26,16 @@ class Canvases:
         return name in self._names
 
     def step(
-        self, names: Sequence[str], new: Mapping[str, Request], context: ContextState, *, until_full: bool
+        self,
+        names: Sequence[str],
+        new: Mapping[str, Request],
+        context: ContextState,
+        *,
+        until_full: bool,
+        hurried: Container[str] = (),
     ) -> dict[str, Filled]:
-        """One denoising step of the blocks of these rows (b), or as many as it takes until one of them is full.
+        """One denoising step of the blocks of these rows (b), or as many as it takes until one of them is full, and
+        those that are `hurried`.
 
         `new` has the requests whose blocks begin, `context` the context tower's state behind each row's text. Returns
         the blocks that are full, which are then forgotten.
@@ -44,25 +52,26 @@ class Canvases:
         order = [self._names.index(name) for name in names]
         rows = self._rows if order == list(range(len(self._names))) else self._rows.select(order)
         rows = diffusion.with_context(self._model, rows, context)
-        while True:
+        places, full = list(range(len(names))), dict[str, Filled]()
+        while places:
             stepped = step(diffusion, self._model, rows)
-            assert isinstance(stepped.rows, DiffusionRows)
-            rows = stepped.rows
-            if any(stepped.tokens) or not until_full:
+            rows = cast(DiffusionRows, stepped.rows)  # what its own step gives
+            for place, tokens, calls in zip(places, stepped.tokens, rows.block.steps, strict=True):
+                if tokens:
+                    full[names[place]] = Filled(tokens, calls)
+            going = [n for n, tokens in enumerate(stepped.tokens) if not tokens]
+            places = [places[n] for n in going]
+            if going and len(going) < len(stepped.tokens):
+                rows = rows.select(going)
+            if not any(names[place] in hurried for place in places) and (full or not until_full):
                 break
-        full = {
-            name: Filled(tokens, rows.block.steps[place])
-            for place, (name, tokens) in enumerate(zip(names, stepped.tokens, strict=True))
-            if tokens
-        }
-        rows = diffusion.with_context(self._model, rows, _lengths_of(context, range(len(names))))
-        self._names = [*names, *(self._names[n] for n in aside)]
-        self._rows = rows if resting is None else rows.join(resting)
-        self.forget(full)
+        self._names = [*(names[place] for place in places), *(self._names[n] for n in aside)]
+        left = diffusion.with_context(self._model, rows, _lengths_of(context, places)) if places else None
+        self._rows = left.join(resting) if left and resting else left or resting
         return full
 
     def forget(self, names: Iterable[str]) -> None:
-        """Drops the blocks of rows that are full, or whose request has ended or lost its place; others are ignored."""
+        """Drops the blocks of rows whose request has ended or lost its place; names of others are ignored."""
         gone = set(names)
         kept = [n for n, name in enumerate(self._names) if name not in gone]
         if len(kept) == len(self._names):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from twotower.backends.choose import pack_denoiser_
 from twotower.checkpoints.hf.generation_file import read_config
 from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.two_towers import load_denoiser_
+from twotower.decoding.output import Token
 from twotower.decoding.step import Request
 from twotower.integrations.vllm.blocks import fill_blocks, likeliest_blocks, put_blocks, put_logprobs
 from twotower.integrations.vllm.canvases import Canvases
@@ -95,16 +96,22 @@ class Denoiser:
         return dataclasses.replace(output, sampled_token_ids=table, logprobs_tensors=wide)
 
     def step_blocks(
-        self, cache: RowsCache, rows: Sequence[BlockRow], lengths: Sequence[int], *, until_full: bool
-    ) -> dict[str, list[int]]:
+        self,
+        cache: RowsCache,
+        rows: Sequence[BlockRow],
+        lengths: Sequence[int],
+        *,
+        until_full: bool,
+        hurried: Container[str],
+    ) -> dict[str, tuple[Token, ...]]:
         """One denoising step of the blocks of these rows, which begin where they haven't, or as many as it takes until
-        one is full: the tokens of those that are, by their requests' ids."""
+        one is full, and those of the `hurried` requests: the tokens of those that are, by their requests' ids."""
         names = [row.req_id for row in rows]
         new = {row.req_id: self._request(row) for row in rows if row.req_id not in self._canvases}
         with torch.inference_mode():
             context = self._context(cache, lengths, (1,) * len(rows))
-            full = self._canvases.step(names, new, context, until_full=until_full)
-        return {name: [token.id for token in block.tokens] for name, block in full.items()}
+            full = self._canvases.step(names, new, context, until_full=until_full, hurried=hurried)
+        return {name: block.tokens for name, block in full.items()}
 
     def forget(self, name: str) -> None:
         """Drops the unfinished block of a request that has ended or lost its place."""

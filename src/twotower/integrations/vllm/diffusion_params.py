@@ -43,7 +43,6 @@ class VllmParams(Protocol):
     ignore_eos: bool
     min_tokens: int
     logprobs: int | None
-    prompt_logprobs: int | None
 
 
 def diffusion_params(params: VllmParams, max_new_tokens: int) -> SamplingParams:
@@ -92,13 +91,9 @@ def _num_likeliest(logprobs: int | None) -> int:
     return _ALL if logprobs < 0 else max(logprobs, 1)
 
 
-def check_logprobs(params: VllmParams, mode: str, *, second_runner: bool) -> None:
+def check_logprobs(params: VllmParams, mode: str) -> None:
     """Raises SettingError for a request of `diffusion` with log-probabilities, where vLLM's --logprobs-mode isn't that
-    of the denoiser's, or its runner the second."""
-    for name in ("logprobs", "prompt_logprobs") if second_runner else ():
-        if getattr(params, name) is not None:
-            rule = "left out with mode 'diffusion' and vLLM's second model runner"
-            raise SettingError(name, getattr(params, name), rule, "start vLLM with VLLM_USE_V2_MODEL_RUNNER=0")
+    of the denoiser's."""
     if params.logprobs is not None and mode != "raw_logprobs":
         rule = f"left out with mode 'diffusion' on a server with --logprobs-mode {mode}"
         raise SettingError("logprobs", params.logprobs, rule, "start vLLM with raw_logprobs, which blocks have")

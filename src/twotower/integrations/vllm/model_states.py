@@ -20,7 +20,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
-from twotower.integrations.vllm.blocks import put_blocks
+from twotower.decoding.output import Token
+from twotower.integrations.vllm.blocks import put_blocks, put_logprobs
 from twotower.integrations.vllm.denoiser import Denoiser
 from twotower.integrations.vllm.seeding import RowsCache
 
@@ -38,6 +39,14 @@ class CanvasRow:
     output_token_ids: list[int]
     place: int
     waits: bool = False
+
+    @property
+    def tells_of_prompt(self) -> bool:
+        """Whether it asks for log-probabilities of its prompt's tokens."""
+        params = self.sampling_params
+        if params is None:
+            return False
+        return params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
 
 
 class BlockSampler:
@@ -66,22 +75,33 @@ class BlockSampler:
         blocks = self._state.step_blocks(list(found.values()), lengths, alone=len(found) == batch.num_reqs)
         counts, rejected = output.num_sampled.tolist(), output.num_rejected.tolist()
         prefill = self._sampler.req_states.prefill_len
+        full: dict[int, tuple[Token, ...]] = {}
         for (row, canvas), length in zip(found.items(), lengths, strict=True):
             block = blocks.get(canvas.req_id)
             canvas.waits = block is None
             # Of the tokens that a waiting row has read the last counts as rejected: it is read again.
             counts[row], rejected[row] = (0, 1) if block is None else (len(block), 0)
             if block is not None:
-                canvas.output_token_ids += block
+                full[row] = block
+                canvas.output_token_ids += [token.id for token in block]
                 prefill.np[canvas.place] = length + len(block)
         prefill.copy_to_uva()
-        full = {row: blocks[canvas.req_id] for row, canvas in found.items() if not canvas.waits}
+        before = output.sampled_token_ids
+        table = put_blocks(before, {row: [token.id for token in block] for row, block in full.items()})
         return dataclasses.replace(
             output,
-            sampled_token_ids=put_blocks(output.sampled_token_ids, full),
+            sampled_token_ids=table,
+            logprobs_tensors=_with_starts(put_logprobs(output.logprobs_tensors, before, full, table.shape[1]), table),
             num_sampled=torch.tensor(counts).to(output.num_sampled),
             num_rejected=torch.tensor(rejected).to(output.num_rejected),
         )
+
+
+def _with_starts(logprobs: Any, table: Tensor) -> Any:
+    """vLLM's LogprobsTensors, or None, told where each row of the table (b, s) begins in them."""
+    b, s = table.shape
+    starts = [row * s for row in range(b + 1)]
+    return None if logprobs is None else logprobs._replace(cu_num_generated_tokens=starts)
 
 
 class _Canvases(ModelState):
@@ -132,16 +152,23 @@ class _Canvases(ModelState):
                         tables[number][row] = NULL_BLOCK_ID
         return super().prepare_attn(batch, mode, tables, slots, groups, config, *args, **kwargs)
 
-    def step_blocks(self, rows: Sequence[CanvasRow], lengths: Sequence[int], *, alone: bool) -> dict[str, list[int]]:
+    def step_blocks(
+        self, rows: Sequence[CanvasRow], lengths: Sequence[int], *, alone: bool
+    ) -> dict[str, tuple[Token, ...]]:
         """The blocks that are full after this step of vLLM; where all of its rows write blocks, nobody waits for more
-        denoising steps, and it takes as many as one block needs."""
+        denoising steps, and it takes as many as one block needs.
+
+        A row with log-probabilities of its prompt must have a block in the step that ends it: vLLM asserts that what it
+        says of a prompt comes with tokens.
+        """
         places, tables = [row.place for row in rows], dict[str, Tensor]()
         for groups, table in zip(self._attn_groups, self._block_tables.block_tables, strict=True):
             for group in groups:
                 # Kernels may want smaller blocks than those that vLLM shares out
                 tables |= dict.fromkeys(group.layer_names, group.map_to_kernel_block_table(table.gpu[places]).long())
         cache = RowsCache(self._layers, self._kv_cache_config, tables)
-        return self._denoiser.step_blocks(cache, rows, lengths, until_full=alone)
+        hurried = {row.req_id for row in rows if row.tells_of_prompt and not row.output_token_ids}
+        return self._denoiser.step_blocks(cache, rows, lengths, until_full=alone, hurried=hurried)
 
 
 class CanvasState(_Canvases, DefaultModelState):

@@ -167,8 +167,7 @@ def _validate(original: Callable[..., Any], processor: Any, params: Any, *args: 
         try:
             check_allowed(params, config.model_config.hf_config.mask_token_id)
             if server_settings(config).mode_of(params.extra_args) == DIFFUSION:
-                mode, second_runner = config.model_config.logprobs_mode, config.use_v2_model_runner
-                check_logprobs(params, mode, second_runner=second_runner)
+                check_logprobs(params, config.model_config.logprobs_mode)
                 request_of(processor.two_tower, params, config.model_config.max_model_len)
         except SettingError as error:
             raise VLLMValidationError(str(error)) from error
