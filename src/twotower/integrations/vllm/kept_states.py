@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.v1.kv_cache_interface import MambaSpec
@@ -20,23 +21,24 @@ from vllm.v1.kv_cache_interface import MambaSpec
 def settle_rows_(runner: Any, num_drafts: Sequence[int]) -> None:
     """Puts the last state of rows that had several tokens and no draft where the next step begins; `num_drafts` (b,)
     are the drafted tokens of the step that the runner has just computed."""
-    rows = _rows(runner, num_drafts)
-    if not rows:
+    rows, counts = _rows(runner, num_drafts)
+    if not len(rows):
         return
     layers = runner.compilation_config.static_forward_context
     for number, group in enumerate(runner.kv_cache_config.kv_cache_groups):
         if not isinstance(group.kv_cache_spec, MambaSpec):
             continue
         table = runner.input_batch.block_table[number].block_table.np
+        entries = torch.from_numpy(np.stack([table[rows, 0], table[rows, counts - 1]])).long()
         for name in group.layer_names:
             conv, ssm = layers[name].kv_cache[:2]
+            first, last = entries.to(ssm.device)
+            ssm[first] = ssm[last]
+            # The convolution has one entry, in which its last inputs stand behind those of this step.
             places = conv.transpose(1, 2) if is_conv_state_dim_first() else conv  # (entries, places, channels)
-            for row, count in rows:
-                first, last = int(table[row, 0]), int(table[row, count - 1])
-                ssm[first] = ssm[last]
-                # The convolution has one entry, in which its last inputs stand behind those of this step.
-                kept = places[first, count - 1 :].clone()
-                places[first, : len(kept)] = kept
+            width = places.shape[1] - runner.num_spec_tokens
+            behind = torch.from_numpy(counts)[:, None] - 1 + torch.arange(width)
+            places[first, :width] = places[first[:, None], behind.to(conv.device)]
 
 
 def first_tokens(tokens: Tensor, req_ids: Sequence[str], drafted: Sequence[str]) -> Tensor:
@@ -48,8 +50,8 @@ def first_tokens(tokens: Tensor, req_ids: Sequence[str], drafted: Sequence[str])
     return counted
 
 
-def _rows(runner: Any, num_drafts: Sequence[int]) -> list[tuple[int, int]]:
-    """The rows that vLLM took for drafts though they had none, and how many tokens of each."""
+def _rows(runner: Any, num_drafts: Sequence[int]) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """The rows that vLLM took for drafts though they had none, and how many tokens of each; both (rows,)."""
     batch = runner.input_batch
     counts = np.diff(runner.query_start_loc.np[: batch.num_reqs + 1])
     computed = batch.num_computed_tokens_cpu[: batch.num_reqs]
@@ -57,4 +59,5 @@ def _rows(runner: Any, num_drafts: Sequence[int]) -> list[tuple[int, int]]:
     prompt = (computed < batch.num_prompt_tokens[: batch.num_reqs]) & ((counts > 1) | (computed == 0))
     long = prompt | (counts > 1 + runner.num_spec_tokens)
     end = int(long.argmax()) if long.any() else batch.num_reqs
-    return [(row, int(counts[row])) for row in range(end) if counts[row] > 1 and not num_drafts[row]]
+    rows = np.flatnonzero((counts[:end] > 1) & (np.asarray(num_drafts)[:end] == 0))
+    return rows, counts[rows]
