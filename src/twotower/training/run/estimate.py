@@ -103,7 +103,7 @@ def _gathered(objective: Denoising | NextToken, width: int) -> int:
 
 def _activations(objective: Denoising | NextToken, tokens: int, width: int) -> int:
     """A residual stream per layer and tower, what each layer saves (with `recompute` only one at a time), the gradients
-    of one layer and the logits of one chunk. Peaks of the stories and hybrid recipes' models were 0.95 to 1.6
+    of one layer and the logits of one chunk. Peaks of the stories and hybrid recipes' models were 0.95 to 1.7
     times this."""
     config, what = objective.model.config, objective.config
     views = what.num_views if isinstance(what, DenoisingConfig) else 1

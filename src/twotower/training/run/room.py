@@ -10,8 +10,8 @@ from twotower.training.config import DenoisingConfig, NextTokenConfig, TrainConf
 from twotower.training.run.estimate import Memory, estimate
 from twotower.training.run.ranks import Ranks
 
-# Peaks of activations were 0.95 to 1.6 times their estimate.
-_LEAST, _MOST = 0.95, 1.6
+# Peaks of activations on CPUs were 0.95 to 1.7 times their estimate.
+_LEAST, _MOST = 0.95, 1.7
 # Bytes of each token of a step's rows with their masks, beside what is computed of them; 92 to 230 were measured.
 _ROW_BYTES = 92
 
@@ -25,7 +25,12 @@ def check_room(
     row_length: int,
 ) -> None:
     """Raises SettingError where a step surely needs more memory than this rank's device has free, and warns where it
-    may, with how many rows at a time would fit. Weights, moments and running mean are in memory already."""
+    may, with how many rows at a time would fit. Weights, moments and running mean are in memory already.
+
+    Of the host's memory alone: on a GPU PyTorch raises an error itself, and what a step needs there was not measured.
+    """
+    if ranks.device.type != "cpu":
+        return
 
     def memory(rows: int) -> Memory:
         few = dataclasses.replace(run, batch_size=rows * ranks.size, micro_batch_size=0)
