@@ -4,6 +4,8 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,25 @@ def test_the_denoiser_is_divided_over_the_cards_of_a_machine(config, number, con
     size = found.parallel_config.tensor_parallel_size
     whole, part = gigabytes(1), gigabytes(size)
     assert whole / size <= part < 1.1 * whole / size  # norms, routers and embeddings are on each card
+
+
+@pytest.mark.parametrize("config", [RELEASED, LARGE], ids=["30b", "400b"])
+def test_vllm_divides_every_layer_of_the_context_tower_as_the_denoiser_is_divided(config, tmp_path) -> None:
+    """Mamba, attention and shared experts are vLLM's own layers, the experts this package's for CPUs."""
+    import torch
+
+    from twotower.config import TwoTowerConfig
+    from twotower.integrations.vllm.shards import narrowed
+    from twotower.model.two_tower import TwoTower
+
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, Path(__file__).with_name("divided_tower.py"), tmp_path, "8", "3"]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    [line] = [line for line in ran.stdout.splitlines() if line.startswith("PARAMETERS ")] or [ran.stdout]
+    theirs = json.loads(line.removeprefix("PARAMETERS "))
+    whole = TwoTowerConfig.from_dict(config)
+    with torch.device("meta"):
+        ours = TwoTower(narrowed(whole, 8)).denoiser_tower
+    embedding_and_head = 2 * whole.vocab_size // 8 * whole.hidden_size
+    assert theirs.pop("other") == embedding_and_head + whole.hidden_size
+    assert theirs == {str(layer.index): sum(p.numel() for p in layer.parameters()) for layer in ours.stack}
