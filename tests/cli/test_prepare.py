@@ -101,10 +101,13 @@ def test_other_ranks_wait_for_the_first(single_tower, text, tmp_path, monkeypatc
     monkeypatch.setattr(module, "_SECONDS_BETWEEN_LOOKS", 0.01)
     arguments = (str(single_tower), {"corpus": str(text)}, tmp_path / "out", 12)
     monkeypatch.setenv("RANK", "1")
+    looked, read = threading.Event(), module._read
+    monkeypatch.setattr(module, "_read", lambda out: looked.set() or read(out))
     found = []
     other = threading.Thread(target=lambda: found.append(prepare(*arguments)), daemon=True)
     other.start()
-    other.join(0.2)
+    assert looked.wait(60)
+    other.join(0.05)
     assert other.is_alive()
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("RANK", "0")
