@@ -4,6 +4,8 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
+import re
 import socket
 import subprocess
 import time
@@ -159,3 +161,43 @@ def test_log_probabilities_of_blocks(tmp_path):
         for one, top in zip(content, ours.top, strict=True):
             numbers = [value for _, value in top]
             assert [other.logprob for other in one.top_logprobs][-2:] == pytest.approx(numbers[-2:], abs=2e-4)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two CPUs")
+def test_two_replicas_serve_all_modes(tmp_path, monkeypatch):
+    import openai
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    model, modes = twotower.load("hybrid", dtype="float32"), ["ar", "verified", "diffusion"]
+    prompts = ["Sort: 3, 1, 2", "def glass(w, s):", "The dog", "1"]
+    expected = {
+        mode: [
+            result.text
+            for result in twotower.generate(
+                model, prompts, twotower.SamplingParams(mode=mode, max_new_tokens=40, temperature=0)
+            )
+        ]
+        for mode in modes
+    }
+    settings = '{"twotower": {"denoiser": true, "drafter": "denoiser"}}'
+    options = ["--data-parallel-size", "2", "--speculative-config", SPECULATIVE, "--additional-config", settings]
+    with serving("hybrid", tmp_path / "log", "--max-num-seqs", "4", *options) as url:
+        client = openai.OpenAI(base_url=url, api_key="none")
+
+        def ask(number):
+            return client.completions.create(
+                model="hybrid",
+                prompt=prompts[number % 4],
+                max_tokens=40,
+                temperature=0,
+                extra_body={"vllm_xargs": {"mode": modes[number % 3]}},
+            )
+
+        with ThreadPoolExecutor(24) as pool:
+            answers = list(pool.map(ask, range(24)))
+        assert [a.choices[0].text for a in answers] == [expected[modes[n % 3]][n % 4] for n in range(24)]
+        with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as told:
+            counts = re.findall(
+                r'^vllm:generation_tokens_total\{engine="(\d)".*\} ([\d.e+]+)$', told.read().decode(), re.M
+            )
+        assert {engine for engine, count in counts if float(count) > 0} == {"0", "1"}
