@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,15 +143,20 @@ def assert_goes_on(folder: Path, checkpoint: Path, number: signal.Signals, wait:
 
     if not straight.exists():
         call(straight)
-    with subprocess.Popen([*command, str(out), *rows], env=one_thread, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not wait(out):
-            time.sleep(0.001)
-        process.send_signal(number)
-        errors = process.communicate()[1]
+    for _ in range(10):  # on a busy machine it may end before this process sees that it is time
+        stopped = subprocess.Popen([*command, str(out), *rows], env=one_thread, stderr=subprocess.PIPE, text=True)
+        with stopped as process:
+            while process.poll() is None and not wait(out):
+                time.sleep(0.001)
+            process.send_signal(number)
+            errors = process.communicate()[1]
+        if process.returncode != 0:
+            break
+        shutil.rmtree(out)
     assert "Traceback" not in errors
     assert process.returncode in (-number, 128 + number), errors
     before = {file.name: file.read_bytes() for file in out.glob("0000?.safetensors")}
-    assert len(before) < 6, "it had ended before the signal came"
+    assert len(before) < 6
     call(out)
     content = {file.name: file.read_bytes() for file in out.iterdir()}
     assert content == {file.name: file.read_bytes() for file in straight.iterdir()}

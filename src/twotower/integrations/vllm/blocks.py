@@ -41,20 +41,6 @@ def fill_blocks(model: TwoTower, requests: tuple[Request, ...], context: Context
     return [found[place] for place in range(len(requests))]
 
 
-def likeliest_blocks(
-    model: TwoTower, context: ContextState, newest: Sequence[int], widths: Sequence[int]
-) -> list[list[int]]:
-    """One denoising step over blocks of the given widths (b), [newest | masks]: the likeliest token of each mask."""
-    device, size = model.denoiser_device, max(widths)
-    block = torch.full((len(widths), size), model.config.mask_token_id, device=device)
-    block[:, 0] = torch.tensor(newest, device=device)
-    level = tuple((width - 1) / width for width in widths)
-    ragged = tuple(widths) if min(widths) < size else None
-    logits = model.denoiser_logits(block, model.seed(context), level, ragged)
-    ids = model.denoiser_tower.logit_ops.argmax(logits).tolist()
-    return [row[1:width] for row, width in zip(ids, widths, strict=True)]
-
-
 def put_blocks(sampled: Tensor, blocks: Mapping[int, Sequence[int]]) -> Tensor:
     """vLLM's sampled tokens (b, s) with a block in the place of what some rows have: (b, s or the longest block)."""
     size = max([sampled.shape[1], *map(len, blocks.values())])

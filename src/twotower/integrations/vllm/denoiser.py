@@ -17,9 +17,10 @@ from twotower.checkpoints.hf.hub import resolve
 from twotower.checkpoints.hf.two_towers import load_denoiser_
 from twotower.decoding.output import Token
 from twotower.decoding.step import Request
-from twotower.integrations.vllm.blocks import fill_blocks, likeliest_blocks, put_blocks, put_logprobs
+from twotower.integrations.vllm.blocks import fill_blocks, put_blocks, put_logprobs
 from twotower.integrations.vllm.canvases import Canvases
 from twotower.integrations.vllm.diffusion_params import seed_of
+from twotower.integrations.vllm.drafts import Drafts, draft_blocks, draw_of
 from twotower.integrations.vllm.outline import outline, request_of
 from twotower.integrations.vllm.seeding import CacheReader, RowsCache, first_runner_cache
 from twotower.integrations.vllm.server import check_denoiser
@@ -117,16 +118,18 @@ class Denoiser:
         """Drops the unfinished block of a request that has ended or lost its place."""
         self._canvases.forget([name])
 
-    def draft(self, runner: Any, rows: list[int], newest: list[int], widths: list[int]) -> list[list[int]]:
-        """Drafts for some rows: what the denoiser thinks likeliest in a block of each row's width, behind its newest
-        token, which the context tower hasn't read."""
+    def draft(self, runner: Any, rows: list[int], newest: list[int], widths: list[int]) -> Drafts:
+        """Drafts for some rows: the denoiser's tokens of a block of each row's width behind its newest token, which the
+        context tower hasn't read."""
         lengths = [int(runner.input_batch.num_tokens_no_spec[row]) - 1 for row in rows]
         kept: Sequence[int] = (1,) * len(rows)
         if runner.model_config.is_hybrid:
             kept = runner.num_accepted_tokens.gpu[rows].tolist()
+        requests = [runner.requests[runner.input_batch.req_ids[row]] for row in rows]
+        draws = [draw_of(request.sampling_params, request.req_id) for request in requests]
         with torch.inference_mode():
             context = self._context(first_runner_cache(runner, rows), lengths, kept)
-            return likeliest_blocks(self.model, context, newest, widths)
+            return draft_blocks(self.model, context, newest, widths, draws)
 
     def _context(self, cache: RowsCache, lengths: Sequence[int], kept: Sequence[int]) -> ContextState:
         """The state of these rows, of the heads that this device has."""

@@ -43,6 +43,7 @@ class VllmParams(Protocol):
     ignore_eos: bool
     min_tokens: int
     logprobs: int | None
+    structured_outputs: Any
 
 
 def diffusion_params(params: VllmParams, max_new_tokens: int) -> SamplingParams:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
@@ -20,6 +20,7 @@ from twotower.checkpoints.hf.tokenizer_file import load_tokenizer
 from twotower.decoding.drafting import ngram, prompt_lookup
 from twotower.decoding.drafting.denoiser import next_length
 from twotower.decoding.drafting.written import Written
+from twotower.integrations.vllm.drafts import probabilities_of
 from twotower.integrations.vllm.server import server_settings, sources_of
 from twotower.integrations.vllm.settings import VERIFIED
 from twotower.model.ngrams import NgramTable
@@ -54,6 +55,7 @@ class TwoTowerDrafter:
             self._table = read_ngrams(folder, config, load_tokenizer(folder, config.vocab_size))
         self._written: dict[str, Written] = {}
         self._widths: dict[str, int] = {}
+        self._drawn: dict[str, Tensor] = {}
         pass_rows_to_drafter()
         sample_behind_drafts()
 
@@ -67,6 +69,9 @@ class TwoTowerDrafter:
         requests = [runner.requests[name] for name in batch.req_ids]
         self._written = {r.req_id: self._written[r.req_id] for r in requests if r.req_id in self._written}
         self._widths = {r.req_id: self._widths[r.req_id] for r in requests if r.req_id in self._widths}
+        # A row that isn't in this step still has its draft
+        waiting = runner.requests.keys() - batch.req_id_to_index.keys()
+        self._drawn = {name: self._drawn[name] for name in waiting if name in self._drawn}
         drafts: list[list[int]] = [[] for _ in requests]
         asked: dict[int, int] = {}  # rows that the denoiser drafts for, and the width of their block
         for row, request in enumerate(requests):
@@ -82,8 +87,17 @@ class TwoTowerDrafter:
         if asked:
             newest = [sampled_token_ids[row][-1] for row in asked]
             proposed = runner.get_model().denoiser.draft(runner, list(asked), newest, list(asked.values()))
-            drafts = [proposed[list(asked).index(row)] if row in asked else draft for row, draft in enumerate(drafts)]
+            for place, (row, draft) in enumerate(zip(asked, proposed.tokens, strict=True)):
+                drafts[row] = draft
+                if place in proposed.probabilities:
+                    self._drawn[requests[row].req_id] = proposed.probabilities[place]
         return [_ended(draft, request) for draft, request in zip(drafts, requests, strict=True)]
+
+    def probabilities(self, runner: Any, drafted: Any) -> Tensor | None:
+        """With which probabilities (t, v) the drafts (t) came about that vLLM's metadata has for the runner's rows;
+        None where each was certain."""
+        rows = list(zip(runner.input_batch.req_ids, drafted.num_draft_tokens, strict=True))
+        return probabilities_of(drafted.draft_token_ids, rows, self._drawn, runner.input_batch.vocab_size)
 
     def _room(self, request: CachedRequestState, length: int) -> int:
         """The most tokens that a request's draft may have behind `length` tokens; 0 for one in another mode."""

@@ -101,6 +101,8 @@ def pass_rows_to_drafter() -> None:
     # Patch 3: a class that drafts learns which request each row belongs to, where its keys are, and how long a draft
     # may be by the server's schedule; vLLM gives it tokens alone.
     _wrap(GPUModelRunner, "propose_draft_token_ids", _propose)
+    # Its drafts may be drawn, and vLLM's rejection sampler is told from which probabilities.
+    _wrap(GPUModelRunner, "_get_spec_decode_draft_probs", _probabilities)
     # Where one row is so near the longest text that a whole draft doesn't fit behind it, vLLM gives all rows drafts of
     # zeros, those that write blocks, too. This package's drafter shortens each row's draft by itself.
     _wrap(GPUModelRunner, "_input_fits_in_drafter", _fits)
@@ -203,6 +205,13 @@ def _propose(original: Callable[..., Any], runner: Any, scheduled: Any, sampled:
     if not has_drafter(runner.speculative_config):
         return original(runner, scheduled, sampled, *args, **kwargs)
     return runner.drafter.propose(runner, sampled, scheduled.num_spec_tokens_to_schedule)
+
+
+def _probabilities(original: Callable[..., Tensor | None], runner: Any, drafted: Any) -> Tensor | None:
+    if not has_drafter(runner.speculative_config):
+        return original(runner, drafted)
+    found: Tensor | None = runner.drafter.probabilities(runner, drafted)
+    return found
 
 
 def _fits(original: Callable[..., bool], runner: Any, *args: Any, **kwargs: Any) -> bool:
