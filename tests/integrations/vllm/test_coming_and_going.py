@@ -42,6 +42,7 @@ def test_requests_that_come_and_go_at_any_time_give_our_tokens(
     from vllm import SamplingParams
 
     from twotower.integrations.vllm.denoiser import Denoiser
+    from twotower.integrations.vllm.drafts import Drafts
 
     sizes = {"max_model_len": 512, "max_num_seqs": 6, "max_num_batched_tokens": chunk, "num_gpu_blocks_override": 57}
     running, rng = engine(name, **sizes, **SERVER).llm_engine, random.Random(1)
@@ -52,10 +53,11 @@ def test_requests_that_come_and_go_at_any_time_give_our_tokens(
     def draft(denoiser, runner, rows, newest, widths):
         requests = [runner.requests[runner.input_batch.req_ids[row]] for row in rows]
         right = [known[tuple(r.prompt_token_ids)][len(r.output_token_ids) :] for r in requests]
-        return [
+        tokens = [
             [token if rng.random() < 0.8 else rng.randrange(4, 90) for token in text[: width - 1]]
             for text, width in zip(right, widths, strict=True)
         ]
+        return Drafts(tokens, {})
 
     monkeypatch.setattr(Denoiser, "draft", draft)
     names, found, wanted, aborted = {}, {}, {}, set()

@@ -42,14 +42,6 @@ def test_sampled_tokens_are_distributed_as_those_of_ar_beside_greedy_rows(engine
     assert (shares - expected).abs().sum() < 1.2 * spread.sum()
 
 
-def test_filters_are_no_error_in_a_step_without_drafts(engine) -> None:
-    from vllm import SamplingParams
-
-    params = SamplingParams(max_tokens=8, temperature=0.7, top_k=5, seed=1, detokenize=False)
-    [output] = engine("llama", **DRAFTS).generate([{"prompt_token_ids": [9, 20]}], params, use_tqdm=False)
-    assert len(output.outputs[0].token_ids) > 0
-
-
 def test_as_much_of_a_draft_is_kept_as_in_our_own_verified(engine, count) -> None:
     """Tokens that are as likely as the denoiser says are kept more often than its likeliest one."""
     from vllm import SamplingParams
