@@ -7,7 +7,7 @@ Needs an environment with vLLM, as `make test-vllm` makes it. Prints one JSON li
 - `vllm ar`: the context tower alone, written as an ordinary checkpoint that vLLM knows (Llama, Nemotron-H), in a vLLM
   that may load no plugin. The hybrid has none: vLLM's build for CPUs lacks its experts.
 - `plugin ar`: the two-tower checkpoint with the plugin. `plugin verified` and `plugin diffusion`: by servers that have
-  the drafter and the denoiser.
+  the drafter and the denoiser. `plugin with all`: of the hybrid by a server that has both, so that the denoiser drafts.
 - `twotower ar`, `twotower verified`, `twotower diffusion`: `twotower.Engine`.
 
 Each with 1, 4 and 16 sequences at once: `tokens_per_second` are medians over the rounds; `ratios` are of two runs in
@@ -72,11 +72,13 @@ SMOLLM2 = TwoTowerConfig(
 
 
 class Contender(NamedTuple):
-    """An engine of one kind and the modes that it is timed in; `options` are vllm.LLM's."""
+    """An engine of one kind and the modes that it is timed in; `options` are vllm.LLM's, and `name` tells engines of
+    one kind apart that are timed in the same mode."""
 
     kind: str
     modes: tuple[str, ...]
     options: Mapping[str, Any] = {}
+    name: str = ""
 
 
 PLAIN, PLUGIN, OURS = "vllm", "plugin", "twotower"
@@ -91,6 +93,7 @@ MODELS: dict[str, tuple[Contender, ...]] = {
         Contender(PLUGIN, ("ar",)),
         Contender(PLUGIN, ("verified",), DRAFTS),
         Contender(PLUGIN, ("diffusion",), DENOISER),
+        Contender(PLUGIN, ("ar", "verified", "diffusion"), DENOISER | DRAFTS, f"{PLUGIN} with all"),
         Contender(OURS, ("ar", "verified", "diffusion")),
     ),
     "recurrent": (*AR, Contender(OURS, ("ar",))),
@@ -299,16 +302,20 @@ def compare(
     name: str, workers: Sequence[tuple[Contender, Worker]], prompts: Iterator[list[int]], args: Any
 ) -> list[list[Run]]:
     """The rounds of a model, without the first one, in which each engine grows warm."""
-    turns = [(contender.kind, worker, mode) for contender, worker in workers for mode in contender.modes]
+    turns = [
+        (f"{contender.name or contender.kind} {mode}", worker, mode)
+        for contender, worker in workers
+        for mode in contender.modes
+    ]
     rounds = []
     for number in range(args.rounds + 1):
         found = []
         for sequences in SEQUENCES:
             some = list(itertools.islice(prompts, sequences))
             first = number % len(turns)
-            for kind, worker, mode in turns[first:] + turns[:first]:
+            for run_name, worker, mode in turns[first:] + turns[:first]:
                 seconds = worker.seconds(mode, some, args.new_tokens)
-                found.append(Run(f"{kind} {mode}", sequences, sequences * args.new_tokens / seconds))
+                found.append(Run(run_name, sequences, sequences * args.new_tokens / seconds))
         print(f"{name}, round {number} of {args.rounds}", file=sys.stderr, flush=True)
         rounds.append(found)
     return rounds[1:]
@@ -352,7 +359,7 @@ def measure(name: str, args: argparse.Namespace, place: Path) -> dict[str, Any]:
             workers.append((contender, running.enter_context(worker)))
             print(f"{name}, {contender.kind} is ready", file=sys.stderr, flush=True)
         rounds = compare(name, workers, prompts_of(name, folder), args)
-    threads = {f"{c.kind} {mode}": worker.threads for c, worker in workers for mode in c.modes}
+    threads = {f"{c.name or c.kind} {mode}": worker.threads for c, worker in workers for mode in c.modes}
     return {"threads": threads, **summary(rounds)}
 
 
