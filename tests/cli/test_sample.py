@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.cli.conftest import hearing_signals
 from twotower.training.corpus.shards import Corpus
 from twotower.training.run.lock import LOCK_FILE
 
@@ -129,8 +130,8 @@ def test_bad_options_are_told(run: Any, checkpoint: Path, tmp_path: Path, option
     assert message in " ".join(result.stderr.split())
 
 
-# `python -m twotower`, which waits for a signal before a file gets the name that is the first argument. Without it a
-# call has often ended before a busy machine sees that it is time to stop it.
+# `python -m twotower`, which waits for a signal before a file gets the name that is the first argument, so that the
+# signal finds it there however busy the machine is.
 HELD = """
 import os, signal, sys
 
@@ -161,7 +162,9 @@ def assert_goes_on(folder: Path, checkpoint: Path, number: signal.Signals, shard
 
     call(straight)
     held = [sys.executable, "-c", HELD, f"{shards:05}.safetensors", *command(out)]
-    with subprocess.Popen(held, env=one_thread, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        held, env=one_thread, stderr=subprocess.PIPE, text=True, preexec_fn=hearing_signals
+    ) as process:
         while process.poll() is None and not list(out.glob(f"{shards:05}.partial*")):
             time.sleep(0.001)
         process.send_signal(number)
